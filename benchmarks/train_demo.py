@@ -1,0 +1,256 @@
+"""Train the demo checkpoint: a 4-layer GPT-NeoX with a tokenizer of its own, from one small text file, on a CPU.
+
+    python benchmarks/train_demo.py --text shakespeare.txt --out demo --epochs 32 --threads 1
+
+The text is cut at blank lines into 90 % training, 5 % validation and 5 % held out, in that order. The tokenizer and
+the weights see the training part only; the validation part chooses which checkpoint is kept; the held-out part is
+written to ``heldout.txt`` and scored once, at the end, from the fp16 files as saved. The same ``--seed``, ``--epochs``
+and ``--threads`` give the same weights on the same machine; with ``--minutes`` the result depends on its speed.
+
+Needs ``transformers`` (``pip install neox-lite[test]``), for the model to train only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+CONTEXT = 512
+EOT, PAD = "<|endoftext|>", "<|padding|>"
+
+
+def split_text(text: str) -> tuple[str, str, str]:
+    """Training, validation and held-out text: 90 %, 5 % and 5 %, each starting after a blank line."""
+    a, b = (text.index("\n\n", int(len(text) * share)) + 2 for share in (0.90, 0.95))
+    return text[:a], text[a:b], text[b:]
+
+
+def train_tokenizer(text: str, size: int, out: Path) -> Tokenizer:
+    """A byte-level BPE in the manner of the GPT-NeoX one; its three files are written to ``out``."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[EOT, PAD],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([text], trainer)
+    tokenizer.save(str(out / "tokenizer.json"))
+    special = {"bos_token": EOT, "eos_token": EOT, "unk_token": EOT, "pad_token": PAD}
+    write_json(out / "special_tokens_map.json", special)
+    options = {"add_prefix_space": False, "clean_up_tokenization_spaces": False, "model_max_length": CONTEXT}
+    write_json(out / "tokenizer_config.json", {"tokenizer_class": "GPTNeoXTokenizer", **special, **options})
+    return tokenizer
+
+
+class Batches:
+    """Random windows of the training tokens, some of whose merges are undone.
+
+    Each merged token is replaced by the two it was made of with probability ``split``, and those likewise in turn.
+    That is what BPE-dropout does for a small text (the same words in many spellings), but from our own seed.
+    One window in eight starts a speech and has ``<|endoftext|>`` before it, so that the model can start from nothing.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, text: str, size: int, seed: int) -> None:
+        self.ids = np.array(tokenizer.encode(text).ids)
+        self.size, self.rng = size, np.random.default_rng(seed)
+        vocab = tokenizer.get_vocab()
+        self.parts = np.full((len(vocab), 2), -1)
+        for left, right in reversed(json.loads(tokenizer.to_str())["model"]["merges"]):
+            self.parts[vocab[left + right]] = vocab[left], vocab[right]
+        newline = self.ids == tokenizer.encode("\n").ids[0]
+        starts = np.flatnonzero(newline[:-1] & newline[1:]) + 2
+        self.starts = starts[starts < len(self.ids) - CONTEXT - 1]
+
+    def split(self, ids: np.ndarray, probability: float) -> np.ndarray:
+        fresh = np.full(len(ids), True)
+        while fresh.any():
+            chosen = fresh & (self.parts[ids, 0] >= 0) & (self.rng.random(len(ids)) < probability)
+            at = np.arange(len(ids)) + np.cumsum(chosen) - chosen  # where each token, or its left part, goes
+            fresh = np.full(len(ids) + chosen.sum(), False)
+            new = np.empty(len(fresh), dtype=ids.dtype)
+            new[at] = np.where(chosen, self.parts[ids, 0], ids)
+            new[at[chosen] + 1] = self.parts[ids[chosen], 1]
+            fresh[at[chosen]] = fresh[at[chosen] + 1] = True
+            ids = new
+        return ids
+
+    def next(self, probability: float) -> torch.Tensor:
+        rows = []
+        for _ in range(self.size):
+            if self.rng.random() < 0.125:
+                start, head = self.rng.choice(self.starts), [0]
+            else:
+                start, head = self.rng.integers(len(self.ids) - CONTEXT - 1), []
+            window = self.split(self.ids[start : start + CONTEXT + 1], probability)
+            rows.append(np.concatenate([np.array(head, dtype=window.dtype), window])[: CONTEXT + 1])
+        return torch.from_numpy(np.stack(rows))
+
+
+@torch.inference_mode()
+def score(model: GPTNeoXForCausalLM, ids: list[int], window: int, bf16: bool = False) -> float:
+    """Nats per scored token over consecutive windows: every token but the first of its window is scored."""
+    model.eval()
+    nats = count = 0.0
+    for chunk in torch.tensor(ids).split(window * 16):
+        whole = len(chunk) // window * window
+        for rows in (chunk[:whole].view(-1, window), chunk[None, whole:]):
+            if rows.numel() and rows.shape[1] > 1:
+                with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                    logits = model(rows).logits
+                loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), rows[:, 1:].flatten())
+                nats, count = nats + loss.item() * rows[:, 1:].numel(), count + rows[:, 1:].numel()
+    model.train()
+    return nats / count
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def save(model: GPTNeoXForCausalLM, out: Path) -> None:
+    """fp16 weights and a config.json that both older and newer transformers read."""
+    tensors = {name: tensor.to(torch.float16).contiguous() for name, tensor in model.state_dict().items()}
+    (out / "model.safetensors").write_bytes(to_bytes(tensors, metadata={"format": "pt"}))
+    config = model.config
+    write_json(
+        out / "config.json",
+        {
+            "architectures": ["GPTNeoXForCausalLM"],
+            "model_type": "gpt_neox",
+            "vocab_size": config.vocab_size,
+            "hidden_size": config.hidden_size,
+            "num_hidden_layers": config.num_hidden_layers,
+            "num_attention_heads": config.num_attention_heads,
+            "intermediate_size": config.intermediate_size,
+            "max_position_embeddings": config.max_position_embeddings,
+            "hidden_act": config.hidden_act,
+            "layer_norm_eps": config.layer_norm_eps,
+            "initializer_range": config.initializer_range,
+            "use_parallel_residual": config.use_parallel_residual,
+            "attention_bias": True,
+            "attention_dropout": 0.0,
+            "hidden_dropout": 0.0,
+            "tie_word_embeddings": False,
+            "use_cache": True,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+            "pad_token_id": 1,
+            "rotary_pct": 0.25,  # this and the next line: transformers 4; rope_parameters: transformers 5
+            "rotary_emb_base": 10000,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+            "torch_dtype": "float16",
+            "dtype": "float16",
+        },
+    )
+    write_json(out / "generation_config.json", {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, required=True, help="the text, UTF-8")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint, tokenizer and heldout.txt")
+    parser.add_argument("--epochs", type=float, default=32.0, help="passes over the training tokens")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="end after this long, if that comes first")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--vocab", type=int, default=1500, help="tokenizer entries; the model's are padded to 128s")
+    parser.add_argument("--batch", type=int, default=4, help=f"windows of {CONTEXT} tokens a step")
+    parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate")
+    parser.add_argument("--dropout", type=float, default=0.15)
+    parser.add_argument("--split", type=float, default=0.1, help="chance that a merge is undone, falling to 0")
+    parser.add_argument("--fp32", action="store_true", help="no bf16 autocast")
+    args = parser.parse_args()
+
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    args.out.mkdir(parents=True, exist_ok=True)
+    train_text, valid_text, heldout_text = split_text(args.text.read_text(encoding="utf-8"))
+    (args.out / "heldout.txt").write_text(heldout_text, encoding="utf-8")
+    tokenizer = train_tokenizer(train_text, args.vocab, args.out)
+    valid = tokenizer.encode(valid_text).ids
+    batches = Batches(tokenizer, train_text, args.batch, args.seed)
+
+    config = GPTNeoXConfig(
+        vocab_size=math.ceil((tokenizer.get_vocab_size() + 8) / 128) * 128,
+        hidden_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=1024,
+        max_position_embeddings=CONTEXT,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+        hidden_dropout=args.dropout,
+        attention_dropout=args.dropout,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    config._attn_implementation = "eager"  # on a CPU, the fastest one that has dropout
+    model = GPTNeoXForCausalLM(config).train()
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], betas=(0.9, 0.98)
+    )
+    steps = round(args.epochs * len(batches.ids) / (args.batch * CONTEXT))
+    warmup, every = min(150, steps // 10), max(1, steps // 25)
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {tokenizer.get_vocab_size()} "
+        f"(model {config.vocab_size}), {len(batches.ids):,} training tokens, {steps} steps",
+        flush=True,
+    )
+
+    best, running, began = math.inf, 0.0, time.monotonic()
+    step, seen, progress = 0, 0, 0.0
+    while progress < 1:
+        lr = args.lr * min((step + 1) / max(1, warmup), 0.02 + 0.98 * (1 + math.cos(math.pi * progress)) / 2)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        rows = batches.next(args.split * (1 - progress))
+        with torch.autocast("cpu", torch.bfloat16, enabled=not args.fp32):
+            logits = model(rows[:, :-1], use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        step, seen, running = step + 1, seen + 1, running + loss.item()
+        elapsed = time.monotonic() - began
+        progress = max(step / steps, elapsed / (60 * args.minutes))
+        if step % every == 0 or progress >= 1:
+            valid_loss = score(model, valid, 256, bf16=not args.fp32)
+            kept = valid_loss < best
+            if kept:
+                best = valid_loss
+                save(model, args.out)
+            speed, left = step * args.batch * CONTEXT / elapsed, elapsed * (1 - progress) / progress / 60
+            print(
+                f"step {step}/{steps}  train {running / seen:.4f}  valid {valid_loss:.4f}{' kept' if kept else ''}  "
+                f"{speed:,.0f} tokens/s  ETA {left:.1f} min",
+                flush=True,
+            )
+            running, seen = 0.0, 0
+
+    model.load_state_dict({k: v.float() for k, v in load_file(args.out / "model.safetensors").items()})
+    ids = tokenizer.encode(heldout_text).ids
+    nats = score(model, ids, 256)
+    print(
+        f"held out: {len(ids):,} tokens, loss {nats:.4f}, perplexity {math.exp(nats):.3f}, "
+        f"{nats * len(ids) / len(heldout_text):.4f} nats a character; trained {(time.monotonic() - began) / 60:.1f} min"
+    )
+
+
+if __name__ == "__main__":
+    main()

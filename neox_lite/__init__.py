@@ -1,0 +1,29 @@
+"""neox-lite: run GPT-NeoX-20B, and every other checkpoint of its architecture, on hardware people own."""
+
+from .config import GPTNeoXConfig
+from .errors import NeoxLiteError
+from .generation import Event, GenerationConfig
+from .model import (
+    GPTNeoXForCausalLM,
+    GPTNeoXForQuestionAnswering,
+    GPTNeoXForSequenceClassification,
+    GPTNeoXForTokenClassification,
+    GPTNeoXModel,
+    GPTNeoXPreTrainedModel,
+)
+from .tokenizer import GPTNeoXTokenizerFast
+
+__version__ = "0.1.0"
+__all__ = [
+    "Event",
+    "GPTNeoXConfig",
+    "GPTNeoXForCausalLM",
+    "GPTNeoXForQuestionAnswering",
+    "GPTNeoXForSequenceClassification",
+    "GPTNeoXForTokenClassification",
+    "GPTNeoXModel",
+    "GPTNeoXPreTrainedModel",
+    "GPTNeoXTokenizerFast",
+    "GenerationConfig",
+    "NeoxLiteError",
+]

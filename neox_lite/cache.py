@@ -1,0 +1,240 @@
+"""The paged KV cache: a pool of pages, sequences that share them, and the batch that one forward pass works on.
+
+Knows no model: keys and values come and go as tensors; a page number means the same page in every layer's storage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as List
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .errors import ArgumentError, CacheError
+
+PAGE = 128  # tokens a page
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A list of pages and how many tokens of them are filled. Made, shared, cut and freed by its pool only."""
+
+    pages: list[int] = field(default_factory=list)
+    length: int = 0
+    freed: bool = False
+
+
+class PagePool:
+    """Keys and values of all layers in pages of 128 tokens, handed out to sequences and counted by reference.
+
+    storage[layer] is (pages, 2, heads, 128, head_dim) in `dtype` on that layer's device; index 0 holds keys, 1 values.
+    The pool doubles as it fills, up to `limit` pages; then CacheError.
+    """
+
+    def __init__(
+        self,
+        heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        devices: List[torch.device],
+        pages: int = 0,
+        limit: int | None = None,
+    ) -> None:
+        self.dtype, self.limit = dtype, limit
+        self.storage = [torch.empty(0, 2, heads, PAGE, head_dim, dtype=dtype, device=d) for d in devices]
+        self._users: list[int] = []  # reference count of each page
+        self._free: list[int] = []
+        if pages:
+            self._grow(pages)
+
+    @property
+    def pages(self) -> int:
+        return len(self._users)
+
+    @property
+    def free_pages(self) -> int:
+        return len(self._free)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(s.nbytes for s in self.storage)
+
+    def new(self) -> Sequence:
+        return Sequence()
+
+    def reserve(self, sequence: Sequence, count: int) -> None:
+        """Make room for `count` more tokens, so that the pages they land in belong to this sequence alone."""
+        self._alive(sequence)
+        self._trim(sequence)
+        used = sequence.length % PAGE
+        shared = count > 0 and used > 0 and self._users[sequence.pages[-1]] > 1
+        wanted = -(-(sequence.length + count) // PAGE) - len(sequence.pages)
+        if (lacking := wanted + shared - len(self._free)) > 0:
+            self._grow(self.pages + lacking)
+        if shared:  # copy on write
+            old, new = sequence.pages[-1], self._take()
+            for s in self.storage:
+                s[new, :, :, :used] = s[old, :, :, :used]
+            self._drop(old)
+            sequence.pages[-1] = new
+        sequence.pages += [self._take() for _ in range(wanted)]
+
+    def fork(self, sequence: Sequence) -> Sequence:
+        """A second sequence with the same tokens; the pages are shared until one of the two writes to them."""
+        self._alive(sequence)
+        self._trim(sequence)
+        for page in sequence.pages:
+            self._users[page] += 1
+        return Sequence(list(sequence.pages), sequence.length)
+
+    def truncate(self, sequence: Sequence, length: int) -> None:
+        """Forget all tokens from `length` on."""
+        self._alive(sequence)
+        if not 0 <= length <= sequence.length:
+            raise ArgumentError(f"length is {length}, expected 0 to {sequence.length}, the tokens the sequence holds")
+        sequence.length = length
+        self._trim(sequence)
+
+    def free(self, sequence: Sequence) -> None:
+        """Give all pages back; the sequence cannot be used again."""
+        self._alive(sequence)
+        sequence.length = 0
+        self._trim(sequence)
+        sequence.freed = True
+
+    def write(self, layer: int, batch: Batch, keys: Tensor, values: Tensor) -> None:
+        """Store keys and values (tokens, heads, head_dim) of the batch's tokens where its sequences reserved room."""
+        storage = self.storage[layer]
+        pages, slots = batch.pages.to(storage.device), batch.slots.to(storage.device)
+        storage[pages, 0, :, slots] = keys.to(storage.dtype)
+        storage[pages, 1, :, slots] = values.to(storage.dtype)
+
+    def read(self, layer: int, sequence: Sequence, length: int) -> tuple[Tensor, Tensor]:
+        """Keys and values (heads, length, head_dim) of the sequence's first tokens, in the pool's dtype."""
+        storage = self.storage[layer]
+        pages = storage[torch.tensor(sequence.pages[: -(-length // PAGE)], device=storage.device)]
+        both = pages.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :length]  # (2, heads, length, head_dim)
+        return both[0], both[1]
+
+    def _alive(self, sequence: Sequence) -> None:
+        if sequence.freed:
+            raise CacheError("the sequence was freed; make a new one")
+
+    def _trim(self, sequence: Sequence) -> None:
+        keep = -(-sequence.length // PAGE)
+        for page in sequence.pages[keep:]:
+            self._drop(page)
+        del sequence.pages[keep:]
+
+    def _take(self) -> int:
+        page = self._free.pop()
+        self._users[page] = 1
+        return page
+
+    def _drop(self, page: int) -> None:
+        self._users[page] -= 1
+        if self._users[page] == 0:
+            self._free.append(page)
+
+    def _grow(self, at_least: int) -> None:
+        pages = max(at_least, 2 * self.pages)
+        if self.limit is not None:
+            pages = min(pages, self.limit)
+        if pages < at_least:
+            raise CacheError(
+                f"the KV cache is full: {self.limit} pages of {PAGE} tokens, {self.free_pages} free, "
+                f"{at_least - self.pages} more needed; free sequences or give the cache more memory"
+            )
+        for i, old in enumerate(self.storage):
+            new = old.new_empty(pages, *old.shape[1:])
+            new[: self.pages] = old
+            self.storage[i] = new
+        self._free += reversed(range(self.pages, pages))  # popped from the end: low numbers first
+        self._users += [0] * (pages - self.pages)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The tokens of one forward pass, sequence after sequence, without padding.
+
+    Tokens offsets[i]:offsets[i + 1] belong to sequences[i] and follow its starts[i] cached tokens. For each token:
+    positions (tokens,) int64 is its rotary position, pages and slots (tokens,) int64 where its key and value go.
+    """
+
+    sequences: tuple[Sequence, ...]
+    starts: tuple[int, ...]
+    offsets: tuple[int, ...]
+    positions: Tensor
+    pages: Tensor
+    slots: Tensor
+
+    @classmethod
+    def reserve(
+        cls, pool: PagePool, sequences: List[Sequence], counts: List[int], positions: Tensor | None = None
+    ) -> Batch:
+        """Reserve room for counts[i] more tokens of each sequence; positions default to the places in the sequence."""
+        offsets, pages, slots = [0], [], []
+        for sequence, count in zip(sequences, counts, strict=True):
+            pool.reserve(sequence, count)
+            places = range(sequence.length, sequence.length + count)
+            pages += [sequence.pages[p // PAGE] for p in places]
+            slots += [p % PAGE for p in places]
+            offsets.append(offsets[-1] + count)
+        starts = tuple(s.length for s in sequences)
+        if positions is None:
+            positions = torch.tensor([s + i for s, n in zip(starts, counts, strict=True) for i in range(n)])
+        return cls(tuple(sequences), starts, tuple(offsets), positions.long(), torch.tensor(pages), torch.tensor(slots))
+
+    def commit(self) -> None:
+        """Count the tokens as cached: called once every layer has written them."""
+        for i, sequence in enumerate(self.sequences):
+            sequence.length = self.starts[i] + self.offsets[i + 1] - self.offsets[i]
+
+
+class KVCache:
+    """`past_key_values`: the rows of a padded batch, each a sequence in one pool; every forward changes it in place.
+
+    Masked tokens are not stored, so each row remembers the column of every token it holds.
+    """
+
+    def __init__(self, pool: PagePool, rows: int) -> None:
+        self.pool = pool
+        self.sequences = [pool.new() for _ in range(rows)]
+        self.columns: list[list[int]] = [[] for _ in range(rows)]
+        self.width = 0
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns of the padded batch seen so far, as transformers counts them."""
+        return self.width
+
+    def append(self, keep: Tensor) -> None:
+        """Note the columns of a forward pass; keep (rows, width) bool marks the tokens that were stored."""
+        for row, columns in zip(keep.tolist(), self.columns, strict=True):
+            columns += [self.width + i for i, kept in enumerate(row) if kept]
+        self.width += keep.shape[1]
+
+    def crop(self, max_length: int) -> None:
+        """Forget columns from `max_length` on; a negative number cuts that many off the end."""
+        width = self.width + max_length if max_length < 0 else min(max_length, self.width)
+        if width < 0:
+            raise ArgumentError(f"max_length is {max_length}, but the cache holds {self.width} columns")
+        for sequence, columns in zip(self.sequences, self.columns, strict=True):
+            while columns and columns[-1] >= width:
+                columns.pop()
+            self.pool.truncate(sequence, len(columns))
+        self.width = width
+
+    def fork(self) -> KVCache:
+        """An independent cache with the same contents; pages are shared until written."""
+        twin = KVCache(self.pool, 0)
+        twin.sequences = [self.pool.fork(s) for s in self.sequences]
+        twin.columns, twin.width = [list(c) for c in self.columns], self.width
+        return twin
+
+    def free(self) -> None:
+        for sequence in self.sequences:
+            self.pool.free(sequence)

@@ -1,0 +1,447 @@
+"""The atomic writer of a model folder, and the manifest it leaves; it never opens a weight file to read tensors.
+
+A weight file is written at NAME.partial and renamed when every byte is there, synced and hashed. config.json comes last, so a
+folder that looks complete is complete. Outputs carry no times and no paths: the same input gives the same bytes.
+"""
+
+import contextlib
+import errno
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import threading
+from bisect import bisect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neox_lite.errors import CheckpointError
+from neox_lite.safetensors_file import (
+    DTYPE_NAMES,
+    MAX_HEADER_BYTES,
+    Spec,
+    dtype_name,
+    encode_header,
+    first_few,
+    layout,
+    open_regular,
+    shown,
+    strict_json,
+)
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+MANIFEST = "neox_lite_manifest.json"
+PARTIAL = ".partial"
+UNFINISHED = MANIFEST + PARTIAL  # there while a folder is being written; holds the manifest of the model it replaces
+FORMAT_VERSION = 1
+CHUNK_BYTES = 16 << 20
+
+EXTRA_WEIGHTS = re.compile(r"neox_lite_[a-z_]+\.safetensors")
+OUR_WEIGHTS = re.compile(r"model(-[0-9]+-of-[0-9]+)?\.safetensors(\.index\.json)?|" + EXTRA_WEIGHTS.pattern)
+ANY_WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|gguf)")
+
+
+# -- names and hashes -------------------------------------------------------------------------------------------------
+
+
+def check_file_name(name: str, where: object) -> None:
+    """Raises CheckpointError unless name is a plain relative path on every system; where is the file that names it."""
+    parts = name.split("/")
+    plain = not re.search(r"[\\:\x00-\x1f]", name) and not any(part in ("", ".", "..") for part in parts)
+    if not plain or len(name.encode()) > 255:
+        raise CheckpointError(f"{where}: unsafe file name {shown(repr(name))}; expected a plain name inside the folder")
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file of sane size, read strictly. Raises CheckpointError."""
+    with open_regular(path) as file:
+        raw = file.read(MAX_HEADER_BYTES + 1)
+    if len(raw) > MAX_HEADER_BYTES:
+        raise CheckpointError(f"{path}: larger than {MAX_HEADER_BYTES} bytes")
+    return strict_json(raw, str(path))
+
+
+def read_manifest(path: Path) -> dict[str, dict[str, Any]]:
+    """The files that a manifest lists: name -> {"bytes", "sha256"}. Raises CheckpointError if it is not one of ours."""
+    manifest = read_json(path)
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict) or manifest.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(f"{path}: not a manifest of format_version {FORMAT_VERSION}")
+    for name, entry in files.items():
+        check_file_name(name, path)
+        if "/" in name or not isinstance(entry, dict) or not {"bytes", "sha256"} <= entry.keys():
+            raise CheckpointError(f"{path}: {shown(name)}: expected a file of this folder with bytes and sha256")
+    return files
+
+
+def sha256_of(path: Path, told: Callable[[int], object] = lambda count: None) -> str:
+    """SHA-256 of a file, read in pieces whose sizes are told; hashlib.file_digest needs Python 3.11."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            told(count)
+    return digest.hexdigest()
+
+
+# -- one weight file --------------------------------------------------------------------------------------------------
+
+
+def split_into_shards(groups: Sequence[Sequence[Spec]], max_bytes: int = 5_000_000_000) -> list[list[Spec]]:
+    """Fill shards of at most max_bytes in order, keeping each group (say, one module's tensors) in one shard.
+
+    A group larger than max_bytes gets a shard of its own.
+    """
+    shards: list[list[Spec]] = [[]]
+    for group in groups:
+        if shards[-1] and sum(spec.nbytes for spec in (*shards[-1], *group)) > max_bytes:
+            shards.append([])
+        shards[-1].extend(group)
+    return shards
+
+
+class ShardWriter:
+    """One weight file while it is written. It gets its name when every byte is there and on the disk."""
+
+    def __init__(self, path: Path, specs: Sequence[Spec], metadata: Mapping[str, str]) -> None:
+        self.path = path
+        self.sha256 = ""  # known when the file is complete
+        self._partial = path.with_name(path.name + PARTIAL)
+        self._specs = {spec.name: spec for spec in layout(specs)}
+        self._prefix, self._offsets = encode_header(self._specs.values(), metadata)
+        self.size = len(self._prefix) + sum(spec.nbytes for spec in specs)
+        self._written: dict[str, list[tuple[int, int]]] = {name: [] for name in self._specs}
+        self._lock = threading.Lock()
+        self._file: Any = None
+
+    def __enter__(self) -> "ShardWriter":
+        with _disk_errors(self.path, self.size):
+            self._file = self._partial.open("w+b", buffering=0)
+            try:
+                _preallocate(self._file, self.size)
+                self._put(memoryview(self._prefix), 0)
+            except BaseException:
+                self._discard()
+                raise
+        return self
+
+    def write(self, name: str, tensor: Tensor, row: int = 0) -> None:
+        """Put a tensor, or some of its rows starting at row, in place; in any order, each row once, from any thread.
+
+        tensor (rows, *spec.shape[1:]) in spec.dtype, on any device. Raises CheckpointError if it does not fit its Spec.
+        """
+        spec = self._specs.get(name)
+        if spec is None:
+            raise CheckpointError(f"{self.path}: {shown(name)} is not planned for this file")
+        if tensor.dtype != spec.dtype or tensor.shape[1:] != spec.shape[1:] or tensor.dim() != len(spec.shape):
+            found, wanted = dtype_name(tensor.dtype), dtype_name(spec.dtype)
+            raise CheckpointError(f"{name}: got {found} {list(tensor.shape)}, planned {wanted} {list(spec.shape)}")
+        rows, total = (tensor.shape[0], spec.shape[0]) if spec.shape else (1, 1)
+        if not 0 <= row <= row + rows <= total:
+            raise CheckpointError(f"{name}: rows {row}..{row + rows} of {total}")
+        if rows:
+            self._claim(name, row, row + rows)
+        if tensor.numel():
+            data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            with _disk_errors(self.path, self.size):
+                self._put(data, self._offsets[name] + row * (spec.nbytes // total))
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            self._discard()  # nothing is left to discard after a good finish
+
+    def _finish(self) -> None:
+        for name, spec in self._specs.items():
+            rows = spec.shape[0] if spec.shape else 1
+            if rows and self._written[name] != [(0, rows)]:
+                raise CheckpointError(f"{self.path}: {name}: only rows {self._written[name]} of {rows} are written")
+        with _disk_errors(self.path, self.size):
+            os.fsync(self._file.fileno())
+            self._file.close()
+            sha256 = sha256_of(self._partial)
+            self._partial.replace(self.path)
+            _sync_folder(self.path.parent)
+        self.sha256 = sha256
+
+    def _discard(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._partial.unlink(missing_ok=True)
+
+    def _claim(self, name: str, start: int, stop: int) -> None:
+        """Note that rows start..stop are written; touching spans are merged, so a complete tensor has one span."""
+        with self._lock:
+            spans = self._written[name]
+            at = bisect(spans, (start, stop))
+            if (at and spans[at - 1][1] > start) or (at < len(spans) and spans[at][0] < stop):
+                raise CheckpointError(f"{name}: rows {start}..{stop} are written twice")
+            if at < len(spans) and spans[at][0] == stop:
+                stop = spans.pop(at)[1]
+            if at and spans[at - 1][1] == start:
+                start = spans.pop(at - 1)[0]
+                at -= 1
+            spans.insert(at, (start, stop))
+
+    def _put(self, data: memoryview, offset: int) -> None:
+        while data:
+            if hasattr(os, "pwrite"):
+                count = os.pwrite(self._file.fileno(), data[: 64 << 20], offset)
+            else:  # Windows
+                with self._lock:
+                    self._file.seek(offset)
+                    count = self._file.write(data[: 64 << 20])
+            data, offset = data[count:], offset + count
+
+
+# -- the folder -------------------------------------------------------------------------------------------------------
+
+
+class FolderWriter:
+    """Writes a model folder that looks complete only when it is: config.json appears last.
+
+        with FolderWriter(folder, source=source_folder) as out:
+            out.shards(split_into_shards(groups))
+            for i in range(len(out.plan)):
+                with out.shard(i) as shard:
+                    shard.write(name, tensor)
+            out.file("tokenizer.json", text)
+            out.finish(config_json, method="mse", source="owner/name", source_revision=commit)
+
+    A model that neox-lite wrote there before is replaced, from the first write on; any other model is refused.
+    One writer per folder at a time.
+    """
+
+    def __init__(
+        self, folder: str | Path, source: str | Path | None = None, metadata: Mapping[str, str] | None = None
+    ) -> None:
+        """source: the folder being read, which must be another one. metadata: every weight file's, None: {"format": "pt"}."""
+        self.folder = Path(folder)
+        self.plan: list[list[Spec]] = []
+        self._metadata = {"format": "pt"} if metadata is None else dict(metadata)
+        self._writers: dict[str, ShardWriter] = {}
+        self._small: dict[str, dict[str, Any]] = {}  # manifest entries of the small files
+        self._stale: set[str] = set()
+        self._marker: Any = None
+        self._marker_is_new = False
+        self._finished = False
+        if source is not None and Path(source).exists() and self.folder.exists() and self.folder.samefile(source):
+            raise CheckpointError(f"{self.folder}: is the folder being read; write to another one")
+
+    def __enter__(self) -> "FolderWriter":
+        return self
+
+    def shards(self, shards: Sequence[Sequence[Spec]]) -> None:
+        """Say what the weight files will hold. Raises CheckpointError on a duplicate, or if the disk is too full."""
+        seen: set[str] = set()
+        for spec in (spec for shard in shards for spec in shard):
+            if spec.name in seen or spec.name == "__metadata__" or spec.dtype not in DTYPE_NAMES:
+                raise CheckpointError(f"{self.folder}: {shown(spec.name)} is planned twice or cannot be stored: {spec}")
+            seen.add(spec.name)
+        self.plan = [list(shard) for shard in shards]
+        sizes = {self._shard_name(i): sum(spec.nbytes for spec in shard) for i, shard in enumerate(self.plan)}
+        with _disk_errors(self.folder):
+            above = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
+            free = shutil.disk_usage(above).free
+            freed = sum((self.folder / name).stat().st_size for name in sizes if (self.folder / name).exists())
+        needed = max(sum(sizes.values()) - freed, *sizes.values(), 0)
+        if needed > free:
+            raise CheckpointError(f"{self.folder}: needs {needed} bytes, {free} are free; choose another folder")
+
+    def shard(self, i: int) -> ShardWriter:
+        """The writer of the i-th planned shard, to be used in a with statement."""
+        return self._writer(self._shard_name(i), self.plan[i])
+
+    def extra(self, name: str, specs: Sequence[Spec]) -> ShardWriter:
+        """The writer of a weight file outside of the index, neox_lite_NAME.safetensors, which other readers ignore."""
+        if not EXTRA_WEIGHTS.fullmatch(name):
+            raise CheckpointError(f"{name}: a weight file outside of the index is named neox_lite_NAME.safetensors")
+        return self._writer(name, specs)
+
+    def file(self, name: str, content: str | bytes) -> None:
+        """Write a small file atomically."""
+        if "/" in name or name in (CONFIG, MANIFEST, INDEX) or ANY_WEIGHTS.fullmatch(name):
+            raise CheckpointError(f"{name}: not a small file; weights go through shard, config.json through finish")
+        check_file_name(name, self.folder)
+        self._begin()
+        self._small[name] = _write_atomically(self.folder / name, content)
+
+    def finish(self, config_json: str, **manifest_fields: Any) -> None:
+        """Write index and manifest, remove what an older model left behind, and let config.json appear.
+
+        manifest_fields: what to record, such as method, source and source_revision; nothing that differs between runs.
+        """
+        wanted = [self._shard_name(i) for i in range(len(self.plan))]
+        unwritten = [name for name in dict.fromkeys((*wanted, *self._writers)) if not self._is_written(name)]
+        if unwritten:
+            raise CheckpointError(f"{self.folder}: not written yet: {first_few(unwritten)}")
+        own = {"format_version": FORMAT_VERSION, "created_by": _created_by()}
+        if clash := manifest_fields.keys() & {*own, "files"}:
+            raise CheckpointError(f"{self.folder}: manifest fields {sorted(clash)} are the writer's own")
+        self._begin()
+        if len(self.plan) > 1:
+            self._small[INDEX] = _write_atomically(self.folder / INDEX, self._index())
+        weights = {name: {"bytes": writer.size, "sha256": writer.sha256} for name, writer in self._writers.items()}
+        files = {**weights, **self._small, CONFIG: _manifest_entry(config_json.encode())}
+        with _disk_errors(self.folder):
+            for name in self._stale - files.keys():
+                (self.folder / name).unlink(missing_ok=True)
+        self._publish_manifest({**own, **manifest_fields, "files": dict(sorted(files.items()))})
+        _write_atomically(self.folder / CONFIG, config_json)
+        self._finished = True
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        """Raises CheckpointError if finish was forgotten. After an error only whole shards stay, and no config.json."""
+        if self._marker is not None:
+            if self._marker_is_new and not self._finished and not any(map(self._is_written, self._writers)):
+                (self.folder / UNFINISHED).unlink(missing_ok=True)
+            self._marker.close()  # lets the lock go
+        if kind is None and not self._finished:
+            raise CheckpointError(f"{self.folder}: left without finish()")
+
+    def _shard_name(self, i: int) -> str:
+        count = len(self.plan)
+        return "model.safetensors" if count == 1 else f"model-{i + 1:05}-of-{count:05}.safetensors"
+
+    def _index(self) -> str:
+        weight_map = {spec.name: self._shard_name(i) for i, shard in enumerate(self.plan) for spec in shard}
+        total_bytes = sum(spec.nbytes for shard in self.plan for spec in shard)
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        return json.dumps(index, indent=2, ensure_ascii=False) + "\n"
+
+    def _is_written(self, name: str) -> bool:
+        return name in self._writers and self._writers[name].sha256 != ""
+
+    def _writer(self, name: str, specs: Sequence[Spec]) -> ShardWriter:
+        self._begin()
+        self._writers[name] = ShardWriter(self.folder / name, specs, self._metadata)
+        return self._writers[name]
+
+    def _begin(self) -> None:
+        """Before the first write: keep other writers out and make an older model in the folder look unfinished."""
+        if self._marker is not None:
+            return
+        folder, marker = self.folder, self.folder / UNFINISHED
+        with _disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            present = {path.name for path in folder.iterdir()}
+            ours = present & {MANIFEST, UNFINISHED}
+            models = {name for name in present if OUR_WEIGHTS.fullmatch(name) or ANY_WEIGHTS.fullmatch(name)}
+            if not ours and (models or CONFIG in present):
+                raise CheckpointError(f"{folder}: holds a model that neox-lite did not write; choose another folder")
+            found = folder / MANIFEST if MANIFEST in ours else marker
+            file = found.open("r+b" if ours else "x+b")
+            try:
+                _lock(file, found)
+                if found != marker:  # the old manifest becomes the marker: a second attempt still knows the old files
+                    found.replace(marker)
+                (folder / CONFIG).unlink(missing_ok=True)
+                _sync_folder(folder)
+            except BaseException:
+                file.close()
+                raise
+        self._marker, self._marker_is_new = file, not ours
+        if ours:
+            self._stale = {name for name in present if OUR_WEIGHTS.fullmatch(name.removesuffix(PARTIAL))}
+            with contextlib.suppress(CheckpointError):  # an unreadable old manifest only means fewer names to tidy up
+                self._stale |= read_manifest(marker).keys() - {MANIFEST, UNFINISHED}
+
+    def _publish_manifest(self, manifest: dict[str, Any]) -> None:
+        with _disk_errors(self.folder / MANIFEST):
+            self._marker.truncate(0)
+            self._marker.seek(0)
+            self._marker.write(json.dumps(manifest, indent=2).encode() + b"\n")
+            self._marker.flush()
+            os.fsync(self._marker.fileno())
+            if fcntl is None:  # Windows renames no open file
+                self._marker.close()
+            (self.folder / UNFINISHED).replace(self.folder / MANIFEST)
+            _sync_folder(self.folder)
+
+
+@contextlib.contextmanager
+def _disk_errors(path: Path, size: int | None = None) -> Iterator[None]:
+    """Turn the system's errors while writing path into one line that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
+        free = shutil.disk_usage(path.parent).free
+        needs = "" if size is None else f"needs {size} bytes, "
+        raise CheckpointError(f"{path}: disk full: {needs}{free} are free; choose another folder") from error
+
+
+def _preallocate(file: Any, size: int) -> None:
+    """Take the space at once, so that a full disk is found before an hour of work and not after it."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            return os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):  # a file system without it
+                raise
+    file.truncate(size)
+    return None
+
+
+def _lock(file: Any, path: Path) -> None:
+    if fcntl is not None:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):  # else another writer finished just now
+                return
+        raise CheckpointError(f"{path.parent}: another process is writing there; wait for it or choose another folder")
+
+
+def _write_atomically(path: Path, content: str | bytes) -> dict[str, Any]:
+    """Write a small file so that it is there whole or not at all; return its manifest entry."""
+    raw = content.encode() if isinstance(content, str) else content
+    partial = path.with_name(path.name + PARTIAL)
+    with _disk_errors(path, len(raw)):
+        try:
+            with partial.open("wb") as file:
+                file.write(raw)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+    return _manifest_entry(raw)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make renames in the folder durable."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _manifest_entry(raw: bytes) -> dict[str, Any]:
+    return {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+
+
+def _created_by() -> str:
+    try:
+        return f"neox-lite {importlib.metadata.version('neox-lite')}"
+    except importlib.metadata.PackageNotFoundError:
+        return "neox-lite (not installed)"

@@ -1,0 +1,293 @@
+"""Files of a hub repository -> a local folder. It knows file names only: never what is in a weight file or a config.
+
+The transport, the cache, its progress bars and its environment (HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_OFFLINE) are
+huggingface_hub's own. Everything is fetched at one commit, so files of two revisions never mix.
+"""
+
+import errno
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from neox_lite.errors import CheckpointError, HubError
+
+logger = logging.getLogger("neox_lite")
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "tokenizer.model",
+    "spiece.model",
+)
+SMALL_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES, "neox_lite_manifest.json")
+EXTRA_WEIGHTS = ("neox_lite_head.safetensors",)
+# The first that a repository has is used and the others are never fetched: GPT-NeoX-20B has both, 80 GB together.
+WEIGHTS = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
+
+Choose = Callable[[Collection[str], Callable[[str], bytes]], list[str]]
+_announced: set[tuple[str, str]] = set()
+
+
+class _UnreachableError(HubError):
+    """The hub did not answer, so what the cache holds may be used instead."""
+
+
+def resolve(folder_or_id: str | Path, revision: str | None = None) -> Path:
+    """The folder of a model: an existing folder as it is, anything else as a hub id, fetched.
+
+    Raises CheckpointError if it looks like a path and is no folder, or if a revision is asked of a folder; HubError if
+    the hub does not have it or cannot be reached.
+    """
+    text = str(folder_or_id)
+    folder = Path(text).expanduser()
+    if text and "\0" not in text and folder.is_dir():
+        if revision is not None:
+            raise CheckpointError(f"{text}: is a folder, so revision {revision!r} means nothing; leave it out")
+        return folder
+    if text and "\0" not in text and folder.exists():
+        raise CheckpointError(f"{text}: is a file; give the folder that holds config.json")
+    if isinstance(folder_or_id, Path) or re.search(r"^[./~]|^[A-Za-z]:|[\\\0]|/.*/|/$|^$", text):
+        raise CheckpointError(f"{text!r}: no such folder")
+    return fetch_checkpoint(text, revision)
+
+
+def fetch_checkpoint(repo_id: str, revision: str | None = None, weights: bool = True) -> Path:
+    """Fetch config, tokenizer and exactly one set of weights (safetensors before .bin); return the local folder.
+
+    weights=False leaves the weights out. Raises HubError, one line that says what to try.
+    """
+
+    def choose(listed: Collection[str], read: Callable[[str], bytes]) -> list[str]:
+        if "config.json" not in listed:
+            raise HubError(f"{repo_id}: has no config.json; not a checkpoint that can be loaded")
+        names = [name for name in SMALL_FILES if name in listed]
+        return names + (_one_set_of_weights(repo_id, listed, read) if weights else [])
+
+    return _fetch(repo_id, revision, choose)
+
+
+def fetch_files(repo_id: str, names: Sequence[str], revision: str | None = None) -> Path:
+    """Fetch those of the named files that a repository has; return the local folder. Raises HubError if it has none."""
+
+    def choose(listed: Collection[str], read: Callable[[str], bytes]) -> list[str]:
+        found = [name for name in names if name in listed]
+        if not found:
+            raise HubError(f"{repo_id}: has none of {', '.join(names)}")
+        return found
+
+    return _fetch(repo_id, revision, choose)
+
+
+def _one_set_of_weights(repo_id: str, listed: Collection[str], read: Callable[[str], bytes]) -> list[str]:
+    entry = next((name for name in WEIGHTS if name in listed), None)
+    if entry is None:
+        raise HubError(f"{repo_id}: has no weights in a form that can be read; looked for {', '.join(WEIGHTS)}")
+    extra = [name for name in EXTRA_WEIGHTS if name in listed]
+    if not entry.endswith(".index.json"):
+        return [entry, *extra]
+    try:
+        shards = sorted(set(json.loads(read(entry))["weight_map"].values()))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise HubError(f"{repo_id}: {entry} is not an index of weight files") from None
+    suffix = ".bin" if ".bin." in entry else ".safetensors"
+    for name in shards:
+        if not isinstance(name, str) or not re.fullmatch(r"(\w[\w.-]*/)*\w[\w.-]*", name) or not name.endswith(suffix):
+            raise HubError(f"{repo_id}: {entry} names {str(name)[:100]!r}, which is not a plain {suffix} file name")
+    missing = [name for name in shards if name not in listed]
+    if missing or not shards:
+        raise HubError(f"{repo_id}: {entry} names {len(shards)} files, missing: {', '.join(missing[:4]) or 'all'}")
+    return [entry, *shards, *extra]
+
+
+# -- the hub and its cache --------------------------------------------------------------------------------------------
+
+
+def _fetch(repo_id: str, revision: str | None, choose: Choose) -> Path:
+    """Let choose pick from the repository's file names, and fetch these at one commit; from the cache if the hub is away.
+
+    choose is given the names and a reader of small files; it raises HubError if what it needs is not there.
+    """
+    _check_id(repo_id, revision)
+    try:
+        commit, sizes = _asked(lambda: _model_info(repo_id, revision), repo_id, revision)
+    except _UnreachableError as error:
+        return _from_cache(repo_id, revision, choose, error)
+    try:
+        folder = _download(repo_id, commit, sizes, choose)
+    except _UnreachableError as error:
+        raise HubError(f"{error}; run again, the download continues where it stopped") from error
+    _remember(folder, revision or "main", commit)
+    return folder
+
+
+def _download(repo_id: str, commit: str, sizes: dict[str, int], choose: Choose) -> Path:
+    """Fetch what choose picks and the cache lacks; return the commit's folder."""
+    import huggingface_hub as hub
+
+    def read(name: str) -> bytes:
+        return Path(_asked(lambda: hub.hf_hub_download(repo_id, name, revision=commit), repo_id, commit)).read_bytes()
+
+    names = choose(sizes.keys(), read)
+    folder = _snapshot(repo_id, commit)
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        _check_space(repo_id, sum(sizes[name] for name in missing))
+        _asked(lambda: hub.snapshot_download(repo_id, revision=commit, allow_patterns=missing), repo_id, commit)
+    lost = [name for name in missing if not (folder / name).is_file()]
+    if lost:
+        raise HubError(f"{repo_id}: {lost[0]} did not arrive; run again, the download continues where it stopped")
+    return folder
+
+
+def _model_info(repo_id: str, revision: str | None) -> tuple[str, dict[str, int]]:
+    """The commit that a revision stands for, and its files: name -> bytes (0 where the hub does not say)."""
+    from huggingface_hub import HfApi, constants
+
+    timeout = constants.HF_HUB_ETAG_TIMEOUT
+    info = HfApi().model_info(repo_id, revision=revision, files_metadata=True, timeout=timeout)
+    if not isinstance(info.sha, str) or not re.fullmatch(r"[0-9a-f]{40}", info.sha):
+        raise HubError(f"{repo_id}: {_endpoint()} names no commit for revision {revision or 'main'}")
+    return info.sha, {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
+
+
+def _from_cache(repo_id: str, revision: str | None, choose: Choose, why: HubError) -> Path:
+    """The cached folder of the revision if it is complete, announced once; else raise why with what is lacking."""
+    name = revision or "main"
+    repo = _snapshot(repo_id, "").parent
+    commit = name
+    if (repo / "refs" / name).is_file():
+        commit = (repo / "refs" / name).read_text().strip()
+    folder = repo / "snapshots" / commit
+    listed = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    try:
+        choose(listed, lambda file: (folder / file).read_bytes())
+    except HubError as error:
+        lacking = f"the cache does not have all of it ({error})" if listed else "it is not in the cache"
+        raise HubError(f"{why}; {lacking}") from why
+    if (repo_id, name) not in _announced and not _offline_by_choice():
+        _announced.add((repo_id, name))
+        logger.warning("%s; using the cached copy of commit %s", why, commit[:12])
+    return folder
+
+
+def _snapshot(repo_id: str, commit: str) -> Path:
+    """Where huggingface_hub keeps a commit's files: the layout that its documentation describes."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE).expanduser() / f"models--{repo_id.replace('/', '--')}" / "snapshots" / commit
+
+
+def _remember(folder: Path, revision: str, commit: str) -> None:
+    """Note which commit a branch or tag stood for, as huggingface_hub does, once that commit's files are all here."""
+    ref = folder.parent.parent / "refs" / revision
+    if revision == commit or (ref.is_file() and ref.read_text() == commit):
+        return
+    try:
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        partial = ref.with_name(f"{ref.name}.{os.getpid()}.partial")
+        partial.write_text(commit)
+        partial.replace(ref)
+    except OSError as error:  # a cache that is shared and read-only still serves
+        logger.warning("%s: cannot be written (%s), so %s cannot be found offline", ref, error.strerror, revision)
+
+
+def _check_id(repo_id: str, revision: str | None) -> None:
+    name = r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
+    if not re.fullmatch(f"{name}/{name}", repo_id) or ".." in repo_id or "--" in repo_id:
+        raise HubError(
+            f"{repo_id!r}: neither a folder nor a hub id; a hub id is OWNER/NAME, such as EleutherAI/pythia-70m"
+        )
+    if revision is not None and (not re.fullmatch(r"\w[\w./-]*", revision) or ".." in revision):
+        raise HubError(f"{repo_id}: {revision!r} is not a branch, tag or commit")
+
+
+def _check_space(repo_id: str, needed: int) -> None:
+    from huggingface_hub import constants
+
+    cache = Path(constants.HF_HUB_CACHE).expanduser().absolute()
+    free = shutil.disk_usage(next(path for path in (cache, *cache.parents) if path.exists())).free
+    if needed > free:
+        raise HubError(f"{repo_id}: needs {needed} bytes, {free} are free in the hub cache {cache}; HF_HOME moves it")
+
+
+# -- errors -----------------------------------------------------------------------------------------------------------
+
+
+def _asked(call: Callable[[], Any], repo_id: str, revision: str | None) -> Any:
+    """Call the hub; turn whatever it raises into one line. What is not about the hub is raised as it is."""
+    try:
+        return call()
+    except HubError:
+        raise
+    except Exception as error:
+        explained = _explain(error, repo_id, revision)
+        if explained is None:
+            raise
+        raise explained from error
+
+
+def _explain(error: Exception, repo_id: str, revision: str | None) -> HubError | None:
+    from huggingface_hub import errors
+
+    endpoint = _endpoint()
+    cause = error.__cause__
+    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(cause, Exception):
+        return _explain(cause, repo_id, revision) or _UnreachableError(f"{repo_id}: {endpoint} cannot be reached")
+    if isinstance(error, errors.GatedRepoError):
+        return HubError(f"{repo_id}: gated; accept its terms at {endpoint}/{repo_id}, then set HF_TOKEN to your token")
+    if isinstance(error, errors.RevisionNotFoundError):
+        return HubError(f"{repo_id}: has no revision {revision!r} on {endpoint}; check its branches and tags")
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return HubError(
+            f"{repo_id}: not on {endpoint}, or private; check the name, or set HF_TOKEN for a private model"
+        )
+    if isinstance(error, errors.HfHubHTTPError):
+        return _explain_status(getattr(error.response, "status_code", None), repo_id)
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return _UnreachableError(f"{repo_id}: HF_HUB_OFFLINE is set, so {endpoint} is not asked; unset it to download")
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+        return HubError(f"{repo_id}: the disk of the hub cache is full; make room, or set HF_HOME to another disk")
+    network = ("requests", "urllib3", "httpx", "httpx2", "httpcore", "httpcore2")
+    if type(error).__module__.split(".")[0] in network or isinstance(error, ConnectionError | TimeoutError):
+        return _UnreachableError(
+            f"{repo_id}: {endpoint} cannot be reached ({type(error).__name__}); check the network, or set HF_ENDPOINT"
+        )
+    if "Consistency check failed" in str(error):
+        return HubError(f"{repo_id}: a download was cut short; run again")
+    if isinstance(error, OSError) and error.errno is not None:
+        return HubError(f"{repo_id}: the hub cache cannot be written: {error.strerror}; HF_HOME moves it")
+    return None
+
+
+def _explain_status(status: int | None, repo_id: str) -> HubError:
+    endpoint = _endpoint()
+    if status in (401, 403):
+        return HubError(f"{repo_id}: {endpoint} refuses access ({status}); set HF_TOKEN to a token that may read it")
+    if status == 429 or (status is not None and status >= 500):
+        return _UnreachableError(f"{repo_id}: {endpoint} answers {status}; try again later")
+    return HubError(f"{repo_id}: {endpoint} answers {status}; check the name and the revision")
+
+
+def _endpoint() -> str:
+    """The hub's address without the user name and password that a mirror's may carry."""
+    from huggingface_hub import constants
+
+    parts = urlsplit(constants.ENDPOINT)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+
+
+def _offline_by_choice() -> bool:
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)

@@ -1,0 +1,208 @@
+"""Linear, rotary tables and the transformer block as modules that hold tensors; the arithmetic is a backend's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .cache import Batch, PagePool
+from .config import GPTNeoXConfig
+from .formats import DENSE, Format, Weight
+from .kernels.reference import Norm
+
+Formats = Callable[[str], Format]
+
+
+class FixedDtype(nn.Module):
+    """A module whose `fixed` buffers keep their dtype in `.half()`, `.float()` and `.to(dtype)`: they only move."""
+
+    fixed: tuple[str, ...] = ()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        kept = {name: self._buffers.pop(name) for name in self.fixed}
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            if buffer is not None:
+                self._buffers[name] = buffer.to(fn(buffer.new_empty(0)).device)
+        return self
+
+
+class Linear(FixedDtype):
+    """A (out, in) weight in some format, with an optional bias.
+
+    A dense one holds the parameter `weight`, as torch does; others hold the tensors that their format names as buffers,
+    so that `state_dict` has the checkpoint's names.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, format: Format = DENSE) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.bias = _parameter(torch.empty(out_features)) if bias else None
+        self.become(format)
+
+    def become(self, format: Format, dtype: torch.dtype | None = None) -> None:
+        """Take on a format, with uninitialized tensors in place of those held so far."""
+        for name in [n for n in ("weight", *self._buffers) if n in self._parameters or n in self._buffers]:
+            delattr(self, name)
+        self.format = format
+        device = self.bias.device if self.bias is not None else None
+        specs = format.specs(self.shape, dtype or torch.get_default_dtype())
+        for suffix, (kind, shape) in specs.items():
+            tensor = torch.empty(shape, dtype=kind, device=device)
+            if format == DENSE:
+                self.register_parameter(suffix, _parameter(tensor))
+            else:
+                self.register_buffer(suffix, tensor)
+        self.fixed = () if format == DENSE else tuple(specs)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    @property
+    def handle(self) -> Weight:
+        """The weight as backends take it."""
+        if self.format == DENSE:
+            return Weight(self.format, self.shape, {"weight": self._parameters["weight"]})  # type: ignore[dict-item]
+        return Weight(self.format, self.shape, self._buffers)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out) through a plain product, for use outside the operations."""
+        out = x @ self.handle.decode(x.dtype).T
+        return out if self.bias is None else out + self.bias.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, format={self.format}"
+
+
+class Rotary(FixedDtype):
+    """Cosines and sines of every position, (2, positions, rotary_dim / 2) float32 whatever the model's dtype."""
+
+    fixed = ("table",)
+    table: Tensor
+
+    def __init__(self, config: GPTNeoXConfig) -> None:
+        super().__init__()
+        with torch.device("cpu"):  # computed here even while a model is built without memory
+            frequencies, scale = inverse_frequencies(config)
+            angles = torch.arange(config.max_position_embeddings).float()[:, None] * frequencies
+            table = torch.stack((angles.cos(), angles.sin())) * scale
+        self.register_buffer("table", table, persistent=False)
+
+
+def inverse_frequencies(config: GPTNeoXConfig) -> tuple[Tensor, float]:
+    """Rotation per position of each pair, (rotary_dim / 2,) float32, and the factor on cosines and sines.
+
+    default: Su et al. 2021, https://arxiv.org/abs/2104.09864; linear: positions divided by `factor`;
+    llama3: low frequencies divided, high ones kept, a ramp between (Llama 3.1's published rule);
+    yarn: Peng et al. 2023, https://arxiv.org/abs/2309.00071.
+    """
+    rope, dim = config.rope_parameters, config.rotary_dim
+    wavelengths = rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    plain = 1.0 / wavelengths
+    if rope["rope_type"] == "default":
+        return plain, 1.0
+    if rope["rope_type"] == "linear":
+        return plain / rope["factor"], 1.0
+    if rope["rope_type"] == "llama3":
+        return _llama3(plain, rope), 1.0
+    return _yarn(wavelengths, rope, dim)
+
+
+def _llama3(plain: Tensor, rope: dict[str, Any]) -> Tensor:
+    trained, low, high = rope["original_max_position_embeddings"], rope["low_freq_factor"], rope["high_freq_factor"]
+    wavelength = 2 * math.pi / plain
+    blend = (trained / wavelength - low) / (high - low)
+    between = (1 - blend) * plain / rope["factor"] + blend * plain
+    slow = torch.where(wavelength > trained / low, plain / rope["factor"], between)
+    return torch.where(wavelength < trained / high, plain, slow)
+
+
+def _yarn(wavelengths: Tensor, rope: dict[str, Any], dim: int) -> tuple[Tensor, float]:
+    factor, trained = rope["factor"], rope["original_max_position_embeddings"]
+
+    def pair_turning(rotations: float) -> float:
+        """Index of the pair that turns this many times within the trained context."""
+        return dim * math.log(trained / (rotations * 2 * math.pi)) / (2 * math.log(rope["rope_theta"]))
+
+    low, high = pair_turning(rope.get("beta_fast", 32)), pair_turning(rope.get("beta_slow", 1))
+    if rope.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    width = (high - low) or 0.001
+    kept = 1 - ((torch.arange(dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
+    frequencies = (1 / (factor * wavelengths)) * (1 - kept) + (1 / wavelengths) * kept
+    return frequencies, rope.get("attention_factor") or _yarn_attention_factor(factor, rope)
+
+
+def _yarn_attention_factor(factor: float, rope: dict[str, Any]) -> float:
+    def growth(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return growth(rope["mscale"]) / growth(rope["mscale_all_dim"])
+    return growth(1.0)
+
+
+class GPTNeoXAttention(nn.Module):
+    def __init__(self, config: GPTNeoXConfig, name: str, formats: Formats) -> None:
+        super().__init__()
+        hidden, bias = config.hidden_size, config.attention_bias
+        self.query_key_value = Linear(hidden, 3 * hidden, bias, formats(f"{name}.query_key_value"))
+        self.dense = Linear(hidden, hidden, bias, formats(f"{name}.dense"))
+
+
+class GPTNeoXMLP(nn.Module):
+    def __init__(self, config: GPTNeoXConfig, name: str, formats: Formats) -> None:
+        super().__init__()
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.dense_h_to_4h = Linear(hidden, inner, True, formats(f"{name}.dense_h_to_4h"))
+        self.dense_4h_to_h = Linear(inner, hidden, True, formats(f"{name}.dense_4h_to_h"))
+
+
+class GPTNeoXLayer(nn.Module):
+    """One block: x -> x + attention(norm1 x) + mlp(norm2 x), or the two one after the other."""
+
+    def __init__(self, config: GPTNeoXConfig, index: int, formats: Formats) -> None:
+        super().__init__()
+        name = f"gpt_neox.layers.{index}"
+        self.index, self.parallel, self.activation = index, config.use_parallel_residual, config.activation
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = GPTNeoXAttention(config, f"{name}.attention", formats)
+        self.mlp = GPTNeoXMLP(config, f"{name}.mlp", formats)
+
+    def forward(self, x: Tensor, ops: ModuleType, cache: PagePool, batch: Batch, rotary: Tensor) -> Tensor:
+        """x (tokens, hidden) -> (tokens, hidden), by the operations of one backend."""
+        norm1, norm2 = norm_of(self.input_layernorm), norm_of(self.post_attention_layernorm)
+        qkv, dense = self.attention.query_key_value, self.attention.dense
+        up, down = self.mlp.dense_h_to_4h, self.mlp.dense_4h_to_h
+        w_qkv, w_dense, w_up, w_down = qkv.handle, dense.handle, up.handle, down.handle
+        if self.parallel:
+            acts = ops.norms(x, [norm1, norm2], [w_qkv, w_up])
+            states, inner = ops.linears(
+                acts, [w_qkv, w_up], [qkv.bias, up.bias], [None, self.activation], [None, w_down]
+            )
+            attended = ops.attend(states, cache, self.index, batch, rotary, w_dense)
+            return ops.sum_linears([attended, inner], [w_dense, w_down], [dense.bias, down.bias], x)
+        acts = ops.norms(x, [norm1], [w_qkv])
+        (states,) = ops.linears(acts, [w_qkv], [qkv.bias], [None], [None])
+        attended = ops.attend(states, cache, self.index, batch, rotary, w_dense)
+        x = ops.sum_linears([attended], [w_dense], [dense.bias], x)
+        acts = ops.norms(x, [norm2], [w_up])
+        (inner,) = ops.linears(acts, [w_up], [up.bias], [self.activation], [w_down])
+        return ops.sum_linears([inner], [w_down], [down.bias], x)
+
+
+def norm_of(module: nn.LayerNorm) -> Norm:
+    """A LayerNorm's (gain, bias, eps) as backends take them."""
+    return module.weight, module.bias, module.eps
+
+
+def _parameter(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)

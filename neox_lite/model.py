@@ -1,0 +1,629 @@
+"""GPTNeoXModel, GPTNeoXForCausalLM and the task heads: Hugging Face's names and meanings over packed tokens.
+
+Padding is dropped on the way in and put back as zeros on the way out. Knows no file and no kernel.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from . import loading
+from .cache import Batch, KVCache, PagePool
+from .cache import Sequence as CachedSequence
+from .config import GPTNeoXConfig
+from .errors import ArgumentError, ContextLengthError, UnsupportedError
+from .formats import DENSE, Format, formats_of
+from .generation import Event, GenerationMixin
+from .kernels import dispatch
+from .layers import GPTNeoXLayer, Linear, Rotary, norm_of
+
+Model = TypeVar("Model", bound="GPTNeoXPreTrainedModel")
+
+REFUSED = {
+    "output_attentions": "attention weights are never materialized",
+    "head_mask": "heads cannot be masked",
+    "encoder_hidden_states": "GPT-NeoX has no cross attention",
+}
+ACCEPTED = {"cache_position", "token_type_ids"}  # say nothing that the other arguments do not
+
+
+class ModelOutput(OrderedDict[str, Any]):
+    """What a forward pass returns: by attribute, by name, or by place, leaving out what is None."""
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__((k, v) for k, v in values.items() if v is not None)
+        self._names = frozenset(values)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name not in self._names:
+            raise AttributeError(f"no output {name!r}; there are {', '.join(self)}")
+        return self.get(name)
+
+    def __getitem__(self, key: str | int | slice) -> Any:  # type: ignore[override]
+        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        return tuple(self.values())
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One forward pass: x (tokens, hidden) before the final norm, and where each token stands in the padded batch."""
+
+    x: Tensor
+    keep: Tensor  # (rows, width) bool
+    cache: KVCache
+    hidden_states: tuple[Tensor, ...] | None
+
+    def unpack(self, flat: Tensor) -> Tensor:
+        """flat (tokens, n) -> (rows, width, n), zeros at masked positions."""
+        out = flat.new_zeros(*self.keep.shape, flat.shape[-1])
+        out[self.keep.to(flat.device)] = flat
+        return out
+
+
+class GPTNeoXPreTrainedModel(nn.Module):
+    """What all classes share: loading, saving, moving, and the packed forward pass."""
+
+    base_model_prefix = "gpt_neox"
+    config: GPTNeoXConfig
+
+    def __init__(self, config: GPTNeoXConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.source = loading.Source()
+        self._ops: ModuleType | None = None
+        super().train(False)
+
+    # Loading and saving -----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls: type[Model], name: str | os.PathLike[str], **options: Any) -> Model:
+        """Load a folder or hub id. Options and their meaning: `loading.LoadOptions`."""
+        return loading.from_pretrained(cls, name, loading.LoadOptions.parse(options))
+
+    def save_pretrained(self, folder: str | os.PathLike[str], max_shard_size: int | str = "5GB") -> None:
+        """Write config.json, the weights and their manifest; the folder opens here and in transformers."""
+        loading.save_pretrained(self, Path(folder), max_shard_size)
+
+    def _initialize(self) -> None:
+        """Random weights, as for training: normal with the config's `initializer_range`, biases zero, norms identity."""
+        for module in self.modules():
+            if isinstance(module, Linear | nn.Embedding):
+                weight = module._parameters.get("weight")
+                if weight is None or weight.is_meta:
+                    continue
+                weight.normal_(0.0, self.config.initializer_range)
+                if isinstance(module, Linear) and module.bias is not None:
+                    module.bias.zero_()
+        self.requires_grad_(False)
+
+    # Placement --------------------------------------------------------------------------------------------------------
+
+    @property
+    def base_model(self) -> GPTNeoXModel:
+        return getattr(self, self.base_model_prefix, self)  # type: ignore[return-value]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.base_model.embed_in.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.base_model.embed_in.weight.device
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of activations between operations: float32 on the CPU, else the model's dtype."""
+        return torch.float32 if self.device.type == "cpu" else self.dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GPTNeoXPreTrainedModel:
+        self.__dict__["_ops"] = None  # kernels are bound again on the next call
+        return super()._apply(fn, recurse)  # type: ignore[return-value]
+
+    def cuda(self: Model, device: int | torch.device | None = None) -> Model:
+        if not torch.cuda.is_available():
+            raise ArgumentError("cuda(): torch sees no CUDA device here; leave .cuda() out to run on the CPU")
+        return super().cuda(device)
+
+    def to(self: Model, *args: Any, **kwargs: Any) -> Model:
+        device = torch._C._nn._parse_to(*args, **kwargs)[0]
+        if device is not None and device.type == "cuda" and not torch.cuda.is_available():
+            raise ArgumentError(f"to({str(device)!r}): torch sees no CUDA device here; use 'cpu'")
+        return super().to(*args, **kwargs)
+
+    def train(self: Model, mode: bool = True) -> Model:
+        if mode:
+            raise UnsupportedError(
+                "train(): this package is for inference; train with transformers, then load the result"
+            )
+        return super().train(False)
+
+    def num_parameters(self) -> int:
+        """Weights counted as numbers, whatever format stores them."""
+        linears = [m for m in self.modules() if isinstance(m, Linear) and m.format != DENSE]
+        return sum(p.numel() for p in self.parameters()) + sum(m.in_features * m.out_features for m in linears)
+
+    def get_memory_footprint(self) -> int:
+        """Bytes of all weights and tables."""
+        return sum(t.nbytes for t in {id(t): t for t in (*self.parameters(), *self.buffers())}.values())
+
+    # Running ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def ops(self) -> ModuleType:
+        """The backend's operations, chosen on the first call after loading or moving."""
+        if self._ops is None:
+            self._ops = dispatch.choose(self.device)
+        return self._ops
+
+    def new_pool(self, pages: int = 0, limit: int | None = None) -> PagePool:
+        """An empty KV cache pool for this model's layers, in the model's dtype."""
+        config = self.config
+        devices = [layer.input_layernorm.weight.device for layer in self.base_model.layers]
+        return PagePool(config.num_attention_heads, config.head_dim, self.dtype, devices, pages, limit)
+
+    def run_layers(
+        self, x: Tensor, pool: PagePool, batch: Batch, each: Callable[[Tensor], Any] | None = None
+    ) -> Tensor:
+        """x (tokens, hidden) through all blocks; `each` sees the input of every block. Tokens are cached on success."""
+        base = self.base_model
+        for layer in base.layers:
+            if each is not None:
+                each(x)
+            x = layer(x, self.ops, pool, batch, base.rotary.table)
+        batch.commit()
+        return x
+
+    def _packed(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        output_hidden_states: bool | None = None,
+        **other: Any,
+    ) -> Packed:
+        """Check the arguments of a forward pass, drop masked tokens and run the blocks."""
+        check_options(other)
+        given = _exactly_one(input_ids, inputs_embeds)
+        rows, width = given.shape[:2]
+        cache = past_key_values if past_key_values is not None else KVCache(self.new_pool(), rows)
+        _check_cache(cache, rows)
+        keep = _keep(attention_mask, rows, width, cache)
+        positions = self._positions(position_ids, rows, width, cache.width)[keep]
+        batch = Batch.reserve(cache.pool, cache.sequences, keep.sum(1).tolist(), positions)
+        if input_ids is not None:
+            x = self._embed(input_ids.cpu()[keep])
+        else:
+            x = given[keep.to(given.device)].to(self.device, self.compute_dtype)
+        seen: list[Tensor] = []
+        x = self.run_layers(x, cache.pool, batch, seen.append if output_hidden_states else None)
+        cache.append(keep)
+        packed = Packed(x, keep, cache, None)
+        if not output_hidden_states:
+            return packed
+        last = self.ops.final_norm(x, norm_of(self.base_model.final_layer_norm))
+        states = tuple(packed.unpack(h).to(self.dtype) for h in (*seen, last))
+        return Packed(x, keep, cache, states)
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        """ids (tokens,) -> x (tokens, hidden); ids outside the vocabulary are named."""
+        wrong = ids[(ids < 0) | (ids >= self.config.vocab_size)]
+        if len(wrong):
+            raise ArgumentError(f"input_ids: found {wrong[0].item()}, expected 0 to {self.config.vocab_size - 1}")
+        return self.ops.embed(ids, self.base_model.embed_in.weight, self.compute_dtype)
+
+    def _positions(self, position_ids: Tensor | None, rows: int, width: int, past: int) -> Tensor:
+        """Rotary positions (rows, width) on the CPU, refused beyond the context."""
+        limit = self.config.max_position_embeddings
+        if position_ids is None:
+            positions = torch.arange(past, past + width).expand(rows, width)
+        else:
+            positions = position_ids.cpu().long()
+            if positions.dim() != 2 or positions.shape[1] != width or positions.shape[0] not in (1, rows):
+                raise ArgumentError(f"position_ids are {tuple(positions.shape)}, expected {(rows, width)}")
+            positions = positions.expand(rows, width)
+        if positions.numel() and not 0 <= int(positions.min()) <= int(positions.max()) < limit:
+            raise ContextLengthError(
+                f"position {int(positions.max())} is outside the context: this model has {limit} positions "
+                f"(max_position_embeddings), the call has {width} tokens after {past} cached ones"
+            )
+        return positions
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.base_model.embed_in
+
+    def _output(self, return_dict: bool | None, **values: Any) -> Any:
+        output = ModelOutput(**values)
+        return output.to_tuple() if return_dict is False else output
+
+
+def check_options(other: dict[str, Any]) -> None:
+    """Refuse arguments of a forward pass that would otherwise be ignored."""
+    for name, value in other.items():
+        if name in REFUSED and value not in (None, False):
+            raise UnsupportedError(f"{name}: {REFUSED[name]}; leave it out")
+        if name not in REFUSED and name not in ACCEPTED:
+            raise ArgumentError(f"forward() knows no argument {name!r}")
+
+
+def _exactly_one(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ArgumentError("give exactly one of input_ids and inputs_embeds")
+    if input_ids is not None:
+        if input_ids.dim() != 2 or input_ids.is_floating_point():
+            raise ArgumentError(
+                f"input_ids are {tuple(input_ids.shape)} {input_ids.dtype}, expected (batch, tokens) int64"
+            )
+        return input_ids
+    assert inputs_embeds is not None
+    if inputs_embeds.dim() != 3:
+        raise ArgumentError(f"inputs_embeds are {tuple(inputs_embeds.shape)}, expected (batch, tokens, hidden)")
+    return inputs_embeds
+
+
+def _check_cache(cache: Any, rows: int) -> None:
+    if not isinstance(cache, KVCache):
+        raise UnsupportedError(
+            f"past_key_values is a {type(cache).__name__}; pass back what forward() returned, a neox_lite KVCache"
+        )
+    if len(cache) != rows:
+        raise ArgumentError(f"past_key_values holds {len(cache)} rows, but the call has {rows}")
+
+
+def _keep(mask: Tensor | None, rows: int, width: int, cache: KVCache) -> Tensor:
+    """Which of the new tokens (rows, width) are real; the mask may also cover the cached columns, and then must agree."""
+    if mask is None:
+        return torch.ones(rows, width, dtype=torch.bool)
+    if mask.dim() != 2:
+        raise UnsupportedError(f"attention_mask has {mask.dim()} dimensions; expected (batch, tokens) of 0 and 1")
+    past = cache.width
+    if mask.shape[0] != rows or mask.shape[1] not in (width, past + width):
+        raise ArgumentError(f"attention_mask is {tuple(mask.shape)}, expected {(rows, past + width)}")
+    mask = mask.cpu()
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise ArgumentError("attention_mask holds values other than 0 and 1")
+    keep = mask.bool()
+    if past and keep.shape[1] == past + width:
+        for row, columns in enumerate(cache.columns):
+            if keep[row, :past].nonzero().flatten().tolist() != columns:
+                raise ArgumentError(
+                    f"attention_mask: row {row} masks cached tokens differently from when they were cached"
+                )
+    return keep[:, -width:] if width else keep[:, :0]
+
+
+class GPTNeoXModel(GPTNeoXPreTrainedModel):
+    """The bare transformer: ids -> last hidden states."""
+
+    def __init__(self, config: GPTNeoXConfig, formats: Callable[[str], Format] | None = None) -> None:
+        super().__init__(config)
+        formats = formats or formats_of(config.quantization_config)
+        self.embed_in = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(GPTNeoXLayer(config, i, formats) for i in range(config.num_hidden_layers))
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.rotary = Rotary(config)
+        self._initialize()
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **other: Any,
+    ) -> Any:
+        """-> last_hidden_state (batch, tokens, hidden) in the model's dtype, past_key_values, hidden_states."""
+        packed = self._packed(
+            input_ids, attention_mask, position_ids, inputs_embeds, past_key_values, output_hidden_states, **other
+        )
+        last = self.ops.final_norm(packed.x, norm_of(self.final_layer_norm))
+        return self._output(
+            return_dict,
+            last_hidden_state=packed.unpack(last).to(self.dtype),
+            past_key_values=_cache_out(self, use_cache, packed),
+            hidden_states=packed.hidden_states,
+        )
+
+
+def _cache_out(model: GPTNeoXPreTrainedModel, use_cache: bool | None, packed: Packed) -> KVCache | None:
+    return packed.cache if (model.config.use_cache if use_cache is None else use_cache) else None
+
+
+class _Headed(GPTNeoXPreTrainedModel):
+    """A base model under `gpt_neox` and one output matrix."""
+
+    head_name: str
+
+    def __init__(
+        self, config: GPTNeoXConfig, features: int, bias: bool, formats: Callable[[str], Format] | None
+    ) -> None:
+        super().__init__(config)
+        self.gpt_neox = GPTNeoXModel(config, formats)
+        setattr(self, self.head_name, Linear(config.hidden_size, features, bias))
+        self._initialize()
+
+    @property
+    def head(self) -> Linear:
+        return getattr(self, self.head_name)
+
+    def _head(self, packed: Packed, rows: Tensor | None = None) -> Tensor:
+        """Final norm and output matrix of some tokens (None: all) -> (tokens, features) float32."""
+        norm = norm_of(self.gpt_neox.final_layer_norm)
+        out = self.ops.head(packed.x, rows, norm, self.head.handle)
+        return out if self.head.bias is None else out + self.head.bias.float()
+
+
+class GPTNeoXForCausalLM(_Headed, GenerationMixin):
+    """The language model: ids -> float32 logits over the vocabulary, and `generate`."""
+
+    head_name = "embed_out"
+    embed_out: Linear
+
+    def __init__(self, config: GPTNeoXConfig, formats: Callable[[str], Format] | None = None) -> None:
+        super().__init__(config, config.vocab_size, False, formats)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        if self.config.tie_word_embeddings and self.embed_out.format == DENSE:
+            self.embed_out.weight = self.gpt_neox.embed_in.weight
+
+    @property
+    def lm_head(self) -> Linear:
+        return self.embed_out
+
+    def get_output_embeddings(self) -> Linear:
+        return self.embed_out
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int = 0,
+        return_dict: bool | None = None,
+        **other: Any,
+    ) -> Any:
+        """-> loss, logits (batch, tokens, vocabulary) float32, past_key_values, hidden_states.
+
+        labels (batch, tokens), -100 for "do not score": the loss is the mean cross entropy of each label given the
+        tokens before it, leaving out labels whose preceding position is masked. logits_to_keep n > 0 computes the last
+        n columns only.
+        """
+        packed = self._packed(
+            input_ids, attention_mask, position_ids, inputs_embeds, past_key_values, output_hidden_states, **other
+        )
+        if logits_to_keep and labels is not None:
+            raise ArgumentError("logits_to_keep and labels exclude each other: the loss needs all logits")
+        if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
+            raise ArgumentError(f"logits_to_keep is {logits_to_keep!r}, expected a number of columns")
+        shown = packed.keep.clone()
+        if logits_to_keep:
+            shown[:, : max(0, shown.shape[1] - logits_to_keep)] = False
+        rows = shown[packed.keep].nonzero().flatten() if logits_to_keep else None
+        flat = self._head(packed, rows)
+        logits = Packed(packed.x, shown, packed.cache, None).unpack(flat)
+        if logits_to_keep:
+            logits = logits[:, -logits_to_keep:]
+        return self._output(
+            return_dict,
+            loss=None if labels is None else _language_loss(logits, labels, packed.keep),
+            logits=logits,
+            past_key_values=_cache_out(self, use_cache, packed),
+            hidden_states=packed.hidden_states,
+        )
+
+    # What generation asks of a model (generation.Stepper) ---------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, pool: PagePool, sequences: Sequence[CachedSequence], tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Append tokens[i] to sequences[i] -> float32 logits (sequences, vocabulary) after the last token of each."""
+        counts = [len(t) for t in tokens]
+        batch = Batch.reserve(pool, sequences, counts)
+        x = self._embed(torch.tensor([i for t in tokens for i in t]))
+        x = self.run_layers(x, pool, batch)
+        last = torch.tensor(batch.offsets[1:]) - 1
+        return self.ops.head(x, last, norm_of(self.gpt_neox.final_layer_norm), self.embed_out.handle)
+
+    def generate(self, input_ids: Tensor | None = None, **options: Any) -> Tensor:
+        """Continue a batch of prompts. Options and their meaning: `generation.Options`."""
+        return self._generate(input_ids, options)
+
+    def stream(self, prompt: str | Tensor | Sequence[int], **options: Any) -> Iterator[Event]:
+        """Continue one prompt, yielding an event for each token as it is chosen."""
+        return self._stream(prompt, options)
+
+
+def _language_loss(logits: Tensor, labels: Tensor, keep: Tensor) -> Tensor:
+    labels, keep = labels.to(logits.device), keep.to(logits.device)
+    _check_labels(labels, keep, logits.shape[-1])
+    targets = torch.where(keep[:, :-1], labels[:, 1:], -100)
+    return functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=-100)
+
+
+def _check_labels(labels: Tensor, keep: Tensor, classes: int) -> None:
+    if labels.shape != keep.shape:
+        raise ArgumentError(f"labels are {tuple(labels.shape)}, expected {tuple(keep.shape)}")
+    if bool((labels[~keep] != -100).any()):
+        raise ArgumentError("labels: a masked position has a label other than -100; set labels there to -100")
+    wrong = labels[(labels != -100) & ((labels < 0) | (labels >= classes))]
+    if len(wrong):
+        raise ArgumentError(f"labels: found {wrong[0].item()}, expected -100 or 0 to {classes - 1}")
+
+
+class GPTNeoXForSequenceClassification(_Headed):
+    """A score for each class from the last real token of each row."""
+
+    head_name = "score"
+    score: Linear
+
+    def __init__(self, config: GPTNeoXConfig, formats: Callable[[str], Format] | None = None) -> None:
+        super().__init__(config, config.num_labels, False, formats)
+        self.num_labels = config.num_labels
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **other: Any,
+    ) -> Any:
+        """-> loss, logits (batch, labels) float32, past_key_values, hidden_states.
+
+        The last token is the rightmost that attention_mask keeps; without a mask, the rightmost that is not
+        pad_token_id; with neither, a batch must be a single row. The loss follows config.problem_type.
+        """
+        packed = self._packed(
+            input_ids, attention_mask, position_ids, inputs_embeds, past_key_values, output_hidden_states, **other
+        )
+        last = self._last_tokens(input_ids, packed.keep, attention_mask is not None)
+        first_of_row = packed.keep.sum(1).cumsum(0) - packed.keep.sum(1)
+        place = packed.keep.cumsum(1)[torch.arange(len(last)), last] - 1
+        logits = self._head(packed, first_of_row + place)
+        return self._output(
+            return_dict,
+            loss=None if labels is None else self._loss(logits, labels),
+            logits=logits,
+            past_key_values=_cache_out(self, use_cache, packed),
+            hidden_states=packed.hidden_states,
+        )
+
+    def _last_tokens(self, ids: Tensor | None, keep: Tensor, masked: bool) -> Tensor:
+        """Column (rows,) of the token to score."""
+        rows, width = keep.shape
+        pad = self.config.pad_token_id
+        real = keep
+        if not masked and ids is not None and pad is not None:
+            real = ids.cpu() != pad
+        elif not masked and rows > 1:
+            raise ArgumentError(
+                f"a batch of {rows} rows without attention_mask needs config.pad_token_id to find each row's last token"
+            )
+        if not bool(real.any(1).all()):
+            raise ArgumentError(f"row {int((~real.any(1)).nonzero()[0])} holds padding only; it has no token to score")
+        return width - 1 - real.flip(1).int().argmax(1)
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        labels = labels.to(logits.device)
+        kind = self.config.problem_type
+        if kind is None:
+            single = labels.dtype in (torch.long, torch.int)
+            kind = "regression" if self.num_labels == 1 else "single_label" if single else "multi_label"
+        if kind == "regression":
+            return functional.mse_loss(logits.squeeze(), labels.squeeze().to(logits.dtype))
+        if kind.startswith("single_label"):
+            return functional.cross_entropy(logits.view(-1, self.num_labels), labels.view(-1))
+        return functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+
+
+class GPTNeoXForTokenClassification(_Headed):
+    """Scores for each class at every token."""
+
+    head_name = "classifier"
+    classifier: Linear
+
+    def __init__(self, config: GPTNeoXConfig, formats: Callable[[str], Format] | None = None) -> None:
+        super().__init__(config, config.num_labels, True, formats)
+        self.num_labels = config.num_labels
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **other: Any,
+    ) -> Any:
+        """-> loss (mean cross entropy where labels are not -100), logits (batch, tokens, labels) float32, hidden_states."""
+        packed = self._packed(
+            input_ids, attention_mask, position_ids, inputs_embeds, past_key_values, output_hidden_states, **other
+        )
+        logits = packed.unpack(self._head(packed))
+        loss = None
+        if labels is not None:
+            labels, keep = labels.to(logits.device), packed.keep.to(logits.device)
+            _check_labels(labels, keep, self.num_labels)
+            loss = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+        return self._output(return_dict, loss=loss, logits=logits, hidden_states=packed.hidden_states)
+
+
+class GPTNeoXForQuestionAnswering(_Headed):
+    """Scores of every token for being the first and the last of the answer."""
+
+    head_name = "qa_outputs"
+    qa_outputs: Linear
+
+    def __init__(self, config: GPTNeoXConfig, formats: Callable[[str], Format] | None = None) -> None:
+        super().__init__(config, 2, True, formats)
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **other: Any,
+    ) -> Any:
+        """-> loss, start_logits and end_logits (batch, tokens) float32, hidden_states.
+
+        start_positions and end_positions (batch,) are columns; one outside the row is left out of the loss.
+        """
+        packed = self._packed(
+            input_ids, attention_mask, position_ids, inputs_embeds, None, output_hidden_states, **other
+        )
+        start, end = packed.unpack(self._head(packed)).unbind(-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = (_span_loss(start, start_positions) + _span_loss(end, end_positions)) / 2
+        return self._output(
+            return_dict, loss=loss, start_logits=start, end_logits=end, hidden_states=packed.hidden_states
+        )
+
+
+def _span_loss(logits: Tensor, positions: Tensor) -> Tensor:
+    width = logits.shape[1]
+    targets = positions.to(logits.device).view(-1).clamp(0, width)
+    return functional.cross_entropy(logits, targets, ignore_index=width)
