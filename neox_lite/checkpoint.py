@@ -73,7 +73,7 @@ class Checkpoint:
     def open(cls, folder: str | Path) -> "Checkpoint":
         """Open the one set of weights in a folder: safetensors before .bin, an index before a single file.
 
-        Raises CheckpointError if there is none, or if a file, the index or a link is malformed, inconsistent or unsafe.
+        Raises CheckpointError if there is none, or if a file, index or link is malformed, inconsistent or unsafe.
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -284,8 +284,8 @@ def verify_folder(folder: str | Path, progress: Callable[[int], object] | None =
     """Read a folder through and list what is wrong with it, one line each; [] if nothing.
 
     Sizes and SHA-256 of every file in the manifest, weight files that are not in it, the rules that Checkpoint.open
-    checks, and values that are not finite; shapes are checked against a config elsewhere. progress is called with numbers
-    of bytes as they are read: each weight twice, once for its hash and once for its values.
+    checks, and values that are not finite; shapes are checked against a config elsewhere. progress is called with
+    numbers of bytes as they are read: each weight twice, once for its hash and once for its values.
     """
     folder, told = Path(folder), progress or (lambda count: None)
     if not folder.is_dir():

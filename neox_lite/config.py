@@ -7,8 +7,9 @@ import difflib
 import json
 import math
 import os
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,9 @@ ROPE_REFUSED = {
 OFF_ONLY: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "is_encoder_decoder": (False,),
+    "output_attentions": (False, None),
+    "output_hidden_states": (False, None),
+    "return_dict": (True, None),
     "cross_attention_hidden_size": (None,),
     "chunk_size_feed_forward": (0,),
     "pruned_heads": ({}, None),
@@ -79,10 +83,7 @@ KEPT = {
     "finetuning_task",
     "gradient_checkpointing",
     "is_decoder",
-    "output_attentions",
-    "output_hidden_states",
     "prefix",
-    "return_dict",
     "sep_token_id",
     "task_specific_params",
     "tf_legacy_loss",
@@ -102,7 +103,7 @@ def _integer(low: int) -> Check:
 
 def _number(low: float, high: float = math.inf, open_low: bool = False) -> Check:
     def check(v: Any) -> str | None:
-        ok = isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
+        ok = isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) <= sys.float_info.max  # false for NaN
         ok = ok and (v > low if open_low else v >= low) and v <= high
         bound = f"above {low}" if open_low else f"at least {low}"
         return None if ok else f"a number {bound}" + ("" if high == math.inf else f" and at most {high}")
@@ -192,9 +193,16 @@ def parse_json(text: str, where: str) -> dict[str, Any]:
     def no_constant(name: str) -> Any:
         raise ConfigError(f"{where}: contains {name}, which is not JSON")
 
+    def finite(digits: str) -> float:
+        if math.isinf(number := float(digits)):
+            raise ConfigError(f"{where}: {digits} is too large for a float")
+        return number
+
     try:
-        value = json.loads(text, object_pairs_hook=unique, parse_constant=no_constant)
-    except (json.JSONDecodeError, RecursionError) as error:
+        value = json.loads(text, object_pairs_hook=unique, parse_float=finite, parse_constant=no_constant)
+    except ConfigError:
+        raise
+    except (ValueError, RecursionError) as error:  # ValueError: also an integer of thousands of digits
         raise ConfigError(f"{where}: not valid JSON ({error})") from error
     if not isinstance(value, dict):
         raise ConfigError(f"{where}: found a JSON {type(value).__name__}, expected an object")
@@ -240,7 +248,7 @@ class GPTNeoXConfig:
 
     def __init__(self, **keys: Any) -> None:
         keys = copy.deepcopy(keys)
-        where = keys.pop("_where", "GPTNeoXConfig")
+        where, announced = keys.pop("_where", "GPTNeoXConfig"), keys.pop("_announced", ())
         self.extra: dict[str, Any] = {}
         _refuse(keys, where)
         for name, field in FIELDS.items():
@@ -257,7 +265,7 @@ class GPTNeoXConfig:
         if self.quantization_config is not None and not isinstance(self.quantization_config, dict):
             raise ConfigError(f"{where}: quantization_config is {self.quantization_config!r}, expected an object")
         self._check_shape(where)
-        self._keep(keys, where)
+        self._keep(keys, where, announced)
 
     def _check_shape(self, where: str) -> None:
         if self.hidden_size % self.num_attention_heads:
@@ -271,8 +279,8 @@ class GPTNeoXConfig:
                 "dimensions, expected an even number of at least 2"
             )
 
-    def _keep(self, keys: dict[str, Any], where: str) -> None:
-        unknown = sorted(k for k in keys if k not in KEPT)
+    def _keep(self, keys: dict[str, Any], where: str, announced: Collection[str]) -> None:
+        unknown = sorted(k for k in keys if k not in KEPT and k not in announced)
         if unknown:
             known = [*FIELDS, "rope_parameters", "rotary_pct", "rotary_emb_base"]
             near = {k: difflib.get_close_matches(k, known, 1, 0.8) for k in unknown}
@@ -282,7 +290,7 @@ class GPTNeoXConfig:
             )
         self.extra = keys
         for key, value in keys.items():
-            if not hasattr(type(self), key):
+            if not hasattr(self, key):
                 setattr(self, key, value)
 
     # Derived sizes ----------------------------------------------------------------------------------------------------
@@ -333,7 +341,7 @@ class GPTNeoXConfig:
 
     @classmethod
     def from_dict(cls, keys: dict[str, Any], **overrides: Any) -> GPTNeoXConfig:
-        return cls(**{**keys, **overrides})
+        return cls(**_overridden(keys, overrides))
 
     @classmethod
     def from_pretrained(
@@ -348,12 +356,13 @@ class GPTNeoXConfig:
         path = folder / "config.json"
         if not path.is_file():
             raise ConfigError(f"{folder}: no config.json; a model folder holds config.json and its weights")
-        return cls(**{**read_json(path), **overrides, "_where": str(path)})
+        return cls(**{**_overridden(read_json(path), overrides), "_where": str(path)})
 
     def to_dict(self) -> dict[str, Any]:
         """All keys, in both the v4 and the v5 form, ready for config.json."""
         keys: dict[str, Any] = {k: v for k, v in self.extra.items() if not k.startswith("_")}
-        keys |= {k: v for k in FIELDS if (v := getattr(self, k)) is not None or k == "eos_token_id"}
+        nullable = ("bos_token_id", "eos_token_id")  # left out, they would mean 0 and 2
+        keys |= {k: v for k in FIELDS if (v := getattr(self, k)) is not None or k in nullable}
         keys |= {
             "model_type": self.model_type,
             "rotary_pct": self.rotary_pct,
@@ -383,19 +392,28 @@ class GPTNeoXConfig:
 
     def copy(self, **overrides: Any) -> GPTNeoXConfig:
         """An independent copy with some keys replaced; rotary keys may be given in either form."""
-        keys = self.to_dict()
-        if {"rotary_pct", "rotary_emb_base", "rope_scaling"} & overrides.keys():
-            del keys["rope_parameters"]
-        for pair in ({"dtype", "torch_dtype"},):
-            if pair & overrides.keys():
-                keys = {k: v for k, v in keys.items() if k not in pair}
-        return type(self)(**{**keys, **overrides})
+        return type(self)(**_overridden(self.to_dict(), overrides), _announced=tuple(self.extra))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, GPTNeoXConfig) and self.to_dict() == other.to_dict()
 
     def __repr__(self) -> str:
         return f"GPTNeoXConfig {self.to_json_string().strip()}"
+
+
+def _overridden(keys: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """`keys` with some replaced, so that a key's other spelling in `keys` does not outvote the override."""
+    keys, v4 = dict(keys), {"rotary_pct", "rotary_emb_base", "rope_scaling"}
+    if "rope_parameters" in overrides:
+        keys = {k: v for k, v in keys.items() if k not in v4}
+    elif (given := v4 & overrides.keys()) and isinstance(rope := keys.pop("rope_parameters", None), dict):
+        old = {"rotary_pct": "partial_rotary_factor", "rotary_emb_base": "rope_theta"}
+        keys |= {name: rope[key] for name, key in old.items() if key in rope}
+        if "rope_scaling" not in given:
+            keys["rope_scaling"] = {k: v for k, v in rope.items() if k not in old.values()}
+    if {"dtype", "torch_dtype"} & overrides.keys():
+        keys = {k: v for k, v in keys.items() if k not in ("dtype", "torch_dtype")}
+    return {**keys, **overrides}
 
 
 def _refuse(keys: dict[str, Any], where: str) -> None:
@@ -409,7 +427,8 @@ def _refuse(keys: dict[str, Any], where: str) -> None:
     if kv_heads not in (None, heads):
         raise ConfigError(f"{where}: num_key_value_heads is {kv_heads!r}, expected {heads}: no grouped queries here")
     head_dim = keys.pop("head_dim", None)
-    if head_dim is not None and head_dim * heads != keys.get("hidden_size", 6144):
+    fits = head_dim is None or (isinstance(head_dim, int) and isinstance(heads, int))
+    if not fits or (head_dim is not None and head_dim * heads != keys.get("hidden_size", 6144)):
         raise ConfigError(f"{where}: head_dim is {head_dim!r}, expected hidden_size / num_attention_heads")
     for key, allowed in OFF_ONLY.items():
         if key in keys and (value := keys.pop(key)) not in allowed:
@@ -431,17 +450,19 @@ def _pop_rope(keys: dict[str, Any], config: GPTNeoXConfig, where: str) -> dict[s
     for name, value in (("rope_parameters", new), ("rope_scaling", old)):
         if not isinstance(value, dict):
             raise ConfigError(f"{where}: {name} is {value!r}, expected an object")
-    new, old = ({**r, "rope_type": r.get("rope_type", r.get("type"))} for r in (dict(new), dict(old)))
-    for r in (new, old):
-        r.pop("type", None)
-        if r["rope_type"] is None:
-            del r["rope_type"]
+    new, old = _named(dict(new), f"{where}: rope_parameters"), _named(dict(old), f"{where}: rope_scaling")
     for key in new.keys() & old.keys():
         if new[key] != old[key]:
             raise ConfigError(f"{where}: rope_parameters.{key} is {new[key]!r} but rope_scaling.{key} is {old[key]!r}")
     pct, base = keys.pop("rotary_pct", None), keys.pop("rotary_emb_base", None)
     if (trained := keys.pop("original_max_position_embeddings", None)) is not None:
-        new.setdefault("original_max_position_embeddings", trained)
+        found = {**old, **new}.get("original_max_position_embeddings", trained)
+        if found != trained:
+            raise ConfigError(
+                f"{where}: original_max_position_embeddings is {trained!r} but the rope settings say {found!r}"
+            )
+        if {**old, **new}.get("rope_type") in ("llama3", "yarn"):
+            new["original_max_position_embeddings"] = trained
     rope = {
         "rope_type": "default",
         "rope_theta": 10000.0 if base is None else base,
@@ -452,8 +473,18 @@ def _pop_rope(keys: dict[str, Any], config: GPTNeoXConfig, where: str) -> dict[s
     return _checked_rope(rope, config.max_position_embeddings, where)
 
 
+def _named(rope: dict[str, Any], where: str) -> dict[str, Any]:
+    """Rope settings with their form under `rope_type` alone; old files say `type`, and some say both."""
+    kinds = {key: kind for key in ("rope_type", "type") if (kind := rope.pop(key, None)) is not None}
+    if kinds.get("type", kinds.get("rope_type")) != kinds.get("rope_type", kinds.get("type")):
+        raise ConfigError(f"{where}: rope_type is {kinds['rope_type']!r} but type is {kinds['type']!r}; keep one")
+    return {**rope, "rope_type": next(iter(kinds.values()))} if kinds else rope
+
+
 def _checked_rope(rope: dict[str, Any], max_positions: int, where: str) -> dict[str, Any]:
     kind = rope["rope_type"]
+    if not isinstance(kind, str):
+        raise ConfigError(f"{where}: rope_type is {kind!r}, expected one of {', '.join(ROPE_KEYS)}")
     if kind in ROPE_REFUSED:
         raise ConfigError(f"{where}: rope_type {kind!r} is refused: {ROPE_REFUSED[kind]}; use {', '.join(ROPE_KEYS)}")
     if kind not in ROPE_KEYS:
@@ -502,8 +533,12 @@ def _pop_labels(keys: dict[str, Any], where: str) -> tuple[dict[int, str], dict[
         return _labels(2 if count is None else count)
     try:
         labels = {int(k): str(v) for k, v in names.items()}
-    except (AttributeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise ConfigError(f"{where}: id2label is {names!r}, expected an object from label numbers to names") from error
+    try:
+        numbers = {str(k): int(v) for k, v in (ids or {}).items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(f"{where}: label2id is {ids!r}, expected an object from names to label numbers") from error
     if count is not None and count != len(labels):
         return _labels(count)  # transformers lets num_labels win over a list of names with another length
-    return labels, {str(k): int(v) for k, v in ids.items()} if ids else {v: k for k, v in labels.items()}
+    return labels, numbers or {v: k for k, v in labels.items()}

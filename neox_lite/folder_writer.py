@@ -1,7 +1,7 @@
 """The atomic writer of a model folder, and the manifest it leaves; it never opens a weight file to read tensors.
 
-A weight file is written at NAME.partial and renamed when every byte is there, synced and hashed. config.json comes last, so a
-folder that looks complete is complete. Outputs carry no times and no paths: the same input gives the same bytes.
+A weight file is written at NAME.partial and renamed when every byte is there, synced and hashed. config.json comes last,
+so a folder that looks complete is complete. Outputs carry no times and no paths: the same input gives the same bytes.
 """
 
 import contextlib
@@ -230,7 +230,7 @@ class FolderWriter:
     def __init__(
         self, folder: str | Path, source: str | Path | None = None, metadata: Mapping[str, str] | None = None
     ) -> None:
-        """source: the folder being read, which must be another one. metadata: every weight file's, None: {"format": "pt"}."""
+        """source: the folder being read, which must be another. metadata: of the weight files, None is {"format": "pt"}."""
         self.folder = Path(folder)
         self.plan: list[list[Spec]] = []
         self._metadata = {"format": "pt"} if metadata is None else dict(metadata)

@@ -243,7 +243,7 @@ def _explain(error: Exception, repo_id: str, revision: str | None) -> HubError |
     endpoint = _endpoint()
     cause = error.__cause__
     if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(cause, Exception):
-        return _explain(cause, repo_id, revision) or _UnreachableError(f"{repo_id}: {endpoint} cannot be reached")
+        return _explain(cause, repo_id, revision) or _UnreachableError(f"{repo_id}: no connection to {endpoint}")
     if isinstance(error, errors.GatedRepoError):
         return HubError(f"{repo_id}: gated; accept its terms at {endpoint}/{repo_id}, then set HF_TOKEN to your token")
     if isinstance(error, errors.RevisionNotFoundError):
@@ -261,7 +261,7 @@ def _explain(error: Exception, repo_id: str, revision: str | None) -> HubError |
     network = ("requests", "urllib3", "httpx", "httpx2", "httpcore", "httpcore2")
     if type(error).__module__.split(".")[0] in network or isinstance(error, ConnectionError | TimeoutError):
         return _UnreachableError(
-            f"{repo_id}: {endpoint} cannot be reached ({type(error).__name__}); check the network, or set HF_ENDPOINT"
+            f"{repo_id}: no connection to {endpoint} ({type(error).__name__}); check the network, or set HF_ENDPOINT"
         )
     if "Consistency check failed" in str(error):
         return HubError(f"{repo_id}: a download was cut short; run again")

@@ -177,6 +177,10 @@ class GPTNeoXLayer(nn.Module):
         self.attention = GPTNeoXAttention(config, f"{name}.attention", formats)
         self.mlp = GPTNeoXMLP(config, f"{name}.mlp", formats)
 
+    @property
+    def device(self) -> torch.device:
+        return self.input_layernorm.weight.device
+
     def forward(self, x: Tensor, ops: ModuleType, cache: PagePool, batch: Batch, rotary: Tensor) -> Tensor:
         """x (tokens, hidden) -> (tokens, hidden), by the operations of one backend."""
         norm1, norm2 = norm_of(self.input_layernorm), norm_of(self.post_attention_layernorm)

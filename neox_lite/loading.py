@@ -1,4 +1,4 @@
-"""from_pretrained and save_pretrained: config + checkpoint -> tensors in their place, and back. Takes the class to build."""
+"""from_pretrained: config + checkpoint -> tensors in their place on their device. Takes the class to build."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,28 +21,16 @@ from torch import Tensor, nn
 from .checkpoint import Checkpoint
 from .config import GPTNeoXConfig
 from .errors import ArgumentError, CheckpointError, FormatError, NeoxLiteError, UnsupportedError
-from .folder_writer import FolderWriter, Spec, split_into_shards
-from .formats import DENSE, Format, GroupInt, Weight, formats_of, make_format, quantization_config
+from .formats import Format, GroupInt, formats_of, make_format, quantization_config
 from .hub import resolve
 from .layers import Linear
+from .saving import HEAD, parse_bytes
 
 if TYPE_CHECKING:
     from .model import GPTNeoXPreTrainedModel
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-HEAD = "neox_lite_head.safetensors"  # the small head, outside of the index so that other readers ignore it
 SLICE_ELEMENTS = 1 << 23  # weights read and quantized at a time: 32 MB as float32
-# Small files that travel with a model.
-COMPANIONS = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 # Options of transformers that scripts pass, and what stands for them here.
 EXPLAINED = {
     "trust_remote_code": "code from checkpoints is never run",
@@ -171,8 +159,7 @@ def from_pretrained(cls: type[GPTNeoXPreTrainedModel], name: str | os.PathLike[s
                 again = LoadOptions(device_map=options.device_map, max_memory=options.max_memory, dtype=dtype)
                 return from_pretrained(cls, cached, again)
         config.dtype = str(dtype).removeprefix("torch.")
-        model = _empty(cls, config, target)
-        _fill(model, checkpoint, target, dtype, folder)
+        model = Blueprint(cls, config, checkpoint, target).fill(dtype)
     if target is not None:
         _keep_quantized(model, cached)
     model.source = Source(folder, os.fspath(name), options.revision)
@@ -200,107 +187,102 @@ def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return checkpoint.info(name).dtype if name else torch.float32
 
 
-def _empty(cls: type[GPTNeoXPreTrainedModel], config: GPTNeoXConfig, target: GroupInt | None) -> GPTNeoXPreTrainedModel:
-    """The model without memory: every tensor has its shape and name, on the meta device."""
-    stored = formats_of(config.quantization_config)
-    if target is None:
-        formats: Callable[[str], Format] = stored
-    else:
-        formats = lambda name: target  # noqa: E731
-        config.quantization_config = quantization_config(target)
-    with torch.device("meta"):
-        model = cls(config, formats=formats)  # type: ignore[call-arg]
-    for name, module in model.named_modules():
-        if isinstance(module, Linear) and (reason := module.format.why_not(module.shape)) is not None:
-            raise FormatError(f"{name}: {reason}")
-    return model
+class Blueprint:
+    """A class built without memory, what a checkpoint calls each of its tensors, and the proof that all of them fit.
 
+    target: the format that linear layers get from a plain checkpoint; None: the one the config says they have.
+    Raises FormatError or CheckpointError naming what does not fit.
+    """
 
-def _names(model: GPTNeoXPreTrainedModel, checkpoint: Checkpoint) -> Callable[[str], str]:
-    """From this model's tensor names to the checkpoint's, which may have or lack the base model's prefix."""
-    prefix = model.base_model_prefix + "."
-    stored = checkpoint.names()
-    has_prefix = any(n.startswith(prefix) for n in stored)
-    wants_prefix = model.base_model is not model
+    def __init__(
+        self,
+        cls: type[GPTNeoXPreTrainedModel],
+        config: GPTNeoXConfig,
+        checkpoint: Checkpoint,
+        target: GroupInt | None = None,
+    ) -> None:
+        self.checkpoint, self.target = checkpoint, target
+        if target is None:
+            formats: Callable[[str], Format] = formats_of(config.quantization_config)
+        else:
+            formats = lambda name: target  # noqa: E731
+        with torch.device("meta"):
+            self.model = cls(config, formats=formats)  # type: ignore[call-arg]
+        self.heads = [name for name, module in self.model.named_children() if isinstance(module, Linear)]
+        if target is not None:
+            config.quantization_config = quantization_config(target, self.heads)
+        self.tied = config.tie_word_embeddings and hasattr(self.model, "embed_out")
+        self.fresh: list[str] = []  # task heads that the checkpoint lacks
+        self._check()
 
-    def rename(name: str) -> str:
-        if name.startswith("embed_out.") and "embed_out.weight" not in checkpoint and "lm_head.weight" in checkpoint:
-            return name.replace("embed_out.", "lm_head.")
-        if wants_prefix and not has_prefix:
-            return name.removeprefix(prefix)
-        return prefix + name if has_prefix and not wants_prefix else name
+    def stored(self, name: str) -> str:
+        """The checkpoint's name of a tensor: it may have or lack the base model's prefix, and call the head lm_head."""
+        prefix, here = self.model.base_model_prefix + ".", self.checkpoint
+        if name == "embed_out.weight" and name not in here and "lm_head.weight" in here:
+            return "lm_head.weight"
+        if name.partition(".")[0] in self.heads:
+            return name
+        has_prefix = any(n.startswith(prefix) for n in here.names())
+        return prefix + name.removeprefix(prefix) if has_prefix else name.removeprefix(prefix)
 
-    return rename
+    def is_encoded(self, module: nn.Module) -> bool:
+        """Whether a module's dense weight is to be quantized on its way in."""
+        return self.target is not None and isinstance(module, Linear) and module.format == self.target
 
-
-def _fill(
-    model: GPTNeoXPreTrainedModel, checkpoint: Checkpoint, target: GroupInt | None, dtype: torch.dtype, folder: Path
-) -> None:
-    """Put every tensor in its place: mapped from the file where dtype and format are the file's, else converted."""
-    rename = _names(model, checkpoint)
-    heads = {n for n, m in model.named_children() if isinstance(m, Linear)}
-    expected: dict[str, tuple[Sequence[int], tuple[torch.dtype, ...] | None]] = {}
-    floating = tuple(DTYPES.values())
-    fresh = []
-    tied = model.config.tie_word_embeddings and hasattr(model, "embed_out")
-    for name, tensor in model.state_dict().items():
-        if tied and name == "embed_out.weight":
-            continue
-        stored = rename(name)
-        module = name.rpartition(".")[0]
-        if stored not in checkpoint and module in heads and not name.startswith("embed_out"):
-            fresh.append(name)
-        elif target is None or not name.endswith(tuple(target.specs((1, target.group_size), dtype))):
-            expected[stored] = tuple(tensor.shape), floating if tensor.is_floating_point() else (tensor.dtype,)
-    for name, module in model.named_modules():
-        if target is not None and isinstance(module, Linear) and module.format != DENSE:
-            expected[rename(f"{name}.weight")] = module.shape, floating
-    _check(model, checkpoint, expected, tied)
-    for name, module in model.named_modules():
-        _fill_module(model, name, module, checkpoint, rename, target, dtype)
-    if fresh:
-        _initialize_heads(model, fresh, dtype, folder)
-    if tied:
-        model.tie_weights()  # type: ignore[operator]
-
-
-def _check(model: GPTNeoXPreTrainedModel, checkpoint: Checkpoint, expected: dict[str, Any], tied: bool) -> None:
-    """Compare with the checkpoint, allowing a head that this class does not have, and a second copy of a tied one."""
-    spare = {"embed_out.weight", "lm_head.weight"} & set(checkpoint.names()) - expected.keys()
-    if tied:
-        for name in spare:
-            embedding = next(n for n in expected if n.endswith("embed_in.weight"))
-            if not torch.equal(checkpoint.tensor(name), checkpoint.tensor(embedding)):
+    def _check(self) -> None:
+        floating = tuple(DTYPES.values())
+        expected: dict[str, tuple[Sequence[int], tuple[torch.dtype, ...] | None]] = {}
+        for name, module in self.model.named_modules():
+            if isinstance(module, Linear) and (reason := module.format.why_not(module.shape)) is not None:
+                raise FormatError(f"{name}: {reason}")
+            for key, tensor in self._own_tensors(name, module):
+                stored = self.stored(key)
+                if name in self.heads and name != "embed_out" and stored not in self.checkpoint:
+                    self.fresh.append(key)
+                elif not (self.tied and name == "embed_out"):
+                    expected[stored] = tuple(tensor.shape), floating if tensor.is_floating_point() else (tensor.dtype,)
+        spare = {"embed_out.weight", "lm_head.weight"} & set(self.checkpoint.names()) - expected.keys()
+        if hasattr(self.model, "embed_out") and not self.tied:
+            spare = set()
+        self.checkpoint.check({**expected, **{n: (self.checkpoint.info(n).shape, None) for n in spare}})
+        for name in spare if self.tied else ():
+            embedding = self.stored("gpt_neox.embed_in.weight")
+            if not torch.equal(self.checkpoint.tensor(name), self.checkpoint.tensor(embedding)):
                 raise CheckpointError(
-                    f"{checkpoint.folder}: the config ties the head to the embedding, but {name} differs from {embedding}; "
-                    "set tie_word_embeddings to false to use it"
+                    f"{self.checkpoint.folder}: the config ties the head to the embedding, but {name} differs from "
+                    f"{embedding}; set tie_word_embeddings to false to use it"
                 )
-    elif hasattr(model, "embed_out"):
-        spare = set()
-    checkpoint.check({**expected, **{n: (checkpoint.info(n).shape, None) for n in spare}})
 
+    def _own_tensors(self, name: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """(full name, meta tensor) of what the checkpoint must hold for this module itself, not its children."""
+        dot = f"{name}." if name else ""
+        if self.is_encoded(module):
+            assert isinstance(module, Linear)
+            yield f"{dot}weight", torch.empty(module.shape, device="meta")
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            encoded = self.is_encoded(module) and key != "bias"
+            if tensor is not None and not encoded and key not in module._non_persistent_buffers_set:
+                yield dot + key, tensor
 
-def _fill_module(
-    model: GPTNeoXPreTrainedModel,
-    name: str,
-    module: nn.Module,
-    checkpoint: Checkpoint,
-    rename: Callable[[str], str],
-    target: GroupInt | None,
-    dtype: torch.dtype,
-) -> None:
-    prefix = f"{name}." if name else ""
-    for key, parameter in list(module._parameters.items()):
-        stored = rename(prefix + key)
-        if parameter is not None and stored in checkpoint:
-            setattr(module, key, nn.Parameter(checkpoint.tensor(stored).to(dtype), requires_grad=False))
-    if not isinstance(module, Linear) or module.format == DENSE:
-        return
-    if target is not None:
-        quantize_module(module, checkpoint, rename(f"{prefix}weight"), dtype)
-        return
-    for key in module._buffers:
-        setattr(module, key, checkpoint.tensor(rename(prefix + key)))
+    def fill(self, dtype: torch.dtype) -> GPTNeoXPreTrainedModel:
+        """Put every tensor in its place: mapped where dtype and format are the file's, else converted."""
+        for name, module in self.model.named_modules():
+            if self.is_encoded(module):
+                assert isinstance(module, Linear)
+                quantize_module(module, self.checkpoint, self.stored(f"{name}.weight"), dtype)
+            for key, _ in self._own_tensors(name, module):
+                stored, last = self.stored(key), key.rpartition(".")[2]
+                if stored not in self.checkpoint or last not in (*module._parameters, *module._buffers):
+                    continue
+                value = self.checkpoint.tensor(stored)
+                if last in module._parameters:
+                    setattr(module, last, nn.Parameter(value.to(dtype), requires_grad=False))
+                else:
+                    setattr(module, last, value)
+        _initialize_heads(self.model, self.fresh, dtype, self.checkpoint.folder)
+        if self.tied:
+            self.model.tie_weights()  # type: ignore[operator]
+        return self.model
 
 
 def quantize_module(module: Linear, checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> None:
@@ -330,7 +312,10 @@ def encode_rows(
 
 
 def _initialize_heads(model: GPTNeoXPreTrainedModel, fresh: list[str], dtype: torch.dtype, folder: Path) -> None:
-    warnings.warn(f"{folder}: has no {', '.join(fresh)}; initialized at random, so train it before use", stacklevel=5)
+    if fresh:
+        warnings.warn(
+            f"{folder}: has no {', '.join(fresh)}; initialized at random, so train it before use", stacklevel=6
+        )
     for name in fresh:
         module = model.get_submodule(name.rpartition(".")[0])
         key = name.rpartition(".")[2]
@@ -400,98 +385,9 @@ def _roomiest(model_bytes: int, limits: dict[Any, int | str]) -> torch.device:
     return torch.device("cpu")
 
 
-def parse_bytes(value: int | str) -> int:
-    """A number of bytes, or text such as "8GiB" or "500MB"."""
-    if isinstance(value, int):
-        return value
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?)(i?)B?\s*", value, re.IGNORECASE)
-    if match is None:
-        raise ArgumentError(f"{value!r} is not a size; write for instance '8GiB' or '500MB'")
-    power = " KMGT".index(match[2].upper() or " ")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
-
-
 def announce(text: str) -> None:
     """Tell the user a decision, once, on stderr."""
     print(f"neox-lite: {text}", file=sys.stderr)
-
-
-# Writing --------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Part:
-    """The tensors of one module on their way into a folder: what they will be, and the values by row slices."""
-
-    specs: list[Spec]
-    rows: Callable[[], Iterable[tuple[str, Tensor, int]]]  # (full name, rows, first row)
-
-
-def write_model(
-    folder: Path,
-    config: GPTNeoXConfig,
-    parts: Sequence[Part],
-    companions: Mapping[str, bytes],
-    head: Part | None = None,
-    max_shard_bytes: int = 5_000_000_000,
-    source: Path | None = None,
-    progress: Callable[[int], object] | None = None,
-    **manifest: Any,
-) -> None:
-    """Write a model folder, atomically and in bounded memory. progress is told the bytes of each slice written."""
-    order = {"weight_packed": 0, "weight_scale": 1, "weight_shape": 3}  # vector data first, so that it starts aligned
-    by_name = {spec.name: part for part in parts for spec in part.specs}
-    with FolderWriter(folder, source=source) as out:
-        shards = split_into_shards([part.specs for part in parts], max_shard_bytes)
-        out.shards([sorted(shard, key=lambda s: order.get(s.name.rpartition(".")[2], 2)) for shard in shards])
-        for i, shard in enumerate(shards):
-            with out.shard(i) as file:
-                for part in {id(by_name[spec.name]): by_name[spec.name] for spec in shard}.values():
-                    _write_part(file, part, progress)
-        if head is not None:
-            with out.extra(HEAD, head.specs) as file:
-                _write_part(file, head, progress)
-        for name, content in companions.items():
-            out.file(name, content)
-        out.finish(config.to_json_string(), **manifest)
-
-
-def _write_part(file: Any, part: Part, progress: Callable[[int], object] | None) -> None:
-    for name, rows, start in part.rows():
-        file.write(name, rows, start)
-        if progress is not None:
-            progress(rows.nbytes)
-
-
-def save_pretrained(model: GPTNeoXPreTrainedModel, folder: Path, max_shard_size: int | str) -> None:
-    """Write a model as it is; quantized weights stay quantized."""
-    head = getattr(model, "embed_out", None)
-    if isinstance(head, Linear) and head.format != DENSE:
-        raise ArgumentError("save_pretrained: the model runs with the int8 head; load it with head='fp16' to save it")
-    config = model.config.copy(dtype=str(model.dtype).removeprefix("torch."), architectures=[type(model).__name__])
-    groups: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in model.state_dict().items():
-        if not (name == "embed_out.weight" and config.tie_word_embeddings):
-            groups.setdefault(name.rpartition(".")[0], {})[name] = tensor
-    parts = [
-        Part([Spec(n, t.dtype, tuple(t.shape)) for n, t in group.items()], lambda group=group: whole(group))  # type: ignore[misc]
-        for group in groups.values()
-    ]
-    generation = getattr(model, "generation_config", None)
-    companions = {"generation_config.json": generation.to_json_string().encode()} if generation is not None else {}
-    write_model(
-        folder, config, parts, companions, max_shard_bytes=parse_bytes(max_shard_size), method="save_pretrained"
-    )
-
-
-def whole(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, int]]:
-    for name, tensor in tensors.items():
-        yield name, tensor, 0
-
-
-def read_companions(folder: Path) -> dict[str, bytes]:
-    """The small files of a model folder that a copy of it needs."""
-    return {name: (folder / name).read_bytes() for name in COMPANIONS if (folder / name).is_file()}
 
 
 # Quantized while loading: kept for the next time ------------------------------------------------------------------------
@@ -499,7 +395,7 @@ def read_companions(folder: Path) -> dict[str, bytes]:
 
 def cache_root() -> Path:
     """Where models quantized while loading are kept: beside the hub cache."""
-    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface")
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface"
     return Path(home).expanduser() / "neox-lite"
 
 
@@ -528,6 +424,3 @@ def _keep_quantized(model: GPTNeoXPreTrainedModel, cached: Path) -> None:
         with contextlib.suppress(OSError):
             shutil.rmtree(cached)
         announce(f"the quantized model could not be kept for the next start: {error}")
-
-
-__all__ = ["LoadOptions", "Part", "Source", "Weight", "field", "from_pretrained", "save_pretrained", "write_model"]

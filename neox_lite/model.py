@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from . import loading
+from . import loading, saving
 from .cache import Batch, KVCache, PagePool
 from .cache import Sequence as CachedSequence
 from .config import GPTNeoXConfig
@@ -94,7 +94,7 @@ class GPTNeoXPreTrainedModel(nn.Module):
 
     def save_pretrained(self, folder: str | os.PathLike[str], max_shard_size: int | str = "5GB") -> None:
         """Write config.json, the weights and their manifest; the folder opens here and in transformers."""
-        loading.save_pretrained(self, Path(folder), max_shard_size)
+        saving.save_pretrained(self, Path(folder), max_shard_size)
 
     def _initialize(self) -> None:
         """Random weights, as for training: normal with the config's `initializer_range`, biases zero, norms identity."""
@@ -112,7 +112,9 @@ class GPTNeoXPreTrainedModel(nn.Module):
 
     @property
     def base_model(self) -> GPTNeoXModel:
-        return getattr(self, self.base_model_prefix, self)  # type: ignore[return-value]
+        base = getattr(self, self.base_model_prefix, self)
+        assert isinstance(base, GPTNeoXModel)
+        return base
 
     @property
     def dtype(self) -> torch.dtype:
@@ -170,7 +172,7 @@ class GPTNeoXPreTrainedModel(nn.Module):
     def new_pool(self, pages: int = 0, limit: int | None = None) -> PagePool:
         """An empty KV cache pool for this model's layers, in the model's dtype."""
         config = self.config
-        devices = [layer.input_layernorm.weight.device for layer in self.base_model.layers]
+        devices = [layer.device for layer in self.base_model.blocks]
         return PagePool(config.num_attention_heads, config.head_dim, self.dtype, devices, pages, limit)
 
     def run_layers(
@@ -178,7 +180,7 @@ class GPTNeoXPreTrainedModel(nn.Module):
     ) -> Tensor:
         """x (tokens, hidden) through all blocks; `each` sees the input of every block. Tokens are cached on success."""
         base = self.base_model
-        for layer in base.layers:
+        for layer in base.blocks:
             if each is not None:
                 each(x)
             x = layer(x, self.ops, pool, batch, base.rotary.table)
@@ -197,7 +199,7 @@ class GPTNeoXPreTrainedModel(nn.Module):
     ) -> Packed:
         """Check the arguments of a forward pass, drop masked tokens and run the blocks."""
         check_options(other)
-        given = _exactly_one(input_ids, inputs_embeds)
+        given = _exactly_one(input_ids, inputs_embeds, self.config.hidden_size)
         rows, width = given.shape[:2]
         cache = past_key_values if past_key_values is not None else KVCache(self.new_pool(), rows)
         _check_cache(cache, rows)
@@ -223,7 +225,7 @@ class GPTNeoXPreTrainedModel(nn.Module):
         wrong = ids[(ids < 0) | (ids >= self.config.vocab_size)]
         if len(wrong):
             raise ArgumentError(f"input_ids: found {wrong[0].item()}, expected 0 to {self.config.vocab_size - 1}")
-        return self.ops.embed(ids, self.base_model.embed_in.weight, self.compute_dtype)
+        return self.ops.embed(ids.long(), self.base_model.embed_in.weight, self.compute_dtype)
 
     def _positions(self, position_ids: Tensor | None, rows: int, width: int, past: int) -> Tensor:
         """Rotary positions (rows, width) on the CPU, refused beyond the context."""
@@ -253,13 +255,13 @@ class GPTNeoXPreTrainedModel(nn.Module):
 def check_options(other: dict[str, Any]) -> None:
     """Refuse arguments of a forward pass that would otherwise be ignored."""
     for name, value in other.items():
-        if name in REFUSED and value not in (None, False):
+        if name in REFUSED and value is not None and value is not False:
             raise UnsupportedError(f"{name}: {REFUSED[name]}; leave it out")
         if name not in REFUSED and name not in ACCEPTED:
             raise ArgumentError(f"forward() knows no argument {name!r}")
 
 
-def _exactly_one(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+def _exactly_one(input_ids: Tensor | None, inputs_embeds: Tensor | None, hidden: int) -> Tensor:
     if (input_ids is None) == (inputs_embeds is None):
         raise ArgumentError("give exactly one of input_ids and inputs_embeds")
     if input_ids is not None:
@@ -269,8 +271,8 @@ def _exactly_one(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tens
             )
         return input_ids
     assert inputs_embeds is not None
-    if inputs_embeds.dim() != 3:
-        raise ArgumentError(f"inputs_embeds are {tuple(inputs_embeds.shape)}, expected (batch, tokens, hidden)")
+    if inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != hidden:
+        raise ArgumentError(f"inputs_embeds are {tuple(inputs_embeds.shape)}, expected (batch, tokens, {hidden})")
     return inputs_embeds
 
 
@@ -316,6 +318,11 @@ class GPTNeoXModel(GPTNeoXPreTrainedModel):
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.rotary = Rotary(config)
         self._initialize()
+
+    @property
+    def blocks(self) -> list[GPTNeoXLayer]:
+        """The layers, as a typed list."""
+        return list(self.layers)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def forward(
@@ -413,13 +420,13 @@ class GPTNeoXForCausalLM(_Headed, GenerationMixin):
         tokens before it, leaving out labels whose preceding position is masked. logits_to_keep n > 0 computes the last
         n columns only.
         """
+        if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
+            raise ArgumentError(f"logits_to_keep is {logits_to_keep!r}, expected a number of columns")
+        if logits_to_keep and labels is not None:
+            raise ArgumentError("logits_to_keep and labels exclude each other: the loss needs all logits")
         packed = self._packed(
             input_ids, attention_mask, position_ids, inputs_embeds, past_key_values, output_hidden_states, **other
         )
-        if logits_to_keep and labels is not None:
-            raise ArgumentError("logits_to_keep and labels exclude each other: the loss needs all logits")
-        if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
-            raise ArgumentError(f"logits_to_keep is {logits_to_keep!r}, expected a number of columns")
         shown = packed.keep.clone()
         if logits_to_keep:
             shown[:, : max(0, shown.shape[1] - logits_to_keep)] = False
@@ -542,6 +549,7 @@ class GPTNeoXForSequenceClassification(_Headed):
         if kind == "regression":
             return functional.mse_loss(logits.squeeze(), labels.squeeze().to(logits.dtype))
         if kind.startswith("single_label"):
+            _check_labels(labels.view(-1), torch.ones(len(logits), dtype=torch.bool), self.num_labels)
             return functional.cross_entropy(logits.view(-1, self.num_labels), labels.view(-1))
         return functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
 
@@ -609,7 +617,8 @@ class GPTNeoXForQuestionAnswering(_Headed):
     ) -> Any:
         """-> loss, start_logits and end_logits (batch, tokens) float32, hidden_states.
 
-        start_positions and end_positions (batch,) are columns; one outside the row is left out of the loss.
+        start_positions and end_positions (batch,) are columns; one outside the row is left out of the loss, one that
+        is masked is an error. Masked columns take no part in the loss.
         """
         packed = self._packed(
             input_ids, attention_mask, position_ids, inputs_embeds, None, output_hidden_states, **other
@@ -617,13 +626,19 @@ class GPTNeoXForQuestionAnswering(_Headed):
         start, end = packed.unpack(self._head(packed)).unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:
-            loss = (_span_loss(start, start_positions) + _span_loss(end, end_positions)) / 2
+            keep = packed.keep.to(start.device)
+            loss = (_span_loss(start, start_positions, keep) + _span_loss(end, end_positions, keep)) / 2
         return self._output(
             return_dict, loss=loss, start_logits=start, end_logits=end, hidden_states=packed.hidden_states
         )
 
 
-def _span_loss(logits: Tensor, positions: Tensor) -> Tensor:
-    width = logits.shape[1]
+def _span_loss(logits: Tensor, positions: Tensor, keep: Tensor) -> Tensor:
+    rows, width = logits.shape
     targets = positions.to(logits.device).view(-1).clamp(0, width)
-    return functional.cross_entropy(logits, targets, ignore_index=width)
+    if len(targets) != rows:
+        raise ArgumentError(f"start_positions and end_positions have {len(targets)} entries, expected {rows}")
+    real = functional.pad(keep, (0, 1), value=True)  # one more column for "outside the row"
+    if not bool(real[torch.arange(rows, device=real.device), targets].all()):
+        raise ArgumentError("start_positions or end_positions: names a masked column")
+    return functional.cross_entropy(logits.masked_fill(~keep, float("-inf")), targets, ignore_index=width)

@@ -37,8 +37,8 @@ DTYPES: dict[str, torch.dtype] = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-# The format allows 100 MB of header; parsed, that could take gigabytes. GPT-NeoX-20B's takes 66 KB.
-MAX_HEADER_BYTES = 8 << 20
+# The format allows headers of 100 MB; made to hurt, one of those takes 3 GB to parse. GPT-NeoX-20B's needs 66 KB.
+MAX_HEADER_BYTES = 4 << 20
 MAX_DIMS = 64  # torch's own limit
 DATA_ALIGNMENT = 4096  # our files' data starts at a multiple of this, so a page of the file is a page of the tensor
 TENSOR_ALIGNMENT = 64
@@ -46,7 +46,7 @@ TENSOR_ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A stored tensor, unread: shape and dtype as stored, nbytes, and its first byte's offset in the file (None: a .bin)."""
+    """A stored tensor, unread: shape and dtype as stored, nbytes, offset of its first byte in the file (None: a .bin)."""
 
     name: str
     shape: tuple[int, ...]
@@ -137,7 +137,7 @@ def _refuse_constant(name: str) -> None:
 
 @contextlib.contextmanager
 def open_regular(path: Path) -> Iterator[Any]:
-    """Open a file for reading. Raises CheckpointError if it is a device or pipe, or if the system fails while it is used."""
+    """Open a file for reading. Raises CheckpointError if it is a device or pipe, or if reading fails."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise CheckpointError(f"{path}: not a regular file")

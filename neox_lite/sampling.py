@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .errors import ArgumentError
+from .errors import ArgumentError, NeoxLiteError
 
 Processor = Callable[[Tensor, Tensor], Tensor]  # history (tokens,) int64, logits (vocabulary,) float32 -> logits
+COLDEST = 1e-5  # a temperature below this counts as 0: logits divided by less overflow float32
 
 
 @dataclass(frozen=True)
@@ -26,29 +28,27 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        bounds = {
-            "temperature": (0.0, float("inf")),
-            "top_k": (0, float("inf")),
-            "top_p": (0.0, 1.0),
-            "min_p": (0.0, 1.0),
-            "seed": (0, 2**64 - 1),
-        }
-        for name, (low, high) in bounds.items():
+        for name, high in {"top_p": 1.0, "min_p": 1.0, "seed": 2**64 - 1}.items():
             value = getattr(self, name)
-            if not low <= value <= high:
-                raise ArgumentError(f"{name} is {value}, expected {low} to {high}")
-        if not 0 < self.repetition_penalty < float("inf"):
-            raise ArgumentError(f"repetition_penalty is {self.repetition_penalty}, expected a number above 0")
+            if not 0 <= value <= high:
+                raise ArgumentError(f"{name} is {value}, expected 0 to {high}")
+        for name in ("temperature", "top_k", "repetition_penalty"):
+            value = getattr(self, name)
+            if not (value >= 0 and math.isfinite(value)):
+                raise ArgumentError(f"{name} is {value}, expected a finite number of at least 0")
+        if self.repetition_penalty == 0:
+            raise ArgumentError("repetition_penalty is 0, expected a number above 0; 1.0 changes nothing")
 
     @property
     def greedy(self) -> bool:
-        return not self.do_sample or self.temperature == 0
+        return not self.do_sample or self.temperature < COLDEST
 
-    def processors(self) -> list[Processor]:
-        """The steps between logits and choice, in order."""
+    def processors(self, between: Sequence[Processor] = ()) -> list[Processor]:
+        """The steps between logits and choice, in order; `between` come after the penalty and before the temperature."""
         steps: list[Processor] = []
         if self.repetition_penalty != 1.0:
             steps.append(lambda history, logits: penalize_repetition(history, logits, self.repetition_penalty))
+        steps += between
         if self.greedy:
             return steps
         if self.temperature != 1.0:
@@ -87,34 +87,45 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(probabilities < p * probabilities.max(), float("-inf"))
 
 
-def choose(
-    logits: Tensor, history: Sequence[int], position: int, stream: int, sampling: Sampling, steps: list[Processor]
-) -> int:
-    """The next id for logits (vocabulary,), by argmax or a draw that depends on (seed, position, stream) alone."""
+def choose(logits: Tensor, history: Tensor, stream: int, sampling: Sampling, steps: Sequence[Processor]) -> int:
+    """The id that follows history (tokens,), by argmax of logits (vocabulary,) or a draw.
+
+    The draw depends on the logits and (seed, tokens so far, stream) alone. Raises NeoxLiteError where NaN or infinite
+    logits, or processors that exclude every id, leave nothing to choose from.
+    """
     logits = logits.float().cpu()
-    past = torch.tensor(history, dtype=torch.long) if steps else torch.empty(0, dtype=torch.long)
     for step in steps:
-        logits = step(past, logits)
+        logits = step(history, logits)
     if sampling.greedy:
-        return int(logits.argmax())
-    cumulative = logits.double().softmax(-1).cumsum(-1)
-    target = uniform(sampling.seed, position, stream) * cumulative[-1]
-    drawn = int(torch.searchsorted(cumulative, target, right=True))
-    if drawn < len(logits) and logits[drawn] > float("-inf"):
-        return drawn
-    return int(logits.isfinite().nonzero()[-1])  # rounding put the target at the very end
+        chosen = int(logits.argmax())
+        possible = math.isfinite(logits[chosen])
+    else:
+        cumulative = logits.double().softmax(-1).cumsum(-1)
+        total = float(cumulative[-1])
+        chosen = int(torch.searchsorted(cumulative, uniform(sampling.seed, len(history), stream) * total, right=True))
+        possible = math.isfinite(total)
+        if possible and chosen == len(logits):  # rounding put the target at the very end
+            chosen = int(cumulative.argmax())  # the last id with a probability: the first to reach the total
+    if not possible:
+        raise NeoxLiteError(
+            "no id can be chosen: the logits hold NaN or infinity, or every id is excluded; run `neox-lite verify` on "
+            "the model, and check logits_processor if you pass one"
+        )
+    return chosen
 
 
 def uniform(seed: int, position: int, stream: int = 0) -> float:
-    """A number in [0, 1) from a counter, so that it depends on nothing that was drawn before.
+    """A number in [0, 1) from a counter, so that it depends on nothing that was drawn before: the first 53 bits of Philox
+    with key `seed` and counter (position, stream, 0, 0)."""
+    high, low, _, _ = philox4x32((position, stream, 0, 0), (seed & 0xFFFFFFFF, seed >> 32))
+    return ((high >> 5 << 26) + (low >> 6)) / 2**53
 
-    Philox4x32-10 (Salmon et al., SC 2011) with key seed and counter (position, stream, 0, 0); 53 bits of the first two
-    words.
-    """
-    c0, c1, c2, c3 = position & 0xFFFFFFFF, stream & 0xFFFFFFFF, 0, 0
-    k0, k1 = seed & 0xFFFFFFFF, seed >> 32
+
+def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Four random 32-bit words from a counter and a key: ten rounds of Philox (Salmon et al., SC 2011)."""
+    (c0, c1, c2, c3), (k0, k1) = counter, key
     for _ in range(10):
         p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
         c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 & 0xFFFFFFFF, (p0 >> 32) ^ c3 ^ k1, p0 & 0xFFFFFFFF
         k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
-    return ((c0 >> 5) * 67108864 + (c1 >> 6)) / 9007199254740992
+    return c0, c1, c2, c3

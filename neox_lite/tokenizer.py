@@ -159,8 +159,8 @@ class GPTNeoXTokenizerFast:
 
     def _set_prefix_space(self, value: bool | None) -> None:
         pre_tokenizer = self._tokenizer.pre_tokenizer
-        if isinstance(pre_tokenizer, pre_tokenizers.ByteLevel):
-            pre_tokenizer.add_prefix_space = pre_tokenizer.add_prefix_space if value is None else bool(value)
+        if value is not None and isinstance(pre_tokenizer, pre_tokenizers.ByteLevel):
+            pre_tokenizer.add_prefix_space = bool(value)
         elif value:
             raise TokenizerError(
                 f"add_prefix_space: {self.name_or_path} has no plain ByteLevel pre_tokenizer but "
@@ -192,16 +192,15 @@ class GPTNeoXTokenizerFast:
         self.extra_special_tokens = [token.content for token in unnamed]
 
     def _set_template(self, options: Mapping[str, Any]) -> None:
-        parts: dict[str, str] = {}
-        for name in ("bos_token", "eos_token"):
-            if options.get(f"add_{name}"):
-                if name not in self._special:
-                    raise TokenizerError(f"add_{name}: {self.name_or_path} has no {name}; pass {name}=... as well")
-                parts[name] = self._special[name]
-        single = " ".join(filter(None, (parts.get("bos_token"), "$A", parts.get("eos_token"))))
-        ids = [(token, self._tokenizer.token_to_id(token)) for token in {*parts.values()}]
+        around = {"add_bos_token": "bos_token", "add_eos_token": "eos_token"}
+        for option, name in around.items():
+            if options.get(option) and name not in self._special:
+                raise TokenizerError(f"{option}: {self.name_or_path} has no {name}; pass {name}=... as well")
+        bos, eos = ([self._special[name]] if options.get(option) else [] for option, name in around.items())
         self._tokenizer.post_processor = processors.TemplateProcessing(
-            single=single, pair="$A $B:1", special_tokens=ids
+            single=[*bos, "$A", *eos],
+            pair=["$A", "$B:1"],  # never used
+            special_tokens=[(token, self._tokenizer.token_to_id(token)) for token in {*bos, *eos}],
         )
 
     def __call__(

@@ -1,0 +1,119 @@
+"""Tensors -> a model folder: what save_pretrained and the quantizer share. Knows no algorithm and reads no weight file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from .config import GPTNeoXConfig
+from .errors import ArgumentError
+from .folder_writer import FolderWriter, Spec, split_into_shards
+from .formats import DENSE
+from .layers import Linear
+
+if TYPE_CHECKING:
+    from .model import GPTNeoXPreTrainedModel
+
+HEAD = "neox_lite_head.safetensors"  # the small head, outside of the index so that other readers ignore it
+# Small files that travel with a model.
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """The tensors of one module on their way into a folder: what they will be, and the values by row slices."""
+
+    specs: list[Spec]
+    rows: Callable[[], Iterable[tuple[str, Tensor, int]]]  # (full name, rows, first row)
+
+
+def write_model(
+    folder: Path,
+    config: GPTNeoXConfig,
+    parts: Sequence[Part],
+    companions: Mapping[str, bytes],
+    head: Part | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    source: Path | None = None,
+    progress: Callable[[int], object] | None = None,
+    **manifest: Any,
+) -> None:
+    """Write a model folder, atomically and in bounded memory. progress is told the bytes of each slice written."""
+    order = {"weight_packed": 0, "weight_scale": 1, "weight_shape": 3}  # vector data first, so that it starts aligned
+    by_name = {spec.name: part for part in parts for spec in part.specs}
+    with FolderWriter(folder, source=source) as out:
+        shards = split_into_shards([part.specs for part in parts], max_shard_bytes)
+        out.shards([sorted(shard, key=lambda s: order.get(s.name.rpartition(".")[2], 2)) for shard in shards])
+        for i, shard in enumerate(shards):
+            with out.shard(i) as file:
+                for part in {id(by_name[spec.name]): by_name[spec.name] for spec in shard}.values():
+                    _write_part(file, part, progress)
+        if head is not None:
+            with out.extra(HEAD, head.specs) as file:
+                _write_part(file, head, progress)
+        for name, content in companions.items():
+            out.file(name, content)
+        out.finish(config.to_json_string(), **manifest)
+
+
+def _write_part(file: Any, part: Part, progress: Callable[[int], object] | None) -> None:
+    for name, rows, start in part.rows():
+        file.write(name, rows, start)
+        if progress is not None:
+            progress(rows.nbytes)
+
+
+def save_pretrained(model: GPTNeoXPreTrainedModel, folder: Path, max_shard_size: int | str) -> None:
+    """Write a model as it is; quantized weights stay quantized."""
+    head = getattr(model, "embed_out", None)
+    if isinstance(head, Linear) and head.format != DENSE:
+        raise ArgumentError("save_pretrained: the model runs with the int8 head; load it with head='fp16' to save it")
+    config = model.config.copy(dtype=str(model.dtype).removeprefix("torch."), architectures=[type(model).__name__])
+    groups: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in model.state_dict().items():
+        if not (name == "embed_out.weight" and config.tie_word_embeddings):
+            groups.setdefault(name.rpartition(".")[0], {})[name] = tensor
+    parts = [
+        Part([Spec(n, t.dtype, tuple(t.shape)) for n, t in group.items()], lambda group=group: whole(group))  # type: ignore[misc]
+        for group in groups.values()
+    ]
+    generation = getattr(model, "generation_config", None)
+    companions = {"generation_config.json": generation.to_json_string().encode()} if generation is not None else {}
+    write_model(
+        folder, config, parts, companions, max_shard_bytes=parse_bytes(max_shard_size), method="save_pretrained"
+    )
+
+
+def whole(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, int]]:
+    for name, tensor in tensors.items():
+        yield name, tensor, 0
+
+
+def read_companions(folder: Path) -> dict[str, bytes]:
+    """The small files of a model folder that a copy of it needs."""
+    return {name: (folder / name).read_bytes() for name in COMPANIONS if (folder / name).is_file()}
+
+
+def parse_bytes(value: int | str) -> int:
+    """A number of bytes, or text such as "8GiB" or "500MB"."""
+    if isinstance(value, int):
+        return value
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?)(i?)B?\s*", value, re.IGNORECASE)
+    if match is None:
+        raise ArgumentError(f"{value!r} is not a size; write for instance '8GiB' or '500MB'")
+    power = " KMGT".index(match[2].upper() or " ")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)

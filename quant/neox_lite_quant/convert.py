@@ -1,0 +1,198 @@
+"""Checkpoint -> quantized folder, one row slice at a time. Knows formats by name only; the folder's form is docs/format.md."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import neox_lite
+from neox_lite.checkpoint import Checkpoint
+from neox_lite.config import GPTNeoXConfig
+from neox_lite.errors import ArgumentError, FormatError
+from neox_lite.folder_writer import Spec
+from neox_lite.formats import GROUP_SIZES, Format, GroupInt, make_format
+from neox_lite.hub import resolve
+from neox_lite.layers import Linear
+from neox_lite.loading import DTYPES, SLICE_ELEMENTS, Blueprint, encode_rows
+from neox_lite.saving import Part, read_companions, write_model
+
+Progress = Callable[[int, int], None]  # bytes written so far, bytes in all
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did (or, dry, would do): sizes of all weights in bytes, wall time, peak memory beyond page cache."""
+
+    destination: Path
+    bytes_in: int
+    bytes_out: int
+    seconds: float
+    peak_bytes: int
+
+
+def convert(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    format: str = "int4",
+    group_size: int = 128,
+    method: str | None = None,
+    revision: str | None = None,
+    progress: Progress | None = None,
+    dry_run: bool = False,
+) -> Report:
+    """Quantize every linear layer of a checkpoint; embedding, head and norms stay as they are, float32 becomes float16.
+
+    Raises FormatError for a shape or value that the format cannot hold, CheckpointError for a source that is not whole.
+    """
+    began = time.perf_counter()
+    target = make_format(format, group_size)
+    assert isinstance(target, GroupInt)
+    method = target.methods[0] if method is None else method
+    if method not in target.methods:
+        raise ArgumentError(f"method is {method!r}, expected one of {', '.join(target.methods)}")
+    folder, destination = resolve(os.fspath(source), revision), Path(destination)
+    config = GPTNeoXConfig.from_pretrained(folder)
+    if config.quantization_config is not None:
+        raise FormatError(f"{folder}: is quantized already; give the checkpoint that it was made from")
+    with Checkpoint.open(folder) as checkpoint:
+        config, dtype = _target_config(config, checkpoint)
+        blueprint = Blueprint(_class_of(config, folder), config, checkpoint, target)
+        if blueprint.fresh:
+            raise ArgumentError(
+                f"{folder}: has no {', '.join(blueprint.fresh)}; save the whole model before quantizing it"
+            )
+        parts = [
+            part
+            for name, module in blueprint.model.named_modules()
+            if (part := _part(blueprint, name, module, dtype, method))
+        ]
+        head = _head(blueprint, dtype)
+        total = sum(spec.nbytes for part in [*parts, *([head] if head else [])] for spec in part.specs)
+        meter = _Meter(progress, total)
+        if not dry_run:
+            write_model(
+                destination,
+                config,
+                parts,
+                read_companions(folder),
+                head,
+                source=folder,
+                progress=meter,
+                method=method,
+                format=format,
+                group_size=group_size,
+                source_name=Path(os.fspath(source)).name if Path(source).is_dir() else os.fspath(source),
+                source_revision=revision,
+            )
+        return Report(destination, checkpoint.total_bytes, total, time.perf_counter() - began, meter.peak_bytes)
+
+
+def _target_config(config: GPTNeoXConfig, checkpoint: Checkpoint) -> tuple[GPTNeoXConfig, torch.dtype]:
+    """The folder's config and dtype: the checkpoint's own 16-bit dtype, else float16."""
+    stored = {checkpoint.info(name).dtype for name in checkpoint.names()}
+    named = DTYPES.get(config.dtype or "")
+    dtype = named if named in (torch.float16, torch.bfloat16) else torch.float16
+    if stored == {torch.bfloat16}:
+        dtype = torch.bfloat16
+    return config.copy(dtype=str(dtype).removeprefix("torch.")), dtype
+
+
+def _class_of(config: GPTNeoXConfig, folder: Path) -> type[neox_lite.GPTNeoXPreTrainedModel]:
+    names = config.extra.get("architectures") or ["GPTNeoXForCausalLM"]
+    found = getattr(neox_lite, str(names[0]), None)
+    if not (isinstance(found, type) and issubclass(found, neox_lite.GPTNeoXPreTrainedModel)):
+        raise ArgumentError(f"{folder}: config.json names the architecture {names[0]!r}, which is not a GPT-NeoX class")
+    return found
+
+
+def _part(blueprint: Blueprint, name: str, module: torch.nn.Module, dtype: torch.dtype, method: str) -> Part | None:
+    """One module's own tensors as they will be written, or None if it has none."""
+    dot = f"{name}." if name else ""
+    dense = {
+        f"{dot}{key}": tuple(p.shape)
+        for key, p in module._parameters.items()
+        if p is not None and not (blueprint.tied and name == "embed_out")
+    }
+    specs = [Spec(key, dtype, shape) for key, shape in dense.items()]
+    if blueprint.is_encoded(module):
+        assert isinstance(module, Linear)
+        encoded = module.format.specs(module.shape, dtype)
+        specs = [Spec(f"{dot}{key}", kind, shape) for key, (kind, shape) in encoded.items()] + specs
+    if not specs:
+        return None
+
+    def rows() -> Iterator[tuple[str, Tensor, int]]:
+        if isinstance(module, Linear) and blueprint.is_encoded(module):
+            yield from _encoded(
+                blueprint.checkpoint, blueprint.stored(f"{dot}weight"), dot, module.format, dtype, method
+            )
+        for key in dense:
+            yield from _cast(blueprint.checkpoint, blueprint.stored(key), key, dtype)
+
+    return Part(specs, rows)
+
+
+def _encoded(
+    checkpoint: Checkpoint, stored: str, dot: str, format: Format, dtype: torch.dtype, method: str
+) -> Iterator[tuple[str, Tensor, int]]:
+    """A weight's quantized tensors by row slices, under the names they have in the folder."""
+    for start, part in encode_rows(checkpoint, stored, format, dtype, method):
+        for key, rows in part.items():
+            yield f"{dot}{key}", rows, start
+    out, columns = checkpoint.info(stored).shape
+    for key, tensor in format.constants((out, columns)).items():
+        yield f"{dot}{key}", tensor, 0
+
+
+def _cast(checkpoint: Checkpoint, stored: str, name: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, int]]:
+    """A dense tensor by row slices; values that are not finite, or overflow the narrower dtype, are refused."""
+    shape = checkpoint.info(stored).shape
+    step = max(1, SLICE_ELEMENTS // max(1, shape[1] if len(shape) > 1 else 1))
+    for start in range(0, shape[0], step):
+        values = checkpoint.rows(stored, start, min(shape[0], start + step)).to(dtype)
+        if not torch.isfinite(values).all():
+            raise FormatError(f"{stored}: holds values that are not finite as {str(dtype).removeprefix('torch.')}")
+        yield name, values, start
+
+
+def _head(blueprint: Blueprint, dtype: torch.dtype) -> Part | None:
+    """The int8 head that goes beside the shared one, for GPUs that are short of memory; None where there is no such head."""
+    module: Any = getattr(blueprint.model, "embed_out", None)
+    size = next((g for g in reversed(GROUP_SIZES) if module is not None and module.in_features % g == 0), None)
+    if size is None:
+        return None
+    format, source = GroupInt(8, size), "gpt_neox.embed_in.weight" if blueprint.tied else "embed_out.weight"
+    specs = [Spec(f"embed_out.{k}", kind, shape) for k, (kind, shape) in format.specs(module.shape, dtype).items()]
+    stored = blueprint.stored(source)
+    return Part(specs, lambda: _encoded(blueprint.checkpoint, stored, "embed_out.", format, dtype, "mse"))
+
+
+class _Meter:
+    """Adds up the bytes written, and remembers the most memory that this process held beyond mapped files."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self.progress, self.total, self.done, self.peak_bytes = progress, total, 0, private_bytes()
+
+    def __call__(self, count: int) -> None:
+        self.done += count
+        self.peak_bytes = max(self.peak_bytes, private_bytes())
+        if self.progress is not None:
+            self.progress(self.done, self.total)
+
+
+def private_bytes() -> int:
+    """Memory of this process that no file backs (Linux; elsewhere its peak resident size)."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("RssAnon:")[2].split()[0]) * 1024
+    except (OSError, IndexError):
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
