@@ -98,6 +98,7 @@ class GPTNeoXPreTrainedModel(nn.Module):
 
     def _initialize(self) -> None:
         """Random weights, as for training: normal with the config's `initializer_range`, biases zero, norms identity."""
+        self.requires_grad_(False)
         for module in self.modules():
             if isinstance(module, Linear | nn.Embedding):
                 weight = module._parameters.get("weight")
@@ -106,7 +107,6 @@ class GPTNeoXPreTrainedModel(nn.Module):
                 weight.normal_(0.0, self.config.initializer_range)
                 if isinstance(module, Linear) and module.bias is not None:
                     module.bias.zero_()
-        self.requires_grad_(False)
 
     # Placement --------------------------------------------------------------------------------------------------------
 

@@ -80,8 +80,8 @@ def formats_of(config: dict[str, Any] | None) -> Callable[[str], Format]:
     groups = config.get("config_groups")
     if not isinstance(groups, dict):
         raise FormatError(f"quantization_config: config_groups is {groups!r}, expected an object")
-    rules = [(list(group.get("targets", [])), _scheme(name, group)) for name, group in groups.items()]
-    ignore = [*config.get("ignore", []), *HEAD_NAMES]
+    rules = [(_names(group, "targets"), _scheme(name, group)) for name, group in groups.items()]
+    ignore = [*_names(config, "ignore"), *HEAD_NAMES]
 
     def lookup(name: str) -> Format:
         if any(_matches(target, name, "") for target in ignore):
@@ -115,6 +115,20 @@ def _expect(keys: dict[str, Any], key: str, allowed: tuple[Any, ...], where: str
         raise FormatError(
             f"{where}: {key} is {found!r}, expected {' or '.join(repr(a) for a in allowed if a is not None)}"
         )
+
+
+def _names(keys: Any, key: str) -> list[str]:
+    """A list of module names or patterns; raises FormatError for anything else."""
+    names = keys.get(key, []) if isinstance(keys, dict) else None
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+        raise FormatError(f"quantization_config: {key} is {names!r}, expected a list of module names")
+    for name in names:
+        if name.startswith("re:"):
+            try:
+                re.compile(name[3:])
+            except re.error as error:
+                raise FormatError(f"quantization_config: {key} has the pattern {name!r}: {error}") from error
+    return names
 
 
 def _matches(target: str, name: str, kind: str) -> bool:

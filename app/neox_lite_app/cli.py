@@ -1,0 +1,181 @@
+"""The `neox-lite` command: arguments in, one call, results on stdout, everything else on stderr.
+
+Exit codes: 0 done, 1 failed with one line saying why, 2 wrong usage, 130 interrupted. Heavy imports happen inside commands,
+so that help and usage errors are immediate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from importlib import import_module, metadata
+from typing import Any, NoReturn
+
+EPILOG = """\
+MODEL is a folder or a hub id such as EleutherAI/pythia-1.4b. First time here: neox-lite demo
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    args = build_parser().parse_args(argv)
+    try:
+        warnings.showwarning = _one_line_warning
+        code = import_module(f".{args.module}", __package__).__dict__[args.function](args)
+        sys.stdout.flush()
+        return code or 0
+    except KeyboardInterrupt:
+        print("\nneox-lite: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if os.environ.get("NEOX_LITE_DEBUG"):
+            raise
+        print(f"neox-lite: error: {_one_line(error)}", file=sys.stderr)
+        return 1
+
+
+def _one_line(error: Exception) -> str:
+    """The message of an error; for one we did not foresee, its kind and how to see where it came from."""
+    from neox_lite.errors import NeoxLiteError
+
+    text = " ".join(str(error).split())
+    if isinstance(error, NeoxLiteError):
+        return text
+    if isinstance(error, MemoryError) or "out of memory" in text.lower() or ("alloc" in text and "memory" in text):
+        return f"out of memory ({text or 'no detail'}); try a smaller model, or neox-lite quantize --format int4"
+    return f"{type(error).__name__}: {text} (unexpected; NEOX_LITE_DEBUG=1 shows where)"
+
+
+def _one_line_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"neox-lite: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line that names the mistake and the way to the help."""
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="neox-lite",
+        description="Run GPT-NeoX-20B and every checkpoint of its architecture on hardware people own.",
+        epilog=EPILOG,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"neox-lite {_version()}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    def command(name: str, module: str, help: str, function: str | None = None) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", allow_abbrev=False)
+        sub.set_defaults(module=module, function=function or name)
+        return sub
+
+    sub = command("demo", "demo", "the whole job on the bundled small model: quantize, compare, generate")
+    sub.add_argument("--seed", type=_count, default=1, help="of the sampled passage (default 1)")
+    _add_running(sub)
+
+    sub = command("quantize", "convert", "turn a checkpoint into an int4 or int8 folder")
+    sub.add_argument("source", metavar="SRC", help="folder or hub id of the checkpoint")
+    sub.add_argument(
+        "destination", metavar="DST", nargs="?", help="folder to write (default: SRC's name plus the format)"
+    )
+    sub.add_argument("--format", choices=("int4", "int8"), default="int4")
+    sub.add_argument(
+        "--group-size", type=int, choices=(32, 64, 128), default=128, help="weights per scale (default 128)"
+    )
+    sub.add_argument("--method", choices=("mse", "rtn"), default="mse", help="scale search or round to nearest")
+    sub.add_argument("--revision", help="branch, tag or commit of a hub id")
+    sub.add_argument("--dry-run", action="store_true", help="print the sizes and write nothing")
+    _add_json(sub)
+
+    sub = command("verify", "inspect_model", "check a folder: hashes, shapes, finite values")
+    sub.add_argument("folder", metavar="DIR")
+    _add_json(sub)
+
+    sub = command("compare", "evaluate", "quality of quantized folders against their source on a text")
+    sub.add_argument("source", metavar="SOURCE", help="the checkpoint they were made from")
+    sub.add_argument("folders", metavar="DIR", nargs="+")
+    sub.add_argument("--windows", type=_positive, help="use the first N windows only")
+    _add_text(sub)
+    _add_running(sub)
+
+    sub = command("generate", "generate", "continue a prompt")
+    sub.add_argument("model", metavar="MODEL")
+    sub.add_argument("--prompt", required=True, help="the text to continue; - reads it from stdin")
+    sub.add_argument("--max-new-tokens", type=_count, help="default: to the end of the context")
+    sub.add_argument("--temperature", type=float, help="0 for greedy (default: generation_config.json's, else greedy)")
+    sub.add_argument("--top-k", type=_count, help="keep the k likeliest tokens; 0 for all")
+    sub.add_argument("--top-p", type=float, help="keep the likeliest tokens up to this probability")
+    sub.add_argument("--min-p", type=float, help="drop tokens below this share of the likeliest one's probability")
+    sub.add_argument("--repetition-penalty", type=float, help="above 1 makes seen tokens less likely")
+    sub.add_argument("--seed", type=_count, help="makes sampling repeatable")
+    sub.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be given several times")
+    sub.add_argument("--context", type=_positive, help="prompt and new tokens together, at most the model's own")
+    _add_running(sub, revision=True)
+
+    sub = command("perplexity", "evaluate", "perplexity of a model on a text")
+    sub.add_argument("model", metavar="MODEL")
+    _add_text(sub)
+    _add_running(sub, revision=True)
+
+    sub = command("info", "inspect_model", "what a model is: architecture, format, sizes")
+    sub.add_argument("model", metavar="MODEL")
+    sub.add_argument("--revision", help="branch, tag or commit of a hub id")
+    _add_json(sub)
+
+    sub = command("doctor", "doctor", "what this machine has, what will be used, and why not more")
+    _add_json(sub)
+    return parser
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+
+
+def _add_text(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text to score")
+    parser.add_argument("--context", type=_positive, default=512, help="tokens a window (default 512)")
+
+
+def _add_running(parser: argparse.ArgumentParser, revision: bool = False) -> None:
+    """What every command that runs a model takes."""
+    if revision:
+        parser.add_argument("--revision", help="branch, tag or commit of a hub id")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
+    parser.add_argument("--threads", type=_positive, help="CPU threads (default: torch's choice)")
+    parser.add_argument(
+        "--head", choices=("fp16", "int8"), default="fp16", help="vocabulary head of a quantized folder"
+    )
+    _add_json(parser)
+
+
+def _integer(low: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        value = int(text)
+        if value < low:
+            raise argparse.ArgumentTypeError(f"{value} is below {low}")
+        return value
+
+    parse.__name__ = "number"
+    return parse
+
+
+_count, _positive = _integer(0), _integer(1)
+
+
+def _version() -> str:
+    try:
+        return metadata.version("neox-lite")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,29 @@
+"""neox-lite quantize: the quantizer with a progress bar."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from neox_lite_quant import convert
+
+from .running import bar, note, print_json
+
+
+def quantize(args: argparse.Namespace) -> None:
+    destination = args.destination or f"{Path(args.source).name}-{args.format}-g{args.group_size}"
+    options = {"format": args.format, "group_size": args.group_size, "method": args.method, "revision": args.revision}
+    if args.dry_run:
+        report = convert(args.source, destination, dry_run=True, **options)
+    else:
+        with bar(f"{args.format} g{args.group_size} {args.method}") as progress:
+            report = convert(args.source, destination, progress=progress, **options)
+    if args.json:
+        figures = ("bytes_in", "bytes_out", "seconds", "peak_bytes")
+        print_json({"destination": str(report.destination), **{k: getattr(report, k) for k in figures}})
+    else:
+        verb = "would be" if args.dry_run else "is"
+        print(f"{report.destination} {verb} {report.bytes_out / 1e6:,.1f} MB, from {report.bytes_in / 1e6:,.1f} MB")
+        if not args.dry_run:
+            note(f"{report.seconds:.1f} s, at most {report.peak_bytes / 1e6:.0f} MB of memory beyond mapped files")
+            note(f"next: neox-lite generate {report.destination} --prompt 'Once upon a time'")

@@ -1,0 +1,141 @@
+"""neox-lite doctor: what this machine has, what will be used, and why not more."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neox_lite.kernels import dispatch
+from neox_lite.loading import cache_root
+
+from .running import print_json
+
+PACKAGES = (
+    "torch",
+    "triton",
+    "numba",
+    "bitsandbytes",
+    "safetensors",
+    "tokenizers",
+    "huggingface-hub",
+    "gradio",
+    "transformers",
+)
+
+
+def doctor(args: argparse.Namespace) -> None:
+    result = examine()
+    if args.json:
+        print_json(result)
+    else:
+        print(describe(result))
+
+
+def examine() -> dict[str, Any]:
+    """Facts about this machine; memory and disk in bytes."""
+    total, free = memory()
+    cache = cache_root().parent
+    above = next(p for p in (cache, *cache.parents) if p.exists())
+    return {
+        "neox_lite": version("neox-lite"),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpu": {
+            "name": cpu_name(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "instructions": torch.backends.cpu.get_cpu_capability(),
+        },
+        "memory_bytes": total,
+        "memory_free_bytes": free,
+        "gpus": gpus(),
+        "gpu_why_not": None if torch.cuda.is_available() else no_gpu_reason(),
+        "backends": {where: dispatch.reasons(torch.device(where)) for where in devices()},
+        "packages": {name: version(name) for name in PACKAGES},
+        "cache": str(cache),
+        "cache_free_bytes": shutil.disk_usage(above).free,
+    }
+
+
+def devices() -> list[str]:
+    return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def gpus() -> list[dict[str, Any]]:
+    found = []
+    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        free, total = torch.cuda.mem_get_info(i)
+        major, minor = torch.cuda.get_device_capability(i)
+        found.append(
+            {
+                "name": torch.cuda.get_device_name(i),
+                "capability": f"{major}.{minor}",
+                "bytes": total,
+                "free_bytes": free,
+            }
+        )
+    return found
+
+
+def no_gpu_reason() -> str:
+    if torch.version.cuda is None:
+        return "this torch was built without CUDA; install the CUDA build of torch to use an NVIDIA GPU"
+    if shutil.which("nvidia-smi") is None:
+        return "no NVIDIA driver found (nvidia-smi is missing)"
+    return f"torch was built for CUDA {torch.version.cuda}, but the driver shows it no device; see nvidia-smi"
+
+
+def memory() -> tuple[int | None, int | None]:
+    """Total and available memory in bytes, where the system says (Linux)."""
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return tuple(int(lines[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable"))  # type: ignore[return-value]
+    except (OSError, KeyError, ValueError):
+        return None, None
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "present" if util.find_spec(package.replace("-", "_")) else None
+
+
+def describe(result: dict[str, Any]) -> str:
+    cpu = result["cpu"]
+    lines = [
+        f"neox-lite {result['neox_lite'] or '(not installed)'}, Python {result['python']}, {result['system']}",
+        f"CPU      {cpu['name']}: {cpu['cores']} cores, {cpu['threads']} threads used, {cpu['instructions']}",
+        f"memory   {size(result['memory_free_bytes'])} free of {size(result['memory_bytes'])}",
+    ]
+    for gpu in result["gpus"]:
+        sm, free, total = gpu["capability"].replace(".", ""), size(gpu["free_bytes"]), size(gpu["bytes"])
+        lines.append(f"GPU      {gpu['name']}, sm_{sm}: {free} free of {total}")
+    if result["gpu_why_not"]:
+        lines.append(f"GPU      none: {result['gpu_why_not']}")
+    for where, reasons in result["backends"].items():
+        used = next(name for name, reason in reasons.items() if reason is None)
+        lines.append(f"backend  on {where}: {used}")
+        lines += [f"         {name} not used: {reason}" for name, reason in reasons.items() if reason]
+    lines.append(f"cache    {result['cache']}, {size(result['cache_free_bytes'])} free on its disk")
+    lines.append("packages " + ", ".join(f"{name} {found or '-'}" for name, found in result["packages"].items()))
+    return "\n".join(lines)
+
+
+def size(count: int | None) -> str:
+    return "unknown" if count is None else f"{count / 2**30:.1f} GiB"

@@ -1,0 +1,138 @@
+"""neox-lite verify and info: what a folder holds, and whether all of it is there."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import neox_lite
+from neox_lite.checkpoint import Checkpoint, verify_folder
+from neox_lite.config import GPTNeoXConfig
+from neox_lite.errors import ArgumentError, NeoxLiteError
+from neox_lite.formats import FORMATS, Format, formats_of, make_format
+from neox_lite.hub import fetch_files
+from neox_lite.loading import DTYPES, Blueprint
+from neox_lite.tokenizer import GPTNeoXTokenizerFast
+
+from .running import bar, print_json
+
+
+def verify(args: argparse.Namespace) -> int:
+    folder = Path(args.folder)
+    if not folder.is_dir():
+        raise ArgumentError(f"{folder}: no such folder")
+    size = sum(f.stat().st_size for f in folder.iterdir() if f.is_file())
+    done = 0
+    with bar("verify") as progress:
+
+        def count(read: int) -> None:
+            nonlocal done
+            done += read
+            progress(min(done, 2 * size), 2 * size)  # each weight is read for its hash and for its values
+
+        problems = verify_folder(folder, count)
+        progress(2 * size, 2 * size)
+    try:
+        config = GPTNeoXConfig.from_pretrained(folder)
+        with Checkpoint.open(folder) as checkpoint:
+            Blueprint(class_of(config), config, checkpoint)
+    except NeoxLiteError as error:
+        problems += [str(error)] if str(error) not in problems else []
+    if args.json:
+        print_json({"ok": not problems, "problems": problems})
+    else:
+        print("\n".join(problems) if problems else f"{folder}: whole: hashes, shapes and values are as they should be")
+    return 1 if problems else 0
+
+
+def class_of(config: GPTNeoXConfig) -> type[neox_lite.GPTNeoXPreTrainedModel]:
+    """The class that config.json's `architectures` names; the language model if it names none of ours."""
+    names = config.extra.get("architectures") or []
+    found = getattr(neox_lite, str(names[0]), None) if names else None
+    known = isinstance(found, type) and issubclass(found, neox_lite.GPTNeoXPreTrainedModel)
+    return found if known else neox_lite.GPTNeoXForCausalLM  # type: ignore[return-value]
+
+
+def info(args: argparse.Namespace) -> None:
+    local = Path(args.model).is_dir()
+    folder = Path(args.model) if local else fetch_files(args.model, ["config.json", "tokenizer.json"], args.revision)
+    config = GPTNeoXConfig.from_pretrained(folder)
+    weights = linear_weights(config)
+    format = formats_of(config.quantization_config)("gpt_neox.layers.0.mlp.dense_h_to_4h")
+    result: dict[str, Any] = {
+        "model": args.model,
+        "layers": config.num_hidden_layers,
+        "hidden": config.hidden_size,
+        "heads": config.num_attention_heads,
+        "ffn": config.intermediate_size,
+        "vocabulary": config.vocab_size,
+        "context": config.max_position_embeddings,
+        "rotary": f"{config.rope_parameters['rope_type']}, {config.rotary_dim} of {config.head_dim} dimensions",
+        "residual": "parallel" if config.use_parallel_residual else "sequential",
+        "activation": config.hidden_act,
+        "tied_head": config.tie_word_embeddings,
+        "dtype": config.dtype,
+        "parameters": weights + other_weights(config),
+        "format": format.name,
+        "group_size": getattr(format, "group_size", None),
+        "kv_bytes_per_token": 4 * config.num_hidden_layers * config.hidden_size,
+        "tokens_known": known_tokens(folder),
+        "bytes": {"float16": model_bytes(config, None), **{n: model_bytes(config, make_format(n)) for n in FORMATS}},
+    }
+    if local:
+        with Checkpoint.open(folder) as checkpoint:
+            result["files"] = [f.name for f in checkpoint.files]
+            result["stored_bytes"] = checkpoint.total_bytes
+    if args.json:
+        print_json(result)
+    else:
+        print(describe(result))
+
+
+def linear_weights(config: GPTNeoXConfig) -> int:
+    """Weights of the blocks' linear layers, which is what quantization stores smaller."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    return config.num_hidden_layers * (4 * hidden * hidden + 2 * hidden * inner)
+
+
+def other_weights(config: GPTNeoXConfig) -> int:
+    """Embedding, head, norms and biases."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    tables = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
+    biases = (4 * hidden if config.attention_bias else 0) + inner + hidden
+    return tables + config.num_hidden_layers * (biases + 4 * hidden) + 2 * hidden
+
+
+def model_bytes(config: GPTNeoXConfig, format: Format | None) -> int:
+    """Bytes of all weights with the linear layers in a format (None: 16 bits) and the rest in 16 bits."""
+    bits = 16.0 if format is None else format.bits_per_weight(DTYPES["float16"])
+    return int(linear_weights(config) * bits / 8) + 2 * other_weights(config)
+
+
+def known_tokens(folder: Path) -> int | None:
+    try:
+        return len(GPTNeoXTokenizerFast.from_pretrained(folder))
+    except NeoxLiteError:
+        return None
+
+
+def describe(result: dict[str, Any]) -> str:
+    sizes = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in result["bytes"].items())
+    group = f", groups of {result['group_size']}" if result["group_size"] else ""
+    lines = [
+        f"{result['model']}: {result['parameters'] / 1e9:.2f} billion parameters, {result['format']}{group}",
+        f"  shape       {result['layers']} layers, hidden {result['hidden']}, {result['heads']} heads, ffn {result['ffn']}",
+        f"  attention   {result['residual']} residual, rotary {result['rotary']}, {result['activation']}",
+        f"  vocabulary  {result['vocabulary']} ids ({result['tokens_known'] or 'unknown'} in the tokenizer), "
+        f"head {'tied' if result['tied_head'] else 'of its own'}",
+        f"  context     {result['context']} tokens, KV cache {result['kv_bytes_per_token'] / 1e3:.0f} kB a token at 16 bits",
+        f"  sizes       {sizes}",
+    ]
+    if "files" in result:
+        names = result["files"]
+        shown = ", ".join(names[:2]) + (f" … {len(names)} files" if len(names) > 2 else "")
+        lines.append(
+            f"  on disk     {result['stored_bytes'] / 1e9:.3f} GB in {shown}, dtype {result['dtype'] or 'as stored'}"
+        )
+    return "\n".join(lines)

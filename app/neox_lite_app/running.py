@@ -1,0 +1,83 @@
+"""What commands share: loading a model as the placement flags say, progress bars, JSON out."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neox_lite import GPTNeoXForCausalLM
+from neox_lite.errors import ArgumentError
+from neox_lite.kernels import dispatch
+
+
+def load(name: str, args: argparse.Namespace) -> GPTNeoXForCausalLM:
+    """Load a model as --device, --threads and --head say, and say in one line what runs."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    model = GPTNeoXForCausalLM.from_pretrained(
+        name, revision=getattr(args, "revision", None), device_map=args.device, head=args.head
+    )
+    note(f"{name}: {format_name(model)}, {model.get_memory_footprint() / 1e6:.0f} MB on {placement(model)}")
+    return model
+
+
+def placement(model: GPTNeoXForCausalLM) -> str:
+    """The device and the backend that will run, in words."""
+    where = "the CPU" if model.device.type == "cpu" else str(model.device)
+    threads = f", {torch.get_num_threads()} threads" if model.device.type == "cpu" else ""
+    return f"{where} ({backend_name(model)} backend{threads})"
+
+
+def backend_name(model: GPTNeoXForCausalLM) -> str:
+    return next(name for name in dispatch.BACKENDS if dispatch.load(name) is model.ops)
+
+
+def format_name(model: GPTNeoXForCausalLM) -> str:
+    """int4 g128, float16, …: how the linear layers are stored."""
+    format = model.gpt_neox.blocks[0].mlp.dense_h_to_4h.format
+    size = getattr(format, "group_size", None)
+    return f"{format.name} g{size}" if size else str(model.dtype).removeprefix("torch.")
+
+
+def note(text: str) -> None:
+    """A line for people, on stderr."""
+    print(text, file=sys.stderr)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value, ensure_ascii=False))
+
+
+@contextlib.contextmanager
+def bar(label: str, unit: str = "B") -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr, told (done, total)."""
+    from tqdm import tqdm
+
+    scale = unit == "B"
+    with tqdm(total=None, desc=label, unit=unit, unit_scale=scale, file=sys.stderr, dynamic_ncols=True) as shown:
+
+        def progress(done: int, total: int) -> None:
+            shown.total = total
+            shown.update(done - shown.n)
+
+        yield progress
+
+
+def read_text(path: str) -> str:
+    """A UTF-8 file, or stdin for "-"."""
+    try:
+        raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        return raw.decode("utf-8")
+    except OSError as error:
+        raise ArgumentError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ArgumentError(
+            f"{path}: not UTF-8 text: byte {error.start} is 0x{error.object[error.start]:02x}"
+        ) from error

@@ -1,0 +1,221 @@
+"""The quantizer: the folder's form, equality with transformers + compressed-tensors, bounded memory, refusals."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXForSequenceClassification
+from neox_lite.checkpoint import verify_folder
+from neox_lite.errors import ArgumentError, CheckpointError, FormatError
+from neox_lite.formats import FORMATS
+from neox_lite_quant import convert
+
+SHAPE = {
+    "vocab_size": 131,
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 256,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.1,
+}
+IDS = torch.arange(40)[None] * 7 % 131
+
+
+def write_source(folder, dtype=torch.float16, cls=GPTNeoXForCausalLM, **changes):
+    torch.manual_seed(3)
+    model = cls(GPTNeoXConfig(**{**SHAPE, **changes}))
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.normal_(1.0, 0.2)
+    model.to(dtype).save_pretrained(folder, max_shard_size="200KB")
+    return model
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source") / "model"
+    write_source(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=[(f, g, m) for f in FORMATS for g in (32, 128) for m in ("rtn", "mse")], ids=str)
+def quantized(request, source, tmp_path_factory):
+    format, group_size, method = request.param
+    folder = tmp_path_factory.mktemp("quantized") / "model"
+    report = convert(source, folder, format=format, group_size=group_size, method=method)
+    return folder, report
+
+
+def digests(folder):
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
+
+
+def test_the_folder_is_whole(quantized):
+    folder, report = quantized
+    assert verify_folder(folder) == []
+    weights = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+    assert 0 <= weights - report.bytes_out <= 4096 * len(list(folder.glob("*.safetensors"))) * 2  # headers
+
+
+def test_transformers_opens_the_folder_with_equal_logits(quantized):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("compressed_tensors")
+    folder, _ = quantized
+    peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ours = GPTNeoXForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        expected = peer(IDS).logits
+    assert float((ours(IDS).logits - expected).abs().max()) < 1e-5  # float32 sums in another order
+
+
+def test_a_quantized_model_saved_again_is_the_same_model(quantized, tmp_path):
+    folder, _ = quantized
+    model = GPTNeoXForCausalLM.from_pretrained(folder)
+    model.save_pretrained(tmp_path / "again")
+    again = GPTNeoXForCausalLM.from_pretrained(tmp_path / "again")
+    assert torch.equal(model(IDS).logits, again(IDS).logits)
+
+
+def test_int8_is_near_the_source_and_int4_nearer_with_small_groups(source, tmp_path):
+    exact = GPTNeoXForCausalLM.from_pretrained(source)(IDS).logits.log_softmax(-1)
+    kl = {}
+    for format, group_size in (("int8", 128), ("int4", 32), ("int4", 128)):
+        convert(source, tmp_path / f"{format}-{group_size}", format=format, group_size=group_size)
+        found = GPTNeoXForCausalLM.from_pretrained(tmp_path / f"{format}-{group_size}")(IDS).logits.log_softmax(-1)
+        kl[format, group_size] = float((exact.exp() * (exact - found)).sum(-1).mean())
+    assert kl["int8", 128] < kl["int4", 32] / 20 < kl["int4", 128] / 20
+
+
+def test_quantizing_while_loading_gives_the_same_weights(source, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    convert(source, tmp_path / "int4", format="int4")
+    offline = GPTNeoXForCausalLM.from_pretrained(tmp_path / "int4").state_dict()
+    loaded = GPTNeoXForCausalLM.from_pretrained(source, quantization="int4").state_dict()
+    assert offline.keys() == loaded.keys()
+    assert all(torch.equal(offline[k], loaded[k]) for k in offline)
+
+
+def test_two_runs_write_the_same_bytes(source, tmp_path):
+    for name in ("one", "two"):
+        convert(source, tmp_path / name)
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+
+
+def test_packed_weights_start_at_multiples_of_64_bytes_and_shapes_come_last(source, tmp_path):
+    convert(source, tmp_path / "out")
+    path = next((tmp_path / "out").glob("model*.safetensors"))
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    header.pop("__metadata__")
+    assert (8 + length) % 4096 == 0
+    order = sorted(header, key=lambda n: header[n]["data_offsets"][0])
+    kinds = [n.rpartition(".")[2] for n in order]
+    assert kinds.index("weight_scale") > max(i for i, k in enumerate(kinds) if k == "weight_packed")
+    assert set(kinds[-sum(k == "weight_shape" for k in kinds) :]) == {"weight_shape"}
+    assert all((8 + length + header[n]["data_offsets"][0]) % 64 == 0 for n in order if n.endswith("weight_packed"))
+
+
+def test_the_small_head_lies_outside_the_index_and_is_used_on_request(source, tmp_path):
+    convert(source, tmp_path / "out")
+    with safe_open(tmp_path / "out" / "neox_lite_head.safetensors", "pt") as head:
+        assert set(head.keys()) == {"embed_out.weight_packed", "embed_out.weight_scale", "embed_out.weight_shape"}
+    shared = GPTNeoXForCausalLM.from_pretrained(tmp_path / "out")
+    small = GPTNeoXForCausalLM.from_pretrained(tmp_path / "out", head="int8")
+    assert small.embed_out.format.name == "int8" and shared.embed_out.format.name == "dense"
+    difference = (small(IDS).logits - shared(IDS).logits).abs().max()
+    assert 0 < float(difference) < 0.02 * float(shared(IDS).logits.abs().max())  # 8 bits: well below 1 % of a row's range
+    with pytest.raises(ArgumentError, match="head='fp16'"):
+        small.save_pretrained(tmp_path / "again")
+
+
+def test_tied_and_sequential_checkpoints_quantize_too(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    write_source(tmp_path / "source", tie_word_embeddings=True, use_parallel_residual=False, rotary_pct=1.0)
+    convert(tmp_path / "source", tmp_path / "out")
+    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    ours = GPTNeoXForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        assert float((ours(IDS).logits - peer(IDS).logits).abs().max()) < 1e-5
+
+
+def test_task_heads_stay_dense(tmp_path):
+    write_source(tmp_path / "source", cls=GPTNeoXForSequenceClassification)
+    convert(tmp_path / "source", tmp_path / "out")
+    model = GPTNeoXForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert model.score.format.name == "dense"
+    assert model.gpt_neox.layers[0].attention.dense.format.name == "int4"
+    assert not (tmp_path / "out" / "neox_lite_head.safetensors").exists()
+
+
+@pytest.mark.parametrize(("stored", "written"), [("float32", "float16"), ("bfloat16", "bfloat16"), ("float16", "float16")])
+def test_sixteen_bit_dtypes_stay_and_float32_becomes_float16(tmp_path, stored, written):
+    write_source(tmp_path / "source", getattr(torch, stored))
+    convert(tmp_path / "source", tmp_path / "out")
+    with safe_open(next((tmp_path / "out").glob("model*.safetensors")), "pt") as file:
+        dtypes = {str(file.get_tensor(n).dtype) for n in file.keys() if not n.endswith(("packed", "shape"))}  # noqa: SIM118
+    assert dtypes == {f"torch.{written}"}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == written
+
+
+def test_a_dry_run_names_the_sizes_and_writes_nothing(source, tmp_path):
+    report = convert(source, tmp_path / "out", dry_run=True)
+    assert not (tmp_path / "out").exists()
+    assert report.bytes_out == convert(source, tmp_path / "real").bytes_out < report.bytes_in
+
+
+def test_progress_ends_at_its_total(source, tmp_path):
+    seen = []
+    convert(source, tmp_path / "out", progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1][0] == seen[-1][1] and [d for d, _ in seen] == sorted(d for d, _ in seen)
+
+
+def test_a_folder_written_before_is_replaced_and_a_foreign_one_is_not(source, tmp_path):
+    convert(source, tmp_path / "out", format="int4")
+    convert(source, tmp_path / "out", format="int8")
+    assert GPTNeoXForCausalLM.from_pretrained(tmp_path / "out").gpt_neox.layers[0].mlp.dense_h_to_4h.format.bits == 8
+    assert verify_folder(tmp_path / "out") == []
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="did not write"):
+        convert(source, tmp_path / "foreign")
+    with pytest.raises(CheckpointError, match="being read"):
+        convert(tmp_path / "source2" if (tmp_path / "source2").exists() else source, source)
+
+
+def test_bad_sources_are_refused_by_name(source, tmp_path):
+    convert(source, tmp_path / "int4")
+    with pytest.raises(FormatError, match="quantized already"):
+        convert(tmp_path / "int4", tmp_path / "again")
+    write_source(tmp_path / "odd", hidden_size=96, num_attention_heads=3)
+    with pytest.raises(FormatError, match=r"gpt_neox.layers.0.attention.query_key_value: in_features 96 .* try"):
+        convert(tmp_path / "odd", tmp_path / "out")
+    with pytest.raises(ArgumentError, match="method is 'gptq'"):
+        convert(source, tmp_path / "out", method="gptq")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("gpt_neox.layers.1.mlp.dense_h_to_4h.weight", float("nan"), r"layers.1.mlp.dense_h_to_4h.weight, rows 0 to 255.*finite"),
+        ("gpt_neox.layers.0.mlp.dense_4h_to_h.weight", 1e30, "overflows float16"),
+        ("gpt_neox.final_layer_norm.weight", float("inf"), "final_layer_norm.weight: holds values that are not finite"),
+        ("gpt_neox.embed_in.weight", 1e6, "embed_in.weight: holds values that are not finite as float16"),
+    ],
+)
+def test_values_that_cannot_be_stored_are_refused_and_leave_no_folder(tmp_path, name, value, message):
+    model = write_source(tmp_path / "source", torch.float32)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    state[name].view(-1)[3] = value
+    for path in (tmp_path / "source").glob("model*"):
+        path.unlink()
+    save_file(state, tmp_path / "source" / "model.safetensors")
+    with pytest.raises(FormatError, match=message):
+        convert(tmp_path / "source", tmp_path / "out")
+    assert not (tmp_path / "out" / "config.json").exists()
+    assert list((tmp_path / "out").glob("*.safetensors.partial")) == []
