@@ -112,8 +112,9 @@ class PagePool:
 
     def read(self, layer: int, sequence: Sequence, length: int) -> tuple[Tensor, Tensor]:
         """Keys and values (heads, length, head_dim) of the sequence's first tokens, in the pool's dtype."""
+        self._alive(sequence)
         storage = self.storage[layer]
-        pages = storage[torch.tensor(sequence.pages[: -(-length // PAGE)], device=storage.device)]
+        pages = storage[torch.tensor(sequence.pages[: -(-length // PAGE)], dtype=torch.long, device=storage.device)]
         both = pages.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :length]  # (2, heads, length, head_dim)
         return both[0], both[1]
 
@@ -142,9 +143,10 @@ class PagePool:
         if self.limit is not None:
             pages = min(pages, self.limit)
         if pages < at_least:
+            used = self.pages - self.free_pages
             raise CacheError(
-                f"the KV cache is full: {self.limit} pages of {PAGE} tokens, {self.free_pages} free, "
-                f"{at_least - self.pages} more needed; free sequences or give the cache more memory"
+                f"the KV cache is full: {self.limit} pages of {PAGE} tokens, {pages - used} free, "
+                f"{at_least - used} needed; free sequences or give the cache more memory"
             )
         for i, old in enumerate(self.storage):
             new = old.new_empty(pages, *old.shape[1:])
@@ -173,10 +175,19 @@ class Batch:
     def reserve(
         cls, pool: PagePool, sequences: List[Sequence], counts: List[int], positions: Tensor | None = None
     ) -> Batch:
-        """Reserve room for counts[i] more tokens of each sequence; positions default to the places in the sequence."""
+        """Reserve room for counts[i] more tokens of each sequence, or on CacheError for none.
+
+        positions default to the places in the sequence.
+        """
         offsets, pages, slots = [0], [], []
+        try:
+            for sequence, count in zip(sequences, counts, strict=True):
+                pool.reserve(sequence, count)
+        except CacheError:
+            for sequence in sequences:
+                pool._trim(sequence)
+            raise
         for sequence, count in zip(sequences, counts, strict=True):
-            pool.reserve(sequence, count)
             places = range(sequence.length, sequence.length + count)
             pages += [sequence.pages[p // PAGE] for p in places]
             slots += [p % PAGE for p in places]
@@ -184,7 +195,8 @@ class Batch:
         starts = tuple(s.length for s in sequences)
         if positions is None:
             positions = torch.tensor([s + i for s, n in zip(starts, counts, strict=True) for i in range(n)])
-        return cls(tuple(sequences), starts, tuple(offsets), positions.long(), torch.tensor(pages), torch.tensor(slots))
+        where = torch.tensor([pages, slots], dtype=torch.long)  # (2, tokens)
+        return cls(tuple(sequences), starts, tuple(offsets), positions.long(), where[0], where[1])
 
     def commit(self) -> None:
         """Count the tokens as cached: called once every layer has written them."""

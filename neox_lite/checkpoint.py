@@ -76,23 +76,14 @@ class Checkpoint:
         Raises CheckpointError if there is none, or if a file, index or link is malformed, inconsistent or unsafe.
         """
         folder = Path(folder)
-        if not folder.is_dir():
-            raise CheckpointError(f"{folder}: no such folder")
-        if (folder / UNFINISHED).exists() and not (folder / CONFIG).exists():
-            raise CheckpointError(f"{folder}: unfinished; run the command that wrote it again")
-        opener: Callable[[Path], WeightFile]
-        for stem, suffix, opener in (("model", ".safetensors", SafetensorsFile), ("pytorch_model", ".bin", _BinFile)):
-            index, single = folder / f"{stem}{suffix}.index.json", folder / f"{stem}{suffix}"
-            if _exists(index):
-                return cls(folder, _open_indexed(folder, index, suffix, opener))
-            if _exists(single):
-                return cls(folder, {single: opener(_inside(folder, single.name))})
-        shards = sorted(path.name for path in folder.iterdir() if SHARD_NAME.fullmatch(path.name))
-        if shards:
-            raise CheckpointError(f"{folder}: has {shards[0]} but its index is missing: {INDEX}")
-        raise CheckpointError(
-            f"{folder}: no weights; looked for model.safetensors and pytorch_model.bin, each alone or with .index.json"
-        )
+        try:
+            if not folder.is_dir():
+                raise CheckpointError(f"{folder}: no such folder")
+            if (folder / UNFINISHED).exists() and not (folder / CONFIG).exists():
+                raise CheckpointError(f"{folder}: unfinished; run the command that wrote it again")
+            return cls(folder, _open_weights(folder))
+        except OSError as error:
+            raise CheckpointError(f"{folder}: cannot be read: {error.strerror or error}") from error
 
     @classmethod
     def open_file(cls, folder: str | Path, name: str) -> "Checkpoint":
@@ -193,6 +184,23 @@ def _inside(folder: Path, name: str) -> Path:
     if not any(real.is_relative_to(root) for root in allowed):
         raise CheckpointError(f"{path}: links outside the folder, to {real}; put the file itself there")
     return path
+
+
+def _open_weights(folder: Path) -> dict[Path, WeightFile]:
+    """Find the one set of weights and open its files. Raises CheckpointError if there is none."""
+    opener: Callable[[Path], WeightFile]
+    for stem, suffix, opener in (("model", ".safetensors", SafetensorsFile), ("pytorch_model", ".bin", _BinFile)):
+        index, single = folder / f"{stem}{suffix}.index.json", folder / f"{stem}{suffix}"
+        if _exists(index):
+            return _open_indexed(folder, index, suffix, opener)
+        if _exists(single):
+            return {single: opener(_inside(folder, single.name))}
+    shards = sorted(path.name for path in folder.iterdir() if SHARD_NAME.fullmatch(path.name))
+    if shards:
+        raise CheckpointError(f"{folder}: has {shards[0]} but its index is missing: {INDEX}")
+    raise CheckpointError(
+        f"{folder}: no weights; looked for model.safetensors and pytorch_model.bin, each alone or with .index.json"
+    )
 
 
 def _open_indexed(

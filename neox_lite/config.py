@@ -68,7 +68,7 @@ OFF_ONLY: dict[str, tuple[Any, ...]] = {
     "alibi": (False,),
     "use_alibi": (False,),
 }
-# Keys of transformers' bookkeeping that do not touch what is computed; kept and written back.
+# Keys that checkpoints carry and that do not touch what is computed (bookkeeping, training): kept and written back.
 KEPT = {
     "_attn_implementation",
     "_commit_hash",
@@ -76,12 +76,14 @@ KEPT = {
     "_name_or_path",
     "attn_implementation",
     "architectures",
+    "attention_probs_dropout_prob",
     "bad_words_ids",
     "begin_suppress_tokens",
     "custom_pipelines",
     "decoder_start_token_id",
     "finetuning_task",
     "gradient_checkpointing",
+    "hidden_dropout_prob",
     "is_decoder",
     "prefix",
     "sep_token_id",

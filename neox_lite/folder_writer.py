@@ -9,6 +9,7 @@ import errno
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import re
 import shutil
@@ -41,6 +42,8 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+logger = logging.getLogger("neox_lite")
+
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 MANIFEST = "neox_lite_manifest.json"
@@ -48,6 +51,8 @@ PARTIAL = ".partial"
 UNFINISHED = MANIFEST + PARTIAL  # there while a folder is being written; holds the manifest of the model it replaces
 FORMAT_VERSION = 1
 CHUNK_BYTES = 16 << 20
+
+UNSUPPORTED = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)  # what network and Windows drives say to calls they lack
 
 EXTRA_WEIGHTS = re.compile(r"neox_lite_[a-z_]+\.safetensors")
 OUR_WEIGHTS = re.compile(r"model(-[0-9]+-of-[0-9]+)?\.safetensors(\.index\.json)?|" + EXTRA_WEIGHTS.pattern)
@@ -238,7 +243,6 @@ class FolderWriter:
         self._small: dict[str, dict[str, Any]] = {}  # manifest entries of the small files
         self._stale: set[str] = set()
         self._marker: Any = None
-        self._marker_is_new = False
         self._finished = False
         if source is not None and Path(source).exists() and self.folder.exists() and self.folder.samefile(source):
             raise CheckpointError(f"{self.folder}: is the folder being read; write to another one")
@@ -256,8 +260,7 @@ class FolderWriter:
         self.plan = [list(shard) for shard in shards]
         sizes = {self._shard_name(i): sum(spec.nbytes for spec in shard) for i, shard in enumerate(self.plan)}
         with _disk_errors(self.folder):
-            above = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
-            free = shutil.disk_usage(above).free
+            free = _free_bytes(self.folder)
             freed = sum((self.folder / name).stat().st_size for name in sizes if (self.folder / name).exists())
         needed = max(sum(sizes.values()) - freed, *sizes.values(), 0)
         if needed > free:
@@ -275,7 +278,7 @@ class FolderWriter:
 
     def file(self, name: str, content: str | bytes) -> None:
         """Write a small file atomically."""
-        if "/" in name or name in (CONFIG, MANIFEST, INDEX) or ANY_WEIGHTS.fullmatch(name):
+        if "/" in name or name == MANIFEST or name.endswith(PARTIAL) or _is_model(Path(name)):
             raise CheckpointError(f"{name}: not a small file; weights go through shard, config.json through finish")
         check_file_name(name, self.folder)
         self._begin()
@@ -308,8 +311,8 @@ class FolderWriter:
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
         """Raises CheckpointError if finish was forgotten. After an error only whole shards stay, and no config.json."""
         if self._marker is not None:
-            if self._marker_is_new and not self._finished and not any(map(self._is_written, self._writers)):
-                (self.folder / UNFINISHED).unlink(missing_ok=True)
+            if not self._finished and not any(map(_is_model, self.folder.iterdir())):
+                (self.folder / UNFINISHED).unlink(missing_ok=True)  # an error before the first shard was whole
             self._marker.close()  # lets the lock go
         if kind is None and not self._finished:
             raise CheckpointError(f"{self.folder}: left without finish()")
@@ -341,21 +344,20 @@ class FolderWriter:
             folder.mkdir(parents=True, exist_ok=True)
             present = {path.name for path in folder.iterdir()}
             ours = present & {MANIFEST, UNFINISHED}
-            models = {name for name in present if OUR_WEIGHTS.fullmatch(name) or ANY_WEIGHTS.fullmatch(name)}
-            if not ours and (models or CONFIG in present):
+            if not ours and any(map(_is_model, folder.iterdir())):
                 raise CheckpointError(f"{folder}: holds a model that neox-lite did not write; choose another folder")
             found = folder / MANIFEST if MANIFEST in ours else marker
             file = found.open("r+b" if ours else "x+b")
             try:
                 _lock(file, found)
+                (folder / CONFIG).unlink(missing_ok=True)
                 if found != marker:  # the old manifest becomes the marker: a second attempt still knows the old files
                     found.replace(marker)
-                (folder / CONFIG).unlink(missing_ok=True)
                 _sync_folder(folder)
             except BaseException:
                 file.close()
                 raise
-        self._marker, self._marker_is_new = file, not ours
+        self._marker = file
         if ours:
             self._stale = {name for name in present if OUR_WEIGHTS.fullmatch(name.removesuffix(PARTIAL))}
             with contextlib.suppress(CheckpointError):  # an unreadable old manifest only means fewer names to tidy up
@@ -374,17 +376,29 @@ class FolderWriter:
             _sync_folder(self.folder)
 
 
+def _is_model(path: Path) -> bool:
+    """Whether a file is part of a model, whoever wrote it."""
+    name = path.name
+    return name == CONFIG or bool(OUR_WEIGHTS.fullmatch(name) or ANY_WEIGHTS.fullmatch(name))
+
+
 @contextlib.contextmanager
 def _disk_errors(path: Path, size: int | None = None) -> Iterator[None]:
     """Turn the system's errors while writing path into one line that says what to do."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
-        free = shutil.disk_usage(path.parent).free
+        free = _free_bytes(path)
         needs = "" if size is None else f"needs {size} bytes, "
         raise CheckpointError(f"{path}: disk full: {needs}{free} are free; choose another folder") from error
+
+
+def _free_bytes(path: Path) -> int:
+    """The free space where path is or will be."""
+    above = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    return shutil.disk_usage(above).free
 
 
 def _preallocate(file: Any, size: int) -> None:
@@ -393,18 +407,27 @@ def _preallocate(file: Any, size: int) -> None:
         try:
             return os.posix_fallocate(file.fileno(), 0, size)
         except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):  # a file system without it
+            if error.errno not in UNSUPPORTED:
                 raise
     file.truncate(size)
     return None
 
 
 def _lock(file: Any, path: Path) -> None:
-    if fcntl is not None:
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):  # else another writer finished just now
-                return
+    """Keep other writers out until the file is closed. Raises CheckpointError if one is there already."""
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        taken = not os.path.samestat(os.fstat(file.fileno()), path.stat())  # another writer finished just now
+    except BlockingIOError:
+        taken = True
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, *UNSUPPORTED):
+            raise
+        logger.warning("%s: this file system has no locks; do not write there from two processes at once", path.parent)
+        return
+    if taken:
         raise CheckpointError(f"{path.parent}: another process is writing there; wait for it or choose another folder")
 
 
@@ -432,6 +455,9 @@ def _sync_folder(folder: Path) -> None:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
         finally:
             os.close(descriptor)
 

@@ -8,7 +8,9 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +22,7 @@ from torch import Tensor
 from .cache import PAGE, PagePool
 from .cache import Sequence as CachedSequence
 from .config import GPTNeoXConfig, read_json
-from .errors import ArgumentError, ContextLengthError, UnsupportedError
+from .errors import ArgumentError, ConfigError, ContextLengthError, UnsupportedError
 from .sampling import Processor, Sampling, choose
 from .tokenizer import GPTNeoXTokenizerFast, StreamDecoder
 
@@ -72,7 +74,6 @@ NO_EFFECT = {
     "renormalize_logits",
     "remove_invalid_values",
     "transformers_version",
-    "bos_token_id",
     "decoder_start_token_id",
     "num_assistant_tokens",
     "num_assistant_tokens_schedule",
@@ -105,9 +106,11 @@ class Event:
 class Options:
     """What `generate` and `stream` take.
 
-    sampling: see Sampling. max_new_tokens counts new tokens; max_length counts the prompt too; with neither, 20 new tokens
-    or what the context leaves. eos_token_id: ids that end a sequence. stop_strings: texts that end it; `stream` cuts them.
-    num_return_sequences: samples a prompt. logits_processor: callables (ids (1, n), logits (1, vocabulary)) -> logits;
+    sampling: see Sampling; without a seed, torch.manual_seed decides. max_new_tokens counts new tokens and goes before
+    max_length, which counts the prompt too; with neither, 20 new tokens or what the context leaves. eos_token_id: ids that
+    end a sequence, [] for none. stop_strings (or stop): texts that end it, looked for in the new text; `generate` keeps
+    the token that completes one, `stream` cuts the text before it. bos_token_id starts an empty prompt.
+    num_return_sequences: samples of each prompt. logits_processor: callables (ids (1, n), logits (1, vocabulary)) -> logits;
     stopping_criteria: callables (ids (1, n), logits) -> bool. streamer: an object with put(ids) and end().
     """
 
@@ -116,6 +119,7 @@ class Options:
     max_length: int | None = None
     min_new_tokens: int = 0
     min_length: int = 0
+    bos_token_id: int | None = None
     eos_token_id: tuple[int, ...] = ()
     pad_token_id: int | None = None
     stop_strings: tuple[str, ...] = ()
@@ -130,9 +134,9 @@ class Options:
         merged: dict[str, Any] = {}
         for layer in layers:
             merged |= {k: v for k, v in layer.items() if v is not None}
-        if merged.get("stop") is not None:
+        if "stop" in merged:
             merged["stop_strings"] = merged.pop("stop")
-        known = {f.name for f in dataclasses.fields(cls)} - {"sampling"} | SAMPLING_FIELDS
+        known = option_names()
         for name in list(merged):
             if name in OFF_ONLY:
                 allowed, instead = OFF_ONLY[name]
@@ -145,7 +149,7 @@ class Options:
                 raise ArgumentError(
                     f"generate knows no option {name!r}" + (f"; nearest is {near[0]!r}" if near else "")
                 )
-        if merged.get("seed") is None:  # torch.manual_seed makes scripts repeatable, as they expect
+        if merged.get("do_sample") and "seed" not in merged:  # torch.manual_seed makes scripts repeatable
             merged["seed"] = int(torch.randint(2**63 - 1, ()))
         sampling = Sampling(**{k: _number(k, merged.pop(k)) for k in list(merged) if k in SAMPLING_FIELDS})
         for name in ("max_new_tokens", "max_length", "min_new_tokens", "min_length"):
@@ -158,7 +162,14 @@ class Options:
             merged[name] = (value,) if callable(value) and not isinstance(value, list | tuple) else tuple(value)
         options = cls(sampling=sampling, **merged)
         if options.num_return_sequences > 1 and sampling.greedy:
-            raise ArgumentError("num_return_sequences above 1 needs do_sample=True: greedy sequences are all the same")
+            raise ArgumentError(
+                "num_return_sequences above 1 needs do_sample=True and a temperature: greedy sequences are all the same"
+            )
+        for name in ("temperature", "top_k", "top_p", "min_p"):
+            if not sampling.do_sample and layers[-1].get(name) not in (None, 0, getattr(Sampling, name)):
+                warnings.warn(f"{name} is without effect, because do_sample is not set", stacklevel=5)
+        if layers[-1].get("max_length") is not None and options.max_new_tokens is not None:
+            warnings.warn("max_length is without effect, because max_new_tokens is set", stacklevel=5)
         return options
 
     def new_tokens(self, prompt_tokens: int, context: int) -> int:
@@ -180,6 +191,11 @@ class Options:
                 f"{context} tokens; shorten the prompt or ask for at most {max(0, context - prompt_tokens)} new tokens"
             )
         return wanted
+
+
+def option_names() -> set[str]:
+    """What `generate` takes, under the names that callers use."""
+    return {f.name for f in dataclasses.fields(Options)} - {"sampling"} | SAMPLING_FIELDS
 
 
 def _number(name: str, value: Any) -> Any:
@@ -219,17 +235,27 @@ def _texts(value: Any) -> tuple[str, ...]:
 
 
 class StopText:
-    """Turns tokens into text that never shows a stop string, not even its beginning: what might become one is held back."""
+    """Turns tokens into text that never shows a stop string, not even its beginning: what might become one is held back.
+
+    The stop string that is complete first counts. Special tokens give no text, but one that contains a stop string stops.
+    """
 
     def __init__(self, tokenizer: GPTNeoXTokenizerFast, stops: Sequence[str]) -> None:
         self._decoder = StreamDecoder(tokenizer, skip_special_tokens=True)
         self._stops = stops
+        self._longest = max(map(len, stops), default=1)
+        added = tokenizer.added_tokens_decoder if stops else {}
+        self._stop_ids = {i for i, t in added.items() if t.special and any(stop in t.content for stop in stops)}
         self._held = ""
         self.stopped = False
 
     def put(self, token: int) -> str:
         """The text that is certain after one more token; sets `stopped` when a stop string is complete."""
-        return self._take(self._decoder.put(token))
+        if token not in self._stop_ids:
+            return self._take(self._decoder.put(token))
+        text = self.end()
+        self.stopped = True
+        return text
 
     def end(self) -> str:
         """What was held back, once no more tokens come."""
@@ -241,16 +267,14 @@ class StopText:
 
     def _take(self, piece: str) -> str:
         text = self._held + piece
-        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
-        if found:
+        ends = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if ends:
             self.stopped, self._held = True, ""
-            return text[: min(found)]
-        longest = max((len(s) for s in self._stops), default=1) - 1
-        keep = next(
-            (n for n in range(min(longest, len(text)), 0, -1) if any(s.startswith(text[-n:]) for s in self._stops)), 0
-        )
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+            return text[: min(ends)[1]]
+        tails = range(max(0, len(text) - self._longest + 1), len(text))
+        hold = next((at for at in tails if any(stop.startswith(text[at:]) for stop in self._stops)), len(text))
+        self._held = text[hold:]
+        return text[:hold]
 
 
 @dataclass
@@ -260,110 +284,135 @@ class Row:
     prompt: list[int]
     limit: int  # new tokens at most
     stream: int  # number of its random stream
+    text: StopText | None = None
     sequence: CachedSequence | None = None
     tokens: list[int] = field(default_factory=list)
-    text: StopText | None = None
     piece: str = ""  # text that the last token completed
     finish_reason: str | None = None
+
+    def __post_init__(self) -> None:
+        self._ids = torch.tensor(self.prompt + [0] * self.limit)
+
+    @property
+    def history(self) -> Tensor:
+        """Prompt and new tokens (tokens,)."""
+        return self._ids[: len(self.prompt) + len(self.tokens)]
+
+    def append(self, token: int) -> None:
+        self._ids[len(self.prompt) + len(self.tokens)] = token
+        self.tokens.append(token)
 
 
 def decode(
     stepper: Stepper, pool: PagePool, rows: Sequence[Row], options: Options, missing_ids: Tensor | None = None
-) -> Iterator[list[Row]]:
+) -> Generator[list[Row], None, None]:
     """Generate all rows together; each iteration yields the rows that just got a token.
 
     missing_ids (n,) int64: ids that are never chosen. Rows with equal prompts share one prefill. Pages are freed as rows
     end, also when the caller stops early.
     """
-    steps = [*_restrictions(options, missing_ids), *options.sampling.processors()]
+    steps = _processors(options, missing_ids)
+    active = [row for row in rows if row.limit > 0]
+    for row in rows:
+        if row.limit == 0:
+            row.finish_reason = "length"
     try:
-        active = [row for row in rows if row.limit > 0]
-        for row in rows:
-            if row.limit == 0:
-                row.finish_reason = "length"
         logits = _prefill(stepper, pool, active)
         while active:
             for row, scores in zip(active, logits, strict=True):
                 _choose_token(row, scores, options, steps)
+                if row.finish_reason:
+                    _free(pool, row)
             yield active
-            for row in active:
-                if row.finish_reason and row.sequence is not None:
-                    pool.free(row.sequence)
-                    row.sequence = None
             active = [row for row in active if not row.finish_reason]
             if active:
                 sequences = [row.sequence for row in active if row.sequence is not None]
-                logits = list(stepper.step(pool, sequences, [row.tokens[-1:] for row in active]))
+                logits = list(stepper.step(pool, sequences, [row.tokens[-1:] for row in active]).cpu())
     finally:
         for row in rows:
-            if row.sequence is not None:
-                pool.free(row.sequence)
-                row.sequence = None
+            _free(pool, row)
+
+
+def _free(pool: PagePool, row: Row) -> None:
+    if row.sequence is not None:
+        pool.free(row.sequence)
+        row.sequence = None
 
 
 def _prefill(stepper: Stepper, pool: PagePool, rows: Sequence[Row]) -> list[Tensor]:
-    """Logits (vocabulary,) after each row's prompt; a prompt that came before is forked instead of computed again."""
-    done: dict[tuple[int, ...], tuple[Row, Tensor]] = {}
-    out = []
+    """Logits (vocabulary,) after each row's prompt.
+
+    Prompts go through the model together, PREFILL_TOKENS at a time; one that came before is forked, not computed again.
+    """
+    sequences: dict[tuple[int, ...], CachedSequence] = {}
+    logits: dict[tuple[int, ...], Tensor] = {}
     for row in rows:
-        key = tuple(row.prompt)
-        if key in done:
-            twin, logits = done[key]
-            assert twin.sequence is not None
-            row.sequence = pool.fork(twin.sequence)
-        else:
-            row.sequence = pool.new()
-            for start in range(0, len(row.prompt), PREFILL_TOKENS):
-                logits = stepper.step(pool, [row.sequence], [row.prompt[start : start + PREFILL_TOKENS]])[0]
-            done[key] = row, logits
-        out.append(logits)
-    return out
+        if (prompt := tuple(row.prompt)) not in sequences:
+            row.sequence = sequences[prompt] = pool.new()
+    waiting = list(sequences)
+    while waiting:
+        pieces, room = {}, PREFILL_TOKENS
+        for prompt in waiting:
+            if room:
+                pieces[prompt] = prompt[sequences[prompt].length :][:room]
+                room -= len(pieces[prompt])
+        scores = stepper.step(pool, [sequences[prompt] for prompt in pieces], list(pieces.values())).cpu()
+        logits |= zip(pieces, scores, strict=True)
+        waiting = [prompt for prompt in waiting if sequences[prompt].length < len(prompt)]
+    for row in rows:
+        if row.sequence is None:
+            row.sequence = pool.fork(sequences[tuple(row.prompt)])
+    return [logits[tuple(row.prompt)] for row in rows]
 
 
-def _restrictions(options: Options, missing_ids: Tensor | None) -> list[Processor]:
-    """Processors that come before sampling's own: ids that do not exist, and the user's."""
+def _processors(options: Options, missing_ids: Tensor | None) -> list[Processor]:
+    """Everything between logits and choice: ids that do not exist, then sampling's own steps around the user's."""
     steps: list[Processor] = []
     if missing_ids is not None and len(missing_ids):
         steps.append(lambda history, logits: logits.index_fill(0, missing_ids, float("-inf")))
-    for user in options.logits_processor:
-        steps.append(lambda history, logits, user=user: user(history[None], logits[None])[0])  # type: ignore[misc]
-    return steps
+    return steps + options.sampling.processors([_of_rows(user) for user in options.logits_processor])
+
+
+def _of_rows(user: Processor) -> Processor:
+    """A processor of one row from one of a batch, as transformers' are."""
+    return lambda history, logits: user(history[None], logits[None])[0]
 
 
 def _choose_token(row: Row, logits: Tensor, options: Options, steps: list[Processor]) -> None:
-    history = row.prompt + row.tokens
-    early = len(row.tokens) < options.min_new_tokens or len(history) < options.min_length
+    early = len(row.tokens) < options.min_new_tokens or len(row.history) < options.min_length
     if early and options.eos_token_id:
-        logits = logits.index_fill(0, torch.tensor(options.eos_token_id, device=logits.device), float("-inf"))
-    token = choose(logits, history, len(history), row.stream, options.sampling, steps)
-    row.tokens.append(token)
+        known = [i for i in options.eos_token_id if i < len(logits)]
+        logits = logits.index_fill(0, torch.tensor(known, dtype=torch.long), float("-inf"))
+    token = choose(logits, row.history, row.stream, options.sampling, steps)
+    row.append(token)
     row.piece = row.text.put(token) if row.text is not None else ""
-    if token in options.eos_token_id or (row.text is not None and row.text.stopped):
+    stopped = token in options.eos_token_id or (row.text is not None and row.text.stopped)
+    if stopped or any(_says_stop(stop, row, logits) for stop in options.stopping_criteria):
         row.finish_reason = "stop"
-    elif options.stopping_criteria:
-        ids = torch.tensor([row.prompt + row.tokens])
-        if any(bool(torch.as_tensor(stop(ids, logits[None])).all()) for stop in options.stopping_criteria):
-            row.finish_reason = "stop"
-    if row.finish_reason is None and len(row.tokens) >= row.limit:
+    elif len(row.tokens) >= row.limit:
         row.finish_reason = "length"
     if row.finish_reason and row.text is not None:
         row.piece += row.text.end()
+
+
+def _says_stop(criterion: Callable[[Tensor, Tensor], Any], row: Row, logits: Tensor) -> bool:
+    return bool(torch.as_tensor(criterion(row.history[None], logits[None])).all())
 
 
 class GenerationConfig:
     """generation_config.json: defaults for `generate`, under transformers' names, as attributes."""
 
     def __init__(self, **options: Any) -> None:
-        known = {f.name for f in dataclasses.fields(Options)} - {"sampling"} | SAMPLING_FIELDS
-        unknown = [k for k in options if k not in known | OFF_ONLY.keys() | NO_EFFECT and not k.startswith("_")]
+        known = option_names() | OFF_ONLY.keys() | NO_EFFECT
+        unknown = [k for k in options if k not in known and not k.startswith("_")]
         if unknown:
             warnings.warn(f"generation config: {', '.join(unknown)} unknown and without effect", stacklevel=2)
         self.__dict__.update({k: v for k, v in options.items() if k not in unknown})
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return None
+        if name in option_names() | OFF_ONLY.keys() | NO_EFFECT:
+            return None
+        raise AttributeError(f"GenerationConfig has no option {name!r}")
 
     def to_dict(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if v is not None and not k.startswith("_")}
@@ -371,6 +420,8 @@ class GenerationConfig:
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> GenerationConfig:
         path = Path(folder) / "generation_config.json"
+        if not path.parent.is_dir():
+            raise ConfigError(f"{folder}: no such folder; give the one that holds generation_config.json")
         return cls(**read_json(path)) if path.is_file() else cls()
 
     def to_json_string(self) -> str:
@@ -430,47 +481,47 @@ class GenerationMixin:
         return (~known).nonzero().flatten()
 
     def _options(self, given: dict[str, Any]) -> Options:
+        if (tokenizer := given.pop("tokenizer", None)) is not None:
+            self.tokenizer = _own_tokenizer(tokenizer)
         config = given.pop("generation_config", None)
-        extra = config if isinstance(config, dict) else config.to_dict() if config is not None else {}
-        return Options.parse(self.generation_config.to_dict(), extra, given)
+        return Options.parse(_as_dict(self.generation_config), _as_dict(config), given)
 
     def _rows(self, prompts: Sequence[list[int]], options: Options) -> list[Row]:
-        context = self.config.max_position_embeddings
-        rows = []
-        for prompt in prompts:
+        """One row for each sample. Rows of equal prompts draw from different random streams, numbered from 0."""
+        rows: list[Row] = []
+        seen: Counter[tuple[int, ...]] = Counter()
+        for i, prompt in enumerate(prompts):
             if not prompt:
-                raise ArgumentError("a prompt is empty; give at least one token, for instance bos_token_id")
+                raise ArgumentError(f"prompt {i} is empty; give at least one token, for instance bos_token_id")
+            limit = options.new_tokens(len(prompt), self.config.max_position_embeddings)
             if wrong := [i for i in prompt if not 0 <= i < self.config.vocab_size]:
                 raise ArgumentError(f"input_ids: found {wrong[0]}, expected 0 to {self.config.vocab_size - 1}")
-            limit = options.new_tokens(len(prompt), context)
-            for stream in range(options.num_return_sequences):
+            for _ in range(options.num_return_sequences):
                 text = StopText(self.tokenizer, options.stop_strings) if options.stop_strings else None
-                rows.append(Row(list(prompt), limit, stream, text=text))
+                rows.append(Row(prompt, limit, seen[tuple(prompt)], text))
+                seen[tuple(prompt)] += 1
         return rows
 
-    def _decode(self: Any, rows: list[Row], options: Options) -> Iterator[list[Row]]:
+    def _decode(self: Any, rows: list[Row], options: Options) -> Generator[list[Row], None, None]:
         pages = sum(-(-(len(row.prompt) + row.limit) // PAGE) for row in rows)
         return decode(self, self.new_pool(min(pages, 64)), rows, options, self.missing_ids)
 
     def _generate(self, input_ids: Tensor | None, given: dict[str, Any]) -> Tensor:
         given = dict(given)
-        if (tokenizer := given.pop("tokenizer", None)) is not None:
-            self.tokenizer = _own_tokenizer(tokenizer)
         inputs, mask = given.pop("inputs", None), given.pop("attention_mask", None)
-        input_ids = input_ids if input_ids is not None else inputs
         options = self._options(given)
-        ids = self._prompt_ids(input_ids)
-        keep = _prompt_mask(ids, mask, options)
+        ids, keep = _prompt_ids(input_ids if input_ids is not None else inputs, mask, options)
         rows = self._rows([row[k].tolist() for row, k in zip(ids, keep, strict=True)], options)
-        if options.streamer is not None:
+        streamer = options.streamer
+        if streamer is not None:
             if len(rows) != 1:
                 raise ArgumentError(f"streamer works for one sequence, but {len(rows)} are asked for")
-            options.streamer.put(ids)
+            streamer.put(ids)
         for changed in self._decode(rows, options):
-            if options.streamer is not None:
-                options.streamer.put(torch.tensor(changed[0].tokens[-1:]))
-        if options.streamer is not None:
-            options.streamer.end()
+            if streamer is not None:
+                streamer.put(torch.tensor(changed[0].tokens[-1:]))
+        if streamer is not None:
+            streamer.end()
         return self._pad(ids, rows, options)
 
     def _pad(self, ids: Tensor, rows: list[Row], options: Options) -> Tensor:
@@ -485,43 +536,57 @@ class GenerationMixin:
         repeated = ids.repeat_interleave(options.num_return_sequences, 0)
         return torch.cat((repeated, new), 1).to(self.device)
 
-    def _prompt_ids(self, ids: Any) -> Tensor:
-        if ids is None:
-            ids = torch.empty(1, 0, dtype=torch.long)
-        if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
-            found = f"{tuple(ids.shape)} {ids.dtype}" if isinstance(ids, Tensor) else type(ids).__name__
-            raise ArgumentError(f"input_ids is {found}, expected a tensor (batch, tokens) of ids: return_tensors='pt'")
-        if ids.shape[1] == 0:
-            bos = self.generation_config.bos_token_id
-            if bos is None:
-                raise ArgumentError("the prompt is empty and the config names no bos_token_id to start from")
-            ids = torch.full((ids.shape[0], 1), bos, dtype=torch.long)
-        return ids.cpu().long()
-
     def _stream(self, prompt: str | Tensor | Sequence[int], given: dict[str, Any]) -> Iterator[Event]:
         options = self._options(dict(given))
         if options.num_return_sequences != 1:
             raise ArgumentError("stream yields one sequence; leave num_return_sequences out")
-        if isinstance(prompt, str):
-            ids = self.tokenizer(prompt).input_ids
-        else:
-            ids = prompt.flatten().tolist() if isinstance(prompt, Tensor) else list(prompt)
-        ids = ids or self._prompt_ids(None)[0].tolist()
-        (row,) = self._rows([ids], options)
+        if options.streamer is not None:
+            raise ArgumentError("stream yields events itself; leave streamer out, or pass it to generate")
+        ids = torch.as_tensor(self.tokenizer(prompt).input_ids if isinstance(prompt, str) else prompt)
+        ids, _ = _prompt_ids(ids[None] if ids.dim() == 1 else ids, None, options)
+        if len(ids) != 1:
+            raise ArgumentError(f"stream takes one prompt, but {len(ids)} are given; call generate")
+        (row,) = self._rows(ids.tolist(), options)
         row.text = StopText(self.tokenizer, options.stop_strings)
         return self._events(row, options)
 
     def _events(self, row: Row, options: Options) -> Iterator[Event]:
         if row.limit == 0:
             yield Event("", None, "length")
-        for _ in self._decode([row], options):
-            yield Event(row.piece, row.tokens[-1], row.finish_reason)
+        with closing(self._decode([row], options)) as steps:  # a caller who stops early frees the pages at once
+            for _ in steps:
+                yield Event(row.piece, row.tokens[-1], row.finish_reason)
+
+
+def _as_dict(config: Any) -> dict[str, Any]:
+    """A GenerationConfig, ours or transformers', or a dict, as what it sets itself."""
+    if config is None or isinstance(config, dict):
+        return config or {}
+    if not hasattr(config, "to_dict"):
+        raise ArgumentError(f"generation_config is a {type(config).__name__}, expected a GenerationConfig or a dict")
+    return config.to_diff_dict() if hasattr(type(config), "to_diff_dict") else config.to_dict()
 
 
 def _own_tokenizer(tokenizer: Any) -> GPTNeoXTokenizerFast:
     if isinstance(tokenizer, GPTNeoXTokenizerFast):
         return tokenizer
     raise ArgumentError(f"tokenizer is a {type(tokenizer).__name__}, expected a neox_lite GPTNeoXTokenizerFast")
+
+
+def _prompt_ids(ids: Any, mask: Any, options: Options) -> tuple[Tensor, Tensor]:
+    """Ids (rows, tokens) and which of them are real (rows, tokens) bool; prompts without any token start with bos."""
+    if ids is None:
+        ids = torch.empty(1, 0, dtype=torch.long)
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or (ids.is_floating_point() and ids.numel()) or not len(ids):
+        found = f"{tuple(ids.shape)} {ids.dtype}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise ArgumentError(f"input_ids is {found}, expected a tensor (batch, tokens) of ids: return_tensors='pt'")
+    if ids.shape[1]:
+        ids = ids.cpu().long()
+        return ids, _prompt_mask(ids, mask, options)
+    if options.bos_token_id is None:
+        raise ArgumentError("the prompt is empty and there is no bos_token_id to start from; give at least one token")
+    ids = torch.full((len(ids), 1), options.bos_token_id)
+    return ids, torch.ones_like(ids, dtype=torch.bool)
 
 
 def _prompt_mask(ids: Tensor, mask: Any, options: Options) -> Tensor:
@@ -533,9 +598,8 @@ def _prompt_mask(ids: Tensor, mask: Any, options: Options) -> Tensor:
         if not bool(((mask == 0) | (mask == 1)).all()):
             raise ArgumentError("attention_mask holds values other than 0 and 1")
         return mask.bool()
-    pad = options.pad_token_id
-    if pad is not None and pad not in options.eos_token_id:
-        return ids != pad
+    if options.pad_token_id is not None and options.pad_token_id not in options.eos_token_id:
+        return ids != options.pad_token_id
     return torch.ones_like(ids, dtype=torch.bool)
 
 

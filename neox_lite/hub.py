@@ -50,15 +50,19 @@ def resolve(folder_or_id: str | Path, revision: str | None = None) -> Path:
     the hub does not have it or cannot be reached.
     """
     text = str(folder_or_id)
-    folder = Path(text).expanduser()
-    if text and "\0" not in text and folder.is_dir():
+    try:
+        folder = Path(text).expanduser()
+        found, is_folder = folder.exists(), folder.is_dir()
+    except (OSError, RuntimeError, ValueError):  # too long, ~ of nobody, NUL
+        found, is_folder = False, False
+    if text and is_folder:
         if revision is not None:
             raise CheckpointError(f"{text}: is a folder, so revision {revision!r} means nothing; leave it out")
         return folder
-    if text and "\0" not in text and folder.exists():
+    if text and found:
         raise CheckpointError(f"{text}: is a file; give the folder that holds config.json")
     if isinstance(folder_or_id, Path) or re.search(r"^[./~]|^[A-Za-z]:|[\\\0]|/.*/|/$|^$", text):
-        raise CheckpointError(f"{text!r}: no such folder")
+        raise CheckpointError(f"{text[:200]!r}: no such folder")
     return fetch_checkpoint(text, revision)
 
 
@@ -206,7 +210,7 @@ def _check_id(repo_id: str, revision: str | None) -> None:
     name = r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
     if not re.fullmatch(f"{name}/{name}", repo_id) or ".." in repo_id or "--" in repo_id:
         raise HubError(
-            f"{repo_id!r}: neither a folder nor a hub id; a hub id is OWNER/NAME, such as EleutherAI/pythia-70m"
+            f"{repo_id[:200]!r}: neither a folder nor a hub id; a hub id is OWNER/NAME, such as EleutherAI/pythia-70m"
         )
     if revision is not None and (not re.fullmatch(r"\w[\w./-]*", revision) or ".." in revision):
         raise HubError(f"{repo_id}: {revision!r} is not a branch, tag or commit")
@@ -267,6 +271,10 @@ def _explain(error: Exception, repo_id: str, revision: str | None) -> HubError |
         return HubError(f"{repo_id}: a download was cut short; run again")
     if isinstance(error, OSError) and error.errno is not None:
         return HubError(f"{repo_id}: the hub cache cannot be written: {error.strerror}; HF_HOME moves it")
+    if isinstance(error, RuntimeError) or type(error).__module__.startswith("huggingface_hub"):  # hf_xet: RuntimeError
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = re.sub(r"\?\S+", "?...", reason)  # the query of a download's address can hold a signature
+        return HubError(f"{repo_id}: {endpoint}: {reason[:200]}; run again, or check the network")
     return None
 
 

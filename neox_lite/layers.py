@@ -24,8 +24,12 @@ class FixedDtype(nn.Module):
     fixed: tuple[str, ...] = ()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        kept = {name: self._buffers.pop(name) for name in self.fixed}
-        super()._apply(fn, recurse)
+        kept = {name: self._buffers[name] for name in self.fixed}
+        self._buffers.update(dict.fromkeys(self.fixed))
+        try:
+            super()._apply(fn, recurse)
+        finally:  # a device that runs full must not cost the model its tensors
+            self._buffers.update(kept)
         for name, buffer in kept.items():
             if buffer is not None:
                 self._buffers[name] = buffer.to(fn(buffer.new_empty(0)).device)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import Checkpoint
-from .config import GPTNeoXConfig
+from .config import FIELDS, GPTNeoXConfig
 from .errors import ArgumentError, CheckpointError, FormatError, NeoxLiteError, UnsupportedError
 from .formats import Format, GroupInt, formats_of, make_format, quantization_config
 from .hub import resolve
@@ -49,8 +49,19 @@ EXPLAINED = {
     "from_flax": "convert the weights to safetensors first",
     "ignore_mismatched_sizes": "a weight of another shape is always an error",
     "output_loading_info": "every mismatch is an error that names it",
-    "max_position_embeddings": "pass it through config=",
 }
+# Settings of the model, which transformers also takes here.
+SETTINGS = {
+    *FIELDS,
+    "id2label",
+    "label2id",
+    "num_labels",
+    "rope_parameters",
+    "rope_scaling",
+    "rotary_emb_base",
+    "rotary_pct",
+}
+HEADS = ("embed_out", "lm_head", "score", "classifier", "qa_outputs")  # a class leaves the heads of others alone
 
 
 @dataclass
@@ -86,16 +97,21 @@ class LoadOptions:
         """Map transformers' arguments, explain those that have no meaning here, refuse the rest."""
         given = dict(given)
         known = {f.name for f in fields(cls)}
-        for harmless in ("low_cpu_mem_usage", "use_safetensors", "_fast_init", "torch_dtype"):
-            if harmless != "torch_dtype":
-                given.pop(harmless, None)
-        if (old := given.pop("torch_dtype", None)) is not None:
-            given.setdefault("dtype", old)
+        for harmless in ("low_cpu_mem_usage", "use_safetensors", "_fast_init"):
+            given.pop(harmless, None)
+        old = given.pop("torch_dtype", None)
+        if old is not None and parse_dtype(given.setdefault("dtype", old)) != parse_dtype(old):
+            raise ArgumentError(f"torch_dtype={old!r} and dtype={given['dtype']!r} contradict each other")
         _take_bits(given)
         for name in list(given):
             if name in EXPLAINED:
                 if given.pop(name) not in (None, False):
                     raise UnsupportedError(f"from_pretrained({name}=...): {EXPLAINED[name]}; leave it out")
+            elif name in SETTINGS:
+                raise ArgumentError(
+                    f"from_pretrained({name}=...): a setting of the model; pass "
+                    f"config=GPTNeoXConfig.from_pretrained(..., {name}=...)"
+                )
             elif name not in known:
                 near = difflib.get_close_matches(name, known, 1)
                 raise ArgumentError(
@@ -122,6 +138,8 @@ def _take_bits(given: dict[str, Any]) -> None:
     }
     if asked is not None and not any(bits.values()):
         raise UnsupportedError(f"quantization_config of type {type(asked).__name__}: use quantization='int4' or 'int8'")
+    if all(bits.values()):
+        raise ArgumentError("load_in_4bit and load_in_8bit exclude each other")
     chosen = "int4" if bits["4bit"] else "int8" if bits["8bit"] else None
     if chosen is None:
         return
@@ -148,24 +166,30 @@ def parse_dtype(value: Any) -> torch.dtype | None:
 
 def from_pretrained(cls: type[GPTNeoXPreTrainedModel], name: str | os.PathLike[str], options: LoadOptions) -> Any:
     """Build `cls` from a folder or hub id. Raises a NeoxLiteError that names the first thing that does not fit."""
+    device = _asked_device(options)
     folder = resolve(os.fspath(name), options.revision)
     config = options.config.copy() if options.config else GPTNeoXConfig.from_pretrained(folder)
     with Checkpoint.open(folder) as checkpoint:
         dtype = options.dtype or DTYPES.get(config.dtype or "") or _stored_dtype(checkpoint)
         target = _target(options.quantization, config, folder)
         if target is not None:
+            if options.head == "int8":
+                raise ArgumentError("head='int8' is for folders that `neox-lite quantize` wrote, not for quantization=")
             cached = _cached_folder(cls, name, options, folder, checkpoint, dtype)
             if (cached / "config.json").is_file():
                 again = LoadOptions(device_map=options.device_map, max_memory=options.max_memory, dtype=dtype)
-                return from_pretrained(cls, cached, again)
+                model = from_pretrained(cls, cached, again)
+                model.source = Source(folder, os.fspath(name), options.revision)
+                return model
         config.dtype = str(dtype).removeprefix("torch.")
-        model = Blueprint(cls, config, checkpoint, target).fill(dtype)
-    if target is not None:
+        blueprint = Blueprint(cls, config, checkpoint, target)
+        model = blueprint.fill(dtype)
+    if target is not None and not blueprint.fresh:  # a random head would pass for a trained one the next time
         _keep_quantized(model, cached)
     model.source = Source(folder, os.fspath(name), options.revision)
     if options.head == "int8":
         _use_small_head(model, folder)
-    return model.to(_device(model, options))
+    return model.to(device or _roomiest(model.get_memory_footprint(), dict(options.max_memory or {})))
 
 
 def _target(quantization: str | None, config: GPTNeoXConfig, folder: Path) -> GroupInt | None:
@@ -241,11 +265,12 @@ class Blueprint:
                     self.fresh.append(key)
                 elif not (self.tied and name == "embed_out"):
                     expected[stored] = tuple(tensor.shape), floating if tensor.is_floating_point() else (tensor.dtype,)
-        spare = {"embed_out.weight", "lm_head.weight"} & set(self.checkpoint.names()) - expected.keys()
-        if hasattr(self.model, "embed_out") and not self.tied:
-            spare = set()
+        spare = {n for n in self.checkpoint.names() if n.partition(".")[0] in HEADS} - expected.keys()
+        copies = spare & {"embed_out.weight", "lm_head.weight"} if "embed_out" in self.heads else set()
+        if not self.tied:
+            spare -= copies
         self.checkpoint.check({**expected, **{n: (self.checkpoint.info(n).shape, None) for n in spare}})
-        for name in spare if self.tied else ():
+        for name in copies:
             embedding = self.stored("gpt_neox.embed_in.weight")
             if not torch.equal(self.checkpoint.tensor(name), self.checkpoint.tensor(embedding)):
                 raise CheckpointError(
@@ -344,27 +369,31 @@ def _use_small_head(model: GPTNeoXPreTrainedModel, folder: Path) -> None:
 # Placement ------------------------------------------------------------------------------------------------------------
 
 
-def _device(model: GPTNeoXPreTrainedModel, options: LoadOptions) -> torch.device:
-    """The one device that a device_map asks for, checked against what is there."""
-    asked, limits = options.device_map, dict(options.max_memory or {})
+def _asked_device(options: LoadOptions) -> torch.device | None:
+    """The one device that a device_map asks for, checked against what is there; None for "auto"."""
+    asked = options.device_map
     if isinstance(asked, Mapping):
-        if len(set(map(str, asked.values()))) != 1:
+        if len(set(map(str, asked.values()))) > 1:
             raise UnsupportedError(
                 "device_map with several devices needs offload, which this version lacks; use one device"
             )
-        asked = next(iter(asked.values()))
+        asked = next(iter(asked.values()), None)
     if asked == "auto":
-        return _roomiest(model.get_memory_footprint(), limits)
-    if limits:
+        return None
+    if options.max_memory:
         raise ArgumentError("max_memory limits device_map='auto'; pass both or neither")
     if isinstance(asked, int):
         asked = f"cuda:{asked}"
     try:
         device = torch.device(asked or "cpu")
-    except RuntimeError:
-        raise ArgumentError(f"device_map is {asked!r}, expected 'auto', 'cpu', 'cuda' or 'cuda:N'") from None
+    except (RuntimeError, TypeError):
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ArgumentError(f"device_map is {asked!r}, expected 'auto', 'cpu', 'cuda' or 'cuda:N'")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ArgumentError(f"device_map is {asked!r}, but torch sees no CUDA device here; use 'cpu' or 'auto'")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ArgumentError(f"device_map is {asked!r}, but there are {torch.cuda.device_count()} CUDA devices")
     return device
 
 

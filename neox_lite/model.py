@@ -133,6 +133,9 @@ class GPTNeoXPreTrainedModel(nn.Module):
         self.__dict__["_ops"] = None  # kernels are bound again on the next call
         return super()._apply(fn, recurse)  # type: ignore[return-value]
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_ops": None}  # copies and pickles bind their own kernels
+
     def cuda(self: Model, device: int | torch.device | None = None) -> Model:
         if not torch.cuda.is_available():
             raise ArgumentError("cuda(): torch sees no CUDA device here; leave .cuda() out to run on the CPU")
@@ -237,7 +240,9 @@ class GPTNeoXPreTrainedModel(nn.Module):
             if positions.dim() != 2 or positions.shape[1] != width or positions.shape[0] not in (1, rows):
                 raise ArgumentError(f"position_ids are {tuple(positions.shape)}, expected {(rows, width)}")
             positions = positions.expand(rows, width)
-        if positions.numel() and not 0 <= int(positions.min()) <= int(positions.max()) < limit:
+        if positions.numel() and int(positions.min()) < 0:
+            raise ArgumentError(f"position_ids: found {int(positions.min())}, expected 0 to {limit - 1}")
+        if positions.numel() and int(positions.max()) >= limit:
             raise ContextLengthError(
                 f"position {int(positions.max())} is outside the context: this model has {limit} positions "
                 f"(max_position_embeddings), the call has {width} tokens after {past} cached ones"

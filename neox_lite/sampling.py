@@ -12,12 +12,20 @@ from torch import Tensor
 from .errors import ArgumentError, NeoxLiteError
 
 Processor = Callable[[Tensor, Tensor], Tensor]  # history (tokens,) int64, logits (vocabulary,) float32 -> logits
-COLDEST = 1e-5  # a temperature below this counts as 0: logits divided by less overflow float32
+COLDEST = 1e-5  # a temperature below this counts as 0: logits divided by less could overflow float32
+BOUNDS = {
+    "temperature": (0.0, 1e6),
+    "top_k": (0, 2**31 - 1),
+    "top_p": (0.0, 1.0),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (1e-6, 1e6),
+    "seed": (0, 2**64 - 1),
+}
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one token is drawn. The defaults are transformers'."""
+    """How one token is drawn. The defaults are transformers'; temperature 0 takes the best id, top_k 0 keeps all."""
 
     do_sample: bool = False
     temperature: float = 1.0
@@ -28,16 +36,10 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, high in {"top_p": 1.0, "min_p": 1.0, "seed": 2**64 - 1}.items():
+        for name, (low, high) in BOUNDS.items():
             value = getattr(self, name)
-            if not 0 <= value <= high:
-                raise ArgumentError(f"{name} is {value}, expected 0 to {high}")
-        for name in ("temperature", "top_k", "repetition_penalty"):
-            value = getattr(self, name)
-            if not (value >= 0 and math.isfinite(value)):
-                raise ArgumentError(f"{name} is {value}, expected a finite number of at least 0")
-        if self.repetition_penalty == 0:
-            raise ArgumentError("repetition_penalty is 0, expected a number above 0; 1.0 changes nothing")
+            if not low <= value <= high:
+                raise ArgumentError(f"{name} is {value}, expected {low} to {high}")
 
     @property
     def greedy(self) -> bool:
@@ -88,12 +90,11 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
 
 
 def choose(logits: Tensor, history: Tensor, stream: int, sampling: Sampling, steps: Sequence[Processor]) -> int:
-    """The id that follows history (tokens,), by argmax of logits (vocabulary,) or a draw.
+    """The id that follows history (tokens,), by argmax of logits (vocabulary,) or a draw; both tensors on the CPU.
 
     The draw depends on the logits and (seed, tokens so far, stream) alone. Raises NeoxLiteError where NaN or infinite
     logits, or processors that exclude every id, leave nothing to choose from.
     """
-    logits = logits.float().cpu()
     for step in steps:
         logits = step(history, logits)
     if sampling.greedy:

@@ -112,7 +112,7 @@ class GPTNeoXTokenizerFast:
         sides = {name: options.get(name, (found or {}).get("direction", "right")) for name, found in baked.items()}
         self.padding_side: str = choose("padding_side", sides["padding_side"], SIDES)
         self.truncation_side: str = choose("truncation_side", sides["truncation_side"], SIDES)
-        self.model_max_length: int = options.get("model_max_length") or NO_LIMIT
+        self.model_max_length = int(options.get("model_max_length") or NO_LIMIT)
         self.chat_template: str | None = options.get("chat_template")
         backend.encode_special_tokens = bool(options.get("split_special_tokens"))
         # transformers' class for this family sets the prefix space and the template from its options, whatever
@@ -141,19 +141,26 @@ class GPTNeoXTokenizerFast:
                 )
             from neox_lite.hub import fetch_files
 
-            folder = fetch_files(source, FILES, revision)
-            if not (folder / "tokenizer.json").is_file():
-                folder = fetch_files(source, FOREIGN_FILES, revision)
+            folder = fetch_files(source, (*FILES, *FOREIGN_FILES), revision)
+        elif revision is not None:
+            raise TokenizerError(f"revision: {revision!r} means nothing for a folder, {source}; leave it out")
         require_tokenizer_json(folder, source)
-        settings = read_settings(folder)
-        for name in ("add_bos_token", "add_eos_token"):  # transformers drops these two in silence
-            if settings.pop(name, False) and name not in options:
-                warnings.warn(
-                    f"{source}: {name} in tokenizer_config.json has no effect beside a tokenizer.json, as in "
-                    f"transformers 5; pass {name}=True to from_pretrained to have it",
-                    stacklevel=2,
-                )
-        tokenizer = cls(folder / "tokenizer.json", **(settings | options))
+        try:
+            settings = read_settings(folder)
+            ignored = [n for n in ("add_bos_token", "add_eos_token") if settings.pop(n, False) and n not in options]
+            tokenizer = cls(folder / "tokenizer.json", **(settings | options))
+        except TokenizerError:
+            raise
+        except (TypeError, ValueError, LookupError, AttributeError) as error:  # JSON of an unforeseen shape
+            raise TokenizerError(
+                f"{source}: malformed tokenizer settings ({error!r}); fetch the files again"
+            ) from error
+        for name in ignored:  # transformers ignores them in silence
+            warnings.warn(
+                f"{source}: {name} in tokenizer_config.json has no effect beside a tokenizer.json, as in "
+                f"transformers 5; pass {name}=True to from_pretrained to have it",
+                stacklevel=2,
+            )
         tokenizer.name_or_path = source
         return tokenizer
 
@@ -231,7 +238,7 @@ class GPTNeoXTokenizerFast:
         texts = list(text) if isinstance(text, (list, tuple)) else [text]
         for index, one in enumerate(texts):
             check_text(one, "text" if one is text else f"text[{index}]")
-        # One at a time: encode_batch would use a thread pool and make a later os.fork() print a warning.
+        # One at a time: after encode_batch, older versions of `tokenizers` print a warning at every os.fork().
         encodings = [self._tokenizer.encode(one, add_special_tokens=add_special_tokens) for one in texts]
         fields = {
             "input_ids": "ids",
@@ -417,7 +424,6 @@ class GPTNeoXTokenizerFast:
             # token_type_ids for it, which the model refuses.
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_input_names": self.model_input_names,
-            **dict.fromkeys(DEFAULTS),  # null: a token that this tokenizer lacks must not come back as a default
             **self.special_tokens_map,
             "additional_special_tokens": self.extra_special_tokens,
             "added_tokens_decoder": {str(i): token.__getstate__() for i, token in self.added_tokens_decoder.items()},

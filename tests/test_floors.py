@@ -72,7 +72,9 @@ def imports(module, path):
             if node.level:
                 parts = package.split(".")[: len(package.split(".")) - node.level + 1]
                 base = ".".join([*parts, *([node.module] if node.module else [])])
-            names = [f"{base}.{a.name}" if room(f"{base}.{a.name}") not in (None, room(base)) else base for a in node.names]
+            names = [
+                f"{base}.{a.name}" if room(f"{base}.{a.name}") not in (None, room(base)) else base for a in node.names
+            ]
             yield from ((name, id(node) in top, node.lineno) for name in dict.fromkeys(names))
 
 
@@ -84,9 +86,9 @@ def test_rooms_import_only_rooms_below_them():
     problems = []
     for module, path in modules():
         for name, _, line in imports(module, path):
-            if name.partition(".")[0] in PACKAGES and (there := room(name)) != room(module):
-                if there is None or FLOORS.index(there) > FLOORS.index(room(module)):
-                    problems.append(f"{module}:{line} imports {name}, which stands above it")
+            here, there = room(module), room(name)
+            if name.partition(".")[0] in PACKAGES and (there is None or FLOORS.index(there) > FLOORS.index(here)):
+                problems.append(f"{module}:{line} imports {name}, which stands above it")
     assert problems == []
 
 
@@ -105,7 +107,17 @@ def test_the_core_imports_few_packages_and_heavy_ones_only_where_used():
 
 
 def test_importing_the_package_loads_nothing_heavy_beside_torch():
-    heavy = {"numba", "triton", "transformers", "gradio", "huggingface_hub", "safetensors", "bitsandbytes", "tqdm", "requests"}
+    heavy = {
+        "numba",
+        "triton",
+        "transformers",
+        "gradio",
+        "huggingface_hub",
+        "safetensors",
+        "bitsandbytes",
+        "tqdm",
+        "requests",
+    }
     code = (
         "import torch, sys; before = set(sys.modules); import neox_lite; "
         f"print(*sorted({heavy!r} & (set(sys.modules) - before)))"

@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from neox_lite.errors import FormatError, ShapeError
-from neox_lite.formats import FORMATS, GROUP_SIZES, Dense, GroupInt, Weight, formats_of, make_format, quantization_config
+from neox_lite.formats import (
+    FORMATS,
+    GROUP_SIZES,
+    Dense,
+    GroupInt,
+    Weight,
+    formats_of,
+    make_format,
+    quantization_config,
+)
 from neox_lite.formats.group_int import pack, unpack
 
 every_format = pytest.mark.parametrize(
@@ -45,7 +54,9 @@ def test_unpack_inverts_pack(bits):
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_pack_agrees_with_compressed_tensors(bits):
-    peer = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers", reason="compressed-tensors' packer")
+    peer = pytest.importorskip(
+        "compressed_tensors.compressors.pack_quantized.helpers", reason="compressed-tensors' packer"
+    )
     codes = torch.randint(-(1 << (bits - 1)), 1 << (bits - 1), (16, 96), dtype=torch.int8)
     assert torch.equal(pack(codes, bits), peer.pack_to_int32(codes, bits))
 
@@ -124,7 +135,9 @@ def test_codes_are_rounded_against_the_scale_as_stored(format):
     stored = format.encode(weight, torch.bfloat16, "rtn")
     scale = stored["weight_scale"].float().repeat_interleave(format.group_size, 1)
     top = 1 << (format.bits - 1)
-    assert torch.equal(unpack(stored["weight_packed"], format.bits).float(), (weight / scale).round().clamp(-top, top - 1))
+    assert torch.equal(
+        unpack(stored["weight_packed"], format.bits).float(), (weight / scale).round().clamp(-top, top - 1)
+    )
 
 
 @every_format
@@ -242,7 +255,9 @@ def test_other_quantizers_are_refused_by_name():
         formats_of({"quant_method": "gptq", "bits": 4})
 
 
-@pytest.mark.parametrize("broken", [{"config_groups": []}, {"config_groups": {"g": {"weights": None}}}, {"format": "dense"}])
+@pytest.mark.parametrize(
+    "broken", [{"config_groups": []}, {"config_groups": {"g": {"weights": None}}}, {"format": "dense"}]
+)
 def test_malformed_quantization_configs_are_refused_with_a_format_error(broken):
     with pytest.raises(FormatError):
         formats_of({**quantization_config(GroupInt(4, 128)), **broken})

@@ -129,7 +129,9 @@ def test_the_small_head_lies_outside_the_index_and_is_used_on_request(source, tm
     small = GPTNeoXForCausalLM.from_pretrained(tmp_path / "out", head="int8")
     assert small.embed_out.format.name == "int8" and shared.embed_out.format.name == "dense"
     difference = (small(IDS).logits - shared(IDS).logits).abs().max()
-    assert 0 < float(difference) < 0.02 * float(shared(IDS).logits.abs().max())  # 8 bits: well below 1 % of a row's range
+    assert (
+        0 < float(difference) < 0.02 * float(shared(IDS).logits.abs().max())
+    )  # 8 bits: well below 1 % of a row's range
     with pytest.raises(ArgumentError, match="head='fp16'"):
         small.save_pretrained(tmp_path / "again")
 
@@ -153,7 +155,9 @@ def test_task_heads_stay_dense(tmp_path):
     assert not (tmp_path / "out" / "neox_lite_head.safetensors").exists()
 
 
-@pytest.mark.parametrize(("stored", "written"), [("float32", "float16"), ("bfloat16", "bfloat16"), ("float16", "float16")])
+@pytest.mark.parametrize(
+    ("stored", "written"), [("float32", "float16"), ("bfloat16", "bfloat16"), ("float16", "float16")]
+)
 def test_sixteen_bit_dtypes_stay_and_float32_becomes_float16(tmp_path, stored, written):
     write_source(tmp_path / "source", getattr(torch, stored))
     convert(tmp_path / "source", tmp_path / "out")
@@ -202,7 +206,11 @@ def test_bad_sources_are_refused_by_name(source, tmp_path):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("gpt_neox.layers.1.mlp.dense_h_to_4h.weight", float("nan"), r"layers.1.mlp.dense_h_to_4h.weight, rows 0 to 255.*finite"),
+        (
+            "gpt_neox.layers.1.mlp.dense_h_to_4h.weight",
+            float("nan"),
+            r"layers.1.mlp.dense_h_to_4h.weight, rows 0 to 255.*finite",
+        ),
         ("gpt_neox.layers.0.mlp.dense_4h_to_h.weight", 1e30, "overflows float16"),
         ("gpt_neox.final_layer_norm.weight", float("inf"), "final_layer_norm.weight: holds values that are not finite"),
         ("gpt_neox.embed_in.weight", 1e6, "embed_in.weight: holds values that are not finite as float16"),

@@ -8,10 +8,9 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from neox_lite_quant import convert
-
 from neox_lite import GPTNeoXForCausalLM
 from neox_lite.generation import Clock
+from neox_lite_quant import convert
 
 from .evaluate import cut, quality_of, table
 from .running import backend_name, bar, load, note, placement, print_json

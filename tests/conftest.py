@@ -1,0 +1,34 @@
+"""What every test starts from: a fixed seed, its own caches, and a quiet transformers."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+torch.set_num_threads(1)  # tiny products: on a busy machine waiting for a second thread takes longer than the work
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def own_caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """HF_HOME of this test alone, so that no test reads what another one, or the developer, left there."""
+    home = tmp_path_factory.mktemp("hf_home")
+    monkeypatch.setenv("HF_HOME", str(home))
+    yield home
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Texts and tokenizers that lie beside the repository; tests that need them skip, saying so, where they are not."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no shared data at {folder}")
+    return folder

@@ -1,0 +1,162 @@
+"""A model hub on 127.0.0.1 for tests: it serves repositories from memory, misbehaves on request and keeps a log."""
+
+import hashlib
+import json
+import re
+import threading
+import time
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+
+@dataclass
+class Request:
+    """One answered request: what was asked for and how much of a body went out."""
+
+    method: str
+    path: str
+    range: str | None
+    status: int = 0
+    sent_bytes: int = 0
+
+
+@dataclass
+class FakeHub:
+    """Use as a context manager; url is the endpoint. Knobs may be set at any time.
+
+    cut: file name -> bytes after which the connection is cut, once. refuse: repository -> (status, error code).
+    down: every answer is status 500. delay_s: before each chunk of a body.
+    """
+
+    cut: dict[str, int] = field(default_factory=dict)
+    refuse: dict[str, tuple[int, str]] = field(default_factory=dict)
+    down: bool = False
+    delay_s: float = 0.0
+    requests: list[Request] = field(default_factory=list)
+    # repository -> commit -> files
+    commits: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict, repr=False)
+    branches: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    def __enter__(self) -> "FakeHub":
+        hub = self
+
+        class Handler(_Handler):
+            owner = hub
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def add(self, repo_id: str, files: dict[str, bytes], branch: str = "main") -> str:
+        """Push a commit with exactly these files to a branch; return the commit."""
+        digest = hashlib.sha1(repo_id.encode())
+        for name in sorted(files):
+            digest.update(name.encode() + hashlib.sha1(files[name]).digest())
+        commit = digest.hexdigest()
+        self.commits.setdefault(repo_id, {})[commit] = dict(files)
+        self.branches.setdefault(repo_id, {})[branch] = commit
+        return commit
+
+    def fetched(self) -> list[str]:
+        """The names of the files whose contents were sent, sorted, each once."""
+        downloads = (re.fullmatch(r"/[^/]+/[^/]+/resolve/[^/]+/(.+)", request.path) for request in self.gets())
+        return sorted({match[1] for match in downloads if match})
+
+    def gets(self, name: str | None = None) -> list[Request]:
+        """The GET requests, all or those of one file, in order."""
+        return [r for r in self.requests if r.method == "GET" and (name is None or r.path.endswith(f"/{name}"))]
+
+    def find(self, repo_id: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
+        commit = self.branches[repo_id].get(revision, revision)
+        files = self.commits[repo_id].get(commit)
+        return None if files is None else (commit, files)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    owner: FakeHub
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self._answer()
+
+    def do_HEAD(self) -> None:
+        self._answer()
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+    def _answer(self) -> None:
+        hub, path = self.owner, unquote(urlsplit(self.path).path)
+        self._request = Request(self.command, path, self.headers.get("Range"))
+        hub.requests.append(self._request)
+        info = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?/?", path)
+        file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+        match = info or file
+        if hub.down:
+            return self._send(500, b"down")
+        if match is None:
+            return self._send(404, b"no such page")
+        repo_id = match[1]
+        if repo_id in hub.refuse:
+            status, code = hub.refuse[repo_id]
+            return self._send(status, b"refused", {"X-Error-Code": code} if code else {})
+        if repo_id not in hub.commits:
+            return self._send(404, b"no repository", {"X-Error-Code": "RepoNotFound"})
+        found = hub.find(repo_id, (info[3] if info else match[2]) or "main")
+        if found is None:
+            return self._send(404, b"no revision", {"X-Error-Code": "RevisionNotFound"})
+        if info:
+            return self._send_info(repo_id, info[2], *found)
+        return self._send_file(match[3], *found)
+
+    def _send_info(self, repo_id: str, kind: str | None, commit: str, files: dict[str, bytes]) -> None:
+        if kind == "tree":
+            content: object = [
+                {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                for name, data in files.items()
+            ]
+        else:
+            siblings = [{"rfilename": name, "size": len(data)} for name, data in files.items()]
+            content = {"id": repo_id, "modelId": repo_id, "sha": commit, "private": False, "siblings": siblings}
+        self._send(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
+
+    def _send_file(self, name: str, commit: str, files: dict[str, bytes]) -> None:
+        if name not in files:
+            return self._send(404, b"no file", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
+        data = files[name]
+        headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
+        if wanted is None:
+            return self._send(200, data, headers, name)
+        start = int(wanted[1])
+        headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+        return self._send(206, data[start:], headers, name)
+
+    def _send(self, status: int, body: bytes, headers: dict[str, str] | None = None, name: str = "") -> None:
+        self._request.status = status
+        self.send_response(status)
+        for key, value in (headers or {}).items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        limit = self.owner.cut.pop(name, len(body))
+        step = 1 << 16
+        for start in range(0, min(limit, len(body)), step):
+            chunk = body[start : min(start + step, limit)]
+            time.sleep(self.owner.delay_s)
+            try:
+                self.wfile.write(chunk)
+            except OSError:  # the client is gone
+                break
+            self._request.sent_bytes += len(chunk)
+        if limit < len(body):
+            self.close_connection = True

@@ -1,0 +1,279 @@
+"""The command line as scripts use it: JSON on stdout, progress on stderr, one line for what goes wrong."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from neox_lite import GPTNeoXForCausalLM
+from neox_lite_app.cli import main
+from neox_lite_app.demo import FOLDER as DEMO
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / room) for room in (".", "quant", "app"))}
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def run(capsys):
+    def call(*words):
+        code = main([str(w) for w in words])
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def int4(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "demo-int4"
+    assert main(["quantize", str(DEMO), str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def heldout(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "heldout.txt"
+    path.write_text((DEMO / "heldout.txt").read_text(encoding="utf-8")[:6000], encoding="utf-8")
+    return path
+
+
+def start(*words, **options):
+    return subprocess.Popen(
+        [sys.executable, "-m", "neox_lite_app", *map(str, words)],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+# What each command prints ---------------------------------------------------------------------------------------------
+
+
+def test_quantize_reports_its_figures(run, tmp_path):
+    code, out, err = run(
+        "quantize", DEMO, tmp_path / "q", "--format", "int8", "--group-size", 64, "--method", "rtn", "--json"
+    )
+    result = json.loads(out)
+    assert code == 0
+    assert {"bytes_in", "bytes_out", "seconds", "peak_bytes"} <= result.keys()
+    assert result["bytes_in"] > result["bytes_out"] > result["bytes_in"] / 4
+    assert "int8 g64 rtn" in err and "100%" in err
+
+
+def test_a_dry_run_writes_nothing(run, tmp_path):
+    code, out, _ = run("quantize", DEMO, tmp_path / "q", "--dry-run", "--json")
+    assert code == 0 and json.loads(out)["bytes_out"] > 0 and not (tmp_path / "q").exists()
+
+
+def test_the_default_destination_names_source_and_format(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("quantize", DEMO)[0] == 0
+    assert (tmp_path / f"{DEMO.name}-int4-g128" / "config.json").is_file()
+
+
+def test_verify_says_whole_or_names_what_is_not(run, int4, tmp_path):
+    code, out, _ = run("verify", int4, "--json")
+    assert code == 0 and json.loads(out) == {"ok": True, "problems": []}
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in int4.iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    with (broken / "model.safetensors").open("r+b") as file:
+        file.seek(20_000)
+        byte = file.read(1)[0]
+        file.seek(20_000)
+        file.write(bytes([byte ^ 1]))
+    code, out, _ = run("verify", broken, "--json")
+    result = json.loads(out)
+    assert code == 1 and not result["ok"] and any("model.safetensors" in p for p in result["problems"])
+
+
+def test_generate_prints_text_alone_on_stdout_and_speed_on_stderr(run, int4):
+    code, out, err = run("generate", int4, "--prompt", "ROMEO:\n", "--max-new-tokens", 12)
+    model = GPTNeoXForCausalLM.from_pretrained(int4)
+    ids = model.tokenizer("ROMEO:\n", return_tensors="pt").input_ids
+    expected = model.tokenizer.decode(model.generate(ids, max_new_tokens=12)[0, ids.shape[1] :])
+    assert code == 0 and out == expected + "\n"
+    assert re.search(r"12 new ones, [0-9.]+ tokens/s \(length\)", err)
+
+
+def test_generate_json_holds_the_contract(run, int4):
+    words = ("generate", int4, "--prompt", "O, ", "--max-new-tokens", 8, "--temperature", 1.2, "--seed", 5, "--json")
+    code, out, _ = run(*words)
+    result = json.loads(out)
+    assert code == 0 and set(result) == {"text", "tokens", "prompt_tokens", "finish_reason", "decode_tokens_per_s"}
+    assert result["tokens"] == 8 and result["finish_reason"] == "length"
+    assert json.loads(run(*words)[1])["text"] == result["text"]
+
+
+def test_generate_stops_before_a_stop_text(run, int4):
+    _, whole, _ = run("generate", int4, "--prompt", "ROMEO:\n", "--max-new-tokens", 40)
+    stop = whole[10:14]
+    _, out, _ = run("generate", int4, "--prompt", "ROMEO:\n", "--max-new-tokens", 40, "--stop", stop, "--json")
+    result = json.loads(out)
+    assert result["text"] == whole[: whole.index(stop)] and result["finish_reason"] == "stop"
+
+
+def test_generate_runs_to_the_end_of_the_context_by_default(run, int4):
+    _, out, _ = run("generate", int4, "--prompt", "O, ", "--context", 30, "--json")
+    result = json.loads(out)
+    assert result["finish_reason"] == "stop" or result["tokens"] + result["prompt_tokens"] == 30
+
+
+def test_perplexity_is_the_contract_s_definition(run, int4, heldout):
+    code, out, _ = run("perplexity", int4, "--text", heldout, "--context", 64, "--json")
+    result = json.loads(out)
+    model = GPTNeoXForCausalLM.from_pretrained(int4)
+    ids = model.tokenizer(heldout.read_text(encoding="utf-8"), add_special_tokens=False).input_ids
+    losses = [
+        torch.nn.functional.cross_entropy(model(window[None]).logits[0, :-1], window[1:], reduction="sum").double()
+        for window in torch.tensor(ids[: len(ids) // 64 * 64]).view(-1, 64)
+    ]
+    assert code == 0 and result["context"] == 64 and result["tokens"] == 63 * len(losses)
+    assert result["perplexity"] == pytest.approx(
+        float((sum(losses) / result["tokens"]).exp()), rel=1e-6
+    )  # float32 sums
+
+
+def test_compare_puts_the_source_first_with_zero_distance(run, int4, heldout):
+    code, out, _ = run("compare", DEMO, int4, "--text", heldout, "--context", 128, "--windows", 4, "--json")
+    source, quantized = json.loads(out)["rows"]
+    assert code == 0 and source["kl"] == 0 and source["top1"] == 1 and source["bits_per_weight"] == 16
+    assert quantized["kl"] > 0 and quantized["bits_per_weight"] == 4.125 and quantized["bytes"] < source["bytes"]
+    assert set(source) == {"path", "format", "bits_per_weight", "perplexity", "kl", "top1", "bytes"}
+
+
+def test_info_counts_parameters_as_the_model_does(run, int4):
+    code, out, _ = run("info", int4, "--json")
+    result = json.loads(out)
+    model = GPTNeoXForCausalLM.from_pretrained(DEMO)
+    assert code == 0 and result["parameters"] == model.num_parameters()
+    assert (result["format"], result["group_size"]) == ("int4", 128)
+    assert "billion parameters" in run("info", DEMO)[1]
+
+
+def test_doctor_names_device_backend_and_reasons(run):
+    code, out, _ = run("doctor", "--json")
+    result = json.loads(out)
+    assert code == 0 and result["backends"]["cpu"]["reference"] is None
+    assert result["gpu_why_not"] and result["packages"]["torch"] == torch.__version__
+    assert "backend  on cpu: " in run("doctor")[1]
+
+
+def test_the_demo_runs_to_its_end(run):
+    code, out, err = run("demo", "--json")
+    result = json.loads(out)
+    assert code == 0 and [row["format"] for row in result["rows"]] == ["float16", "int8 g128", "int4 g128"]
+    assert result["rows"][1]["kl"] < result["rows"][2]["kl"] and result["tokens"] > 10 and result["backend"]
+    assert "100%" in err
+
+
+# What goes wrong ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["generate", "no/such/folder", "--prompt", "x"], "no such folder"),
+        (["generate", DEMO, "--prompt", "x", "--max-new-tokens", 100_000], "do not fit the context of 512"),
+        (["generate", DEMO, "--prompt", "x", "--temperature", -1], "temperature is -1"),
+        (["generate", DEMO, "--prompt", "x", "--top-p", 1.5], "top_p is 1.5"),
+        (["generate", DEMO, "--prompt", "\udcff", "--max-new-tokens", 1], "surrogate"),
+        (["generate", DEMO, "--prompt", "x", "--device", "cuda"], "no CUDA device"),
+        (["generate", DEMO, "--prompt", "x", "--device", "tpu"], "expected 'auto', 'cpu', 'cuda'"),
+        (["quantize", "no/such/folder", "/tmp/x"], "no such folder"),
+        (["verify", "/no/such/folder"], "no such folder"),
+        (["perplexity", DEMO, "--text", "/no/such/file"], "cannot be read"),
+        (["perplexity", DEMO, "--text", DEMO / "config.json", "--context", 9999], "expected 2 to 512"),
+        (["perplexity", DEMO, "--text", DEMO / "model.safetensors"], "not UTF-8"),
+    ],
+)
+def test_failures_are_one_line_and_exit_1(run, words, message):
+    code, out, err = run(*words)
+    lines = [line for line in err.splitlines() if "error" in line]
+    assert (
+        code == 1
+        and out == ""
+        and len(lines) == 1
+        and lines[0].startswith("neox-lite: error: ")
+        and message in lines[0]
+    )
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["dance"],
+        ["generate"],
+        ["quantize", "a", "b", "--format", "int3"],
+        ["demo", "--dance"],
+        ["verify", "a", "b"],
+    ],
+)
+def test_wrong_usage_is_one_line_and_exits_2(words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_help_and_usage_errors_need_no_torch():
+    code = "import sys; from neox_lite_app.cli import build_parser; build_parser(); print('torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "False"
+
+
+def test_ctrl_c_leaves_within_two_seconds_and_exits_130(int4):
+    process = start("generate", int4, "--prompt", "O, ", "--temperature", 1.0)
+    assert process.stdout.read(1)  # it generates
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert time.monotonic() - began < 2 and process.returncode == 130
+    assert "Traceback" not in err and err.endswith("interrupted\n")
+
+
+def test_a_reader_that_leaves_causes_no_traceback(int4):
+    process = start("generate", int4, "--prompt", "O, ", "--max-new-tokens", 200)
+    process.stdout.read(3)
+    process.stdout.close()
+    err = process.stderr.read()
+    process.wait(timeout=20)
+    assert "Traceback" not in err and "Exception" not in err
+
+
+def test_ctrl_c_in_quantize_leaves_no_folder_that_looks_complete(tmp_path):
+    torch.manual_seed(0)
+    from neox_lite import GPTNeoXConfig
+
+    shape = {
+        "hidden_size": 1024,
+        "num_attention_heads": 8,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 4,
+        "vocab_size": 512,
+    }
+    GPTNeoXForCausalLM(GPTNeoXConfig(**shape)).half().save_pretrained(tmp_path / "source")
+    process = start("quantize", tmp_path / "source", tmp_path / "out")
+    while not list((tmp_path / "out").glob("*.partial")) and process.poll() is None:
+        time.sleep(0.01)
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert time.monotonic() - began < 2 and process.returncode == 130
+    assert not (tmp_path / "out" / "config.json").exists()
+    assert not list((tmp_path / "out").glob("*.safetensors*"))

@@ -1,0 +1,68 @@
+"""What only a GPU can show: the same results there as on the CPU, moving back and forth, and the benchmark's own checks."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
+
+ROOT = Path(__file__).parents[1]
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device here")]
+SHAPE = {
+    "vocab_size": 257,
+    "hidden_size": 192,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 512,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.1,
+}
+
+
+def tiny(**changes):
+    torch.manual_seed(0)
+    return GPTNeoXForCausalLM(GPTNeoXConfig(**{**SHAPE, **changes}))
+
+
+class TestOnTheGpu:
+    pytestmark = gpu
+
+    @pytest.mark.parametrize("parallel", [True, False])
+    def test_float32_logits_equal_the_cpu_s(self, parallel):
+        model, ids = tiny(use_parallel_residual=parallel), torch.arange(150)[None] % 257
+        exact = model(ids).logits
+        torch.backends.cuda.matmul.allow_tf32 = False
+        found = model.cuda()(ids.cuda()).logits.cpu()
+        assert float((found - exact).abs().max()) < 2e-5 * max(1.0, float(exact.abs().max()))  # sums in another order
+
+    def test_half_cuda_as_people_write_it_generates(self):
+        model = tiny().half().cuda()
+        out = model.generate(torch.tensor([[1, 2, 3]]).cuda(), do_sample=True, temperature=0.9, max_length=40)
+        assert out.shape == (1, 40) and out.is_cuda and model.gpt_neox.rotary.table.dtype == torch.float32
+
+    def test_greedy_tokens_equal_the_cpu_s_in_float32(self):
+        model, ids = tiny(), torch.tensor([[5, 6, 7]])
+        expected = model.generate(ids, max_new_tokens=64)
+        torch.backends.cuda.matmul.allow_tf32 = False
+        assert torch.equal(model.cuda().generate(ids.cuda(), max_new_tokens=64).cpu(), expected)
+
+    def test_auto_places_a_small_model_on_the_gpu(self, tmp_path):
+        tiny().save_pretrained(tmp_path / "m")
+        assert GPTNeoXForCausalLM.from_pretrained(tmp_path / "m", device_map="auto").device.type == "cuda"
+        back = GPTNeoXForCausalLM.from_pretrained(tmp_path / "m", device_map="cuda").cpu()
+        assert back(torch.tensor([[1]])).logits.device.type == "cpu"
+
+
+def test_the_benchmark_s_checks_pass_and_it_says_where_no_gpu_is(tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--out", str(tmp_path / "gpu.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = json.loads((tmp_path / "gpu.json").read_text())
+    assert done.returncode == 0 and result["ok"] and json.loads(done.stdout) == result
+    if torch.cuda.is_available():
+        assert result["copy_gb_per_s"]["median"] > 0
+    else:
+        assert result["device"] is None and "no CUDA device" in done.stderr

@@ -1,0 +1,864 @@
+"""What the tokenizer promises: the ids and the text of transformers, streams that join to the whole, clear refusals.
+
+Runs on a small tokenizer that is trained here, and on the real 20B one where shared/data is there.
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import types
+import unicodedata
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy
+import pytest
+import tokenizers
+import torch
+import transformers
+
+from neox_lite.errors import TokenizerError
+from neox_lite.tokenizer import BatchEncoding, GPTNeoXTokenizerFast, StreamDecoder
+
+DATA = Path(__file__).parents[2] / "shared/data"
+REPO = Path(__file__).parents[1]
+CORPUS = [
+    "def main(args):\n        return [x for x in args if x]  # comment",
+    "The quick brown fox jumps over the lazy dog, and the dog sleeps on.",
+    "今日は 안녕 привет שלום naïve café 🙂👍🏽",
+] * 4
+
+
+def small_backend() -> tokenizers.Tokenizer:
+    """A byte-level BPE made like the real one: every byte, two special tokens, runs of whitespace added on top."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.normalizer = tokenizers.normalizers.NFC()
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.post_processor = tokenizers.processors.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>", "<|padding|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    backend.add_tokens([tokenizers.AddedToken(" " * n, normalized=True) for n in range(24, 1, -1)])
+    return backend
+
+
+@pytest.fixture(scope="session")
+def small_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("small")
+    small_backend().save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_folder(tmp_path_factory) -> Path:
+    if not (DATA / "20B_tokenizer.json").is_file():
+        pytest.skip(f"the real tokenizer, {DATA / '20B_tokenizer.json'}, is not there")
+    folder = tmp_path_factory.mktemp("real")
+    (folder / "tokenizer.json").write_bytes((DATA / "20B_tokenizer.json").read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="session", params=["small", "20B"])
+def folder(request) -> Path:
+    return request.getfixturevalue("small_folder" if request.param == "small" else "real_folder")
+
+
+@pytest.fixture(scope="session")
+def ours(folder) -> GPTNeoXTokenizerFast:
+    return GPTNeoXTokenizerFast.from_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def theirs(folder):
+    return transformers.GPTNeoXTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture
+def small(small_folder) -> GPTNeoXTokenizerFast:
+    """A fresh tokenizer, free to be changed."""
+    return GPTNeoXTokenizerFast.from_pretrained(small_folder)
+
+
+@pytest.fixture
+def small_theirs(small_folder):
+    return transformers.GPTNeoXTokenizer.from_pretrained(small_folder)
+
+
+def write(folder: Path, source: Path, **files) -> Path:
+    """A folder with source's tokenizer.json and the given JSON files beside it."""
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    return folder
+
+
+# -- texts -------------------------------------------------------------------------------------------------------------
+
+PIECES = [
+    *("hello", " world", "The", "'s", "'LL", " don't", "naïve", "https://example.org/?q=%20", "\\begin{equation}"),
+    *(" ", "  ", "\t", "\n", "\r\n", "\r", "\v", "\f", "\x00", "\x07", "\x1b[0m", "\x7f", "\x85", "\xa0", "\u2028"),
+    *("\u3000", "\u200b", "\u200d", "\ufeff", "\ufffd", "\uffff", "\U0010ffff", "\ue000", "\u202e", "\u2066"),
+    *("👩‍👩‍👧‍👦", "👍🏽", "🇺🇳", "🏴󠁧󠁢󠁥󠁮󠁧󠁿", "❤️", "🙂"),
+    *(
+        "今日は",
+        "世界",
+        "안녕",
+        "각",
+        "พิษณุโลก",
+        "שָׁלוֹם",
+        "مرحبا",
+        "नमस्ते",
+        "\U0001d518\U0001d52b",
+        "Ǆ",
+        "ﬁ",
+        "½",
+        "①",
+        "٣",
+        "Å",
+        "Ω",
+    ),
+    *("e\u0301", "\u0301", "o\u0302\u0301", "a\u0323\u0307", "a\u0307\u0323", "\u1100\u1161\u11a8", "Z\u0351\u036b"),
+    *("<|endoftext|>", "<|padding|>", "<|endoftext", "|>", "<|ENDOFTEXT|>", " <|endoftext|> "),
+    *(
+        "def f(x):\n    return x\n",
+        "if (a<b) {\n\t\tb--;\n}\n",
+        '{"k": [1, 2.5e-3]}',
+        "0123456789",
+        "3.14159",
+        "______",
+    ),
+    *("Ġ", "Ċ", "ĠĠ", "Ã©", "a" * 50, "ab" * 40, "=" * 33, "日" * 20),
+]
+
+
+def random_text(rng: random.Random) -> str:
+    """One ordinary or hostile string; no lone surrogates."""
+    kind = rng.randrange(5)
+    if kind == 0:
+        return "".join(rng.choices(PIECES, k=rng.randint(1, 12)))
+    if kind == 1:
+        return "".join(chr(rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)])) for _ in range(12))
+    if kind == 2:
+        return "".join(rng.choice(" \t\n\rab,") * rng.randint(1, 9) for _ in range(8))
+    if kind == 3:
+        return "".join(chr(rng.randrange(0x250)) for _ in range(rng.randint(1, 40)))
+    return unicodedata.normalize("NFD", "".join(rng.choices(PIECES, k=rng.randint(1, 6))))
+
+
+def all_texts() -> list[str]:
+    runs = [
+        f"{left}{blank * n}{right}" for n in range(101) for blank in " \t\n" for left, right in (("", ""), ("a", "b"))
+    ]
+    words = [
+        "a" * 5000,
+        "é" * 3000,
+        "supercalifragilistic" * 300,
+        "".join(map(chr, range(0x20, 0xD800, 7))),
+        " " * 5000,
+    ]
+    lines = []
+    for name in ("shakespeare.txt", "wikitext-2-valid.txt"):
+        if (DATA / name).is_file():
+            lines += (DATA / name).read_text(encoding="utf-8").splitlines(keepends=True)[:6000:10]
+    rng = random.Random(20)
+    return [*runs, *words, *lines, *PIECES, "", *(random_text(rng) for _ in range(1500))]
+
+
+def test_ids_and_text_are_those_of_transformers(ours, theirs):
+    texts = all_texts()
+    assert len(texts) > 2000
+    different = []
+    for text in texts:
+        ids = theirs(text)["input_ids"]
+        same = ours(text)["input_ids"] == ids and ours.tokenize(text) == theirs.tokenize(text)
+        same = same and all(ours.decode(ids, skip) == theirs.decode(ids, skip) for skip in (False, True))
+        if not same:
+            different.append(text)
+    assert different == []
+
+
+def test_offsets_are_those_of_transformers(ours, theirs):
+    texts = [text for text in all_texts()[::10] if text]
+    want = theirs(texts, return_offsets_mapping=True)
+    got = ours(texts, return_offsets_mapping=True)
+    assert got == dict(want)
+    assert list(got) == list(want)
+
+
+def test_ordinary_text_survives_the_round_trip(ours):
+    # NFC of Python and of `tokenizers` may follow different versions of Unicode: no random characters here.
+    for text in [text for text in all_texts() if text.isascii()] + PIECES:
+        assert ours.decode(ours(text).input_ids) == unicodedata.normalize("NFC", text)
+
+
+def test_any_ids_decode_as_in_transformers(ours, theirs):
+    rng = random.Random(3)
+    for _ in range(500):
+        ids = [rng.randrange(len(ours) + 60) for _ in range(rng.randint(0, 12))]
+        for skip in (False, True):
+            assert ours.decode(ids, skip_special_tokens=skip) == theirs.decode(ids, skip_special_tokens=skip)
+        assert ours.convert_ids_to_tokens(ids, True) == theirs.convert_ids_to_tokens(ids, True)
+
+
+def test_the_real_ids_are_the_known_ones(real_folder):
+    tokenizer = GPTNeoXTokenizerFast.from_pretrained(real_folder)
+    assert tokenizer("Hello world\n        x<|endoftext|>").input_ids == [12092, 1533, 187, 50270, 89, 0]
+    assert (len(tokenizer), tokenizer.vocab_size) == (50277, 50254)
+    assert (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id) == (
+        0,
+        0,
+        0,
+        1,
+    )
+    assert [tokenizer.convert_tokens_to_ids(" " * n) for n in (24, 3, 2)] == [50254, 50275, 50276]
+    assert tokenizer.decode([50277, 50431, 12092, 2**32 - 1]) == "Hello"  # the model's padded vocabulary is no text
+
+
+def test_special_tokens_and_vocabulary_are_those_of_transformers(ours, theirs):
+    for name in ("all_special_ids", "all_special_tokens", "special_tokens_map", "vocab_size", "model_max_length"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert len(ours) == len(theirs)
+    assert ours.get_vocab() == theirs.get_vocab()
+    assert {i: str(t) for i, t in ours.added_tokens_decoder.items()} == {
+        i: str(t) for i, t in theirs.added_tokens_decoder.items()
+    }
+    tokens = ["<|endoftext|>", "a", "no such token", "  "]
+    assert ours.convert_tokens_to_ids(tokens) == theirs.convert_tokens_to_ids(tokens)
+    assert ours.convert_tokens_to_ids("Ġthe") == theirs.convert_tokens_to_ids("Ġthe")
+
+
+# -- padding, truncation, tensors --------------------------------------------------------------------------------------
+
+OPTIONS = [
+    {},
+    {"padding": True},
+    {"padding": "longest", "pad_to_multiple_of": 8},
+    {"padding": "max_length", "max_length": 7},
+    {"padding": "max_length", "max_length": 7, "truncation": True},
+    {"padding": "max_length", "max_length": 5, "pad_to_multiple_of": 4},
+    {"padding": "do_not_pad", "max_length": 3},
+    {"padding": True, "truncation": True, "max_length": 3, "padding_side": "left"},
+    {"truncation": "longest_first", "max_length": 4},
+    {"truncation": "only_first", "max_length": 1},
+    {"truncation": "do_not_truncate", "max_length": 4},
+    {"truncation": False, "max_length": 4},
+    {"truncation": True, "max_length": 0},
+    {"max_length": 3},
+    {"pad_to_multiple_of": 4},
+    {"add_special_tokens": False, "return_attention_mask": False},
+    {"return_token_type_ids": True, "return_offsets_mapping": True, "return_length": True, "padding": True},
+    {"return_length": True, "truncation": True, "max_length": 2},
+]
+BATCHES = ["one text here", "", ["a"], ["", "b c"], ["a longer text of some words", "", "  x\n    y", "<|endoftext|>b"]]
+
+
+def as_plain(encoding) -> dict:
+    return {k: (type(v).__name__, v.tolist() if hasattr(v, "tolist") else v) for k, v in encoding.items()}
+
+
+@pytest.mark.filterwarnings("ignore:.*max_length. ")
+@pytest.mark.parametrize("kind", [None, "pt", "np"])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_call_matches_transformers(ours, theirs, options, kind):
+    for batch in BATCHES:
+        lengths = {len(ids) for ids in theirs(batch, **options)["input_ids"]} if isinstance(batch, list) else {0}
+        if kind and len(lengths) > 1:
+            with pytest.raises(TokenizerError, match="padding=True"):
+                ours(batch, return_tensors=kind, **options)
+            continue
+        got, want = ours(batch, return_tensors=kind, **options), theirs(batch, return_tensors=kind, **options)
+        assert as_plain(got) == as_plain(want)
+        if kind == "pt":
+            assert {k: (v.dtype, v.shape) for k, v in got.items()} == {k: (v.dtype, v.shape) for k, v in want.items()}
+
+
+def test_sides_match_transformers(small, small_theirs):
+    texts = ["a b c d e f", "a"]
+    for small.padding_side in ("left", "right"):
+        for small.truncation_side in ("left", "right"):
+            small_theirs.padding_side, small_theirs.truncation_side = small.padding_side, small.truncation_side
+            for options in OPTIONS[1:]:
+                with (
+                    warnings.catch_warnings(action="ignore")
+                    if sys.version_info >= (3, 11)
+                    else warnings.catch_warnings()
+                ):
+                    assert small(texts, **options) == dict(small_theirs(texts, **options)), options
+
+
+def test_model_max_length_is_the_default_length(tmp_path, small_folder):
+    folder = write(tmp_path, small_folder, tokenizer_config=CONFIGS["short"])
+    ours, theirs = GPTNeoXTokenizerFast.from_pretrained(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    for options in ({"truncation": True}, {"padding": "max_length"}, {"padding": "max_length", "truncation": True}):
+        for texts in (["a b c d e f", "a"], "a b c d e f", "a"):
+            assert ours(texts, **options) == dict(theirs(texts, **options))
+
+
+def test_truncation_without_a_length_says_that_it_does_nothing(small):
+    with pytest.warns(UserWarning, match="truncation does nothing without max_length"):
+        assert small("a b", truncation=True) == small("a b")
+    with pytest.warns(UserWarning, match="padding='max_length' does nothing"):
+        assert small("a b", padding="max_length") == small("a b")
+
+
+def test_an_empty_list_gives_empty_fields(small):
+    assert small([]) == {"input_ids": [], "attention_mask": []}
+    assert small([], padding=True, return_tensors="pt").input_ids.tolist() == []
+
+
+def test_pad_matches_transformers(ours, theirs):
+    batch = {"input_ids": [[5, 6, 7], [8], []], "attention_mask": [[1, 1, 1], [1], []]}
+    for options in (
+        {},
+        {"padding": "max_length", "max_length": 6, "padding_side": "left"},
+        {"pad_to_multiple_of": 4, "return_tensors": "pt"},
+        {"padding": False},
+        {"return_attention_mask": True, "return_tensors": "np"},
+    ):
+        if options.get("padding") is not False or "return_tensors" not in options:
+            copies = [json.loads(json.dumps(batch)) for _ in range(2)]
+            assert as_plain(ours.pad(copies[0], **options)) == as_plain(theirs.pad(copies[1], **options))
+        rows = [{"input_ids": ids} for ids in batch["input_ids"][:2]]
+        assert as_plain(ours.pad(rows, **options)) == as_plain(theirs.pad(rows, **options))
+        one = {"input_ids": [1, 2, 3]}
+        assert as_plain(ours.pad(dict(one), **options)) == as_plain(theirs.pad(dict(one), **options))
+    tensors = {"input_ids": torch.tensor([[1, 2], [3, 4]]), "attention_mask": torch.ones(2, 2, dtype=torch.int64)}
+    assert as_plain(ours.pad(dict(tensors), pad_to_multiple_of=4)) == as_plain(
+        theirs.pad(dict(tensors), pad_to_multiple_of=4)
+    )
+    assert ours.pad({"input_ids": [[1]], "attention_mask": [[1]]}, return_attention_mask=False) == {"input_ids": [[1]]}
+    assert batch["input_ids"] == [[5, 6, 7], [8], []]  # the caller's lists are left alone
+
+
+def test_encode_gives_the_input_ids(ours, theirs):
+    assert ours.encode("a b c") == theirs.encode("a b c")
+    assert ours.encode("a b c", max_length=2) == theirs.encode("a b c", max_length=2)
+    assert torch.equal(ours.encode("a b", return_tensors="pt"), theirs.encode("a b", return_tensors="pt"))
+
+
+def test_encoding_feeds_a_model(small):
+    encoding = small(["a b", "c"], padding=True, return_tensors="pt")
+    assert isinstance(encoding, BatchEncoding)
+    assert (lambda input_ids, attention_mask: (input_ids, attention_mask))(**encoding)[0] is encoding.input_ids
+    assert encoding.to("meta") is encoding
+    assert encoding.attention_mask.device.type == "meta"
+    with pytest.raises(AttributeError, match="holds input_ids, attention_mask"):
+        _ = encoding.labels
+    assert small("a").to("cpu") == small("a")
+
+
+def test_decode_takes_ids_in_any_container(ours, theirs):
+    ids = [40, 41, 42]
+    for value in (40, ids, tuple(ids), torch.tensor(ids), numpy.array(ids), torch.tensor(40), numpy.int64(40), []):
+        assert ours.decode(value) == theirs.decode(value)
+        assert ours.batch_decode(value) == theirs.batch_decode(value)
+    for batch in (
+        [ids, [43]],
+        torch.tensor([ids, ids]),
+        numpy.array([ids]),
+        [torch.tensor(ids), torch.tensor([43])],
+        [[]],
+    ):
+        assert ours.decode(batch) == ours.batch_decode(batch) == theirs.batch_decode(batch)
+    assert ours.decode(list(map(numpy.int32, ids))) == theirs.decode(ids)
+    assert ours.decode(ids, clean_up_tokenization_spaces=True) == ours.decode(ids)
+
+
+def test_decoding_never_eats_spaces(tmp_path, small_folder):
+    folder = write(tmp_path, small_folder, tokenizer_config={"clean_up_tokenization_spaces": True})
+    tokenizer = GPTNeoXTokenizerFast.from_pretrained(folder)
+    text = "do n't , stop . it 's  here !"
+    assert tokenizer.decode(tokenizer(text).input_ids, clean_up_tokenization_spaces=True) == text
+
+
+def test_threads_do_not_see_each_others_options(small):
+    jobs = [{"padding": "max_length", "max_length": n, "truncation": bool(n % 2)} for n in range(1, 40)] * 5
+    texts = ["a b c d e f g", "x"]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda o: small(texts, **o), jobs)) == [small(texts, **options) for options in jobs]
+    assert (small.backend_tokenizer.padding, small.backend_tokenizer.truncation) == (None, None)
+
+
+# -- the files ---------------------------------------------------------------------------------------------------------
+
+CONFIGS = {
+    "none": {},
+    "pythia": {"tokenizer_class": "GPTNeoXTokenizer", "add_prefix_space": False, "eos_token": "<|endoftext|>"},
+    "objects": {
+        "eos_token": {"__type": "AddedToken", "content": "<|endoftext|>", "lstrip": False, "normalized": True},
+        "sep_token": {"__type": "AddedToken", "content": "<|sep|>", "rstrip": True},
+    },
+    "short": {"tokenizer_class": "GPTNeoXTokenizer", "model_max_length": 4, "padding_side": "left"},
+    "no-pad": {"pad_token": None, "unk_token": None},
+    "new-tokens": {"additional_special_tokens": ["### End", "### Response:\n"], "sep_token": "<|sep|>"},
+    "prefix-space": {"add_prefix_space": True},
+    "generic": {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "add_prefix_space": True},
+    "split-special": {"split_special_tokens": True},
+    "added": {"added_tokens_decoder": {"0": {"content": "<|endoftext|>", "special": True, "lstrip": True}}},
+}
+SAMPLES = [
+    "Hello world ### End",
+    "<|padding|>x<|im_end|> y",
+    "a<|endoftext|> b <|sep|>",
+    "x\n        y ### Response:\nz",
+    "",
+    " café e\u0301",
+]
+
+
+def same_tokenizer(ours, theirs) -> bool:
+    """Equal ids, offsets and text for the samples, and equal special tokens; transformers adds tokens we leave out."""
+    for text in SAMPLES:
+        got, want = ours(text, return_offsets_mapping=True), theirs(text, return_offsets_mapping=True)
+        assert got == dict(want)
+        assert ours.decode(got.input_ids, True) == theirs.decode(got.input_ids, True)
+    assert ours.special_tokens_map == theirs.special_tokens_map
+    assert ours.all_special_ids == theirs.all_special_ids
+    return len(ours) == len(theirs)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_tokenizer_config_means_what_it_means_to_transformers(tmp_path, small_folder, name):
+    folder = write(tmp_path, small_folder, tokenizer_config={"tokenizer_class": "GPTNeoXTokenizer"} | CONFIGS[name])
+    if name == "added":  # transformers then takes no added token from tokenizer.json, so name them all
+        known = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).get_added_tokens_decoder()
+        listed = {str(i): t.__getstate__() for i, t in known.items()} | CONFIGS[name]["added_tokens_decoder"]
+        write(tmp_path, small_folder, tokenizer_config={"added_tokens_decoder": listed})
+        theirs = transformers.GPTNeoXTokenizer.from_pretrained(folder)
+    else:
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    assert same_tokenizer(GPTNeoXTokenizerFast.from_pretrained(folder), theirs)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_saved_folder_opens_equal_here_and_in_transformers(tmp_path, small_folder, name):
+    folder = write(tmp_path / "in", small_folder, tokenizer_config=CONFIGS[name])
+    first = GPTNeoXTokenizerFast.from_pretrained(folder, padding_side="left", model_max_length=77)
+    first.chat_template = "{{ messages }}\n"
+    files = first.save_pretrained(tmp_path / "out")
+    assert sorted(Path(f).name for f in files) == sorted(p.name for p in (tmp_path / "out").iterdir())
+    again = GPTNeoXTokenizerFast.from_pretrained(tmp_path / "out")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert same_tokenizer(again, theirs)
+    assert same_tokenizer(first, theirs)
+    for tokenizer in (again, theirs):
+        assert (tokenizer.padding_side, tokenizer.model_max_length) == ("left", 77)
+        assert tokenizer.chat_template == first.chat_template
+    again.save_pretrained(tmp_path / "twice")
+    for file in (tmp_path / "out").iterdir():
+        assert (tmp_path / "twice" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_folder_saved_by_transformers_opens_equal(tmp_path, folder, theirs):
+    theirs.save_pretrained(tmp_path)
+    assert same_tokenizer(GPTNeoXTokenizerFast.from_pretrained(tmp_path), theirs)
+
+
+def test_saving_over_another_tokenizer_leaves_nothing_of_it(tmp_path, small_folder):
+    write(tmp_path, small_folder, special_tokens_map={"eos_token": "a"}, added_tokens={"<x>": 999})
+    (tmp_path / "chat_template.jinja").write_text("old")
+    GPTNeoXTokenizerFast.from_pretrained(small_folder).save_pretrained(tmp_path)
+    again = GPTNeoXTokenizerFast.from_pretrained(tmp_path)
+    assert (again.eos_token, again.chat_template) == ("<|endoftext|>", None)
+
+
+@pytest.mark.parametrize("flags", [{"add_bos_token": True}, {"add_eos_token": True, "add_bos_token": True}], ids=str)
+def test_bos_and_eos_are_added_on_request(tmp_path, small_folder, flags):
+    ours = GPTNeoXTokenizerFast.from_pretrained(small_folder, **flags)
+    theirs = transformers.GPTNeoXTokenizer.from_pretrained(small_folder, **flags)
+    texts = ["a b c d", "", "<|endoftext|>a b"]
+    for options in ({}, {"add_special_tokens": False}, {"max_length": 3}, {"max_length": 2}, {"padding": True}):
+        for ours.truncation_side in ("left", "right"):
+            theirs.truncation_side = ours.truncation_side
+            assert ours(texts, **options) == dict(theirs(texts, **options))
+    with pytest.raises(TokenizerError, match=r"max_length: 0 is less than the . special tokens"):
+        ours("a", max_length=0)
+    ours.save_pretrained(tmp_path)
+    assert GPTNeoXTokenizerFast.from_pretrained(tmp_path)(texts) == ours(texts)
+    assert dict(transformers.AutoTokenizer.from_pretrained(tmp_path)(texts)) == ours(texts)
+
+
+def test_add_bos_token_in_the_file_is_ignored_aloud(tmp_path, small_folder):
+    folder = write(tmp_path, small_folder, tokenizer_config={"add_bos_token": True, "add_eos_token": False})
+    with pytest.warns(UserWarning, match=r"pass add_bos_token=True to from_pretrained"):
+        tokenizer = GPTNeoXTokenizerFast.from_pretrained(folder)
+    assert tokenizer("a") == dict(transformers.GPTNeoXTokenizer.from_pretrained(folder)("a"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert GPTNeoXTokenizerFast.from_pretrained(folder, add_bos_token=True)("a").input_ids[0] == 0
+
+
+def test_older_companion_files_are_read(tmp_path):
+    backend = small_backend()
+    backend.add_tokens([tokenizers.AddedToken("Hello", rstrip=True)])  # listed twice: tokenizer.json has its flags
+    size = backend.get_vocab_size()
+    (tmp_path / "old").mkdir()
+    backend.save(str(tmp_path / "old/tokenizer.json"))
+    write(
+        tmp_path,
+        tmp_path / "old",
+        tokenizer_config={"tokenizer_class": "GPTNeoXTokenizer", "eos_token": "<|endoftext|>"},
+        special_tokens_map={"eos_token": {"content": "<|im_end|>", "lstrip": False}, "bos_token": "<|endoftext|>"},
+        added_tokens={"<|im_end|>": size, "Hello": size - 1, "<extra>": size + 1},
+    )
+    ours = GPTNeoXTokenizerFast.from_pretrained(tmp_path)
+    assert same_tokenizer(ours, transformers.AutoTokenizer.from_pretrained(tmp_path))
+    assert (ours.eos_token_id, ours("<extra>").input_ids) == (size, [size + 1])
+
+
+def test_baked_padding_and_truncation_do_not_act(tmp_path, small_folder):
+    backend = small_backend()
+    backend.enable_padding(direction="left", pad_id=1, pad_token="<|padding|>", length=50)
+    backend.enable_truncation(2)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    ours, theirs = (kind.from_pretrained(tmp_path) for kind in (GPTNeoXTokenizerFast, transformers.GPTNeoXTokenizer))
+    assert ours(["a b c d", "e"]) == dict(theirs(["a b c d", "e"]))
+    assert ours.padding_side == theirs.padding_side == "left"
+
+
+def test_prefix_space_comes_from_the_options_of_this_family_and_from_the_file_of_others(tmp_path):
+    backend = small_backend()
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    for config in ({"tokenizer_class": "GPTNeoXTokenizerFast"}, {"tokenizer_class": "PreTrainedTokenizerFast"}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        assert same_tokenizer(GPTNeoXTokenizerFast.from_pretrained(tmp_path), theirs)
+
+
+def test_a_tokenizer_without_the_default_tokens_has_none(tmp_path):
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1}, []))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = GPTNeoXTokenizerFast(tmp_path / "tokenizer.json")
+    assert (tokenizer.eos_token, tokenizer.pad_token_id, tokenizer.all_special_ids, len(tokenizer)) == (
+        None,
+        None,
+        [],
+        2,
+    )
+
+
+def test_chat_template_is_the_file_or_the_config(tmp_path, small_folder):
+    write(tmp_path, small_folder, tokenizer_config={"chat_template": "from config"})
+    assert GPTNeoXTokenizerFast.from_pretrained(tmp_path).chat_template == "from config"
+    (tmp_path / "chat_template.jinja").write_text("from file")
+    assert GPTNeoXTokenizerFast.from_pretrained(tmp_path).chat_template == "from file"
+    named = [{"name": "tools", "template": "t"}, {"name": "default", "template": "d"}]
+    (tmp_path / "chat_template.jinja").unlink()
+    write(tmp_path, small_folder, tokenizer_config={"chat_template": named})
+    assert GPTNeoXTokenizerFast.from_pretrained(tmp_path).chat_template == "d"
+
+
+def test_a_hub_id_fetches_only_tokenizer_files(monkeypatch, small_folder, tmp_path):
+    asked = []
+
+    def fetch_files(repo_id, names, revision):
+        asked.append((repo_id, tuple(names), revision))
+        return small_folder if repo_id == "EleutherAI/pythia-70m" else write_spiece(tmp_path)
+
+    def write_spiece(folder: Path) -> Path:
+        (folder / "spiece.model").write_bytes(b"\n\x00")
+        return folder
+
+    monkeypatch.setitem(sys.modules, "neox_lite.hub", types.SimpleNamespace(fetch_files=fetch_files))
+    tokenizer = GPTNeoXTokenizerFast.from_pretrained("EleutherAI/pythia-70m", revision="step3000")
+    assert tokenizer.name_or_path == "EleutherAI/pythia-70m"
+    ((repo_id, names, revision),) = asked
+    assert (repo_id, revision) == ("EleutherAI/pythia-70m", "step3000")
+    assert {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"} < set(names)
+    assert not [name for name in names if name.endswith((".safetensors", ".bin"))]
+    with pytest.raises(
+        TokenizerError, match=r"rinna/japanese: no tokenizer.json \(found spiece.model, but sentencepiece"
+    ):
+        GPTNeoXTokenizerFast.from_pretrained("rinna/japanese")
+
+
+# -- special tokens ----------------------------------------------------------------------------------------------------
+
+
+def test_special_tokens_can_be_set(small):
+    small.pad_token = small.eos_token
+    assert small.pad_token_id == small.eos_token_id == 0
+    small.pad_token_id = 5
+    assert small.pad_token == small.convert_ids_to_tokens(5)
+    assert small(["a", "a b"], padding=True).input_ids[0][-1] == 5
+    small.pad_token = None
+    assert (small.pad_token, small.pad_token_id) == (None, None)
+    assert "pad_token" not in small.special_tokens_map
+    small.sep_token = "a"
+    assert small.all_special_tokens == ["<|endoftext|>", "a"]
+
+
+def test_padding_never_borrows_eos(small):
+    small.pad_token = None
+    with pytest.raises(TokenizerError, match=r"has no pad_token; set it: tokenizer.pad_token = tokenizer.eos_token"):
+        small(["a", "a b"], padding=True)
+    with pytest.raises(TokenizerError, match="has no pad_token"):
+        small.pad([{"input_ids": [1]}])
+    assert small(["a", "a b"]).input_ids
+
+
+# -- streaming ---------------------------------------------------------------------------------------------------------
+
+
+def stream(tokenizer, ids, skip=False) -> list[str]:
+    decoder = StreamDecoder(tokenizer, skip_special_tokens=skip)
+    return [*(decoder.put(index) for index in ids), decoder.end()]
+
+
+def test_streamed_text_of_10000_strings_is_the_whole(ours):
+    rng = random.Random(7)
+    for _ in range(10_000):
+        ids = ours(random_text(rng)).input_ids
+        for skip in (False, True) if rng.random() < 0.2 else (False,):
+            assert "".join(stream(ours, ids, skip)) == ours.decode(ids, skip_special_tokens=skip)
+
+
+def test_streamed_random_ids_are_the_whole(ours):
+    """Broken UTF-8, special tokens and whitespace between its bytes, ids beyond the vocabulary."""
+    rng = random.Random(8)
+    hostile = [i for t, i in ours.get_vocab().items() if "\ufffd" in ours.decode(i)]
+    hostile += [*ours.all_special_ids * 20, *range(len(ours) - 25, len(ours) + 30)]
+    assert len(hostile) > 200
+    for _ in range(10_000):
+        ids = [
+            rng.choice(hostile) if rng.random() < 0.8 else rng.randrange(len(ours)) for _ in range(rng.randint(0, 9))
+        ]
+        skip = rng.random() < 0.5
+        assert "".join(stream(ours, ids, skip)) == ours.decode(ids, skip_special_tokens=skip)
+
+
+def test_stream_holds_back_only_a_character_that_is_not_whole(ours):
+    for text in all_texts()[::5]:
+        ids = ours(text).input_ids
+        shown = ""
+        for count, piece in enumerate(stream(ours, ids)[:-1], 1):
+            shown += piece
+            whole = ours.decode(ids[:count])
+            assert whole.startswith(shown)
+            assert set(whole[len(shown) :]) <= {"\ufffd"}, "text was ready but held back"
+
+
+def test_stream_of_emoji_bytes_waits_for_the_last_one(small):
+    ids = [small.convert_tokens_to_ids(token) for token in "ðŁĻĤ"]
+    assert stream(small, ids) == ["", "", "", "🙂", ""]
+    assert stream(small, [*ids[:2], 0]) == ["", "", "\ufffd<|endoftext|>", ""]
+    assert stream(small, [*ids[:2], 0, *ids[2:]], skip=True) == ["", "", "", "", "🙂", ""]
+    assert stream(small, ids[:3]) == ["", "", "", "\ufffd"]
+
+
+def test_stream_restarts_after_end(small):
+    decoder = StreamDecoder(small)
+    for text in ("first", "second é", ""):
+        assert "".join(map(decoder.put, small(text).input_ids)) + decoder.end() == text
+    assert decoder.put(torch.tensor(small("a").input_ids[0])) == "a"
+
+
+def test_an_added_token_that_looks_like_bytes_streams_as_it_decodes(small):
+    small.backend_tokenizer.add_tokens(["é", "🙂", "x é"])
+    ids = small("🙂éx é").input_ids
+    assert "".join(stream(small, ids)) == small.decode(ids)
+
+
+SENTENCEPIECE = {
+    "metaspace": tokenizers.decoders.Metaspace(),
+    "byte-fallback": tokenizers.decoders.Sequence(
+        [
+            tokenizers.decoders.Replace("▁", " "),
+            tokenizers.decoders.ByteFallback(),
+            tokenizers.decoders.Fuse(),
+            tokenizers.decoders.Strip(" ", 1, 0),
+        ]
+    ),
+    "none": None,
+}
+
+
+@pytest.mark.parametrize("name", SENTENCEPIECE)
+def test_stream_of_a_converted_sentencepiece_tokenizer_is_the_whole(tmp_path, name):
+    words = ["▁", "▁a", "b", "▁▁", "日", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    backend = tokenizers.Tokenizer(tokenizers.models.Unigram([(word, -1.0) for word in words], 0, byte_fallback=True))
+    if SENTENCEPIECE[name] is not None:
+        backend.decoder = SENTENCEPIECE[name]
+    backend.add_special_tokens(["</s>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = GPTNeoXTokenizerFast(tmp_path / "tokenizer.json", tokenizer_class="T5Tokenizer", eos_token="</s>")
+    rng = random.Random(9)
+    for _ in range(2000):
+        emoji = [words.index(f"<0x{byte:02X}>") for byte in "🙂é".encode()]
+        ids = [
+            i for _ in range(6) for i in rng.choice([[rng.randrange(7)], [rng.randrange(270)], emoji[:4], emoji[4:]])
+        ]
+        skip = rng.random() < 0.5
+        assert "".join(stream(tokenizer, ids, skip)) == tokenizer.decode(ids, skip_special_tokens=skip)
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+BAD_CALLS = {
+    "text: found the lone surrogate U+D800 at position 2": lambda t: t("ab\ud800c"),
+    r"text\[1\]: found the lone surrogate U+DFFF at position 0": lambda t: t(["a", "\udfff"]),
+    "lone surrogate U+DC80": lambda t: t.tokenize("\udc80"),
+    "tokens: found the lone surrogate": lambda t: t.convert_tokens_to_ids(["\ud83d"]),
+    "pad_token: found the lone surrogate": lambda t: setattr(t, "pad_token", "\ud83d"),
+    "text: found NoneType, expected str or a list of str": lambda t: t(None),
+    "text: found bytes": lambda t: t.encode(b"a"),
+    r"text\[0\]: found int, expected str": lambda t: t([1, 2]),
+    r"text\[0\]: found list": lambda t: t([["a", "b"]]),
+    "text_pair='b': pairs of texts are not supported": lambda t: t("a", "b"),
+    "is_split_into_words=True: word lists": lambda t: t(["a"], is_split_into_words=True),
+    "unknown argument 'paddin'; did you mean padding?": lambda t: t("a", paddin=True),
+    "stride=4: overlapping windows": lambda t: t("a", stride=4),
+    "padding: found 'top', expected one of": lambda t: t("a", padding="top"),
+    "truncation: found 'only_second'": lambda t: t("a", truncation="only_second", max_length=3),
+    "padding_side: found 'middle', expected one of 'right', 'left'": lambda t: t("a", padding_side="middle"),
+    "return_tensors: found 'tf', expected one of 'pt', 'np'": lambda t: t("a", return_tensors="tf"),
+    "max_length: found -1, expected an integer of at least 0": lambda t: t("a", max_length=-1),
+    "pad_to_multiple_of: found 0": lambda t: t("a", pad_to_multiple_of=0),
+    "max_length: 7 is not a multiple of pad_to_multiple_of 4": lambda t: t(
+        "a", max_length=7, pad_to_multiple_of=4, padding=True, truncation=True
+    ),
+    "return_tensors: rows have 1 to 2 tokens": lambda t: t(["a", "ab\n"[::2]], return_tensors="pt"),
+    r"ids\[1\]: found -100, expected an integer from 0 on; drop ignored labels": lambda t: t.decode([1, -100]),
+    r"ids\[0\]: found -1": lambda t: t.batch_decode([[1], [-1]]),
+    r"ids\[0\]: found 1.5": lambda t: t.decode([1.5]),
+    r"ids\[0\]: found True": lambda t: t.decode(torch.tensor([True])),
+    r"ids\[0\]: found 'a'": lambda t: t.decode("a"),
+    r"ids\[0\]: found 4294967296": lambda t: t.decode(2**32),
+    r"ids\[0\]: found -2": lambda t: StreamDecoder(t).put(-2),
+    "pad_token: '<nope>' is not in the vocabulary of": lambda t: setattr(t, "pad_token", "<nope>"),
+    "eos_token_id: 99999 is not among the": lambda t: setattr(t, "eos_token_id", 99999),
+    r"pad: found \['labels'\], expected input_ids": lambda t: t.pad({"labels": [1]}),
+}
+
+
+@pytest.mark.parametrize("message", BAD_CALLS)
+def test_bad_calls_are_refused_in_one_line(small, message):
+    with pytest.raises(TokenizerError, match=message.replace("U+", r"U\+").replace("?", r"\?")) as caught:
+        BAD_CALLS[message](small)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"revision": "main"}, "revision: 'main' means nothing for a folder"),
+        ({"trust_remote_code": True}, "trust_remote_code=True: code from a repository is never run"),
+        ({"use_fast": False}, "use_fast=False: this family has a fast tokenizer only"),
+        ({"pading_side": "left"}, "unknown argument 'pading_side'; did you mean padding_side?"),
+        ({"zzz": 1}, "unknown argument 'zzz'; there are add_bos_token, "),
+        ({"padding_side": "top"}, "padding_side: found 'top'"),
+        ({"pad_token": 3}, "pad_token: found 3, expected a token"),
+        ({"eos_token": None, "add_eos_token": True}, "add_eos_token: .* has no eos_token"),
+    ],
+    ids=str,
+)
+def test_bad_load_options_are_refused(small_folder, options, message):
+    with pytest.raises(TokenizerError, match=message.replace("?", r"\?")):
+        GPTNeoXTokenizerFast.from_pretrained(small_folder, **options)
+
+
+def test_harmless_values_of_refused_options_are_accepted(small_folder):
+    tokenizer = GPTNeoXTokenizerFast.from_pretrained(small_folder, trust_remote_code=False, use_fast=True)
+    assert tokenizer("a", text_pair=None, stride=0, is_split_into_words=False) == tokenizer("a")
+
+
+def test_bad_files_are_refused_with_their_path(tmp_path, small_folder):
+    def refused(message: str, **files) -> None:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        for name, content in files.items():
+            (folder / name.replace("__", ".")).write_text(content)
+        with pytest.raises(TokenizerError, match=message) as caught:
+            GPTNeoXTokenizerFast.from_pretrained(folder)
+        assert "\n" not in str(caught.value)
+        assert str(folder) in str(caught.value) or "correct the file" in str(caught.value)
+
+    good = (small_folder / "tokenizer.json").read_text(encoding="utf-8")
+    refused(": no tokenizer.json; copy it")
+    refused("found spiece.model, but sentencepiece tokenizers are not supported.*pass ids", spiece__model="")
+    refused("found tokenizer.model, but sentencepiece", tokenizer__model="")
+    refused("found vocab.json, .*convert once with transformers", vocab__json="{}", merges__txt="")
+    refused("tokenizer.json: not a tokenizer.json that `tokenizers` reads: .*fetch the file again", tokenizer__json="{")
+    refused("run git lfs pull", tokenizer__json="version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    refused("tokenizer_config.json: broken JSON: .* line 1", tokenizer__json=good, tokenizer_config__json="{,}")
+    refused("special_tokens_map.json: found a list", tokenizer__json=good, special_tokens_map__json="[]")
+    refused(
+        "auto_map names code", tokenizer__json=good, tokenizer_config__json='{"auto_map": {"AutoTokenizer": "x.Y"}}'
+    )
+    for settings in (
+        {"added_tokens_decoder": {"x": "a"}},
+        {"tokenizer_class": 5},
+        {"chat_template": [1]},
+        {"additional_special_tokens": 7},
+        {"added_tokens_decoder": {"0": {}}},
+        {"model_max_length": "long"},
+    ):
+        refused(
+            "malformed tokenizer settings|correct the file",
+            tokenizer__json=good,
+            tokenizer_config__json=json.dumps(settings),
+        )
+    refused("'<x>' has id .*, expected 9999", tokenizer__json=good, added_tokens__json='{"<x>": 9999}')
+
+
+@pytest.mark.parametrize("source", ["./nowhere", "/no/such/folder", "a/b/c", "~/nowhere", ""])
+def test_a_path_that_is_not_there_is_not_looked_up_on_the_hub(source):
+    with pytest.raises(TokenizerError, match="neither a folder nor a hub id"):
+        GPTNeoXTokenizerFast.from_pretrained(source)
+
+
+# -- manners -----------------------------------------------------------------------------------------------------------
+
+
+def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess:
+    environment = {k: v for k, v in os.environ.items() if k != "TOKENIZERS_PARALLELISM"} | {"PYTHONPATH": str(REPO)}
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_forking_after_use_prints_no_warning(small_folder):
+    code = """if True:
+        import os, sys
+        from neox_lite.tokenizer import GPTNeoXTokenizerFast
+        tokenizer = GPTNeoXTokenizerFast.from_pretrained(sys.argv[1])
+        ids = tokenizer(["some text"] * 100).input_ids
+        tokenizer.batch_decode(ids)
+        if os.fork() == 0:
+            tokenizer(["some text"] * 100)
+            os._exit(0)
+        os.wait()
+    """
+    result = run_python(code, str(small_folder))
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_importing_the_tokenizer_imports_neither_torch_nor_numpy():
+    code = """if True:
+        import sys, types
+        package = sys.modules["neox_lite"] = types.ModuleType("neox_lite")  # in place of its __init__
+        package.__path__ = [sys.argv[1]]
+        import neox_lite.tokenizer
+        print(*({"torch", "numpy", "transformers"} & sys.modules.keys()))
+    """
+    result = run_python(code, str(REPO / "neox_lite"))
+    assert (result.returncode, result.stdout, result.stderr) == (0, "\n", "")
+
+
+def test_twenty_thousand_streamed_ids_cost_no_more_each_than_two_hundred(small):
+    """Counts the decoder's work in bytes held, not in seconds: nothing of the text is kept but a character's start."""
+    decoder = StreamDecoder(small)
+    for index in small("a🙂 " * 5000).input_ids:
+        decoder.put(index)
+        assert len(decoder._utf8.getstate()[0]) < 4
+    assert decoder._window == []
