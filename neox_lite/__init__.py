@@ -12,8 +12,8 @@ from .model import (
     GPTNeoXPreTrainedModel,
 )
 from .tokenizer import GPTNeoXTokenizerFast
+from .version import __version__
 
-__version__ = "0.1.0"
 __all__ = [
     "Event",
     "GPTNeoXConfig",
@@ -26,4 +26,5 @@ __all__ = [
     "GPTNeoXTokenizerFast",
     "GenerationConfig",
     "NeoxLiteError",
+    "__version__",
 ]

@@ -7,7 +7,6 @@ so a folder that looks complete is complete. Outputs carry no times and no paths
 import contextlib
 import errno
 import hashlib
-import importlib.metadata
 import json
 import logging
 import os
@@ -36,6 +35,7 @@ from neox_lite.safetensors_file import (
     shown,
     strict_json,
 )
+from neox_lite.version import __version__
 
 try:
     import fcntl
@@ -293,7 +293,7 @@ class FolderWriter:
         unwritten = [name for name in dict.fromkeys((*wanted, *self._writers)) if not self._is_written(name)]
         if unwritten:
             raise CheckpointError(f"{self.folder}: not written yet: {first_few(unwritten)}")
-        own = {"format_version": FORMAT_VERSION, "created_by": _created_by()}
+        own = {"format_version": FORMAT_VERSION, "created_by": f"neox-lite {__version__}"}
         if clash := manifest_fields.keys() & {*own, "files"}:
             raise CheckpointError(f"{self.folder}: manifest fields {sorted(clash)} are the writer's own")
         self._begin()
@@ -464,10 +464,3 @@ def _sync_folder(folder: Path) -> None:
 
 def _manifest_entry(raw: bytes) -> dict[str, Any]:
     return {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
-
-
-def _created_by() -> str:
-    try:
-        return f"neox-lite {importlib.metadata.version('neox-lite')}"
-    except importlib.metadata.PackageNotFoundError:
-        return "neox-lite (not installed)"

@@ -13,6 +13,7 @@ PACKAGES = {"neox_lite": ROOT, "neox_lite_quant": ROOT / "quant", "neox_lite_app
 
 # Lowest floor first: a room may import only rooms listed above it (and its own insides).
 FLOORS = [
+    "neox_lite.version",
     "neox_lite.errors",
     "neox_lite.hub",
     "neox_lite.config",

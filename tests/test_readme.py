@@ -32,7 +32,7 @@ def test_the_five_lines_of_python_run(capsys, tmp_path, monkeypatch):
 
 
 def test_every_command_line_shown_is_one_that_the_parser_takes():
-    shown = [line for block in blocks("") for line in block.splitlines() if line.startswith("neox-lite ")]
+    shown = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("neox-lite ")]
     assert len(shown) >= 2
     for line in shown:
         words = re.findall(r'"[^"]*"|\S+', line)[1:]

@@ -171,6 +171,7 @@ _count, _positive = _integer(0), _integer(1)
 
 
 def _version() -> str:
+    """Read from the installed metadata, so that --version needs no torch."""
     try:
         return metadata.version("neox-lite")
     except metadata.PackageNotFoundError:
