@@ -433,7 +433,6 @@ class GenerationMixin:
 
     config: GPTNeoXConfig
     source: Any
-    device: torch.device
     _generation_config: GenerationConfig | None = None
     _tokenizer: GPTNeoXTokenizerFast | None = None
 
@@ -506,7 +505,7 @@ class GenerationMixin:
         pages = sum(-(-(len(row.prompt) + row.limit) // PAGE) for row in rows)
         return decode(self, self.new_pool(min(pages, 64)), rows, options, self.missing_ids)
 
-    def _generate(self, input_ids: Tensor | None, given: dict[str, Any]) -> Tensor:
+    def _generate(self: Any, input_ids: Tensor | None, given: dict[str, Any]) -> Tensor:
         given = dict(given)
         inputs, mask = given.pop("inputs", None), given.pop("attention_mask", None)
         options = self._options(given)
@@ -522,19 +521,7 @@ class GenerationMixin:
                 streamer.put(torch.tensor(changed[0].tokens[-1:]))
         if streamer is not None:
             streamer.end()
-        return self._pad(ids, rows, options)
-
-    def _pad(self, ids: Tensor, rows: list[Row], options: Options) -> Tensor:
-        """Prompts as given, each followed by its new tokens, then by padding up to the longest."""
-        fill = options.pad_token_id
-        if fill is None or fill < 0:
-            fill = options.eos_token_id[0] if options.eos_token_id else 0
-        width = max(len(row.tokens) for row in rows)
-        new = torch.full((len(rows), width), fill, dtype=torch.long)
-        for out, row in zip(new, rows, strict=True):
-            out[: len(row.tokens)] = torch.tensor(row.tokens, dtype=torch.long)
-        repeated = ids.repeat_interleave(options.num_return_sequences, 0)
-        return torch.cat((repeated, new), 1).to(self.device)
+        return _pad(ids, rows, options).to(self.device)
 
     def _stream(self, prompt: str | Tensor | Sequence[int], given: dict[str, Any]) -> Iterator[Event]:
         options = self._options(dict(given))
@@ -601,6 +588,19 @@ def _prompt_mask(ids: Tensor, mask: Any, options: Options) -> Tensor:
     if options.pad_token_id is not None and options.pad_token_id not in options.eos_token_id:
         return ids != options.pad_token_id
     return torch.ones_like(ids, dtype=torch.bool)
+
+
+def _pad(ids: Tensor, rows: list[Row], options: Options) -> Tensor:
+    """Prompts as given, each followed by its new tokens, then by padding up to the longest."""
+    fill = options.pad_token_id
+    if fill is None or fill < 0:
+        fill = options.eos_token_id[0] if options.eos_token_id else 0
+    width = max(len(row.tokens) for row in rows)
+    new = torch.full((len(rows), width), fill, dtype=torch.long)
+    for out, row in zip(new, rows, strict=True):
+        out[: len(row.tokens)] = torch.tensor(row.tokens, dtype=torch.long)
+    repeated = ids.repeat_interleave(options.num_return_sequences, 0)
+    return torch.cat((repeated, new), 1)
 
 
 @dataclass

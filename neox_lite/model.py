@@ -49,7 +49,7 @@ class ModelOutput(OrderedDict[str, Any]):
             raise AttributeError(f"no output {name!r}; there are {', '.join(self)}")
         return self.get(name)
 
-    def __getitem__(self, key: str | int | slice) -> Any:  # type: ignore[override]
+    def __getitem__(self, key: str | int | slice) -> Any:
         return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
 
     def to_tuple(self) -> tuple[Any, ...]:
@@ -131,7 +131,7 @@ class GPTNeoXPreTrainedModel(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GPTNeoXPreTrainedModel:
         self.__dict__["_ops"] = None  # kernels are bound again on the next call
-        return super()._apply(fn, recurse)  # type: ignore[return-value]
+        return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_ops": None}  # copies and pickles bind their own kernels

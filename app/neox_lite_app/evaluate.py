@@ -18,6 +18,7 @@ from torch import Tensor
 
 from neox_lite import GPTNeoXForCausalLM
 from neox_lite.errors import ArgumentError
+from neox_lite.layers import Linear
 
 from .running import bar, format_name, load, note, print_json, read_text
 
@@ -91,6 +92,7 @@ def quality_of(
     """Score a model and its distance from the source on the same windows."""
     loss, kl, same, count = 0.0, 0.0, 0, 0
     scores = log_probabilities(model, windows, progress)
+    pairs: Iterator[tuple[Tensor, Tensor]]
     if model is source:
         pairs = ((found, found) for found in scores)
     else:
@@ -100,7 +102,7 @@ def quality_of(
         kl += float((wanted.exp().double() * (wanted.double() - found.double())).sum())
         same += int((wanted.argmax(1) == found.argmax(1)).sum())
         count += len(window) - 1
-    linears = [m for m in model.gpt_neox.layers.modules() if hasattr(m, "handle")]
+    linears = [m for m in model.gpt_neox.layers.modules() if isinstance(m, Linear)]
     stored = sum(m.handle.nbytes for m in linears)
     weights = sum(m.in_features * m.out_features for m in linears)
     # weight_shape, two numbers a layer, is bookkeeping and not counted as weight
