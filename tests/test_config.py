@@ -1,0 +1,479 @@
+"""config.json: both generations of keys, every published shape, and each trap answered by name."""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from neox_lite import GPTNeoXConfig
+from neox_lite.config import FIELDS, parse_json
+from neox_lite.errors import ConfigError
+
+SMALL = {
+    "vocab_size": 131,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 96,
+}
+
+# Every rope form with each of its keys somewhere; original_max_position_embeddings differs from the context on purpose.
+ROPES: dict[str, dict[str, Any]] = {
+    "default": {"rope_type": "default"},
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    "yarn-all-keys": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+        "attention_factor": 1.25,
+        "beta_fast": 16.0,
+        "beta_slow": 2.0,
+        "mscale": 0.7,
+        "mscale_all_dim": 0.9,
+        "truncate": False,
+    },
+}
+
+
+def write(folder: Path, keys: dict[str, Any] | str) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(keys if isinstance(keys, str) else json.dumps(keys))
+    return folder
+
+
+def quiet(**keys: Any) -> GPTNeoXConfig:
+    """A config from keys that must not cause a warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return GPTNeoXConfig(**keys)
+
+
+# Published checkpoints ------------------------------------------------------------------------------------------------
+
+# layers, hidden, heads, rotary share, parallel, vocabulary -> head size, rotary dimensions
+PUBLISHED = {
+    "gpt-neox-20b": (44, 6144, 64, 0.25, True, 50432, 96, 24),
+    "pythia-70m": (6, 512, 8, 0.25, True, 50304, 64, 16),
+    "pythia-1b": (16, 2048, 8, 0.25, True, 50304, 256, 64),
+    "pythia-2.8b": (32, 2560, 32, 0.25, True, 50304, 80, 20),
+    "pythia-6.9b": (32, 4096, 32, 0.25, True, 50432, 128, 32),
+    "pythia-12b": (36, 5120, 40, 0.25, True, 50688, 128, 32),
+    "dolly-v2-3b": (32, 2560, 32, 0.25, True, 50280, 80, 20),
+    "dolly-v2-12b": (36, 5120, 40, 0.25, True, 50280, 128, 32),
+    "oasst-sft-pythia-12b": (36, 5120, 40, 0.25, True, 50288, 128, 32),
+    "redpajama-incite-3b": (32, 2560, 32, 1.0, False, 50432, 80, 80),
+    "redpajama-incite-7b": (32, 4096, 32, 1.0, False, 50432, 128, 128),
+    "stablelm-alpha-3b": (16, 4096, 32, 0.25, True, 50688, 128, 32),
+    "stablelm-alpha-7b": (16, 6144, 48, 0.25, True, 50432, 128, 32),
+    "polyglot-ko-1.3b": (24, 2048, 16, 0.5, True, 30080, 128, 64),
+    "polyglot-ko-12.8b": (40, 5120, 40, 0.5, True, 30080, 128, 64),
+    "rinna-3.6b": (36, 2816, 22, 1.0, False, 32000, 128, 128),
+    "opencalm-small": (12, 768, 12, 1.0, False, 52096, 64, 64),
+    "opencalm-7b": (32, 4096, 32, 1.0, False, 52224, 128, 128),
+    "line-3.6b": (30, 3072, 32, 1.0, False, 51200, 96, 96),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_reads_the_published_shapes(name: str) -> None:
+    layers, hidden, heads, share, parallel, vocab, head_dim, rotary_dim = PUBLISHED[name]
+    config = quiet(
+        architectures=["GPTNeoXForCausalLM"],
+        attention_probs_dropout_prob=0,
+        bos_token_id=0,
+        eos_token_id=0,
+        hidden_act="gelu_fast" if name == "gpt-neox-20b" else "gelu",
+        hidden_dropout_prob=0,
+        hidden_size=hidden,
+        initializer_range=0.02,
+        intermediate_size=4 * hidden,
+        layer_norm_eps=1e-5,
+        max_position_embeddings=4096 if "stablelm" in name else 2048,
+        model_type="gpt_neox",
+        num_attention_heads=heads,
+        num_hidden_layers=layers,
+        rotary_emb_base=10000,
+        rotary_pct=share,
+        tie_word_embeddings=name == "line-3.6b",
+        torch_dtype="float16",
+        transformers_version="4.28.1",
+        use_cache="dolly" not in name,
+        use_parallel_residual=parallel,
+        vocab_size=vocab,
+    )
+    assert (config.head_dim, config.rotary_dim) == (head_dim, rotary_dim)
+    assert config.use_parallel_residual is parallel
+    assert config.tie_word_embeddings is (name == "line-3.6b")
+    assert config.dtype == "float16"
+    assert config.activation == ("tanh" if name == "gpt-neox-20b" else "erf")
+
+
+# Defaults -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_key_means_what_it_means_in_transformers() -> None:
+    theirs, ours = transformers.GPTNeoXConfig(), GPTNeoXConfig()
+    for name in FIELDS:
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert ours.rope_parameters == theirs.rope_parameters
+    assert (ours.num_labels, ours.id2label) == (theirs.num_labels, theirs.id2label)
+    assert ours.dtype is theirs.dtype is None
+
+
+def test_missing_use_parallel_residual_means_true(tmp_path: Path) -> None:
+    assert GPTNeoXConfig.from_pretrained(write(tmp_path, SMALL)).use_parallel_residual is True
+
+
+def test_an_empty_config_is_the_20b() -> None:
+    config = quiet()
+    assert (config.num_hidden_layers, config.head_dim, config.rotary_dim) == (44, 96, 24)
+
+
+# v4 and v5 keys -----------------------------------------------------------------------------------------------------------
+
+
+def test_v4_and_v5_spellings_mean_the_same() -> None:
+    v4 = quiet(**SMALL, rotary_pct=0.5, rotary_emb_base=25000, torch_dtype="bfloat16")
+    rope = {"rope_type": "default", "rope_theta": 25000, "partial_rotary_factor": 0.5}
+    v5 = quiet(**SMALL, rope_parameters=rope, dtype="bfloat16")
+    assert v4 == v5
+    assert (v5.rotary_pct, v5.rotary_emb_base, v5.rope_scaling, v5.dtype) == (0.5, 25000, None, "bfloat16")
+
+
+@pytest.mark.parametrize("form", ROPES)
+@pytest.mark.parametrize("key", ["type", "rope_type"])
+def test_rope_scaling_and_rope_parameters_mean_the_same(form: str, key: str) -> None:
+    scaling = {key: ROPES[form]["rope_type"], **{k: v for k, v in ROPES[form].items() if k != "rope_type"}}
+    v4 = quiet(**SMALL, rope_scaling=scaling, rotary_pct=1.0, rotary_emb_base=500)
+    v5 = quiet(**SMALL, rope_parameters={**ROPES[form], "rope_theta": 500, "partial_rotary_factor": 1.0})
+    assert v4.rope_parameters == v5.rope_parameters
+
+
+def test_v5_keys_win_over_v4_keys() -> None:
+    rope = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 1.0}
+    config = quiet(**SMALL, rotary_pct=0.25, rotary_emb_base=10000, rope_parameters=rope)
+    assert (config.rotary_pct, config.rotary_emb_base) == (1.0, 500.0)
+    assert quiet(**SMALL, torch_dtype="float16", dtype="bfloat16").dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        (
+            {
+                "rope_parameters": {"rope_type": "linear", "factor": 2.0},
+                "rope_scaling": {"type": "linear", "factor": 4.0},
+            },
+            "rope_parameters.factor is 2.0 but rope_scaling.factor is 4.0",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "linear", "factor": 4.0}},
+            "rope_parameters.rope_type is 'default' but rope_scaling.rope_type is 'linear'",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "linear", "type": "yarn", "factor": 4.0}},
+            "rope_type is 'linear' but type is 'yarn'",
+        ),
+        (
+            {"rope_scaling": ROPES["yarn"], "original_max_position_embeddings": 128},
+            "original_max_position_embeddings is 128 but the rope settings say 64",
+        ),
+    ],
+)
+def test_two_rope_forms_that_contradict_each_other_are_refused(keys: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        GPTNeoXConfig(**SMALL, **keys)
+
+
+def test_both_names_of_a_rope_type_may_agree() -> None:
+    scaling = {"rope_type": "linear", "type": "linear", "factor": 4.0}
+    assert quiet(**SMALL, rope_scaling=scaling).rope_parameters["rope_type"] == "linear"
+
+
+def test_original_length_defaults_to_the_context_and_may_stand_outside() -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0}
+    assert quiet(**SMALL, rope_scaling=yarn).rope_parameters["original_max_position_embeddings"] == 2048
+    outside = quiet(**SMALL, rope_scaling=yarn, original_max_position_embeddings=64)
+    assert outside.rope_parameters["original_max_position_embeddings"] == 64
+
+
+def test_dtype_is_understood_under_both_names_and_as_torch_writes_it() -> None:
+    for keys in ({"torch_dtype": "float16"}, {"dtype": "torch.float16"}, {"dtype": torch.float16}):
+        assert quiet(**SMALL, **keys).dtype == "float16"
+    assert quiet(**SMALL, torch_dtype="auto").dtype is None
+
+
+# Traps ----------------------------------------------------------------------------------------------------------------
+
+
+def test_attention_bias_false_is_honoured() -> None:
+    assert quiet(**SMALL, attention_bias=False).attention_bias is False
+
+
+def test_use_cache_false_is_kept_and_can_be_overridden(tmp_path: Path) -> None:
+    folder = write(tmp_path, {**SMALL, "use_cache": False})
+    assert GPTNeoXConfig.from_pretrained(folder).use_cache is False
+    assert GPTNeoXConfig.from_pretrained(folder, use_cache=True).use_cache is True
+
+
+def test_overrides_beat_the_file_whichever_spelling_either_uses(tmp_path: Path) -> None:
+    rope = {**ROPES["linear"], "rope_theta": 500.0, "partial_rotary_factor": 1.0}
+    v5 = write(tmp_path / "v5", {**SMALL, "rope_parameters": rope, "dtype": "float16"})
+    v4 = write(tmp_path / "v4", {**SMALL, "rotary_pct": 1.0, "rotary_emb_base": 500, "rope_scaling": ROPES["linear"]})
+    for folder in (v4, v5):
+        changed = GPTNeoXConfig.from_pretrained(folder, rotary_pct=0.5)
+        assert changed.rope_parameters == {**rope, "partial_rotary_factor": 0.5}
+        assert GPTNeoXConfig.from_pretrained(folder, rope_scaling=None).rope_scaling is None
+        assert GPTNeoXConfig.from_pretrained(folder, rope_scaling=None).rotary_emb_base == 500
+        yarn = {**ROPES["yarn"], "rope_theta": 9.0, "partial_rotary_factor": 0.25}
+        assert GPTNeoXConfig.from_pretrained(folder, rope_parameters=yarn).rope_parameters == yarn
+        assert GPTNeoXConfig.from_pretrained(folder, torch_dtype="bfloat16").dtype == "bfloat16"
+    copied = GPTNeoXConfig.from_pretrained(v5).copy(rope_parameters={**ROPES["yarn"], "partial_rotary_factor": 0.25})
+    assert copied.rope_parameters["rope_type"] == "yarn"
+
+
+def test_a_copy_is_independent() -> None:
+    config = GPTNeoXConfig(**SMALL, rope_parameters=ROPES["yarn"])
+    config.copy().rope_parameters["factor"] = 100.0
+    assert config.rope_parameters["factor"] == 4.0
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"num_attention_heads": 3}, "hidden_size 64 is not divisible by num_attention_heads 3"),
+        ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map asks for code"),
+        ({"model_type": "llama"}, "model_type is 'llama', expected 'gpt_neox'"),
+        ({"hidden_act": "silu"}, "hidden_act is 'silu', expected one of gelu, gelu_fast"),
+        ({"num_key_value_heads": 1}, "num_key_value_heads is 1, expected 2"),
+        ({"head_dim": 16}, "head_dim is 16, expected hidden_size / num_attention_heads"),
+        ({"head_dim": "x", "num_attention_heads": None}, "head_dim is 'x'"),
+        ({"sliding_window": 4096}, "sliding_window is 4096, which GPT-NeoX does not define"),
+        ({"is_encoder_decoder": True}, "is_encoder_decoder is True"),
+        ({"add_cross_attention": True}, "add_cross_attention is True"),
+        ({"output_attentions": True}, "output_attentions is True"),
+        ({"return_dict": False}, "return_dict is False"),
+        ({"dtype": "float64"}, "dtype is 'float64', expected one of float32, float16, bfloat16"),
+        ({"quantization_config": "int4"}, "quantization_config is 'int4', expected an object"),
+        ({"problem_type": "ranking"}, "problem_type is 'ranking'"),
+        ({"id2label": ["a", "b"]}, "id2label is"),
+        ({"id2label": {"x": "a"}}, "id2label is"),
+        ({"id2label": {"0": "a"}, "label2id": {"a": "x"}}, "label2id is"),
+        ({"id2label": {"0": "a"}, "label2id": ["a"]}, "label2id is"),
+        ({"num_labels": 0}, "num_labels is 0, expected an integer of at least 1"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_by_name(keys: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        GPTNeoXConfig(**{**SMALL, **keys})
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"num_key_value_heads": 2},
+        {"head_dim": 32},
+        {"sliding_window": None},
+        {"is_encoder_decoder": False},
+        {"chunk_size_feed_forward": 0},
+        {"pruned_heads": {}},
+        {"output_hidden_states": False},
+        {"return_dict": True},
+    ],
+)
+def test_the_same_keys_are_accepted_in_silence_where_they_change_nothing(keys: dict[str, Any]) -> None:
+    quiet(**SMALL, **keys)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("hidden_size", True),
+        ("hidden_size", "64"),
+        ("hidden_size", 64.0),
+        ("hidden_size", 0),
+        ("hidden_size", None),
+        ("num_hidden_layers", -1),
+        ("vocab_size", [131]),
+        ("hidden_act", None),
+        ("hidden_act", ["gelu"]),
+        ("layer_norm_eps", float("nan")),
+        ("layer_norm_eps", float("inf")),
+        ("layer_norm_eps", 10**400),
+        ("layer_norm_eps", 0),
+        ("layer_norm_eps", "1e-5"),
+        ("use_parallel_residual", 1),
+        ("use_parallel_residual", "false"),
+        ("attention_bias", None),
+        ("tie_word_embeddings", 0),
+        ("eos_token_id", "0"),
+        ("eos_token_id", [0, -5]),
+        ("bos_token_id", True),
+        ("rotary_pct", 0.0),
+        ("rotary_pct", 1.5),
+        ("rotary_pct", True),
+        ("rotary_pct", "0.25"),
+        ("rotary_pct", float("nan")),
+        ("rotary_emb_base", 0),
+        ("rotary_emb_base", "10000"),
+        ("rope_scaling", "linear"),
+        ("rope_scaling", {"type": ["linear"]}),
+        ("rope_parameters", [1]),
+    ],
+)
+def test_a_value_of_the_wrong_type_or_range_is_refused_by_name(key: str, value: Any) -> None:
+    names = {"rotary_pct": "partial_rotary_factor", "rotary_emb_base": "rope_theta", "rope_scaling": "rope_"}
+    with pytest.raises(ConfigError, match=names.get(key, key)):
+        GPTNeoXConfig(**{**SMALL, key: value})
+
+
+def test_a_rotary_share_that_gives_no_whole_pairs_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"rotary share 0.1 of head size 32 gives 3 rotary dimensions"):
+        GPTNeoXConfig(**SMALL, rotary_pct=0.1)
+
+
+@pytest.mark.parametrize(
+    ("rope", "told"),
+    [
+        ({"rope_type": "dynamic", "factor": 2.0}, "rope_type 'dynamic' is refused: it changes keys"),
+        ({"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}, "rope_type 'longrope' is refused"),
+        ({"rope_type": "su"}, "rope_type is 'su', expected one of default, linear, llama3, yarn"),
+        ({"rope_type": "linear"}, "rope_type 'linear' needs factor"),
+        ({"rope_type": "linear", "factor": 0.5}, "rope factor is 0.5, expected a number at least 1"),
+        ({"rope_type": "linear", "factor": True}, "rope factor is True"),
+        ({"rope_type": "linear", "factor": 2.0, "beta_fast": 32}, "rope_type 'linear' does not know beta_fast"),
+        ({"rope_type": "default", "factor": 2.0}, "rope_type 'default' does not know factor"),
+        ({"rope_type": "llama3", "factor": 8.0}, "rope_type 'llama3' needs high_freq_factor, low_freq_factor"),
+        ({**ROPES["llama3"], "high_freq_factor": 1.0}, "high_freq_factor must be above low_freq_factor"),
+        ({**ROPES["yarn"], "truncate": 1}, "rope truncate is 1, expected true or false"),
+        ({**ROPES["yarn"], "original_max_position_embeddings": 64.5}, "original_max_position_embeddings is 64.5"),
+    ],
+)
+def test_rope_settings_that_cannot_be_honoured_are_refused_by_name(rope: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        GPTNeoXConfig(**SMALL, rope_parameters=rope)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('{"hidden_size": 64, "hidden_size": 128}', "key 'hidden_size' appears twice"),
+        ('{"layer_norm_eps": NaN}', "contains NaN, which is not JSON"),
+        ('{"layer_norm_eps": -Infinity}', "contains -Infinity, which is not JSON"),
+        ('{"surprise": 1e999}', "1e999 is too large"),
+        ('{"surprise": ' + "9" * 5000 + "}", "not valid JSON"),
+        ("[1, 2]", "found a JSON list, expected an object"),
+        ('{"hidden_size": ', "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+    ],
+)
+def test_a_file_that_is_not_one_plain_json_object_is_refused(text: str, told: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=told) as caught:
+        GPTNeoXConfig.from_pretrained(write(tmp_path, text))
+    assert str(tmp_path / "config.json") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_or_unreadable_config_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no config\.json"):
+        GPTNeoXConfig.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_bytes(b'{"a": "\xff"}')
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        GPTNeoXConfig.from_pretrained(tmp_path)
+
+
+def test_unknown_keys_are_warned_about_by_name_and_kept(tmp_path: Path) -> None:
+    odd = {"favourite_colour": "teal", "use_paralel_residual": False, "extra": 1, "copy": 2}
+    with pytest.warns(UserWarning, match="copy, extra, favourite_colour, use_paralel_residual") as caught:
+        config = GPTNeoXConfig(**SMALL, **odd)
+    assert "'use_paralel_residual' resembles 'use_parallel_residual'" in str(caught[0].message)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config.copy().save_pretrained(tmp_path)  # known by now, so not announced again
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert {key: written[key] for key in odd} == odd
+
+
+def test_labels_follow_num_labels_and_names() -> None:
+    assert quiet(num_labels=3).id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
+    named = quiet(id2label={"0": "no", "1": "yes"}, label2id={"no": 0, "yes": 1})
+    assert (named.num_labels, named.id2label, named.label2id) == (2, {0: "no", 1: "yes"}, {"no": 0, "yes": 1})
+
+
+# Writing --------------------------------------------------------------------------------------------------------------
+
+
+def test_writes_both_forms_of_the_rope_keys(tmp_path: Path) -> None:
+    rope = {**ROPES["llama3"], "rope_theta": 500.0, "partial_rotary_factor": 0.5}
+    GPTNeoXConfig(**SMALL, rope_parameters=rope, dtype="float16").save_pretrained(tmp_path)
+    written = parse_json((tmp_path / "config.json").read_text(), "config.json")
+    assert written["rope_parameters"] == rope
+    assert (written["rotary_pct"], written["rotary_emb_base"]) == (0.5, 500.0)
+    assert written["rope_scaling"] == ROPES["llama3"]
+    assert written["dtype"] == written["torch_dtype"] == "float16"
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("form", ROPES)
+def test_reads_back_what_it_wrote(form: str, tmp_path: Path) -> None:
+    config = GPTNeoXConfig(
+        **SMALL,
+        rope_parameters={**ROPES[form], "rope_theta": 500.0, "partial_rotary_factor": 1.0},
+        use_parallel_residual=False,
+        attention_bias=False,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+        num_labels=3,
+        hidden_act="gelu_fast",
+        dtype="bfloat16",
+    )
+    config.save_pretrained(tmp_path)
+    again = GPTNeoXConfig.from_pretrained(tmp_path)
+    assert again == config
+    assert again.bos_token_id is again.eos_token_id is None
+
+
+@pytest.mark.parametrize("form", ROPES)
+def test_transformers_reads_what_we_write_with_the_same_meaning(form: str, tmp_path: Path) -> None:
+    rope = {**ROPES[form], "rope_theta": 500.0, "partial_rotary_factor": 0.5}
+    config = GPTNeoXConfig(
+        **SMALL, rope_parameters=rope, use_parallel_residual=False, eos_token_id=[0, 3], num_labels=3, dtype="float16"
+    )
+    config.save_pretrained(tmp_path)
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(theirs, transformers.GPTNeoXConfig)
+    assert theirs.rope_parameters == config.rope_parameters
+    for name in FIELDS:
+        assert getattr(theirs, name) == getattr(config, name), name
+    assert (theirs.num_labels, theirs.dtype) == (3, torch.float16)
+
+
+@pytest.mark.parametrize("form", ROPES)
+def test_we_read_what_transformers_writes_with_the_same_meaning(form: str, tmp_path: Path) -> None:
+    rope = {**ROPES[form], "rope_theta": 500.0, "partial_rotary_factor": 0.5}
+    theirs = transformers.GPTNeoXConfig(
+        **SMALL, rope_parameters=rope, use_parallel_residual=False, eos_token_id=[0, 3], num_labels=3, dtype="float16"
+    )
+    theirs.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config = GPTNeoXConfig.from_pretrained(tmp_path)
+        in_memory = GPTNeoXConfig(**theirs.to_dict())
+    assert config.rope_parameters == in_memory.rope_parameters == theirs.rope_parameters
+    for name in FIELDS:
+        assert getattr(config, name) == getattr(in_memory, name) == getattr(theirs, name), name
+    assert (config.num_labels, config.dtype) == (3, "float16")
