@@ -96,9 +96,11 @@ KEPT = {
 Check = Callable[[Any], str | None]
 
 
-def _integer(low: int) -> Check:
+def _integer(low: int, high: int = 1 << 63) -> Check:
     def check(v: Any) -> str | None:
-        return None if isinstance(v, int) and not isinstance(v, bool) and v >= low else f"an integer of at least {low}"
+        if isinstance(v, int) and not isinstance(v, bool) and low <= v <= high:
+            return None
+        return f"an integer of at least {low}" + ("" if high == 1 << 63 else f" and at most {high}")
 
     return check
 
@@ -142,15 +144,16 @@ class Field:
     check: Check
 
 
+# Upper bounds keep a hostile file from asking for tables that no machine holds.
 # Defaults are those of the architecture's published configuration class: a key that config.json leaves out means this.
 FIELDS: dict[str, Field] = {
-    "vocab_size": Field(50432, _integer(1)),
-    "hidden_size": Field(6144, _integer(1)),
-    "num_hidden_layers": Field(44, _integer(1)),
-    "num_attention_heads": Field(64, _integer(1)),
-    "intermediate_size": Field(24576, _integer(1)),
+    "vocab_size": Field(50432, _integer(1, 1 << 24)),
+    "hidden_size": Field(6144, _integer(1, 1 << 20)),
+    "num_hidden_layers": Field(44, _integer(1, 1 << 12)),
+    "num_attention_heads": Field(64, _integer(1, 1 << 16)),
+    "intermediate_size": Field(24576, _integer(1, 1 << 22)),
     "hidden_act": Field("gelu", _one_of(*ACTIVATIONS)),
-    "max_position_embeddings": Field(2048, _integer(1)),
+    "max_position_embeddings": Field(2048, _integer(1, 1 << 20)),
     "layer_norm_eps": Field(1e-5, _number(0, open_low=True)),
     "use_parallel_residual": Field(True, _boolean),
     "attention_bias": Field(True, _boolean),

@@ -185,8 +185,10 @@ class ShardWriter:
         self.sha256 = sha256
 
     def _discard(self) -> None:
+        """Close and remove what is not whole; does nothing after a good finish."""
         if self._file is not None:
             self._file.close()
+        if not self.sha256:
             self._partial.unlink(missing_ok=True)
 
     def _claim(self, name: str, start: int, stop: int) -> None:
@@ -311,6 +313,8 @@ class FolderWriter:
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
         """Raises CheckpointError if finish was forgotten. After an error only whole shards stay, and no config.json."""
         if self._marker is not None:
+            for writer in self._writers.values():
+                writer._discard()  # an interrupt may have come between opening a file and its with statement
             if not self._finished and not any(map(_is_model, self.folder.iterdir())):
                 (self.folder / UNFINISHED).unlink(missing_ok=True)  # an error before the first shard was whole
             self._marker.close()  # lets the lock go

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import hashlib
 import os
@@ -200,10 +199,10 @@ def _target(quantization: str | None, config: GPTNeoXConfig, folder: Path) -> Gr
     assert isinstance(wanted, GroupInt)
     if config.quantization_config is None:
         return wanted
-    found = {g["weights"].get("num_bits") for g in config.quantization_config.get("config_groups", {}).values()}
-    if found == {wanted.bits}:
+    stored = formats_of(config.quantization_config)("gpt_neox.layers.0.mlp.dense_h_to_4h")
+    if stored.name == wanted.name:
         return None  # the folder is what was asked for
-    raise FormatError(f"{folder}: is quantized already (int{found.pop() if found else '?'}); leave quantization out")
+    raise FormatError(f"{folder}: is quantized already ({stored.name}); leave quantization out")
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
@@ -272,7 +271,8 @@ class Blueprint:
         self.checkpoint.check({**expected, **{n: (self.checkpoint.info(n).shape, None) for n in spare}})
         for name in copies:
             embedding = self.stored("gpt_neox.embed_in.weight")
-            if not torch.equal(self.checkpoint.tensor(name), self.checkpoint.tensor(embedding)):
+            copy, original = self.checkpoint.tensor(name), self.checkpoint.tensor(embedding)
+            if copy.dtype != original.dtype or not torch.equal(copy, original):
                 raise CheckpointError(
                     f"{self.checkpoint.folder}: the config ties the head to the embedding, but {name} differs from "
                     f"{embedding}; set tie_word_embeddings to false to use it"
@@ -445,11 +445,17 @@ def _cached_folder(
 
 
 def _keep_quantized(model: GPTNeoXPreTrainedModel, cached: Path) -> None:
-    """Save what was just quantized; a full or read-only disk costs the next start time, not this one."""
+    """Save what was just quantized; a full or read-only disk costs the next start time, not this one.
+
+    Written in a folder of this process's own and renamed, so that two processes never meet in one.
+    """
+    own = cached.with_name(f"{cached.name}.{os.getpid()}.partial")
     try:
-        model.save_pretrained(cached)
+        model.save_pretrained(own)
+        own.rename(cached)
         announce(f"kept the quantized model in {cached} for the next start")
     except (NeoxLiteError, OSError) as error:
-        with contextlib.suppress(OSError):
-            shutil.rmtree(cached)
-        announce(f"the quantized model could not be kept for the next start: {error}")
+        if not (cached / "config.json").is_file():  # else another process was quicker
+            announce(f"the quantized model could not be kept for the next start: {error}")
+    finally:
+        shutil.rmtree(own, ignore_errors=True)

@@ -1,0 +1,310 @@
+"""What the paged KV cache promises: a sequence reads back what it wrote, however its pages are shared, moved and reused."""
+
+import random
+from collections import Counter
+
+import pytest
+import torch
+from peers import TINY, difference, pair, random_ids
+from torch import Tensor
+
+from neox_lite.cache import PAGE, Batch, KVCache, PagePool
+from neox_lite.cache import Sequence as CachedSequence
+from neox_lite.errors import ArgumentError, CacheError
+
+CPU = torch.device("cpu")
+HEADS, HEAD_DIM, LAYERS = 2, 3, 2
+# Logits here are of order one; splitting a prompt changes only the order in which float32 products are summed.
+ROUNDING = 1e-4
+
+
+class NanPool(PagePool):
+    """A pool whose unwritten slots hold NaN, those of pages given back too, so that reading one shows."""
+
+    def _grow(self, at_least: int) -> None:
+        before = self.pages
+        super()._grow(at_least)
+        for storage in self.storage:
+            storage[before:] = float("nan")
+
+    def _drop(self, page: int) -> None:
+        super()._drop(page)
+        if self._users[page] == 0:
+            for storage in self.storage:
+                storage[page] = float("nan")
+
+
+def new_pool(pages: int = 0, limit: int | None = None) -> NanPool:
+    return NanPool(HEADS, HEAD_DIM, torch.float32, [CPU] * LAYERS, pages, limit)
+
+
+def append(pool: PagePool, sequences: list[CachedSequence], counts: list[int]) -> list[Tensor]:
+    """Write random keys and values to all layers -> for each sequence (layers, 2, count, heads, head_dim)."""
+    batch = Batch.reserve(pool, sequences, counts)
+    written = torch.randn(LAYERS, 2, sum(counts), HEADS, HEAD_DIM)
+    for layer, (keys, values) in enumerate(written):
+        pool.write(layer, batch, keys, values)
+    batch.commit()
+    return list(written.split(counts, dim=2))
+
+
+def contents(pool: PagePool, sequence: CachedSequence) -> Tensor:
+    """All that a sequence holds, (layers, 2, length, heads, head_dim)."""
+    layers = [torch.stack(pool.read(layer, sequence, sequence.length)) for layer in range(LAYERS)]
+    return torch.stack(layers).transpose(2, 3)
+
+
+def check_counts(pool: PagePool, sequences: list[CachedSequence]) -> None:
+    """Every page is either free or counted once for each sequence that holds it."""
+    held = [page for sequence in sequences for page in sequence.pages]
+    assert pool._users == [held.count(page) for page in range(pool.pages)]
+    assert sorted(pool._free) == [page for page in range(pool.pages) if page not in held]
+
+
+def test_500_random_operations_match_plain_tensors():
+    choice = random.Random(0)
+    pool = new_pool(limit=30)
+    model: dict[CachedSequence, Tensor] = {}  # what each sequence should hold
+    seen: Counter[str] = Counter()
+    while seen.total() < 500:
+        live = list(model)
+        doing = choice.choice(["append"] * 4 + ["new", "fork", "truncate", "free"]) if live else "new"
+        if doing == "new":
+            model[pool.new()] = torch.empty(LAYERS, 2, 0, HEADS, HEAD_DIM)
+        elif doing == "fork":
+            twin = choice.choice(live)
+            model[pool.fork(twin)] = model[twin]
+        elif doing == "truncate":
+            cut = choice.choice(live)
+            length = choice.choice([0, cut.length, choice.randint(0, cut.length)])
+            pool.truncate(cut, length)
+            model[cut] = model[cut][:, :, :length]
+        elif doing == "free":
+            gone = choice.choice(live)
+            pool.free(gone)
+            del model[gone]
+        else:
+            rows = choice.sample(live, min(len(live), choice.randint(1, 8)))
+            counts = [choice.choice([0, 1, 1, 7, PAGE - 1, PAGE, PAGE + 1]) for _ in rows]
+            try:
+                for row, written in zip(rows, append(pool, rows, counts), strict=True):
+                    model[row] = torch.cat((model[row], written), 2)
+            except CacheError:  # nothing may have changed; make room
+                doing = "full"
+                gone = max(live, key=lambda s: s.length)
+                pool.free(gone)
+                del model[gone]
+        seen[doing] += 1
+        check_counts(pool, list(model))
+        for sequence, expected in model.items():
+            assert torch.equal(contents(pool, sequence), expected), (doing, seen)
+    assert min(seen[name] for name in ("append", "new", "fork", "truncate", "free", "full")) >= 10, seen
+    for sequence in model:
+        pool.free(sequence)
+    assert pool._users == [0] * pool.pages
+    assert pool.free_pages == pool.pages == 30
+
+
+def test_a_full_pool_says_its_limit_and_what_is_free():
+    pool = new_pool(limit=3)
+    first, second = pool.new(), pool.new()
+    append(pool, [first], [2 * PAGE])
+    with pytest.raises(CacheError, match="3 pages of 128 tokens, 1 free, 2 needed"):
+        pool.reserve(second, PAGE + 1)
+    append(pool, [second], [PAGE])
+    with pytest.raises(CacheError, match="0 free, 1 needed"):
+        append(pool, [second], [1])
+    pool.free(first)
+    append(pool, [second], [1])
+
+
+def test_a_batch_that_does_not_fit_takes_no_page():
+    pool = new_pool(limit=3)
+    first, second = pool.new(), pool.new()
+    with pytest.raises(CacheError):
+        Batch.reserve(pool, [first, second], [2 * PAGE, 2 * PAGE])
+    assert pool.free_pages == pool.pages
+    append(pool, [second], [3 * PAGE])
+
+
+def test_tokens_reserved_but_never_committed_leave_nothing_behind():
+    pool = new_pool()
+    sequence = pool.new()
+    (before,) = append(pool, [sequence], [5])
+    Batch.reserve(pool, [sequence], [300])  # a forward pass that failed
+    append(pool, [sequence], [0])
+    assert torch.equal(contents(pool, sequence), before)
+    assert len(sequence.pages) == 1
+
+
+def test_growth_doubles_and_keeps_contents():
+    pool = new_pool(pages=1)
+    sequence = pool.new()
+    sizes, parts = [], []
+    for _ in range(9):
+        parts += append(pool, [sequence], [PAGE])
+        sizes.append(pool.pages)
+    assert sizes == [1, 2, 4, 4, 8, 8, 8, 8, 16]
+    assert torch.equal(contents(pool, sequence), torch.cat(parts, 2))
+    assert pool.nbytes == 16 * 2 * HEADS * PAGE * HEAD_DIM * 4 * LAYERS
+
+
+def test_sharing_uses_no_page_until_one_writes():
+    pool = new_pool(pages=10)
+    prompt = pool.new()
+    (shared,) = append(pool, [prompt], [PAGE + 10])
+    branches = [pool.fork(prompt) for _ in range(4)]
+    assert pool.free_pages == 8
+    new = append(pool, branches, [1] * 4)
+    assert pool.free_pages == 4  # the full page is still shared by five, the half-filled one was copied four times
+    for branch, written in zip(branches, new, strict=True):
+        assert torch.equal(contents(pool, branch), torch.cat((shared, written), 2))
+    assert torch.equal(contents(pool, prompt), shared)
+
+
+def test_the_last_owner_of_a_page_writes_in_place():
+    pool = new_pool(pages=4)
+    first = pool.new()
+    append(pool, [first], [10])
+    second = pool.fork(first)
+    pool.free(first)
+    append(pool, [second], [1])
+    assert pool.free_pages == 3
+
+
+def test_a_fork_at_a_page_boundary_copies_nothing():
+    pool = new_pool(pages=4)
+    first = pool.new()
+    append(pool, [first], [PAGE])
+    second = pool.fork(first)
+    append(pool, [first, second], [1, 1])
+    assert pool.free_pages == 1
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda pool, s: pool.free(s),
+        lambda pool, s: pool.fork(s),
+        lambda pool, s: pool.truncate(s, 0),
+        lambda pool, s: pool.reserve(s, 1),
+        lambda pool, s: pool.read(0, s, 1),
+        lambda pool, s: Batch.reserve(pool, [s], [1]),
+    ],
+    ids=["free", "fork", "truncate", "reserve", "read", "batch"],
+)
+def test_a_freed_sequence_is_refused(use):
+    pool = new_pool()
+    sequence, other = pool.new(), pool.new()
+    append(pool, [sequence, other], [PAGE, PAGE])
+    pool.free(sequence)
+    with pytest.raises(CacheError, match="freed"):
+        use(pool, sequence)
+    check_counts(pool, [other])
+
+
+@pytest.mark.parametrize("length", [-1, 11])
+def test_truncating_to_what_is_not_there_is_refused(length):
+    pool = new_pool()
+    sequence = pool.new()
+    append(pool, [sequence], [10])
+    with pytest.raises(ArgumentError, match=f"length is {length}, expected 0 to 10"):
+        pool.truncate(sequence, length)
+
+
+def test_a_batch_of_nothing_is_legal():
+    pool = new_pool(pages=1)
+    sequence = pool.new()
+    assert append(pool, [sequence], [0])[0].shape[2] == 0
+    assert contents(pool, sequence).shape == (LAYERS, 2, 0, HEADS, HEAD_DIM)
+
+
+def test_crop_and_fork_follow_the_columns_of_a_padded_batch():
+    cache = KVCache(new_pool(), 2)
+    keep = torch.tensor([[False, True, True, True], [True, True, False, True]])
+    append(cache.pool, cache.sequences, keep.sum(1).tolist())
+    cache.append(keep)
+    twin = cache.fork()
+    cache.crop(-1)
+    assert cache.get_seq_length() == 3
+    assert cache.columns == [[1, 2], [0, 1]]
+    assert [s.length for s in cache.sequences] == [2, 2]
+    cache.crop(100)  # more than it holds: nothing to forget
+    assert cache.get_seq_length() == 3
+    with pytest.raises(ArgumentError, match="max_length is -4, but the cache holds 3 columns"):
+        cache.crop(-4)
+    assert twin.get_seq_length() == 4
+    assert [s.length for s in twin.sequences] == [3, 3]
+    cache.free()
+    twin.free()
+    assert cache.pool.free_pages == cache.pool.pages
+
+
+# Through a model ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return pair(tmp_path_factory.mktemp("model"), use_parallel_residual=False)[0]
+
+
+def nan_pool(model) -> NanPool:
+    config = model.config
+    return NanPool(config.num_attention_heads, config.head_dim, torch.float32, [CPU] * config.num_hidden_layers)
+
+
+def test_500_random_steps_of_sequences_match_uncached_logits(model):
+    """Split, rewind, branch and free in batches of 1-8: after every step the logits are those of the whole sequence."""
+    choice, pool = random.Random(0), nan_pool(model)
+    texts: dict[CachedSequence, list[int]] = {pool.new(): []}
+    context, worst = TINY["max_position_embeddings"], 0.0
+    for _ in range(500):
+        for sequence in list(texts):
+            doing = choice.random()
+            if doing < 0.15:
+                del texts[sequence][choice.randint(0, sequence.length) :]
+                pool.truncate(sequence, len(texts[sequence]))
+            elif doing < 0.3 and len(texts) < 8:
+                texts[pool.fork(sequence)] = list(texts[sequence])
+            elif doing < 0.35 and len(texts) > 1:
+                pool.free(sequence)
+                del texts[sequence]
+        rows = choice.sample(list(texts), choice.randint(1, len(texts)))
+        for row in rows:
+            if row.length > context - 100:
+                del texts[row][choice.randint(0, 150) :]
+                pool.truncate(row, len(texts[row]))
+        counts = [choice.choice([1, 1, 1, 2, 5, choice.randint(1, 100)]) for _ in rows]
+        new = [random_ids(1, n, seed=choice.randrange(2**31))[0].tolist() for n in counts]
+        logits = model.step(pool, rows, new)
+        for row, ids in zip(rows, new, strict=True):
+            texts[row] += ids
+        check = choice.randrange(len(rows))  # one row of each step: an uncached pass costs more than the step
+        whole = model(torch.tensor([texts[rows[check]]]), logits_to_keep=1).logits[0, -1]
+        worst = max(worst, difference(logits[check], whole))
+    assert worst < ROUNDING
+    for sequence in texts:
+        pool.free(sequence)
+    assert pool.free_pages == pool.pages
+
+
+def test_100_random_splits_of_padded_batches_match_uncached_logits(model):
+    choice, worst = random.Random(1), 0.0
+    for _ in range(100):
+        rows, width = choice.randint(1, 8), choice.randint(2, 200)
+        ids = random_ids(rows, width, seed=choice.randrange(2**31))
+        mask = torch.ones_like(ids)
+        for row in mask:
+            row[: choice.randint(0, width // 2)] = 0
+            row[width - choice.randint(0, width // 3) :] = 0
+        whole = model(ids, attention_mask=mask).logits
+        cache = KVCache(nan_pool(model), rows)
+        while (done := cache.get_seq_length()) < width:
+            stop = min(width, done + choice.choice([1, 2, 17, 130]))
+            part = model(ids[:, done:stop], attention_mask=mask[:, :stop], past_key_values=cache).logits
+            worst = max(worst, difference(part, whole[:, done:stop]))
+            if choice.random() < 0.2:
+                cache.crop(choice.randint(0, stop))
+        cache.free()
+        assert cache.pool.free_pages == cache.pool.pages
+    assert worst < ROUNDING

@@ -1,0 +1,246 @@
+"""What sampling promises: transformers' processors, published random numbers, draws that follow the distribution."""
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.generation import logits_process
+
+from neox_lite.errors import ArgumentError, NeoxLiteError
+from neox_lite.sampling import (
+    Sampling,
+    choose,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    penalize_repetition,
+    philox4x32,
+    uniform,
+)
+
+HISTORY = torch.tensor([3, 7, 7, 60, 3])
+EVERYTHING = Sampling(do_sample=True, top_k=0)  # draws from the plain distribution
+
+
+def logits_with_ties(seed: int) -> Tensor:
+    """64 logits; odd seeds have only a few different values, so that every border falls among equals."""
+    logits = torch.randn(64, generator=torch.Generator().manual_seed(seed)) * 3
+    logits[:4] = float("-inf")  # ids that something before excluded
+    return logits.round() if seed % 2 else logits
+
+
+def same(found: Tensor, expected: Tensor) -> None:
+    """Exactly the same kept ids and the same values."""
+    assert torch.equal(found, expected), (found - expected).abs().nan_to_num().max()
+
+
+# Processors -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("k", [1, 2, 10, 64, 1000])
+def test_top_k_is_transformers(k, seed):
+    logits = logits_with_ties(seed)
+    same(keep_top_k(logits, k), logits_process.TopKLogitsWarper(k)(None, logits[None])[0])
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.9, 0.999])
+def test_top_p_is_transformers(p, seed):
+    logits = logits_with_ties(seed)
+    same(keep_top_p(logits, p), logits_process.TopPLogitsWarper(p)(None, logits[None])[0])
+
+
+@pytest.mark.parametrize("p", [0.2, 0.5, 0.9])
+def test_top_p_keeps_the_smallest_set_that_reaches_p(p):
+    logits = logits_with_ties(0)
+    kept = keep_top_p(logits, p).isfinite()
+    probabilities = logits.softmax(-1)[kept]
+    assert probabilities.sum() >= p > probabilities.sum() - probabilities.min()
+    assert logits[kept].min() > logits[~kept].max()
+
+
+def test_top_p_stops_at_the_id_that_reaches_p_exactly():
+    assert keep_top_p(torch.zeros(4), 0.5).isfinite().sum() == 2  # four times 0.25: exact in binary
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("p", [0.01, 0.1, 0.5, 1.0])
+def test_min_p_is_transformers(p, seed):
+    logits = logits_with_ties(seed)
+    same(keep_min_p(logits, p), logits_process.MinPLogitsWarper(p)(None, logits[None])[0])
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("penalty", [0.5, 1.3, 10.0])
+def test_repetition_penalty_is_transformers(penalty, seed):
+    logits = logits_with_ties(seed)
+    expected = logits_process.RepetitionPenaltyLogitsProcessor(penalty)(HISTORY[None], logits[None])[0]
+    same(penalize_repetition(HISTORY, logits, penalty), expected)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_all_processors_together_are_transformers_in_its_order(seed):
+    sampling = Sampling(do_sample=True, temperature=0.7, top_k=30, top_p=0.9, min_p=0.05, repetition_penalty=1.3)
+    logits = expected = logits_with_ties(seed)
+    for step in sampling.processors():
+        logits = step(HISTORY, logits)
+    for peer in (
+        logits_process.RepetitionPenaltyLogitsProcessor(1.3),
+        logits_process.TemperatureLogitsWarper(0.7),
+        logits_process.TopKLogitsWarper(30),
+        logits_process.TopPLogitsWarper(0.9),
+        logits_process.MinPLogitsWarper(0.05),
+    ):
+        expected = peer(HISTORY[None], expected[None])[0]
+    same(logits, expected)
+
+
+def test_defaults_and_off_values_do_nothing():
+    assert Sampling().processors() == []
+    assert Sampling(top_k=5, top_p=0.5, temperature=2.0).processors() == []  # greedy: no draw to shape
+    assert Sampling(do_sample=True, top_k=0, top_p=1.0, min_p=0.0, temperature=1.0).processors() == []
+
+
+def test_processors_leave_the_models_logits_alone():
+    logits = logits_with_ties(0)
+    before = logits.clone()
+    sampling = Sampling(do_sample=True, temperature=0.5, top_k=9, top_p=0.5, min_p=0.1, repetition_penalty=2.0)
+    choose(logits, HISTORY, 0, sampling, sampling.processors())
+    assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    {
+        "temperature": [-0.1, math.nan, math.inf, 1e300],
+        "top_k": [-1, 2**31],
+        "top_p": [-0.1, 1.1, math.nan],
+        "min_p": [-0.1, 1.1, math.nan],
+        "repetition_penalty": [0.0, -1.0, math.nan, math.inf],
+        "seed": [-1, 2**64],
+    }.items(),
+)
+def test_a_value_out_of_bounds_is_refused_by_name(name, values):
+    for value in values:
+        with pytest.raises(ArgumentError, match=rf"^{name} is .*, expected .* to "):
+            Sampling(**{name: value})
+
+
+# Random numbers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "words"),
+    [
+        ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    ],
+    ids=["zeros", "ones", "pi"],
+)
+def test_philox_gives_the_known_answers_of_random123(counter, key, words):
+    def numbers(text: str) -> tuple[int, ...]:
+        return tuple(int(word, 16) for word in text.split())
+
+    assert philox4x32(numbers(counter), numbers(key)) == numbers(words)
+
+
+def test_uniform_uses_the_first_53_bits():
+    assert uniform(0, 0) == ((0x6627E8D5 >> 5) * 2**26 + (0xE169C58D >> 6)) / 2**53
+
+
+@pytest.mark.parametrize("varied", ["seed", "position", "stream"])
+def test_uniform_is_spread_evenly_whatever_is_counted(varied):
+    values = [uniform(**{"seed": 5, "position": 6, varied: i}) for i in range(20_000)]
+    numbers = torch.tensor(values, dtype=torch.float64)
+    assert 0 <= numbers.min() < 0.001
+    assert 0.999 < numbers.max() < 1
+    assert (
+        chi_square(torch.histc(numbers, 100, 0, 1), torch.full((100,), 200.0)) < 148.2
+    )  # 99.9 % of true random sets, 99 degrees of freedom
+    centred = numbers - 0.5
+    neighbours = (centred[1:] * centred[:-1]).mean() * 12
+    assert abs(neighbours) < 4 / 20_000**0.5  # four standard errors of a correlation
+
+
+def chi_square(counts: Tensor, expected: Tensor) -> float:
+    return float(((counts - expected) ** 2 / expected).sum())
+
+
+# Drawing --------------------------------------------------------------------------------------------------------------
+
+
+def draws(logits: Tensor, sampling: Sampling, count: int) -> Counter[int]:
+    steps = sampling.processors()
+    return Counter(choose(logits, HISTORY, stream, sampling, steps) for stream in range(count))
+
+
+def test_draws_follow_the_distribution():
+    logits = torch.randn(20, generator=torch.Generator().manual_seed(3))
+    counts = draws(logits, EVERYTHING, 20_000)
+    found = torch.tensor([float(counts[i]) for i in range(20)])
+    assert chi_square(found, logits.softmax(-1) * 20_000) < 43.8  # 99.9 %, 19 degrees of freedom
+
+
+def test_draws_follow_the_distribution_that_processors_leave():
+    logits = torch.randn(20, generator=torch.Generator().manual_seed(4))
+    sampling = Sampling(do_sample=True, temperature=1.7, top_k=8)
+    counts = draws(logits, sampling, 20_000)
+    best = logits.topk(8)
+    assert set(counts) == set(best.indices.tolist())
+    found = torch.tensor([float(counts[i]) for i in best.indices.tolist()])
+    assert chi_square(found, (best.values / 1.7).softmax(-1) * 20_000) < 24.3  # 99.9 %, 7 degrees of freedom
+
+
+def test_a_draw_depends_on_seed_position_and_stream_only():
+    logits = torch.zeros(1000)
+
+    def draw(seed: int = 1, position: int = 5, stream: int = 0, first: int = 0) -> int:
+        history = torch.full((position,), first)
+        return choose(logits, history, stream, Sampling(do_sample=True, top_k=0, seed=seed), [])
+
+    assert draw() == draw() == draw(first=9)
+    assert len({draw(), draw(seed=2), draw(seed=1 + 2**32), draw(position=6), draw(stream=1)}) == 5
+
+
+def test_temperature_zero_and_colder_than_float32_can_divide_by_are_greedy():
+    logits = logits_with_ties(0) * 1e4
+    for temperature in (0.0, 1e-12):
+        sampling = Sampling(do_sample=True, temperature=temperature)
+        assert sampling.greedy
+        assert {choose(logits, HISTORY, i, sampling, sampling.processors()) for i in range(20)} == {
+            int(logits.argmax())
+        }
+    cold = Sampling(do_sample=True, temperature=1e-5)
+    assert choose(logits, HISTORY, 0, cold, cold.processors()) == int(logits.argmax())
+
+
+def test_excluded_ids_are_never_drawn():
+    logits = torch.full((50,), float("-inf"))
+    logits[[0, 25, 49]] = torch.tensor([0.0, 5.0, -20.0])
+    assert set(draws(logits, EVERYTHING, 3000)) <= {0, 25, 49}
+    logits[49] = float("-inf")
+    logits[25] = 80.0  # rounding: all other ids have probability 0
+    assert set(draws(logits, EVERYTHING, 100)) == {25}
+
+
+@pytest.mark.parametrize("number", [0.0, 1 - 2**-53])
+def test_the_ends_of_the_random_range_hit_ids_that_are_possible(number, monkeypatch):
+    monkeypatch.setattr("neox_lite.sampling.uniform", lambda *counter: number)
+    logits = torch.tensor([float("-inf"), 1.0, 1.3, 0.2, float("-inf")])
+    assert choose(logits, HISTORY, 0, EVERYTHING, []) == (1 if number == 0 else 3)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(do_sample=True)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_nothing_to_choose_from_is_an_error_not_a_token(sampling, value):
+    logits = torch.full((60,), value)
+    with pytest.raises(NeoxLiteError, match="no id can be chosen"):
+        choose(logits, torch.empty(0, dtype=torch.long), 0, sampling, sampling.processors())
+    logits[3] = 0.0
+    if not value < 0:  # a single NaN or infinity spoils a softmax
+        with pytest.raises(NeoxLiteError, match="no id can be chosen"):
+            choose(logits, torch.empty(0, dtype=torch.long), 0, sampling, sampling.processors())
