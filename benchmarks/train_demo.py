@@ -235,7 +235,7 @@ def main() -> None:
             if kept:
                 best = valid_loss
                 save(model, args.out)
-            speed, left = step * args.batch * CONTEXT / elapsed, elapsed * (1 - progress) / progress / 60
+            speed, left = step * args.batch * CONTEXT / elapsed, elapsed * max(0, 1 - progress) / progress / 60
             print(
                 f"step {step}/{steps}  train {running / seen:.4f}  valid {valid_loss:.4f}{' kept' if kept else ''}  "
                 f"{speed:,.0f} tokens/s  ETA {left:.1f} min",
