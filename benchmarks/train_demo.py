@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
@@ -123,7 +122,10 @@ def write_json(path: Path, content: dict) -> None:
 
 def save(model: GPTNeoXForCausalLM, out: Path) -> None:
     """fp16 weights and a config.json that both older and newer transformers read."""
-    tensors = {name: tensor.to(torch.float16).contiguous() for name, tensor in model.state_dict().items()}
+    tensors = {
+        name.replace("lm_head.", "embed_out."): tensor.to(torch.float16).contiguous()  # the hub's name for the head
+        for name, tensor in model.state_dict().items()
+    }
     (out / "model.safetensors").write_bytes(to_bytes(tensors, metadata={"format": "pt"}))
     config = model.config
     write_json(
@@ -243,7 +245,7 @@ def main() -> None:
             )
             running, seen = 0.0, 0
 
-    model.load_state_dict({k: v.float() for k, v in load_file(args.out / "model.safetensors").items()})
+    model = GPTNeoXForCausalLM.from_pretrained(args.out, dtype=torch.float32)
     ids = tokenizer.encode(heldout_text).ids
     nats = score(model, ids, 256)
     print(

@@ -45,7 +45,7 @@ def demo(args: argparse.Namespace) -> None:
                 rows.append(asdict(quality_of(source, model, windows, name, progress)))
         if not args.json:
             note(
-                f"\nOn {windows.numel():,} tokens of plays that it has not seen; KL is the distance from 16 bit in nats:"
+                f"\nOn {windows.numel():,} tokens of text that it has not seen; KL is the distance from 16 bit in nats:"
             )
             print(table(rows))
             note(f"\nThe int4 model on {placement(model)}:\n")
