@@ -28,6 +28,7 @@ from .saving import HEAD, parse_bytes
 if TYPE_CHECKING:
     from .model import GPTNeoXPreTrainedModel
 
+CONFIG = "config.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SLICE_ELEMENTS = 1 << 23  # weights read and quantized at a time: 32 MB as float32
 # Options of transformers that scripts pass, and what stands for them here.
@@ -175,16 +176,14 @@ def from_pretrained(cls: type[GPTNeoXPreTrainedModel], name: str | os.PathLike[s
             if options.head == "int8":
                 raise ArgumentError("head='int8' is for folders that `neox-lite quantize` wrote, not for quantization=")
             cached = _cached_folder(cls, name, options, folder, checkpoint, dtype)
-            if (cached / "config.json").is_file():
-                again = LoadOptions(device_map=options.device_map, max_memory=options.max_memory, dtype=dtype)
-                model = from_pretrained(cls, cached, again)
-                model.source = Source(folder, os.fspath(name), options.revision)
-                return model
-        config.dtype = str(dtype).removeprefix("torch.")
-        blueprint = Blueprint(cls, config, checkpoint, target)
-        model = blueprint.fill(dtype)
-    if target is not None and not blueprint.fresh:  # a random head would pass for a trained one the next time
-        _keep_quantized(model, cached)
+        if target is None or not (cached / CONFIG).is_file():
+            config.dtype = str(dtype).removeprefix("torch.")
+            blueprint = Blueprint(cls, config, checkpoint, target)
+            model = blueprint.fill(dtype)
+            if target is not None and not blueprint.fresh:  # a random head would pass for a trained one the next time
+                _keep_quantized(model, cached)
+    if target is not None and (cached / CONFIG).is_file():  # mapped from there, it takes no memory of its own
+        model = from_pretrained(cls, cached, LoadOptions(dtype=dtype))
     model.source = Source(folder, os.fspath(name), options.revision)
     if options.head == "int8":
         _use_small_head(model, folder)
@@ -291,10 +290,13 @@ class Blueprint:
 
     def fill(self, dtype: torch.dtype) -> GPTNeoXPreTrainedModel:
         """Put every tensor in its place: mapped where dtype and format are the file's, else converted."""
+        encoded = sum(map(self.is_encoded, self.model.modules()))
+        bar = _bar(encoded, self.target) if encoded else None
         for name, module in self.model.named_modules():
             if self.is_encoded(module):
-                assert isinstance(module, Linear)
+                assert isinstance(module, Linear) and bar is not None
                 quantize_module(module, self.checkpoint, self.stored(f"{name}.weight"), dtype)
+                bar.update()
             for key, _ in self._own_tensors(name, module):
                 stored, last = self.stored(key), key.rpartition(".")[2]
                 if stored not in self.checkpoint or last not in (*module._parameters, *module._buffers):
@@ -304,10 +306,19 @@ class Blueprint:
                     setattr(module, last, nn.Parameter(value.to(dtype), requires_grad=False))
                 else:
                     setattr(module, last, value)
+        if bar is not None:
+            bar.close()
         _initialize_heads(self.model, self.fresh, dtype, self.checkpoint.folder)
         if self.tied:
             self.model.tie_weights()  # type: ignore[operator]
         return self.model
+
+
+def _bar(layers: int, target: GroupInt | None) -> Any:
+    """A progress bar on stderr over the layers being quantized."""
+    from tqdm import tqdm
+
+    return tqdm(total=layers, desc=f"quantize to {target.name if target else ''}", unit="layer", file=sys.stderr)
 
 
 def quantize_module(module: Linear, checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> None:
@@ -455,7 +466,7 @@ def _keep_quantized(model: GPTNeoXPreTrainedModel, cached: Path) -> None:
         own.rename(cached)
         announce(f"kept the quantized model in {cached} for the next start")
     except (NeoxLiteError, OSError) as error:
-        if not (cached / "config.json").is_file():  # else another process was quicker
+        if not (cached / CONFIG).is_file():  # else another process was quicker
             announce(f"the quantized model could not be kept for the next start: {error}")
     finally:
         shutil.rmtree(own, ignore_errors=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from .config import GPTNeoXConfig
@@ -85,8 +86,15 @@ def save_pretrained(model: GPTNeoXPreTrainedModel, folder: Path, max_shard_size:
     config = model.config.copy(dtype=str(model.dtype).removeprefix("torch."), architectures=[type(model).__name__])
     groups: dict[str, dict[str, Tensor]] = {}
     for name, tensor in model.state_dict().items():
-        if not (name == "embed_out.weight" and config.tie_word_embeddings):
-            groups.setdefault(name.rpartition(".")[0], {})[name] = tensor
+        if name == "embed_out.weight" and config.tie_word_embeddings:
+            continue
+        if name.endswith(".weight_scale") and tensor.dtype != model.dtype:  # readers want one dtype in a folder
+            if model.dtype != torch.float32:
+                raise ArgumentError(
+                    f"save_pretrained: scales are {tensor.dtype}, the rest {model.dtype}; use .float() first"
+                )
+            tensor = tensor.float()
+        groups.setdefault(name.rpartition(".")[0], {})[name] = tensor
     parts = [
         Part([Spec(n, t.dtype, tuple(t.shape)) for n, t in group.items()], lambda group=group: whole(group))  # type: ignore[misc]
         for group in groups.values()
@@ -112,7 +120,7 @@ def parse_bytes(value: int | str) -> int:
     """A number of bytes, or text such as "8GiB" or "500MB"."""
     if isinstance(value, int):
         return value
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?)(i?)B?\s*", value, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", value, re.IGNORECASE)
     if match is None:
         raise ArgumentError(f"{value!r} is not a size; write for instance '8GiB' or '500MB'")
     power = " KMGT".index(match[2].upper() or " ")

@@ -81,6 +81,18 @@ def test_a_quantized_model_saved_again_is_the_same_model(quantized, tmp_path):
     assert torch.equal(model(IDS).logits, again(IDS).logits)
 
 
+def test_a_folder_saved_in_another_dtype_keeps_to_one_dtype(source, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    convert(source, tmp_path / "int4")
+    model = GPTNeoXForCausalLM.from_pretrained(tmp_path / "int4", dtype=torch.float32)
+    model.save_pretrained(tmp_path / "float32")
+    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "float32").eval()
+    with torch.no_grad():
+        assert float((peer(IDS).logits - model(IDS).logits).abs().max()) < 1e-5  # float32 sums in another order
+    with pytest.raises(ArgumentError, match="scales are torch.float16, the rest"):
+        model.bfloat16().save_pretrained(tmp_path / "bfloat16")
+
+
 def test_int8_is_near_the_source_and_int4_nearer_with_small_groups(source, tmp_path):
     exact = GPTNeoXForCausalLM.from_pretrained(source)(IDS).logits.log_softmax(-1)
     kl = {}
@@ -91,13 +103,14 @@ def test_int8_is_near_the_source_and_int4_nearer_with_small_groups(source, tmp_p
     assert kl["int8", 128] < kl["int4", 32] / 20 < kl["int4", 128] / 20
 
 
-def test_quantizing_while_loading_gives_the_same_weights(source, tmp_path, monkeypatch):
+def test_quantizing_while_loading_gives_the_same_weights(source, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     convert(source, tmp_path / "int4", format="int4")
     offline = GPTNeoXForCausalLM.from_pretrained(tmp_path / "int4").state_dict()
     loaded = GPTNeoXForCausalLM.from_pretrained(source, quantization="int4").state_dict()
     assert offline.keys() == loaded.keys()
     assert all(torch.equal(offline[k], loaded[k]) for k in offline)
+    assert "quantize to int4: 100%" in capsys.readouterr().err
 
 
 def test_two_runs_write_the_same_bytes(source, tmp_path):
