@@ -89,7 +89,7 @@ def test_a_folder_saved_in_another_dtype_keeps_to_one_dtype(source, tmp_path):
     peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "float32").eval()
     with torch.no_grad():
         assert float((peer(IDS).logits - model(IDS).logits).abs().max()) < 1e-5  # float32 sums in another order
-    with pytest.raises(ArgumentError, match="scales are torch.float16, the rest"):
+    with pytest.raises(ArgumentError, match="the rest torch"):
         model.bfloat16().save_pretrained(tmp_path / "bfloat16")
 
 
