@@ -163,7 +163,7 @@ def test_info_counts_parameters_as_the_model_does(run, int4):
     model = GPTNeoXForCausalLM.from_pretrained(DEMO)
     assert code == 0 and result["parameters"] == model.num_parameters()
     assert (result["format"], result["group_size"]) == ("int4", 128)
-    assert "billion parameters" in run("info", DEMO)[1]
+    assert "3.95 million parameters" in run("info", DEMO)[1]
 
 
 def test_doctor_names_device_backend_and_reasons(run):

@@ -78,8 +78,8 @@ def build_parser() -> argparse.ArgumentParser:
         return sub
 
     sub = command("demo", "demo", "the whole job on the bundled small model: quantize, compare, generate")
-    sub.add_argument("--seed", type=_count, default=1, help="of the sampled passage (default 1)")
-    _add_running(sub)
+    sub.add_argument("--seed", type=_count, metavar="S", default=1, help="of the sampled passage (default 1)")
+    _add_running(sub, head=False)
 
     sub = command("quantize", "convert", "turn a checkpoint into an int4 or int8 folder")
     sub.add_argument("source", metavar="SRC", help="folder or hub id of the checkpoint")
@@ -102,22 +102,28 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("compare", "evaluate", "quality of quantized folders against their source on a text")
     sub.add_argument("source", metavar="SOURCE", help="the checkpoint they were made from")
     sub.add_argument("folders", metavar="DIR", nargs="+")
-    sub.add_argument("--windows", type=_positive, help="use the first N windows only")
+    sub.add_argument("--windows", type=_positive, metavar="N", help="use the first N windows only")
     _add_text(sub)
     _add_running(sub)
 
     sub = command("generate", "generate", "continue a prompt")
     sub.add_argument("model", metavar="MODEL")
     sub.add_argument("--prompt", required=True, help="the text to continue; - reads it from stdin")
-    sub.add_argument("--max-new-tokens", type=_count, help="default: to the end of the context")
-    sub.add_argument("--temperature", type=float, help="0 for greedy (default: generation_config.json's, else greedy)")
-    sub.add_argument("--top-k", type=_count, help="keep the k likeliest tokens; 0 for all")
-    sub.add_argument("--top-p", type=float, help="keep the likeliest tokens up to this probability")
-    sub.add_argument("--min-p", type=float, help="drop tokens below this share of the likeliest one's probability")
-    sub.add_argument("--repetition-penalty", type=float, help="above 1 makes seen tokens less likely")
-    sub.add_argument("--seed", type=_count, help="makes sampling repeatable")
+    sub.add_argument("--max-new-tokens", type=_count, metavar="N", help="default: to the end of the context")
+    sub.add_argument(
+        "--temperature", type=float, metavar="T", help="0 for greedy (default: generation_config.json's, else greedy)"
+    )
+    sub.add_argument("--top-k", type=_count, metavar="K", help="keep the k likeliest tokens; 0 for all")
+    sub.add_argument("--top-p", type=float, metavar="P", help="keep the likeliest tokens up to this probability")
+    sub.add_argument(
+        "--min-p", type=float, metavar="P", help="drop tokens below this share of the likeliest one's probability"
+    )
+    sub.add_argument("--repetition-penalty", type=float, metavar="R", help="above 1 makes seen tokens less likely")
+    sub.add_argument("--seed", type=_count, metavar="S", help="makes sampling repeatable")
     sub.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be given several times")
-    sub.add_argument("--context", type=_positive, help="prompt and new tokens together, at most the model's own")
+    sub.add_argument(
+        "--context", type=_positive, metavar="N", help="prompt and new tokens together, at most the model's own"
+    )
     _add_running(sub, revision=True)
 
     sub = command("perplexity", "evaluate", "perplexity of a model on a text")
@@ -141,10 +147,10 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 
 def _add_text(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text to score")
-    parser.add_argument("--context", type=_positive, default=512, help="tokens a window (default 512)")
+    parser.add_argument("--context", type=_positive, metavar="N", default=512, help="tokens a window (default 512)")
 
 
-def _add_running(parser: argparse.ArgumentParser, revision: bool = False) -> None:
+def _add_running(parser: argparse.ArgumentParser, revision: bool = False, head: bool = True) -> None:
     """What every command that runs a model takes."""
     if revision:
         parser.add_argument("--revision", help="branch, tag or commit of a hub id")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from neox_lite_quant import convert
 
-from .running import bar, note, print_json
+from .running import amount, bar, note, print_json
 
 
 def quantize(args: argparse.Namespace) -> None:
@@ -23,7 +23,7 @@ def quantize(args: argparse.Namespace) -> None:
         print_json({"destination": str(report.destination), **{k: getattr(report, k) for k in figures}})
     else:
         verb = "would be" if args.dry_run else "is"
-        print(f"{report.destination} {verb} {report.bytes_out / 1e6:,.1f} MB, from {report.bytes_in / 1e6:,.1f} MB")
+        print(f"{report.destination} {verb} {amount(report.bytes_out, 'B')}, from {amount(report.bytes_in, 'B')}")
         if not args.dry_run:
-            note(f"{report.seconds:.1f} s, at most {report.peak_bytes / 1e6:.0f} MB of memory beyond mapped files")
+            note(f"{report.seconds:.1f} s, at most {amount(report.peak_bytes, 'B')} of memory beyond mapped files")
             note(f"next: neox-lite generate {report.destination} --prompt 'Once upon a time'")

@@ -6,7 +6,7 @@ import argparse
 import os
 import platform
 import shutil
-from importlib import metadata, util
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 
 from neox_lite.kernels import dispatch
 from neox_lite.loading import cache_root
+from neox_lite.version import __version__
 
 from .running import print_json
 
@@ -44,7 +45,7 @@ def examine() -> dict[str, Any]:
     cache = cache_root().parent
     above = next(p for p in (cache, *cache.parents) if p.exists())
     return {
-        "neox_lite": version("neox-lite"),
+        "neox_lite": __version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": {
@@ -113,13 +114,13 @@ def version(package: str) -> str | None:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return "present" if util.find_spec(package.replace("-", "_")) else None
+        return None
 
 
 def describe(result: dict[str, Any]) -> str:
     cpu = result["cpu"]
     lines = [
-        f"neox-lite {result['neox_lite'] or '(not installed)'}, Python {result['python']}, {result['system']}",
+        f"neox-lite {result['neox_lite']}, Python {result['python']}, {result['system']}",
         f"CPU      {cpu['name']}: {cpu['cores']} cores, {cpu['threads']} threads used, {cpu['instructions']}",
         f"memory   {size(result['memory_free_bytes'])} free of {size(result['memory_bytes'])}",
     ]
@@ -133,7 +134,9 @@ def describe(result: dict[str, Any]) -> str:
         lines.append(f"backend  on {where}: {used}")
         lines += [f"         {name} not used: {reason}" for name, reason in reasons.items() if reason]
     lines.append(f"cache    {result['cache']}, {size(result['cache_free_bytes'])} free on its disk")
-    lines.append("packages " + ", ".join(f"{name} {found or '-'}" for name, found in result["packages"].items()))
+    lines.append("packages " + ", ".join(f"{name} {found}" for name, found in result["packages"].items() if found))
+    absent = [name for name, found in result["packages"].items() if not found]
+    lines += [f"         not installed: {', '.join(absent)}"] if absent else []
     return "\n".join(lines)
 
 

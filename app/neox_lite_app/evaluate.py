@@ -28,7 +28,7 @@ SCORED_LOGITS = 1 << 26  # logits held at a time: 256 MB as float32
 
 def perplexity(args: argparse.Namespace) -> None:
     text = read_text(args.text)
-    model = load(args.model, args)
+    model = load(args.model, args, args.head)
     windows = cut(model, text, args.context)
     with bar("perplexity", "window") as progress:
         value = perplexity_of(model, windows, progress)
@@ -118,7 +118,7 @@ def compare(args: argparse.Namespace) -> None:
     windows = cut(source, text, args.context)[: args.windows]
     rows: list[Quality] = []
     for path in [args.source, *args.folders]:
-        model = source if path == args.source else load(path, args)
+        model = source if path == args.source else load(path, args, args.head)
         if model.config.vocab_size != source.config.vocab_size:
             raise ArgumentError(
                 f"{path}: vocab_size {model.config.vocab_size}, but {args.source} has {source.config.vocab_size}"

@@ -14,7 +14,7 @@ from .running import load, note, print_json, read_text
 
 def generate(args: argparse.Namespace) -> None:
     prompt = read_text("-") if args.prompt == "-" else args.prompt
-    model = load(args.model, args)
+    model = load(args.model, args, args.head)
     context = min(args.context or model.config.max_position_embeddings, model.config.max_position_embeddings)
     ids = model.tokenizer(prompt).input_ids or [model.generation_config.bos_token_id]
     if ids == [None]:

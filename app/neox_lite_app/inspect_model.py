@@ -15,7 +15,7 @@ from neox_lite.hub import fetch_files
 from neox_lite.loading import DTYPES, Blueprint
 from neox_lite.tokenizer import GPTNeoXTokenizerFast
 
-from .running import bar, print_json
+from .running import amount, bar, print_json
 
 
 def verify(args: argparse.Namespace) -> int:
@@ -118,21 +118,21 @@ def known_tokens(folder: Path) -> int | None:
 
 
 def describe(result: dict[str, Any]) -> str:
-    sizes = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in result["bytes"].items())
+    sizes = ", ".join(f"{name} {amount(size, 'B')}" for name, size in result["bytes"].items())
     group = f", groups of {result['group_size']}" if result["group_size"] else ""
     lines = [
-        f"{result['model']}: {result['parameters'] / 1e9:.2f} billion parameters, {result['format']}{group}",
+        f"{result['model']}: {amount(result['parameters'])} parameters, {result['format']}{group}",
         f"  shape       {result['layers']} layers, hidden {result['hidden']}, {result['heads']} heads, ffn {result['ffn']}",
         f"  attention   {result['residual']} residual, rotary {result['rotary']}, {result['activation']}",
         f"  vocabulary  {result['vocabulary']} ids ({result['tokens_known'] or 'unknown'} in the tokenizer), "
         f"head {'tied' if result['tied_head'] else 'of its own'}",
-        f"  context     {result['context']} tokens, KV cache {result['kv_bytes_per_token'] / 1e3:.0f} kB a token at 16 bits",
+        f"  context     {result['context']} tokens, KV cache {amount(result['kv_bytes_per_token'], 'B')} a token at 16 bits",
         f"  sizes       {sizes}",
     ]
     if "files" in result:
         names = result["files"]
         shown = ", ".join(names[:2]) + (f" … {len(names)} files" if len(names) > 2 else "")
         lines.append(
-            f"  on disk     {result['stored_bytes'] / 1e9:.3f} GB in {shown}, dtype {result['dtype'] or 'as stored'}"
+            f"  on disk     {amount(result['stored_bytes'], 'B')} in {shown}, dtype {result['dtype'] or 'as stored'}"
         )
     return "\n".join(lines)

@@ -17,14 +17,14 @@ from neox_lite.errors import ArgumentError
 from neox_lite.kernels import dispatch
 
 
-def load(name: str, args: argparse.Namespace) -> GPTNeoXForCausalLM:
-    """Load a model as --device, --threads and --head say, and say in one line what runs."""
+def load(name: str, args: argparse.Namespace, head: str = "fp16") -> GPTNeoXForCausalLM:
+    """Load a model as --device and --threads say, and say in one line what runs."""
     if args.threads:
         torch.set_num_threads(args.threads)
     model = GPTNeoXForCausalLM.from_pretrained(
-        name, revision=getattr(args, "revision", None), device_map=args.device, head=args.head
+        name, revision=getattr(args, "revision", None), device_map=args.device, head=head
     )
-    note(f"{name}: {format_name(model)}, {model.get_memory_footprint() / 1e6:.0f} MB on {placement(model)}")
+    note(f"{name}: {format_name(model)}, {amount(model.get_memory_footprint(), 'B')} on {placement(model)}")
     return model
 
 
@@ -44,6 +44,15 @@ def format_name(model: GPTNeoXForCausalLM) -> str:
     format = model.gpt_neox.blocks[0].mlp.dense_h_to_4h.format
     size = getattr(format, "group_size", None)
     return f"{format.name} g{size}" if size else str(model.dtype).removeprefix("torch.")
+
+
+def amount(count: float, unit: str = "") -> str:
+    """A number with three digits and a decimal prefix: 7.90 MB, 20.6 billion (without a unit)."""
+    prefixes = ("", "k", "M", "G", "T") if unit else ("", " thousand", " million", " billion", " trillion")
+    power = min(max((len(str(int(count))) - 1) // 3, 0), 4)
+    value = count / 1000**power
+    digits = 0 if power == 0 or value >= 100 else 1 if value >= 10 else 2
+    return f"{value:.{digits}f}{' ' if unit else ''}{prefixes[power]}{unit}"
 
 
 def note(text: str) -> None:
