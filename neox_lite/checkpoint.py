@@ -288,12 +288,15 @@ def _bin_info(name: object, tensor: object, path: Path) -> TensorInfo:
 # -- verifying --------------------------------------------------------------------------------------------------------
 
 
-def verify_folder(folder: str | Path, progress: Callable[[int], object] | None = None) -> list[str]:
+def verify_folder(
+    folder: str | Path, progress: Callable[[int], object] | None = None, needs_manifest: bool = True
+) -> list[str]:
     """Read a folder through and list what is wrong with it, one line each; [] if nothing.
 
     Sizes and SHA-256 of every file in the manifest, weight files that are not in it, the rules that Checkpoint.open
     checks, and values that are not finite; shapes are checked against a config elsewhere. progress is called with
-    numbers of bytes as they are read: each weight twice, once for its hash and once for its values.
+    numbers of bytes as they are read: each weight twice, once for its hash and once for its values. A folder of another
+    tool's making has no manifest; with needs_manifest False that is no problem.
     """
     folder, told = Path(folder), progress or (lambda count: None)
     if not folder.is_dir():
@@ -301,13 +304,15 @@ def verify_folder(folder: str | Path, progress: Callable[[int], object] | None =
     problems: list[str] = []
     weights = sorted(path.name for path in folder.iterdir() if ANY_WEIGHTS.fullmatch(path.name))
     try:
-        listed = read_manifest(folder / MANIFEST)
+        if _exists(folder / MANIFEST):
+            listed = read_manifest(folder / MANIFEST)
+            for name, entry in listed.items():
+                problems += _compare_file(folder / name, entry, told)
+            problems += [f"{folder / name}: not in {MANIFEST}" for name in weights if name not in listed]
+        elif needs_manifest:
+            problems.append(f"{folder}: no {MANIFEST}, so no hashes to check; neox-lite writes one with every model")
     except CheckpointError as error:
         problems.append(str(error))
-    else:
-        for name, entry in listed.items():
-            problems += _compare_file(folder / name, entry, told)
-        problems += [f"{folder / name}: not in {MANIFEST}" for name in weights if name not in listed]
     try:
         with Checkpoint.open(folder) as checkpoint:
             problems += _not_finite(checkpoint, told)

@@ -15,8 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
+from .hub import fetch_files, local_folder
 
 MAX_JSON_BYTES = 16 << 20
+MAX_LABELS = 1 << 16
+MAX_ROTARY_ELEMENTS = 1 << 27  # half a GiB of cosines and sines: a million positions of 128 dimensions
 
 # The two activation functions of the family under the names checkpoints give them: the erf form and the tanh form.
 ACTIVATIONS = {"gelu": "erf", "gelu_fast": "tanh", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
@@ -278,6 +281,11 @@ class GPTNeoXConfig:
                 f"{where}: hidden_size {self.hidden_size} is not divisible by num_attention_heads "
                 f"{self.num_attention_heads}; GPT-NeoX heads all have hidden_size / num_attention_heads elements"
             )
+        if self.rotary_dim * self.max_position_embeddings > MAX_ROTARY_ELEMENTS:
+            raise ConfigError(
+                f"{where}: {self.rotary_dim} rotary dimensions at max_position_embeddings "
+                f"{self.max_position_embeddings} make tables of more than {MAX_ROTARY_ELEMENTS} numbers"
+            )
         if self.rotary_dim % 2 or self.rotary_dim == 0:
             raise ConfigError(
                 f"{where}: rotary share {self.rotary_pct} of head size {self.head_dim} gives {self.rotary_dim} rotary "
@@ -353,11 +361,8 @@ class GPTNeoXConfig:
         cls, name: str | os.PathLike[str], revision: str | None = None, **overrides: Any
     ) -> GPTNeoXConfig:
         """Read config.json from a folder or hub id; `overrides` replace its keys."""
-        folder = Path(name)
-        if not folder.is_dir():
-            from .hub import fetch_files
-
-            folder = fetch_files(str(name), ["config.json"], revision)
+        folder = local_folder(name if isinstance(name, Path) else os.fspath(name), revision)
+        folder = folder or fetch_files(os.fspath(name), ["config.json"], revision)
         path = folder / "config.json"
         if not path.is_file():
             raise ConfigError(f"{folder}: no config.json; a model folder holds config.json and its weights")
@@ -520,6 +525,8 @@ def _checked_rope(rope: dict[str, Any], max_positions: int, where: str) -> dict[
     for key, value in rope.items():
         if key in checks and (expected := checks[key](value)) is not None:
             raise ConfigError(f"{where}: rope {key} is {value!r}, expected {expected}")
+    if kind == "yarn" and rope["rope_theta"] <= 1:
+        raise ConfigError(f"{where}: rope rope_theta is {rope['rope_theta']!r}, expected a number above 1 for yarn")
     if kind == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
         raise ConfigError(f"{where}: rope high_freq_factor must be above low_freq_factor {rope['low_freq_factor']}")
     return rope
@@ -532,7 +539,7 @@ def _labels(count: int) -> tuple[dict[int, str], dict[str, int]]:
 
 def _pop_labels(keys: dict[str, Any], where: str) -> tuple[dict[int, str], dict[str, int]]:
     names, ids, count = keys.pop("id2label", None), keys.pop("label2id", None), keys.pop("num_labels", None)
-    if count is not None and (expected := _integer(1)(count)) is not None:
+    if count is not None and (expected := _integer(1, MAX_LABELS)(count)) is not None:
         raise ConfigError(f"{where}: num_labels is {count!r}, expected {expected}")
     if names is None:
         return _labels(2 if count is None else count)

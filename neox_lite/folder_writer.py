@@ -248,12 +248,17 @@ class FolderWriter:
         self._finished = False
         if source is not None and Path(source).exists() and self.folder.exists() and self.folder.samefile(source):
             raise CheckpointError(f"{self.folder}: is the folder being read; write to another one")
+        if self.folder.exists() and not self.folder.is_dir():
+            raise CheckpointError(f"{self.folder}: is a file; choose another name for the folder to write")
 
     def __enter__(self) -> "FolderWriter":
         return self
 
-    def shards(self, shards: Sequence[Sequence[Spec]]) -> None:
-        """Say what the weight files will hold. Raises CheckpointError on a duplicate, or if the disk is too full."""
+    def shards(self, shards: Sequence[Sequence[Spec]], more_bytes: int = 0) -> None:
+        """Say what the weight files will hold, and how many bytes other files will take.
+
+        Raises CheckpointError on a duplicate, or if the disk is too full.
+        """
         seen: set[str] = set()
         for spec in (spec for shard in shards for spec in shard):
             if spec.name in seen or spec.name == "__metadata__" or spec.dtype not in DTYPE_NAMES:
@@ -264,7 +269,7 @@ class FolderWriter:
         with _disk_errors(self.folder):
             free = _free_bytes(self.folder)
             freed = sum((self.folder / name).stat().st_size for name in sizes if (self.folder / name).exists())
-        needed = max(sum(sizes.values()) - freed, *sizes.values(), 0)
+        needed = max(sum(sizes.values()) - freed, *sizes.values(), 0) + more_bytes
         if needed > free:
             raise CheckpointError(f"{self.folder}: needs {needed} bytes, {free} are free; choose another folder")
 

@@ -28,6 +28,8 @@ from .tokenizer import GPTNeoXTokenizerFast, StreamDecoder
 
 PREFILL_TOKENS = 512  # tokens of a prompt that go through the model at a time
 DEFAULT_NEW_TOKENS = 20  # transformers' default
+MAX_RETURN_SEQUENCES = 1 << 12  # bounds on what a hostile generation_config.json can ask for
+MAX_TOKEN_ID = 1 << 31
 
 SAMPLING_FIELDS = {f.name for f in dataclasses.fields(Sampling)}
 # transformers' options that are honoured only at the value that means "off", with what to do instead.
@@ -154,18 +156,21 @@ class Options:
         sampling = Sampling(**{k: _number(k, merged.pop(k)) for k in list(merged) if k in SAMPLING_FIELDS})
         for name in ("max_new_tokens", "max_length", "min_new_tokens", "min_length"):
             _check_count(name, merged.get(name), 0)
-        _check_count("num_return_sequences", merged.get("num_return_sequences"), 1)
+        _check_count("num_return_sequences", merged.get("num_return_sequences"), 1, MAX_RETURN_SEQUENCES)
+        for name in ("bos_token_id", "pad_token_id"):
+            _check_count(name, merged.get(name), -1, MAX_TOKEN_ID)
         merged["eos_token_id"] = _ids(merged.get("eos_token_id"))
         merged["stop_strings"] = _texts(merged.get("stop_strings"))
         for name in ("logits_processor", "stopping_criteria"):
-            value = merged.get(name, ())
-            merged[name] = (value,) if callable(value) and not isinstance(value, list | tuple) else tuple(value)
+            merged[name] = _callables(name, merged.get(name, ()))
+        if "streamer" in merged and not (hasattr(merged["streamer"], "put") and hasattr(merged["streamer"], "end")):
+            raise ArgumentError(f"streamer is {merged['streamer']!r}, expected an object with put(ids) and end()")
         options = cls(sampling=sampling, **merged)
         if options.num_return_sequences > 1 and sampling.greedy:
             raise ArgumentError(
                 "num_return_sequences above 1 needs do_sample=True and a temperature: greedy sequences are all the same"
             )
-        for name in ("temperature", "top_k", "top_p", "min_p"):
+        for name in ("temperature", "top_k", "top_p", "min_p", "seed"):
             if not sampling.do_sample and layers[-1].get(name) not in (None, 0, getattr(Sampling, name)):
                 warnings.warn(f"{name} is without effect, because do_sample is not set", stacklevel=5)
         if layers[-1].get("max_length") is not None and options.max_new_tokens is not None:
@@ -210,16 +215,18 @@ def _number(name: str, value: Any) -> Any:
     return plain
 
 
-def _check_count(name: str, value: Any, low: int) -> None:
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < low):
-        raise ArgumentError(f"{name} is {value!r}, expected an integer of at least {low}")
+def _check_count(name: str, value: Any, low: int, high: int | None = None) -> None:
+    valid = isinstance(value, int) and not isinstance(value, bool) and value >= low and (high is None or value <= high)
+    if value is not None and not valid:
+        bound = "" if high is None else f" and at most {high}"
+        raise ArgumentError(f"{name} is {value!r}, expected an integer of at least {low}{bound}")
 
 
 def _ids(value: Any) -> tuple[int, ...]:
     if value is None:
         return ()
     ids = value.tolist() if isinstance(value, Tensor) else value
-    ids = [ids] if isinstance(ids, int) else list(ids)
+    ids = list(ids) if isinstance(ids, list | tuple | set) else [ids]
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
         raise ArgumentError(f"eos_token_id is {value!r}, expected an id or a list of ids")
     return tuple(i for i in ids if i >= 0)
@@ -228,10 +235,17 @@ def _ids(value: Any) -> tuple[int, ...]:
 def _texts(value: Any) -> tuple[str, ...]:
     if value is None:
         return ()
-    texts = (value,) if isinstance(value, str) else tuple(value)
+    texts = tuple(value) if isinstance(value, list | tuple | set) else (value,)
     if not all(isinstance(t, str) and t for t in texts):
         raise ArgumentError(f"stop_strings is {value!r}, expected texts that are not empty")
     return texts
+
+
+def _callables(name: str, value: Any) -> tuple[Callable[[Tensor, Tensor], Any], ...]:
+    found = tuple(value) if isinstance(value, list | tuple) else (value,)
+    if not all(map(callable, found)):
+        raise ArgumentError(f"{name} is {value!r}, expected a callable or a list of callables")
+    return found
 
 
 class StopText:
@@ -529,7 +543,11 @@ class GenerationMixin:
             raise ArgumentError("stream yields one sequence; leave num_return_sequences out")
         if options.streamer is not None:
             raise ArgumentError("stream yields events itself; leave streamer out, or pass it to generate")
-        ids = torch.as_tensor(self.tokenizer(prompt).input_ids if isinstance(prompt, str) else prompt)
+        given_ids = self.tokenizer(prompt).input_ids if isinstance(prompt, str) else prompt
+        try:
+            ids = torch.as_tensor(given_ids)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise ArgumentError(f"prompt is a {type(prompt).__name__}, expected a text or one row of ids") from error
         ids, _ = _prompt_ids(ids[None] if ids.dim() == 1 else ids, None, options)
         if len(ids) != 1:
             raise ArgumentError(f"stream takes one prompt, but {len(ids)} are given; call generate")
@@ -579,7 +597,9 @@ def _prompt_ids(ids: Any, mask: Any, options: Options) -> tuple[Tensor, Tensor]:
 def _prompt_mask(ids: Tensor, mask: Any, options: Options) -> Tensor:
     """Which tokens of a padded batch are real: the mask, or, as transformers infers it, all but an unambiguous padding id."""
     if mask is not None:
-        mask = torch.as_tensor(mask).cpu()
+        if not isinstance(mask, Tensor):
+            raise ArgumentError(f"attention_mask is a {type(mask).__name__}, expected a tensor (batch, tokens)")
+        mask = mask.cpu()
         if mask.shape != ids.shape:
             raise ArgumentError(f"attention_mask is {tuple(mask.shape)}, expected {tuple(ids.shape)} as input_ids")
         if not bool(((mask == 0) | (mask == 1)).all()):

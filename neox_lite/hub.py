@@ -46,8 +46,15 @@ class _UnreachableError(HubError):
 def resolve(folder_or_id: str | Path, revision: str | None = None) -> Path:
     """The folder of a model: an existing folder as it is, anything else as a hub id, fetched.
 
-    Raises CheckpointError if it looks like a path and is no folder, or if a revision is asked of a folder; HubError if
-    the hub does not have it or cannot be reached.
+    Raises as local_folder does, and HubError if the hub does not have it or cannot be reached.
+    """
+    return local_folder(folder_or_id, revision) or fetch_checkpoint(str(folder_or_id), revision)
+
+
+def local_folder(folder_or_id: str | Path, revision: str | None = None) -> Path | None:
+    """An existing folder as it is, None for what can only be a hub id.
+
+    Raises CheckpointError if it looks like a path and is no folder, or if a revision is asked of a folder.
     """
     text = str(folder_or_id)
     try:
@@ -63,7 +70,7 @@ def resolve(folder_or_id: str | Path, revision: str | None = None) -> Path:
         raise CheckpointError(f"{text}: is a file; give the folder that holds config.json")
     if isinstance(folder_or_id, Path) or re.search(r"^[./~]|^[A-Za-z]:|[\\\0]|/.*/|/$|^$", text):
         raise CheckpointError(f"{text[:200]!r}: no such folder")
-    return fetch_checkpoint(text, revision)
+    return None
 
 
 def fetch_checkpoint(repo_id: str, revision: str | None = None, weights: bool = True) -> Path:

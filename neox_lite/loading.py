@@ -120,6 +120,8 @@ class LoadOptions:
         given["dtype"] = parse_dtype(given.get("dtype"))
         if given.get("quantization") is not None:
             make_format(given["quantization"])
+        if not isinstance(given.get("max_memory") or {}, Mapping):
+            raise ArgumentError(f"max_memory is {given['max_memory']!r}, expected for instance {{'cuda': '8GiB'}}")
         if given.setdefault("head", "fp16") not in ("fp16", "int8"):
             raise ArgumentError(f"head is {given['head']!r}, expected 'fp16' or 'int8'")
         if (config := given.get("config")) is not None and not isinstance(config, GPTNeoXConfig):
@@ -183,7 +185,10 @@ def from_pretrained(cls: type[GPTNeoXPreTrainedModel], name: str | os.PathLike[s
             if target is not None and not blueprint.fresh:  # a random head would pass for a trained one the next time
                 _keep_quantized(model, cached)
     if target is not None and (cached / CONFIG).is_file():  # mapped from there, it takes no memory of its own
-        model = from_pretrained(cls, cached, LoadOptions(dtype=dtype))
+        try:
+            model = from_pretrained(cls, cached, LoadOptions(dtype=dtype))
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; {cached} only keeps what was quantized before: delete it") from error
     model.source = Source(folder, os.fspath(name), options.revision)
     if options.head == "int8":
         _use_small_head(model, folder)
@@ -365,8 +370,12 @@ def _use_small_head(model: GPTNeoXPreTrainedModel, folder: Path) -> None:
     """Swap the head for the int8 one that a quantized folder carries."""
     if not hasattr(model, "embed_out"):
         raise ArgumentError(f"head='int8': {type(model).__name__} has no vocabulary head")
+    if not (folder / HEAD).exists():
+        raise ArgumentError(f"{folder}: has no {HEAD}; head='int8' is for folders that `neox-lite quantize` wrote")
     with Checkpoint.open_file(folder, HEAD) as checkpoint:
         scale = checkpoint.info("embed_out.weight_scale").shape
+        if len(scale) != 2 or not scale[1]:
+            raise CheckpointError(f"{folder / HEAD}: embed_out.weight_scale is {list(scale)}, expected (ids, groups)")
         module: Linear = model.embed_out  # type: ignore[assignment]
         head = Linear(module.in_features, module.out_features, False)
         head.become(GroupInt(8, module.in_features // scale[1]))
@@ -396,7 +405,7 @@ def _asked_device(options: LoadOptions) -> torch.device | None:
     if isinstance(asked, int):
         asked = f"cuda:{asked}"
     try:
-        device = torch.device(asked or "cpu")
+        device = torch.device("cpu" if asked is None else asked)
     except (RuntimeError, TypeError):
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):

@@ -202,10 +202,14 @@ class GPTNeoXPreTrainedModel(nn.Module):
     ) -> Packed:
         """Check the arguments of a forward pass, drop masked tokens and run the blocks."""
         check_options(other)
+        tensors = {"attention_mask": attention_mask, "position_ids": position_ids}
+        for name, value in {**tensors, "input_ids": input_ids, "inputs_embeds": inputs_embeds}.items():
+            if value is not None and not isinstance(value, Tensor):
+                raise ArgumentError(f"{name} is a {type(value).__name__}, expected a tensor: return_tensors='pt'")
         given = _exactly_one(input_ids, inputs_embeds, self.config.hidden_size)
         rows, width = given.shape[:2]
         cache = past_key_values if past_key_values is not None else KVCache(self.new_pool(), rows)
-        _check_cache(cache, rows)
+        self._check_cache(cache, rows)
         keep = _keep(attention_mask, rows, width, cache)
         positions = self._positions(position_ids, rows, width, cache.width)[keep]
         batch = Batch.reserve(cache.pool, cache.sequences, keep.sum(1).tolist(), positions)
@@ -223,12 +227,27 @@ class GPTNeoXPreTrainedModel(nn.Module):
         states = tuple(packed.unpack(h).to(self.dtype) for h in (*seen, last))
         return Packed(x, keep, cache, states)
 
+    def _check_cache(self, cache: Any, rows: int) -> None:
+        if not isinstance(cache, KVCache):
+            raise UnsupportedError(
+                f"past_key_values is a {type(cache).__name__}; pass back what forward() returned, a neox_lite KVCache"
+            )
+        if len(cache) != rows:
+            raise ArgumentError(f"past_key_values holds {len(cache)} rows, but the call has {rows}")
+        found = len(cache.pool.storage), cache.pool.storage[0].shape[2], cache.pool.storage[0].shape[4]
+        own = self.config.num_hidden_layers, self.config.num_attention_heads, self.config.head_dim
+        if found != own:
+            raise ArgumentError(
+                f"past_key_values is of another model: (layers, heads, head size) are {found}, expected {own}"
+            )
+
     def _embed(self, ids: Tensor) -> Tensor:
         """ids (tokens,) -> x (tokens, hidden); ids outside the vocabulary are named."""
+        ids = ids.long()  # before comparing: a narrower type would wrap the vocabulary's size
         wrong = ids[(ids < 0) | (ids >= self.config.vocab_size)]
         if len(wrong):
             raise ArgumentError(f"input_ids: found {wrong[0].item()}, expected 0 to {self.config.vocab_size - 1}")
-        return self.ops.embed(ids.long(), self.base_model.embed_in.weight, self.compute_dtype)
+        return self.ops.embed(ids, self.base_model.embed_in.weight, self.compute_dtype)
 
     def _positions(self, position_ids: Tensor | None, rows: int, width: int, past: int) -> Tensor:
         """Rotary positions (rows, width) on the CPU, refused beyond the context."""
@@ -236,7 +255,10 @@ class GPTNeoXPreTrainedModel(nn.Module):
         if position_ids is None:
             positions = torch.arange(past, past + width).expand(rows, width)
         else:
-            positions = position_ids.cpu().long()
+            positions = position_ids.cpu()
+            if positions.is_floating_point():
+                raise ArgumentError(f"position_ids are {positions.dtype}, expected integers")
+            positions = positions.long()
             if positions.dim() != 2 or positions.shape[1] != width or positions.shape[0] not in (1, rows):
                 raise ArgumentError(f"position_ids are {tuple(positions.shape)}, expected {(rows, width)}")
             positions = positions.expand(rows, width)
@@ -281,15 +303,6 @@ def _exactly_one(input_ids: Tensor | None, inputs_embeds: Tensor | None, hidden:
     return inputs_embeds
 
 
-def _check_cache(cache: Any, rows: int) -> None:
-    if not isinstance(cache, KVCache):
-        raise UnsupportedError(
-            f"past_key_values is a {type(cache).__name__}; pass back what forward() returned, a neox_lite KVCache"
-        )
-    if len(cache) != rows:
-        raise ArgumentError(f"past_key_values holds {len(cache)} rows, but the call has {rows}")
-
-
 def _keep(mask: Tensor | None, rows: int, width: int, cache: KVCache) -> Tensor:
     """Which of the new tokens (rows, width) are real; the mask may also cover the cached columns, and then must agree."""
     if mask is None:
@@ -318,7 +331,8 @@ class GPTNeoXModel(GPTNeoXPreTrainedModel):
     def __init__(self, config: GPTNeoXConfig, formats: Callable[[str], Format] | None = None) -> None:
         super().__init__(config)
         formats = formats or formats_of(config.quantization_config)
-        self.embed_in = nn.Embedding(config.vocab_size, config.hidden_size)
+        # from_pretrained: nn.Embedding's own random numbers would, on the meta device, import all of torch's compiler
+        self.embed_in = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size))
         self.layers = nn.ModuleList(GPTNeoXLayer(config, i, formats) for i in range(config.num_hidden_layers))
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.rotary = Rotary(config)
@@ -477,6 +491,8 @@ def _language_loss(logits: Tensor, labels: Tensor, keep: Tensor) -> Tensor:
 
 
 def _check_labels(labels: Tensor, keep: Tensor, classes: int) -> None:
+    if labels.is_floating_point():
+        raise ArgumentError(f"labels are {labels.dtype}, expected integers")
     if labels.shape != keep.shape:
         raise ArgumentError(f"labels are {tuple(labels.shape)}, expected {tuple(keep.shape)}")
     if bool((labels[~keep] != -100).any()):

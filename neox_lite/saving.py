@@ -58,7 +58,10 @@ def write_model(
     by_name = {spec.name: part for part in parts for spec in part.specs}
     with FolderWriter(folder, source=source) as out:
         shards = split_into_shards([part.specs for part in parts], max_shard_bytes)
-        out.shards([sorted(shard, key=lambda s: order.get(s.name.rpartition(".")[2], 2)) for shard in shards])
+        more_bytes = sum(spec.nbytes for spec in head.specs) if head is not None else 0
+        more_bytes += sum(map(len, companions.values()))
+        planned = [sorted(shard, key=lambda s: order.get(s.name.rpartition(".")[2], 2)) for shard in shards]
+        out.shards(planned, more_bytes)
         for i, shard in enumerate(shards):
             with out.shard(i) as file:
                 for part in {id(by_name[spec.name]): by_name[spec.name] for spec in shard}.values():
@@ -120,7 +123,7 @@ def parse_bytes(value: int | str) -> int:
     """A number of bytes, or text such as "8GiB" or "500MB"."""
     if isinstance(value, int):
         return value
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", value, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(value), re.IGNORECASE)
     if match is None:
         raise ArgumentError(f"{value!r} is not a size; write for instance '8GiB' or '500MB'")
     power = " KMGT".index(match[2].upper() or " ")

@@ -523,7 +523,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file; {} if there is no file."""
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{path}: broken JSON: {error}; fetch the file again") from None
     if not isinstance(found, dict):
         raise TokenizerError(f"{path}: found a {type(found).__name__}, expected a JSON object; fetch the file again")

@@ -1061,7 +1061,7 @@ def test_verify_finds_missing_short_and_unlisted_files(tmp_path: Path) -> None:
     assert "no weights" in problems((copy / "model.safetensors").unlink)
     assert "bytes, expected" in problems(lambda: os.truncate(copy / "model.safetensors", 5000))
     assert "extra.bin: not in" in problems((copy / "extra.bin").touch)
-    assert "manifest.json: cannot be read" in problems((copy / "neox_lite_manifest.json").unlink)
+    assert "no neox_lite_manifest.json" in problems((copy / "neox_lite_manifest.json").unlink)
     assert "not a manifest" in problems(lambda: (copy / "neox_lite_manifest.json").write_text("{}"))
     assert "unsafe file name" in problems(
         lambda: (copy / "neox_lite_manifest.json").write_text('{"format_version": 1, "files": {"../x": {}}}')
@@ -1086,3 +1086,9 @@ def test_verify_tells_its_progress_in_bytes(tmp_path: Path) -> None:
     hashed = sum(entry["bytes"] for entry in hashes(tmp_path).values())
     checked = sum(tensor.nbytes for tensor in tensors().values() if tensor.dtype.is_floating_point)
     assert sum(counts) == hashed + checked
+
+
+def test_a_file_where_the_folder_should_be_is_named(tmp_path: Path) -> None:
+    (tmp_path / "m").write_text("x")
+    with pytest.raises(CheckpointError, match="m: is a file; choose another name"):
+        FolderWriter(tmp_path / "m")

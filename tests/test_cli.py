@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -100,6 +101,15 @@ def test_verify_says_whole_or_names_what_is_not(run, int4, tmp_path):
     code, out, _ = run("verify", broken, "--json")
     result = json.loads(out)
     assert code == 1 and not result["ok"] and any("model.safetensors" in p for p in result["problems"])
+
+
+def test_verify_checks_what_it_can_of_a_folder_without_a_manifest_and_says_so(run, int4, tmp_path):
+    code, out, err = run("verify", DEMO, "--json")
+    assert code == 0 and json.loads(out)["ok"] and "no hashes" in err
+    shutil.copytree(int4, tmp_path / "lost")
+    (tmp_path / "lost" / "neox_lite_manifest.json").unlink()
+    code, out, _ = run("verify", tmp_path / "lost", "--json")
+    assert code == 1 and "no neox_lite_manifest.json" in json.loads(out)["problems"][0]
 
 
 def test_generate_prints_text_alone_on_stdout_and_speed_on_stderr(run, int4):
@@ -200,6 +210,13 @@ def test_the_demo_runs_to_its_end(run):
         (["perplexity", DEMO, "--text", "/no/such/file"], "cannot be read"),
         (["perplexity", DEMO, "--text", DEMO / "config.json", "--context", 9999], "expected 2 to 512"),
         (["perplexity", DEMO, "--text", DEMO / "model.safetensors"], "not UTF-8"),
+        (["generate", DEMO, "--prompt", "x", "--device", ""], "expected 'auto', 'cpu', 'cuda'"),
+        (["generate", DEMO, "--prompt", "x", "--head", "int8"], "head='int8' is for folders"),
+        (["verify", DEMO / "config.json"], "is a file"),
+        (["info", DEMO / "config.json"], "is a file"),
+        (["info", "/no/such/folder"], "no such folder"),
+        (["info", DEMO, "--revision", "main"], "revision 'main' means nothing"),
+        (["quantize", DEMO, DEMO / "config.json"], "is a file"),
     ],
 )
 def test_failures_are_one_line_and_exit_1(run, words, message):
@@ -223,12 +240,68 @@ def test_failures_are_one_line_and_exit_1(run, words, message):
         ["quantize", "a", "b", "--format", "int3"],
         ["demo", "--dance"],
         ["verify", "a", "b"],
+        ["quantize", "a", "b", "c"],
+        ["generate", "a", "--prompt", "x", "--threads", "99999999999"],
     ],
 )
 def test_wrong_usage_is_one_line_and_exits_2(words, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(words)
     assert stopped.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_an_early_failure_shows_no_empty_progress_bar(run):
+    assert len(run("quantize", DEMO, DEMO)[2].splitlines()) == 1
+
+
+def test_compare_names_a_wrong_folder_before_it_scores_the_source(run, heldout):
+    code, _, err = run("compare", DEMO, "/no/such/folder", "--text", heldout)
+    assert code == 1 and len(err.splitlines()) == 1 and "no such folder" in err
+
+
+def test_the_destination_may_stand_after_options(run, tmp_path):
+    assert run("quantize", DEMO, "--format", "int8", tmp_path / "q", "--dry-run", "--json")[0] == 0
+    assert json.loads(run("quantize", DEMO, "--dry-run", "--json", tmp_path / "q")[1])["destination"] == f"{tmp_path}/q"
+
+
+def test_the_default_destination_of_a_dot_has_the_folders_name(run, monkeypatch):
+    monkeypatch.chdir(DEMO)
+    assert json.loads(run("quantize", ".", "--dry-run", "--json")[1])["destination"] == f"{DEMO.name}-int4-g128"
+
+
+def test_output_is_escaped_where_its_encoding_lacks_a_character(tmp_path):
+    folder = tmp_path / "日本é"
+    shutil.copytree(DEMO, folder)
+    environment = {**ENVIRONMENT, "PYTHONIOENCODING": "ascii:strict"}
+    for words in ((), ("--json",)):
+        command = [sys.executable, "-m", "neox_lite_app", "info", str(folder), *words]
+        found = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert found.returncode == 0 and "\\u65e5" in found.stdout
+    assert json.loads(found.stdout)["model"] == str(folder)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_output_that_cannot_be_written_is_one_line():
+    command = [sys.executable, "-m", "neox_lite_app", "doctor"]
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        found = subprocess.run(command, env=ENVIRONMENT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert found.returncode == 1 and found.stderr == "neox-lite: error: output: No space left on device\n"
+
+
+def test_closed_standard_streams_cause_no_traceback(int4):
+    words = f"{sys.executable} -m neox_lite_app generate {int4} --max-new-tokens 1 --prompt"
+    found = subprocess.run(f"{words} x >&-", shell=True, env=ENVIRONMENT, capture_output=True, text=True)
+    assert found.returncode == 0 and "error" not in found.stderr
+    found = subprocess.run(f"{words} - <&-", shell=True, env=ENVIRONMENT, capture_output=True, text=True)
+    assert found.returncode == 1 and "stdin is closed" in found.stderr
+
+
+def test_ctrl_c_while_arguments_are_read_is_an_interrupt_too(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("neox_lite_app.cli.build_parser", interrupted)
+    assert main(["doctor"]) == 130 and capsys.readouterr().err.endswith("interrupted\n")
 
 
 def test_help_and_usage_errors_need_no_torch():

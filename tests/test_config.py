@@ -11,7 +11,7 @@ import transformers
 
 from neox_lite import GPTNeoXConfig
 from neox_lite.config import FIELDS, parse_json
-from neox_lite.errors import ConfigError
+from neox_lite.errors import CheckpointError, ConfigError
 
 SMALL = {
     "vocab_size": 131,
@@ -331,6 +331,7 @@ def test_the_same_keys_are_accepted_in_silence_where_they_change_nothing(keys: d
         ("rope_scaling", "linear"),
         ("rope_scaling", {"type": ["linear"]}),
         ("rope_parameters", [1]),
+        ("num_labels", 1 << 31),
     ],
 )
 def test_a_value_of_the_wrong_type_or_range_is_refused_by_name(key: str, value: Any) -> None:
@@ -342,6 +343,12 @@ def test_a_value_of_the_wrong_type_or_range_is_refused_by_name(key: str, value: 
 def test_a_rotary_share_that_gives_no_whole_pairs_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"rotary share 0.1 of head size 32 gives 3 rotary dimensions"):
         GPTNeoXConfig(**SMALL, rotary_pct=0.1)
+
+
+def test_a_config_cannot_ask_for_rotary_tables_that_fill_the_memory() -> None:
+    wide = {"hidden_size": 4096, "num_attention_heads": 1, "rotary_pct": 1.0, "max_position_embeddings": 1 << 20}
+    with pytest.raises(ConfigError, match="4096 rotary dimensions at max_position_embeddings 1048576 make tables"):
+        GPTNeoXConfig(**{**SMALL, **wide})
 
 
 @pytest.mark.parametrize(
@@ -357,6 +364,7 @@ def test_a_rotary_share_that_gives_no_whole_pairs_is_refused() -> None:
         ({"rope_type": "default", "factor": 2.0}, "rope_type 'default' does not know factor"),
         ({"rope_type": "llama3", "factor": 8.0}, "rope_type 'llama3' needs high_freq_factor, low_freq_factor"),
         ({**ROPES["llama3"], "high_freq_factor": 1.0}, "high_freq_factor must be above low_freq_factor"),
+        ({**ROPES["yarn"], "rope_theta": 1}, "rope_theta is 1, expected a number above 1 for yarn"),
         ({**ROPES["yarn"], "truncate": 1}, "rope truncate is 1, expected true or false"),
         ({**ROPES["yarn"], "original_max_position_embeddings": 64.5}, "original_max_position_embeddings is 64.5"),
     ],
@@ -384,6 +392,17 @@ def test_a_file_that_is_not_one_plain_json_object_is_refused(text: str, told: st
         GPTNeoXConfig.from_pretrained(write(tmp_path, text))
     assert str(tmp_path / "config.json") in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_folder_has_no_revision_and_a_path_is_no_hub_id(tmp_path: Path) -> None:
+    GPTNeoXConfig(**SMALL).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="is a folder, so revision 'main' means nothing"):
+        GPTNeoXConfig.from_pretrained(tmp_path, revision="main")
+    with pytest.raises(CheckpointError, match="is a file"):
+        GPTNeoXConfig.from_pretrained(tmp_path / "config.json")
+    for name in ("/no/such/folder", ""):
+        with pytest.raises(CheckpointError, match="no such folder"):
+            GPTNeoXConfig.from_pretrained(name)
 
 
 def test_a_missing_or_unreadable_config_is_named(tmp_path: Path) -> None:

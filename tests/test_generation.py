@@ -410,10 +410,11 @@ def test_a_prompt_that_is_no_batch_of_ids_is_refused(model, ids, message):
     ("mask", "message"),
     [
         (torch.ones(1, 3), r"attention_mask is \(1, 3\), expected \(2, 4\)"),
+        ([[1] * 4] * 2, "attention_mask is a list, expected a tensor"),
         (torch.full((2, 4), 2), "values other than 0 and 1"),
         (torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0]]), "prompt 1 is empty"),
     ],
-    ids=["shape", "values", "nothing-left"],
+    ids=["shape", "list", "values", "nothing-left"],
 )
 def test_a_mask_that_does_not_fit_is_refused(model, mask, message):
     with pytest.raises(ArgumentError, match=message):
@@ -426,6 +427,9 @@ def test_a_stream_takes_text_ids_a_list_or_a_tensor_but_one_prompt(tokenizer):
         assert "".join(e.text for e in Scripted([*tokenizer("xyz").input_ids], tokenizer).stream(prompt)) == "xyz"
     with pytest.raises(ArgumentError, match="stream takes one prompt, but 2 are given"):
         Scripted([], tokenizer).stream(torch.tensor([ids, ids]))
+    for wrong in (None, b"abc", ["a"], {}):
+        with pytest.raises(ArgumentError, match="expected a text or one row of ids"):
+            Scripted([], tokenizer).stream(wrong)
 
 
 def test_a_lone_surrogate_is_refused_before_anything_runs(tokenizer):
@@ -661,10 +665,10 @@ def test_temperature_zero_and_top_k_one_are_greedy(model):
     assert torch.equal(model.generate(ids, do_sample=True, top_k=1), greedy)
 
 
-@pytest.mark.parametrize("name", ["temperature", "top_k", "top_p", "min_p"])
+@pytest.mark.parametrize("name", ["temperature", "top_k", "top_p", "min_p", "seed"])
 def test_a_sampling_option_without_do_sample_says_that_it_does_nothing(model, name):
     with pytest.warns(UserWarning, match=f"{name} is without effect, because do_sample is not set") as caught:
-        model.generate(random_ids(1, 4), **{name: {"top_k": 10}.get(name, 0.5)})
+        model.generate(random_ids(1, 4), **{name: {"top_k": 10, "seed": 10}.get(name, 0.5)})
     assert caught[0].filename == __file__
 
 
@@ -812,7 +816,7 @@ def test_an_unknown_option_is_refused_with_the_nearest_one(name, nearest):
         "max_length": [-1, "long"],
         "min_new_tokens": [-1],
         "min_length": [0.5],
-        "num_return_sequences": [0, -1, 1.0],
+        "num_return_sequences": [0, -1, 1.0, 10**9],
         "do_sample": ["yes", 2],
         "temperature": [-1, "hot", float("nan")],
         "top_k": [2.5, -1],
@@ -820,8 +824,13 @@ def test_an_unknown_option_is_refused_with_the_nearest_one(name, nearest):
         "min_p": [-0.5],
         "repetition_penalty": [0],
         "seed": [-1, 0.5, 2**64],
-        "eos_token_id": ["a", [1, "b"], True],
-        "stop_strings": ["", ["a", ""], [5]],
+        "eos_token_id": ["a", [1, "b"], True, 1.5, {}],
+        "pad_token_id": ["a", [1], 2**70],
+        "bos_token_id": ["a", 2**70],
+        "stop_strings": ["", ["a", ""], [5], 5, b"a"],
+        "logits_processor": [3, "ab", [3]],
+        "stopping_criteria": [3, [3]],
+        "streamer": [3],
     }.items(),
 )
 def test_a_value_that_makes_no_sense_is_refused_by_name(name, values):

@@ -1,8 +1,10 @@
 """from_pretrained and save_pretrained: the same model both ways between here and transformers, and every misfit named."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 import types
 import warnings
@@ -233,6 +235,16 @@ def test_folders_that_are_no_models_are_named(tmp_path: Path) -> None:
         GPTNeoXForCausalLM.from_pretrained(tmp_path)
 
 
+def test_loading_does_not_wait_for_torchs_compiler(saved: Path) -> None:
+    code = (
+        "import sys; from neox_lite import GPTNeoXForCausalLM as M; "
+        f"M.from_pretrained({str(saved)!r}); print('torch._dynamo' in sys.modules)"
+    )
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "False"
+
+
 # Options --------------------------------------------------------------------------------------------------------------
 
 
@@ -269,6 +281,7 @@ def test_config_dtype_beats_the_files(saved: Path) -> None:
         ({"dtype": "int8"}, ArgumentError, "dtype is 'int8', expected one of float32, float16, bfloat16"),
         ({"dtype": "float16", "torch_dtype": torch.bfloat16}, ArgumentError, "torch_dtype=.* and dtype=.* contradict"),
         ({"quantization": "int3"}, FormatError, "format is 'int3', expected one of int4, int8"),
+        ({"quantization": ["int4"]}, FormatError, "expected one of int4, int8"),
         ({"quantization_config": {"bits": 4}}, UnsupportedError, "quantization_config of type dict"),
         ({"load_in_4bit": True, "load_in_8bit": True}, ArgumentError, "load_in_4bit and load_in_8bit exclude"),
         ({"load_in_4bit": True, "quantization": "int8"}, ArgumentError, "load_in_4bit and quantization='int8'"),
@@ -276,6 +289,7 @@ def test_config_dtype_beats_the_files(saved: Path) -> None:
         ({"config": {"vocab_size": 131}}, ArgumentError, "config is a dict, expected a GPTNeoXConfig"),
         ({"device_map": "gpu"}, ArgumentError, "device_map is 'gpu', expected 'auto', 'cpu', 'cuda' or 'cuda:N'"),
         ({"device_map": "mps"}, ArgumentError, "device_map is 'mps', expected"),
+        ({"device_map": []}, ArgumentError, r"device_map is \[\], expected"),
         ({"device_map": ["cpu"]}, ArgumentError, r"device_map is \['cpu'\], expected"),
         ({"device_map": {"": "cpu", "embed_out": "cuda"}}, UnsupportedError, "device_map with several devices"),
         ({"max_memory": {"cpu": "1GiB"}}, ArgumentError, "max_memory limits device_map='auto'"),
@@ -285,6 +299,9 @@ def test_config_dtype_beats_the_files(saved: Path) -> None:
             "allows 1MB on the CPU, but the model",
         ),
         ({"device_map": "auto", "max_memory": {0: 0, "cpu": "much"}}, ArgumentError, "'much' is not a size"),
+        ({"device_map": "auto", "max_memory": {0: 0, "cpu": []}}, ArgumentError, r"\[\] is not a size"),
+        ({"device_map": "auto", "max_memory": "8GiB"}, ArgumentError, "max_memory is '8GiB', expected for instance"),
+        ({"head": "int8"}, ArgumentError, "has no neox_lite_head.safetensors; head='int8' is for folders"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -441,6 +458,15 @@ def test_a_changed_checkpoint_is_quantized_again(tmp_path: Path, own_caches: Pat
     GPTNeoXForCausalLM.from_pretrained(tmp_path, quantization="int4")
     GPTNeoXForCausalLM.from_pretrained(tmp_path, quantization="int8", dtype=torch.float16)
     assert len(list((own_caches / "neox-lite").iterdir())) == 4  # one for each content, format and dtype
+
+
+def test_a_damaged_copy_in_the_cache_says_what_to_delete(tmp_path: Path, own_caches: Path) -> None:
+    peer(**QUANTIZABLE).save_pretrained(tmp_path / "m")
+    GPTNeoXForCausalLM.from_pretrained(tmp_path / "m", quantization="int8")
+    (kept,) = (own_caches / "neox-lite").iterdir()
+    os.truncate(kept / "model.safetensors", 5000)
+    with pytest.raises(CheckpointError, match=f"{kept} only keeps what was quantized before: delete it"):
+        GPTNeoXForCausalLM.from_pretrained(tmp_path / "m", quantization="int8")
 
 
 def test_load_in_bits_is_mapped_and_said(tmp_path: Path) -> None:

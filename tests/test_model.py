@@ -274,6 +274,8 @@ def test_a_label_that_cannot_be_scored_is_an_error(tiny: tuple[Any, Any]) -> Non
         model(ids, labels=torch.full_like(ids, 131))
     with refused(ArgumentError, r"labels are \(3, 4\), expected \(3, 40\)"):
         model(ids, labels=ids[:, :4])
+    with refused(ArgumentError, "labels are torch.float32, expected integers"):
+        model(ids, labels=ids.float())
 
 
 # Masks and positions --------------------------------------------------------------------------------------------------
@@ -349,6 +351,8 @@ def test_position_ids_are_the_rotary_positions(tiny: tuple[Any, Any]) -> None:
     assert difference(shared, reference(ids, position_ids=positions[:1]).logits) <= EQUAL
     with refused(ArgumentError, r"position_ids are \(2, 11\), expected \(2, 12\)"):
         model(ids, position_ids=positions[:, 1:])
+    with refused(ArgumentError, "position_ids are torch.float32, expected integers"):
+        model(ids, position_ids=positions + 0.5)
 
 
 def test_more_than_the_context_is_refused_with_the_numbers(tiny: tuple[Any, Any]) -> None:
@@ -438,6 +442,11 @@ def test_ids_of_any_integer_type_and_only_in_the_vocabulary(tiny: tuple[Any, Any
     with refused(ArgumentError, "input_ids: found -1, expected 0 to 130"):
         model(torch.tensor([[-1, 1]]))
     model(torch.tensor([[1, -1]]), attention_mask=torch.tensor([[1, 0]]))  # a masked id is never looked at
+    wide = GPTNeoXForCausalLM(model.config.copy(vocab_size=1 << 16))  # more than int16 and uint8 can count
+    for kind in (torch.int16, torch.uint8):
+        assert torch.equal(wide(ids.to(kind)).logits, wide(ids).logits)
+    with refused(ArgumentError, "input_ids is a list, expected a tensor"):
+        model(ids.tolist())
     for wrong in (ids[0], ids.float()):
         with refused(ArgumentError, r"input_ids are .*expected \(batch, tokens\) int64"):
             model(wrong)
@@ -568,6 +577,9 @@ def test_caches_of_another_kind_or_batch_are_refused(tiny: tuple[Any, Any]) -> N
     past = model(ids).past_key_values
     with refused(ArgumentError, "past_key_values holds 2 rows, but the call has 1"):
         model(ids[:1], past_key_values=past)
+    other = GPTNeoXForCausalLM(model.config.copy(num_attention_heads=4))
+    with refused(ArgumentError, r"past_key_values is of another model: .* are \(2, 2, 32\), expected \(2, 4, 16\)"):
+        other(ids, past_key_values=past)
     past.free()
     with refused(CacheError, "the sequence was freed"):
         model(ids, past_key_values=past)

@@ -27,7 +27,7 @@ IDS = torch.arange(40)[None] * 7 % 131
 
 
 def write_source(folder, dtype=torch.float16, cls=GPTNeoXForCausalLM, **changes):
-    torch.manual_seed(3)
+    torch.manual_seed(0)
     model = cls(GPTNeoXConfig(**{**SHAPE, **changes}))
     for parameter in model.parameters():
         if parameter.dim() == 1:
@@ -91,6 +91,22 @@ def test_a_folder_saved_in_another_dtype_keeps_to_one_dtype(source, tmp_path):
         assert float((peer(IDS).logits - model(IDS).logits).abs().max()) < 1e-5  # float32 sums in another order
     with pytest.raises(ArgumentError, match="the rest torch"):
         model.bfloat16().save_pretrained(tmp_path / "bfloat16")
+
+
+def test_the_free_space_is_checked_for_all_files_before_anything_is_written(source, tmp_path, monkeypatch):
+    needed = convert(source, tmp_path / "int4", dry_run=True).bytes_out  # the small head too
+    monkeypatch.setattr("neox_lite.folder_writer._free_bytes", lambda path: needed - 1)
+    with pytest.raises(CheckpointError, match=f"{needed - 1} are free; choose another folder"):
+        convert(source, tmp_path / "int4")
+    assert not (tmp_path / "int4").exists()
+
+
+def test_a_small_head_of_another_shape_is_refused(source, tmp_path):
+    convert(source, tmp_path / "int4")
+    for shape in ((131,), (131, 0)):
+        save_file({"embed_out.weight_scale": torch.ones(shape)}, tmp_path / "int4" / "neox_lite_head.safetensors")
+        with pytest.raises(CheckpointError, match=r"head.safetensors: embed_out.weight_scale is \[131.*expected"):
+            GPTNeoXForCausalLM.from_pretrained(tmp_path / "int4", head="int8")
 
 
 def test_int8_is_near_the_source_and_int4_nearer_with_small_groups(source, tmp_path):

@@ -7,6 +7,7 @@ so that help and usage errors are immediate.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import warnings
@@ -21,8 +22,9 @@ MODEL is a folder or a hub id such as EleutherAI/pythia-1.4b. First time here: n
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    args = build_parser().parse_args(argv)
+    _prepare_stdout()
     try:
+        args = _parse(argv)
         warnings.showwarning = _one_line_warning
         code = import_module(f".{args.module}", __package__).__dict__[args.function](args)
         sys.stdout.flush()
@@ -40,6 +42,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+def _prepare_stdout() -> None:
+    """Let every text pass: into nothing where stdout is closed, escaped where its encoding lacks a character."""
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
+    elif isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if len(rest) == 1 and not rest[0].startswith("-") and vars(args).get("destination", "") is None:
+        args.destination = rest.pop()  # before 3.12.7, argparse gives up on an optional DST that stands after options
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
+
+
 def _one_line(error: Exception) -> str:
     """The message of an error; for one we did not foresee, its kind and how to see where it came from."""
     from neox_lite.errors import NeoxLiteError
@@ -49,6 +69,8 @@ def _one_line(error: Exception) -> str:
         return text
     if isinstance(error, MemoryError) or "out of memory" in text.lower() or ("alloc" in text and "memory" in text):
         return f"out of memory ({text or 'no detail'}); try a smaller model, or neox-lite quantize --format int4"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'output'}: {error.strerror}"
     return f"{type(error).__name__}: {text} (unexpected; NEOX_LITE_DEBUG=1 shows where)"
 
 
@@ -155,18 +177,20 @@ def _add_running(parser: argparse.ArgumentParser, revision: bool = False, head: 
     if revision:
         parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
-    parser.add_argument("--threads", type=_positive, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--threads", type=_threads, help="CPU threads (default: torch's choice)")
     parser.add_argument(
         "--head", choices=("fp16", "int8"), default="fp16", help="vocabulary head of a quantized folder"
     )
     _add_json(parser)
 
 
-def _integer(low: int) -> Callable[[str], int]:
+def _integer(low: int, high: int | None = None) -> Callable[[str], int]:
     def parse(text: str) -> int:
         value = int(text)
         if value < low:
             raise argparse.ArgumentTypeError(f"{value} is below {low}")
+        if high is not None and value > high:
+            raise argparse.ArgumentTypeError(f"{value} is above {high}")
         return value
 
     parse.__name__ = "number"
@@ -174,6 +198,7 @@ def _integer(low: int) -> Callable[[str], int]:
 
 
 _count, _positive = _integer(0), _integer(1)
+_threads = _integer(1, 8 * (os.cpu_count() or 1))  # a few too many are only slow, thousands never end
 
 
 def _version() -> str:

@@ -11,7 +11,7 @@ from .running import amount, bar, note, print_json
 
 
 def quantize(args: argparse.Namespace) -> None:
-    destination = args.destination or f"{Path(args.source).name}-{args.format}-g{args.group_size}"
+    destination = args.destination or f"{Path(args.source).absolute().resolve().name}-{args.format}-g{args.group_size}"
     options = {"format": args.format, "group_size": args.group_size, "method": args.method, "revision": args.revision}
     if args.dry_run:
         report = convert(args.source, destination, dry_run=True, **options)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from neox_lite import GPTNeoXForCausalLM
 from neox_lite.errors import ArgumentError
+from neox_lite.hub import resolve
 from neox_lite.layers import Linear
 
 from .running import bar, format_name, load, note, print_json, read_text
@@ -114,6 +115,8 @@ def quality_of(
 
 def compare(args: argparse.Namespace) -> None:
     text = read_text(args.text)
+    for path in args.folders:
+        resolve(path)  # a wrong name is said now, not after an hour's scoring of the source
     source = load(args.source, args)
     windows = cut(source, text, args.context)[: args.windows]
     rows: list[Quality] = []

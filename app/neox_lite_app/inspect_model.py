@@ -7,42 +7,48 @@ from pathlib import Path
 from typing import Any
 
 import neox_lite
-from neox_lite.checkpoint import Checkpoint, verify_folder
+from neox_lite.checkpoint import MANIFEST, Checkpoint, verify_folder
 from neox_lite.config import GPTNeoXConfig
 from neox_lite.errors import ArgumentError, NeoxLiteError
 from neox_lite.formats import FORMATS, Format, formats_of, make_format
-from neox_lite.hub import fetch_files
+from neox_lite.hub import fetch_files, local_folder
 from neox_lite.loading import DTYPES, Blueprint
 from neox_lite.tokenizer import GPTNeoXTokenizerFast
 
-from .running import amount, bar, print_json
+from .running import amount, bar, note, print_json
 
 
 def verify(args: argparse.Namespace) -> int:
     folder = Path(args.folder)
     if not folder.is_dir():
-        raise ArgumentError(f"{folder}: no such folder")
-    size = sum(f.stat().st_size for f in folder.iterdir() if f.is_file())
+        raise ArgumentError(f"{folder}: {'is a file; give its folder' if folder.exists() else 'no such folder'}")
+    problems: list[str] = []
+    try:
+        config = GPTNeoXConfig.from_pretrained(folder)
+        ours = config.quantization_config is not None or (folder / MANIFEST).exists()
+        with Checkpoint.open(folder) as checkpoint:
+            Blueprint(class_of(config), config, checkpoint)
+    except NeoxLiteError as error:
+        problems, ours = [str(error)], True
+    total = 2 * sum(
+        f.stat().st_size for f in folder.iterdir() if f.is_file()
+    )  # weights are read for hash and for values
     done = 0
     with bar("verify") as progress:
 
         def count(read: int) -> None:
             nonlocal done
             done += read
-            progress(min(done, 2 * size), 2 * size)  # each weight is read for its hash and for its values
+            progress(min(done, total), total)
 
-        problems = verify_folder(folder, count)
-        progress(2 * size, 2 * size)
-    try:
-        config = GPTNeoXConfig.from_pretrained(folder)
-        with Checkpoint.open(folder) as checkpoint:
-            Blueprint(class_of(config), config, checkpoint)
-    except NeoxLiteError as error:
-        problems += [str(error)] if str(error) not in problems else []
+        problems += [p for p in verify_folder(folder, count, needs_manifest=ours) if p not in problems]
+        progress(total, total)
+    if not ours:
+        note(f"{folder}: has no {MANIFEST}, so shapes and values were checked, and no hashes")
     if args.json:
         print_json({"ok": not problems, "problems": problems})
     else:
-        print("\n".join(problems) if problems else f"{folder}: whole: hashes, shapes and values are as they should be")
+        print("\n".join(problems) if problems else f"{folder}: whole: what was checked is as it should be")
     return 1 if problems else 0
 
 
@@ -55,8 +61,8 @@ def class_of(config: GPTNeoXConfig) -> type[neox_lite.GPTNeoXPreTrainedModel]:
 
 
 def info(args: argparse.Namespace) -> None:
-    local = Path(args.model).is_dir()
-    folder = Path(args.model) if local else fetch_files(args.model, ["config.json", "tokenizer.json"], args.revision)
+    local = local_folder(args.model, args.revision)
+    folder = local or fetch_files(args.model, ["config.json", "tokenizer.json"], args.revision)
     config = GPTNeoXConfig.from_pretrained(folder)
     weights = linear_weights(config)
     format = formats_of(config.quantization_config)("gpt_neox.layers.0.mlp.dense_h_to_4h")
@@ -80,7 +86,7 @@ def info(args: argparse.Namespace) -> None:
         "tokens_known": known_tokens(folder),
         "bytes": {"float16": model_bytes(config, None), **{n: model_bytes(config, make_format(n)) for n in FORMATS}},
     }
-    if local:
+    if local is not None:
         with Checkpoint.open(folder) as checkpoint:
             result["files"] = [f.name for f in checkpoint.files]
             result["stored_bytes"] = checkpoint.total_bytes

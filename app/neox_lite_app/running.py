@@ -61,26 +61,33 @@ def note(text: str) -> None:
 
 
 def print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value, ensure_ascii=False))
+    print(json.dumps(value))  # ASCII, so that it is JSON whatever stdout's encoding
 
 
 @contextlib.contextmanager
 def bar(label: str, unit: str = "B") -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr, told (done, total)."""
+    """A progress bar on stderr, told (done, total); it appears with the first progress, so that an early error is alone."""
     from tqdm import tqdm
 
-    scale = unit == "B"
-    with tqdm(total=None, desc=label, unit=unit, unit_scale=scale, file=sys.stderr, dynamic_ncols=True) as shown:
+    scale, shown = unit == "B", None
 
-        def progress(done: int, total: int) -> None:
-            shown.total = total
-            shown.update(done - shown.n)
+    def progress(done: int, total: int) -> None:
+        nonlocal shown
+        if shown is None:
+            shown = tqdm(total=total, desc=label, unit=unit, unit_scale=scale, file=sys.stderr, dynamic_ncols=True)
+        shown.update(done - shown.n)
 
+    try:
         yield progress
+    finally:
+        if shown is not None:
+            shown.close()
 
 
 def read_text(path: str) -> str:
     """A UTF-8 file, or stdin for "-"."""
+    if path == "-" and sys.stdin is None:
+        raise ArgumentError("-: stdin is closed; pipe the text in, or name a file")
     try:
         raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
         return raw.decode("utf-8")

@@ -39,7 +39,7 @@ HEAD_NAMES = ("lm_head", "embed_out")  # the head in transformers v5 and in chec
 
 def make_format(name: str, group_size: int = 128) -> Format:
     """The format that users call `name`; raises FormatError for unknown ones."""
-    if name not in FORMATS:
+    if not isinstance(name, str) or name not in FORMATS:
         raise FormatError(f"format is {name!r}, expected one of {', '.join(FORMATS)}")
     return FORMATS[name](group_size)
 
@@ -111,7 +111,8 @@ def _scheme(name: str, group: dict[str, Any]) -> Format:
 
 
 def _expect(keys: dict[str, Any], key: str, allowed: tuple[Any, ...], where: str = "quantization_config") -> None:
-    if (found := keys.get(key)) not in allowed:
+    found = keys.get(key)
+    if found not in allowed or isinstance(found, float):  # 4.0 equals 4, but is no size
         raise FormatError(
             f"{where}: {key} is {found!r}, expected {' or '.join(repr(a) for a in allowed if a is not None)}"
         )
