@@ -246,6 +246,7 @@ class FolderWriter:
         self._stale: set[str] = set()
         self._marker: Any = None
         self._finished = False
+        self._is_new = False
         if source is not None and Path(source).exists() and self.folder.exists() and self.folder.samefile(source):
             raise CheckpointError(f"{self.folder}: is the folder being read; write to another one")
         if self.folder.exists() and not self.folder.is_dir():
@@ -323,6 +324,9 @@ class FolderWriter:
             if not self._finished and not any(map(_is_model, self.folder.iterdir())):
                 (self.folder / UNFINISHED).unlink(missing_ok=True)  # an error before the first shard was whole
             self._marker.close()  # lets the lock go
+            if self._is_new and not self._finished:
+                with contextlib.suppress(OSError):  # not empty: whole shards stay
+                    self.folder.rmdir()
         if kind is None and not self._finished:
             raise CheckpointError(f"{self.folder}: left without finish()")
 
@@ -350,6 +354,7 @@ class FolderWriter:
             return
         folder, marker = self.folder, self.folder / UNFINISHED
         with _disk_errors(folder):
+            self._is_new = not folder.exists()
             folder.mkdir(parents=True, exist_ok=True)
             present = {path.name for path in folder.iterdir()}
             ours = present & {MANIFEST, UNFINISHED}

@@ -19,19 +19,15 @@ from neox_lite.errors import CheckpointError, HubError
 
 logger = logging.getLogger("neox_lite")
 
+# The files of a model folder beside its weights, and the small head that stands outside of the index.
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     "chat_template.jinja",
-    "tokenizer.model",
-    "spiece.model",
 )
-SMALL_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES, "neox_lite_manifest.json")
-EXTRA_WEIGHTS = ("neox_lite_head.safetensors",)
+OTHER_TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.model", "spiece.model")
+COMPANIONS = ("generation_config.json", *TOKENIZER_FILES, *OTHER_TOKENIZER_FILES)
+SMALL_FILES = ("config.json", *COMPANIONS, "neox_lite_manifest.json")
+HEAD = "neox_lite_head.safetensors"
 # The first that a repository has is used and the others are never fetched: GPT-NeoX-20B has both, 80 GB together.
 WEIGHTS = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
 
@@ -104,7 +100,7 @@ def _one_set_of_weights(repo_id: str, listed: Collection[str], read: Callable[[s
     entry = next((name for name in WEIGHTS if name in listed), None)
     if entry is None:
         raise HubError(f"{repo_id}: has no weights in a form that can be read; looked for {', '.join(WEIGHTS)}")
-    extra = [name for name in EXTRA_WEIGHTS if name in listed]
+    extra = [HEAD] if HEAD in listed else []
     if not entry.endswith(".index.json"):
         return [entry, *extra]
     try:

@@ -20,15 +20,15 @@ from torch import Tensor, nn
 from .checkpoint import Checkpoint
 from .config import FIELDS, GPTNeoXConfig
 from .errors import ArgumentError, CheckpointError, FormatError, NeoxLiteError, UnsupportedError
+from .folder_writer import CONFIG
 from .formats import Format, GroupInt, formats_of, make_format, quantization_config
-from .hub import resolve
+from .hub import HEAD, resolve
 from .layers import Linear
-from .saving import HEAD, parse_bytes
+from .saving import parse_bytes
 
 if TYPE_CHECKING:
     from .model import GPTNeoXPreTrainedModel
 
-CONFIG = "config.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SLICE_ELEMENTS = 1 << 23  # weights read and quantized at a time: 32 MB as float32
 # Options of transformers that scripts pass, and what stands for them here.
@@ -308,15 +308,31 @@ class Blueprint:
                     continue
                 value = self.checkpoint.tensor(stored)
                 if last in module._parameters:
-                    setattr(module, last, nn.Parameter(value.to(dtype), requires_grad=False))
-                else:
-                    setattr(module, last, value)
+                    value = nn.Parameter(_converted(value, dtype, stored), requires_grad=False)
+                elif isinstance(module, Linear):
+                    _check_constant(module, last, value, stored)
+                setattr(module, last, value)
         if bar is not None:
             bar.close()
         _initialize_heads(self.model, self.fresh, dtype, self.checkpoint.folder)
         if self.tied:
             self.model.tie_weights()  # type: ignore[operator]
         return self.model
+
+
+def _converted(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """The tensor in another dtype (itself in its own); a finite value that overflows there is an error."""
+    converted = value.to(dtype)
+    if dtype == torch.float16 != value.dtype and bool((converted.isinf() & value.isfinite()).any()):
+        raise FormatError(f"{name}: holds values that overflow float16; load it with dtype='bfloat16' or 'float32'")
+    return converted
+
+
+def _check_constant(module: Linear, key: str, value: Tensor, name: str) -> None:
+    """What a format stores beside the rows follows from the shape; a file that says otherwise is refused."""
+    expected = module.format.constants(module.shape).get(key)
+    if expected is not None and not torch.equal(value, expected):
+        raise CheckpointError(f"{name}: is {value.tolist()}, expected {expected.tolist()}")
 
 
 def _bar(layers: int, target: GroupInt | None) -> Any:
@@ -467,15 +483,15 @@ def _cached_folder(
 def _keep_quantized(model: GPTNeoXPreTrainedModel, cached: Path) -> None:
     """Save what was just quantized; a full or read-only disk costs the next start time, not this one.
 
-    Written in a folder of this process's own and renamed, so that two processes never meet in one.
+    Written beside its place and renamed. The writer lets one process in at a time, and takes over what a killed one left.
     """
-    own = cached.with_name(f"{cached.name}.{os.getpid()}.partial")
+    partial = cached.with_name(f"{cached.name}.partial")
     try:
-        model.save_pretrained(own)
-        own.rename(cached)
+        model.save_pretrained(partial)
+        partial.rename(cached)
         announce(f"kept the quantized model in {cached} for the next start")
     except (NeoxLiteError, OSError) as error:
-        if not (cached / CONFIG).is_file():  # else another process was quicker
+        if (cached / CONFIG).is_file():  # another process was quicker
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
             announce(f"the quantized model could not be kept for the next start: {error}")
-    finally:
-        shutil.rmtree(own, ignore_errors=True)

@@ -21,7 +21,7 @@ from . import loading, saving
 from .cache import Batch, KVCache, PagePool
 from .cache import Sequence as CachedSequence
 from .config import GPTNeoXConfig
-from .errors import ArgumentError, ContextLengthError, UnsupportedError
+from .errors import ArgumentError, ConfigError, ContextLengthError, UnsupportedError
 from .formats import DENSE, Format, formats_of
 from .generation import Event, GenerationMixin
 from .kernels import dispatch
@@ -67,9 +67,14 @@ class Packed:
 
     def unpack(self, flat: Tensor) -> Tensor:
         """flat (tokens, n) -> (rows, width, n), zeros at masked positions."""
-        out = flat.new_zeros(*self.keep.shape, flat.shape[-1])
-        out[self.keep.to(flat.device)] = flat
-        return out
+        return pad(flat, self.keep)
+
+
+def pad(flat: Tensor, keep: Tensor) -> Tensor:
+    """flat (tokens, n), keep (rows, width) bool marking that many places -> (rows, width, n), zeros elsewhere."""
+    out = flat.new_zeros(*keep.shape, flat.shape[-1])
+    out[keep.to(flat.device)] = flat
+    return out
 
 
 class GPTNeoXPreTrainedModel(nn.Module):
@@ -451,7 +456,7 @@ class GPTNeoXForCausalLM(_Headed, GenerationMixin):
             shown[:, : max(0, shown.shape[1] - logits_to_keep)] = False
         rows = shown[packed.keep].nonzero().flatten() if logits_to_keep else None
         flat = self._head(packed, rows)
-        logits = Packed(packed.x, shown, packed.cache, None).unpack(flat)
+        logits = pad(flat, shown)
         if logits_to_keep:
             logits = logits[:, -logits_to_keep:]
         return self._output(
@@ -663,3 +668,23 @@ def _span_loss(logits: Tensor, positions: Tensor, keep: Tensor) -> Tensor:
     if not bool(real[torch.arange(rows, device=real.device), targets].all()):
         raise ArgumentError("start_positions or end_positions: names a masked column")
     return functional.cross_entropy(logits.masked_fill(~keep, float("-inf")), targets, ignore_index=width)
+
+
+CLASSES: dict[str, type[_Headed] | type[GPTNeoXModel]] = {
+    cls.__name__: cls
+    for cls in (
+        GPTNeoXForCausalLM,
+        GPTNeoXModel,
+        GPTNeoXForSequenceClassification,
+        GPTNeoXForTokenClassification,
+        GPTNeoXForQuestionAnswering,
+    )
+}
+
+
+def class_of(config: GPTNeoXConfig) -> type[GPTNeoXPreTrainedModel]:
+    """The class that config.json's `architectures` names; the language model where it names none."""
+    names = config.extra.get("architectures") or ["GPTNeoXForCausalLM"]
+    if not isinstance(names, list) or names[0] not in CLASSES:
+        raise ConfigError(f"architectures is {names!r}, expected one of {', '.join(CLASSES)}")
+    return CLASSES[names[0]]

@@ -15,23 +15,11 @@ from .config import GPTNeoXConfig
 from .errors import ArgumentError
 from .folder_writer import FolderWriter, Spec, split_into_shards
 from .formats import DENSE
+from .hub import COMPANIONS, HEAD
 from .layers import Linear
 
 if TYPE_CHECKING:
     from .model import GPTNeoXPreTrainedModel
-
-HEAD = "neox_lite_head.safetensors"  # the small head, outside of the index so that other readers ignore it
-# Small files that travel with a model.
-COMPANIONS = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 
 
 @dataclass(frozen=True)

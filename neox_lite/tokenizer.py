@@ -18,12 +18,8 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
 
 from neox_lite.errors import TokenizerError
+from neox_lite.hub import OTHER_TOKENIZER_FILES, TOKENIZER_FILES, fetch_files
 
-FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    "chat_template.jinja",
-)
-FOREIGN_FILES = ("spiece.model", "tokenizer.model", "vocab.json")  # asked for only to explain a missing tokenizer.json
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # What transformers' GPTNeoXTokenizer assumes where the files are silent; here, only if the vocabulary has the token.
 DEFAULTS = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>") | {"pad_token": "<|padding|>"}
@@ -139,9 +135,7 @@ class GPTNeoXTokenizerFast:
                 raise TokenizerError(
                     f"{source!r}: neither a folder nor a hub id like EleutherAI/pythia-70m; check the path"
                 )
-            from neox_lite.hub import fetch_files
-
-            folder = fetch_files(source, (*FILES, *FOREIGN_FILES), revision)
+            folder = fetch_files(source, (*TOKENIZER_FILES, *OTHER_TOKENIZER_FILES), revision)
         elif revision is not None:
             raise TokenizerError(f"revision: {revision!r} means nothing for a folder, {source}; leave it out")
         require_tokenizer_json(folder, source)
@@ -558,7 +552,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 def require_tokenizer_json(folder: Path, source: str) -> None:
     if (folder / "tokenizer.json").is_file():
         return
-    found = [name for name in FOREIGN_FILES if (folder / name).is_file()]
+    found = [name for name in OTHER_TOKENIZER_FILES if (folder / name).is_file()]
     if not found:
         raise TokenizerError(f"{source}: no tokenizer.json; copy it from the model's repository, or pass ids")
     reason = (

@@ -200,7 +200,8 @@ def test_the_demo_runs_to_its_end(run):
     [
         (["generate", "no/such/folder", "--prompt", "x"], "no such folder"),
         (["generate", DEMO, "--prompt", "x", "--max-new-tokens", 100_000], "do not fit the context of 512"),
-        (["generate", DEMO, "--prompt", "x", "--temperature", -1], "temperature is -1"),
+        (["generate", DEMO, "--prompt", "x", "--context", 513], "--context is 513, but the model's own context is 512"),
+        (["generate", "no/such/folder", "--prompt", "x", "--temperature", -1], "temperature is -1"),
         (["generate", DEMO, "--prompt", "x", "--top-p", 1.5], "top_p is 1.5"),
         (["generate", DEMO, "--prompt", "\udcff", "--max-new-tokens", 1], "surrogate"),
         (["generate", DEMO, "--prompt", "x", "--device", "cuda"], "no CUDA device"),
@@ -318,6 +319,17 @@ def test_ctrl_c_leaves_within_two_seconds_and_exits_130(int4):
     _, err = process.communicate(timeout=20)
     assert time.monotonic() - began < 2 and process.returncode == 130
     assert "Traceback" not in err and err.endswith("interrupted\n")
+
+
+def test_ctrl_c_while_torch_is_imported_ends_the_process_at_once():
+    code = "import os, signal; from neox_lite_app import cli\nwith cli._plain_interrupt(): os.kill(os.getpid(), signal.SIGINT)"
+    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGINT and done.stderr == ""
+
+
+def test_options_without_effect_in_greedy_decoding_are_named(run, int4):
+    code, _, err = run("generate", int4, "--prompt", "O, ", "--max-new-tokens", 2, "--top-k", 5, "--seed", 1)
+    assert code == 0 and "--top-k, --seed without effect in greedy decoding; add --temperature" in err
 
 
 def test_a_reader_that_leaves_causes_no_traceback(int4):

@@ -258,7 +258,13 @@ def test_other_quantizers_are_refused_by_name():
 
 
 @pytest.mark.parametrize(
-    "broken", [{"config_groups": []}, {"config_groups": {"g": {"weights": None}}}, {"format": "dense"}]
+    "broken",
+    [
+        {"config_groups": []},
+        {"config_groups": {"g": {"weights": None}}},
+        {"format": "dense"},
+        {"transform_config": {"a": 1}},
+    ],
 )
 def test_malformed_quantization_configs_are_refused_with_a_format_error(broken):
     with pytest.raises(FormatError):

@@ -261,6 +261,16 @@ def test_dtype_is_the_checkpoints_unless_asked_for(stored: torch.dtype, tmp_path
     assert torch.equal(converted, reference.gpt_neox.embed_in.weight.to(torch.bfloat16))
 
 
+def test_a_value_that_overflows_the_dtype_asked_for_is_an_error_and_not_infinity(saved: Path) -> None:
+    def grow(tensors: dict[str, Tensor]) -> None:
+        tensors["gpt_neox.layers.0.mlp.dense_4h_to_h.weight"][0, 0] = 1e6
+
+    rewrite(saved, grow)
+    with pytest.raises(FormatError, match=r"layers.0.mlp.dense_4h_to_h.weight: holds values that overflow float16"):
+        GPTNeoXForCausalLM.from_pretrained(saved, dtype=torch.float16)
+    assert GPTNeoXForCausalLM.from_pretrained(saved, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
 def test_config_dtype_beats_the_files(saved: Path) -> None:
     """As in transformers: a float32 file whose config says float16 is run as float16."""
     set_config(saved, dtype="float16")

@@ -8,7 +8,6 @@ import os
 import random
 import subprocess
 import sys
-import types
 import unicodedata
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -570,7 +569,7 @@ def test_a_hub_id_fetches_only_tokenizer_files(monkeypatch, small_folder, tmp_pa
         (folder / "spiece.model").write_bytes(b"\n\x00")
         return folder
 
-    monkeypatch.setitem(sys.modules, "neox_lite.hub", types.SimpleNamespace(fetch_files=fetch_files))
+    monkeypatch.setattr("neox_lite.tokenizer.fetch_files", fetch_files)
     tokenizer = GPTNeoXTokenizerFast.from_pretrained("EleutherAI/pythia-70m", revision="step3000")
     assert tokenizer.name_or_path == "EleutherAI/pythia-70m"
     ((repo_id, names, revision),) = asked

@@ -7,11 +7,13 @@ so that help and usage errors are immediate.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import os
+import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module, metadata
 from typing import Any, NoReturn
 
@@ -26,7 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _parse(argv)
         warnings.showwarning = _one_line_warning
-        code = import_module(f".{args.module}", __package__).__dict__[args.function](args)
+        with _plain_interrupt():
+            module = import_module(f".{args.module}", __package__)
+        code = module.__dict__[args.function](args)
         sys.stdout.flush()
         return code or 0
     except KeyboardInterrupt:
@@ -40,6 +44,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"neox-lite: error: {_one_line(error)}", file=sys.stderr)
         return 1
+
+
+@contextlib.contextmanager
+def _plain_interrupt() -> Iterator[None]:
+    """Let Ctrl-C end the process at once: while torch is imported, Python's own handling of it can be swallowed."""
+    try:
+        previous = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    except ValueError:  # not the main thread, where signals are not ours
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def _prepare_stdout() -> None:
@@ -177,7 +195,7 @@ def _add_running(parser: argparse.ArgumentParser, revision: bool = False, head: 
     if revision:
         parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
-    parser.add_argument("--threads", type=_threads, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--threads", type=_threads, metavar="N", help="CPU threads (default: torch's choice)")
     parser.add_argument(
         "--head", choices=("fp16", "int8"), default="fp16", help="vocabulary head of a quantized folder"
     )

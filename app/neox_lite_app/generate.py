@@ -7,15 +7,25 @@ import sys
 from typing import Any
 
 from neox_lite.errors import ArgumentError, ContextLengthError
-from neox_lite.generation import Clock
+from neox_lite.generation import Clock, Options
+from neox_lite.tokenizer import check_text
 
 from .running import load, note, print_json, read_text
 
 
 def generate(args: argparse.Namespace) -> None:
     prompt = read_text("-") if args.prompt == "-" else args.prompt
+    given = {
+        name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    }
+    options: dict[str, Any] = {**given, "stop_strings": args.stop}
+    Options.parse({**options, "do_sample": True})  # bad values are refused before minutes of loading
+    check_text(prompt, "--prompt")
     model = load(args.model, args, args.head)
-    context = min(args.context or model.config.max_position_embeddings, model.config.max_position_embeddings)
+    limit = model.config.max_position_embeddings
+    if args.context and args.context > limit:
+        raise ArgumentError(f"--context is {args.context}, but the model's own context is {limit}")
+    context = args.context or limit
     ids = model.tokenizer(prompt).input_ids or [model.generation_config.bos_token_id]
     if ids == [None]:
         raise ArgumentError("the prompt is empty and the model names no token to start from; give --prompt some text")
@@ -25,11 +35,13 @@ def generate(args: argparse.Namespace) -> None:
             f"{len(ids)} prompt tokens and {max(wanted, 1)} new ones do not fit the context of {context}; "
             f"shorten the prompt or use --max-new-tokens {max(context - len(ids), 0)}"
         )
-    options: dict[str, Any] = {"max_new_tokens": wanted, "stop_strings": args.stop, "seed": args.seed}
-    for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
-        options[name] = getattr(args, name)
-    if args.temperature is not None:
-        options["do_sample"] = args.temperature > 0
+    options["do_sample"] = bool(model.generation_config.do_sample) if args.temperature is None else args.temperature > 0
+    if not options["do_sample"]:
+        idle = [name for name in ("top_k", "top_p", "min_p", "seed") if options.pop(name) is not None]
+        if idle:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+            note(f"neox-lite: warning: {flags} without effect in greedy decoding; add --temperature 0.8")
+    options["max_new_tokens"] = wanted
     clock, pieces, tokens, reason = Clock(), [], 0, None
     for event in model.stream(ids, **options):
         clock.tick()

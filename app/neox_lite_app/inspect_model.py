@@ -6,13 +6,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import neox_lite
 from neox_lite.checkpoint import MANIFEST, Checkpoint, verify_folder
 from neox_lite.config import GPTNeoXConfig
 from neox_lite.errors import ArgumentError, NeoxLiteError
 from neox_lite.formats import FORMATS, Format, formats_of, make_format
 from neox_lite.hub import fetch_files, local_folder
 from neox_lite.loading import DTYPES, Blueprint
+from neox_lite.model import class_of
 from neox_lite.tokenizer import GPTNeoXTokenizerFast
 
 from .running import amount, bar, note, print_json
@@ -50,14 +50,6 @@ def verify(args: argparse.Namespace) -> int:
     else:
         print("\n".join(problems) if problems else f"{folder}: whole: what was checked is as it should be")
     return 1 if problems else 0
-
-
-def class_of(config: GPTNeoXConfig) -> type[neox_lite.GPTNeoXPreTrainedModel]:
-    """The class that config.json's `architectures` names; the language model if it names none of ours."""
-    names = config.extra.get("architectures") or []
-    found = getattr(neox_lite, str(names[0]), None) if names else None
-    known = isinstance(found, type) and issubclass(found, neox_lite.GPTNeoXPreTrainedModel)
-    return found if known else neox_lite.GPTNeoXForCausalLM  # type: ignore[return-value]
 
 
 def info(args: argparse.Namespace) -> None:

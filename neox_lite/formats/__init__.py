@@ -77,6 +77,7 @@ def formats_of(config: dict[str, Any] | None) -> Callable[[str], Format]:
     _expect(config, "quantization_status", ("compressed", None))
     _expect(config, "kv_cache_scheme", (None,))
     _expect(config, "sparsity_config", (None, {}))
+    _expect(config, "transform_config", (None, {}))
     groups = config.get("config_groups")
     if not isinstance(groups, dict):
         raise FormatError(f"quantization_config: config_groups is {groups!r}, expected an object")

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import neox_lite
 from neox_lite.checkpoint import Checkpoint
 from neox_lite.config import GPTNeoXConfig
 from neox_lite.errors import ArgumentError, FormatError
@@ -21,6 +20,7 @@ from neox_lite.formats import GROUP_SIZES, Format, GroupInt, make_format
 from neox_lite.hub import resolve
 from neox_lite.layers import Linear
 from neox_lite.loading import DTYPES, SLICE_ELEMENTS, Blueprint, encode_rows
+from neox_lite.model import class_of
 from neox_lite.saving import Part, read_companions, write_model
 
 Progress = Callable[[int, int], None]  # bytes written so far, bytes in all
@@ -63,7 +63,7 @@ def convert(
         raise FormatError(f"{folder}: is quantized already; give the checkpoint that it was made from")
     with Checkpoint.open(folder) as checkpoint:
         config, dtype = _target_config(config, checkpoint)
-        blueprint = Blueprint(_class_of(config, folder), config, checkpoint, target)
+        blueprint = Blueprint(class_of(config), config, checkpoint, target)
         if blueprint.fresh:
             raise ArgumentError(
                 f"{folder}: has no {', '.join(blueprint.fresh)}; save the whole model before quantizing it"
@@ -102,14 +102,6 @@ def _target_config(config: GPTNeoXConfig, checkpoint: Checkpoint) -> tuple[GPTNe
     if stored == {torch.bfloat16}:
         dtype = torch.bfloat16
     return config.copy(dtype=str(dtype).removeprefix("torch.")), dtype
-
-
-def _class_of(config: GPTNeoXConfig, folder: Path) -> type[neox_lite.GPTNeoXPreTrainedModel]:
-    names = config.extra.get("architectures") or ["GPTNeoXForCausalLM"]
-    found = getattr(neox_lite, str(names[0]), None)
-    if not (isinstance(found, type) and issubclass(found, neox_lite.GPTNeoXPreTrainedModel)):
-        raise ArgumentError(f"{folder}: config.json names the architecture {names[0]!r}, which is not a GPT-NeoX class")
-    return found
 
 
 def _part(blueprint: Blueprint, name: str, module: torch.nn.Module, dtype: torch.dtype, method: str) -> Part | None:
