@@ -345,11 +345,6 @@ class GPTNeoXConfig:
     def num_labels(self, count: int) -> None:
         self.id2label, self.label2id = _labels(count)
 
-    @property
-    def eos_token_ids(self) -> list[int]:
-        ids = self.eos_token_id
-        return [] if ids is None else ids if isinstance(ids, list) else [ids]
-
     # Reading and writing ----------------------------------------------------------------------------------------------
 
     @classmethod

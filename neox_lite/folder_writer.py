@@ -14,7 +14,7 @@ import re
 import shutil
 import threading
 from bisect import bisect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -121,12 +121,12 @@ def split_into_shards(groups: Sequence[Sequence[Spec]], max_bytes: int = 5_000_0
 class ShardWriter:
     """One weight file while it is written. It gets its name when every byte is there and on the disk."""
 
-    def __init__(self, path: Path, specs: Sequence[Spec], metadata: Mapping[str, str]) -> None:
+    def __init__(self, path: Path, specs: Sequence[Spec]) -> None:
         self.path = path
         self.sha256 = ""  # known when the file is complete
         self._partial = path.with_name(path.name + PARTIAL)
         self._specs = {spec.name: spec for spec in layout(specs)}
-        self._prefix, self._offsets = encode_header(self._specs.values(), metadata)
+        self._prefix, self._offsets = encode_header(self._specs.values())
         self.size = len(self._prefix) + sum(spec.nbytes for spec in specs)
         self._written: dict[str, list[tuple[int, int]]] = {name: [] for name in self._specs}
         self._lock = threading.Lock()
@@ -234,13 +234,10 @@ class FolderWriter:
     One writer per folder at a time.
     """
 
-    def __init__(
-        self, folder: str | Path, source: str | Path | None = None, metadata: Mapping[str, str] | None = None
-    ) -> None:
-        """source: the folder being read, which must be another. metadata: of the weight files, None is {"format": "pt"}."""
+    def __init__(self, folder: str | Path, source: str | Path | None = None) -> None:
+        """source: the folder being read, which must be another."""
         self.folder = Path(folder)
         self.plan: list[list[Spec]] = []
-        self._metadata = {"format": "pt"} if metadata is None else dict(metadata)
         self._writers: dict[str, ShardWriter] = {}
         self._small: dict[str, dict[str, Any]] = {}  # manifest entries of the small files
         self._stale: set[str] = set()
@@ -345,7 +342,7 @@ class FolderWriter:
 
     def _writer(self, name: str, specs: Sequence[Spec]) -> ShardWriter:
         self._begin()
-        self._writers[name] = ShardWriter(self.folder / name, specs, self._metadata)
+        self._writers[name] = ShardWriter(self.folder / name, specs)
         return self._writers[name]
 
     def _begin(self) -> None:

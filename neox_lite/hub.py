@@ -69,17 +69,17 @@ def local_folder(folder_or_id: str | Path, revision: str | None = None) -> Path 
     return None
 
 
-def fetch_checkpoint(repo_id: str, revision: str | None = None, weights: bool = True) -> Path:
+def fetch_checkpoint(repo_id: str, revision: str | None = None) -> Path:
     """Fetch config, tokenizer and exactly one set of weights (safetensors before .bin); return the local folder.
 
-    weights=False leaves the weights out. Raises HubError, one line that says what to try.
+    Raises HubError, one line that says what to try.
     """
 
     def choose(listed: Collection[str], read: Callable[[str], bytes]) -> list[str]:
         if "config.json" not in listed:
             raise HubError(f"{repo_id}: has no config.json; not a checkpoint that can be loaded")
         names = [name for name in SMALL_FILES if name in listed]
-        return names + (_one_set_of_weights(repo_id, listed, read) if weights else [])
+        return names + _one_set_of_weights(repo_id, listed, read)
 
     return _fetch(repo_id, revision, choose)
 

@@ -9,7 +9,7 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -295,13 +295,10 @@ class Blueprint:
 
     def fill(self, dtype: torch.dtype) -> GPTNeoXPreTrainedModel:
         """Put every tensor in its place: mapped where dtype and format are the file's, else converted."""
-        encoded = sum(map(self.is_encoded, self.model.modules()))
-        bar = _bar(encoded, self.target) if encoded else None
+        encoded = {n: m for n, m in self.model.named_modules() if isinstance(m, Linear) and self.is_encoded(m)}
+        for name, module in _with_bar(encoded):
+            quantize_module(module, self.checkpoint, self.stored(f"{name}.weight"), dtype)
         for name, module in self.model.named_modules():
-            if self.is_encoded(module):
-                assert isinstance(module, Linear) and bar is not None
-                quantize_module(module, self.checkpoint, self.stored(f"{name}.weight"), dtype)
-                bar.update()
             for key, _ in self._own_tensors(name, module):
                 stored, last = self.stored(key), key.rpartition(".")[2]
                 if stored not in self.checkpoint or last not in (*module._parameters, *module._buffers):
@@ -312,8 +309,6 @@ class Blueprint:
                 elif isinstance(module, Linear):
                     _check_constant(module, last, value, stored)
                 setattr(module, last, value)
-        if bar is not None:
-            bar.close()
         _initialize_heads(self.model, self.fresh, dtype, self.checkpoint.folder)
         if self.tied:
             self.model.tie_weights()  # type: ignore[operator]
@@ -335,11 +330,14 @@ def _check_constant(module: Linear, key: str, value: Tensor, name: str) -> None:
         raise CheckpointError(f"{name}: is {value.tolist()}, expected {expected.tolist()}")
 
 
-def _bar(layers: int, target: GroupInt | None) -> Any:
-    """A progress bar on stderr over the layers being quantized."""
+def _with_bar(layers: dict[str, Linear]) -> Iterable[tuple[str, Linear]]:
+    """The layers that are about to be quantized, counted by a progress bar on stderr where there are any."""
+    if not layers:
+        return ()
     from tqdm import tqdm
 
-    return tqdm(total=layers, desc=f"quantize to {target.name if target else ''}", unit="layer", file=sys.stderr)
+    target = next(iter(layers.values())).format.name
+    return tqdm(layers.items(), desc=f"quantize to {target}", unit="layer", file=sys.stderr)
 
 
 def quantize_module(module: Linear, checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> None:

@@ -7,7 +7,7 @@ import mmap
 import os
 import platform
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -276,9 +276,9 @@ def layout(specs: Sequence[Spec]) -> list[Spec]:
     return sorted(specs, key=lambda spec: -math.gcd(spec.nbytes, TENSOR_ALIGNMENT))  # stable; gcd(0, 64) is 64
 
 
-def encode_header(specs: Iterable[Spec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
+def encode_header(specs: Iterable[Spec]) -> tuple[bytes, dict[str, int]]:
     """The file's first bytes (length, JSON, spaces up to a multiple of 4096) and each tensor's offset in the file."""
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # what transformers looks for
     begins: dict[str, int] = {}
     position = 0
     for spec in specs:

@@ -188,6 +188,13 @@ def test_the_demo_runs_to_its_end(run):
     code, out, err = run("demo", "--json")
     result = json.loads(out)
     assert code == 0 and [row["format"] for row in result["rows"]] == ["float16", "int8 g128", "int4 g128"]
+    shown = re.findall(
+        r"^(?:float16|int[48] g128) +\S+ +\S+ +(\S+) +(\S+) +\S+%", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
+    figures = [
+        (row["perplexity"], row["kl"]) for row in result["rows"]
+    ]  # other versions of torch round a little differently
+    assert [tuple(map(float, row)) for row in shown] == [pytest.approx(row, rel=0.02, abs=2e-6) for row in figures]
     assert result["rows"][1]["kl"] < result["rows"][2]["kl"] and result["tokens"] > 10 and result["backend"]
     assert "100%" in err
 

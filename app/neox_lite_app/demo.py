@@ -20,7 +20,7 @@ CONTEXT, WINDOWS = 256, 40
 PROMPT = "KING RICHARD III:\n"
 NEW_TOKENS = 160
 NEXT = """\
-Next, with a real model (the hub id is fetched once; 2.9 GB for this one):
+Next, with a real model (the hub id is fetched once; about 3 GB for this one):
   neox-lite quantize EleutherAI/pythia-1.4b pythia-1.4b-int4
   neox-lite generate pythia-1.4b-int4 --prompt "The sea was calm, and"
 GPT-NeoX-20B is EleutherAI/gpt-neox-20b: 41 GB to fetch, 11 GB as int4. What this machine has: neox-lite doctor"""
