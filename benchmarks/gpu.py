@@ -97,8 +97,8 @@ def check_all(device: torch.device) -> list[dict[str, Any]]:
         if reason is not None:
             found.append({"backend": name, "check": "runs here", "ok": True, "skipped": reason})
             continue
-        ops = dispatch.load(name)
-        for dtype in BOUNDS:
+        ops = dispatch.load(name).bind(exact=True)
+        for dtype in BOUNDS if device.type == "cuda" else [torch.float32]:  # activations on the CPU are float32
             for format in ("dense", *FORMATS):
                 found.append(check_linear(ops, name, format, dtype, device))
             found.append(check_attention(ops, name, dtype, device))

@@ -14,6 +14,7 @@ from torch import Tensor
 from .errors import ArgumentError, CacheError
 
 PAGE = 128  # tokens a page
+TOP = 127  # largest int8 code; -128 is left out, so that the codes of x and -x are each other's negatives
 
 
 @dataclass(eq=False)
@@ -29,7 +30,8 @@ class PagePool:
     """Keys and values of all layers in pages of 128 tokens, handed out to sequences and counted by reference.
 
     storage[layer] is (pages, 2, heads, 128, head_dim) in `dtype` on that layer's device; index 0 holds keys, 1 values.
-    The pool doubles as it fills, up to `limit` pages; then CacheError.
+    Where dtype is int8, storage holds codes and scales[layer], (pages, 2, heads, 128) float16, what one code of a token's
+    head stands for; else scales is []. The pool doubles as it fills, up to `limit` pages; then CacheError.
     """
 
     def __init__(
@@ -41,8 +43,12 @@ class PagePool:
         pages: int = 0,
         limit: int | None = None,
     ) -> None:
+        if not dtype.is_floating_point and dtype != torch.int8:
+            raise ArgumentError(f"the KV cache's dtype is {dtype}, expected a floating-point one or torch.int8")
         self.dtype, self.limit = dtype, limit
         self.storage = [torch.empty(0, 2, heads, PAGE, head_dim, dtype=dtype, device=d) for d in devices]
+        scaled = devices if dtype == torch.int8 else ()
+        self.scales = [torch.empty(0, 2, heads, PAGE, dtype=torch.float16, device=d) for d in scaled]
         self._users: list[int] = []  # reference count of each page
         self._free: list[int] = []
         if pages:
@@ -58,7 +64,7 @@ class PagePool:
 
     @property
     def nbytes(self) -> int:
-        return sum(s.nbytes for s in self.storage)
+        return sum(s.nbytes for s in (*self.storage, *self.scales))
 
     def new(self) -> Sequence:
         return Sequence()
@@ -74,7 +80,7 @@ class PagePool:
             self._grow(self.pages + lacking)
         if shared:  # copy on write
             old, new = sequence.pages[-1], self._take()
-            for s in self.storage:
+            for s in (*self.storage, *self.scales):
                 s[new, :, :, :used] = s[old, :, :, :used]
             self._drop(old)
             sequence.pages[-1] = new
@@ -107,14 +113,19 @@ class PagePool:
         """Store keys and values (tokens, heads, head_dim) of the batch's tokens where its sequences reserved room."""
         storage = self.storage[layer]
         pages, slots = batch.pages.to(storage.device), batch.slots.to(storage.device)
-        storage[pages, 0, :, slots] = keys.to(storage.dtype)
-        storage[pages, 1, :, slots] = values.to(storage.dtype)
+        for i, vectors in enumerate((keys, values)):
+            if self.scales:
+                vectors, self.scales[layer][pages, i, :, slots] = quantize(vectors)
+            storage[pages, i, :, slots] = vectors.to(storage.dtype)
 
     def read(self, layer: int, sequence: Sequence, length: int) -> tuple[Tensor, Tensor]:
-        """Keys and values (heads, length, head_dim) of the sequence's first tokens, in the pool's dtype."""
+        """Keys and values (heads, length, head_dim) of the sequence's first tokens: in the pool's dtype, int8 as float32."""
         self._alive(sequence)
         storage = self.storage[layer]
-        pages = storage[torch.tensor(sequence.pages[: -(-length // PAGE)], dtype=torch.long, device=storage.device)]
+        numbers = torch.tensor(sequence.pages[: -(-length // PAGE)], dtype=torch.long, device=storage.device)
+        pages = storage[numbers]
+        if self.scales:
+            pages = pages * self.scales[layer][numbers].float().unsqueeze(-1)
         both = pages.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :length]  # (2, heads, length, head_dim)
         return both[0], both[1]
 
@@ -148,12 +159,26 @@ class PagePool:
                 f"the KV cache is full: {self.limit} pages of {PAGE} tokens, {pages - used} free, "
                 f"{at_least - used} needed; free sequences or give the cache more memory"
             )
-        for i, old in enumerate(self.storage):
-            new = old.new_empty(pages, *old.shape[1:])
-            new[: self.pages] = old
-            self.storage[i] = new
+        for tensors in (self.storage, self.scales):
+            for i, old in enumerate(tensors):
+                new = old.new_empty(pages, *old.shape[1:])
+                new[: self.pages] = old
+                tensors[i] = new
         self._free += reversed(range(self.pages, pages))  # popped from the end: low numbers first
         self._users += [0] * (pages - self.pages)
+
+
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 codes and one scale for each vector: x (..., n) -> (..., n) int8 and (...) float16.
+
+    The scale is the largest magnitude / 127, at most float16's largest number, and codes are nearest for it as stored. A
+    vector of zeros has scale and codes 0; one with NaN has a scale of NaN, so that it reads back as NaN.
+    """
+    x = x.float()
+    scale = (x.abs().amax(-1) / TOP).clamp(max=torch.finfo(torch.float16).max).half()
+    steps = scale.float().unsqueeze(-1)
+    codes = torch.where(steps > 0, x / steps, 0.0).clamp_(-TOP, TOP).round_()
+    return codes.to(torch.int8), scale
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from .cache import Batch, PagePool
 from .config import GPTNeoXConfig
 from .formats import DENSE, Format, Weight
-from .kernels.reference import Norm
+from .kernels.backend import Backend, Norm
 
 Formats = Callable[[str], Format]
 
@@ -185,7 +184,7 @@ class GPTNeoXLayer(nn.Module):
     def device(self) -> torch.device:
         return self.input_layernorm.weight.device
 
-    def forward(self, x: Tensor, ops: ModuleType, cache: PagePool, batch: Batch, rotary: Tensor) -> Tensor:
+    def forward(self, x: Tensor, ops: Backend, cache: PagePool, batch: Batch, rotary: Tensor) -> Tensor:
         """x (tokens, hidden) -> (tokens, hidden), by the operations of one backend."""
         norm1, norm2 = norm_of(self.input_layernorm), norm_of(self.post_attention_layernorm)
         qkv, dense = self.attention.query_key_value, self.attention.dense

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import difflib
 import hashlib
+import mmap
 import os
 import re
 import shutil
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SLICE_ELEMENTS = 1 << 23  # weights read and quantized at a time: 32 MB as float32
+WARM_BYTES = 16 << 20  # read between two reports of progress
+READ_AHEAD_BYTES = 128 << 10  # Linux cuts a longer request to the disk's read-ahead, which is at least this
 # Options of transformers that scripts pass, and what stands for them here.
 EXPLAINED = {
     "trust_remote_code": "code from checkpoints is never run",
@@ -81,7 +85,9 @@ class LoadOptions:
     (groups of 128, method "mse"; kept beside the hub cache for the next time). device_map: None or "cpu", "cuda", "cuda:1",
     or "auto": the GPU if the model fits what is free there, else the CPU. max_memory: {"cuda": "8GiB", "cpu": "16GiB"},
     limits for "auto". dtype: of dense tensors, None for the checkpoint's. head: "fp16" for the head as the checkpoint has
-    it, "int8" for the small one of a quantized folder. config: used in place of config.json.
+    it, "int8" for the small one of a quantized folder. kv: what the KV cache holds, None or "fp16" for the model's own dtype,
+    "int8" for about half of that. exact: multiply quantized weights with float32 activations, where the CPU's kernels would
+    otherwise round those to 8 bits with a scale per 32. config: used in place of config.json.
     """
 
     revision: str | None = None
@@ -90,6 +96,8 @@ class LoadOptions:
     max_memory: Mapping[Any, int | str] | None = None
     dtype: torch.dtype | None = None
     head: str = "fp16"
+    kv: str | None = None
+    exact: bool = False
     config: GPTNeoXConfig | None = None
 
     @classmethod
@@ -124,6 +132,10 @@ class LoadOptions:
             raise ArgumentError(f"max_memory is {given['max_memory']!r}, expected for instance {{'cuda': '8GiB'}}")
         if given.setdefault("head", "fp16") not in ("fp16", "int8"):
             raise ArgumentError(f"head is {given['head']!r}, expected 'fp16' or 'int8'")
+        if given.get("kv") not in (None, "fp16", "int8"):
+            raise ArgumentError(f"kv is {given['kv']!r}, expected 'fp16' or 'int8'")
+        if not isinstance(given.setdefault("exact", False), bool):
+            raise ArgumentError(f"exact is {given['exact']!r}, expected True or False")
         if (config := given.get("config")) is not None and not isinstance(config, GPTNeoXConfig):
             if not hasattr(config, "to_dict"):
                 raise ArgumentError(f"config is a {type(config).__name__}, expected a GPTNeoXConfig")
@@ -168,7 +180,7 @@ def parse_dtype(value: Any) -> torch.dtype | None:
 
 def from_pretrained(cls: type[GPTNeoXPreTrainedModel], name: str | os.PathLike[str], options: LoadOptions) -> Any:
     """Build `cls` from a folder or hub id. Raises a NeoxLiteError that names the first thing that does not fit."""
-    device = _asked_device(options)
+    device = asked_device(options)
     folder = resolve(os.fspath(name), options.revision)
     config = options.config.copy() if options.config else GPTNeoXConfig.from_pretrained(folder)
     with Checkpoint.open(folder) as checkpoint:
@@ -190,9 +202,10 @@ def from_pretrained(cls: type[GPTNeoXPreTrainedModel], name: str | os.PathLike[s
         except CheckpointError as error:
             raise CheckpointError(f"{error}; {cached} only keeps what was quantized before: delete it") from error
     model.source = Source(folder, os.fspath(name), options.revision)
+    model.kv, model.exact = options.kv or "fp16", options.exact
     if options.head == "int8":
         _use_small_head(model, folder)
-    return model.to(device or _roomiest(model.get_memory_footprint(), dict(options.max_memory or {})))
+    return model.to(device or roomiest(model.get_memory_footprint(), dict(options.max_memory or {})))
 
 
 def _target(quantization: str | None, config: GPTNeoXConfig, folder: Path) -> GroupInt | None:
@@ -400,10 +413,38 @@ def _use_small_head(model: GPTNeoXPreTrainedModel, folder: Path) -> None:
         model.embed_out = head
 
 
+def warm(model: nn.Module, progress: Callable[[int, int], object] | None = None) -> None:
+    """Read all weights that files back into memory, in the order of the files, before a first token waits for each.
+
+    Later steps then find them in the system's page cache, for as long as it has room. progress is told the bytes read so
+    far and in all. Weights that were copied elsewhere, as onto a GPU, need no reading.
+    """
+    every = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers()) if t.device.type == "cpu" and t.numel()}
+    chunks = [c for _, t in sorted(every.items()) for c in t.detach().flatten().view(torch.uint8).split(WARM_BYTES)]
+    done, total = 0, sum(len(chunk) for chunk in chunks)
+    for chunk, ahead in zip(chunks, [*chunks[1:], None], strict=True):
+        if ahead is not None:
+            _read_ahead(ahead)
+        chunk.max()  # reads it all, at the speed of memory where it is there already
+        done += len(chunk)
+        if progress is not None:
+            progress(done, total)
+
+
+def _read_ahead(chunk: Tensor) -> None:
+    """Let Linux fetch a mapped range while we do something else; without it every page fault waits for the disk."""
+    if not hasattr(mmap, "MADV_WILLNEED"):
+        return
+    advise, first = ctypes.CDLL(None).madvise, chunk.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    for start in range(first, chunk.data_ptr() + chunk.nbytes, READ_AHEAD_BYTES):
+        length = min(READ_AHEAD_BYTES, chunk.data_ptr() + chunk.nbytes - start)
+        advise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_WILLNEED)  # advice: refused, it costs nothing
+
+
 # Placement ------------------------------------------------------------------------------------------------------------
 
 
-def _asked_device(options: LoadOptions) -> torch.device | None:
+def asked_device(options: LoadOptions) -> torch.device | None:
     """The one device that a device_map asks for, checked against what is there; None for "auto"."""
     asked = options.device_map
     if isinstance(asked, Mapping):
@@ -431,7 +472,7 @@ def _asked_device(options: LoadOptions) -> torch.device | None:
     return device
 
 
-def _roomiest(model_bytes: int, limits: dict[Any, int | str]) -> torch.device:
+def roomiest(model_bytes: int, limits: dict[Any, int | str]) -> torch.device:
     """The GPU if the weights and half a GiB for cache and scratch fit, else the CPU; announced."""
     wanted = model_bytes + (1 << 29)
     if torch.cuda.is_available():

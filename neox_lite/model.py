@@ -10,8 +10,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from .errors import ArgumentError, ConfigError, ContextLengthError, UnsupportedE
 from .formats import DENSE, Format, formats_of
 from .generation import Event, GenerationMixin
 from .kernels import dispatch
+from .kernels.backend import Backend, Captured
 from .layers import GPTNeoXLayer, Linear, Rotary, norm_of
 
 Model = TypeVar("Model", bound="GPTNeoXPreTrainedModel")
@@ -87,7 +88,10 @@ class GPTNeoXPreTrainedModel(nn.Module):
         super().__init__()
         self.config = config
         self.source = loading.Source()
-        self._ops: ModuleType | None = None
+        self.kv = "fp16"  # what new pools hold: "fp16" is the model's own dtype
+        self.exact = False  # whether quantized weights meet float32 activations where a backend could take coarser ones
+        self._ops: Backend | None = None
+        self._captured: WeakKeyDictionary[PagePool, dict[int, tuple[int, Captured | None]]] = WeakKeyDictionary()
         super().train(False)
 
     # Loading and saving -----------------------------------------------------------------------------------------------
@@ -135,11 +139,18 @@ class GPTNeoXPreTrainedModel(nn.Module):
         return torch.float32 if self.device.type == "cpu" else self.dtype
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GPTNeoXPreTrainedModel:
-        self.__dict__["_ops"] = None  # kernels are bound again on the next call
+        self._unbind()  # kernels are bound again on the next call
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_ops": None}  # copies and pickles bind their own kernels
+        return {
+            **self.__dict__,
+            "_ops": None,
+            "_captured": WeakKeyDictionary(),
+        }  # copies and pickles bind their own kernels
+
+    def _unbind(self) -> None:
+        self.__dict__.update(_ops=None, _captured=WeakKeyDictionary())
 
     def cuda(self: Model, device: int | torch.device | None = None) -> Model:
         if not torch.cuda.is_available():
@@ -168,31 +179,41 @@ class GPTNeoXPreTrainedModel(nn.Module):
         """Bytes of all weights and tables."""
         return sum(t.nbytes for t in {id(t): t for t in (*self.parameters(), *self.buffers())}.values())
 
+    def warm(self, progress: Callable[[int, int], object] | None = None) -> None:
+        """Read mapped weights from the disk now rather than token by token; progress is told bytes done and in all."""
+        loading.warm(self, progress)
+
     # Running ----------------------------------------------------------------------------------------------------------
 
     @property
-    def ops(self) -> ModuleType:
+    def ops(self) -> Backend:
         """The backend's operations, chosen on the first call after loading or moving."""
         if self._ops is None:
-            self._ops = dispatch.choose(self.device)
+            self._ops = dispatch.choose(self.device, self.exact)
         return self._ops
 
     def new_pool(self, pages: int = 0, limit: int | None = None) -> PagePool:
-        """An empty KV cache pool for this model's layers, in the model's dtype."""
-        config = self.config
+        """An empty KV cache pool for this model's layers, of the kind that `kv` names."""
+        config, dtype = self.config, torch.int8 if self.kv == "int8" else self.dtype
         devices = [layer.device for layer in self.base_model.blocks]
-        return PagePool(config.num_attention_heads, config.head_dim, self.dtype, devices, pages, limit)
+        return PagePool(config.num_attention_heads, config.head_dim, dtype, devices, pages, limit)
 
     def run_layers(
         self, x: Tensor, pool: PagePool, batch: Batch, each: Callable[[Tensor], Any] | None = None
     ) -> Tensor:
         """x (tokens, hidden) through all blocks; `each` sees the input of every block. Tokens are cached on success."""
+        x = self._run_blocks(x, pool, batch, each)
+        batch.commit()
+        return x
+
+    def _run_blocks(
+        self, x: Tensor, pool: PagePool, batch: Batch, each: Callable[[Tensor], Any] | None = None
+    ) -> Tensor:
         base = self.base_model
         for layer in base.blocks:
             if each is not None:
                 each(x)
             x = layer(x, self.ops, pool, batch, base.rotary.table)
-        batch.commit()
         return x
 
     def _packed(
@@ -248,11 +269,15 @@ class GPTNeoXPreTrainedModel(nn.Module):
 
     def _embed(self, ids: Tensor) -> Tensor:
         """ids (tokens,) -> x (tokens, hidden); ids outside the vocabulary are named."""
+        ids = self._check_ids(ids)
+        return self.ops.embed(ids, self.base_model.embed_in.weight, self.compute_dtype)
+
+    def _check_ids(self, ids: Tensor) -> Tensor:
         ids = ids.long()  # before comparing: a narrower type would wrap the vocabulary's size
         wrong = ids[(ids < 0) | (ids >= self.config.vocab_size)]
         if len(wrong):
             raise ArgumentError(f"input_ids: found {wrong[0].item()}, expected 0 to {self.config.vocab_size - 1}")
-        return self.ops.embed(ids, self.base_model.embed_in.weight, self.compute_dtype)
+        return ids
 
     def _positions(self, position_ids: Tensor | None, rows: int, width: int, past: int) -> Tensor:
         """Rotary positions (rows, width) on the CPU, refused beyond the context."""
@@ -473,11 +498,32 @@ class GPTNeoXForCausalLM(_Headed, GenerationMixin):
     def step(self, pool: PagePool, sequences: Sequence[CachedSequence], tokens: Sequence[Sequence[int]]) -> Tensor:
         """Append tokens[i] to sequences[i] -> float32 logits (sequences, vocabulary) after the last token of each."""
         counts = [len(t) for t in tokens]
+        ids = torch.tensor([i for t in tokens for i in t])
         batch = Batch.reserve(pool, sequences, counts)
-        x = self._embed(torch.tensor([i for t in tokens for i in t]))
-        x = self.run_layers(x, pool, batch)
+        if all(count == 1 for count in counts) and (decode := self._captured_step(pool, batch, ids)) is not None:
+            self._check_ids(ids)
+            logits = decode.replay(ids, batch)
+            batch.commit()
+            return logits
+        x = self.run_layers(self._embed(ids), pool, batch)
         last = torch.tensor(batch.offsets[1:]) - 1
         return self.ops.head(x, last, norm_of(self.gpt_neox.final_layer_norm), self.embed_out.handle)
+
+    def _captured_step(self, pool: PagePool, batch: Batch, ids: Tensor) -> Captured | None:
+        """The captured step for as many sequences, made when they first come or when the pool has moved its pages."""
+        of_pool = self._captured.setdefault(pool, {})
+        pages, captured = of_pool.get(len(ids), (-1, None))
+        if pages != pool.pages:
+            captured = self.ops.capture(
+                lambda ids: self._one_each(ids, pool, batch), ids, batch, self.config.max_position_embeddings
+            )
+            of_pool[len(ids)] = pool.pages, captured
+        return captured
+
+    def _one_each(self, ids: Tensor, pool: PagePool, batch: Batch) -> Tensor:
+        """One token of each sequence -> logits (sequences, vocabulary)."""
+        x = self._run_blocks(self._embed(ids), pool, batch)
+        return self.ops.head(x, None, norm_of(self.gpt_neox.final_layer_norm), self.embed_out.handle)
 
     def generate(self, input_ids: Tensor | None = None, **options: Any) -> Tensor:
         """Continue a batch of prompts. Options and their meaning: `generation.Options`."""

@@ -95,17 +95,21 @@ def choose(logits: Tensor, history: Tensor, stream: int, sampling: Sampling, ste
     The draw depends on the logits and (seed, tokens so far, stream) alone. Raises NeoxLiteError where NaN or infinite
     logits, or processors that exclude every id, leave nothing to choose from.
     """
+    import numpy as np
+
     for step in steps:
         logits = step(history, logits)
+    values = logits.numpy()  # torch would share so few numbers out to threads, which then spin beside the kernels' own
     if sampling.greedy:
-        chosen = int(logits.argmax())
-        possible = math.isfinite(logits[chosen])
+        chosen = int(values.argmax())
+        possible = math.isfinite(values[chosen])
     else:
-        cumulative = logits.double().softmax(-1).cumsum(-1)
+        with np.errstate(invalid="ignore"):
+            cumulative = np.exp(values.astype(np.float64) - values.max()).cumsum()
         total = float(cumulative[-1])
-        chosen = int(torch.searchsorted(cumulative, uniform(sampling.seed, len(history), stream) * total, right=True))
+        chosen = int(cumulative.searchsorted(uniform(sampling.seed, len(history), stream) * total, side="right"))
         possible = math.isfinite(total)
-        if possible and chosen == len(logits):  # rounding put the target at the very end
+        if possible and chosen == len(values):  # rounding put the target at the very end
             chosen = int(cumulative.argmax())  # the last id with a probability: the first to reach the total
     if not possible:
         raise NeoxLiteError(

@@ -15,6 +15,14 @@ with contextlib.suppress(ImportError):  # tests that compare with it import it t
 torch.set_num_threads(1)  # tiny products: on a busy machine waiting for a second thread takes longer than the work
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Kernels are compiled once for all tests, and not taken from the developer's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("xdg_cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(0)

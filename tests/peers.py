@@ -39,10 +39,10 @@ def peer(cls: str = "GPTNeoXForCausalLM", seed: int = 0, **config: Any) -> Any:
 
 
 def ours(model: Any, folder: Path, **options: Any) -> Any:
-    """The same class here, loaded from what transformers saved into `folder`."""
+    """The same class here, loaded from what transformers saved into `folder`; exact, unless told otherwise."""
     if not (folder / "config.json").is_file():
         model.save_pretrained(folder)
-    return getattr(neox_lite, type(model).__name__).from_pretrained(folder, **options)
+    return getattr(neox_lite, type(model).__name__).from_pretrained(folder, **{"exact": True, **options})
 
 
 def pair(folder: Path, cls: str = "GPTNeoXForCausalLM", seed: int = 0, **config: Any) -> tuple[Any, Any]:

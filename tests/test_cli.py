@@ -167,6 +167,19 @@ def test_compare_puts_the_source_first_with_zero_distance(run, int4, heldout):
     assert set(source) == {"path", "format", "bits_per_weight", "perplexity", "kl", "top1", "bytes"}
 
 
+def test_compare_counts_what_a_smaller_cache_costs(run, heldout):
+    words = ("compare", DEMO, DEMO, "--text", heldout, "--context", 128, "--windows", 4, "--kv", "int8", "--json")
+    code, out, err = run(*words)
+    source, small = json.loads(out)["rows"]
+    assert code == 0 and source["kl"] == 0 < small["kl"] < 1e-3 and err.count("int8 KV cache") == 1
+
+
+def test_cache_and_warming_are_said_on_stderr(run, int4):
+    code, out, err = run("generate", int4, "--prompt", "O, ", "--max-new-tokens", 2, "--kv", "int8", "--warm", "--json")
+    assert code == 0 and json.loads(out)["tokens"] == 2
+    assert "int8 KV cache" in err and "read the weights: 100%" in err
+
+
 def test_info_counts_parameters_as_the_model_does(run, int4):
     code, out, _ = run("info", int4, "--json")
     result = json.loads(out)
@@ -247,6 +260,8 @@ def test_failures_are_one_line_and_exit_1(run, words, message):
         ["generate"],
         ["quantize", "a", "b", "--format", "int3"],
         ["demo", "--dance"],
+        ["demo", "--head", "int8"],
+        ["generate", "a", "--prompt", "x", "--kv", "int4"],
         ["verify", "a", "b"],
         ["quantize", "a", "b", "c"],
         ["generate", "a", "--prompt", "x", "--threads", "99999999999"],

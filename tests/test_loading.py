@@ -1,6 +1,8 @@
 """from_pretrained and save_pretrained: the same model both ways between here and transformers, and every misfit named."""
 
+import ctypes
 import json
+import mmap
 import os
 import re
 import shutil
@@ -433,7 +435,7 @@ def test_quantizing_while_loading_equals_the_dequantized_model(
 ) -> None:
     reference = peer(**QUANTIZABLE)
     reference.save_pretrained(tmp_path)
-    model = GPTNeoXForCausalLM.from_pretrained(tmp_path, quantization=name)
+    model = GPTNeoXForCausalLM.from_pretrained(tmp_path, quantization=name, exact=True)
     assert len(linears(model)) == 4 * TINY["num_hidden_layers"]
     assert {str(m.format.name) for m in linears(model).values()} == {name}
     # the same float32 weights after decoding, multiplied in the same order
@@ -447,7 +449,7 @@ def test_quantizing_while_loading_equals_the_dequantized_model(
     assert f"kept the quantized model in {kept}" in said
     shutil.move(tmp_path / "model.safetensors", tmp_path / "aside")
     (tmp_path / "aside").rename(tmp_path / "model.safetensors")  # same bytes and time: still the same checkpoint
-    again = GPTNeoXForCausalLM.from_pretrained(tmp_path, quantization=name)
+    again = GPTNeoXForCausalLM.from_pretrained(tmp_path, quantization=name, exact=True)
     assert capsys.readouterr().err == ""  # nothing was quantized, so nothing is said
     assert [p.name for p in (own_caches / "neox-lite").iterdir()] == [kept.name]
     assert torch.equal(outputs(again), outputs(model))
@@ -460,12 +462,12 @@ def test_quantizing_while_loading_equals_the_dequantized_model(
 
 def test_a_changed_checkpoint_is_quantized_again(tmp_path: Path, own_caches: Path) -> None:
     peer(**QUANTIZABLE).save_pretrained(tmp_path)
-    first = GPTNeoXForCausalLM.from_pretrained(tmp_path, quantization="int8")
+    first = GPTNeoXForCausalLM.from_pretrained(tmp_path, quantization="int8", exact=True)
     rewrite(tmp_path, lambda tensors: [tensor.mul_(0.5) for tensor in tensors.values()])
-    second = GPTNeoXForCausalLM.from_pretrained(tmp_path, quantization="int8")
+    second = GPTNeoXForCausalLM.from_pretrained(tmp_path, quantization="int8", exact=True)
     assert not torch.equal(outputs(first), outputs(second))
     assert difference(outputs(second), outputs(dequantized(second, tmp_path))) <= EQUAL
-    GPTNeoXForCausalLM.from_pretrained(tmp_path, quantization="int4")
+    GPTNeoXForCausalLM.from_pretrained(tmp_path, quantization="int4", exact=True)
     GPTNeoXForCausalLM.from_pretrained(tmp_path, quantization="int8", dtype=torch.float16)
     assert len(list((own_caches / "neox-lite").iterdir())) == 4  # one for each content, format and dtype
 
@@ -505,11 +507,11 @@ def test_a_shape_that_groups_do_not_divide_is_named_before_anything_is_quantized
 def test_a_quantized_folder_loads_as_it_is(tmp_path: Path, own_caches: Path) -> None:
     reference = peer(**QUANTIZABLE)
     reference.save_pretrained(tmp_path / "dense")
-    model = GPTNeoXForCausalLM.from_pretrained(tmp_path / "dense", quantization="int4")
+    model = GPTNeoXForCausalLM.from_pretrained(tmp_path / "dense", quantization="int4", exact=True)
     model.save_pretrained(tmp_path / "int4")
     shutil.rmtree(own_caches / "neox-lite")
     for options in ({}, {"quantization": "int4"}):
-        again = GPTNeoXForCausalLM.from_pretrained(tmp_path / "int4", **options)
+        again = GPTNeoXForCausalLM.from_pretrained(tmp_path / "int4", exact=True, **options)
         assert torch.equal(outputs(again), outputs(model))
     with pytest.raises(FormatError, match=r"is quantized already \(int4\); leave quantization out"):
         GPTNeoXForCausalLM.from_pretrained(tmp_path / "int4", quantization="int8")
@@ -521,7 +523,7 @@ def test_a_quantized_folder_loads_as_it_is(tmp_path: Path, own_caches: Path) -> 
 def test_quantized_task_models_open_in_transformers(tmp_path: Path) -> None:
     reference = peer("GPTNeoXForSequenceClassification", num_labels=3, **QUANTIZABLE)
     reference.save_pretrained(tmp_path / "dense")
-    model = GPTNeoXForSequenceClassification.from_pretrained(tmp_path / "dense", quantization="int8")
+    model = GPTNeoXForSequenceClassification.from_pretrained(tmp_path / "dense", quantization="int8", exact=True)
     model.save_pretrained(tmp_path / "int8")
     theirs = transformers.GPTNeoXForSequenceClassification.from_pretrained(tmp_path / "int8")
     assert difference(outputs(theirs), outputs(model)) <= EQUAL
@@ -531,7 +533,7 @@ def test_a_random_head_is_not_kept_for_the_next_time(tmp_path: Path, own_caches:
     peer(**QUANTIZABLE).save_pretrained(tmp_path)
     for _ in range(2):
         with pytest.warns(UserWarning, match="has no score.weight; initialized at random"):
-            GPTNeoXForSequenceClassification.from_pretrained(tmp_path, quantization="int8")
+            GPTNeoXForSequenceClassification.from_pretrained(tmp_path, quantization="int8", exact=True)
     assert not (own_caches / "neox-lite").exists()
 
 
@@ -541,14 +543,14 @@ def test_a_cache_that_cannot_be_written_costs_only_the_next_start(
     peer(**QUANTIZABLE).save_pretrained(tmp_path / "dense")
     (tmp_path / "file").touch()
     monkeypatch.setenv("HF_HOME", str(tmp_path / "file"))  # a file where a folder is needed
-    model = GPTNeoXForCausalLM.from_pretrained(tmp_path / "dense", quantization="int8")
+    model = GPTNeoXForCausalLM.from_pretrained(tmp_path / "dense", quantization="int8", exact=True)
     assert linears(model)
     assert re.search(r"the quantized model could not be kept for the next start: .+", capsys.readouterr().err)
 
 
 def test_moving_a_quantized_model_never_touches_codes_or_scales(tmp_path: Path) -> None:
     peer(**QUANTIZABLE).save_pretrained(tmp_path)
-    model = GPTNeoXForCausalLM.from_pretrained(tmp_path, quantization="int4")
+    model = GPTNeoXForCausalLM.from_pretrained(tmp_path, quantization="int4", exact=True)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items() if "weight_" in name}
     expected = outputs(model)
     model.half()
@@ -558,3 +560,48 @@ def test_moving_a_quantized_model_never_touches_codes_or_scales(tmp_path: Path) 
     assert all(after[name].dtype == tensor.dtype for name, tensor in before.items())
     # only embedding, norms, biases and head are rounded to float16, by 2**-11 each
     assert difference(outputs(model), expected) < 0.02
+
+
+def resident_share(path: Path) -> float:
+    """Share of a file's pages that are in memory (Linux)."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as view:
+        first = ctypes.c_char.from_buffer(view)
+        pages = (ctypes.c_ubyte * -(-len(view) // mmap.PAGESIZE))()
+        assert (
+            ctypes.CDLL(None).mincore(ctypes.c_void_p(ctypes.addressof(first)), ctypes.c_size_t(len(view)), pages) == 0
+        )
+        del first  # else the map could not be closed
+    return sum(page & 1 for page in pages) / len(pages)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mincore's vector is Linux's")
+def test_warming_brings_every_weight_into_memory(tmp_path: Path) -> None:
+    GPTNeoXForCausalLM(GPTNeoXConfig(**{**TINY, "vocab_size": 50000})).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    model = GPTNeoXForCausalLM.from_pretrained(tmp_path)
+    if resident_share(path) > 0.5:
+        pytest.skip("this file system keeps its pages in memory")
+    model.warm()
+    assert resident_share(path) == 1
+
+
+def test_warming_tells_all_bytes_once_and_changes_none(tmp_path: Path) -> None:
+    model = pair(tmp_path, tie_word_embeddings=True)[0]
+    before, told = outputs(model), []
+    model.warm(lambda done, total: told.append((done, total)))
+    counts = [done for done, _ in told]
+    assert told[-1] == (model.get_memory_footprint(),) * 2 and counts == sorted(set(counts))
+    assert torch.equal(outputs(model), before)
+
+
+def test_an_interrupt_ends_warming(tmp_path: Path) -> None:
+    model = pair(tmp_path)[0]
+
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        model.warm(interrupt)

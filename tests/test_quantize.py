@@ -67,7 +67,7 @@ def test_transformers_opens_the_folder_with_equal_logits(quantized):
     pytest.importorskip("compressed_tensors")
     folder, _ = quantized
     peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    ours = GPTNeoXForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ours = GPTNeoXForCausalLM.from_pretrained(folder, dtype=torch.float32, exact=True)
     with torch.no_grad():
         expected = peer(IDS).logits
     assert float((ours(IDS).logits - expected).abs().max()) < 1e-5  # float32 sums in another order
@@ -84,7 +84,7 @@ def test_a_quantized_model_saved_again_is_the_same_model(quantized, tmp_path):
 def test_a_folder_saved_in_another_dtype_keeps_to_one_dtype(source, tmp_path):
     transformers = pytest.importorskip("transformers")
     convert(source, tmp_path / "int4")
-    model = GPTNeoXForCausalLM.from_pretrained(tmp_path / "int4", dtype=torch.float32)
+    model = GPTNeoXForCausalLM.from_pretrained(tmp_path / "int4", dtype=torch.float32, exact=True)
     model.save_pretrained(tmp_path / "float32")
     peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "float32").eval()
     with torch.no_grad():
@@ -193,7 +193,7 @@ def test_tied_and_sequential_checkpoints_quantize_too(tmp_path):
     write_source(tmp_path / "source", tie_word_embeddings=True, use_parallel_residual=False, rotary_pct=1.0)
     convert(tmp_path / "source", tmp_path / "out")
     peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
-    ours = GPTNeoXForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    ours = GPTNeoXForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, exact=True)
     with torch.no_grad():
         assert float((ours(IDS).logits - peer(IDS).logits).abs().max()) < 1e-5
 

@@ -71,10 +71,13 @@ def _prepare_stdout() -> None:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
-    if len(rest) == 1 and not rest[0].startswith("-") and vars(args).get("destination", "") is None:
-        args.destination = rest.pop()  # before 3.12.7, argparse gives up on an optional DST that stands after options
+    for name in ("destination", "model"):  # before 3.12.7, argparse gives up on optional ones that stand after options
+        if len(rest) == 1 and not rest[0].startswith("-") and vars(args).get(name, "") is None:
+            setattr(args, name, rest.pop())
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if args.command == "bench" and (args.model is None) == (args.shape is None):
+        parser.error("bench takes either MODEL or --shape")
     return args
 
 
@@ -135,6 +138,16 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--dry-run", action="store_true", help="print the sizes and write nothing")
     _add_json(sub)
 
+    sub = command("export", "convert", "write a model as a file for another program: GGUF, for llama.cpp")
+    sub.add_argument("model", metavar="MODEL")
+    sub.add_argument("destination", metavar="OUT", help="file to write; one that exists is never replaced")
+    sub.add_argument("--to", choices=("gguf",), default="gguf", help="the file's format (default gguf)")
+    sub.add_argument(
+        "--head", choices=("f16", "q8_0"), default="f16", help="vocabulary head: as it is, or the folder's int8 one"
+    )
+    sub.add_argument("--revision", help="branch, tag or commit of a hub id")
+    _add_json(sub)
+
     sub = command("verify", "inspect_model", "check a folder: hashes, shapes, finite values")
     sub.add_argument("folder", metavar="DIR")
     _add_json(sub)
@@ -171,6 +184,18 @@ def build_parser() -> argparse.ArgumentParser:
     _add_text(sub)
     _add_running(sub, revision=True)
 
+    sub = command("bench", "bench", "speed of a model, or of random weights in a shape, beside what this memory gives")
+    sub.add_argument("model", metavar="MODEL", nargs="?")
+    sub.add_argument("--shape", help="20b, a Pythia such as pythia-1.4b, or LxHxA: layers x hidden size x heads")
+    sub.add_argument("--format", choices=("int4", "int8", "fp16"), help="default: int4 for a shape, MODEL's own")
+    sub.add_argument("--group-size", type=int, choices=(32, 64, 128), help="of a shape, default 128")
+    sub.add_argument("--scratch", metavar="DIR", help="write the shape's random model there and run it mapped")
+    sub.add_argument("--prefill", type=_counts, metavar="N,N", default=[128, 512], help="prompts (default 128,512)")
+    sub.add_argument("--decode", type=_positive, metavar="N", default=32, help="tokens to time (default 32)")
+    sub.add_argument("--batch", type=_counts, metavar="N,N", default=[1, 4, 8], help="sequences (default 1,4,8)")
+    sub.add_argument("--context", type=_count, metavar="N", default=128, help="cached before decoding (default 128)")
+    _add_running(sub, revision=True)
+
     sub = command("info", "inspect_model", "what a model is: architecture, format, sizes")
     sub.add_argument("model", metavar="MODEL")
     sub.add_argument("--revision", help="branch, tag or commit of a hub id")
@@ -197,8 +222,18 @@ def _add_running(parser: argparse.ArgumentParser, revision: bool = False, head: 
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     parser.add_argument("--threads", type=_threads, metavar="N", help="CPU threads (default: torch's choice)")
     parser.add_argument(
-        "--head", choices=("fp16", "int8"), default="fp16", help="vocabulary head of a quantized folder"
+        "--kv", choices=("fp16", "int8"), default="fp16", help="KV cache in the model's own 16 bits, or in about half"
     )
+    parser.add_argument(
+        "--exact",
+        action="store_true",
+        help="float32 activations for quantized weights, not 8-bit ones: slower on a CPU",
+    )
+    parser.add_argument("--warm", action="store_true", help="read all weights from the disk before starting")
+    if head:
+        parser.add_argument(
+            "--head", choices=("fp16", "int8"), default="fp16", help="vocabulary head of a quantized folder"
+        )
     _add_json(parser)
 
 
@@ -215,6 +250,12 @@ def _integer(low: int, high: int | None = None) -> Callable[[str], int]:
     return parse
 
 
+def _counts(text: str) -> list[int]:
+    """Numbers above 0 between commas."""
+    return [_positive(word) for word in text.split(",")]
+
+
+_counts.__name__ = "list of numbers"
 _count, _positive = _integer(0), _integer(1)
 _threads = _integer(1, 8 * (os.cpu_count() or 1))  # a few too many are only slow, thousands never end
 

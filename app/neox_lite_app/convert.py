@@ -1,11 +1,11 @@
-"""neox-lite quantize: the quantizer with a progress bar."""
+"""neox-lite quantize and export: the quantizer and the GGUF writer, each with a progress bar."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from neox_lite_quant import convert
+from neox_lite_quant import convert, export_gguf
 
 from .running import amount, bar, note, print_json
 
@@ -27,3 +27,14 @@ def quantize(args: argparse.Namespace) -> None:
         if not args.dry_run:
             note(f"{report.seconds:.1f} s, at most {amount(report.peak_bytes, 'B')} of memory beyond mapped files")
             note(f"next: neox-lite generate {report.destination} --prompt 'Once upon a time'")
+
+
+def export(args: argparse.Namespace) -> None:
+    with bar(f"write {args.to}") as progress:
+        report = export_gguf(args.model, args.destination, args.head, args.revision, progress)
+    if args.json:
+        figures = ("bytes_in", "bytes_out", "seconds", "peak_bytes")
+        print_json({"destination": str(report.destination), **{k: getattr(report, k) for k in figures}})
+    else:
+        print(f"{report.destination} is {amount(report.bytes_out, 'B')}, from {amount(report.bytes_in, 'B')}")
+        note(f"{report.seconds:.1f} s, at most {amount(report.peak_bytes, 'B')} of memory beyond mapped files")

@@ -13,7 +13,7 @@ from neox_lite.generation import Clock
 from neox_lite_quant import convert
 
 from .evaluate import cut, quality_of, table
-from .running import backend_name, bar, load, note, placement, print_json
+from .running import bar, load, note, placement, print_json
 
 FOLDER = Path(__file__).parent / "demo_model"
 CONTEXT, WINDOWS = 256, 40
@@ -29,7 +29,7 @@ GPT-NeoX-20B is EleutherAI/gpt-neox-20b: 41 GB to fetch, 11 GB as int4. What thi
 def demo(args: argparse.Namespace) -> None:
     began = time.perf_counter()
     note("The bundled model: GPT-NeoX architecture, trained on Shakespeare's plays, 16-bit weights.")
-    source = load(str(FOLDER), args)
+    source = load(str(FOLDER), args, kv="fp16")
     windows = cut(source, (FOLDER / "heldout.txt").read_text(encoding="utf-8"), CONTEXT)[:WINDOWS]
     with tempfile.TemporaryDirectory(prefix="neox-lite-demo-") as scratch:
         rows = []
@@ -38,7 +38,7 @@ def demo(args: argparse.Namespace) -> None:
             with bar(f"quantize to {format}") as progress:
                 convert(FOLDER, Path(scratch) / format, format=format, progress=progress)
             models[f"demo ({format})"] = GPTNeoXForCausalLM.from_pretrained(
-                Path(scratch) / format, device_map=args.device
+                Path(scratch) / format, device_map=args.device, kv=args.kv
             )
         for name, model in models.items():
             with bar(f"score {name}", "window") as progress:
@@ -61,7 +61,7 @@ def demo(args: argparse.Namespace) -> None:
             "text": "".join(pieces),
             "tokens": clock.tokens,
             "decode_tokens_per_s": clock.tokens_per_s,
-            "backend": backend_name(model),
+            "backend": model.ops.name,
             "seconds": time.perf_counter() - began,
         }
     if args.json:

@@ -117,11 +117,11 @@ def compare(args: argparse.Namespace) -> None:
     text = read_text(args.text)
     for path in args.folders:
         resolve(path)  # a wrong name is said now, not after an hour's scoring of the source
-    source = load(args.source, args)
+    source = load(args.source, args, kv="fp16")  # what a smaller cache costs is then part of the distance
     windows = cut(source, text, args.context)[: args.windows]
     rows: list[Quality] = []
-    for path in [args.source, *args.folders]:
-        model = source if path == args.source else load(path, args, args.head)
+    for i, path in enumerate([args.source, *args.folders]):
+        model = source if i == 0 else load(path, args, args.head)
         if model.config.vocab_size != source.config.vocab_size:
             raise ArgumentError(
                 f"{path}: vocab_size {model.config.vocab_size}, but {args.source} has {source.config.vocab_size}"

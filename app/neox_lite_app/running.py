@@ -14,29 +14,34 @@ import torch
 
 from neox_lite import GPTNeoXForCausalLM
 from neox_lite.errors import ArgumentError
-from neox_lite.kernels import dispatch
 
 
-def load(name: str, args: argparse.Namespace, head: str = "fp16") -> GPTNeoXForCausalLM:
-    """Load a model as --device and --threads say, and say in one line what runs."""
+def load(name: str, args: argparse.Namespace, head: str = "fp16", **options: Any) -> GPTNeoXForCausalLM:
+    """Load a model as --device, --threads, --kv and --warm say, but for what options say, and say in one line what runs."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    model = GPTNeoXForCausalLM.from_pretrained(
-        name, revision=getattr(args, "revision", None), device_map=args.device, head=head
-    )
-    note(f"{name}: {format_name(model)}, {amount(model.get_memory_footprint(), 'B')} on {placement(model)}")
+    placing = {"revision": getattr(args, "revision", None), "device_map": args.device, "kv": args.kv}
+    placing["exact"] = args.exact
+    model = GPTNeoXForCausalLM.from_pretrained(name, head=head, **{**placing, **options})
+    note(f"{name}: {describe(model)}")
+    if args.warm:
+        with bar("read the weights") as progress:
+            model.warm(progress)
     return model
+
+
+def describe(model: GPTNeoXForCausalLM) -> str:
+    """Format, size, device and backend in one line."""
+    size = amount(model.get_memory_footprint(), "B")
+    cache = ", int8 KV cache" if model.kv == "int8" else ""
+    return f"{format_name(model)}, {size} on {placement(model)}{cache}"
 
 
 def placement(model: GPTNeoXForCausalLM) -> str:
     """The device and the backend that will run, in words."""
     where = "the CPU" if model.device.type == "cpu" else str(model.device)
     threads = f", {torch.get_num_threads()} threads" if model.device.type == "cpu" else ""
-    return f"{where} ({backend_name(model)} backend{threads})"
-
-
-def backend_name(model: GPTNeoXForCausalLM) -> str:
-    return next(name for name in dispatch.BACKENDS if dispatch.load(name) is model.ops)
+    return f"{where} ({model.ops.name} backend{threads})"
 
 
 def format_name(model: GPTNeoXForCausalLM) -> str:

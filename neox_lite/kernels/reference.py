@@ -5,7 +5,8 @@ Activations here are plain tensors in natural order, so `consumers` (the weights
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,10 +14,11 @@ from torch.nn import functional
 
 from ..cache import Batch, PagePool
 from ..formats import Weight
+from .backend import Backend, Norm
 
 Act = Tensor  # (tokens, features): what travels between operations of this backend
-Norm = tuple[Tensor, Tensor, float]  # gain (features,), bias (features,), eps
 
+name = "reference"
 DECODED_ELEMENTS = 1 << 24  # weights decoded at a time: 64 MB of float32 scratch
 SCORE_ELEMENTS = 1 << 25  # attention scores held at a time: 128 MB
 ACTIVATIONS = {
@@ -31,12 +33,22 @@ def why_not(device: torch.device) -> str | None:
     return None
 
 
+def bind(exact: bool) -> Backend:
+    """The backend: this module, always exact."""
+    return sys.modules[__name__]
+
+
+def capture(step: Callable[[Tensor], Tensor], ids: Tensor, batch: Batch, limit: int) -> None:
+    """Torch runs every step anew."""
+    return
+
+
 def embed(ids: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """ids (tokens,) int64, weight (vocabulary, hidden) -> x (tokens, hidden) in `dtype`."""
     return functional.embedding(ids.to(weight.device), weight).to(dtype)
 
 
-def norms(x: Tensor, lns: Sequence[Norm], consumers: Sequence[Weight]) -> list[Act]:
+def norms(x: Tensor, lns: Sequence[Norm], consumers: Sequence[Weight | None]) -> list[Act]:
     """x (tokens, hidden) -> one LayerNorm of x for each (gain, bias, eps)."""
     return [_layer_norm(x, ln) for ln in lns]
 
@@ -51,20 +63,15 @@ def linears(
     """out[i] = activation[i](acts[i] @ weights[i].T + addends[i]); addends (out,) or (tokens, out), or None."""
     outs = []
     for act, weight, addend, activation in zip(acts, weights, addends, activations, strict=True):
-        out = _matmul(act, weight)
+        out = matmul(act, weight)
         if addend is not None:
             out += addend
         outs.append(ACTIVATIONS[activation](out))
     return outs
 
 
-def attend(qkv: Act, cache: PagePool, layer: int, batch: Batch, rotary: Tensor, consumer: Weight) -> Act:
-    """Rotary, append to the cache, causal attention.
-
-    qkv (tokens, heads * 3 * head_dim), rows ordered [head, (q, k, v), head_dim]; rotary (2, positions, rotary_dim / 2)
-    float32 holds cosines and sines -> (tokens, heads * head_dim). Scores and softmax are float32; q is scaled before
-    the product, which keeps fp16 checkpoints from overflowing.
-    """
+def attend(qkv: Act, cache: PagePool, layer: int, batch: Batch, rotary: Tensor, consumer: Weight | None) -> Act:
+    """Rotary, append to the cache, causal attention: qkv (tokens, heads * 3 * head_dim) -> (tokens, heads * head_dim)."""
     heads, head_dim = cache.storage[layer].shape[2], cache.storage[layer].shape[4]
     q, k, v = qkv.view(-1, heads, 3, head_dim).unbind(2)  # (tokens, heads, head_dim)
     cos, sin = rotary[:, batch.positions.to(rotary.device)].unsqueeze(2)  # (tokens, 1, rotary_dim / 2)
@@ -81,7 +88,7 @@ def attend(qkv: Act, cache: PagePool, layer: int, batch: Batch, rotary: Tensor, 
 
 def sum_linears(acts: Sequence[Act], weights: Sequence[Weight], addends: Sequence[Tensor | None], x: Tensor) -> Tensor:
     """x + sum of acts[i] @ weights[i].T + sum of addends -> (tokens, hidden)."""
-    total = sum(_matmul(act, weight) for act, weight in zip(acts, weights, strict=True))
+    total = sum(matmul(act, weight) for act, weight in zip(acts, weights, strict=True))
     for addend in addends:
         if addend is not None:
             total = total + addend
@@ -91,7 +98,7 @@ def sum_linears(acts: Sequence[Act], weights: Sequence[Weight], addends: Sequenc
 def head(x: Tensor, rows: Tensor | None, norm: Norm, weight: Weight) -> Tensor:
     """Final norm and vocabulary projection of the chosen rows (None: all) -> (rows, vocabulary) float32 logits."""
     chosen = x if rows is None else x[rows.to(x.device)]
-    return _matmul(_layer_norm(chosen, norm), weight).float()
+    return matmul(_layer_norm(chosen, norm), weight).float()
 
 
 def final_norm(x: Tensor, norm: Norm) -> Tensor:
@@ -104,7 +111,7 @@ def _layer_norm(x: Tensor, ln: Norm) -> Tensor:
     return functional.layer_norm(x, (x.shape[-1],), gain.to(x.dtype), bias.to(x.dtype), eps)
 
 
-def _matmul(act: Tensor, weight: Weight) -> Tensor:
+def matmul(act: Tensor, weight: Weight) -> Tensor:
     """act (tokens, in) @ weight.T -> (tokens, out) in act's dtype, decoding a bounded number of rows at a time."""
     step = max(1, DECODED_ELEMENTS // weight.shape[1])
     if step >= weight.shape[0]:

@@ -1,0 +1,454 @@
+"""neox-lite bench: how fast a model reads prompts and decodes, beside how fast this machine could read its weights.
+
+Times the model's own steps; knows no kernel and no text: prompts are random ids.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
+from neox_lite.cache import PAGE, Batch, PagePool
+from neox_lite.cache import Sequence as CachedSequence
+from neox_lite.errors import ArgumentError
+from neox_lite.formats import DENSE, Dense, GroupInt, Weight, make_format
+from neox_lite.generation import PREFILL_TOKENS
+from neox_lite.layers import Linear
+from neox_lite.loading import LoadOptions, asked_device, roomiest
+
+from .doctor import memory
+from .random_model import RandomModel, config_of
+from .running import amount, bar, describe, load, note, print_json
+
+WARM_UP = 4  # decode steps that are not counted
+PREFILL_RUNS = 3
+OUTSIDE_STEPS = 8
+BUFFER_BYTES = 2 << 30  # read to measure the machine: many times any cache
+READ_PASSES = 5
+SAMPLE_S = 0.05
+
+
+def bench(args: argparse.Namespace) -> None:
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    check_options(args)
+    plan = plan_of(args) if args.shape else None
+    load_average = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    if load_average is not None and load_average > 0.3:
+        note(f"neox-lite: warning: this machine is busy (load {load_average:.1f}); figures may be low")
+    if plan is not None and args.scratch:
+        write(plan, Path(args.scratch))
+        plan = None  # what making it took is not the model's
+    with anonymous_peak() as peak:
+        model, load_s = load_model(args) if plan is None else (build(plan, args), None)
+        check_lengths(model.config, args)
+        result = {**identity(model, args), "load_s": load_s, **measure(model, args)}
+    result |= {"peak_bytes": peak_bytes(model.device), "anonymous_peak_bytes": peak()}
+    result |= bandwidth(model, result["weight_gb_per_s"]) | {"load_average": load_average}
+    if args.json:
+        print_json(result)
+    else:
+        print(table(result))
+    if args.shape:
+        note("measured with random weights, which say nothing of quality")
+
+
+# The model ------------------------------------------------------------------------------------------------------------
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Refuse what has no meaning beside MODEL, or beside --shape."""
+    for name in ("revision",) if args.shape else ("group_size", "scratch"):
+        if getattr(args, name) is not None:
+            raise ArgumentError(f"--{name.replace('_', '-')} goes with {'MODEL' if args.shape else '--shape'} only")
+    if args.warm and args.shape and not args.scratch:
+        raise ArgumentError("--warm reads weights from the disk, and --shape makes them in memory; add --scratch DIR")
+    asked_device(LoadOptions(device_map=args.device))  # said before gigabytes are written
+
+
+def load_model(args: argparse.Namespace) -> tuple[GPTNeoXForCausalLM, float]:
+    """MODEL or the folder just written, and the seconds that loading it took, with --warm the reading too."""
+    quantization = args.format if args.model and args.format != "fp16" else None
+    began = time.perf_counter()
+    model = load(args.model or args.scratch, args, args.head, quantization=quantization)
+    load_s = time.perf_counter() - began
+    if args.format == "fp16" and linears(model)[0].format != DENSE:
+        raise ArgumentError(f"{args.model}: is quantized; --format fp16 needs the checkpoint that it was made from")
+    return model, load_s
+
+
+def plan_of(args: argparse.Namespace) -> RandomModel:
+    """The random model that --shape, --format, --group-size and --head ask for."""
+    format = Dense() if args.format == "fp16" else make_format(args.format or "int4", args.group_size or 128)
+    assert isinstance(format, Dense | GroupInt)
+    config = config_of(args.shape)
+    check_lengths(config, args)
+    return RandomModel(config, format, args.head == "int8")
+
+
+def write(plan: RandomModel, folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ArgumentError(f"--scratch {folder}: is there already; give a new folder, or run neox-lite bench {folder}")
+    with bar("write random weights") as progress:
+        plan.write(folder, progress)
+    note(f"{folder} stays, for neox-lite bench {folder}")
+
+
+def build(plan: RandomModel, args: argparse.Namespace) -> GPTNeoXForCausalLM:
+    """The plan's model in memory, on the device that --device names."""
+    device = asked_device(LoadOptions(device_map=args.device))
+    free = memory()[1]
+    if free is not None and plan.nbytes > free:
+        raise ArgumentError(
+            f"--shape {args.shape}: the weights take {amount(plan.nbytes, 'B')}, but {amount(free, 'B')} of memory is free; "
+            "use --format int4, or --scratch DIR to run them mapped from there"
+        )
+    with bar("make random weights") as progress:
+        model = plan.build(progress)
+    model.kv = args.kv
+    model = model.to(device or roomiest(model.get_memory_footprint(), {}))
+    note(f"{args.shape}: {describe(model)}")
+    return model
+
+
+def linears(model: GPTNeoXForCausalLM) -> list[Linear]:
+    """The linear layers of all blocks."""
+    return [m for m in model.gpt_neox.layers.modules() if isinstance(m, Linear)]
+
+
+def read_linears(model: GPTNeoXForCausalLM) -> list[Linear]:
+    """What every decoded token reads: the linear layers and the head, not the embedding."""
+    return [*linears(model), model.embed_out]
+
+
+def check_lengths(config: GPTNeoXConfig, args: argparse.Namespace) -> None:
+    """Refuse prompts and sequences that are longer than the model's context."""
+    limit = config.max_position_embeddings
+    if max(args.prefill) > limit:
+        raise ArgumentError(f"--prefill is {max(args.prefill)}, but the model's context is {limit}")
+    if (wanted := args.context + WARM_UP + args.decode) > limit:
+        raise ArgumentError(
+            f"--context {args.context} and --decode {args.decode} need {wanted} tokens with {WARM_UP} to warm up, but the "
+            f"model's context is {limit}"
+        )
+
+
+def identity(model: GPTNeoXForCausalLM, args: argparse.Namespace) -> dict[str, Any]:
+    """What is measured, and on what."""
+    config, weight = model.config, linears(model)[0].handle
+    return {
+        "model": args.model,
+        "shape": args.shape or f"{config.num_hidden_layers}x{config.hidden_size}x{config.num_attention_heads}",
+        "format": label(weight),
+        "group_size": getattr(weight.format, "group_size", None),
+        "head": label(model.embed_out.handle),
+        "kv": model.kv,
+        "device": str(model.device),
+        "backend": model.ops.name,
+        "threads": torch.get_num_threads(),
+        "context": args.context,
+    }
+
+
+def label(weight: Weight) -> str:
+    """int4, int8, fp16, bfloat16 or float32."""
+    if weight.format != DENSE:
+        return weight.format.name
+    name = str(weight.tensors["weight"].dtype).removeprefix("torch.")
+    return "fp16" if name == "float16" else name
+
+
+def weight_bytes(model: GPTNeoXForCausalLM) -> int:
+    """Bytes that every decoded token reads."""
+    return sum(linear.handle.nbytes for linear in read_linears(model))
+
+
+# Speed ----------------------------------------------------------------------------------------------------------------
+
+
+def measure(model: GPTNeoXForCausalLM, args: argparse.Namespace) -> dict[str, Any]:
+    """All figures that come from running the model; speeds are medians."""
+    batches, outside_steps = sorted({1, *args.batch}), min(OUTSIDE_STEPS, args.decode)
+    total = len(args.prefill) * PREFILL_RUNS + len(batches) * (WARM_UP + args.decode) + WARM_UP + outside_steps
+    done = 0
+    with bar("measure", "step") as progress:
+
+        def tick() -> None:
+            nonlocal done
+            done += 1
+            progress(done, total)
+
+        prefill_s(model, 16, 1, lambda: None)  # binds the kernels and brings the weights into memory
+        decodes: dict[int, list[float]] = {n: [] for n in batches}
+        for n, times in decodes.items():
+            for step_s in decode_s(model, n, args.context, WARM_UP + args.decode):
+                times.append(step_s)
+                tick()
+            del times[:WARM_UP]
+        prefills = {n: prefill_s(model, n, PREFILL_RUNS, tick) for n in args.prefill}
+        outside = outside_share(model, args.context, outside_steps, tick)
+    median = {n: statistics.median(times) for n, times in decodes.items()}
+    fast, slow = quartiles(decodes[1])
+    return {
+        "prefill_tokens_per_s": {str(n): n / statistics.median(times) for n, times in prefills.items()},
+        "decode_tokens_per_s": 1 / median[1],
+        "decode_quartiles_tokens_per_s": [1 / slow, 1 / fast],
+        "batch_decode_tokens_per_s": {str(n): n / median[n] for n in batches if n > 1},
+        "weight_bytes_per_token": weight_bytes(model),
+        "weight_gb_per_s": weight_bytes(model) / median[1] / 1e9,
+        "outside_share": outside,
+    }
+
+
+def quartiles(times: Sequence[float]) -> tuple[float, float]:
+    """The times that a quarter and three quarters of all stay below."""
+    if len(times) == 1:
+        return times[0], times[0]
+    first, _, third = statistics.quantiles(times, n=4, method="inclusive")
+    return first, third
+
+
+def prefill_s(model: GPTNeoXForCausalLM, tokens: int, runs: int, tick: Callable[[], None]) -> list[float]:
+    """Seconds that a prompt of random ids takes, each run into a fresh sequence."""
+    pool, times = model.new_pool(pages=-(-tokens // PAGE)), []
+    for _ in range(runs):
+        ids = torch.randint(model.config.vocab_size, (tokens,)).tolist()
+        sequence = pool.new()
+        began = time.perf_counter()
+        for start in range(0, tokens, PREFILL_TOKENS):
+            logits = model.step(pool, [sequence], [ids[start : start + PREFILL_TOKENS]])
+        logits.argmax().item()  # waits for a GPU
+        times.append(time.perf_counter() - began)
+        pool.free(sequence)
+        tick()
+    return times
+
+
+def decode_s(model: GPTNeoXForCausalLM, batch: int, context: int, steps: int) -> Iterator[float]:
+    """Seconds of each greedy step of a batch whose sequences already hold `context` tokens, as the steps are made."""
+    pool = model.new_pool(pages=batch * -(-(context + steps) // PAGE))
+    sequences = [filled(pool, context) for _ in range(batch)]
+    chosen = [[1 + i] for i in range(batch)]
+    for _ in range(steps):
+        began = time.perf_counter()
+        chosen = model.step(pool, sequences, chosen).argmax(-1, keepdim=True).tolist()
+        yield time.perf_counter() - began
+
+
+def filled(pool: PagePool, context: int) -> CachedSequence:
+    """A sequence of random keys and values, as large as those of a prompt, without the time of a prefill."""
+    sequence = pool.new()
+    batch = Batch.reserve(pool, [sequence], [context])
+    for layer, storage in enumerate(pool.storage):
+        keys, values = torch.randn(2, context, storage.shape[2], storage.shape[4], device=storage.device)
+        pool.write(layer, batch, keys, values)
+    batch.commit()
+    return sequence
+
+
+@dataclass
+class Stopwatch:
+    """Adds up the time inside calls; a call within a call counts once."""
+
+    seconds: float = 0.0
+    depth: int = 0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        began = time.perf_counter()
+        self.depth += 1
+        try:
+            yield
+        finally:
+            self.depth -= 1
+            if self.depth == 0:
+                self.seconds += time.perf_counter() - began
+
+
+class Timed:
+    """Stands in front of a backend, or of a step that it captured, and times every call."""
+
+    def __init__(self, inner: Any, watch: Stopwatch) -> None:
+        self._inner, self._watch = inner, watch
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._inner, name)
+        if not callable(found):
+            return found
+
+        def call(*args: Any, **options: Any) -> Any:
+            with self._watch.running():
+                result = found(*args, **options)
+            return Timed(result, self._watch) if name == "capture" and result is not None else result
+
+        return call
+
+
+def outside_share(model: GPTNeoXForCausalLM, context: int, steps: int, tick: Callable[[], None]) -> float | None:
+    """Share of decode time outside the backend's operations and captured steps; None where that cannot be told.
+
+    That is a GPU, where calls return before the work is done, and a backend that does not work through model.ops.
+    """
+    if model.device.type != "cpu":
+        return None
+    operations, watch = model.ops, Stopwatch()
+    total_s = inside_s = 0.0
+    model.__dict__["_ops"] = Timed(operations, watch)
+    try:
+        for i, step_s in enumerate(decode_s(model, 1, context, WARM_UP + steps)):
+            if i >= WARM_UP:
+                total_s += step_s
+                inside_s += watch.seconds
+            watch.seconds = 0.0
+            tick()
+    finally:
+        model.__dict__["_ops"] = operations
+    return 1 - inside_s / total_s if inside_s else None
+
+
+# The machine ----------------------------------------------------------------------------------------------------------
+
+
+def bandwidth(model: GPTNeoXForCausalLM, weight_gb_per_s: float) -> dict[str, Any]:
+    """How fast plain code reads a fresh buffer and the model's weights, and decode's share of the former."""
+    threads = torch.get_num_threads()
+    weights = [max(linear.handle.tensors.values(), key=lambda t: t.nbytes) for linear in read_linears(model)]
+    buffer = torch.ones(BUFFER_BYTES, dtype=torch.uint8, device=model.device) if model.device.type == "cuda" else None
+    gb_per_s, method = read_bandwidth(threads, None if buffer is None else [buffer])
+    return {
+        "read_gb_per_s": gb_per_s,
+        "read_method": method,
+        "bandwidth_share": weight_gb_per_s / gb_per_s,
+        "weights_read_gb_per_s": read_bandwidth(threads, weights)[0],
+    }
+
+
+def read_bandwidth(threads: int, tensors: Sequence[Tensor] | None = None) -> tuple[float, str]:
+    """GB/s at which plain code reads memory with so many threads, and the code that was fastest; the best of several passes.
+
+    tensors: what to read, None for a fresh buffer that no cache holds. The two may differ by half: where the system has put
+    a page decides how fast it is read, and it is the weights' own pages that limit a kernel.
+    """
+    if tensors is None:
+        free = memory()[1] or BUFFER_BYTES
+        tensors = [torch.ones(min(BUFFER_BYTES, free // 4) // 8 * 8, dtype=torch.uint8)]
+    views = [t.detach().flatten().view(torch.uint8) for t in tensors]
+    reads: dict[str, Callable[[], object]] = {"torch maximum of bytes": lambda: [v.max() for v in views][-1].item()}
+    if all(len(v) % 8 == 0 for v in views):
+        wide = [v.view(torch.int64) for v in views]
+        reads["torch sum of int64"] = lambda: [w.sum() for w in wide][-1].item()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            if views[0].device.type == "cpu":
+                reads["numpy or of bytes"] = _numpy_read(views, threads, pool)
+            times = {name: min(seconds(read) for _ in range(READ_PASSES)) for name, read in reads.items()}
+    finally:
+        torch.set_num_threads(before)
+    best = min(times, key=lambda name: times[name])
+    return sum(map(len, views)) / times[best] / 1e9, best
+
+
+def _numpy_read(views: Sequence[Tensor], threads: int, pool: ThreadPoolExecutor) -> Callable[[], object]:
+    """Every thread reads its share of every tensor."""
+    import numpy
+
+    shares = list(zip(*(numpy.array_split(v.numpy(), threads) for v in views), strict=True))
+    return lambda: list(pool.map(lambda share: [numpy.bitwise_or.reduce(part) for part in share], shares))
+
+
+def seconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+@contextmanager
+def anonymous_peak() -> Iterator[Callable[[], int | None]]:
+    """Watches how much memory this process holds that no file backs; gives a function that tells the most so far.
+
+    It tells None where the system does not say (Linux does).
+    """
+    highest, ended = status_bytes("RssAnon"), threading.Event()
+
+    def watch() -> None:
+        nonlocal highest
+        while not ended.wait(SAMPLE_S):
+            highest = max(highest or 0, status_bytes("RssAnon") or 0)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    if highest is not None:
+        watcher.start()
+    try:
+        yield lambda: highest
+    finally:
+        ended.set()
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """The most memory held: on a GPU, tensors there; on the CPU, all of this process, mapped files included."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if (found := status_bytes("VmHWM")) is not None:
+        return found
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS, the system that is left
+
+
+def status_bytes(key: str) -> int | None:
+    """An entry of Linux's /proc/self/status in bytes."""
+    try:
+        return int(Path("/proc/self/status").read_text().partition(f"{key}:")[2].split()[0]) * 1024
+    except (OSError, IndexError):
+        return None
+
+
+# Output ---------------------------------------------------------------------------------------------------------------
+
+
+def table(result: dict[str, Any]) -> str:
+    """The figures as aligned text."""
+    group = f" g{result['group_size']}" if result["group_size"] else ""
+    low, high = result["decode_quartiles_tokens_per_s"]
+    outside, anonymous = result["outside_share"], result["anonymous_peak_bytes"]
+    rows = [
+        ("model", f"{result['model'] or 'random weights'}, {result['shape']}"),
+        ("format", f"{result['format']}{group}, head {result['head']}, KV cache {result['kv']}"),
+        ("runs on", f"{result['device']}, {result['backend']} backend, {result['threads']} threads"),
+        *((f"prefill {n}", f"{speed:.1f} tokens/s") for n, speed in result["prefill_tokens_per_s"].items()),
+        ("decode", f"{result['decode_tokens_per_s']:.2f} tokens/s ({low:.2f} to {high:.2f} in the middle half)"),
+        *((f"decode x{n}", f"{speed:.2f} tokens/s in all") for n, speed in result["batch_decode_tokens_per_s"].items()),
+        ("", f"after {result['context']} cached tokens a sequence"),
+        (
+            "weights",
+            f"{result['weight_gb_per_s']:.2f} GB/s read in decode; plain code reads them at "
+            f"{result['weights_read_gb_per_s']:.1f}, and a fresh buffer at {result['read_gb_per_s']:.1f} "
+            f"({result['read_method']}; decode has {result['bandwidth_share']:.0%} of that)",
+        ),
+        ("outside", "unknown" if outside is None else f"{outside:.2%} of decode time is outside the operations"),
+        (
+            "memory",
+            ("unknown" if result["peak_bytes"] is None else f"{amount(result['peak_bytes'], 'B')} at most")
+            + ("" if anonymous is None else f", {amount(anonymous, 'B')} of it not backed by files"),
+        ),
+    ]
+    if result["load_s"] is not None:
+        rows.append(("load", f"{result['load_s']:.2f} s"))
+    return "\n".join(f"{name:<13}{text}" for name, text in rows)

@@ -1,0 +1,288 @@
+"""neox-lite and its peers on this CPU: one shape, the same weights, measured in turns.
+
+    python benchmarks/peers_cpu.py --shape pythia-160m [--engines neox-lite-int4,llama.cpp-q4_0] [--rounds 5]
+
+Each engine is a process of its own (`peers_engines.py`) that loads the model once and then makes one measurement at a
+time, while all others are stopped: nobody spins beside the one who works. Rounds go A B C A B C ..., a figure is the median
+with its quartiles. What each engine needs is written once, below --scratch. An engine whose package is missing is left
+out, saying so; pip install llama-cpp-python openvino optimum-intel nncf ctranslate2 bitsandbytes transformers matplotlib.
+Shapes that do not fit in memory several times are measured with --engines A,B: weights are mapped where the engine can.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from peers_engines import ENGINES, GROUP, PROMPT, REFERENCE, SHAPES, settings
+
+METRICS = {  # what a worker is asked; {n} is --tokens
+    "decode 1": "decode {n}",
+    "decode 4": "batch 4 {n}",
+    "decode 8": "batch 8 {n}",
+    "prefill 128": "prefill 128",
+    "prefill 512": "prefill 512",
+}
+QUIET, TRIES = 0.05, 6  # a sample during which others took more than this share of the CPU is taken again
+
+
+class Worker:
+    """A worker as its parent sees it: stopped, except while it is asked something."""
+
+    def __init__(self, name: str, args: argparse.Namespace, home: Path) -> None:
+        self.name, self.log = name, home / f"{name}.log"
+        threads = {f"{library}_NUM_THREADS": str(args.threads) for library in ("OMP", "MKL", "NUMBA", "OPENBLAS")}
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                script("peers_engines.py", name, home, args.threads),
+                env={**os.environ, **threads},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+        self.told = self.read()
+        self.process.send_signal(signal.SIGSTOP)
+
+    def ask(self, question: str) -> dict[str, Any]:
+        """One measurement; `others_cpu` is the share of the machine that other processes took meanwhile."""
+        assert self.process.stdin
+        began, busy, own = time.perf_counter(), busy_seconds(), own_seconds(self.process.pid)
+        self.process.send_signal(signal.SIGCONT)
+        self.process.stdin.write(question + "\n")
+        self.process.stdin.flush()
+        found = self.read()
+        self.process.send_signal(signal.SIGSTOP)
+        others = (busy_seconds() - busy) - (own_seconds(self.process.pid) - own)
+        available = (time.perf_counter() - began) * (os.cpu_count() or 1)
+        return {**found, "others_cpu": max(0.0, others / available)}
+
+    def read(self) -> dict[str, Any]:
+        assert self.process.stdout
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(last_line(self.log.read_text(errors="replace")))  # it died; its log says why
+        return json.loads(line)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def script(name: str, *arguments: object) -> list[str]:
+    return [sys.executable, str(Path(__file__).with_name(name)), *map(str, arguments)]
+
+
+def busy_seconds() -> float:
+    """CPU seconds that all processes, and the hypervisor, have taken so far."""
+    user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def own_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def last_line(text: str) -> str:
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "ended without a word")
+
+
+def prepared(args: argparse.Namespace, home: Path) -> dict[str, str]:
+    """Write what the engines need and is not there yet; returns the reasons of those that cannot have it."""
+    left_out: dict[str, str] = {}
+    for what in dict.fromkeys(what for name in args.engines for what in ["int4", *ENGINES[name][1]]):
+        if (home / what).exists():
+            continue
+        print(f"write {what} ...", file=sys.stderr)
+        done = subprocess.run(
+            script("peers_model.py", what, home, args.shape),
+            stderr=subprocess.PIPE,
+            stdout=sys.stderr,
+            text=True,
+        )
+        if done.returncode:
+            left_out |= {name: last_line(done.stderr) for name in args.engines if what in ENGINES[name][1]}
+    return left_out
+
+
+def measure(args: argparse.Namespace, home: Path) -> dict[str, Any]:
+    """All engines, all metrics, in turns."""
+    left_out, workers, started = prepared(args, home), [], []
+    try:
+        if args.errors and not (home / "truth.npy").exists():
+            started.append(reference := Worker(REFERENCE, args, home))
+            reference.ask("error")
+            reference.close()
+        for name in (n for n in args.engines if n not in left_out):
+            print(f"load {name} ...", file=sys.stderr)
+            try:
+                started.append(worker := Worker(name, args, home))
+                worker.told["error"] = worker.ask("error")["error"] if args.errors else None
+                workers.append(worker)
+            except RuntimeError as error:
+                left_out[name] = str(error)
+        rows: dict[str, dict[str, Any]] = {w.name: {**w.told, "metrics": {}} for w in workers}
+        for metric in args.metrics:
+            question = METRICS[metric].format(n=args.tokens)
+            samples: dict[str, list[dict[str, Any]]] = {w.name: [] for w in workers}
+            for turn in range(args.rounds + 1):  # the first warms up: kernels compiled, contexts made
+                for worker in (w for w in workers if w.name not in left_out):
+                    try:
+                        found = worker.ask(question) if turn == 0 else undisturbed(worker, question)
+                        samples[worker.name] += [found] if turn else []
+                    except RuntimeError as error:  # most likely the machine ran out of memory
+                        left_out[worker.name] = f"{metric}: {error}"
+                        del rows[worker.name]
+            for name, row in rows.items():
+                row["metrics"][metric] = summary(samples[name])
+                for key in (key for key in samples[name][0] if key.endswith("_bytes")):
+                    row[key] = max(row.get(key, 0), *(sample[key] for sample in samples[name]))
+            print(table(rows, [metric]), file=sys.stderr)
+    finally:
+        for worker in started:
+            worker.close()
+    return {"engines": rows, "left_out": left_out}
+
+
+def undisturbed(worker: Worker, question: str) -> dict[str, Any]:
+    """A sample while nobody else worked; after TRIES, the one that was disturbed least. Its speed plays no part."""
+    found: list[dict[str, Any]] = []
+    while len(found) < TRIES and not (found and found[-1]["others_cpu"] <= QUIET):
+        time.sleep(len(found))
+        found.append(worker.ask(question))
+    return {**min(found, key=lambda sample: sample["others_cpu"]), "tries": len(found)}
+
+
+def summary(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    speeds = [round(s["tokens_per_s"], 3) for s in samples]
+    low, middle, high = statistics.quantiles(speeds, n=4, method="inclusive") if len(speeds) > 1 else speeds * 3
+    others = round(max(s["others_cpu"] for s in samples), 3)
+    spread, tries = round((high - low) / middle, 4), sum(s["tries"] for s in samples)
+    figures = {"median": middle, "quartiles": [low, high], "spread": spread, "samples": speeds}
+    return {**figures, "tries": tries, "others_cpu_max": others}
+
+
+def table(rows: dict[str, dict[str, Any]], metrics: list[str]) -> str:
+    lines = []
+    for metric in metrics:
+        lines.append(f"{metric}, tokens/s: median, quartiles, spread, most CPU that others took")
+        for name, row in sorted(rows.items(), key=lambda r: -r[1]["metrics"][metric]["median"]):
+            m = row["metrics"][metric]
+            low, high = m["quartiles"]
+            numbers = f"{m['median']:9.2f}  {low:9.2f} - {high:9.2f}  {m['spread']:6.1%}  {m['others_cpu_max']:6.1%}"
+            lines.append(f"  {name:26} {numbers}")
+    return "\n".join(lines)
+
+
+def overview(rows: dict[str, dict[str, Any]]) -> str:
+    lines = ["engine: load s, first token s, peak RSS GB, anonymous GB, rms error of prefill and decode, head"]
+    for name, row in rows.items():
+        sizes = f"{row['peak_rss_bytes'] / 1e9:6.2f} {row['anonymous_bytes'] / 1e9:6.2f}"
+        wrong = row["error"] or {}
+        told = " ".join(f"{wrong[how]['rms']:9.1e}" if how in wrong else f"{'-':>9}" for how in ("prefill", "decode"))
+        lines.append(f"  {name:26} {row['load_s']:6.2f} {row['first_token_s']:6.2f} {sizes} {told}  {row['head']}")
+    return "\n".join(lines)
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """One panel a metric, engines as bars, quartiles as whiskers."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows, metrics = result["engines"], result["metrics"]
+    figure, panels = pyplot.subplots(1, len(metrics), figsize=(3.6 * len(metrics), 1 + 0.32 * len(rows)), sharey=True)
+    names = list(reversed(rows))
+    for panel, metric in zip([panels] if len(metrics) == 1 else panels, metrics, strict=True):
+        found = [rows[name]["metrics"][metric] for name in names]
+        medians = [m["median"] for m in found]
+        whiskers = [[m["median"] - m["quartiles"][0] for m in found], [m["quartiles"][1] - m["median"] for m in found]]
+        colors = ["tab:orange" if name.startswith("neox-lite") else "tab:gray" for name in names]
+        panel.barh(names, medians, xerr=whiskers, color=colors)
+        panel.bar_label(panel.containers[-1], [f" {m:.{1 if m < 100 else 0}f}" for m in medians], fontsize=8)
+        panel.set_title(f"{metric}, tokens/s", fontsize=10)
+        panel.margins(x=0.3)
+    machine = result["machine"]
+    figure.suptitle(
+        f"{result['shape']}: {machine['cpu']}, {result['threads']} threads; median and quartiles", fontsize=10
+    )
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def machine() -> dict[str, Any]:
+    info = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
+    info = {key.strip(): value.strip() for key, value in info.items()}
+    flags = set(info.get("flags", "").split())
+    known = ("avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8")
+    return {
+        "cpu": info.get("model name", platform.machine()),
+        "cores": os.cpu_count(),
+        "features": [flag for flag in known if flag in flags],
+        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    names = lambda text: text.split(",")  # noqa: E731
+    parser.add_argument(
+        "--shape", default="pythia-160m", help=f"{', '.join(SHAPES)}, or LxHxA: layers x hidden x heads"
+    )
+    parser.add_argument("--engines", type=names, default=list(ENGINES), help=f"some of {','.join(ENGINES)}")
+    parser.add_argument("--metrics", type=names, default=list(METRICS), help=f"some of {','.join(METRICS)}")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each figure (default 5)")
+    parser.add_argument("--tokens", type=int, default=32, help=f"decoded after {PROMPT} tokens (default 32)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="for every engine (default: all)")
+    parser.add_argument("--no-errors", dest="errors", action="store_false", help="skip the comparison with the truth")
+    parser.add_argument(
+        "--scratch", type=Path, default=Path(tempfile.gettempdir()) / "neox-lite-peers", help="for models"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results", help="folder of the JSON and the plot"
+    )
+    parser.add_argument("--force", action="store_true", help="measure although the machine is busy")
+    args = parser.parse_args()
+    home = args.scratch / args.shape
+    home.mkdir(parents=True, exist_ok=True)
+    for given, known in ((args.engines, ENGINES), (args.metrics, METRICS)):
+        if unknown := [name for name in given if name not in known]:
+            parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(known)}")
+    if (load := os.getloadavg()[0]) > 0.3 and not args.force:
+        print(
+            f"the load average is {load:.2f}, expected at most 0.3; wait, or measure anyway with --force",
+            file=sys.stderr,
+        )
+        return 1
+    keys = {"shape": args.shape, "settings": settings(args.shape), "group_size": GROUP, "metrics": args.metrics}
+    keys |= {"threads": args.threads, "rounds": args.rounds, "prompt_tokens": PROMPT, "decode_tokens": args.tokens}
+    result = {**keys, "machine": machine(), "python": platform.python_version(), **measure(args, home)}
+    print(table(result["engines"], args.metrics), overview(result["engines"]), sep="\n")
+    for name, reason in result["left_out"].items():
+        print(f"left out: {name}: {reason}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"peers_cpu_{args.shape}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    try:
+        plot(result, path.with_suffix(".png"))
+    except ImportError:
+        print("no plot: matplotlib is not installed", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

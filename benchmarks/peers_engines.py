@@ -1,0 +1,409 @@
+"""One engine in a process of its own: loads its form of the model once, then answers with measurements.
+
+    python benchmarks/peers_engines.py ENGINE HOME THREADS
+
+`peers_cpu.py` runs this and knows what the figures mean, `peers_model.py` writes the models; here is how each library is
+driven. Libraries are imported where they are used, so that an engine's memory is its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).parents[1] / room) for room in (".", "quant", "app")]
+
+SHAPES = {  # layers, hidden size, heads, vocabulary
+    "pythia-160m": (12, 768, 12, 50304),
+    "pythia-410m": (24, 1024, 16, 50304),
+    "pythia-1.4b": (24, 2048, 16, 50304),
+    "pythia-6.9b": (32, 4096, 32, 50432),
+    "20b": (44, 6144, 64, 50432),
+}
+GROUP, PROMPT = 128, 16
+MIN_SECONDS = 0.3  # shorter measurements are repeated
+TRUTH_IDS = [[(7 * i + 11 * j) % 1000 + 100 for i in range(2 * PROMPT)] for j in range(2)]
+
+
+def settings(shape: str) -> dict[str, Any]:
+    """The keys of config.json for a shape's name, or for LxHxA: layers x hidden size x heads."""
+    layers, hidden, heads, vocab = SHAPES.get(shape) or (*map(int, shape.split("x")), 50304)
+    sizes = {"num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads, "vocab_size": vocab}
+    # The tanh form of GELU under the name that all of them run as one operation.
+    fixed = {"hidden_act": "gelu_pytorch_tanh", "max_position_embeddings": 2048, "bos_token_id": 0, "eos_token_id": 0}
+    return {**sizes, **fixed, "intermediate_size": 4 * hidden, "architectures": ["GPTNeoXForCausalLM"]}
+
+
+# -- the engines ------------------------------------------------------------------------------------------------------
+
+
+class Engine:
+    """One model, loaded: `start` feeds prompts to fresh sequences, `step` one token to each; both give last logits."""
+
+    package: str
+    head = "int8"
+    told: dict[str, Any] = {}  # noqa: RUF012
+
+    def room(self, sequences: int, tokens: int) -> None:
+        """Make ready, outside of the measured time, for that many sequences of that many tokens."""
+
+    def tune(self) -> None:
+        """Find the best settings by trial; not part of loading."""
+
+    def start(self, prompts: list[list[int]]) -> Any:
+        raise NotImplementedError
+
+    def step(self, tokens: list[int]) -> Any:
+        raise NotImplementedError
+
+    def array(self, logits: Any) -> Any:
+        """What start and step give, as a float32 array (sequences, vocabulary)."""
+        return logits.float().numpy()
+
+    def decode_seconds(self, sequences: int, tokens: int) -> float:
+        self.start([[5 + i] * PROMPT for i in range(sequences)])
+        began = time.perf_counter()
+        for _ in range(tokens):
+            self.step([9] * sequences)
+        return time.perf_counter() - began
+
+    def prefill_seconds(self, tokens: int) -> float:
+        began = time.perf_counter()
+        self.start([[5] * tokens])
+        return time.perf_counter() - began
+
+
+class NeoxLite(Engine):
+    package = "neox-lite"
+
+    def __init__(self, folder: Path, threads: int, truth: bool = False) -> None:
+        import torch
+
+        from neox_lite import GPTNeoXForCausalLM
+        from neox_lite.kernels import reference
+
+        torch.set_num_threads(threads)
+        exact = {"dtype": torch.float32} if truth else {"head": "int8"}
+        self.model = GPTNeoXForCausalLM.from_pretrained(folder, **exact)
+        if truth:
+            self.model._ops = reference
+        self.told = {"weights": f"{folder.name} g{GROUP}", "backend": self.model.ops.name}
+
+    def room(self, sequences: int, tokens: int) -> None:
+        self.pool, self.sequences = self.model.new_pool(sequences * -(-tokens // 128)), []
+
+    def start(self, prompts: list[list[int]]) -> Any:
+        for sequence in self.sequences:
+            self.pool.free(sequence)
+        self.sequences = [self.pool.new() for _ in prompts]
+        return self.model.step(self.pool, self.sequences, prompts)
+
+    def step(self, tokens: list[int]) -> Any:
+        return self.model.step(self.pool, self.sequences, [[token] for token in tokens])
+
+
+class LlamaCpp(Engine):
+    """Through the C interface; a context as large as needed, with flash attention where a trial says that it helps."""
+
+    package = "llama-cpp-python"
+
+    def __init__(self, file: Path, threads: int, repack: bool = True) -> None:
+        import llama_cpp
+
+        self.c, self.threads, self.context, self.flash = llama_cpp, threads, None, 1
+        self.batch = llama_cpp.llama_batch_init(512, 0, 1)
+        self.silent = llama_cpp.llama_log_callback(lambda *_: None)
+        llama_cpp.llama_log_set(self.silent, None)
+        options = llama_cpp.llama_model_default_params()
+        options.use_extra_bufts = repack
+        self.model = llama_cpp.llama_model_load_from_file(str(file).encode(), options)
+        if not self.model:
+            raise RuntimeError(f"llama.cpp did not open {file.name}")
+        self.vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
+        system = llama_cpp.llama_print_system_info().decode().strip()
+        weights = {"int4": "Q4_0", "int8": "Q8_0"}[file.stem]
+        self.told = {"weights": f"{weights}, each g{GROUP} scale four times", "repacked": repack, "system": system}
+
+    def tune(self) -> None:
+        self.flash = min((self.trial(flash), flash) for flash in (1, 0))[1]
+        self.told["flash attention"] = bool(self.flash)
+
+    def trial(self, flash: int) -> float:
+        self.flash = flash
+        self.room(1, 128 + PROMPT)
+        self.prefill_seconds(128)
+        return self.prefill_seconds(128) + self.decode_seconds(1, 8)
+
+    def room(self, sequences: int, tokens: int) -> None:
+        if self.context:
+            self.c.llama_free(self.context)
+        options = self.c.llama_context_default_params()
+        options.n_ctx, options.n_seq_max = sequences * -(-tokens // 256) * 256, sequences
+        options.n_threads = options.n_threads_batch = self.threads
+        options.flash_attn_type = self.flash
+        self.context = self.c.llama_init_from_model(self.model, options)
+
+    def start(self, prompts: list[list[int]]) -> Any:
+        self.c.llama_memory_clear(self.c.llama_get_memory(self.context), True)
+        self.length = 0
+        return self.feed(prompts)
+
+    def step(self, tokens: list[int]) -> Any:
+        return self.feed([[token] for token in tokens])
+
+    def feed(self, rows: list[list[int]]) -> Any:
+        batch, at = self.batch, 0
+        for sequence, row in enumerate(rows):
+            for i, token in enumerate(row):
+                batch.token[at], batch.pos[at], batch.n_seq_id[at] = token, self.length + i, 1
+                batch.seq_id[at][0], batch.logits[at] = sequence, i == len(row) - 1
+                at += 1
+        batch.n_tokens = at
+        self.length += len(rows[0])
+        if self.c.llama_decode(self.context, batch):
+            raise RuntimeError("llama_decode failed")
+        return self.c.llama_get_logits(self.context), len(rows)
+
+    def array(self, logits: Any) -> Any:
+        import numpy
+
+        return numpy.ctypeslib.as_array(logits[0], (logits[1], self.vocab)).copy()
+
+
+class OpenVino(Engine):
+    """The model that optimum-intel exported, run by OpenVINO itself, its head cut to the last token of a prompt."""
+
+    package = "openvino"
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        import numpy
+        import openvino
+
+        core, self.np = openvino.Core(), numpy
+        model = core.read_model(folder / "openvino_model.xml")
+        node = model.output("logits").get_node()
+        while node.get_type_name() != "MatMul":
+            node = node.input_value(0).get_node()
+        ops, one = openvino.opset13, numpy.array([1])
+        last = ops.slice(node.input_value(0), numpy.array([-1]), numpy.array([2**31 - 1]), one, one)
+        node.input(0).replace_source_output(last.output(0))
+        options = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
+        compiled = core.compile_model(model, "CPU", options)
+        self.request = compiled.create_infer_request()
+        names = ("INFERENCE_PRECISION_HINT", "KV_CACHE_PRECISION", "DYNAMIC_QUANTIZATION_GROUP_SIZE")
+        self.told = {"weights": f"int4 g{GROUP}", **{name: str(compiled.get_property(name)) for name in names}}
+
+    def start(self, prompts: list[list[int]]) -> Any:
+        self.request.reset_state()
+        self.length = 0
+        return self.feed(self.np.array(prompts))
+
+    def step(self, tokens: list[int]) -> Any:
+        return self.feed(self.np.array(tokens)[:, None])
+
+    def feed(self, ids: Any) -> Any:
+        rows, width = ids.shape
+        positions = self.np.arange(self.length, self.length + width)[None].repeat(rows, 0)
+        self.length += width
+        mask = self.np.ones((rows, self.length), self.np.int64)
+        beams = self.np.arange(rows, dtype=self.np.int32)
+        given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "beam_idx": beams}
+        self.request.infer(given, share_inputs=True)
+        return self.request.get_tensor("logits").data
+
+    def array(self, logits: Any) -> Any:
+        return logits[:, -1].copy()
+
+
+class CTranslate2(Engine):
+    """Its generator runs a whole greedy search at once, so a decode is the difference of a long and a short search."""
+
+    package = "ctranslate2"
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        import ctranslate2
+
+        self.c = ctranslate2
+        self.generator = ctranslate2.Generator(str(folder), "cpu", compute_type="int8", intra_threads=threads)
+        self.told = {"weights": "int8, one scale a row", "compute_type": self.generator.compute_type}
+
+    def search(self, prompts: list[list[int]], tokens: int) -> float:
+        names = [[str(token) for token in prompt] for prompt in prompts]
+        length = {"min_length": tokens, "max_length": tokens, "include_prompt_in_result": False, "beam_size": 1}
+        began = time.perf_counter()
+        self.generator.generate_batch(names, **length)
+        return time.perf_counter() - began
+
+    def decode_seconds(self, sequences: int, tokens: int) -> float:
+        prompts = [[5 + i] * PROMPT for i in range(sequences)]
+        short = self.search(prompts, 1)
+        return self.search(prompts, tokens + 1) - short
+
+    def prefill_seconds(self, tokens: int) -> float:
+        return self.search([[5] * tokens], 1)
+
+    def start(self, prompts: list[list[int]]) -> Any:
+        return self.generator.forward_batch(prompts, return_log_probs=False)
+
+    def array(self, logits: Any) -> Any:
+        import numpy
+
+        return numpy.array(logits)[:, -1]
+
+
+class Transformers(Engine):
+    package = "transformers"
+    head = "bfloat16"
+
+    def __init__(self, folder: Path, threads: int, nf4: bool = False) -> None:
+        import torch
+        import transformers
+
+        torch.set_num_threads(threads)
+        self.torch, options = torch, {"dtype": torch.bfloat16}
+        self.told = {"weights": "bfloat16"}
+        if nf4:
+            self.package = "bitsandbytes"
+            four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+            options |= {"quantization_config": transformers.BitsAndBytesConfig(**four), "device_map": "cpu"}
+            self.told = {"weights": "nf4, block 64, scales not quantized"}
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+
+    def start(self, prompts: list[list[int]]) -> Any:
+        self.cache = None
+        return self.feed(prompts)
+
+    def step(self, tokens: list[int]) -> Any:
+        return self.feed([[token] for token in tokens])
+
+    def feed(self, rows: list[list[int]]) -> Any:
+        with self.torch.no_grad():
+            ids = self.torch.tensor(rows)
+            out = self.model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self.cache = out.past_key_values
+        return out.logits[:, -1]
+
+
+class TorchInt4(Engine):
+    """torch's own int4 product at the layers' shapes: no attention, no norms and no head, so an upper bound."""
+
+    package = "torch"
+    head = "none"
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        import torch
+
+        from neox_lite.checkpoint import Checkpoint
+        from neox_lite.formats import unpack
+
+        torch.set_num_threads(threads)
+        self.torch, self.op, self.weights = torch, torch.ops.aten._weight_int4pack_mm_for_cpu, []
+        with Checkpoint.open(folder) as checkpoint:
+            for name in (n.removesuffix("_packed") for n in checkpoint.names() if n.endswith("weight_packed")):
+                codes = unpack(checkpoint.tensor(f"{name}_packed"), 4).int() + 8
+                packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+                scale = checkpoint.tensor(f"{name}_scale").bfloat16().T.contiguous()
+                self.weights.append((codes.shape[1], packed, torch.stack((scale, torch.zeros_like(scale)), -1)))
+        self.inputs = {columns: torch.randn(512, columns).bfloat16() for columns, *_ in self.weights}
+        self.told = {"weights": f"int4 g{GROUP}", "only": "the products of the layers"}
+
+    def start(self, prompts: list[list[int]]) -> Any:
+        for columns, packed, scale in self.weights:
+            self.op(self.inputs[columns][: len(prompts) * len(prompts[0])], packed, GROUP, scale)
+
+    def step(self, tokens: list[int]) -> Any:
+        self.start([[token] for token in tokens])
+
+
+ENGINES: dict[str, tuple[Callable[[Path, int], Engine], list[str]]] = {  # how to load it, and what must be written
+    "neox-lite-int4": (lambda home, threads: NeoxLite(home / "int4", threads), ["int4"]),
+    "neox-lite-int8": (lambda home, threads: NeoxLite(home / "int8", threads), ["int8"]),
+    "llama.cpp-q4_0": (lambda home, threads: LlamaCpp(home / "int4.gguf", threads), ["int4", "int4.gguf"]),
+    "llama.cpp-q4_0-as-stored": (
+        lambda home, threads: LlamaCpp(home / "int4.gguf", threads, repack=False),
+        ["int4", "int4.gguf"],
+    ),
+    "llama.cpp-q8_0": (lambda home, threads: LlamaCpp(home / "int8.gguf", threads), ["int8", "int8.gguf"]),
+    "openvino-int4": (lambda home, threads: OpenVino(home / "openvino", threads), ["plain", "openvino"]),
+    "ctranslate2-int8": (lambda home, threads: CTranslate2(home / "ctranslate2", threads), ["plain", "ctranslate2"]),
+    "transformers-bf16": (lambda home, threads: Transformers(home / "plain", threads), ["plain"]),
+    "bitsandbytes-nf4": (lambda home, threads: Transformers(home / "plain", threads, nf4=True), ["plain"]),
+    "torch-int4-products": (lambda home, threads: TorchInt4(home / "int4", threads), ["int4"]),
+}
+REFERENCE = "reference"
+
+
+def work(name: str, home: Path, threads: int) -> None:
+    """Load an engine, then answer "decode n", "batch b n", "prefill n" and "error" from stdin, one JSON line each."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+
+    def answer(**values: Any) -> None:
+        print(json.dumps(values), file=answers, flush=True)
+
+    began = time.perf_counter()
+    engine = NeoxLite(home / "int4", threads, truth=True) if name == REFERENCE else ENGINES[name][0](home, threads)
+    loaded = time.perf_counter() - began
+    engine.room(1, PROMPT + 1)
+    if name != REFERENCE:
+        engine.decode_seconds(1, 1)
+    ready = time.perf_counter() - began
+    engine.tune()
+    answer(version=version(engine.package), load_s=loaded, first_token_s=ready, head=engine.head, **engine.told)
+    for line in sys.stdin:
+        verb, *numbers = line.split()
+        if verb == "error":
+            answer(error=errors(engine, home / "truth.npy", write=name == REFERENCE))
+            continue
+        sequences, tokens = [1, *map(int, numbers)][-2:]
+        engine.room(sequences, tokens + PROMPT)
+        seconds: list[float] = []
+        while sum(seconds) < MIN_SECONDS:
+            once = engine.prefill_seconds(tokens) if verb == "prefill" else engine.decode_seconds(sequences, tokens)
+            seconds.append(once)
+        answer(tokens_per_s=sequences * tokens * len(seconds) / sum(seconds), **memory())
+
+
+def version(package: str) -> str:
+    from neox_lite.version import __version__
+
+    return __version__ if package == "neox-lite" else importlib.metadata.version(package)
+
+
+def errors(engine: Engine, path: Path, write: bool) -> dict[str, dict[str, float]] | None:
+    """The logits after each of TRUTH_IDS, fed at once and one by one: largest and rms error over the truth's rms."""
+    import numpy
+
+    if engine.head == "none":
+        return None
+    engine.room(len(TRUTH_IDS), 2 * PROMPT)
+    found = {"prefill": engine.array(engine.start(TRUTH_IDS))}
+    if write:
+        numpy.save(path, found["prefill"])
+        return None
+    with contextlib.suppress(NotImplementedError):
+        logits = engine.start([ids[:PROMPT] for ids in TRUTH_IDS])
+        for i in range(PROMPT, 2 * PROMPT):
+            logits = engine.step([ids[i] for ids in TRUTH_IDS])
+        found["decode"] = engine.array(logits)
+    truth = numpy.load(path)
+    unit = float(numpy.sqrt((truth**2).mean()))
+    wrong = {how: numpy.abs(logits - truth) / unit for how, logits in found.items()}
+    return {how: {"max": float(e.max()), "rms": float(numpy.sqrt((e**2).mean()))} for how, e in wrong.items()}
+
+
+def memory() -> dict[str, int]:
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    fields = {"peak_rss_bytes": "VmHWM", "rss_bytes": "VmRSS", "anonymous_bytes": "RssAnon"}
+    return {name: int(status[field].split()[0]) * 1024 for name, field in fields.items()}
+
+
+if __name__ == "__main__":
+    work(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))

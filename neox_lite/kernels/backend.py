@@ -1,0 +1,81 @@
+"""What every backend answers: the operations of a block and of the model's two ends. Knows no backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..cache import Batch, PagePool
+from ..formats import Weight
+
+Norm = tuple[Tensor, Tensor, float]  # gain (features,), bias (features,), eps
+Act = Any  # (tokens, features), laid out as the backend likes for the weight that will read it
+
+
+class Captured(Protocol):
+    """A decode step that runs again with new inputs, without Python between its operations."""
+
+    def replay(self, ids: Tensor, batch: Batch) -> Tensor:
+        """ids (sequences,), a batch of one token for each -> the step's result, in new memory."""
+        ...
+
+
+class Backend(Protocol):
+    """The operations. `consumers` are the weights that will read a result; None: it must be a plain float tensor."""
+
+    @property
+    def name(self) -> str: ...
+
+    def embed(self, ids: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """ids (tokens,) int64, weight (vocabulary, hidden) -> x (tokens, hidden) in `dtype`."""
+        ...
+
+    def norms(self, x: Tensor, lns: Sequence[Norm], consumers: Sequence[Weight | None]) -> list[Act]:
+        """x (tokens, hidden) -> one LayerNorm of x for each (gain, bias, eps)."""
+        ...
+
+    def linears(
+        self,
+        acts: Sequence[Act],
+        weights: Sequence[Weight],
+        addends: Sequence[Tensor | None],
+        activations: Sequence[str | None],
+        consumers: Sequence[Weight | None],
+    ) -> list[Act]:
+        """out[i] = activation[i](acts[i] @ weights[i].T + addends[i]); addends (out,) or (tokens, out), or None."""
+        ...
+
+    def attend(
+        self, qkv: Act, cache: PagePool, layer: int, batch: Batch, rotary: Tensor, consumer: Weight | None
+    ) -> Act:
+        """Rotary, append to the cache, causal attention.
+
+        qkv (tokens, heads * 3 * head_dim), rows ordered [head, (q, k, v), head_dim]; rotary (2, positions, rotary_dim / 2)
+        float32 holds cosines and sines -> (tokens, heads * head_dim). Scores and softmax are float32; q is scaled before
+        the product, which keeps fp16 checkpoints from overflowing.
+        """
+        ...
+
+    def sum_linears(
+        self, acts: Sequence[Act], weights: Sequence[Weight], addends: Sequence[Tensor | None], x: Tensor
+    ) -> Tensor:
+        """x + sum of acts[i] @ weights[i].T + sum of addends -> (tokens, hidden)."""
+        ...
+
+    def head(self, x: Tensor, rows: Tensor | None, norm: Norm, weight: Weight) -> Tensor:
+        """Final norm and vocabulary projection of the chosen rows (None: all) -> (rows, vocabulary) float32 logits."""
+        ...
+
+    def final_norm(self, x: Tensor, norm: Norm) -> Tensor:
+        """x (tokens, hidden) -> the last hidden state, for models without a vocabulary projection."""
+        ...
+
+    def capture(self, step: Callable[[Tensor], Tensor], ids: Tensor, batch: Batch, limit: int) -> Captured | None:
+        """step(ids) for a batch of one token a sequence, to be replayed; None where calling it is all there is.
+
+        limit: most tokens that a sequence will hold. Nothing is computed before the first replay.
+        """
+        ...

@@ -1,0 +1,31 @@
+"""The operations on the CPU, compiled for this processor by LLVM: weights are read where the file is mapped.
+
+Products with int4 and int8 weights take activations as int8 codes with a scale per 32 elements, or, `exact`, as float32. What
+each kernel does stands in linear.py, norm.py and attention.py; this file turns tensors into calls, and calls into programs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+
+import torch
+
+from ..backend import Backend
+
+
+def why_not(device: torch.device) -> str | None:
+    """None where it runs, else the reason."""
+    if device.type != "cpu":
+        return f"runs on the CPU only, this is {device.type}"
+    if importlib.util.find_spec("llvmlite") is None:
+        return "llvmlite is not installed; pip install llvmlite"
+    return None
+
+
+@cache
+def bind(exact: bool) -> Backend:
+    """The backend; compiling starts with its first call."""
+    from .operations import Operations
+
+    return Operations(exact)

@@ -1,0 +1,146 @@
+"""How activations lie in memory between operations, and the code that writes them. Knows no weight and no kernel.
+
+natural   float32 (tokens, n).
+planes    float32 for the exact product: in each unit of 128 elements, plane j holds element j of every 32-bit word of codes.
+rows      int8 codes with a scale per 32 elements, for one token or two: in each unit of 128, for 4-bit weights the elements
+          of even index and then those of odd index (the low and the high nibbles), for 8-bit weights natural order.
+tiles     the same codes for many tokens: the 32 bytes of a block for TILE tokens side by side, even before odd.
+
+A code is the nearest integer to x / scale, scale = max |x| / 127 over its block of 32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .code import I8, I32, Code, Value, vector
+
+UNIT = 128  # elements that the kernels for one token take at a time
+BLOCK = 32  # elements that share a scale
+TILE = 12  # tokens that the kernels for many tokens take at a time
+ROUNDER = 12582912.0  # 1.5 * 2**23: adding it to a float of small magnitude leaves the nearest integer in the low bits
+ROUNDER_BITS = 0x4B400000
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One of the four ways, for weights of `bits` bits; offset: what stored codes are above their values."""
+
+    kind: Literal["natural", "planes", "rows", "tiles"] = "natural"
+    bits: int = 0
+    offset: int = 0
+
+    @property
+    def is_int8(self) -> bool:
+        return self.kind in ("rows", "tiles")
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}{self.bits or ''}{f'o{self.offset}' if self.offset else ''}"
+
+    def padded(self, tokens: int, features: int) -> tuple[int, int]:
+        """Tokens and features that the memory must have room for."""
+        if self.kind == "natural":
+            return tokens, features
+        if self.kind == "tiles":
+            return -(-tokens // TILE) * TILE, features
+        return tokens, -(-features // UNIT) * UNIT
+
+
+NATURAL = Layout()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a kernel writes: addresses of values, scales and sums, and features as `Layout.padded` says."""
+
+    values: Value
+    scales: Value
+    sums: Value
+    features: Value
+
+
+def write_block(code: Code, layout: Layout, place: Place, token: Value, block: Value, x: Value) -> None:
+    """Write elements 32 * block.. of a token, float32 in 32 lanes."""
+    if layout.kind == "natural":
+        code.store(x, place.values + (token * place.features + block * BLOCK) * 4)
+    elif layout.kind == "planes":
+        words = 4 if layout.bits == 4 else 8  # of a block
+        unit = place.values + (token * place.features + (block >> 2) * UNIT + (block & 3) * words) * 4
+        for j in range(BLOCK // words):
+            lanes = [BLOCK // words * w + j for w in range(words)]
+            code.store(x.shuffled(lanes), unit, j * (UNIT // BLOCK) * words * 4)
+    else:
+        _write_codes(code, layout, place, token, block, x)
+
+
+def _write_codes(code: Code, layout: Layout, place: Place, token: Value, block: Value, x: Value) -> None:
+    peak = code.magnitude(x).peak()
+    is_zero = peak < 1e-30
+    inverse = is_zero.choose(0.0, 127.0 / peak)
+    rounded = code.fma(x, inverse.splat(BLOCK), code.number(ROUNDER, x.type)).bits(vector(I32, BLOCK))
+    codes, total = rounded.cut(I8), (rounded - ROUNDER_BITS).total()
+    scale = is_zero.choose(0.0, peak * (1 / 127.0))
+    if layout.bits == 4:
+        even, odd = codes.shuffled(range(0, BLOCK, 2)), codes.shuffled(range(1, BLOCK, 2))
+    else:
+        even, odd = codes.halves()
+    if layout.kind == "rows":
+        unit = place.values + token * place.features + (block >> 2) * UNIT
+        step, gap = (16, 64) if layout.bits == 4 else (32, 16)
+        first = unit + (block & 3) * step
+        index = token * (place.features // BLOCK) + block
+    else:
+        tile, lane = token // TILE, token % TILE
+        index = (tile * (place.features // BLOCK) + block) * TILE + lane
+        first, gap = place.values + index * BLOCK, 16
+    code.store(even, first)
+    code.store(odd, first, gap)
+    code.store(scale, place.scales + index * 4)
+    if layout.kind == "rows":
+        code.store(total.as_float() * float(layout.offset) * scale, place.sums + index * 4)
+    else:
+        code.store(total * -layout.offset, place.sums + index * 4)
+
+
+# Functions of floats, in any number of lanes ----------------------------------------------------------------------------
+
+
+def exp(code: Code, x: Value) -> Value:
+    """e**x for x in [-87, 88] (clamped to it), NaN for NaN; relative error below 2e-7.
+
+    x = n ln 2 + r with |r| <= ln 2 / 2; the polynomial is Cephes' expf's (Moshier).
+    """
+    x = (x < -87.0).choose(-87.0, (x > 88.0).choose(88.0, x))
+    shifted = code.fma(x, code.number(1.44269504088896341, x.type), code.number(ROUNDER, x.type))
+    n = shifted - ROUNDER
+    r = code.fma(n, code.number(-0.693359375, x.type), x)
+    r = code.fma(n, code.number(2.12194440e-4, x.type), r)
+    p = code.number(1.9875691500e-4, x.type)
+    for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        p = code.fma(p, r, code.number(c, x.type))
+    p = code.fma(p * r, r, r) + 1.0
+    power = (shifted.bits(vector(I32, x.lanes)) << 23) + 0x3F800000
+    return p * power.bits(x.type)
+
+
+def gelu_erf(code: Code, x: Value) -> Value:
+    """x * Phi(x); erfc by Chebyshev fitting (Numerical Recipes, 6.2), relative error below 1.2e-7 before rounding."""
+    z = code.magnitude(x) * 0.70710678118654752
+    t = 1.0 / code.fma(z, code.number(0.5, x.type), code.number(1.0, x.type))
+    p = code.number(0.17087277, x.type)
+    for c in (-0.82215223, 1.48851587, -1.13520398, 0.27886807, -0.18628806, 0.09678418, 0.37409196, 1.00002368):
+        p = code.fma(p, t, code.number(c, x.type))
+    power = code.fma(p, t, code.number(-1.26551223, x.type))
+    tail = 0.5 * t * exp(code, code.fma(z * -1.0, z, power))  # Phi(-|x|)
+    return x * (x < 0.0).choose(tail, 1.0 - tail)
+
+
+def gelu_tanh(code: Code, x: Value) -> Value:
+    """x * sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x**3): the tanh form of GELU, rewritten."""
+    u = 1.5957691216057308 * (x * code.fma(x * x, code.number(0.044715, x.type), code.number(1.0, x.type)))
+    return x / (exp(code, -1.0 * u) + 1.0)
+
+
+ACTIVATIONS = {None: lambda code, x: x, "erf": gelu_erf, "tanh": gelu_tanh}

@@ -1,0 +1,419 @@
+"""The operations as programs of kernel calls. Knows tensors, formats and the cache, but no instruction.
+
+Activations between operations are float32 tensors where the next weight reads those, else `Coded`. What only runs kernels can
+be captured: a decode step is then one program, run again and again with nothing of Python in between.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...cache import Batch, PagePool
+from ...formats import Dense, GroupInt, Weight
+from .. import reference
+from ..backend import Norm
+from . import attention, linear, norm
+from .acts import BLOCK, NATURAL, TILE, Layout
+from .compile import compiled
+from .pool import Call, Pool, rows_of
+from .target import Target, host
+
+# Where the way to multiply changes, in tokens; measured, see benchmarks/cpu.py.
+TILES_FROM = 5  # int8 activations: from here on, transposed words serve all tokens
+EXACT_ROWS = 8  # float32 activations: up to here, from the words; above, decoded weights and torch's product
+DENSE_ROWS = 8  # plain matrices likewise
+
+
+@dataclass(frozen=True)
+class Coded:
+    """Activations (tokens, features) in a layout that is not natural: values, then scales and sums, in one piece of memory."""
+
+    layout: Layout
+    tokens: int
+    features: int
+    memory: Tensor
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        return self.layout.padded(self.tokens, self.features)
+
+    def place(self) -> tuple[int, int, int, int]:
+        """Addresses of values, scales and sums, and features as padded."""
+        tokens, features = self.padded
+        start = self.memory.data_ptr()
+        scales = start + tokens * features
+        return start, scales, scales + tokens * features // BLOCK * 4, features
+
+
+Act = Tensor | Coded
+
+
+class NotCapturable(Exception):
+    """A captured call needs more than kernels."""
+
+
+@dataclass
+class Program:
+    """Kernel calls in order, what they need kept alive, and the scratch memory of a thread."""
+
+    calls: list[Call] = field(default_factory=list)
+    kept: list[object] = field(default_factory=list)
+    scratch_bytes: int = 0
+
+    def table(self, *values: int) -> int:
+        """Address of int64 arguments."""
+        self.kept.append(table := np.array(values, np.int64))
+        return table.ctypes.data
+
+    def keep(self, tensor: Tensor) -> int:
+        """Address of a tensor, which stays alive as long as the program."""
+        self.kept.append(tensor)
+        return tensor.data_ptr()
+
+
+class Captured:
+    """A decode step as one program: new ids, positions and pages go in, the same calls run."""
+
+    def __init__(self, pool: Pool, ids: Tensor, table: BatchTable, program: Program, out: Tensor) -> None:
+        self._pool, self._ids, self._table, self._program, self._out = pool, ids, table, program, out
+        self._rows = rows_of(program.calls)
+
+    def replay(self, ids: Tensor, batch: Batch) -> Tensor:
+        """ids (tokens,), one for each sequence of the batch -> what the captured function returned, in new memory."""
+        self._ids.copy_(ids)
+        self._table.fill(batch)
+        self._pool.run(self._rows, self._program.scratch_bytes)
+        return torch.from_numpy(self._out.numpy().copy())  # torch's copy would wake threads that then spin beside ours
+
+
+class BatchTable:
+    """A batch as attention.py reads it, at one address as long as it lives."""
+
+    def __init__(self, batch: Batch, pages: int) -> None:
+        """pages: most pages that a sequence of the batch will have."""
+        sequences, tokens = len(batch.sequences), batch.offsets[-1]
+        self.table = np.zeros(attention.HEADER + sequences * attention.SEQUENCE + tokens * attention.TOKEN, np.int64)
+        self.pages = np.zeros(max(1, sequences * pages), np.int64)
+        self.table[:3] = sequences, tokens, self.pages.ctypes.data
+        self._stride = pages
+        self.longest = pages * attention.PAGE
+        self.fill(batch)
+
+    def fill(self, batch: Batch) -> None:
+        """Take over a batch of as many sequences and tokens."""
+        place = attention.HEADER
+        for i, sequence in enumerate(batch.sequences):
+            first, last = batch.offsets[i], batch.offsets[i + 1]
+            self.table[place : place + 4] = batch.starts[i], first, last - first, i * self._stride
+            place += attention.SEQUENCE
+            used = sequence.pages[: self._stride]
+            self.pages[i * self._stride : i * self._stride + len(used)] = used
+        tokens = self.table[place:].reshape(-1, attention.TOKEN)
+        for column, values in enumerate((batch.positions, batch.pages, batch.slots)):
+            tokens[:, column] = values.numpy()
+
+
+class _Local(threading.local):
+    """What a thread is capturing, and the batch whose table it made last."""
+
+    program: Program | None = None
+    batch: tuple[Batch, BatchTable] | None = None
+
+
+class Operations:
+    """The backend of one precision."""
+
+    name = "cpu"
+    _pool: Pool | None = None  # one for the process
+
+    def __init__(self, exact: bool) -> None:
+        self.exact = exact
+        self.target: Target = host()
+        self._local = _Local()
+
+    @property
+    def pool(self) -> Pool:
+        if Operations._pool is None:
+            Operations._pool = Pool()
+        return Operations._pool
+
+    # Operations -------------------------------------------------------------------------------------------------------
+
+    def embed(self, ids: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """ids (tokens,) int64, weight (vocabulary, hidden) -> x (tokens, hidden) float32."""
+        weight, program = weight.contiguous(), Program()
+        x = torch.empty(len(ids), weight.shape[1])
+        arguments = program.table(program.keep(ids), program.keep(weight), weight.shape[1], program.keep(x))
+        self._call(program, norm.write_embed(self.target, _name(weight)), arguments, len(ids))
+        self._run(program)
+        return x
+
+    def norms(self, x: Tensor, lns: Sequence[Norm], consumers: Sequence[Weight | None]) -> list[Act]:
+        """x (tokens, hidden) -> one LayerNorm of x for each (gain, bias, eps), as its consumer reads it."""
+        program = Program()
+        acts = self._norms(program, x, lns, [self._layout(w, len(x)) for w in consumers])
+        self._run(program)
+        return acts
+
+    def linears(
+        self,
+        acts: Sequence[Act],
+        weights: Sequence[Weight],
+        addends: Sequence[Tensor | None],
+        activations: Sequence[str | None],
+        consumers: Sequence[Weight | None],
+    ) -> list[Act]:
+        """out[i] = activation[i](acts[i] @ weights[i].T + addends[i]); addends (out,) or (tokens, out), or None."""
+        program = Program()
+        outs: list[Act] = []
+        for act, weight, addend, activation, consumer in zip(
+            acts, weights, addends, activations, consumers, strict=True
+        ):
+            given = [] if addend is None else [addend]
+            outs.append(self._linear(program, [act], [weight], given, activation, consumer, beside=len(outs) > 0))
+        self._run(program)
+        return outs
+
+    def attend(
+        self, qkv: Act, cache: PagePool, layer: int, batch: Batch, rotary: Tensor, consumer: Weight | None
+    ) -> Act:
+        """Rotary, append to the cache, causal attention: qkv (tokens, heads * 3 * head_dim) -> (tokens, heads * head_dim)."""
+        assert isinstance(qkv, Tensor)
+        program, storage = Program(), cache.storage[layer]
+        heads, dim = storage.shape[2], storage.shape[4]
+        out = torch.empty(len(qkv), heads * dim)
+        table = self._batch_table(batch)
+        scales = program.keep(cache.scales[layer]) if cache.scales else 0
+        rotary = rotary.contiguous()
+        kind = attention.Heads(dim, 2 * rotary.shape[2], _name(storage))
+        arguments = program.table(
+            program.keep(qkv.contiguous()),
+            program.keep(out),
+            program.keep(storage),
+            scales,
+            table.table.ctypes.data,
+            program.keep(rotary),
+            rotary.shape[1],
+            heads,
+        )
+        program.kept.append(table)
+        program.scratch_bytes = attention.scratch_bytes(dim, table.longest)
+        self._call(program, attention.write_attention(self.target, kind), arguments, len(batch.sequences) * heads)
+        act = self._as(program, out, self._layout(consumer, len(qkv)))
+        self._run(program)
+        return act
+
+    def sum_linears(
+        self, acts: Sequence[Act], weights: Sequence[Weight], addends: Sequence[Tensor | None], x: Tensor
+    ) -> Tensor:
+        """x + sum of acts[i] @ weights[i].T + sum of addends -> (tokens, hidden)."""
+        program = Program()
+        given = [*(a for a in addends if a is not None), x]
+        out = self._linear(program, acts, weights, given, None, None)
+        self._run(program)
+        assert isinstance(out, Tensor)
+        return out
+
+    def head(self, x: Tensor, rows: Tensor | None, norm: Norm, weight: Weight) -> Tensor:
+        """Final norm and vocabulary projection of the chosen rows (None: all) -> (rows, vocabulary) float32 logits."""
+        program = Program()
+        chosen = x if rows is None else self._eagerly(program, lambda: x[rows])
+        acts = self._norms(program, chosen, [norm], [self._layout(weight, len(chosen))])
+        out = self._linear(program, acts, [weight], [], None, None)
+        self._run(program)
+        assert isinstance(out, Tensor)
+        return out
+
+    def final_norm(self, x: Tensor, norm: Norm) -> Tensor:
+        """x (tokens, hidden) -> the last hidden state, for models without a vocabulary projection."""
+        (out,) = self.norms(x, [norm], [None])
+        assert isinstance(out, Tensor)
+        return out
+
+    # Capturing --------------------------------------------------------------------------------------------------------
+
+    def capture(self, step: Callable[[Tensor], Tensor], ids: Tensor, batch: Batch, limit: int) -> Captured | None:
+        """Record what step(ids) would run for a batch of one token a sequence, without running it.
+
+        limit: most tokens a sequence will hold. None if the step needs more than kernels.
+        """
+        held, table = ids.clone(), BatchTable(batch, -(-limit // attention.PAGE))
+        self._local.program, self._local.batch = Program(), (batch, table)
+        self._local.program.kept.append(held)
+        try:
+            out = step(held)
+            return Captured(self.pool, held, table, self._local.program, out)
+        except NotCapturable:
+            return None
+        finally:
+            self._local.program = self._local.batch = None
+
+    def _run(self, program: Program) -> None:
+        captured = self._local.program
+        if captured is None:
+            if program.calls:
+                self.pool.run(rows_of(program.calls), program.scratch_bytes)
+            return
+        captured.calls += program.calls
+        captured.kept += program.kept
+        captured.scratch_bytes = max(captured.scratch_bytes, program.scratch_bytes)
+
+    def _eagerly(self, program: Program, compute: Callable[[], Tensor]) -> Tensor:
+        """What torch computes, once the calls so far are done; a captured program cannot repeat it."""
+        if self._local.program is not None:
+            raise NotCapturable
+        self._run(program)
+        program.calls = []
+        return compute()
+
+    def _batch_table(self, batch: Batch) -> BatchTable:
+        last = self._local.batch
+        if last is None or last[0] is not batch:
+            longest = max((len(s.pages) for s in batch.sequences), default=0)
+            self._local.batch = last = batch, BatchTable(batch, longest)
+        return last[1]
+
+    # Pieces of programs -----------------------------------------------------------------------------------------------
+
+    def _call(
+        self, program: Program, kernel: tuple[str, linear.Build], arguments: int, items: int, waits: bool = True
+    ) -> None:
+        grain = max(1, min(8, items // (8 * torch.get_num_threads())))
+        program.calls.append(Call(self._address(kernel), arguments, items, grain, waits))
+
+    def _address(self, kernel: tuple[str, linear.Build]) -> int:
+        return compiled(*kernel, self.target)
+
+    def _layout(self, consumer: Weight | None, tokens: int) -> Layout:
+        """How `consumer` reads this many tokens."""
+        if consumer is None or not isinstance(consumer.format, GroupInt) or _words(consumer) is None:
+            return NATURAL
+        bits = consumer.format.bits
+        if self.exact:
+            return Layout("planes", bits) if tokens <= EXACT_ROWS else NATURAL
+        return Layout("rows" if tokens < TILES_FROM else "tiles", bits, self.target.offset(bits))
+
+    def _norms(self, program: Program, x: Tensor, lns: Sequence[Norm], layouts: Sequence[Layout]) -> list[Act]:
+        x = x.contiguous()
+        tokens, features = x.shape
+        acts = [self._empty(layout, tokens, features) for layout in layouts]
+        arguments = [program.keep(x), features]
+        for (gain, bias, eps), act in zip(lns, acts, strict=True):
+            addresses = [program.keep(t.contiguous()) for t in (gain, bias.to(gain.dtype), torch.tensor([eps]))]
+            arguments += [*addresses, *self._place(program, act)]
+        kernel = norm.write_norms(self.target, layouts, [_name(gain) for gain, _, _ in lns])
+        self._call(program, kernel, program.table(*arguments), tokens)
+        return acts
+
+    def _as(self, program: Program, x: Act, layout: Layout) -> Act:
+        """Activations in another layout."""
+        if isinstance(x, Coded) or layout == NATURAL:
+            assert (x.layout if isinstance(x, Coded) else NATURAL) == layout
+            return x
+        act = self._empty(layout, *x.shape)
+        arguments = program.table(program.keep(x.contiguous()), x.shape[1], 0, 0, 0, *self._place(program, act))
+        self._call(program, norm.write_norms(self.target, [layout], ["none"]), arguments, len(x))
+        return act
+
+    def _empty(self, layout: Layout, tokens: int, features: int) -> Act:
+        if layout == NATURAL:
+            return torch.empty(tokens, features)
+        all_tokens, all_features = layout.padded(tokens, features)
+        size = all_tokens * all_features
+        count = size + size // BLOCK * 8 if layout.is_int8 else 4 * size
+        make = (
+            torch.empty if all_features == features else torch.zeros
+        )  # what lies beyond a row's end must count nothing
+        return Coded(layout, tokens, features, make(count, dtype=torch.uint8))
+
+    def _place(self, program: Program, act: Act) -> tuple[int, int, int, int]:
+        if isinstance(act, Coded):
+            program.keep(act.memory)
+            return act.place()
+        return program.keep(act), 0, 0, act.shape[1]
+
+    def _linear(
+        self,
+        program: Program,
+        acts: Sequence[Act],
+        weights: Sequence[Weight],
+        addends: Sequence[Tensor],
+        activation: str | None,
+        consumer: Weight | None,
+        beside: bool = False,
+    ) -> Act:
+        """activation(sum of acts[i] @ weights[i].T + sum of addends), as `consumer` reads it.
+
+        beside: it need not wait for the call before it.
+        """
+        tokens, outputs = acts[0].tokens if isinstance(acts[0], Coded) else len(acts[0]), weights[0].shape[0]
+        out = self._empty(self._layout(consumer, tokens), tokens, outputs)
+        earlier = len(program.calls)
+        parts: list[int] = []
+        for act, weight in zip(acts, weights, strict=True):
+            parts += self._part(program, self._as(program, act, self._layout(weight, tokens)), weight, tokens)
+        given = [a.contiguous() for a in addends]
+        finish = linear.write_finish(
+            self.target, [_name(a) for a in given], activation, out.layout if isinstance(out, Coded) else NATURAL
+        )
+        steps = [(program.keep(a), a.stride(0) * a.element_size() if a.dim() == 2 else 0) for a in given]
+        finishing = program.table(tokens, *self._place(program, out), *(n for step in steps for n in step))
+        padded = -(-tokens // TILE) * TILE
+        table = program.table(padded, outputs, self._address(finish), finishing, len(acts), *parts)
+        program.scratch_bytes = max(
+            program.scratch_bytes, padded * linear.ROWS * 4 + max(map(self._part_bytes, weights))
+        )
+        waits = not beside or len(program.calls) > earlier
+        self._call(program, ("linear", linear.write_driver), table, -(-outputs // linear.ROWS), waits)
+        return out
+
+    def _part(self, program: Program, act: Act, weight: Weight, tokens: int) -> tuple[int, int]:
+        """Address of the kernel that multiplies by `weight`, and of its arguments."""
+        words = _words(weight)
+        if words is not None and isinstance(act, Coded):
+            packed, scale = weight.tensors["weight_packed"], weight.tensors["weight_scale"]
+            units, rest = divmod(weight.shape[1], 128)
+            if act.layout.kind == "tiles":
+                kernel = linear.write_tiles(self.target, words)
+            else:
+                kernel = linear.write_rows(self.target, words, act.layout.kind == "planes", rest > 0)
+            row_words, groups = packed.shape[1], scale.shape[1]
+            stored = program.keep(packed), program.keep(scale), row_words, units, rest // words.per_word, groups
+            values, scales, sums, _ = self._place(program, act)
+            return self._address(kernel), program.table(*stored, tokens, values, scales, sums)
+        assert isinstance(act, Tensor)
+        act = act.contiguous()
+        if isinstance(weight.format, Dense) and tokens <= DENSE_ROWS:
+            matrix = weight.tensors["weight"].contiguous()
+            kernel = linear.write_dense(self.target, _name(matrix))
+            return self._address(kernel), program.table(
+                program.keep(matrix), weight.shape[1], tokens, program.keep(act)
+            )
+        products = self._eagerly(program, lambda: reference.matmul(act, weight))
+        arguments = program.table(program.keep(products), tokens, weight.shape[0])
+        return self._address(("given", linear.write_given)), arguments
+
+    def _part_bytes(self, weight: Weight) -> int:
+        words = _words(weight)
+        columns = weight.shape[1] // words.per_word + weight.shape[1] // words.group if words else 0
+        return columns * self.target.width * 4 + 256
+
+
+def _name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _words(weight: Weight) -> linear.Words | None:
+    """A quantized weight as kernels see it; None for other formats and for tensors that are not laid out row by row."""
+    if not isinstance(weight.format, GroupInt):
+        return None
+    packed, scale = weight.tensors["weight_packed"], weight.tensors["weight_scale"]
+    if not (packed.is_contiguous() and scale.is_contiguous()) or _name(scale) not in linear.STORED:
+        return None
+    return linear.Words(weight.format.bits, weight.format.group_size, _name(scale))

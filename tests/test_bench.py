@@ -1,0 +1,292 @@
+"""What `neox-lite bench` reports and refuses. Never how fast anything is: that is the machine's business."""
+
+import json
+import time
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from neox_lite import GPTNeoXForCausalLM
+from neox_lite.errors import ArgumentError, FormatError
+from neox_lite.formats import DENSE, make_format
+from neox_lite_app import bench
+from neox_lite_app.cli import main
+from neox_lite_app.demo import FOLDER as DEMO
+from neox_lite_app.random_model import SHAPES, RandomModel, config_of
+
+QUICK = ("--decode", 2, "--prefill", "3,8", "--batch", "1,2", "--context", 5, "--device", "cpu")
+CONTRACT = {
+    "shape",
+    "format",
+    "group_size",
+    "device",
+    "threads",
+    "load_s",
+    "prefill_tokens_per_s",
+    "decode_tokens_per_s",
+    "weight_gb_per_s",
+    "peak_bytes",
+}
+
+
+@pytest.fixture(autouse=True)
+def small_buffer(monkeypatch):
+    monkeypatch.setattr(bench, "BUFFER_BYTES", 1 << 20)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def run(capsys):
+    def call(*words):
+        code = main(["bench", *map(str, words)])
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    return call
+
+
+def figures(run, *words):
+    code, out, err = run(*words, *QUICK, "--json")
+    assert code == 0, err
+    return json.loads(out)
+
+
+def check_figures(result):
+    assert result.keys() >= CONTRACT
+    assert set(result["prefill_tokens_per_s"]) == {"3", "8"} and set(result["batch_decode_tokens_per_s"]) == {"2"}
+    low, high = result["decode_quartiles_tokens_per_s"]
+    assert 0 < low <= result["decode_tokens_per_s"] <= high
+    per_token = result["weight_gb_per_s"] * 1e9 / result["decode_tokens_per_s"]
+    assert per_token == pytest.approx(result["weight_bytes_per_token"])
+    assert result["bandwidth_share"] == pytest.approx(result["weight_gb_per_s"] / result["read_gb_per_s"])
+    assert result["weights_read_gb_per_s"] > 0 and 0 < result["outside_share"] < 1
+    assert result["threads"] == torch.get_num_threads() and result["device"] == "cpu" and result["backend"]
+
+
+def test_a_shape_is_measured_without_a_checkpoint(run):
+    result = figures(run, "--shape", "2x128x4")
+    check_figures(result)
+    assert (result["shape"], result["format"], result["group_size"]) == ("2x128x4", "int4", 128)
+    assert result["model"] is None and result["load_s"] is None and result["head"] == "fp16"
+    linear = 2 * 12 * 128 * 128
+    # codes and scales of the blocks, two numbers of shape a layer, and the head; the embedding is not read
+    assert result["weight_bytes_per_token"] == linear * (4 + 16 / 128) / 8 + 2 * 4 * 16 + 50304 * 128 * 2
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--format", "int8", "--group-size", 64), ("int8", 64, "fp16", "fp16")),
+        (("--format", "fp16", "--head", "int8"), ("fp16", None, "int8", "fp16")),
+        (("--kv", "int8", "--head", "int8"), ("int4", 128, "int8", "int8")),
+    ],
+)
+def test_a_shape_takes_formats_head_and_cache(run, words, expected):
+    result = figures(run, "--shape", "1x128x2", *words)
+    check_figures(result)
+    assert tuple(result[key] for key in ("format", "group_size", "head", "kv")) == expected
+
+
+def test_a_folder_is_measured_as_it_is(run):
+    result = figures(run, DEMO)
+    check_figures(result)
+    assert result["model"] == str(DEMO) and result["format"] == "fp16" and result["group_size"] is None
+    assert result["load_s"] > 0 and result["shape"].count("x") == 2
+
+
+def test_the_model_may_stand_after_options(run):
+    code, out, _ = run(*QUICK, "--json", DEMO)
+    assert code == 0 and json.loads(out)["model"] == str(DEMO)
+
+
+def test_a_plain_folder_can_be_quantized_on_its_way_in(run):
+    assert figures(run, DEMO, "--format", "int8")["format"] == "int8"
+
+
+def test_scratch_writes_a_folder_that_loads_verifies_and_is_not_overwritten(run, tmp_path, capsys):
+    folder = tmp_path / "random"
+    result = figures(run, "--shape", "1x128x2", "--scratch", folder, "--head", "int8", "--warm")
+    check_figures(result)
+    assert result["load_s"] > 0 and result["head"] == "int8" and result["format"] == "int4"
+    assert figures(run, folder, "--head", "int8")["weight_bytes_per_token"] == result["weight_bytes_per_token"]
+    assert main(["verify", str(folder)]) == 0
+    capsys.readouterr()
+    before = (folder / "config.json").stat().st_mtime_ns
+    code, _, err = run("--shape", "1x128x2", "--scratch", folder)
+    assert code == 1 and "is there already" in err and (folder / "config.json").stat().st_mtime_ns == before
+    assert run(folder, *QUICK, "--format", "fp16")[0] == 1  # it is quantized
+
+
+def test_the_table_for_people_says_what_is_random(run):
+    code, out, err = run("--shape", "1x128x2", *QUICK)
+    assert code == 0 and "random weights, 1x128x2" in out and "decode x2" in out and "GB/s" in out
+    assert "random weights, which say nothing of quality" in err and "100%" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--shape", "banana"), "expected pythia-70m"),
+        (("--shape", "2x128"), "24x2048x16"),
+        (("--shape", "2x100x3"), "hidden"),
+        (("--shape", "1x96x2"), "not divisible by group_size 128; try 32"),
+        (("--shape", "0x128x2"), "num_hidden_layers"),
+        (("--shape", "1x128x2", "--context", 2040), "context is 2048"),
+        (("--shape", "1x128x2", "--prefill", 4096), "--prefill is 4096"),
+        (("--shape", "1x128x2", "--device", "cuda"), "no CUDA device"),
+        (("--shape", "1x128x2", "--revision", "main"), "--revision goes with MODEL only"),
+        (("--shape", "1x128x2", "--warm"), "--warm reads weights from the disk"),
+        ((DEMO, "--group-size", 64), "--group-size goes with --shape only"),
+        ((DEMO, "--scratch", "/tmp/x"), "--scratch goes with --shape only"),
+        (("/no/such/folder",), "no such folder"),
+    ],
+)
+def test_what_makes_no_sense_is_one_line_and_exits_1(run, words, message):
+    code, out, err = run(*words)
+    errors = [line for line in err.splitlines() if "error" in line]
+    assert code == 1 and out == "" and len(errors) == 1 and message in errors[0]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        (DEMO, "--shape", "20b"),
+        ("--shape", "20b", DEMO),
+        (DEMO, "--format", "int3"),
+        (DEMO, "--batch", "0"),
+        (DEMO, "--prefill", "128;512"),
+        (DEMO, "--decode", "0"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exits_2(words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["bench", *map(str, words)])
+    assert stopped.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_weights_larger_than_free_memory_are_refused_before_they_are_made(run, monkeypatch):
+    monkeypatch.setattr(bench, "memory", lambda: (1 << 20, 1 << 20))
+    code, _, err = run("--shape", "1x128x2")
+    assert code == 1 and "--scratch DIR" in err and "100%" not in err
+
+
+# Random models --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", ["int4", "int8", "dense"])
+def test_random_weights_keep_activations_of_order_one(format):
+    chosen = DENSE if format == "dense" else make_format(format, 64)
+    plan = RandomModel(config_of("3x256x4"), chosen, small_head=True)
+    told = []
+    expected = plan.nbytes
+    model = plan.build(lambda done, total: told.append((done, total)))
+    states = model(torch.arange(40)[None], output_hidden_states=True)
+    assert 0.5 < float(states.hidden_states[-2].std()) < 5 and 0.2 < float(states.logits.std()) < 5
+    assert told[-1] == (expected, expected)
+    tables = model.gpt_neox.rotary.table.nbytes
+    assert model.get_memory_footprint() == expected + tables
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_named_shape_can_be_planned(shape):
+    plan = RandomModel(config_of(shape), make_format("int4", 128))
+    assert plan.model.num_parameters() == pytest.approx(BILLIONS[shape] * 1e9, rel=0.01)
+
+
+# Parameters as the models' own pages count them, embedding and head included.
+BILLIONS = {
+    "pythia-70m": 0.0704,
+    "pythia-160m": 0.1623,
+    "pythia-410m": 0.4053,
+    "pythia-1b": 1.0118,
+    "pythia-1.4b": 1.4146,
+    "pythia-2.8b": 2.7752,
+    "pythia-6.9b": 6.8573,
+    "pythia-12b": 11.8461,
+    "20b": 20.554,
+}
+
+
+def test_a_head_whose_rows_fill_no_group_is_refused():
+    with pytest.raises(FormatError, match="embed_out: in_features 48 is not divisible"):
+        RandomModel(config_of("1x48x2"), DENSE, small_head=True)
+
+
+def test_a_text_that_is_no_shape_is_refused():
+    for text in ("", "x", "1x1x1x1", "-1x128x2", "1x128x2 ", "20B"):
+        with pytest.raises(ArgumentError, match="--shape is"):
+            config_of(text)
+
+
+# Measuring ------------------------------------------------------------------------------------------------------------
+
+
+def test_operations_that_call_operations_count_once_and_captured_steps_count_too():
+    def slow(result):
+        time.sleep(0.02)
+        return result
+
+    operations = types.SimpleNamespace(size=3, inner=lambda: slow(1), fails=lambda: 1 / 0)
+    watch = bench.Stopwatch()
+    timed = bench.Timed(operations, watch)
+    operations.outer = lambda: timed.inner() + timed.inner()
+    operations.capture = lambda: types.SimpleNamespace(replay=lambda: slow(2)) if operations.size else None
+    began = time.perf_counter()
+    assert timed.outer() == 2 and timed.size == 3 and not hasattr(timed, "missing")
+    assert (
+        0.04 <= watch.seconds <= time.perf_counter() - began
+    )  # twice this, were the inner calls added to the outer one
+    before = watch.seconds
+    assert timed.capture().replay() == 2 and watch.seconds >= before + 0.02
+    operations.size = 0
+    assert timed.capture() is None
+    with pytest.raises(ZeroDivisionError):
+        timed.fails()
+    assert watch.depth == 0
+
+
+def test_a_backend_that_works_beside_its_operations_has_no_outside_share(monkeypatch):
+    model = RandomModel(config_of("1x64x2"), DENSE).build(lambda done, total: None)
+    before = model.ops
+    assert 0 < bench.outside_share(model, 3, 2, lambda: None) < 1
+    assert model.ops is before
+
+    def whole_step(pool, sequences, tokens):
+        return torch.zeros(len(sequences), 5)
+
+    monkeypatch.setattr(model, "step", whole_step)
+    assert bench.outside_share(model, 3, 2, lambda: None) is None
+    assert model.ops is before
+
+
+@pytest.mark.parametrize("kv", ["fp16", "int8"])
+def test_decoding_starts_from_a_cache_of_the_asked_length(kv):
+    model = GPTNeoXForCausalLM.from_pretrained(DEMO, kv=kv)
+    pool = model.new_pool()
+    sequence = bench.filled(pool, 200)
+    assert sequence.length == 200 and len(sequence.pages) == 2
+    keys, values = pool.read(0, sequence, 200)
+    assert 0.9 < float(keys.float().std()) < 1.1 and not torch.equal(keys, values)
+    assert all(step_s > 0 for step_s in bench.decode_s(model, 2, 200, 3))
+
+
+def test_the_machine_s_bandwidth_is_a_number_and_threads_stay_as_they_were():
+    before = torch.get_num_threads()
+    for tensors in (None, [torch.ones(3, 5), torch.ones(1001, dtype=torch.int8)]):
+        gb_per_s, method = bench.read_bandwidth(2, tensors)
+        assert gb_per_s > 0 and method and torch.get_num_threads() == before
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system does not say what memory holds")
+def test_the_peak_is_of_memory_that_no_file_backs():
+    with bench.anonymous_peak() as peak:
+        before = peak()
+        held = torch.ones(64 << 20, dtype=torch.uint8)
+        for _ in range(200):
+            if peak() >= before + held.nbytes // 2:
+                break
+            torch.randn(1000, 1000)
+    assert peak() >= before + held.nbytes // 2
