@@ -6,6 +6,7 @@ Each engine is a process of its own (`peers_engines.py`) that loads the model on
 time, while all others are stopped: nobody spins beside the one who works. Rounds go A B C A B C ..., a figure is the median
 with its quartiles. What each engine needs is written once, below --scratch. An engine whose package is missing is left
 out, saying so; pip install llama-cpp-python openvino optimum-intel nncf ctranslate2 bitsandbytes transformers matplotlib.
+Seconds of loading count the library's own import, with the files in the page cache; the first token comes after 16 others.
 Shapes that do not fit in memory several times are measured with --engines A,B: weights are mapped where the engine can.
 """
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -57,6 +57,14 @@ class ModelOutput(OrderedDict[str, Any]):
         return tuple(self.values())
 
 
+@dataclass
+class Steps:
+    """Captured decode steps over a pool of so many pages, by the number of sequences."""
+
+    pages: int
+    by_sequences: dict[int, Captured | None] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class Packed:
     """One forward pass: x (tokens, hidden) before the final norm, and where each token stands in the padded batch."""
@@ -91,7 +99,7 @@ class GPTNeoXPreTrainedModel(nn.Module):
         self.kv = "fp16"  # what new pools hold: "fp16" is the model's own dtype
         self.exact = False  # whether quantized weights meet float32 activations where a backend could take coarser ones
         self._ops: Backend | None = None
-        self._captured: WeakKeyDictionary[PagePool, dict[int, tuple[int, Captured | None]]] = WeakKeyDictionary()
+        self._captured: WeakKeyDictionary[PagePool, Steps] = WeakKeyDictionary()
         super().train(False)
 
     # Loading and saving -----------------------------------------------------------------------------------------------
@@ -511,14 +519,14 @@ class GPTNeoXForCausalLM(_Headed, GenerationMixin):
 
     def _captured_step(self, pool: PagePool, batch: Batch, ids: Tensor) -> Captured | None:
         """The captured step for as many sequences, made when they first come or when the pool has moved its pages."""
-        of_pool = self._captured.setdefault(pool, {})
-        pages, captured = of_pool.get(len(ids), (-1, None))
-        if pages != pool.pages:
-            captured = self.ops.capture(
+        steps = self._captured.get(pool)
+        if steps is None or steps.pages != pool.pages:
+            self._captured[pool] = steps = Steps(pool.pages)
+        if len(ids) not in steps.by_sequences:
+            steps.by_sequences[len(ids)] = self.ops.capture(
                 lambda ids: self._one_each(ids, pool, batch), ids, batch, self.config.max_position_embeddings
             )
-            of_pool[len(ids)] = pool.pages, captured
-        return captured
+        return steps.by_sequences[len(ids)]
 
     def _one_each(self, ids: Tensor, pool: PagePool, batch: Batch) -> Tensor:
         """One token of each sequence -> logits (sequences, vocabulary)."""

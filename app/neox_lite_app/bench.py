@@ -31,7 +31,7 @@ from neox_lite.loading import LoadOptions, asked_device, roomiest
 
 from .doctor import memory
 from .random_model import RandomModel, config_of
-from .running import amount, bar, describe, load, note, print_json
+from .running import amount, bar, default_threads, describe, load, note, print_json
 
 WARM_UP = 4  # decode steps that are not counted
 PREFILL_RUNS = 3
@@ -42,8 +42,7 @@ SAMPLE_S = 0.05
 
 
 def bench(args: argparse.Namespace) -> None:
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads or default_threads())
     check_options(args)
     plan = plan_of(args) if args.shape else None
     load_average = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
@@ -118,7 +117,7 @@ def build(plan: RandomModel, args: argparse.Namespace) -> GPTNeoXForCausalLM:
         )
     with bar("make random weights") as progress:
         model = plan.build(progress)
-    model.kv = args.kv
+    model.kv, model.exact = args.kv, args.exact
     model = model.to(device or roomiest(model.get_memory_footprint(), {}))
     note(f"{args.shape}: {describe(model)}")
     return model

@@ -220,7 +220,7 @@ def _add_running(parser: argparse.ArgumentParser, revision: bool = False, head: 
     if revision:
         parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
-    parser.add_argument("--threads", type=_threads, metavar="N", help="CPU threads (default: torch's choice)")
+    parser.add_argument("--threads", type=_threads, metavar="N", help="CPU threads (default: one for each core)")
     parser.add_argument(
         "--kv", choices=("fp16", "int8"), default="fp16", help="KV cache in the model's own 16 bits, or in about half"
     )

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from neox_lite.kernels import dispatch
+from neox_lite.kernels import cpu, dispatch
 from neox_lite.loading import cache_root
 from neox_lite.version import __version__
 
@@ -21,7 +21,7 @@ from .running import print_json
 PACKAGES = (
     "torch",
     "triton",
-    "numba",
+    "llvmlite",
     "bitsandbytes",
     "safetensors",
     "tokenizers",
@@ -58,6 +58,7 @@ def examine() -> dict[str, Any]:
         "memory_free_bytes": free,
         "gpus": gpus(),
         "gpu_why_not": None if torch.cuda.is_available() else no_gpu_reason(),
+        "cpu_kernels": cpu.paths() if cpu.why_not(torch.device("cpu")) is None else {},
         "backends": {where: dispatch.reasons(torch.device(where)) for where in devices()},
         "packages": {name: version(name) for name in PACKAGES},
         "cache": str(cache),
@@ -130,14 +131,24 @@ def describe(result: dict[str, Any]) -> str:
     if result["gpu_why_not"]:
         lines.append(f"GPU      none: {result['gpu_why_not']}")
     for where, reasons in result["backends"].items():
-        used = next(name for name, reason in reasons.items() if reason is None)
-        lines.append(f"backend  on {where}: {used}")
-        lines += [f"         {name} not used: {reason}" for name, reason in reasons.items() if reason]
+        lines += _choice(f"backend  on {where}: ", reasons)
+    lines += _choice("kernels  for this processor: ", result["cpu_kernels"]) if result["cpu_kernels"] else []
     lines.append(f"cache    {result['cache']}, {size(result['cache_free_bytes'])} free on its disk")
     lines.append("packages " + ", ".join(f"{name} {found}" for name, found in result["packages"].items() if found))
     absent = [name for name, found in result["packages"].items() if not found]
     lines += [f"         not installed: {', '.join(absent)}"] if absent else []
     return "\n".join(lines)
+
+
+def _choice(what: str, reasons: dict[str, str | None]) -> list[str]:
+    """The first that works, and why each before it does not."""
+    used = next(name for name, reason in reasons.items() if reason is None)
+    lines = [what + used]
+    for name, reason in reasons.items():
+        if name == used:
+            break
+        lines.append(f"         {name} not used: {reason}")
+    return lines
 
 
 def size(count: int | None) -> str:

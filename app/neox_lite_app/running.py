@@ -18,8 +18,7 @@ from neox_lite.errors import ArgumentError
 
 def load(name: str, args: argparse.Namespace, head: str = "fp16", **options: Any) -> GPTNeoXForCausalLM:
     """Load a model as --device, --threads, --kv and --warm say, but for what options say, and say in one line what runs."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads or default_threads())
     placing = {"revision": getattr(args, "revision", None), "device_map": args.device, "kv": args.kv}
     placing["exact"] = args.exact
     model = GPTNeoXForCausalLM.from_pretrained(name, head=head, **{**placing, **options})
@@ -28,6 +27,19 @@ def load(name: str, args: argparse.Namespace, head: str = "fp16", **options: Any
         with bar("read the weights") as progress:
             model.warm(progress)
     return model
+
+
+def default_threads() -> int:
+    """Torch's choice, one for each core, but no more than the share of the processor that a container was given.
+
+    Threads beyond that share make the system halt all of them together, again and again.
+    """
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        share = max(1, int(quota) // int(period))
+    except (OSError, ValueError):  # no such file, or "max": no limit
+        return torch.get_num_threads()
+    return min(share, torch.get_num_threads())
 
 
 def describe(model: GPTNeoXForCausalLM) -> str:

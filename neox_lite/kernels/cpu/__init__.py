@@ -23,6 +23,15 @@ def why_not(device: torch.device) -> str | None:
     return None
 
 
+def paths() -> dict[str, str | None]:
+    """For each instruction set that has kernels, fastest first, None if this processor runs them, else what it lacks."""
+    from . import target
+
+    forced = target.forced()
+    other = f"{target.VARIABLE} names another"
+    return {path: target.why_not(path) or (other if forced not in (None, path) else None) for path in target.PATHS}
+
+
 @cache
 def bind(exact: bool) -> Backend:
     """The backend; compiling starts with its first call."""

@@ -337,8 +337,8 @@ class Code:
         return self.intrinsic(f"llvm.{name}.{lanes}{letter}", type, arguments)
 
     def fma(self, a: Value, b: Value, c: Value) -> Value:
-        """a * b + c, rounded once."""
-        return self._mangled("fma", [a, b, c])
+        """a * b + c, rounded once where the processor can (without, it would take a call of the C library each)."""
+        return self._mangled("fmuladd", [a, b, c])
 
     def sqrt(self, a: Value) -> Value:
         return self._mangled("sqrt", [a])

@@ -305,9 +305,10 @@ def write_tiles(target: Target, words: Words) -> tuple[str, Build]:
         turned, turned_scales = scratch, scratch + row_words * (width * 4)
         all_blocks = groups * blocks
 
-        def group(g: Value, tile: Value, place: Value, size: int) -> None:
+        def group(g: Value, tile: Value, first: int, size: int, place: Value) -> None:
+            """Tokens first.. of the tile times a group of every row; place: of the first token's sums."""
             weight_scale = code.load(lanes, turned_scales + g * (width * 4))
-            base = (tile * all_blocks + g * blocks) * TILE
+            base = (tile * all_blocks + g * blocks) * TILE + first
             totals = [code.number(0.0, lanes)] * size
             for b in range(blocks):
                 at_scale, at_sum = x_scale + base * 4 + b * TILE * 4, x_sum + base * 4 + b * TILE * 4
@@ -337,16 +338,27 @@ def write_tiles(target: Target, words: Words) -> tuple[str, Build]:
             coming = packed + (n0 + first + width) * row_words * 4
             with code.loop(0, (tokens + TILE - 1) // TILE) as tile:
                 place, rest = y + (tile * (TILE * ROWS) + first) * 4, tokens - tile * TILE
-                for size in range(STEP, TILE + 1, STEP):
-                    fits = rest > size - STEP
-                    with code.when(fits if size == TILE else fits & (rest < size + 1)), code.loop(0, groups) as g:
-                        with code.when(tile.equals(0)):  # while these rows are at work, fetch the next ones
-                            for i in range(width):
-                                code.prefetch(coming + (i * row_words + g * (words.group // words.per_word)) * 4)
-                        group(g, tile, place, size)
+                for begin, size, condition in _passes(rest, TILE if target.registers > 16 else STEP):
+                    with code.when(condition), code.loop(0, groups) as g:
+                        if begin == 0:
+                            with code.when(tile.equals(0)):  # while these rows are at work, fetch the next ones
+                                for i in range(width):
+                                    code.prefetch(coming + (i * row_words + g * (words.group // words.per_word)) * 4)
+                        group(g, tile, begin, size, place + begin * (ROWS * 4))
         code.give()
 
     return name, build
+
+
+def _passes(rest: Value, most: int) -> list[tuple[int, int, Value]]:
+    """How a tile of which `rest` tokens are left is worked off, at most `most` at a time: (first token, tokens, whether).
+
+    Accumulators of all tokens of a pass must fit the registers. The last pass takes a multiple of STEP.
+    """
+    if most == TILE:
+        sizes = range(STEP, TILE + 1, STEP)
+        return [(0, n, (rest > n - STEP) & (rest < (n + 1 if n < TILE else 1 << 40))) for n in sizes]
+    return [(first, most, rest > first) for first in range(0, TILE, most)]
 
 
 def _broadcast_pairs(

@@ -6,6 +6,7 @@ be captured: a decode step is then one program, run again and again with nothing
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from ..backend import Norm
 from . import attention, linear, norm
 from .acts import BLOCK, NATURAL, TILE, Layout
 from .compile import compiled
-from .pool import Call, Pool, rows_of
+from .pool import Call, Pool, rows_of, shared_pool
 from .target import Target, host
 
 # Where the way to multiply changes, in tokens; measured, see benchmarks/cpu.py.
@@ -65,6 +66,7 @@ class Program:
     calls: list[Call] = field(default_factory=list)
     kept: list[object] = field(default_factory=list)
     scratch_bytes: int = 0
+    lent: dict[object, list[Tensor]] = field(default_factory=dict)
 
     def table(self, *values: int) -> int:
         """Address of int64 arguments."""
@@ -75,6 +77,24 @@ class Program:
         """Address of a tensor, which stays alive as long as the program."""
         self.kept.append(tensor)
         return tensor.data_ptr()
+
+    def add(self, part: Program) -> None:
+        """Append a program."""
+        lent = {id(tensor) for tensors in self.lent.values() for tensor in tensors}
+        self.calls += part.calls
+        self.kept += [thing for thing in part.kept if id(thing) not in lent]
+        self.scratch_bytes = max(self.scratch_bytes, part.scratch_bytes)
+
+    def lend(self, kind: object, make: Callable[[], Tensor]) -> Tensor:
+        """Memory for a result: of the same kind and in nobody's hands any more, or new.
+
+        Later calls wait for those that read it, so they may write there: a step of 44 layers needs the memory of one.
+        """
+        tensors = self.lent.setdefault(kind, [])
+        idle = next((t for t, count in zip(tensors, _references(tensors), strict=True) if count == IDLE), None)
+        if idle is None:
+            tensors.append(idle := make())
+        return idle
 
 
 class Captured:
@@ -130,25 +150,20 @@ class Operations:
     """The backend of one precision."""
 
     name = "cpu"
-    _pool: Pool | None = None  # one for the process
 
     def __init__(self, exact: bool) -> None:
         self.exact = exact
         self.target: Target = host()
+        self.pool = shared_pool()
         self._local = _Local()
-
-    @property
-    def pool(self) -> Pool:
-        if Operations._pool is None:
-            Operations._pool = Pool()
-        return Operations._pool
 
     # Operations -------------------------------------------------------------------------------------------------------
 
     def embed(self, ids: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """ids (tokens,) int64, weight (vocabulary, hidden) -> x (tokens, hidden) float32."""
         weight, program = weight.contiguous(), Program()
-        x = torch.empty(len(ids), weight.shape[1])
+        x = self._empty(NATURAL, len(ids), weight.shape[1])
+        assert isinstance(x, Tensor)
         arguments = program.table(program.keep(ids), program.keep(weight), weight.shape[1], program.keep(x))
         self._call(program, norm.write_embed(self.target, _name(weight)), arguments, len(ids))
         self._run(program)
@@ -187,7 +202,8 @@ class Operations:
         assert isinstance(qkv, Tensor)
         program, storage = Program(), cache.storage[layer]
         heads, dim = storage.shape[2], storage.shape[4]
-        out = torch.empty(len(qkv), heads * dim)
+        out = self._empty(NATURAL, len(qkv), heads * dim)
+        assert isinstance(out, Tensor)
         table = self._batch_table(batch)
         scales = program.keep(cache.scales[layer]) if cache.scales else 0
         rotary = rotary.contiguous()
@@ -260,9 +276,7 @@ class Operations:
             if program.calls:
                 self.pool.run(rows_of(program.calls), program.scratch_bytes)
             return
-        captured.calls += program.calls
-        captured.kept += program.kept
-        captured.scratch_bytes = max(captured.scratch_bytes, program.scratch_bytes)
+        captured.add(program)
 
     def _eagerly(self, program: Program, compute: Callable[[], Tensor]) -> Tensor:
         """What torch computes, once the calls so far are done; a captured program cannot repeat it."""
@@ -322,15 +336,10 @@ class Operations:
         return act
 
     def _empty(self, layout: Layout, tokens: int, features: int) -> Act:
-        if layout == NATURAL:
-            return torch.empty(tokens, features)
-        all_tokens, all_features = layout.padded(tokens, features)
-        size = all_tokens * all_features
-        count = size + size // BLOCK * 8 if layout.is_int8 else 4 * size
-        make = (
-            torch.empty if all_features == features else torch.zeros
-        )  # what lies beyond a row's end must count nothing
-        return Coded(layout, tokens, features, make(count, dtype=torch.uint8))
+        captured, kind = self._local.program, (layout, tokens, features)
+        make = lambda: _memory(layout, tokens, features)  # noqa: E731
+        memory = make() if captured is None else captured.lend(kind, make)
+        return memory if layout == NATURAL else Coded(layout, tokens, features, memory)
 
     def _place(self, program: Program, act: Act) -> tuple[int, int, int, int]:
         if isinstance(act, Coded):
@@ -403,6 +412,24 @@ class Operations:
         words = _words(weight)
         columns = weight.shape[1] // words.per_word + weight.shape[1] // words.group if words else 0
         return columns * self.target.width * 4 + 256
+
+
+def _references(things: list[Tensor] | list[object]) -> list[int]:
+    """How many references there are to each thing of a list, the list's own and this function's included."""
+    return [sys.getrefcount(thing) for thing in things]
+
+
+IDLE = _references([object()])[0]  # of a thing that nothing but a list refers to; it differs between versions of Python
+
+
+def _memory(layout: Layout, tokens: int, features: int) -> Tensor:
+    if layout == NATURAL:
+        return torch.empty(tokens, features)
+    all_tokens, all_features = layout.padded(tokens, features)
+    size = all_tokens * all_features
+    count = size + size // BLOCK * 8 if layout.is_int8 else 4 * size
+    make = torch.empty if all_features == features else torch.zeros  # beyond a row's end nothing may count
+    return make(count, dtype=torch.uint8)
 
 
 def _name(tensor: Tensor) -> str:

@@ -12,6 +12,7 @@ import ctypes
 import os
 import threading
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -94,6 +95,12 @@ class Pool:
         for worker in self._workers:
             worker.end()
         self._workers, self._size = [], 0
+
+
+@cache
+def shared_pool() -> Pool:
+    """The pool of this process."""
+    return Pool()
 
 
 class _Worker:

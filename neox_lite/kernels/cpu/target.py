@@ -61,9 +61,11 @@ class Target:
         if self.path in ("avx512_vnni", "avx_vnni"):
             name = f"llvm.x86.avx512.vpdpbusd.{32 * self.width}"
             bytes_ = vector(I8, 4 * self.width)
-            for codes, x in pairs:
-                start = code.intrinsic(name, start.type, [start, codes.bits(bytes_), x.bits(bytes_)])
-            return start
+            sums = [start] if self.registers > 16 or len(pairs) < 4 else [start, code.number(0, start.type)]
+            for i, (codes, x) in enumerate(pairs):  # with few tokens at a time, two chains keep the unit busy
+                held = sums[i % len(sums)]
+                sums[i % len(sums)] = code.intrinsic(name, held.type, [held, codes.bits(bytes_), x.bits(bytes_)])
+            return sums[0] if len(sums) == 1 else sums[0] + sums[1]
         if self.path == "avx2":
             return start + (_avx2_int4(code, pairs) if bits == 4 else _avx2_int8(code, pairs))
         if self.path == "neon_dot":
@@ -113,9 +115,12 @@ def _pair_sums(code: Code, halves: Value) -> Value:
 
 
 def _portable(codes: Value, x: Value) -> Value:
+    """Written the way in which LLVM knows `pmaddwd` and its like."""
     a, b = (_bytes(v).widened(I16) for v in (codes, x))
-    products = a * b  # at most 128 * 127
-    even, odd = (products.shuffled(range(start, products.lanes, 2)).widened(I32) for start in (0, 1))
+    even, odd = (
+        a.shuffled(range(start, a.lanes, 2)).widened(I32) * b.shuffled(range(start, a.lanes, 2)).widened(I32)
+        for start in (0, 1)
+    )
     pairs = even + odd
     return pairs.shuffled(range(0, pairs.lanes, 2)) + pairs.shuffled(range(1, pairs.lanes, 2))
 
@@ -173,7 +178,12 @@ VARIABLE = "NEOX_LITE_CPU"  # forces a path
 @cache
 def host() -> Target:
     """This machine's processor and its fastest path, or the one that NEOX_LITE_CPU names."""
-    return chosen(os.environ.get(VARIABLE) or fastest())
+    return chosen(forced() or fastest())
+
+
+def forced() -> str | None:
+    """The path that NEOX_LITE_CPU names."""
+    return os.environ.get(VARIABLE) or None
 
 
 def chosen(path: str) -> Target:
