@@ -21,7 +21,7 @@ from llvmlite import ir
 
 from .code import I64, Code, Value
 from .compile import compiled
-from .target import Target, host
+from .target import host
 
 ROW = 24  # int64 slots of a row; the two counters have cache lines of their own
 FUNCTION, ARGUMENTS, ITEMS, GRAIN, WAITS, NEXT, DONE = 0, 1, 2, 3, 4, 8, 16
@@ -52,20 +52,17 @@ class Pool:
     """Worker threads, one fewer than torch's thread count; resized when that changes."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # one program at a time
-        self._target: Target = host()
-        self._run = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 4)(
-            compiled("run", _write_runtime, self._target)
-        )
-        self._serve = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 3)(
-            compiled("serve", _write_runtime, self._target)
-        )
-        self._reset()
+        number, target = ctypes.c_int64, host()
+        self._run = ctypes.CFUNCTYPE(number, *[number] * 4)(compiled("run", _write_runtime, target))
+        self._serve = ctypes.CFUNCTYPE(number, *[number] * 3)(compiled("serve", _write_runtime, target))
+        self._begin()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._begin)  # threads, and a lock held by one, do not survive it
 
-    def _reset(self) -> None:
+    def _begin(self) -> None:
+        self._lock = threading.Lock()  # one program at a time
         self._workers: list[_Worker] = []
         self._size = 0
-        self._process = os.getpid()
         self._control = np.zeros(CONTROL, np.int64)
         self._control[YIELD] = _yield_address()
         self._scratch: list[np.ndarray] = [np.empty(0, np.uint8)]
@@ -73,8 +70,6 @@ class Pool:
     def run(self, rows: np.ndarray, scratch_bytes: int = 0) -> None:
         """Run a program to its end. rows (calls, ROW) int64; each thread has scratch_bytes of memory to itself."""
         with self._lock:
-            if os.getpid() != self._process:  # threads do not survive a fork
-                self._reset()
             if self._size != torch.get_num_threads() or len(self._scratch[0]) < scratch_bytes:
                 self._resize(torch.get_num_threads(), scratch_bytes)
             for worker in self._workers:
