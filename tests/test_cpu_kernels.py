@@ -38,7 +38,8 @@ ROOT = Path(__file__).parents[1]
 KINDS = ["rows", "planes", "tiles"]  # how products take activations: int8 for few tokens, float32, int8 for many
 FORMATS = [(bits, group) for bits in (4, 8) for group in (32, 64, 128)]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
-TOKENS = (1, 2, 3, 5, 12, 13, 25)  # one and two at a time, a tile cut at 4, 8 and 12, a second and a third tile
+TOKENS = (1, 2, 3, 5, 12, 13)  # one and two at a time; a tile less than half full, more, and full; a second tile
+MANY = (25, 31, 36)  # from 25 on, tiles have a kernel of their own, which takes 4 or 6 tokens at a time
 OUTPUTS = 70  # two blocks of 32 and a part of one
 # A sum of up to some 100 float32 products on each lane, then across lanes: every addition is off by at most 6e-8 of the
 # partial sum, at random. The worst of a few thousand outputs stays below 25 such steps, relative to the outputs' rms.
@@ -103,7 +104,9 @@ def guarded_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         assert bool((memory[:edge] == 0xA5).all()) and bool((memory[-edge:] == 0xA5).all()), "written beyond the end"
 
 
-def random_weight(bits: int, group: int, columns: int, dtype: torch.dtype = torch.float16, rows: int = OUTPUTS) -> Weight:
+def random_weight(
+    bits: int, group: int, columns: int, dtype: torch.dtype = torch.float16, rows: int = OUTPUTS
+) -> Weight:
     """All codes equally frequent, scales of both signs."""
     top = 1 << (bits - 1)
     codes = torch.randint(-top, top, (rows, columns), dtype=torch.int8)
@@ -182,15 +185,15 @@ def columns_of(kind: str, group: int) -> list[int]:
 # Products with quantized weights --------------------------------------------------------------------------------------
 
 
-def worst_product(path: str, kind: str, bits: int, group: int) -> float:
+def worst_product(path: str, kind: str, bits: int, group: int, counts: Sequence[int] = TOKENS) -> float:
     """The worst error of any number of tokens, columns and outputs."""
     ops, worst = Forced(path, kind), 0.0
     for columns in columns_of(kind, group):
         for rows in (OUTPUTS, 1):
             weight = random_weight(bits, group, columns, scales_of(bits, group, kind), rows)
-            x = torch.randn(max(TOKENS), columns)
-            x[0, :BLOCK] = 0.0  # a block of scale 0
-            for tokens in TOKENS if rows > 1 else (1, 13):
+            x = torch.randn(max(counts), columns)
+            x[-1, :BLOCK] = 0.0  # a block of scale 0
+            for tokens in counts if rows > 1 else (counts[0], counts[-1]):
                 act = ops.coded(x[-tokens:], weight)
                 expected = decoded(act) @ wide(weight).T
                 worst = max(worst, off(ops.product(act, weight), expected))
@@ -202,6 +205,12 @@ def worst_product(path: str, kind: str, bits: int, group: int) -> float:
 @pytest.mark.parametrize("bits, group", FORMATS)
 def test_products_equal_float64(path: str, kind: str, bits: int, group: int) -> None:
     assert worst_product(path, kind, bits, group) < ROUNDING
+
+
+@here
+@pytest.mark.parametrize("bits, group", [(4, 128), (8, 32)])
+def test_products_of_many_tokens_equal_float64(path: str, bits: int, group: int) -> None:
+    assert worst_product(path, "tiles", bits, group, MANY) < ROUNDING
 
 
 @here
@@ -269,7 +278,10 @@ def shifted(tensor: Tensor, elements: int) -> Tensor:
 @here
 def test_products_are_summed_with_each_other_the_addends_and_x(path: str) -> None:
     ops = Forced(path, "rows")
-    weights = [random_weight(4, 128, 384, scales_of(4, 128, "rows")), random_weight(8, 128, 256, scales_of(8, 128, "rows"))]
+    weights = [
+        random_weight(4, 128, 384, scales_of(4, 128, "rows")),
+        random_weight(8, 128, 256, scales_of(8, 128, "rows")),
+    ]
     weights.append(dense((torch.randn(OUTPUTS, 33) * 0.1).half()))
     for tokens in (1, 2, 3):
         xs = [torch.randn(tokens, w.shape[1]) for w in weights]
@@ -460,7 +472,9 @@ def fenced(tensor: Tensor, at_end: bool) -> Tensor:
 # Functions of floats --------------------------------------------------------------------------------------------------
 
 
-def elementwise(path: str, name: str, apply: Callable[[Code, Value], Value], lanes: int, x: Tensor, kind: Any = F32) -> Tensor:
+def elementwise(
+    path: str, name: str, apply: Callable[[Code, Value], Value], lanes: int, x: Tensor, kind: Any = F32
+) -> Tensor:
     """apply over x, compiled for the path: 4-byte elements from 2- or 4-byte ones, or 2-byte ones if x is a float `kind`."""
 
     def build(module: Any) -> None:
@@ -516,9 +530,11 @@ def test_gelu_is_within_its_rounding(path: str, name: str, lanes: int) -> None:
         expected = exact * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (exact + 0.044715 * exact**3))
     error = (found - expected).abs()
     assert float((error / exact.abs().clamp(min=1e-30)).max()) < 3e-7  # of x, whose multiple it is
-    tail = (exact < 0) & (expected.abs() > 1e-30)  # where results are small: the exponent's rounding, relative
-    steps = 4 + (exact**2 if name == "erf" else (exact + 0.044715 * exact**3).abs() * 2)
-    assert float((error / expected.abs() / steps)[tail].max()) < 1.2e-7
+    # Where results are small they are multiples of exp(u), whose relative error is u's absolute one: u is rounded 4 or 5
+    # times on its way, a constant's rounding counted too, and 8 more roundings follow.
+    tail = (exact < 0) & (expected.abs() > 1e-30)
+    steps = 8 + (4 * exact**2 / 2 if name == "erf" else 5 * 1.6 * (exact + 0.044715 * exact**3).abs())
+    assert float((error / expected.abs() / steps)[tail].max()) < 2**-24
     ends = torch.tensor([-math.inf, math.inf, math.nan, -1e4, 1e4]).repeat(16)
     found = elementwise(path, f"gelu_{name}_{lanes}", apply, lanes, ends).view(16, 5)[0]
     assert not bool(found[0] > 0) and found[1] == math.inf and bool(found[2].isnan())
@@ -644,7 +660,11 @@ def assert_stored_alike(pools: tuple[PagePool, PagePool], rows: list[list[Any]])
         if pools[0].dtype == torch.int8:
             step = theirs.abs().amax(-1, keepdim=True) / 127 * 1.002  # a code; its scale is rounded to float16
         else:
-            step = theirs.abs().clamp(min=0.1) * torch.finfo(pools[0].dtype).eps * (4 if pools[0].dtype == torch.float32 else 1)
+            step = (
+                theirs.abs().clamp(min=0.1)
+                * torch.finfo(pools[0].dtype).eps
+                * (4 if pools[0].dtype == torch.float32 else 1)
+            )
         assert bool(((mine - theirs).abs() <= step).all())
         if pools[0].dtype != torch.float32:
             assert float((mine != theirs).double().mean()) < 0.01
@@ -680,12 +700,14 @@ def test_attention_survives_large_scores_and_many_equal_ones(path: str) -> None:
 
 
 def kernels(machine: target.Target) -> list[tuple[str, linear.Build]]:
-    """A kernel of every kind, of the formats that fill registers most."""
+    """A kernel of every kind, but those that call others by address."""
     words = [linear.Words(4, 128, "float16"), linear.Words(8, 32, "bfloat16")]
-    rows = [linear.write_rows(machine, w, exact, True) for w in words for exact in (False, True)]
     return [
-        *rows,
-        *(linear.write_tiles(machine, linear.Words(bits, 32, "float16")) for bits in (4, 8)),
+        *(linear.write_rows(machine, w, exact, True) for w in words for exact in (False, True)),
+        *(
+            linear.write_tiles(machine, linear.Words(bits, 32, "float16"), many)
+            for bits, many in ((4, True), (8, False))
+        ),
         linear.write_dense(machine, "float16"),
         linear.write_finish(machine, ["float16", "float32"], "erf", Layout("rows", 4, 8)),
         linear.write_finish(machine, ["bfloat16"], "tanh", NATURAL),
@@ -698,11 +720,10 @@ def kernels(machine: target.Target) -> list[tuple[str, linear.Build]]:
 
 
 @cache
-def text(path: str, kernel: str, bits: int) -> str:
-    machine, words = target.elsewhere(path), linear.Words(bits, 128, "float16")
-    if kernel == "tiles":
-        return assembly(linear.write_tiles(machine, words)[1], machine)
-    return assembly(linear.write_rows(machine, words, kernel == "exact", False)[1], machine)
+def listings(path: str, triple: str | None = None) -> dict[str, str]:
+    """Assembly of every kernel."""
+    machine = target.elsewhere(path, triple)
+    return {name: assembly(build, machine) for name, build in kernels(machine)}
 
 
 def instructions(listing: str) -> list[str]:
@@ -729,39 +750,34 @@ def calls(listing: str) -> list[str]:
     return [line for line in instructions(listing) if re.match(r"(call\w*|bl|blr)\s", line)]
 
 
+# What sums products of bytes; the portable path is left to LLVM.
 MULTIPLIERS = {
     "avx512_vnni": r"vpdpbusd\s.*%zmm",
     "avx_vnni": r"\{vex\}\s*vpdpbusd\s.*%ymm",
     "avx2": r"vpmaddubsw\s.*%ymm",
     "neon_dot": r"sdot\s+v\d+\.4s",
-    "portable": r"pmaddwd\s.*%xmm",
 }
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("kernel", ["rows", "tiles"])
 @pytest.mark.parametrize("path", PATHS)
-def test_products_of_bytes_use_the_instruction_of_their_path(path: str, kernel: str, bits: int) -> None:
-    listing = instructions(text(path, kernel, bits))
-    assert any(re.match(MULTIPLIERS[path], line) for line in listing)
-    for other in set(PATHS) - {path}:
-        if (path, other) != ("avx2", "portable"):  # vpmaddwd sums what vpmaddubsw leaves
-            assert not any(re.match(MULTIPLIERS[other], line) for line in listing)
+def test_products_of_bytes_use_the_instruction_of_their_path_and_no_other_s(path: str) -> None:
+    of_bytes = {n: text for n, text in listings(path).items() if n.startswith(("rows_int8", "tiles"))}
+    assert len(of_bytes) == 4
+    for name, listing in of_bytes.items():
+        used = [p for p, wanted in MULTIPLIERS.items() if any(re.match(wanted, x) for x in instructions(listing))]
+        assert used == ([] if path == "portable" else [path]), name
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_every_kernel_compiles_for_every_path_and_calls_no_function(path: str) -> None:
     """Of the C library such as fmaf, or of compilers such as __extendhfsf2: the code is linked with neither."""
-    machine = target.elsewhere(path)
-    for name, build in kernels(machine):
-        assert calls(assembly(build, machine)) == [], name
+    for name, listing in listings(path).items():
+        assert calls(listing) == [], name
 
 
 @pytest.mark.parametrize("triple", ["aarch64-unknown-linux-gnu", "arm64-apple-darwin", "riscv64-unknown-linux-gnu"])
 def test_the_portable_path_compiles_for_other_processors(triple: str) -> None:
-    machine = target.elsewhere("portable", triple)
-    for name, build in kernels(machine):
-        listing = assembly(build, machine)
+    for name, listing in listings("portable", triple).items():
         assert name in listing
         if not triple.startswith("riscv"):  # LLVM's plainest one has no floating point: there functions stand for it
             assert calls(listing) == [], name
@@ -769,24 +785,25 @@ def test_the_portable_path_compiles_for_other_processors(triple: str) -> None:
 
 @pytest.mark.parametrize("path", ["avx_vnni", "avx2"])
 def test_paths_for_processors_without_avx512_use_none_of_it(path: str) -> None:
-    machine = target.elsewhere(path)
-    for name, build in kernels(machine):
-        for line in instructions(assembly(build, machine)):
+    for name, listing in listings(path).items():
+        for line in instructions(listing):
             assert not re.search(r"%zmm|%k\d|%[xy]mm(1[6-9]|2\d|3[01])|\{evex\}", line), (name, line)
             assert not line.startswith("vpdpbusd"), (name, line)  # without {vex} it is AVX-512's
 
 
 def test_the_portable_path_needs_no_more_than_sse2() -> None:
-    machine = target.elsewhere("portable")
-    for name, build in kernels(machine):
-        beyond = r"v\w+\s|p(shufb|maddubsw|abs\w|mov[sz]x\w+|mulld|m(ax|in)s[bd])\s|(round|blend|dp|insert)p?\w+\s"
-        for line in instructions(assembly(build, machine)):
+    beyond = r"v\w+\s|p(shufb|maddubsw|abs\w|mov[sz]x\w+|mulld|m(ax|in)s[bd])\s|(round|blend|dp|insert)p?\w+\s"
+    for name, listing in listings("portable").items():
+        for line in instructions(listing):
             assert "%ymm" not in line and not re.match(beyond, line), (name, line)
 
 
-def decode_loops(path: str, bits: int, kernel: str = "rows") -> list[list[str]]:
+@cache
+def decode_loops(path: str, bits: int, exact: bool = False) -> list[list[str]]:
     """The loops over the units of a row, for two tokens and for one; LLVM may have made several of one."""
-    found = [body for body in loops(text(path, kernel, bits)) if any("prefetch" in x or "prfm" in x for x in body)]
+    machine = target.elsewhere(path)
+    _, build = linear.write_rows(machine, linear.Words(bits, 128, "float16"), exact, False)
+    found = [body for body in loops(assembly(build, machine)) if any("prefetch" in x or "prfm" in x for x in body)]
     assert len(found) >= 2
     return found
 
@@ -797,21 +814,20 @@ def test_decoding_on_avx512_reads_a_unit_of_weights_with_full_width_loads(bits: 
         products = [x for x in body if x.startswith("vpdpbusd")]
         tokens = len(products) // 2
         assert len(products) == 2 * tokens and tokens in (1, 2)
-        full = [x for x in body if re.match(r"v\w+\s.*\(.*\).*%zmm", x) and "vbroadcast" not in x and x not in products]
-        if bits == 8:  # the activations' bytes are a signed operand, so either side may come from memory
-            full += [x for x in products if "(" in x]
-            assert len(full) == loads + 2 * tokens
-        else:
-            assert len(full) == loads
+        full = [x for x in body if re.match(r"v\w+\s.*\(.*\).*%zmm", x) and "vbroadcast" not in x]
+        assert len(full) == loads + 2 * tokens  # the weights once, and two vectors of each token's activations
         assert sum("prefetch" in x for x in body) == loads
 
 
-@pytest.mark.parametrize("kernel", ["rows", "exact"])
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("path", PATHS)
-def test_decoding_spills_no_vector(path: str, kernel: str, bits: int) -> None:
-    stack = {"neon_dot": r"(str|ldr|stp|ldp)\s+q.*\[(sp|x29)"}.get(path, r"v?mov\w+\s.*%[xyz]mm\d+, .*\(%r[sb]p\)")
-    for body in decode_loops(path, bits, kernel):
+@pytest.mark.parametrize(
+    "path, exact",
+    [*((p, False) for p in PATHS if p != "portable"), ("avx512_vnni", True)],  # others have too few registers
+    ids=str,
+)
+def test_decoding_spills_no_vector(path: str, exact: bool, bits: int) -> None:
+    stack = r"(str|ldr|stp|ldp)\s+q.*\[sp" if path == "neon_dot" else r"v?mov\w+\s.*%[xyz]mm\d+, .*\(%r[sb]p\)"
+    for body in decode_loops(path, bits, exact):
         assert not [x for x in body if re.match(stack, x)]
 
 
@@ -832,8 +848,7 @@ def test_the_fastest_path_is_taken() -> None:
 
 def test_neox_lite_cpu_forces_a_path() -> None:
     script = "from neox_lite.kernels import cpu; import torch; print(cpu.bind(False).target.path)"
-    for path in ("portable", target.fastest()):
-        assert run_python(script, NEOX_LITE_CPU=path).stdout == f"{path}\n"
+    assert run_python(script, NEOX_LITE_CPU="portable").stdout == "portable\n"
 
 
 @pytest.mark.parametrize("path", ["avx1024", *[p for p in PATHS if target.why_not(p)]])

@@ -9,12 +9,13 @@ before), offset (its first token), count, and index of its first page number, th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from llvmlite import ir
 
 from .acts import ROUNDER, exp
-from .code import F32, I8, I16, I32, I64, Code, Value, Variable, vector
+from .code import F32, I8, I16, I32, I64, Code, Value, vector
 from .linear import Build
 from .target import Target, from_float, to_float
 
@@ -34,10 +35,10 @@ class Heads:
 
 def scratch_bytes(dim: int, length: int) -> int:
     """What one thread needs for sequences of up to `length` tokens."""
-    return 4 * (MOST_QUERIES * (-(-length // PAGE) * PAGE) + 8 * (dim + 64))
+    return 4 * (MOST_QUERIES * (-(-length // PAGE) * PAGE) + (1 + MOST_QUERIES) * (dim + 16))
 
 
-MOST_QUERIES = 4
+MOST_QUERIES = 8
 
 
 def write_attention(target: Target, heads: Heads) -> tuple[str, Build]:
@@ -68,19 +69,12 @@ class _Attention:
             table, 8
         )
         self.sequences, self.tokens, self.page_numbers = code.slots(self.batch, 3)
-        # A head is full vectors and, where its size is no multiple, narrower ones: (first element, lanes).
-        self.chunks, at, lanes = [], 0, self.width
-        while at < self.dim:
-            while at + lanes > self.dim:
-                lanes //= 2
-            self.chunks.append((at, lanes))
-            at += lanes
-        registers = target.registers * 3 // 4
-        self.queries = next(n for n in (MOST_QUERIES, 2, 1) if n == 1 or n * len(self.chunks) <= registers)
-        self.head_floats = -(-self.dim // 16) * 16 * 4  # bytes of a head as float32
+        self.chunks = _chunks(0, self.dim, self.width)
+        self.queries = min(MOST_QUERIES, self.width)
+        self.head_bytes = -(-self.dim // 16) * 16 * 4  # of a head as float32
         self.rotated = scratch  # one key, then up to MOST_QUERIES queries, then their scores
-        self.query = scratch + self.head_floats
-        self.scores = scratch + self.head_floats * (1 + MOST_QUERIES)
+        self.query = scratch + self.head_bytes
+        self.scores = scratch + self.head_bytes * (1 + MOST_QUERIES)
 
     def item(self, item: Value) -> None:
         code = self.code
@@ -89,11 +83,10 @@ class _Attention:
         self.start, self.first, count, pages = code.slots(entry, 4)
         self.numbers = self.page_numbers + pages * 8
         self.token_table = self.batch + (self.sequences * SEQUENCE + HEADER) * 8
-        self.row_bytes = ((self.start + count + (PAGE - 1)) & -PAGE) * 4  # scores of one query
         with code.loop(0, count) as i:
             self.append(self.first + i)
         done = code.variable(code.number(0))
-        for size in dict.fromkeys((self.queries, 1)):
+        for size in (self.queries, 1):
             with code.forever() as leave:
                 leave(done.value + size > count)
                 self.attend(done.value, size)
@@ -122,18 +115,14 @@ class _Attention:
         code, half = self.code, self.rotary // 2
         cos = self.table + position * (half * 4)
         sin = cos + self.positions * (half * 4)
-        at, lanes = 0, self.width
-        while at < half:
-            while at + lanes > half:
-                lanes //= 2
+        for at, lanes in _chunks(0, half, self.width):
             kind = vector(F32, lanes)
             a, b = code.load(kind, source, at * 4), code.load(kind, source, (half + at) * 4)
             c, s = code.load(kind, cos, at * 4), code.load(kind, sin, at * 4)
             code.store((a * c - b * s) * factor, to, at * 4)
             code.store((b * c + a * s) * factor, to, (half + at) * 4)
-            at += lanes
-        with code.loop(2 * half, self.dim) as k:
-            code.store(code.load(F32, source, k * 4) * factor, to, k * 4)
+        for at, lanes in _chunks(2 * half, self.dim, self.width):
+            code.store(code.load(vector(F32, lanes), source, at * 4) * factor, to, at * 4)
 
     def keep(self, source: Value, place: Value, scale_place: Value) -> None:
         """Write a float32 head into a page."""
@@ -171,34 +160,36 @@ class _Attention:
         for i in range(queries):
             token = self.first + first + i
             position = code.load(I64, self.token_table + token * (TOKEN * 8))
-            self.rotate(self.source(token, 0), position, self.query + i * self.head_floats, self.dim**-0.5)
+            self.rotate(self.source(token, 0), position, self.query + i * self.head_bytes, self.dim**-0.5)
         length = self.start + first + queries
         self.score(length, queries)
-        sums = [self.softmax(length - (queries - 1 - i), length, i) for i in range(queries)]
-        self.mix(length, queries, first, sums)
+        totals = self.softmax(length, queries)
+        self.mix(length, queries, first, totals)
 
     def score(self, length: Value, queries: int) -> None:
-        """Scores of every key, a page at a time; those after a query's own place are computed and not used."""
-        code, keys = self.code, max(1, self.width // queries)
+        """Scores [key][query] of every key, a page at a time; those after a query's own place are computed and not used."""
+        code, keys = self.code, self.width // queries
         query = [
-            [code.load(vector(F32, lanes), self.query + i * self.head_floats, at * 4) for at, lanes in self.chunks]
+            [code.load(vector(F32, lanes), self.query + i * self.head_bytes, at * 4) for at, lanes in self.chunks]
             for i in range(queries)
         ]
         with code.loop(0, length, PAGE) as place:
             page = code.load(I64, self.numbers, (place >> 7) * 8)
-            count = (length - place).least(PAGE)
-            with code.loop(0, count, keys) as slot:
+            with code.loop(0, (length - place).least(PAGE), keys) as slot:
                 dots: list[Value] = []
                 for k in range(keys):
                     at, _ = self.slot(page, 0, slot + k)
                     parts = [self.cached(at, chunk) for chunk in self.chunks]
-                    dots += [self.dot(query[i], parts) for i in range(queries)]
-                for i in range(queries):
-                    values = self.sums([dots[k * queries + i] for k in range(keys)])
-                    if self.dtype == "int8":
-                        scale = code.load(vector(I16, keys), self.slot(page, 0, slot)[1])
-                        values = values * to_float(self.target, scale, "float16")
-                    code.store(values, self.scores + i * self.row_bytes + (place + slot) * 4)
+                    dots += [self.dot(q, parts) for q in query]
+                values = self.sums(dots)
+                if self.dtype == "int8":
+                    scale = to_float(self.target, code.load(vector(I16, keys), self.slot(page, 0, slot)[1]), "float16")
+                    values = values * (scale.splat(queries) if keys == 1 else self.spread(scale, queries))
+                code.store(values, self.scores + (place + slot) * (queries * 4))
+
+    def spread(self, scales: Value, queries: int) -> Value:
+        """One value a key -> [key][query]."""
+        return scales.shuffled([lane // queries for lane in range(scales.lanes * queries)])
 
     def dot(self, query: list[Value], parts: list[Value]) -> Value:
         """Products of a query and a key, summed to one full vector."""
@@ -211,70 +202,87 @@ class _Attention:
                 rest = product if rest is None else rest + product
         if rest is None:
             return total
-        return self.code.fma(
-            rest.splat(self.width), self.code.number([1.0] + [0.0] * (self.width - 1), total.type), total
-        )
+        one = self.code.number([1.0] + [0.0] * (self.width - 1), total.type)
+        return self.code.fma(rest.splat(self.width), one, total)
 
     def sums(self, vectors: list[Value]) -> Value:
-        """The total of each vector, side by side: vectors are folded in pairs, so that every addition has full width."""
+        """The total of each of `width` vectors, side by side: folded in pairs, so that every addition has full width."""
         span = self.width  # lanes that belong to one of the totals
         while len(vectors) > 1:
             vectors = [self.folded(a, b, span) for a, b in zip(vectors[::2], vectors[1::2], strict=True)]
             span //= 2
-        value = vectors[0]
-        while span > 1:
-            value, span = self.folded(value, None, span), span // 2
-        return value if value.lanes > 1 else value.lane(0) if isinstance(value.type, ir.VectorType) else value
+        return vectors[0]
 
-    def folded(self, a: Value, b: Value | None, span: int) -> Value:
-        """Add the second half of every span to the first: of two vectors into one, or of one into half of it."""
-        lanes = [lane for lane in range(a.lanes * (1 if b is None else 2)) if lane % span < span // 2]
+    def folded(self, a: Value, b: Value, span: int) -> Value:
+        """Add the second half of every span to the first, two vectors into one."""
+        lanes = [lane for lane in range(2 * a.lanes) if lane % span < span // 2]
         return a.shuffled(lanes, b) + a.shuffled([lane + span // 2 for lane in lanes], b)
 
-    def softmax(self, length: Value, padded: Value, i: int) -> Value:
-        """Replace a query's scores by exp(score - largest), zero from `length` on; the sum of them."""
-        code, row, wide = self.code, self.scores + i * self.row_bytes, vector(F32, 16)
-        whole = length & -16
-        largest = code.variable(code.number(float("-inf"), wide))
-        with code.loop(0, whole, 16) as k:
-            largest.value = code.maximum(largest.value, code.load(wide, row + k * 4))
-        peak = code.variable(largest.value.peak())
-        with code.loop(whole, length) as k:
-            peak.value = code.maximum(peak.value, code.load(F32, row + k * 4))
-        total = code.variable(code.number(0.0, wide))
-        with code.loop(0, whole, 16) as k:
-            power = exp(code, code.load(wide, row + k * 4) - peak.value.splat(16))
-            code.store(power, row + k * 4)
-            total.value = total.value + power
-        rest = code.variable(total.value.total())
-        with code.loop(whole, length) as k:
-            power = exp(code, code.load(F32, row + k * 4) - peak.value)
-            code.store(power, row + k * 4)
-            rest.value = rest.value + power
-        with code.loop(length, padded) as k:
-            code.store(code.number(0.0, F32), row + k * 4)
-        return rest.value
+    def softmax(self, length: Value, queries: int) -> Value:
+        """Replace scores by exp(score - the query's largest), zero for keys after its place; each query's sum of them."""
+        code, width, keys = self.code, self.width, self.width // queries
+        floats, ints = vector(F32, width), vector(I32, width)
+        key = code.number([lane // queries for lane in range(width)], ints)
+        # How many keys the query of each lane sees.
+        seen = (length - (queries - 1)).cut(I32).splat(width) + code.number([i % queries for i in range(width)], ints)
 
-    def mix(self, length: Value, queries: int, first: Value, sums: list[Value]) -> None:
-        """The values, weighted by the scores, into the output."""
-        code = self.code
-        totals: list[list[Variable]] = [
-            [code.variable(code.number(0.0, vector(F32, lanes))) for _, lanes in self.chunks] for _ in range(queries)
-        ]
-        with code.loop(0, length, PAGE) as place:
-            page = code.load(I64, self.numbers, (place >> 7) * 8)
-            with code.loop(0, (length - place).least(PAGE)) as slot:
-                at, at_scale = self.slot(page, 1, slot)
-                shares = [code.load(F32, self.scores + i * self.row_bytes + (place + slot) * 4) for i in range(queries)]
-                if self.dtype == "int8":
-                    scale = to_float(self.target, code.load(I16, at_scale), "float16")
-                    shares = [share * scale for share in shares]
-                for c, chunk in enumerate(self.chunks):
-                    value = self.cached(at, chunk)
+        def over_keys(value: Value, combine: Callable[[Value, Value], Value]) -> Value:
+            """Combine the lanes of each query; all of them then hold the result."""
+            for step in _steps(queries, width):
+                value = combine(value, value.shuffled([lane ^ step for lane in range(width)]))
+            return value
+
+        peak = code.variable(code.number(float("-inf"), floats))
+        with code.loop(0, length, keys) as first:
+            is_seen = (key + first.cut(I32).splat(width)) < seen
+            score = code.load(floats, self.scores + first * (queries * 4))
+            peak.value = code.maximum(peak.value, is_seen.choose(score, code.number(float("-inf"), floats)))
+        largest = over_keys(peak.value, code.maximum)
+        total = code.variable(code.number(0.0, floats))
+        with code.loop(0, length, keys) as first:
+            at = self.scores + first * (queries * 4)
+            is_seen = (key + first.cut(I32).splat(width)) < seen
+            power = is_seen.choose(exp(code, code.load(floats, at) - largest), code.number(0.0, floats))
+            code.store(power, at)
+            total.value = total.value + power
+        return over_keys(total.value, lambda a, b: a + b)
+
+    def mix(self, length: Value, queries: int, first: Value, totals: Value) -> None:
+        """The values, weighted by the scores, into the output; as many elements at a time as the registers hold sums of."""
+        code, inverse = self.code, 1.0 / totals
+        at_once = max(1, self.target.registers * 3 // 4 // queries)
+        for begin in range(0, len(self.chunks), at_once):
+            chunks = self.chunks[begin : begin + at_once]
+            sums = [[code.variable(code.number(0.0, vector(F32, n))) for _, n in chunks] for _ in range(queries)]
+            with code.loop(0, length, PAGE) as place:
+                page = code.load(I64, self.numbers, (place >> 7) * 8)
+                with code.loop(0, (length - place).least(PAGE)) as slot:
+                    at, at_scale = self.slot(page, 1, slot)
+                    share = self.scores + (place + slot) * (queries * 4)
+                    shares = [code.load(F32, share, 4 * i) for i in range(queries)]
+                    values = [self.cached(at, chunk) for chunk in chunks]
+                    if self.dtype == "int8":
+                        scale = to_float(self.target, code.load(I16, at_scale), "float16")
+                        values = [value * scale.splat(value.lanes) for value in values]
                     for i in range(queries):
-                        totals[i][c].value = code.fma(value, shares[i].splat(chunk[1]), totals[i][c].value)
-        for i in range(queries):
-            inverse, token = 1.0 / sums[i], self.first + first + i
-            to = self.out + (token * self.heads + self.head) * (self.dim * 4)
-            for (offset, lanes), total in zip(self.chunks, totals[i], strict=True):
-                code.store(total.value * inverse.splat(lanes), to, offset * 4)
+                        for total, value in zip(sums[i], values, strict=True):
+                            total.value = code.fma(value, shares[i].splat(value.lanes), total.value)
+            for i in range(queries):
+                to = self.out + ((self.first + first + i) * self.heads + self.head) * (self.dim * 4)
+                for (offset, lanes), total in zip(chunks, sums[i], strict=True):
+                    code.store(total.value * inverse.lane(i).splat(lanes), to, offset * 4)
+
+
+def _chunks(start: int, stop: int, width: int) -> list[tuple[int, int]]:
+    """A range cut into vectors, full ones and then narrower ones: (first element, lanes)."""
+    chunks = []
+    while start < stop:
+        lanes = min(width, 1 << ((stop - start).bit_length() - 1))
+        chunks.append((start, lanes))
+        start += lanes
+    return chunks
+
+
+def _steps(queries: int, width: int) -> list[int]:
+    """Distances between lanes of one query in a vector [key][query], each twice the one before."""
+    return [queries << i for i in range((width // queries).bit_length() - 1)]

@@ -20,7 +20,6 @@ from .target import Target, to_float
 
 ROWS = 32  # output features of a block
 AHEAD = 6144  # bytes by which weights are fetched early, across the pages that the processor's own prefetching stops at
-STEP = 4  # the last tokens take the smallest multiple of this many that holds them
 STORED = {"float16": I16, "bfloat16": I16, "float32": F32}
 Build = Callable[[ir.Module], None]
 
@@ -286,79 +285,97 @@ def write_dense(target: Target, dtype: str) -> tuple[str, Build]:
 # Many tokens: the words of a few rows are transposed once, then serve all tokens ------------------------------------------
 
 
-def write_tiles(target: Target, words: Words) -> tuple[str, Build]:
+def write_tiles(target: Target, words: Words, many: bool) -> tuple[str, Build]:
     """A part: words times int8 activations in `tiles` layout.
 
     The words of `width` rows are transposed so that lanes are rows; a step multiplies four codes of every row by four
-    activation bytes of one token, broadcast; after the eight steps of a block, its scale applies.
+    activation bytes of one token, broadcast; after the eight steps of a block, its scale applies. For `many` tokens, where the
+    registers suffice, two vectors of rows share each broadcast; for few, their transposition would cost more than that saves.
     arguments: packed, scales, words a row, -, -, groups a row, tokens, values, value scales, value sums.
     """
-    name, width = f"tiles_{words.name}", target.width
-    lanes = vector(F32, width)
+    name, width = f"tiles_{words.name}{'_many' if many else ''}", target.width
+    kind, scale_kind = vector(F32, width), STORED[words.scales]
     blocks, block_words = words.group // BLOCK, BLOCK // words.per_word
     scale_size = 4 if words.scales == "float32" else 2
+    # Vectors of rows, and how many tokens there are at a time: their sums must fit the registers.
+    stacks, sizes = (1, (4,)) if target.registers == 16 else (2, (4, 6)) if many else (1, (4, 8, 12))
 
     def build(module: ir.Module) -> None:
         code = Code(module, name, 5)
         table, n0, count, y, scratch = code.arguments
         packed, scale, row_words, _, _, groups, tokens, x, x_scale, x_sum = code.slots(table, 10)
-        turned, turned_scales = scratch, scratch + row_words * (width * 4)
-        all_blocks = groups * blocks
+        group_words = words.group // words.per_word
+        turned = [scratch + r * row_words * (width * 4) for r in range(stacks)]
+        turned_scales = [scratch + (stacks * row_words + r * groups) * (width * 4) for r in range(stacks)]
 
-        def group(g: Value, tile: Value, first: int, size: int, place: Value) -> None:
-            """Tokens first.. of the tile times a group of every row; place: of the first token's sums."""
-            weight_scale = code.load(lanes, turned_scales + g * (width * 4))
-            base = (tile * all_blocks + g * blocks) * TILE + first
-            totals = [code.number(0.0, lanes)] * size
+        def group(g: Value, base: Value, size: int, place: Value) -> None:
+            """A group of every row times `size` tokens; base: index of the group's first block for the first of them."""
+            totals = [[code.number(0.0, kind)] * size for _ in range(stacks)]
             for b in range(blocks):
-                at_scale, at_sum = x_scale + base * 4 + b * TILE * 4, x_sum + base * 4 + b * TILE * 4
-                starts = [code.load(I32, at_sum, 4 * i).splat(width) for i in range(size)]
-                steps: list[list[tuple[Value, Value]]] = [[] for _ in range(size)]
-                for j in range(block_words):
-                    at = turned + g * (words.group // words.per_word * width * 4)
-                    word = code.load(vector(I32, width), at, (b * block_words + j) * width * 4)
-                    for i in range(size):
-                        values = x + (base + b * TILE + i) * BLOCK
-                        steps[i] += _broadcast_pairs(code, target, words, word, values, j)
+                index = base + b * TILE
+                starts = [code.load(I32, x_sum + index * 4, 4 * i).splat(width) for i in range(size)]
+                at = [t + (g * group_words + b * block_words) * (width * 4) for t in turned]
+                raw = [[code.load(vector(I32, width), a, j * width * 4) for j in range(block_words)] for a in at]
+                values = [x + (index + i) * BLOCK for i in range(size)]
+                sums = _block_sums(code, target, words, raw, values, starts)
                 for i in range(size):
-                    product = target.dot(code, starts[i], steps[i], words.bits).as_float()
-                    spread = code.load(F32, at_scale, 4 * i).splat(width)
-                    totals[i] = code.fma(product, spread, totals[i])
-            for i in range(size):
-                at = place + i * (ROWS * 4)
-                code.store(code.fma(totals[i], weight_scale, code.load(lanes, at)), at)
+                    spread = code.load(F32, x_scale + index * 4, 4 * i).splat(width)
+                    for r in range(stacks):
+                        totals[r][i] = code.fma(sums[r][i].as_float(), spread, totals[r][i])
+            for r in range(stacks):
+                weight_scale = code.load(kind, turned_scales[r] + g * (width * 4))
+                for i in range(size):
+                    to = place + (i * ROWS + r * width) * 4
+                    code.store(code.fma(totals[r][i], weight_scale, code.load(kind, to)), to)
 
-        with code.loop(0, ROWS, width) as first, code.when(first < count):
+        with code.loop(0, ROWS, width * stacks) as first, code.when(first < count):
             last = n0 + count - 1
-            _transpose(code, width, I32, 4, packed, row_words, n0 + first, last, turned, lambda v: v)
-            to = lambda v: to_float(target, v, words.scales)  # noqa: E731
-            _transpose(
-                code, width, STORED[words.scales], scale_size, scale, groups, n0 + first, last, turned_scales, to
-            )
-            coming = packed + (n0 + first + width) * row_words * 4
-            with code.loop(0, (tokens + TILE - 1) // TILE) as tile:
-                place, rest = y + (tile * (TILE * ROWS) + first) * 4, tokens - tile * TILE
-                for begin, size, condition in _passes(rest, TILE if target.registers > 16 else STEP):
-                    with code.when(condition), code.loop(0, groups) as g:
-                        if begin == 0:
-                            with code.when(tile.equals(0)):  # while these rows are at work, fetch the next ones
-                                for i in range(width):
-                                    code.prefetch(coming + (i * row_words + g * (words.group // words.per_word)) * 4)
-                        group(g, tile, begin, size, place + begin * (ROWS * 4))
+            for r in range(stacks):
+                row = n0 + first + r * width
+                _transpose(code, width, I32, 4, packed, row_words, row, last, turned[r], lambda v: v)
+                to = lambda v: to_float(target, v, words.scales)  # noqa: E731
+                _transpose(code, width, scale_kind, scale_size, scale, groups, row, last, turned_scales[r], to)
+            coming = packed + (n0 + first + width * stacks) * row_words * 4
+            done = code.variable(code.number(0))
+            with code.forever() as leave:
+                leave(done.value >= tokens)
+                lane = done.value % TILE
+                rest = (tokens - done.value).least(TILE - lane)
+                passes = (rest + (sizes[-1] - 1)) // sizes[-1]
+                share = (rest + passes - 1) // passes  # as even as can be
+                base = (done.value - lane) * (groups * blocks) + lane
+                place = y + (done.value * ROWS + first) * 4
+                taken = code.variable(code.number(0))
+                for below, size in zip((0, *sizes), sizes, strict=False):
+                    with code.when((share > below) & (share < size + 1)), code.loop(0, groups) as g:
+                        with code.when(done.value.equals(0)):  # while these rows are at work, fetch the next ones
+                            for i in range(width * stacks):
+                                code.prefetch(coming + (i * row_words + g * group_words) * 4)
+                        group(g, base + g * (blocks * TILE), size, place)
+                        taken.value = code.number(size)
+                done.value = done.value + taken.value
         code.give()
 
     return name, build
 
 
-def _passes(rest: Value, most: int) -> list[tuple[int, int, Value]]:
-    """How a tile of which `rest` tokens are left is worked off, at most `most` at a time: (first token, tokens, whether).
-
-    Accumulators of all tokens of a pass must fit the registers. The last pass takes a multiple of STEP.
-    """
-    if most == TILE:
-        sizes = range(STEP, TILE + 1, STEP)
-        return [(0, n, (rest > n - STEP) & (rest < (n + 1 if n < TILE else 1 << 40))) for n in sizes]
-    return [(first, most, rest > first) for first in range(0, TILE, most)]
+def _block_sums(
+    code: Code, target: Target, words: Words, raw: list[list[Value]], values: list[Value], starts: list[Value]
+) -> list[list[Value]]:
+    """starts + the integer products of a block: raw[r] are its words in each row of a vector, values its tokens' bytes."""
+    sums = [list(starts) for _ in raw]
+    if target.registers > 16:  # step by step, so that vectors of rows share a broadcast while it is in a register
+        for j in range(len(raw[0])):
+            for i, at in enumerate(values):
+                for r, row in enumerate(raw):
+                    pairs = _broadcast_pairs(code, target, words, row[j], at, j)
+                    sums[r][i] = target.dot(code, sums[r][i], pairs, words.bits)
+        return sums
+    for r, row in enumerate(raw):
+        for i, at in enumerate(values):
+            pairs = [pair for j, word in enumerate(row) for pair in _broadcast_pairs(code, target, words, word, at, j)]
+            sums[r][i] = target.dot(code, starts[i], pairs, words.bits)
+    return sums
 
 
 def _broadcast_pairs(

@@ -27,6 +27,7 @@ from .target import Target, host
 
 # Where the way to multiply changes, in tokens; measured, see benchmarks/cpu.py.
 TILES_FROM = 5  # int8 activations: from here on, transposed words serve all tokens
+MANY = 13  # from here on, two vectors of rows at a time
 EXACT_ROWS = 8  # float32 activations: up to here, from the words; above, decoded weights and torch's product
 DENSE_ROWS = 8  # plain matrices likewise
 
@@ -389,7 +390,7 @@ class Operations:
             packed, scale = weight.tensors["weight_packed"], weight.tensors["weight_scale"]
             units, rest = divmod(weight.shape[1], 128)
             if act.layout.kind == "tiles":
-                kernel = linear.write_tiles(self.target, words)
+                kernel = linear.write_tiles(self.target, words, tokens >= MANY)
             else:
                 kernel = linear.write_rows(self.target, words, act.layout.kind == "planes", rest > 0)
             row_words, groups = packed.shape[1], scale.shape[1]
@@ -411,7 +412,7 @@ class Operations:
     def _part_bytes(self, weight: Weight) -> int:
         words = _words(weight)
         columns = weight.shape[1] // words.per_word + weight.shape[1] // words.group if words else 0
-        return columns * self.target.width * 4 + 256
+        return columns * linear.ROWS * 4 + 256  # at most all rows of a block, transposed
 
 
 def _references(things: list[Tensor] | list[object]) -> list[int]:
