@@ -7,7 +7,7 @@ time, while all others are stopped: nobody spins beside the one who works. Round
 with its quartiles. What each engine needs is written once, below --scratch. An engine whose package is missing is left
 out, saying so; pip install llama-cpp-python openvino optimum-intel nncf ctranslate2 bitsandbytes transformers matplotlib.
 Seconds of loading count the library's own import, with the files in the page cache; the first token comes after 16 others.
-Shapes that do not fit in memory several times are measured with --engines A,B: weights are mapped where the engine can.
+Shapes that do not fit in memory twice are measured with --alone: an engine is loaded for each of its turns and ended after it.
 """
 
 from __future__ import annotations
@@ -44,21 +44,22 @@ class Worker:
 
     def __init__(self, name: str, args: argparse.Namespace, home: Path) -> None:
         self.name, self.log = name, home / f"{name}.log"
+        self.command = script("peers_engines.py", name, home, args.threads)
         threads = {f"{library}_NUM_THREADS": str(args.threads) for library in ("OMP", "MKL", "NUMBA", "OPENBLAS")}
+        self.environment = {**os.environ, **threads}
+        self.start()
+
+    def start(self) -> None:
         with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                script("peers_engines.py", name, home, args.threads),
-                env={**os.environ, **threads},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-            )
+            pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
+            self.process = subprocess.Popen(self.command, env=self.environment, text=True, **pipes)
         self.told = self.read()
         self.process.send_signal(signal.SIGSTOP)
 
     def ask(self, question: str) -> dict[str, Any]:
         """One measurement; `others_cpu` is the share of the machine that other processes took meanwhile."""
+        if self.process.poll() is not None:
+            self.start()
         assert self.process.stdin
         began, busy, own = time.perf_counter(), busy_seconds(), own_seconds(self.process.pid)
         self.process.send_signal(signal.SIGCONT)
@@ -133,9 +134,12 @@ def measure(args: argparse.Namespace, home: Path) -> dict[str, Any]:
                 started.append(worker := Worker(name, args, home))
                 worker.told["error"] = worker.ask("error")["error"] if args.errors else None
                 workers.append(worker)
+                if args.alone:
+                    worker.close()
             except RuntimeError as error:
                 left_out[name] = str(error)
         rows: dict[str, dict[str, Any]] = {w.name: {**w.told, "metrics": {}} for w in workers}
+        loads: dict[str, list[float]] = {w.name: [w.told["load_s"]] for w in workers}
         for metric in args.metrics:
             question = METRICS[metric].format(n=args.tokens)
             samples: dict[str, list[dict[str, Any]]] = {w.name: [] for w in workers}
@@ -144,6 +148,9 @@ def measure(args: argparse.Namespace, home: Path) -> dict[str, Any]:
                     try:
                         found = worker.ask(question) if turn == 0 else undisturbed(worker, question)
                         samples[worker.name] += [found] if turn else []
+                        loads[worker.name].append(worker.told["load_s"])
+                        if args.alone:
+                            worker.close()
                     except RuntimeError as error:  # most likely the machine ran out of memory
                         left_out[worker.name] = f"{metric}: {error}"
                         del rows[worker.name]
@@ -155,6 +162,8 @@ def measure(args: argparse.Namespace, home: Path) -> dict[str, Any]:
     finally:
         for worker in started:
             worker.close()
+    for name, row in rows.items():
+        row["load_s"] = round(statistics.median(loads[name]), 3)
     return {"engines": rows, "left_out": left_out}
 
 
@@ -256,6 +265,7 @@ def main() -> int:
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "results", help="folder of the JSON and the plot"
     )
+    parser.add_argument("--alone", action="store_true", help="no engine stays loaded while another works")
     parser.add_argument("--force", action="store_true", help="measure although the machine is busy")
     args = parser.parse_args()
     home = args.scratch / args.shape

@@ -46,13 +46,14 @@ OUTPUTS = 70  # two blocks of 32 and a part of one
 # partial sum, at random. The worst of a few thousand outputs stays below 25 such steps, relative to the rms of a sum.
 ROUNDING = 3e-6
 
-here = pytest.mark.parametrize(
-    "path",
-    [
-        pytest.param(p, marks=pytest.mark.skipif(reason is not None, reason=f"{p}: {reason}"))
-        for p, reason in ((p, target.why_not(p)) for p in PATHS)
-    ],
-)
+
+def on(path: str, *more: Any) -> Any:
+    """Parameters of a test that runs on a path: skipped, with the reason, where this machine lacks it."""
+    reason = target.why_not(path)
+    return pytest.param(path, *more, marks=pytest.mark.skipif(reason is not None, reason=f"{path}: {reason}"))
+
+
+here = pytest.mark.parametrize("path", [on(path) for path in PATHS])
 
 
 # Tools ----------------------------------------------------------------------------------------------------------------
@@ -585,6 +586,12 @@ CACHED = [torch.float32, torch.float16, torch.bfloat16, torch.int8]
 PASSES = [(5, 127, 1, 0), (1, 1, 0, 3), (122, 1, 130, 9), (0, 0, 1, 1), (1, 6, 2, 260)]
 
 
+def cached_as(path: str, dim: int) -> torch.dtype:
+    """A dtype for each size: every one on every path, and at other sizes on another path."""
+    size = list(DIMS).index(dim)
+    return CACHED[(size + size // 4 + PATHS.index(path)) % 4]
+
+
 def rotary_table(half: int, positions: int = 700) -> Tensor:
     angles = torch.rand(positions, half) * 6.3
     return torch.stack((angles.cos(), angles.sin()))
@@ -600,11 +607,12 @@ def attention_of(pool: PagePool, batch: Batch, qkv: Tensor, rotary: Tensor, dim:
     q = rotated(qkv.view(-1, HEADS, 3, dim)[:, :, 0], rotary, batch.positions) * dim**-0.5
     out = torch.zeros(len(qkv), HEADS, dim, dtype=torch.float64)
     for i, sequence in enumerate(batch.sequences):
-        for t in range(batch.offsets[i], batch.offsets[i + 1]):
-            length = batch.starts[i] + t - batch.offsets[i] + 1
-            keys, values = stored(pool, sequence.pages, length)
-            shares = torch.softmax(torch.einsum("hd,hkd->hk", q[t], keys), -1)
-            out[t] = torch.einsum("hk,hkd->hd", shares, values)
+        first, last = batch.offsets[i], batch.offsets[i + 1]
+        keys, values = stored(pool, sequence.pages, batch.starts[i] + last - first)
+        places = batch.starts[i] + torch.arange(last - first)
+        later = torch.arange(keys.shape[1]) > places[:, None]
+        scores = torch.einsum("thd,hkd->htk", q[first:last], keys).masked_fill(later, -math.inf)
+        out[first:last] = torch.einsum("htk,hkd->thd", scores.softmax(-1), values)
     return out.flatten(1)
 
 
@@ -668,18 +676,22 @@ def assert_stored_alike(pools: tuple[PagePool, PagePool], rows: list[list[Any]])
             assert float((mine != theirs).double().mean()) < 0.01
 
 
-@here
-@pytest.mark.parametrize("dim", DIMS)
+# Attention has no products of bytes, so two paths of one vector width have the same code: they share the sizes.
+SHARED = {"avx_vnni": 0, "avx2": 1}
+
+
+@pytest.mark.parametrize(
+    "path, dim", [on(p, dim) for p in PATHS for i, dim in enumerate(DIMS) if SHARED.get(p, i % 2) == i % 2]
+)
 def test_attention_equals_float64_over_pages_and_forks(path: str, dim: int) -> None:
-    dtype = CACHED[(list(DIMS).index(dim) + PATHS.index(path)) % 4]  # each dtype at two sizes, at others on other paths
     # float32 scores of order 5, so exp is off by some 1e-6 at worst; sums of up to 400 shares
-    assert worst_attention(path, dim, dtype) < 3e-6
+    assert worst_attention(path, dim, cached_as(path, dim)) < 3e-6
 
 
 @here
 def test_attention_survives_large_scores_and_many_equal_ones(path: str) -> None:
-    dim, dtype = 64, CACHED[(list(DIMS).index(64) + PATHS.index(path)) % 4]
-    ops, pool, rotary = Forced(path), fresh_pool(64, dtype), rotary_table(8)
+    dim = 64
+    ops, pool, rotary = Forced(path), fresh_pool(dim, cached_as(path, dim)), rotary_table(8)
     sequences = [pool.new(), pool.new()]
     batch = Batch.reserve(pool, sequences, (40, 3))
     qkv = torch.randn(43, HEADS, 3, dim)
@@ -711,8 +723,7 @@ def kernels(machine: target.Target) -> list[tuple[str, linear.Build]]:
         linear.write_finish(machine, ["bfloat16"], "tanh", NATURAL),
         norm.write_norms(machine, [Layout("tiles", 8), Layout("planes", 4)], ["float16", "float32"]),
         norm.write_embed(machine, "float16"),
-        attention.write_attention(machine, attention.Heads(96, 24, "int8")),
-        attention.write_attention(machine, attention.Heads(20, 6, "float16")),
+        attention.write_attention(machine, attention.Heads(20, 6, "int8")),
         ("given", linear.write_given),
     ]
 
@@ -773,7 +784,7 @@ def test_every_kernel_compiles_for_every_path_and_calls_no_function(path: str) -
         assert calls(listing) == [], name
 
 
-@pytest.mark.parametrize("triple", ["aarch64-unknown-linux-gnu", "arm64-apple-darwin", "riscv64-unknown-linux-gnu"])
+@pytest.mark.parametrize("triple", ["aarch64-unknown-linux-gnu", "riscv64-unknown-linux-gnu"])
 def test_the_portable_path_compiles_for_other_processors(triple: str) -> None:
     for name, listing in listings("portable", triple).items():
         assert name in listing

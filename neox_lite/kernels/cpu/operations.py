@@ -162,7 +162,7 @@ class Operations:
 
     def embed(self, ids: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """ids (tokens,) int64, weight (vocabulary, hidden) -> x (tokens, hidden) float32."""
-        weight, program = weight.contiguous(), Program()
+        weight, program = _plain(weight), Program()
         x = self._empty(NATURAL, len(ids), weight.shape[1])
         assert isinstance(x, Tensor)
         arguments = program.table(program.keep(ids), program.keep(weight), weight.shape[1], program.keep(x))
@@ -202,6 +202,11 @@ class Operations:
         """Rotary, append to the cache, causal attention: qkv (tokens, heads * 3 * head_dim) -> (tokens, heads * head_dim)."""
         assert isinstance(qkv, Tensor)
         program, storage = Program(), cache.storage[layer]
+        if _name(storage) not in attention.KINDS:
+            states = self._eagerly(program, lambda: reference.attend(qkv, cache, layer, batch, rotary, consumer))
+            act = self._as(program, states, self._layout(consumer, len(qkv)))
+            self._run(program)
+            return act
         heads, dim = storage.shape[2], storage.shape[4]
         out = self._empty(NATURAL, len(qkv), heads * dim)
         assert isinstance(out, Tensor)
@@ -320,9 +325,10 @@ class Operations:
         acts = [self._empty(layout, tokens, features) for layout in layouts]
         arguments = [program.keep(x), features]
         for (gain, bias, eps), act in zip(lns, acts, strict=True):
-            addresses = [program.keep(t.contiguous()) for t in (gain, bias.to(gain.dtype), torch.tensor([eps]))]
+            affine = _plain(gain), _plain(bias.to(gain.dtype))
+            addresses = [program.keep(t) for t in (*affine, torch.tensor([eps]))]
             arguments += [*addresses, *self._place(program, act)]
-        kernel = norm.write_norms(self.target, layouts, [_name(gain) for gain, _, _ in lns])
+        kernel = norm.write_norms(self.target, layouts, [_name(_plain(gain)) for gain, _, _ in lns])
         self._call(program, kernel, program.table(*arguments), tokens)
         return acts
 
@@ -368,7 +374,7 @@ class Operations:
         parts: list[int] = []
         for act, weight in zip(acts, weights, strict=True):
             parts += self._part(program, self._as(program, act, self._layout(weight, tokens)), weight, tokens)
-        given = [a.contiguous() for a in addends]
+        given = [_plain(a) for a in addends]
         finish = linear.write_finish(
             self.target, [_name(a) for a in given], activation, out.layout if isinstance(out, Coded) else NATURAL
         )
@@ -400,7 +406,7 @@ class Operations:
         assert isinstance(act, Tensor)
         act = act.contiguous()
         if isinstance(weight.format, Dense) and tokens <= DENSE_ROWS:
-            matrix = weight.tensors["weight"].contiguous()
+            matrix = _plain(weight.tensors["weight"])
             kernel = linear.write_dense(self.target, _name(matrix))
             return self._address(kernel), program.table(
                 program.keep(matrix), weight.shape[1], tokens, program.keep(act)
@@ -431,6 +437,11 @@ def _memory(layout: Layout, tokens: int, features: int) -> Tensor:
     count = size + size // BLOCK * 8 if layout.is_int8 else 4 * size
     make = torch.empty if all_features == features else torch.zeros  # beyond a row's end nothing may count
     return make(count, dtype=torch.uint8)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy, as kernels read it: row by row, in a dtype they know."""
+    return (tensor if _name(tensor) in linear.STORED else tensor.float()).contiguous()
 
 
 def _name(tensor: Tensor) -> str:
