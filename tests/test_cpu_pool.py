@@ -1,0 +1,357 @@
+"""The threads that run kernels: every item once, in the order that was asked for, whatever the threads happen to do."""
+
+import faulthandler
+import os
+import random
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from neox_lite.kernels.cpu.code import I64, Code
+from neox_lite.kernels.cpu.compile import compiled
+from neox_lite.kernels.cpu.pool import Call, Pool, _yield_address, rows_of
+from neox_lite.kernels.cpu.target import host
+
+THREADS = [1, 2, 3, 5]  # more threads than this machine has cores are allowed, and meet in more orders
+PATIENCE_S = 30.0  # what takes that long on any machine has gone wrong
+forking = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+
+
+@pytest.fixture(autouse=True)
+def no_hanging() -> Iterator[None]:
+    """A runtime without locks fails by waiting for ever; then say where."""
+    faulthandler.dump_traceback_later(10 * PATIENCE_S, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.fixture
+def pool() -> Iterator[Pool]:
+    before, made = torch.get_num_threads(), Pool()
+    yield made
+    made.stop()
+    torch.set_num_threads(before)
+
+
+# Kernels that watch -----------------------------------------------------------------------------------------------------
+
+
+def write_watch(module: Any) -> None:
+    """For each item: note the sum over all counters of earlier rows and the scratch memory, dawdle, then count the item.
+
+    arguments: all counters, how many belong to earlier rows, then of this row counters, sums, scratches, and polls to dawdle.
+    """
+    code = Code(module, "watch", 4)
+    table, start, stop, scratch = code.arguments
+    everything, earlier, counters, sums, scratches, polls = code.slots(table, 6)
+    with code.loop(start, stop) as item:
+        total = code.variable(code.number(0))
+        with code.loop(0, earlier) as i:
+            total.value = total.value + code.load(I64, everything, i * 8)
+        code.store(total.value, sums, item * 8)
+        code.store(scratch, scratches, item * 8)
+        with code.loop(0, polls % (item + 7)):
+            code.load_atomic(everything)
+        code.add_atomically(counters + item * 8, 1)
+    code.give()
+
+
+def write_meet(module: Any) -> None:
+    """Each of the items waits until all have begun, which takes as many threads.
+
+    arguments: a counter, items, turns to give away before giving up, address of what gives one away.
+    """
+    code = Code(module, "meet", 4)
+    table, start, stop, _ = code.arguments
+    begun, items, patience, give_way = code.slots(table, 4)
+    with code.loop(start, stop):
+        code.add_atomically(begun, 1)
+        turns = code.variable(code.number(0))
+        with code.forever() as leave:
+            leave((code.load_atomic(begun) >= items) | (turns.value > patience))
+            code.call(give_way, [])
+            turns.value = turns.value + 1
+        with code.when(turns.value > patience):
+            code.add_atomically(begun, -1)
+    code.give()
+
+
+def write_fill(module: Any) -> None:
+    """For each item: fill the scratch memory with its number, dawdle, and note how much of that is left.
+
+    arguments: int64 words of scratch memory, found.
+    """
+    code = Code(module, "fill", 4)
+    table, start, stop, scratch = code.arguments
+    words, found = code.slots(table, 2)
+    with code.loop(start, stop) as item:
+        with code.loop(0, words) as i:
+            code.store(item + 1, scratch, i * 8)
+        with code.loop(0, 2000):
+            code.load_atomic(found)
+        same = code.variable(code.number(0))
+        with code.loop(0, words) as i:
+            same.value = same.value + code.load(I64, scratch, i * 8).equals(item + 1).extended(I64)
+        code.store(same.value, found, item * 8)
+    code.give()
+
+
+class Watched:
+    """A program whose every row counts its items and what it saw of the earlier ones."""
+
+    def __init__(self, shape: Sequence[tuple[int, int, bool]], polls: int = 0) -> None:
+        """shape: items, grain and waits of each row."""
+        self.shape, self.starts = shape, np.cumsum([0, *(items for items, _, _ in shape)])
+        self.counters, self.sums, self.scratches = (np.zeros(int(self.starts[-1]) + 1, np.int64) for _ in range(3))
+        self.tables, calls = [], []
+        for (items, grain, waits), start in zip(shape, self.starts, strict=False):
+            own = [a.ctypes.data + 8 * int(start) for a in (self.counters, self.sums, self.scratches)]
+            self.tables.append(np.array([self.counters.ctypes.data, start, *own, polls], np.int64))
+            calls.append(Call(compiled("watch", write_watch, host()), self.tables[-1].ctypes.data, items, grain, waits))
+        self.rows = rows_of(calls)
+
+    @classmethod
+    def random(cls, seed: int) -> "Watched":
+        chance = random.Random(seed)
+        rows = range(chance.randint(1, 12))
+        sizes = (0, 1, 2, 3, 7, 32, 100)
+        return cls(
+            [(chance.choice(sizes), chance.randint(1, 9), chance.random() < 0.6) for _ in rows],
+            polls=chance.choice((0, 0, 50, 1000)),
+        )
+
+    def run(self, pool: Pool, scratch_bytes: int = 0) -> "Watched":
+        for seen in (self.counters, self.sums, self.scratches):
+            seen.fill(0)
+        pool.run(self.rows, scratch_bytes)
+        return self
+
+    @property
+    def is_right(self) -> bool:
+        """Every item ran once, and those of rows that wait saw all earlier items done."""
+        once = bool((self.counters[:-1] == 1).all()) and self.counters[-1] == 0
+        rows = zip(self.shape, self.starts, self.starts[1:], strict=False)
+        return once and all(bool((self.sums[a:b] == a).all()) for (_, _, waits), a, b in rows if waits)
+
+    @property
+    def threads(self) -> set[int]:
+        """The threads that took part, by their scratch memory."""
+        return set(self.scratches[:-1].tolist())
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for something that another thread does in a moment."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def asleep(pool: Pool) -> bool:
+    return all(worker._state[0] == 1 for worker in pool._workers)
+
+
+def meet(pool: Pool, threads: int) -> int:
+    """How many of the threads took part at once in a program that needs them all."""
+    begun = np.zeros(1, np.int64)
+    table = np.array([begun.ctypes.data, threads, 1_000_000, _yield_address()], np.int64)
+    pool.run(rows_of([Call(compiled("meet", write_meet, host()), table.ctypes.data, threads)]))
+    return int(begun[0])
+
+
+# Programs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads", THREADS)
+def test_every_item_runs_once_and_rows_that_wait_see_what_earlier_ones_wrote(threads: int, pool: Pool) -> None:
+    torch.set_num_threads(threads)
+    for seed in range(150):
+        program = Watched.random(seed)
+        for _ in range(2):  # a program can run again
+            assert program.run(pool).is_right, f"seed {seed}"
+
+
+def test_rows_without_items_hold_nobody_up(pool: Pool) -> None:
+    assert Watched([(0, 1, True), (0, 3, False), (2, 5, True), (0, 1, True)]).run(pool).is_right
+
+
+def test_one_thread_works_without_workers(pool: Pool) -> None:
+    torch.set_num_threads(1)
+    program = Watched([(100, 3, True)] * 3).run(pool)
+    assert program.is_right and pool._workers == []
+    assert program.threads == {pool._scratch[0].ctypes.data}
+
+
+def test_all_threads_take_part(pool: Pool) -> None:
+    for threads in (2, 3):
+        torch.set_num_threads(threads)
+        assert meet(pool, threads) == threads
+
+
+def test_the_number_of_threads_follows_torch(pool: Pool) -> None:
+    ended: list[threading.Thread] = []
+    for threads in (1, 3, 2, 2, 4, 1):
+        torch.set_num_threads(threads)
+        before = [worker._thread for worker in pool._workers]
+        assert Watched.random(threads).run(pool).is_right
+        now = [worker._thread for worker in pool._workers]
+        assert len(now) == threads - 1 and all(t.is_alive() for t in now)
+        ended += [t for t in before if t not in now]
+        assert not any(t.is_alive() for t in ended)
+    assert len(ended) == 2 + 1 + 3
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_python_threads_may_run_programs_at_the_same_time(threads: int, pool: Pool) -> None:
+    torch.set_num_threads(threads)
+    right: list[bool] = []
+
+    def work(first: int) -> None:
+        right.extend(Watched.random(seed).run(pool).is_right for seed in range(first, first + 40))
+
+    callers = [threading.Thread(target=work, args=(1000 * i,)) for i in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert right == [True] * 160
+
+
+def test_stop_ends_the_threads_and_the_next_program_starts_new_ones(pool: Pool) -> None:
+    torch.set_num_threads(3)
+    Watched.random(0).run(pool)
+    until(lambda: asleep(pool))  # asleep or awake, they end
+    for _ in range(2):
+        threads = [worker._thread for worker in pool._workers]
+        pool.stop()
+        assert len(threads) == 2 and not any(t.is_alive() for t in threads)
+        assert Watched.random(1).run(pool).is_right
+
+
+# Sleeping and late workers --------------------------------------------------------------------------------------------
+
+
+def test_idle_workers_fall_asleep_and_wake_for_the_next_program(pool: Pool) -> None:
+    torch.set_num_threads(3)
+    for seed in range(5):
+        assert Watched.random(seed).run(pool).is_right
+        until(lambda: asleep(pool))
+        assert meet(pool, 3) == 3
+
+
+def test_programs_that_come_while_workers_fall_asleep_are_done(pool: Pool) -> None:
+    """Pauses about as long as a worker spins: it goes to sleep while the next program starts."""
+    torch.set_num_threads(3)
+    chance = random.Random(0)
+    for _ in range(300):
+        assert Watched([(5, 1, True), (3, 2, True)]).run(pool).is_right
+        time.sleep(chance.uniform(0.0, 0.002))
+
+
+def test_a_worker_that_never_wakes_keeps_nobody_waiting(pool: Pool) -> None:
+    torch.set_num_threads(2)
+    Watched.random(0).run(pool)
+    until(lambda: asleep(pool))
+    pool._workers[0].wake = lambda: None  # type: ignore[method-assign]
+    for seed in range(50):
+        program = Watched.random(seed).run(pool)
+        assert program.is_right and program.threads <= {pool._scratch[0].ctypes.data}
+
+
+def test_a_worker_that_comes_late_leaves_the_finished_program_alone(pool: Pool) -> None:
+    torch.set_num_threads(2)
+    Watched.random(0).run(pool)
+    (worker,) = pool._workers
+    for seed in range(20):
+        until(lambda: asleep(pool))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(worker, "wake", lambda: None)
+            program = Watched.random(seed).run(pool)
+        assert program.is_right
+        counted = program.counters.copy()
+        program.rows.fill(0)  # its memory is free for others: to take items from it now is to call address 0
+        program.rows[:, 2] = 1_000_000
+        worker.wake()
+        until(lambda: asleep(pool))
+        assert np.array_equal(program.counters, counted)
+        assert Watched.random(seed).run(pool).is_right
+
+
+# Forks ----------------------------------------------------------------------------------------------------------------
+
+
+def in_a_child(compute: Callable[[], bytes]) -> bytes:
+    """What a forked child computes; b"" if it fails or does not answer."""
+    reader, writer = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python's, of forking with threads: what is tested here
+        child = os.fork()
+    if not child:
+        try:
+            os.write(writer, compute())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    alarm = threading.Timer(PATIENCE_S, os.kill, (child, signal.SIGKILL))
+    alarm.start()
+    try:
+        with os.fdopen(reader, "rb") as pipe:
+            return pipe.read()
+    finally:
+        os.waitpid(child, 0)
+        alarm.cancel()
+
+
+def several_right(pool: Pool) -> bytes:
+    """b"right 2" where programs run correctly, by 2 threads of this process."""
+    right = all(Watched.random(seed).run(pool).is_right for seed in range(20))
+    return f"{'right' if right else 'wrong'} {meet(pool, 2)}".encode()
+
+
+@forking
+def test_a_forked_child_has_threads_of_its_own(pool: Pool) -> None:
+    torch.set_num_threads(2)
+    assert several_right(pool) == b"right 2"
+    assert in_a_child(lambda: several_right(pool)) == b"right 2"
+    assert several_right(pool) == b"right 2"  # the parent's go on
+
+
+@forking
+def test_a_fork_in_the_middle_of_another_thread_s_program_is_no_trap(pool: Pool) -> None:
+    torch.set_num_threads(2)
+    program, done, right = Watched([(100, 1, True)] * 10, polls=3000), threading.Event(), [True]
+
+    def work() -> None:
+        while not done.is_set():
+            right.append(program.run(pool).is_right)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    answers = [in_a_child(lambda: several_right(pool)) for _ in range(5)]
+    done.set()
+    thread.join()
+    assert answers == [b"right 2"] * 5 and all(right)
+
+
+# Scratch memory -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_each_thread_has_scratch_memory_of_its_own_on_a_cache_line(threads: int, pool: Pool) -> None:
+    torch.set_num_threads(threads)
+    for size in (0, 1 << 12, 1 << 20, 1 << 14):  # more than before, and less
+        words, found = size // 8, np.zeros(60, np.int64)
+        table = np.array([words, found.ctypes.data], np.int64)
+        pool.run(rows_of([Call(compiled("fill", write_fill, host()), table.ctypes.data, 60)]), size)
+        assert bool((found == words).all())
+        places = sorted(Watched([(200, 1, True)], polls=1000).run(pool, size).threads)
+        assert all(place % 64 == 0 for place in places) and len(places) <= threads
+        assert all(b - a >= size for a, b in pairwise(places))
