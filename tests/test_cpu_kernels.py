@@ -171,9 +171,14 @@ def pieces(act: Coded) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def off(found: Tensor, x: Tensor, weight: Tensor, others: Tensor | float = 0.0) -> float:
-    """Largest error of x @ weight.T + others, relative to the size that a sum of such products has; NaN if one is missing."""
+    """Largest error of x @ weight.T + others, relative to the size that a sum of such products has."""
     size = (x.square() @ weight.square().T).mean().sqrt()
-    return float((found.double() - (x @ weight.T + others)).abs().max() / size)
+    return largest((found.double() - (x @ weight.T + others)) / size)
+
+
+def largest(errors: Tensor) -> float:
+    """Largest magnitude; infinite if one is NaN, which Python's max would pass over."""
+    return float(errors.abs().max().nan_to_num(nan=math.inf))
 
 
 def scales_of(bits: int, group: int, kind: str) -> torch.dtype:
@@ -657,7 +662,7 @@ def worst_attention(path: str, dim: int, dtype: torch.dtype) -> float:
         theirs.commit()
         values = max(float(stored(pools[0], s.pages, s.length)[1].abs().max()) for s in rows[0] if s.length)
         expected = attention_of(pools[0], ours, qkv, rotary, dim)
-        worst = max(worst, float((found.double() - expected).abs().max()) / values)
+        worst = max(worst, largest((found.double() - expected) / values))
         assert_stored_alike(pools, rows)
     return worst
 

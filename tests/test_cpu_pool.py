@@ -105,6 +105,24 @@ def write_fill(module: Any) -> None:
     code.give()
 
 
+class Filled:
+    """A program whose items fill the scratch memory of their thread and find it as they left it."""
+
+    def __init__(self, items: int = 60, scratch_bytes: int = 1 << 12) -> None:
+        self.words, self.found = scratch_bytes // 8, np.zeros(items, np.int64)
+        self.table = np.array([self.words, self.found.ctypes.data], np.int64)
+        self.rows = rows_of([Call(compiled("fill", write_fill, host()), self.table.ctypes.data, items)])
+
+    def run(self, pool: Pool) -> "Filled":
+        self.found.fill(-1)
+        pool.run(self.rows, 8 * self.words)
+        return self
+
+    @property
+    def is_right(self) -> bool:
+        return bool((self.found == self.words).all())
+
+
 class Watched:
     """A program whose every row counts its items and what it saw of the earlier ones."""
 
@@ -217,7 +235,8 @@ def test_python_threads_may_run_programs_at_the_same_time(threads: int, pool: Po
     right: list[bool] = []
 
     def work(first: int) -> None:
-        right.extend(Watched.random(seed).run(pool).is_right for seed in range(first, first + 40))
+        for seed in range(first, first + 40):
+            right.append(Watched.random(seed).run(pool).is_right and Filled().run(pool).is_right)
 
     callers = [threading.Thread(target=work, args=(1000 * i,)) for i in range(4)]
     for caller in callers:
@@ -287,6 +306,17 @@ def test_a_worker_that_comes_late_leaves_the_finished_program_alone(pool: Pool) 
         assert Watched.random(seed).run(pool).is_right
 
 
+def test_nobody_is_left_inside_a_program_that_has_ended(pool: Pool) -> None:
+    """Its memory may be freed. Rows without items take a thread some time to pass, and let the caller get ahead."""
+    torch.set_num_threads(2)
+    for _ in range(30):
+        program = Watched([(0, 1, False)] * 5000)
+        pool.run(program.rows)
+        left = program.rows.copy()
+        time.sleep(0.001)
+        assert np.array_equal(program.rows, left)
+
+
 # Forks ----------------------------------------------------------------------------------------------------------------
 
 
@@ -349,10 +379,7 @@ def test_a_fork_in_the_middle_of_another_thread_s_program_is_no_trap(pool: Pool)
 def test_each_thread_has_scratch_memory_of_its_own_on_a_cache_line(threads: int, pool: Pool) -> None:
     torch.set_num_threads(threads)
     for size in (0, 1 << 12, 1 << 20, 1 << 14):  # more than before, and less
-        words, found = size // 8, np.zeros(60, np.int64)
-        table = np.array([words, found.ctypes.data], np.int64)
-        pool.run(rows_of([Call(compiled("fill", write_fill, host()), table.ctypes.data, 60)]), size)
-        assert bool((found == words).all())
+        assert Filled(60, size).run(pool).is_right
         places = sorted(Watched([(200, 1, True)], polls=1000).run(pool, size).threads)
         assert all(place % 64 == 0 for place in places) and len(places) <= threads
         assert all(b - a >= size for a, b in pairwise(places))
