@@ -205,7 +205,7 @@ def worst_product(path: str, kind: str, bits: int, group: int, many: bool) -> fl
         for rows in (OUTPUTS, 1):
             weight = random_weight(bits, group, columns, scales_of(bits, group, kind), rows)
             x = torch.randn(max(counts), columns)
-            x[-1, :BLOCK] = 0.0  # a block of scale 0
+            x[0, :BLOCK] = 0.0  # a block of scale 0
             for tokens in counts if rows > 1 else (counts[0], counts[-1]):
                 act = ops.coded(x[-tokens:], weight)
                 worst = max(worst, off(ops.product(act, weight), decoded(act), wide(weight)))
@@ -693,8 +693,8 @@ SIZES = {"avx_vnni": [8, 32, 80, 128], "avx2": [20, 64, 96, 256], "portable": [8
 
 @pytest.mark.parametrize("path, dim", [on(path, dim) for path in PATHS for dim in SIZES.get(path, DIMS)])
 def test_attention_equals_float64_over_pages_and_forks(path: str, dim: int) -> None:
-    # float32 scores of order 5, so exp is off by some 1e-6 at worst; sums of up to 400 shares
-    assert worst_attention(path, dim, cached_as(path, dim)) < 3e-6
+    # Scores of order 5 are rounded to 24 bits, so their exp is off by up to 5e-7 of itself; a mean of values by no more.
+    assert worst_attention(path, dim, cached_as(path, dim)) < 1e-6
 
 
 @here

@@ -180,10 +180,16 @@ def asleep(pool: Pool) -> bool:
 
 
 def meet(pool: Pool, threads: int) -> int:
-    """How many of the threads took part at once in a program that needs them all."""
-    begun = np.zeros(1, np.int64)
-    table = np.array([begun.ctypes.data, threads, 1_000_000, _yield_address()], np.int64)
-    pool.run(rows_of([Call(compiled("meet", write_meet, host()), table.ctypes.data, threads)]))
+    """How many of the threads took part at once in a program that needs them all.
+
+    Tried more than once: a worker that is just about to fall asleep may miss a program.
+    """
+    for _ in range(5):
+        begun = np.zeros(1, np.int64)
+        table = np.array([begun.ctypes.data, threads, 500_000, _yield_address()], np.int64)
+        pool.run(rows_of([Call(compiled("meet", write_meet, host()), table.ctypes.data, threads)]))
+        if begun[0] == threads:
+            break
     return int(begun[0])
 
 
