@@ -66,14 +66,14 @@ def write_watch(module: Any) -> None:
 
 
 def write_meet(module: Any) -> None:
-    """Each of the items waits until all have begun, which takes as many threads.
+    """Each of the items waits until all have begun, which takes as many threads; those of higher number then dawdle.
 
-    arguments: a counter, items, turns to give away before giving up, address of what gives one away.
+    arguments: a counter, items, turns to give away before giving up, address of what gives one away, polls to dawdle.
     """
     code = Code(module, "meet", 4)
     table, start, stop, _ = code.arguments
-    begun, items, patience, give_way = code.slots(table, 4)
-    with code.loop(start, stop):
+    begun, items, patience, give_way, polls = code.slots(table, 5)
+    with code.loop(start, stop) as item:
         code.add_atomically(begun, 1)
         turns = code.variable(code.number(0))
         with code.forever() as leave:
@@ -82,6 +82,8 @@ def write_meet(module: Any) -> None:
             turns.value = turns.value + 1
         with code.when(turns.value > patience):
             code.add_atomically(begun, -1)
+        with code.loop(0, item * polls):
+            code.load_atomic(begun)
     code.give()
 
 
@@ -179,18 +181,23 @@ def asleep(pool: Pool) -> bool:
     return all(worker._state[0] == 1 for worker in pool._workers)
 
 
-def meet(pool: Pool, threads: int) -> int:
-    """How many of the threads took part at once in a program that needs them all.
+class Meeting:
+    """A program that needs all of some threads at once, followed by rows without items."""
 
-    Tried more than once: a worker that is just about to fall asleep may miss a program.
-    """
-    for _ in range(5):
-        begun = np.zeros(1, np.int64)
-        table = np.array([begun.ctypes.data, threads, 500_000, _yield_address()], np.int64)
-        pool.run(rows_of([Call(compiled("meet", write_meet, host()), table.ctypes.data, threads)]))
-        if begun[0] == threads:
-            break
-    return int(begun[0])
+    def __init__(self, threads: int, polls: int = 0, empty_rows: int = 0) -> None:
+        self.begun, self.threads = np.zeros(1, np.int64), threads
+        self.table = np.array([self.begun.ctypes.data, threads, 500_000, _yield_address(), polls], np.int64)
+        call = Call(compiled("meet", write_meet, host()), self.table.ctypes.data, threads)
+        self.rows = rows_of([call, *[call._replace(items=0, waits=False)] * empty_rows])
+
+    def run(self, pool: Pool) -> int:
+        """How many threads took part. Tries more than once: a worker about to fall asleep may miss a program."""
+        for _ in range(5):
+            self.begun.fill(0)
+            pool.run(self.rows)
+            if self.begun[0] == self.threads:
+                break
+        return int(self.begun[0])
 
 
 # Programs -------------------------------------------------------------------------------------------------------------
@@ -219,7 +226,7 @@ def test_one_thread_works_without_workers(pool: Pool) -> None:
 def test_all_threads_take_part(pool: Pool) -> None:
     for threads in (2, 3):
         torch.set_num_threads(threads)
-        assert meet(pool, threads) == threads
+        assert Meeting(threads).run(pool) == threads
 
 
 def test_the_number_of_threads_follows_torch(pool: Pool) -> None:
@@ -271,7 +278,7 @@ def test_idle_workers_fall_asleep_and_wake_for_the_next_program(pool: Pool) -> N
     for seed in range(5):
         assert Watched.random(seed).run(pool).is_right
         until(lambda: asleep(pool))
-        assert meet(pool, 3) == 3
+        assert Meeting(3).run(pool) == 3
 
 
 def test_programs_that_come_while_workers_fall_asleep_are_done(pool: Pool) -> None:
@@ -313,13 +320,13 @@ def test_a_worker_that_comes_late_leaves_the_finished_program_alone(pool: Pool) 
 
 
 def test_nobody_is_left_inside_a_program_that_has_ended(pool: Pool) -> None:
-    """Its memory may be freed. Rows without items take a thread some time to pass, and let the caller get ahead."""
+    """Its memory may be freed. The thread that works last has rows without items to pass when the other is done with them."""
     torch.set_num_threads(2)
-    for _ in range(30):
-        program = Watched([(0, 1, False)] * 5000)
-        pool.run(program.rows)
+    for _ in range(10):
+        program = Meeting(2, polls=50_000, empty_rows=20_000)
+        assert program.run(pool) == 2
         left = program.rows.copy()
-        time.sleep(0.001)
+        time.sleep(0.005)
         assert np.array_equal(program.rows, left)
 
 
@@ -350,7 +357,7 @@ def in_a_child(compute: Callable[[], bytes]) -> bytes:
 def several_right(pool: Pool) -> bytes:
     """b"right 2" where programs run correctly, by 2 threads of this process."""
     right = all(Watched.random(seed).run(pool).is_right for seed in range(20))
-    return f"{'right' if right else 'wrong'} {meet(pool, 2)}".encode()
+    return f"{'right' if right else 'wrong'} {Meeting(2).run(pool)}".encode()
 
 
 @forking
