@@ -133,7 +133,7 @@ class ShardWriter:
         self._file: Any = None
 
     def __enter__(self) -> "ShardWriter":
-        with _disk_errors(self.path, self.size):
+        with disk_errors(self.path, self.size):
             self._file = self._partial.open("w+b", buffering=0)
             try:
                 _preallocate(self._file, self.size)
@@ -161,7 +161,7 @@ class ShardWriter:
             self._claim(name, row, row + rows)
         if tensor.numel():
             data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-            with _disk_errors(self.path, self.size):
+            with disk_errors(self.path, self.size):
                 self._put(data, self._offsets[name] + row * (spec.nbytes // total))
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
@@ -176,12 +176,12 @@ class ShardWriter:
             rows = spec.shape[0] if spec.shape else 1
             if rows and self._written[name] != [(0, rows)]:
                 raise CheckpointError(f"{self.path}: {name}: only rows {self._written[name]} of {rows} are written")
-        with _disk_errors(self.path, self.size):
+        with disk_errors(self.path, self.size):
             os.fsync(self._file.fileno())
             self._file.close()
             sha256 = sha256_of(self._partial)
             self._partial.replace(self.path)
-            _sync_folder(self.path.parent)
+            sync_folder(self.path.parent)
         self.sha256 = sha256
 
     def _discard(self) -> None:
@@ -264,8 +264,8 @@ class FolderWriter:
             seen.add(spec.name)
         self.plan = [list(shard) for shard in shards]
         sizes = {self._shard_name(i): sum(spec.nbytes for spec in shard) for i, shard in enumerate(self.plan)}
-        with _disk_errors(self.folder):
-            free = _free_bytes(self.folder)
+        with disk_errors(self.folder):
+            free = free_bytes(self.folder)
             freed = sum((self.folder / name).stat().st_size for name in sizes if (self.folder / name).exists())
         needed = max(sum(sizes.values()) - freed, *sizes.values(), 0) + more_bytes
         if needed > free:
@@ -306,7 +306,7 @@ class FolderWriter:
             self._small[INDEX] = _write_atomically(self.folder / INDEX, self._index())
         weights = {name: {"bytes": writer.size, "sha256": writer.sha256} for name, writer in self._writers.items()}
         files = {**weights, **self._small, CONFIG: _manifest_entry(config_json.encode())}
-        with _disk_errors(self.folder):
+        with disk_errors(self.folder):
             for name in self._stale - files.keys():
                 (self.folder / name).unlink(missing_ok=True)
         self._publish_manifest({**own, **manifest_fields, "files": dict(sorted(files.items()))})
@@ -350,7 +350,7 @@ class FolderWriter:
         if self._marker is not None:
             return
         folder, marker = self.folder, self.folder / UNFINISHED
-        with _disk_errors(folder):
+        with disk_errors(folder):
             self._is_new = not folder.exists()
             folder.mkdir(parents=True, exist_ok=True)
             present = {path.name for path in folder.iterdir()}
@@ -364,7 +364,7 @@ class FolderWriter:
                 (folder / CONFIG).unlink(missing_ok=True)
                 if found != marker:  # the old manifest becomes the marker: a second attempt still knows the old files
                     found.replace(marker)
-                _sync_folder(folder)
+                sync_folder(folder)
             except BaseException:
                 file.close()
                 raise
@@ -375,7 +375,7 @@ class FolderWriter:
                 self._stale |= read_manifest(marker).keys() - {MANIFEST, UNFINISHED}
 
     def _publish_manifest(self, manifest: dict[str, Any]) -> None:
-        with _disk_errors(self.folder / MANIFEST):
+        with disk_errors(self.folder / MANIFEST):
             self._marker.truncate(0)
             self._marker.seek(0)
             self._marker.write(json.dumps(manifest, indent=2).encode() + b"\n")
@@ -384,7 +384,7 @@ class FolderWriter:
             if fcntl is None:  # Windows renames no open file
                 self._marker.close()
             (self.folder / UNFINISHED).replace(self.folder / MANIFEST)
-            _sync_folder(self.folder)
+            sync_folder(self.folder)
 
 
 def _is_model(path: Path) -> bool:
@@ -394,19 +394,19 @@ def _is_model(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _disk_errors(path: Path, size: int | None = None) -> Iterator[None]:
+def disk_errors(path: Path, size: int | None = None) -> Iterator[None]:
     """Turn the system's errors while writing path into one line that says what to do."""
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
-        free = _free_bytes(path)
+        free = free_bytes(path)
         needs = "" if size is None else f"needs {size} bytes, "
         raise CheckpointError(f"{path}: disk full: {needs}{free} are free; choose another folder") from error
 
 
-def _free_bytes(path: Path) -> int:
+def free_bytes(path: Path) -> int:
     """The free space where path is or will be."""
     above = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     return shutil.disk_usage(above).free
@@ -446,7 +446,7 @@ def _write_atomically(path: Path, content: str | bytes) -> dict[str, Any]:
     """Write a small file so that it is there whole or not at all; return its manifest entry."""
     raw = content.encode() if isinstance(content, str) else content
     partial = path.with_name(path.name + PARTIAL)
-    with _disk_errors(path, len(raw)):
+    with disk_errors(path, len(raw)):
         try:
             with partial.open("wb") as file:
                 file.write(raw)
@@ -456,11 +456,11 @@ def _write_atomically(path: Path, content: str | bytes) -> dict[str, Any]:
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     return _manifest_entry(raw)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make renames in the folder durable."""
     if hasattr(os, "O_DIRECTORY"):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

@@ -345,7 +345,7 @@ def test_nothing_is_ever_replaced(source, tmp_path):
 
 
 def test_a_full_disk_is_found_before_anything_is_written(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(gguf, "_free_bytes", lambda path: 1000)
+    monkeypatch.setattr(gguf, "free_bytes", lambda path: 1000)
     with pytest.raises(CheckpointError, match=r"needs [0-9]+ bytes, 1000 are free; choose another folder"):
         export_gguf(source, tmp_path / "new" / "m.gguf")
     assert not (tmp_path / "new").exists()

@@ -95,7 +95,7 @@ def test_a_folder_saved_in_another_dtype_keeps_to_one_dtype(source, tmp_path):
 
 def test_the_free_space_is_checked_for_all_files_before_anything_is_written(source, tmp_path, monkeypatch):
     needed = convert(source, tmp_path / "int4", dry_run=True).bytes_out  # the small head too
-    monkeypatch.setattr("neox_lite.folder_writer._free_bytes", lambda path: needed - 1)
+    monkeypatch.setattr("neox_lite.folder_writer.free_bytes", lambda path: needed - 1)
     with pytest.raises(CheckpointError, match=f"{needed - 1} are free; choose another folder"):
         convert(source, tmp_path / "int4")
     assert not (tmp_path / "int4").exists()

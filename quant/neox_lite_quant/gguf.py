@@ -24,7 +24,7 @@ from torch import Tensor
 from neox_lite.checkpoint import Checkpoint
 from neox_lite.config import GPTNeoXConfig
 from neox_lite.errors import ArgumentError, CheckpointError, FormatError, ShapeError, TokenizerError
-from neox_lite.folder_writer import PARTIAL, _disk_errors, _free_bytes, _sync_folder
+from neox_lite.folder_writer import PARTIAL, disk_errors, free_bytes, sync_folder
 from neox_lite.formats import DENSE, GROUP_SIZES, Format, GroupInt
 from neox_lite.hub import HEAD, resolve
 from neox_lite.layers import Linear
@@ -90,8 +90,8 @@ def write_gguf(
     prefix = _header(metadata, tensors)
     size = len(prefix) + sum(_padded(tensor.nbytes) for tensor in tensors)
     partial = path.with_name(path.name + PARTIAL)
-    with _disk_errors(path, size):
-        if (free := _free_bytes(path)) < size:
+    with disk_errors(path, size):
+        if (free := free_bytes(path)) < size:
             raise CheckpointError(f"{path}: needs {size} bytes, {free} are free; choose another folder")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -112,7 +112,7 @@ def write_gguf(
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     return size
 
 
