@@ -38,6 +38,7 @@ PREFILL_RUNS = 3
 OUTSIDE_STEPS = 8
 BUFFER_BYTES = 2 << 30  # read to measure the machine: many times any cache
 READ_PASSES = 5
+PAIRS, PAIR_STEPS = 5, 4  # readings of memory, and the decode steps before each
 SAMPLE_S = 0.05
 
 
@@ -56,7 +57,7 @@ def bench(args: argparse.Namespace) -> None:
         check_lengths(model.config, args)
         result = {**identity(model, args), "load_s": load_s, **measure(model, args)}
     result |= {"peak_bytes": peak_bytes(model.device), "anonymous_peak_bytes": peak()}
-    result |= bandwidth(model, result["weight_gb_per_s"]) | {"load_average": load_average}
+    result |= bandwidth(model, args.context, min(PAIR_STEPS, args.decode)) | {"load_average": load_average}
     if args.json:
         print_json(result)
     else:
@@ -321,29 +322,37 @@ def outside_share(model: GPTNeoXForCausalLM, context: int, steps: int, tick: Cal
 # The machine ----------------------------------------------------------------------------------------------------------
 
 
-def bandwidth(model: GPTNeoXForCausalLM, weight_gb_per_s: float) -> dict[str, Any]:
-    """How fast plain code reads a fresh buffer and the model's weights, and decode's share of the former."""
+def bandwidth(model: GPTNeoXForCausalLM, context: int, steps: int) -> dict[str, Any]:
+    """How fast plain code reads a fresh buffer and the model's weights, and decode's share of the former.
+
+    Machines that others use too change their speed within seconds, so the share is the median of several, each of so many
+    decode steps and the reading right after them.
+    """
     threads = torch.get_num_threads()
     weights = [max(linear.handle.tensors.values(), key=lambda t: t.nbytes) for linear in read_linears(model)]
-    buffer = torch.ones(BUFFER_BYTES, dtype=torch.uint8, device=model.device) if model.device.type == "cuda" else None
-    gb_per_s, method = read_bandwidth(threads, None if buffer is None else [buffer])
+    buffer_bytes = min(BUFFER_BYTES, (memory()[1] or BUFFER_BYTES) // 4) // 8 * 8
+    with fastest_read([torch.ones(buffer_bytes, dtype=torch.uint8, device=model.device)], threads) as (read, method):
+        rounds = []
+        for _ in range(PAIRS):
+            times = list(decode_s(model, 1, context, WARM_UP + steps))[WARM_UP:]
+            rounds.append((statistics.mean(times), seconds(read)))
+    per_read = weight_bytes(model) / buffer_bytes
+    with fastest_read(weights, threads) as (read_weights, _):
+        weights_s = min(seconds(read_weights) for _ in range(READ_PASSES))
     return {
-        "read_gb_per_s": gb_per_s,
+        "read_gb_per_s": buffer_bytes / min(read_s for _, read_s in rounds) / 1e9,
         "read_method": method,
-        "bandwidth_share": weight_gb_per_s / gb_per_s,
-        "weights_read_gb_per_s": read_bandwidth(threads, weights)[0],
+        "bandwidth_share": statistics.median(per_read * read_s / step_s for step_s, read_s in rounds),
+        "weights_read_gb_per_s": sum(t.nbytes for t in weights) / weights_s / 1e9,
     }
 
 
-def read_bandwidth(threads: int, tensors: Sequence[Tensor] | None = None) -> tuple[float, str]:
-    """GB/s at which plain code reads memory with so many threads, and the code that was fastest; the best of several passes.
+@contextmanager
+def fastest_read(tensors: Sequence[Tensor], threads: int) -> Iterator[tuple[Callable[[], object], str]]:
+    """The plain code that reads all of these tensors fastest with so many threads, and its name.
 
-    tensors: what to read, None for a fresh buffer that no cache holds. The two may differ by half: where the system has put
-    a page decides how fast it is read, and it is the weights' own pages that limit a kernel.
+    It is not the same everywhere, nor is a buffer read as fast as weights: where the system has put a page decides.
     """
-    if tensors is None:
-        free = memory()[1] or BUFFER_BYTES
-        tensors = [torch.ones(min(BUFFER_BYTES, free // 4) // 8 * 8, dtype=torch.uint8)]
     views = [t.detach().flatten().view(torch.uint8) for t in tensors]
     reads: dict[str, Callable[[], object]] = {"torch maximum of bytes": lambda: [v.max() for v in views][-1].item()}
     if all(len(v) % 8 == 0 for v in views):
@@ -355,11 +364,11 @@ def read_bandwidth(threads: int, tensors: Sequence[Tensor] | None = None) -> tup
         with ThreadPoolExecutor(threads) as pool:
             if views[0].device.type == "cpu":
                 reads["numpy or of bytes"] = _numpy_read(views, threads, pool)
-            times = {name: min(seconds(read) for _ in range(READ_PASSES)) for name, read in reads.items()}
+            times = {name: min(seconds(read) for _ in range(2)) for name, read in reads.items()}
+            best = min(times, key=lambda name: times[name])
+            yield reads[best], best
     finally:
         torch.set_num_threads(before)
-    best = min(times, key=lambda name: times[name])
-    return sum(map(len, views)) / times[best] / 1e9, best
 
 
 def _numpy_read(views: Sequence[Tensor], threads: int, pool: ThreadPoolExecutor) -> Callable[[], object]:
