@@ -504,8 +504,17 @@ class GPTNeoXForCausalLM(_Headed, GenerationMixin):
 
     @torch.no_grad()
     def step(self, pool: PagePool, sequences: Sequence[CachedSequence], tokens: Sequence[Sequence[int]]) -> Tensor:
-        """Append tokens[i] to sequences[i] -> float32 logits (sequences, vocabulary) after the last token of each."""
-        counts = [len(t) for t in tokens]
+        """Append tokens[i] to sequences[i] -> float32 logits (sequences, vocabulary) after the last token of each.
+
+        Raises ContextLengthError, with nothing appended, for tokens beyond the model's positions.
+        """
+        counts, limit = [len(t) for t in tokens], self.config.max_position_embeddings
+        for sequence, count in zip(sequences, counts, strict=True):
+            if sequence.length + count > limit:
+                raise ContextLengthError(
+                    f"{count} tokens after {sequence.length} cached ones do not fit: this model has {limit} positions "
+                    "(max_position_embeddings)"
+                )
         ids = torch.tensor([i for t in tokens for i in t])
         batch = Batch.reserve(pool, sequences, counts)
         if all(count == 1 for count in counts) and (decode := self._captured_step(pool, batch, ids)) is not None:

@@ -191,7 +191,9 @@ def measure(model: GPTNeoXForCausalLM, args: argparse.Namespace) -> dict[str, An
             done += 1
             progress(done, total)
 
-        prefill_s(model, 16, 1, lambda: None)  # binds the kernels and brings the weights into memory
+        prefill_s(
+            model, min(16, *args.prefill), 1, lambda: None
+        )  # binds the kernels and brings the weights into memory
         decodes: dict[int, list[float]] = {n: [] for n in batches}
         for n, times in decodes.items():
             for step_s in decode_s(model, n, args.context, WARM_UP + args.decode):
@@ -241,7 +243,7 @@ def decode_s(model: GPTNeoXForCausalLM, batch: int, context: int, steps: int) ->
     """Seconds of each greedy step of a batch whose sequences already hold `context` tokens, as the steps are made."""
     pool = model.new_pool(pages=batch * -(-(context + steps) // PAGE))
     sequences = [filled(pool, context) for _ in range(batch)]
-    chosen = [[1 + i] for i in range(batch)]
+    chosen = [[(1 + i) % model.config.vocab_size] for i in range(batch)]
     for _ in range(steps):
         began = time.perf_counter()
         chosen = model.step(pool, sequences, chosen).argmax(-1, keepdim=True).tolist()

@@ -142,8 +142,8 @@ def describe(result: dict[str, Any]) -> str:
 
 def _choice(what: str, reasons: dict[str, str | None]) -> list[str]:
     """The first that works, and why each before it does not."""
-    used = next(name for name, reason in reasons.items() if reason is None)
-    lines = [what + used]
+    used = next((name for name, reason in reasons.items() if reason is None), None)
+    lines = [what + (used or "none")]
     for name, reason in reasons.items():
         if name == used:
             break

@@ -89,7 +89,7 @@ def write_gguf(
         raise CheckpointError(f"{path}: exists already; delete it or choose another name")
     prefix = _header(metadata, tensors)
     size = len(prefix) + sum(_padded(tensor.nbytes) for tensor in tensors)
-    partial = path.with_name(path.name + PARTIAL)
+    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")  # another process may write the same name
     with disk_errors(path, size):
         if (free := free_bytes(path)) < size:
             raise CheckpointError(f"{path}: needs {size} bytes, {free} are free; choose another folder")
@@ -108,6 +108,8 @@ def write_gguf(
                     file.write(bytes(_padded(written) - written))
                 file.flush()
                 os.fsync(file.fileno())
+            if path.exists():
+                raise CheckpointError(f"{path}: was written by another process meanwhile; choose another name")
             partial.replace(path)
         except BaseException:
             partial.unlink(missing_ok=True)

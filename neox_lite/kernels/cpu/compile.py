@@ -24,6 +24,8 @@ from llvmlite import ir
 from .target import Target
 
 _lock = threading.RLock()
+if hasattr(os, "register_at_fork"):  # a child has no thread that would ever let go of it
+    os.register_at_fork(after_in_child=lambda: globals().update(_lock=threading.RLock()))
 _loaded: dict[tuple[str, ...], int] = {}
 _libraries: list[object] = []  # code must outlive every call
 _announced = False
@@ -110,15 +112,17 @@ def _source_hash() -> str:
 
 
 def cache_folders() -> list[Path]:
-    """Where object files are looked for and kept, the first that works first."""
+    """Where object files are looked for and kept, the first that works first; those that this system can name."""
     home = (
         os.environ.get("XDG_CACHE_HOME") or (os.environ.get("LOCALAPPDATA") if os.name == "nt" else None) or "~/.cache"
     )
     user = getattr(os, "getuid", lambda: "user")()
-    return [
-        Path(home).expanduser() / "neox-lite" / "kernels",
-        Path(tempfile.gettempdir()) / f"neox-lite-kernels-{user}",
-    ]
+    folders = []
+    with suppress(RuntimeError):  # there is no home
+        folders.append(Path(home).expanduser() / "neox-lite" / "kernels")
+    with suppress(OSError):  # nor a folder for temporary files that can be written
+        folders.append(Path(tempfile.gettempdir()) / f"neox-lite-kernels-{user}")
+    return folders
 
 
 def _ours(folder: Path) -> bool:
@@ -132,14 +136,18 @@ def _intact(found: bytes) -> bool:
 
 
 def _keep(folder: Path, file: str, code: bytes) -> bool:
+    partial = None
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not _ours(folder):
             return False
-        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as partial:
-            partial.write(code + hashlib.sha256(code).digest())
-        Path(partial.name).replace(folder / file)
+        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as written:
+            partial = Path(written.name)
+            written.write(code + hashlib.sha256(code).digest())
+        partial.replace(folder / file)
     except OSError:
+        if partial is not None:
+            partial.unlink(missing_ok=True)
         return False
     return True
 

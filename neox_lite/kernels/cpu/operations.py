@@ -104,13 +104,17 @@ class Captured:
     def __init__(self, pool: Pool, ids: Tensor, table: BatchTable, program: Program, out: Tensor) -> None:
         self._pool, self._ids, self._table, self._program, self._out = pool, ids, table, program, out
         self._rows = rows_of(program.calls)
+        self._lock = threading.Lock()  # inputs and results lie in the same memory every time
 
     def replay(self, ids: Tensor, batch: Batch) -> Tensor:
         """ids (tokens,), one for each sequence of the batch -> what the captured function returned, in new memory."""
-        self._ids.copy_(ids)
-        self._table.fill(batch)
-        self._pool.run(self._rows, self._program.scratch_bytes)
-        return torch.from_numpy(self._out.numpy().copy())  # torch's copy would wake threads that then spin beside ours
+        with self._lock:
+            self._ids.copy_(ids)
+            self._table.fill(batch)
+            self._pool.run(self._rows, self._program.scratch_bytes)
+            return torch.from_numpy(
+                self._out.numpy().copy()
+            )  # torch's copy would wake threads that then spin beside ours
 
 
 class BatchTable:
@@ -393,7 +397,7 @@ class Operations:
         """Address of the kernel that multiplies by `weight`, and of its arguments."""
         words = _words(weight)
         if words is not None and isinstance(act, Coded):
-            packed, scale = weight.tensors["weight_packed"], weight.tensors["weight_scale"]
+            packed, scale = _held(weight.tensors["weight_packed"]), _held(weight.tensors["weight_scale"])
             units, rest = divmod(weight.shape[1], 128)
             if act.layout.kind == "tiles":
                 kernel = linear.write_tiles(self.target, words, tokens >= MANY)
@@ -441,7 +445,12 @@ def _memory(layout: Layout, tokens: int, features: int) -> Tensor:
 
 def _plain(tensor: Tensor) -> Tensor:
     """The tensor, or a copy, as kernels read it: row by row, in a dtype they know."""
-    return (tensor if _name(tensor) in linear.STORED else tensor.float()).contiguous()
+    return _held((tensor if _name(tensor) in linear.STORED else tensor.float()).contiguous())
+
+
+def _held(tensor: Tensor) -> Tensor:
+    """The same memory under another tensor: `.data = ...` and `.half()` may take it from the first one, not from a program."""
+    return tensor.detach()
 
 
 def _name(tensor: Tensor) -> str:
