@@ -189,6 +189,12 @@ def test_info_counts_parameters_as_the_model_does(run, int4):
     assert "3.95 million parameters" in run("info", DEMO)[1]
 
 
+def test_doctor_says_why_no_kernels_are_left(run, monkeypatch):
+    monkeypatch.setenv("NEOX_LITE_CPU", "nonsense")
+    code, out, _ = run("doctor")
+    assert code == 0 and "kernels  for this processor: none" in out and "NEOX_LITE_CPU" in out
+
+
 def test_doctor_names_device_backend_and_reasons(run):
     code, out, _ = run("doctor", "--json")
     result = json.loads(out)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
 from neox_lite.cache import PAGE, Batch, PagePool
-from neox_lite.errors import ArgumentError
+from neox_lite.errors import ArgumentError, ContextLengthError
 from neox_lite.formats import DENSE, Format, GroupInt
 from neox_lite.kernels import cpu, dispatch
 from neox_lite.kernels.cpu import compile as compiling
@@ -526,6 +526,20 @@ def test_where_nothing_can_be_written_kernels_are_compiled_each_time(
     assert [process.run() for _ in range(2)] == [(7, 1, SAID)] * 2
 
 
+@pytest.mark.parametrize("missing", ["home", "temporary folder"])
+def test_systems_without_a_home_or_without_room_for_temporary_files_use_the_other(
+    missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> str:
+        raise FileNotFoundError("no usable temporary directory")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", "~nosuchuser/cache" if missing == "home" else str(tmp_path))
+    if missing != "home":
+        monkeypatch.setattr(tempfile, "gettempdir", refuse)
+    (folder,) = compiling.cache_folders()
+    assert folder.name == "kernels" if missing != "home" else folder.name.startswith("neox-lite-kernels-")
+
+
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="this system has no user ids")
 def test_a_folder_of_another_user_is_neither_read_nor_written(
     object_cache: Path, process: Process, monkeypatch: pytest.MonkeyPatch
@@ -610,6 +624,57 @@ def test_the_backend_declines_with_the_reason(monkeypatch: pytest.MonkeyPatch) -
         warnings.simplefilter("always")
         assert dispatch.choose(torch.device("cpu")).name == "reference"
     assert len(seen) == 1
+
+
+# What callers do wrong, or at the same time ---------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_steps_beyond_the_context_are_refused_and_append_nothing() -> None:
+    model = on(tiny(GroupInt(4, 32), max_position_embeddings=128))
+    pool = model.new_pool()
+    sequence = pool.new()
+    model.step(pool, [sequence], [[1] * 127])
+    model.step(pool, [sequence], [[1]])
+    for tokens in ([1], [1] * 200):
+        with pytest.raises(ContextLengthError, match="after 128 cached ones do not fit: this model has 128 positions"):
+            model.step(pool, [sequence], [tokens])
+    assert sequence.length == 128
+
+
+@torch.no_grad()
+def test_memory_that_a_weight_gave_up_stays_while_a_captured_step_reads_it() -> None:
+    model = on(tiny(GroupInt(4, 32)))
+    pool = model.new_pool(pages=1)
+    sequence = pool.new()
+    first = model.step(pool, [sequence], [[5]])
+    layer = model.gpt_neox.layers[0]
+    before = layer.input_layernorm.weight.data_ptr()
+    layer.input_layernorm.weight.data = layer.input_layernorm.weight.data.clone()
+    taken = [torch.full_like(layer.input_layernorm.weight, torch.nan) for _ in range(1000)]  # what is free is now this
+    assert before not in {t.data_ptr() for t in taken}
+    pool.truncate(sequence, 0)
+    assert torch.equal(model.step(pool, [sequence], [[5]]), first)
+
+
+@torch.no_grad()
+def test_threads_that_share_a_pool_get_their_own_tokens() -> None:
+    model = on(tiny(GroupInt(4, 32)))
+    alone = [greedy(model, model.new_pool(pages=8), i) for i in range(4)]
+    pool, found = model.new_pool(pages=8), {}
+    threads = [threading.Thread(target=lambda i=i: found.update({i: greedy(model, pool, i)})) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[i] for i in range(4)] == alone
+
+
+def greedy(model: GPTNeoXForCausalLM, pool: PagePool, first: int, count: int = 60) -> list[int]:
+    sequence, tokens = pool.new(), [first + 1]
+    for _ in range(count):
+        tokens.append(int(model.step(pool, [sequence], [tokens[-1:]]).argmax()))
+    return tokens
 
 
 # Quality --------------------------------------------------------------------------------------------------------------
