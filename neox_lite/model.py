@@ -143,8 +143,8 @@ class GPTNeoXPreTrainedModel(nn.Module):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Of activations between operations: float32 on the CPU, else the model's dtype."""
-        return torch.float32 if self.device.type == "cpu" else self.dtype
+        """Of activations between operations."""
+        return self.ops.act_dtype(self.dtype, self.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GPTNeoXPreTrainedModel:
         self._unbind()  # kernels are bound again on the next call

@@ -1,11 +1,15 @@
 """What every test starts from: a fixed seed, its own caches, and a quiet transformers."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are imported
 
 with contextlib.suppress(ImportError):  # tests that compare with it import it themselves; those marked gpu do without
     import transformers

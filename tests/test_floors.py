@@ -38,7 +38,7 @@ FLOORS = [
 TOP_LEVEL = {"torch", "tokenizers"}
 LAZY = {"huggingface_hub", "numpy", "tqdm", "safetensors"}
 # A backend's insides are imported when it is bound, so they may import what it is made of.
-INSIDES = {"neox_lite.kernels.cpu": {"llvmlite", "numpy"}}
+INSIDES = {"neox_lite.kernels.cpu": {"llvmlite", "numpy"}, "neox_lite.kernels.triton": {"triton"}}
 
 
 def modules():

@@ -29,6 +29,10 @@ class Backend(Protocol):
     @property
     def name(self) -> str: ...
 
+    def act_dtype(self, weights: torch.dtype, device: torch.device) -> torch.dtype:
+        """Of activations between operations, for a model whose plain tensors are in `weights`."""
+        ...
+
     def embed(self, ids: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """ids (tokens,) int64, weight (vocabulary, hidden) -> x (tokens, hidden) in `dtype`."""
         ...

@@ -13,6 +13,7 @@ from .backend import Backend
 
 # Fastest first: module, and the kind of device it is for (None: any). A new backend is one folder here and one line.
 BACKENDS: dict[str, tuple[str, str | None]] = {
+    "triton": ("neox_lite.kernels.triton", "cuda"),
     "cpu": ("neox_lite.kernels.cpu", "cpu"),
     "reference": ("neox_lite.kernels.reference", None),
 }

@@ -38,6 +38,11 @@ def bind(exact: bool) -> Backend:
     return sys.modules[__name__]
 
 
+def act_dtype(weights: torch.dtype, device: torch.device) -> torch.dtype:
+    """Float32 on the CPU, else the model's own."""
+    return torch.float32 if device.type == "cpu" else weights
+
+
 def capture(step: Callable[[Tensor], Tensor], ids: Tensor, batch: Batch, limit: int) -> None:
     """Torch runs every step anew."""
     return

@@ -162,6 +162,10 @@ class Operations:
         self.pool = shared_pool()
         self._local = _Local()
 
+    def act_dtype(self, weights: torch.dtype, device: torch.device) -> torch.dtype:
+        """Always float32, rounded to integers where a kernel wants those."""
+        return torch.float32
+
     # Operations -------------------------------------------------------------------------------------------------------
 
     def embed(self, ids: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,285 @@
+"""What the compiler makes of the Triton kernels, for cards that need not be there: registers, spills, loads, instructions.
+
+    python benchmarks/sass.py [--cards 75 80 86 89 90 120] [--all] [--out benchmarks/results/sass.json]
+
+A layer of GPT-NeoX-20B and its head run on tensors without memory, once for each number of tokens. Every launch is compiled for
+the card exactly as it would be there (same specialization, same options), not run; its machine code is then counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).parents[1] / room) for room in (".", "quant", "app")]
+
+import torch  # noqa: E402
+import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.runtime import driver  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+from neox_lite import GPTNeoXConfig  # noqa: E402
+from neox_lite.cache import Batch, PagePool  # noqa: E402
+from neox_lite.formats import DENSE, Weight, make_format  # noqa: E402
+from neox_lite.kernels.triton import choices  # noqa: E402
+from neox_lite.kernels.triton.operations import Operations  # noqa: E402
+from neox_lite.layers import GPTNeoXLayer, Linear, Rotary, norm_of  # noqa: E402
+
+CARDS = (75, 80, 86, 89, 90, 120)
+SHARED_BYTES = {75: 64 << 10, 80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the model is given: `sequences` of `new` tokens after `old` ones, weights of a format, activations of a dtype."""
+
+    name: str
+    sequences: int = 1
+    new: int = 1
+    old: int = 0
+    format: str = "int4"
+    group: int = 128
+    dtype: torch.dtype = torch.float16
+    exact: bool = False
+    kv: torch.dtype | None = None
+    head: str = "fp16"
+    config: str = "gpt-neox-20b"
+
+
+CONFIGS = {
+    "gpt-neox-20b": {"hidden_size": 6144, "num_attention_heads": 64, "intermediate_size": 24576, "vocab_size": 50432},
+    "pythia-160m": {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072, "vocab_size": 50304},
+    "pythia-1.4b": {"hidden_size": 2048, "num_attention_heads": 16, "intermediate_size": 8192, "vocab_size": 50304},
+    "pythia-2.8b": {"hidden_size": 2560, "num_attention_heads": 32, "intermediate_size": 10240, "vocab_size": 50304},
+    "dolly-v1": {"hidden_size": 4096, "num_attention_heads": 16, "intermediate_size": 16384, "vocab_size": 50400},
+}
+FEW = (
+    Run("decode", old=100),
+    Run("decode, long", old=2000),
+    Run("batch of 16", sequences=16, old=2000),
+    Run("prefill 64", new=64),
+    Run("prefill 256", new=256),
+    Run("prefill 2048", new=2048),
+)
+ALL = (
+    *FEW,
+    *(Run(f"decode, int4 g{g}", group=g, old=100) for g in (32, 64)),
+    *(Run(f"batch of 16, int4 g{g}", sequences=16, group=g, old=100) for g in (32, 64)),
+    *(Run(f"decode, int8 g{g}", format="int8", group=g, old=100, head="int8") for g in (32, 64, 128)),
+    *(
+        Run(f"batch of 16, int8 g{g}", sequences=16, format="int8", group=g, old=100, head="int8")
+        for g in (32, 64, 128)
+    ),
+    Run("prefill 256, int8", new=256, format="int8", head="int8"),
+    Run("prefill 2048, int8", new=2048, format="int8", head="int8"),
+    Run("two sequences", sequences=2, old=2000),
+    Run("batch of 4", sequences=4, old=2000),
+    Run("batch of 32", sequences=32, old=2000),
+    Run("batch of 64", sequences=64, old=2000),
+    Run("decode, exact", exact=True, old=100),
+    *(Run(f"decode, {d}", dtype=getattr(torch, d), old=100) for d in ("bfloat16", "float32")),
+    Run("decode, bfloat16, long", dtype=torch.bfloat16, old=2000),
+    Run("batch of 16, bfloat16", sequences=16, dtype=torch.bfloat16, old=100),
+    Run("prefill 256, bfloat16", new=256, dtype=torch.bfloat16),
+    Run("decode, int8 KV", kv=torch.int8, old=2000),
+    Run("prefill 64, int8 KV", new=64, kv=torch.int8),
+    *(Run(f"decode, {c}", config=c, old=2000) for c in CONFIGS if c != "gpt-neox-20b"),
+    *(Run(f"batch of 16, {c}", config=c, sequences=16, old=2000) for c in CONFIGS if c != "gpt-neox-20b"),
+    *(Run(f"prefill 64, {c}", config=c, new=64) for c in CONFIGS if c != "gpt-neox-20b"),
+)
+
+
+class Card:
+    """A driver, as Triton asks one, of a card that is not there."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_device(self) -> int:
+        return self.capability  # kernels are kept by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_active_torch_device(self) -> torch.device:
+        return META
+
+
+@contextmanager
+def recorded(capability: int, found: Callable[[Any, dict[str, Any]], None]) -> Iterator[None]:
+    """Launches inside are compiled for the card and given to `found` with their arguments by name; none is run."""
+    real = JITFunction.run
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = real(self, *args, grid=grid, warmup=True, **kwargs)
+        found(kernel, dict(zip(self.arg_names, args, strict=False)) | kwargs)
+        return kernel
+
+    driver.set_active(Card(capability))
+    JITFunction.run = run
+    try:
+        yield
+    finally:
+        JITFunction.run = real
+
+
+def step(run: Run, ops: Operations) -> None:
+    """One layer and the head, on tensors without memory."""
+    config = GPTNeoXConfig(**CONFIGS[run.config], num_hidden_layers=1, max_position_embeddings=4096)
+    format, head_format = make_format(run.format, run.group), make_format("int8", 128) if run.head == "int8" else DENSE
+    tokens, hidden = run.sequences * run.new, config.hidden_size
+    with META:
+        layer = GPTNeoXLayer(config, 0, lambda name: format).to(run.dtype)
+        for linear in (m for m in layer.modules() if isinstance(m, Linear)):
+            linear.become(format, run.dtype)
+        norm = norm_of(torch.nn.LayerNorm(hidden, dtype=run.dtype))
+        shape = (config.vocab_size, hidden)
+        tensors = {k: torch.empty(s, dtype=d) for k, (d, s) in head_format.specs(shape, run.dtype).items()}
+        x = torch.empty(tokens, hidden, dtype=ops.act_dtype(run.dtype, META))
+    pool = PagePool(config.num_attention_heads, config.head_dim, run.kv or x.dtype, [META])
+    sequences = [pool.new() for _ in range(run.sequences)]
+    if run.old:
+        Batch.reserve(pool, sequences, [run.old] * run.sequences).commit()
+    batch = Batch.reserve(pool, sequences, [run.new] * run.sequences)
+    x = layer(x, ops, pool, batch, Rotary(config).table.to(META))
+    ops.head(x[: run.sequences], None, norm, Weight(head_format, shape, tensors))
+
+
+@dataclass
+class Facts:
+    """Of one kernel's machine code; loop: of its longest one, by instructions per weight where weights are read there."""
+
+    run: str
+    kernel: str
+    card: int
+    registers: int
+    spills: int
+    stack_bytes: int
+    shared_bytes: int
+    instructions: int
+    loop: int
+    per_weight: float | None
+    loads: dict[str, int]
+    barriers: int
+    tensor_core: int
+    tile: str
+
+
+def facts(run: str, card: int, kernel: Any, given: dict[str, Any]) -> Facts:
+    """Count the instructions of a compiled kernel that was launched with the arguments `given`."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        text = subprocess.run([TOOLS / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run(
+            [TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))  # type: ignore[index]
+    code, loops = parse(text)
+    loop = max(loops, key=lambda l: l[1] - l[0], default=(0, 0))
+    inside = Counter(name.split(".")[0] for name in code[loop[0] : loop[1]])
+    loads = Counter(name for name in code[loop[0] : loop[1]] if name.startswith(("LDG", "LDGSTS")))
+    weights = weights_of_iteration(given)
+    longest = max((b - a for a, b in loops), default=0)
+    return Facts(
+        run=run,
+        kernel=kernel.metadata.name,
+        card=card,
+        registers=registers,
+        spills=sum(name.startswith(("STL", "LDL")) for name in code),
+        stack_bytes=stack,
+        shared_bytes=kernel.metadata.shared,
+        instructions=len(code),
+        loop=longest,
+        per_weight=round(longest / weights, 2) if weights and longest else None,
+        loads=dict(loads),
+        barriers=inside["BAR"],
+        tensor_core=sum(name.startswith(("HMMA", "HGMMA", "IMMA", "QMMA", "UTCHMMA", "WGMMA")) for name in code),
+        tile=f"{kernel.metadata.num_warps} warps",
+    )
+
+
+def parse(text: str) -> tuple[list[str], list[tuple[int, int]]]:
+    """nvdisasm's text -> the names of all instructions, and where loops begin and end."""
+    labels: dict[str, int] = {}
+    code: list[str] = []
+    jumps: list[tuple[int, str]] = []
+    for line in text.splitlines():
+        if label := re.match(r"\s*(\.L_x?_?\d+):", line):
+            labels[label[1]] = len(code)
+        elif found := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*?);", line):
+            instruction = re.sub(r"^@!?U?P\w+\s+", "", found[1].strip())
+            if instruction.startswith("BRA") and (target := re.search(r"`\((\.L_x?_?\d+)\)", instruction)):
+                jumps.append((len(code), target[1]))
+            code.append(instruction.split()[0])
+    loops = [(labels[to], at + 1) for at, to in jumps if labels.get(to, at) < at]
+    return code, [loop for loop in loops if loop[1] - loop[0] > 2]  # the jump to itself at the end is padding
+
+
+def weights_of_iteration(given: dict[str, Any]) -> float | None:
+    """How many weights a thread multiplies in an iteration of a product's loop."""
+    if "BITS" not in given or "ROWS" not in given:
+        return None
+    codes = 32 // given["BITS"] if given["BITS"] else 1
+    words = given["WORDS"] if "WORDS" in given else given["LANES"] * given["GROUPS"] * given["INNER"]
+    return given["ROWS"] * words * codes / (32 * given["num_warps"])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cards", type=int, nargs="+", default=list(CARDS), help="compute capabilities, as 86")
+    parser.add_argument("--all", action="store_true", help="every format, dtype and shape, not only the usual ones")
+    parser.add_argument("--out", type=Path, help="write a JSON there")
+    args = parser.parse_args()
+    found: dict[Any, Facts] = {}
+    for card in args.cards:
+        machine = choices.Machine((card // 10, card % 10))
+        for run in ALL if args.all else FEW:
+
+            def keep(kernel: Any, given: dict[str, Any], run: Run = run, card: int = card) -> None:
+                if id(kernel) not in found:
+                    found[id(kernel)] = facts(run.name, card, kernel, given)
+
+            with recorded(card, keep):
+                step(run, Operations(run.exact, lambda device, machine=machine: machine))
+    rows = list(found.values())
+    print(table(rows))
+    if args.out:
+        result = {"triton": triton.__version__, "torch": torch.__version__, "kernels": [asdict(row) for row in rows]}
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+def table(rows: list[Facts]) -> str:
+    lines = [
+        f"{'kernel':16} {'first in':26} {'card':>5} {'regs':>4} {'spills':>6} {'shared':>6} {'inst/weight':>11}  loads of the loop"
+    ]
+    for row in rows:
+        loads = ", ".join(f"{count} {name}" for name, count in sorted(row.loads.items()))
+        marks = f"{loads}; {row.barriers} barriers" + (f"; {row.tensor_core} tensor core" if row.tensor_core else "")
+        lines.append(
+            f"{row.kernel:16} {row.run:26} sm_{row.card:<3} {row.registers:4} {row.spills:6} {row.shared_bytes:6} "
+            f"{row.per_weight or '':>11}  {marks}"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

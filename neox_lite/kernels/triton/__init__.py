@@ -1,0 +1,48 @@
+"""The operations on NVIDIA GPUs, in Triton, on weights as the checkpoint stores them.
+
+Which kernel multiplies what is decided in operations.py; words.py says how codes lie in words, gemv.py multiplies one or a
+few tokens, matmul.py many, attention.py and activations.py hold the rest. TRITON_INTERPRET=1 runs all of it on the CPU, slowly.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from functools import cache
+
+import torch
+
+from ..backend import Backend
+
+OLDEST = (7, 5)  # compute capability of the oldest cards whose instructions are asked for
+
+
+def why_not(device: torch.device) -> str | None:
+    """None where it runs, else the reason."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install triton (on Windows: triton-windows)"
+    if interpreted():
+        return None
+    if device.type != "cuda":
+        return f"runs on CUDA devices only, this is {device.type}"
+    if torch.version.hip is not None:
+        return "written for NVIDIA GPUs, this torch is built for AMD's"
+    if (found := torch.cuda.get_device_capability(device)) < OLDEST:
+        return f"needs compute capability {OLDEST[0]}.{OLDEST[1]}, {torch.cuda.get_device_name(device)} has {found[0]}.{found[1]}"
+    if not any(shutil.which(c) for c in (os.environ.get("CC", "cc"), "gcc", "clang")):
+        return "triton compiles its launcher and finds no C compiler; install gcc"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter: it reads the variable when they are imported."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+@cache
+def bind(exact: bool) -> Backend:
+    """The backend; a kernel is compiled by its first call."""
+    from .operations import Operations
+
+    return Operations(exact)

@@ -1,0 +1,103 @@
+"""What a card can do, and which size of tile each kernel takes there. Knows no tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from . import interpreted
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The properties of a device that decide between kernels."""
+
+    capability: tuple[int, int]
+
+    @property
+    def bfloat16(self) -> bool:
+        return self.capability >= (8, 0)
+
+    @property
+    def tensor_core_dtypes(self) -> tuple[torch.dtype, ...]:
+        """Triton uses tensor cores from 8.0 on."""
+        return (torch.float16, torch.bfloat16) if self.capability >= (8, 0) else ()
+
+    @property
+    def rows_up_to(self) -> int:
+        """Most tokens for which each weight is read by the thread that multiplies it."""
+        return 2 if self.tensor_core_dtypes else 32
+
+    @property
+    def tiles_up_to(self) -> int:
+        """Most tokens for which codes meet them in registers; above, a weight is written out and multiplied by cuBLAS."""
+        return 256
+
+
+@cache
+def machine(device: torch.device) -> Machine:
+    return Machine((8, 0) if interpreted() else torch.cuda.get_device_capability(device))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Of gemv.py: tokens of a program, rows side by side, rows one after the other, groups at a time and their words."""
+
+    tokens: int
+    lanes: int
+    rows: int
+    groups: int
+    inner: int
+    warps: int = 4
+    registers: int | None = None  # most a thread may take; None: what the compiler thinks best
+
+
+def rows(words: tuple[int, ...], inner: int, tokens: int) -> Rows:
+    """words: how many a row of each weight of a launch has, `inner` of which share a scale (plain matrices: 1, see below).
+
+    A thread loads 16 bytes of a row at a time, so `at_once` words make a warp read a row each; fewer where rows are short.
+    """
+    at_once = 256 if inner == 1 else 128
+    across = next((w for w in (at_once, at_once // 2, at_once // 4) if all(n % w == 0 for n in words)), at_once // 4)
+    if inner == 1:  # no scale to share
+        inner = across
+    count = next(n for n in (1, 2, 4, 8) if tokens <= n or n == 8)
+    registers = 160 if count == 8 else None  # left to itself, the compiler stops at 128 and spills
+    return Rows(count, 4 * at_once // across, 2 if count <= 2 else 1, max(1, across // inner), inner, registers=registers)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Of matmul.py: rows, tokens and words of a tile, warps, stages of loads ahead."""
+
+    rows: int
+    tokens: int
+    words: int
+    warps: int = 4
+    stages: int = 3
+
+
+def tiles(size: int, tokens: int, bits: int) -> Tiles:
+    """For `size` outputs: an iteration takes 128 columns of weights, a group of the usual size."""
+    words = 128 * bits // 32
+    if tokens <= 64:
+        count = next(n for n in (16, 32, 64) if tokens <= n)
+        return Tiles(64, count, words)
+    return Tiles(128, 128, words, warps=8)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Of attention.attend_block: tokens that ask, tokens looked at, warps, stages of loads ahead."""
+
+    queries: int
+    keys: int
+    warps: int = 4
+    stages: int = 2
+
+
+def blocks(machine: Machine) -> Blocks:
+    """Without tensor cores products of tiles take many registers."""
+    return Blocks(64, 32) if machine.tensor_core_dtypes else Blocks(32, 16, warps=8)

@@ -1,0 +1,491 @@
+"""The operations as launches of kernels: which kernel, over which grid, with what memory. Knows tensors, no instruction.
+
+Activations between operations are plain tensors, or `Laid` as words.py says where a kernel with a quantized weight reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional
+
+from ...cache import PAGE, Batch, PagePool
+from ...formats import Dense, GroupInt, Weight
+from ..backend import Norm
+from . import activations, attention, choices, gemv, matmul
+from .words import SHIFT
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How activations lie: in `planes` planes for words of so many codes (words.py), times 2**-shift."""
+
+    codes: int = 1
+    planes: int = 1
+    shift: int = 0
+
+    @property
+    def scale(self) -> float:
+        return 2.0**-self.shift
+
+
+NATURAL = Layout()
+
+
+@dataclass(frozen=True)
+class Laid:
+    """Activations (tokens, features) that do not lie in natural order."""
+
+    layout: Layout
+    memory: Tensor
+
+
+Act = Tensor | Laid
+
+
+def memory(act: Act) -> Tensor:
+    return act.memory if isinstance(act, Laid) else act
+
+
+def layout_of(act: Act) -> Layout:
+    return act.layout if isinstance(act, Laid) else NATURAL
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a weight is multiplied: by which kernel, of which format, with activations in which layout."""
+
+    kind: Literal["rows", "tiles", "torch"]
+    bits: int = 0  # of a code; 0: a plain matrix
+    group: int = 1
+    layout: Layout = NATURAL
+    stored: torch.dtype | None = None  # of scales, or of a plain matrix
+
+    def words(self, columns: int) -> int:
+        """In a row of a weight."""
+        return columns * self.bits // 32 if self.bits else columns
+
+    @property
+    def inner(self) -> int:
+        """Words that share a scale; 1 for a plain matrix."""
+        return self.group * self.bits // 32 if self.bits else 1
+
+
+TORCH = Way("torch")
+PLAIN_ROWS = 2  # most tokens for which a plain matrix is multiplied by gemv.py, above by cuBLAS
+SLICE_BYTES = 64 << 20  # of a weight written out for cuBLAS at a time
+DECODED = (4, 128)  # rows and words that a program writes out
+FINISHED = 1024  # features that a program of activations.finish takes
+MATH = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+@dataclass(frozen=True)
+class Output:
+    """activation(sum of acts[i] @ weights[i].T + sum of addends + x), as `consumer` reads it, in `dtype` (None: acts').
+
+    At most two products and two addends: what a kernel takes.
+    """
+
+    acts: Sequence[Act]
+    weights: Sequence[Weight]
+    addends: Sequence[Tensor] = ()
+    activation: str | None = None
+    consumer: Weight | None = None
+    x: Tensor | None = None
+    dtype: torch.dtype | None = None
+
+    @property
+    def tokens(self) -> int:
+        return len(memory(self.acts[0]))
+
+    @property
+    def size(self) -> int:
+        return self.weights[0].shape[0]
+
+
+class BatchTable:
+    """A batch as attention.py reads it: one int32 tensor on the device, cut into tables."""
+
+    def __init__(self, batch: Batch, device: torch.device, queries: int) -> None:
+        """queries: most tokens of a sequence that one program takes."""
+        counts = [last - first for first, last in zip(batch.offsets, batch.offsets[1:], strict=False)]
+        self.single = all(count <= 1 for count in counts)
+        self.most_pages = max([1, *(-(-(s + n) // PAGE) for s, n in zip(batch.starts, counts, strict=True) if n)])
+        sequences = torch.tensor([*zip(batch.starts, batch.offsets, counts, strict=False)], dtype=torch.int32)
+        pages = torch.zeros(len(counts), self.most_pages, dtype=torch.int32)
+        for row, sequence in zip(pages, batch.sequences, strict=True):
+            used = sequence.pages[: self.most_pages]
+            row[: len(used)] = torch.tensor(used, dtype=torch.int32)
+        tokens = torch.stack((batch.positions, batch.pages, batch.slots), 1).int()
+        starts = [(i, q) for i, count in enumerate(counts) for q in range(0, count, queries)]
+        blocks = torch.tensor(starts, dtype=torch.int32)
+        parts = [t.flatten() for t in (sequences, pages, tokens, blocks)]
+        on_device = torch.cat(parts).to(device, non_blocking=True)
+        self.sequences, self.pages, self.tokens, self.blocks = on_device.split([len(p) for p in parts])
+        self.count, self.block_count = len(counts), len(starts)
+
+
+class Operations:
+    """The backend of one precision; exact: no product is summed in halves."""
+
+    name = "triton"
+
+    def __init__(self, exact: bool, machine: Callable[[torch.device], choices.Machine] = choices.machine) -> None:
+        """machine: what is known of a device."""
+        self.exact, self.machine, self.slice_bytes = exact, machine, SLICE_BYTES
+        self._batch: tuple[Batch, torch.device, BatchTable] | None = None
+        self._scratch: dict[torch.device, Tensor] = {}
+
+    def act_dtype(self, weights: torch.dtype, device: torch.device) -> torch.dtype:
+        """The weights' own; float32 where the card has no bfloat16."""
+        return torch.float32 if weights == torch.bfloat16 and not self.machine(device).bfloat16 else weights
+
+    # Operations -------------------------------------------------------------------------------------------------------
+
+    def embed(self, ids: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """ids (tokens,) int64, weight (vocabulary, hidden) -> x (tokens, hidden) in `dtype`."""
+        return functional.embedding(ids.to(weight.device), weight).to(dtype)
+
+    def norms(self, x: Tensor, lns: Sequence[Norm], consumers: Sequence[Weight | None]) -> list[Act]:
+        """x (tokens, hidden) -> one LayerNorm of x for each (gain, bias, eps), as its consumer reads it."""
+        acts = [self._empty(w, x, x.shape[1]) for w in consumers]
+        for i in range(0, len(lns), 2):
+            self._norms(x.contiguous(), lns[i : i + 2], acts[i : i + 2])
+        return acts
+
+    def linears(
+        self,
+        acts: Sequence[Act],
+        weights: Sequence[Weight],
+        addends: Sequence[Tensor | None],
+        activations: Sequence[str | None],
+        consumers: Sequence[Weight | None],
+    ) -> list[Act]:
+        """out[i] = activation[i](acts[i] @ weights[i].T + addends[i]); addends (out,) or (tokens, out), or None."""
+        given = [[] if a is None else [a] for a in addends]
+        outputs = map(Output, ([a] for a in acts), ([w] for w in weights), given, activations, consumers)
+        return self._products(list(outputs))
+
+    def attend(
+        self, qkv: Act, cache: PagePool, layer: int, batch: Batch, rotary: Tensor, consumer: Weight | None
+    ) -> Act:
+        """Rotary, append to the cache, causal attention: qkv (tokens, heads * 3 * head_dim) -> (tokens, heads * head_dim)."""
+        assert isinstance(qkv, Tensor)
+        storage = cache.storage[layer]
+        heads, dim = storage.shape[2], storage.shape[4]
+        out = self._empty(consumer, qkv, heads * dim)
+        if not len(qkv):
+            return out
+        qkv, rotary, table = qkv.contiguous(), rotary.contiguous(), self._table(batch, qkv.device)
+        pool = storage, cache.scales[layer] if cache.scales else None
+        piece = max(16, dim & -dim)  # the largest power of two that divides it; tl.dot takes no less than 16
+        shape = heads, dim, rotary.shape[2], piece, triton.cdiv(dim, piece)
+        int8, scaling = bool(cache.scales), dim**-0.5
+        pages = table.sequences, table.pages, table.most_pages
+        if table.single:
+            splits = table.most_pages
+            alone = splits == 1
+            many = (0,) if alone else (len(qkv), heads, splits)
+            parts, stats = torch.empty(*many, dim, device=qkv.device), torch.empty(*many, 2, device=qkv.device)
+            lanes = max(1, 1024 // piece)  # a thread loads 16 bytes of 16-bit numbers
+            _launch(
+                attention.attend_page, (table.count, heads, splits),
+                qkv, rotary, rotary.shape[1], *pool, *pages, table.tokens, scaling, parts, stats, memory(out),
+                *shape, lanes, int8, alone, *_placed(out), num_warps=4,
+            )  # fmt: skip
+            if not alone:
+                _launch(
+                    attention.combine, (len(qkv), heads), parts, stats, splits, memory(out),
+                    heads, dim, triton.next_power_of_2(dim), 16, *_placed(out), num_warps=4,
+                )  # fmt: skip
+            return out
+        q = torch.empty(len(qkv), heads, dim, device=qkv.device)
+        _launch(
+            attention.append, (len(qkv), heads), qkv, rotary, rotary.shape[1], *pool, table.tokens, scaling, q,
+            *shape, int8, num_warps=1,
+        )  # fmt: skip
+        heads, dim, _, *pieces = shape
+        tile = choices.blocks(self.machine(qkv.device))
+        _launch(
+            attention.attend_block, (table.block_count, heads), q, *pool, *pages, table.blocks, memory(out),
+            heads, dim, *pieces, tile.queries, tile.keys, int8, MATH[qkv.dtype], *_placed(out),
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+        return out
+
+    def sum_linears(
+        self, acts: Sequence[Act], weights: Sequence[Weight], addends: Sequence[Tensor | None], x: Tensor
+    ) -> Tensor:
+        """x + sum of acts[i] @ weights[i].T + sum of addends -> (tokens, hidden)."""
+        given = [a for a in addends if a is not None]
+        if len(acts) > 2 or len(given) > 2:  # the rest first
+            x = self.sum_linears(acts[2:], weights[2:], given[2:], x)
+        if not acts:
+            return x + sum(given[:2])
+        (out,) = self._products([Output(acts[:2], weights[:2], given[:2], x=x.contiguous())])
+        assert isinstance(out, Tensor)
+        return out
+
+    def head(self, x: Tensor, rows: Tensor | None, norm: Norm, weight: Weight) -> Tensor:
+        """Final norm and vocabulary projection of the chosen rows (None: all) -> (rows, vocabulary) float32 logits."""
+        chosen = x if rows is None else x[rows.to(x.device)]
+        acts = self.norms(chosen, [norm], [weight])
+        (out,) = self._products([Output(acts, [weight], dtype=torch.float32)])
+        assert isinstance(out, Tensor)
+        return out
+
+    def final_norm(self, x: Tensor, norm: Norm) -> Tensor:
+        """x (tokens, hidden) -> the last hidden state, for models without a vocabulary projection."""
+        (out,) = self.norms(x, [norm], [None])
+        assert isinstance(out, Tensor)
+        return out
+
+    def capture(self, step: Callable[[Tensor], Tensor], ids: Tensor, batch: Batch, limit: int) -> None:
+        """Every step is launched anew."""
+        return
+
+    # Products ---------------------------------------------------------------------------------------------------------
+
+    def _way(self, weight: Weight, like: Tensor) -> Way:
+        """How a weight meets activations such as `like` (tokens, ...): all that a kernel must know of the two."""
+        machine, format, tokens = self.machine(like.device), weight.format, len(like)
+        if isinstance(format, Dense):
+            rows = tokens <= PLAIN_ROWS and weight.tensors["weight"].numel() < 1 << 31
+            return Way("rows", stored=weight.tensors["weight"].dtype) if rows else TORCH
+        if not isinstance(format, GroupInt):
+            return TORCH
+        bits, scale = format.bits, weight.tensors["weight_scale"].dtype
+        codes = 32 // bits
+        if tokens <= machine.rows_up_to:
+            halves = bits == 4 and like.dtype == torch.float16 and not self.exact
+            return Way("rows", bits, format.group_size, Layout(codes, codes // 2, SHIFT if halves else 0), scale)
+        if tokens <= machine.tiles_up_to and like.dtype in machine.tensor_core_dtypes:
+            return Way("tiles", bits, format.group_size, Layout(codes, codes), scale)
+        return TORCH
+
+    def _empty(self, consumer: Weight | None, like: Tensor, features: int) -> Act:
+        """Memory for so many features of the tokens of `like`, laid out for the weight that will read it."""
+        memory = torch.empty(len(like), features, dtype=like.dtype, device=like.device)
+        layout = NATURAL if consumer is None else self._way(consumer, like).layout
+        return memory if layout == NATURAL else Laid(layout, memory)
+
+    def _out(self, output: Output) -> Act:
+        like = memory(output.acts[0])
+        if output.dtype is not None:
+            return torch.empty(output.tokens, output.size, dtype=output.dtype, device=like.device)
+        return self._empty(output.consumer, like, output.size)
+
+    def _products(self, outputs: Sequence[Output]) -> list[Act]:
+        """Every output; two that agree in all that a kernel must know in one launch."""
+        ways = [[self._way(w, memory(o.acts[0])) for w in o.weights] for o in outputs]
+        single = all(len(o.acts) == 1 and o.x is None and o.tokens for o in outputs)
+        alike = len({(*w, o.weights[0].shape[1]) for w, o in zip(ways, outputs, strict=True)}) == 1
+        if len(outputs) == 2 and single and alike and ways[0][0].kind == "rows":
+            return self._beside(ways[0][0], outputs)
+        return [self._product(o, w) for o, w in zip(outputs, ways, strict=True)]
+
+    def _product(self, output: Output, ways: Sequence[Way]) -> Act:
+        if not output.tokens:
+            return self._out(output)
+        if len(set(ways)) > 1:  # each part its own way
+            pairs = zip(output.acts, output.weights, ways, strict=True)
+            singles = [(Output([a], [w], dtype=torch.float32), way) for a, w, way in pairs]
+            return self._finished(output, [memory(self._product(o, [way])) for o, way in singles])
+        if ways[0].kind == "torch":
+            dtype = torch.float32 if len(ways) > 1 else output.dtype or memory(output.acts[0]).dtype
+            pairs = zip(output.acts, output.weights, strict=True)
+            return self._finished(output, [self._by_torch(a, w, dtype) for a, w in pairs])
+        if ways[0].kind == "tiles":
+            return self._tiles(ways[0], output)
+        if output.x is None and len(output.acts) == 1:
+            return self._beside(ways[0], [output])[0]
+        return self._sum(ways[0], output)
+
+    def _beside(self, way: Way, outputs: Sequence[Output]) -> list[Act]:
+        """One or two products of the same kind over as many columns, in one launch of gemv.py."""
+        acts = [memory(o.acts[0]) for o in outputs]
+        outs = [self._out(o) for o in outputs]
+        tokens, columns = acts[0].shape
+        tile = choices.rows((way.words(columns),), way.inner, tokens)
+        pointers: list[object] = []
+        shapes: list[object] = []
+        for output, act, out in zip(outputs, acts, outs, strict=True):
+            addend = _addend(output, 0)
+            pointers += [_pairs(act, way), *_stored(output.weights[0], way), *addend, memory(out)]
+            shapes += [output.size, output.activation, *_placed(out)]
+        if len(outputs) == 1:
+            pointers += [None, None, None, None, 0, None]
+            shapes += [0, None, 1, 1, 1.0]
+        blocks = sum(triton.cdiv(o.size, tile.lanes * tile.rows) for o in outputs)
+        _launch(
+            gemv.multiply_beside, (blocks, triton.cdiv(tokens, tile.tokens)),
+            *pointers, tokens, 1.0 / way.layout.scale, columns, way.bits, way.group, _math(way, acts[0]),
+            tile.tokens, tile.lanes, tile.rows, tile.groups, tile.inner, *shapes, num_warps=tile.warps, maxnreg=tile.registers,
+        )  # fmt: skip
+        return outs
+
+    def _sum(self, way: Way, output: Output) -> Tensor:
+        """The sum of one or two products and x, in one launch of gemv.py."""
+        acts, out = [memory(a) for a in output.acts], memory(self._out(output))
+        columns = [a.shape[1] for a in acts]
+        tile = choices.rows(tuple(map(way.words, columns)), way.inner, output.tokens)
+        grid = triton.cdiv(output.size, tile.lanes * tile.rows), triton.cdiv(output.tokens, tile.tokens)
+        _launch(gemv.multiply_sum, grid, 
+            *_sources(way, output), out, output.tokens, 1.0 / way.layout.scale, *[*columns, 0][:2], way.bits, way.group,
+            _math(way, acts[0]), tile.tokens, tile.lanes, tile.rows, tile.groups, tile.inner, output.size,
+            num_warps=tile.warps, maxnreg=tile.registers,
+        )  # fmt: skip
+        return out
+
+    def _tiles(self, way: Way, output: Output) -> Act:
+        """One or two products by tensor cores, matmul.py."""
+        acts, out = [memory(a) for a in output.acts], self._out(output)
+        tile = choices.tiles(output.size, output.tokens, way.bits)
+        grid = triton.cdiv(output.tokens, tile.tokens), triton.cdiv(output.size, tile.rows)
+        _launch(matmul.multiply_tiles, grid, 
+            *_sources(way, output), memory(out), output.tokens, *[*(a.shape[1] for a in acts), 0][:2],
+            way.bits, way.group, MATH[acts[0].dtype], tile.rows, tile.tokens, tile.words,
+            output.size, output.activation, *_placed(out)[:2], num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+        return out
+
+    def _by_torch(self, act: Act, weight: Weight, dtype: torch.dtype) -> Tensor:
+        """act @ weight.T by cuBLAS; a quantized weight is written out in slices, in memory that is used again and again."""
+        assert isinstance(act, Tensor)
+        format, (size, columns) = weight.format, weight.shape
+        out = torch.empty(len(act), size, dtype=dtype, device=act.device)
+        if not isinstance(format, GroupInt):
+            _mm(act, weight.decode(act.dtype), out)
+            return out
+        packed, scale = _stored(weight, Way("torch", format.bits))
+        step = min(size, max(1, self.slice_bytes // (columns * act.element_size())))
+        scratch = self._scratch_of(act, step * columns)
+        for first in range(0, size, step):
+            count = min(step, size - first)
+            rows = scratch[: count * columns].view(count, columns)
+            grid = triton.cdiv(count, DECODED[0]), triton.cdiv(packed.shape[1], DECODED[1])
+            _launch(
+                matmul.decode,
+                grid,
+                packed,
+                scale,
+                rows,
+                first,
+                count,
+                columns,
+                format.bits,
+                format.group_size,
+                *DECODED,
+                num_warps=4,
+            )
+            _mm(act, rows, out[:, first : first + count])
+        return out
+
+    def _scratch_of(self, like: Tensor, count: int) -> Tensor:
+        held = self._scratch.get(like.device)
+        if held is None or held.nbytes < count * like.element_size():
+            self._scratch[like.device] = held = torch.empty(
+                count * like.element_size(), dtype=torch.uint8, device=like.device
+            )
+        return held.view(like.dtype)
+
+    def _finished(self, output: Output, parts: Sequence[Tensor]) -> Act:
+        """What is left to do to one or two products."""
+        if output.dtype == parts[0].dtype and len(parts) == 1 and not output.addends and output.x is None:
+            return parts[0]
+        out = self._out(output)
+        _launch(
+            activations.finish, (output.tokens, triton.cdiv(output.size, FINISHED)),
+            *[*parts, None][:2], *_addend(output, 0), *_addend(output, 1), output.x, memory(out),
+            output.size, FINISHED, output.activation, *_placed(out), num_warps=4,
+        )  # fmt: skip
+        return out
+
+    # Small things -----------------------------------------------------------------------------------------------------
+
+    def _norms(self, x: Tensor, lns: Sequence[Norm], acts: Sequence[Act]) -> None:
+        if not len(x):
+            return
+        pointers: list[object] = []
+        shapes: list[object] = []
+        for (gain, bias, eps), act in zip(lns, acts, strict=True):
+            pointers += [gain.contiguous(), bias.contiguous(), eps, memory(act)]
+            shapes += _placed(act)
+        if len(lns) == 1:
+            pointers += [None, None, 0.0, None]
+            shapes += [1, 1, 1.0]
+        block = triton.next_power_of_2(x.shape[1])
+        warps = min(16, max(1, block // 512))
+        _launch(activations.write_norms, (len(x),), x, *pointers, x.shape[1], block, *shapes, num_warps=warps)
+
+    def _table(self, batch: Batch, device: torch.device) -> BatchTable:
+        held = self._batch
+        if held is None or held[0] is not batch or held[1] != device:
+            self._batch = held = batch, device, BatchTable(batch, device, choices.blocks(self.machine(device)).queries)
+        return held[2]
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **options: object) -> None:
+    """Run a kernel on the device of its first tensor; multiplications and additions may be fused (Triton 3.10 asks)."""
+    device = next(a.device for a in arguments if isinstance(a, Tensor))
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else nullcontext():
+        kernel[grid](*arguments, enable_fp_fusion=True, **options)
+
+
+def _placed(act: Act) -> tuple[int, int, float]:
+    """Where a kernel writes features, and times what: W, PLANES, SCALE."""
+    layout = layout_of(act)
+    return layout.codes, layout.planes, layout.scale
+
+
+def _math(way: Way, act: Tensor) -> str:
+    return "halves" if way.layout.shift else str(act.dtype).removeprefix("torch.")
+
+
+def _pairs(act: Tensor, way: Way) -> Tensor:
+    """Activations as gemv.py loads them: two at a time where they lie as pairs."""
+    if way.kind != "rows" or not way.bits:
+        return act
+    return act.view(torch.int32 if act.element_size() == 2 else torch.int64)
+
+
+def _stored(weight: Weight, way: Way) -> tuple[Tensor, Tensor | None]:
+    tensors = weight.tensors
+    if not way.bits:
+        return tensors["weight"].contiguous(), None
+    return tensors["weight_packed"].contiguous(), tensors["weight_scale"].contiguous()
+
+
+def _sources(way: Way, output: Output) -> list[object]:
+    """What one or two summed products are made of: acts and weights, addends, x."""
+    sources: list[object] = []
+    for act, weight in zip(output.acts, output.weights, strict=True):
+        sources += [_pairs(memory(act), way), *_stored(weight, way)]
+    sources += [None] * (6 - len(sources))
+    return [*sources, *_addend(output, 0), *_addend(output, 1), output.x]
+
+
+def _addend(output: Output, i: int) -> tuple[Tensor | None, int]:
+    """An addend and how far apart its rows are: 0 where every token has the same."""
+    if i >= len(output.addends):
+        return None, 0
+    addend = output.addends[i].contiguous()
+    return addend, addend.shape[1] if addend.dim() == 2 else 0
+
+
+def _mm(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """out = x @ weight.T, summed in float32 and rounded once."""
+    if out.dtype == x.dtype:
+        torch.mm(x, weight.T, out=out)
+    elif x.is_cuda:
+        torch.mm(x, weight.T, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(x.to(out.dtype), weight.T.to(out.dtype), out=out)
