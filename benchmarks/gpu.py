@@ -1,202 +1,484 @@
-"""Correctness of the GPU paths against float64, then the device's copy bandwidth; one JSON object on stdout and in a file.
+"""On a GPU: every kernel against float64, then its speed beside its peers; a JSON and a plot. One command, nine minutes, no network.
 
-    python benchmarks/gpu.py [--out benchmarks/results/gpu.json]
+    python benchmarks/gpu.py [--out benchmarks/results] [--minutes 9] [--checks]
+    python benchmarks/gpu.py --rehearse          without a GPU: every path once, interpreted, on small shapes; no speed is kept
+    python benchmarks/gpu.py --plot FILE.json    draw what was measured elsewhere
 
-Runs from a checkout without installing. Where torch sees no CUDA device it says so and exits 0 with `"device": null`. Timings
-are medians of CUDA-event measurements; bandwidth counts bytes read plus bytes written.
+Runs from a checkout without installing. Where torch sees no CUDA device it makes the checks that also run on the CPU and exits 0
+with `"device": null`. Times are medians of replays of a CUDA graph over copies of the weights that together exceed twice the L2
+cache. GB/s count the bytes of weights and scales alone, or of keys and values; the roof is a device-to-device copy, read and write
+counted. Peers (torch fp16, torch tinygemm, gemlite, bitsandbytes) multiply the same int4 weights where their format has them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parents[1] / room) for room in (".", "quant", "app")]
+if "--rehearse" in sys.argv:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are imported
 
 import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
-from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM  # noqa: E402
+import gpu_checks  # noqa: E402
 from neox_lite.cache import Batch, PagePool  # noqa: E402
-from neox_lite.formats import DENSE, FORMATS, Weight, make_format  # noqa: E402
-from neox_lite.kernels import dispatch  # noqa: E402
-from neox_lite.layers import Rotary  # noqa: E402
+from neox_lite.formats import DENSE, Weight, make_format  # noqa: E402
+from neox_lite.kernels.triton import choices  # noqa: E402
 
-SHAPE = {
-    "hidden_size": 384,
-    "num_attention_heads": 4,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 2,
-    "vocab_size": 1003,
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is timed."""
+
+    shapes: dict[str, tuple[int, int]]  # name -> hidden size, heads
+    sweep: tuple[int, ...]
+    prefill: tuple[int, ...]
+    contexts: tuple[int, ...]
+    copy_bytes: int = 1 << 30
+    vocabulary: int = 50432
+
+
+FULL = Sizes(
+    {"gpt-neox-20b": (6144, 64), "pythia-6.9b": (4096, 32), "pythia-1.4b": (2048, 16), "pythia-160m": (768, 12)},
+    (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64),
+    (128, 256, 384, 512, 1024, 2048),
+    (128, 1024, 2048),
+)
+REHEARSAL = Sizes({"small": (128, 2)}, (1, 3), (300,), (10, 140), 1 << 16, 200)
+
+
+# Timing ---------------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Seconds of a call, by CUDA graphs and events on a GPU, by the wall in a rehearsal."""
+
+    def __init__(self, device: torch.device, deadline: float) -> None:
+        self.device, self.deadline = device, deadline
+
+    def late(self) -> bool:
+        return time.monotonic() > self.deadline
+
+    def seconds(self, calls: Sequence[Callable[[], object]], runs: int = 20) -> float:
+        """Of one call: `calls` do the same work on different memory, one after the other in a graph."""
+        for call in calls:
+            call()
+        if self.device.type != "cuda":
+            start = time.perf_counter()
+            calls[0]()
+            return time.perf_counter() - start
+        torch.cuda.synchronize()
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        repeats = max(1, 4 // len(calls))
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(repeats):
+                for call in calls:
+                    call()
+        taken = []
+        for i in range(runs + 3):
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            graph.replay()
+            end.record()
+            torch.cuda.synchronize()
+            if i >= 3:
+                taken.append(begin.elapsed_time(end) / 1e3 / (repeats * len(calls)))
+        return statistics.median(taken)
+
+
+def copies_for(device: torch.device, nbytes: int) -> int:
+    """How many copies of a weight exceed twice the L2 cache."""
+    if device.type != "cuda":
+        return 1
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return max(1, min(64, -(-2 * cache // nbytes)))
+
+
+def copy_bandwidth(device: torch.device, size_bytes: int) -> dict[str, float]:
+    """GB/s of a device-to-device copy, read and write counted: the roof that every kernel is compared with."""
+    source = torch.empty(size_bytes, dtype=torch.uint8, device=device).fill_(1)
+    target = torch.empty_like(source)
+    rates = []
+    for i in range(23):
+        if device.type == "cuda":
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            target.copy_(source)
+            end.record()
+            torch.cuda.synchronize()
+            seconds = begin.elapsed_time(end) / 1e3
+        else:
+            start = time.perf_counter()
+            target.copy_(source)
+            seconds = time.perf_counter() - start
+        if i >= 3:
+            rates.append(2 * size_bytes / seconds / 1e9)
+    return {"median": statistics.median(rates), "min": min(rates), "max": max(rates)}
+
+
+# What is timed --------------------------------------------------------------------------------------------------------
+
+
+def weight_of(format: str, rows: int, columns: int, device: torch.device, dtype: torch.dtype = torch.float16) -> Weight:
+    """Random codes and scales, made on the device."""
+    if format == "dense":
+        return Weight(DENSE, (rows, columns), {"weight": torch.randn(rows, columns, device=device, dtype=dtype)})
+    kind = make_format(format, 128)
+    specs = kind.specs((rows, columns), dtype)
+    packed = torch.randint(-(2**31), 2**31 - 1, specs["weight_packed"][1], dtype=torch.int32, device=device)
+    scale = (torch.rand(specs["weight_scale"][1], device=device) + 0.5).div_(columns**0.5 * 2 ** (kind.bits - 1)).to(dtype)
+    return Weight(kind, (rows, columns), {"weight_packed": packed, "weight_scale": scale})
+
+
+def read_bytes(*weights: Weight) -> int:
+    return sum(t.nbytes for w in weights for t in w.tensors.values())
+
+
+class Bench:
+    """The measurements of one device, by the triton backend."""
+
+    def __init__(self, clock: Clock, sizes: Sizes, ops: Any) -> None:
+        self.clock, self.sizes, self.ops, self.device = clock, sizes, ops, clock.device
+
+    def rate(self, calls: Sequence[Callable[[], object]], nbytes: int) -> dict[str, float]:
+        seconds = self.clock.seconds(calls)
+        return {"us": seconds * 1e6, "gb_per_s": nbytes / seconds / 1e9}
+
+    def x(self, tokens: int, features: int, dtype: torch.dtype = torch.float16) -> Tensor:
+        return torch.randn(tokens, features, device=self.device, dtype=dtype)
+
+    def laid(self, x: Tensor, weight: Weight) -> Any:
+        """x as the weight reads it, by a norm."""
+        ones = torch.ones(x.shape[1], device=self.device, dtype=x.dtype)
+        return self.ops.norms(x, [(ones, ones * 0, 1e-5)], [weight])[0]
+
+    def pairs(self) -> Iterator[dict[str, Any]]:
+        """The two launches of a decode step that read weights: qkv beside h to 4h, dense plus 4h to h; then the head."""
+        for shape, (hidden, _) in self.sizes.shapes.items():
+            for format in ("int4", "int8"):
+                one = weight_of(format, hidden, hidden, self.device)
+                copies = range(copies_for(self.device, 7 * read_bytes(one)))
+                sets = [self.block(format, hidden) for _ in copies]
+                x, residual = self.x(1, hidden), self.x(1, hidden)
+                act, wide = self.laid(x, one), self.laid(self.x(1, 4 * hidden), weight_of(format, 8, 4 * hidden, self.device))
+                for name, calls, nbytes in (
+                    (
+                        "qkv beside h to 4h",
+                        [lambda w=w: self.ops.linears([act, act], w[:2], [None] * 2, [None, "erf"], [None, w[3]]) for w in sets],
+                        read_bytes(*sets[0][:2]),
+                    ),
+                    (
+                        "dense plus 4h to h",
+                        [lambda w=w: self.ops.sum_linears([act, wide], w[2:], [None] * 2, residual) for w in sets],
+                        read_bytes(*sets[0][2:]),
+                    ),
+                ):
+                    yield {"shape": shape, "format": format, "launch": name, **self.rate(calls, nbytes)}
+            for format in ("dense", "int8"):
+                weights = [weight_of(format, self.sizes.vocabulary, hidden, self.device)]
+                ones = torch.ones(hidden, device=self.device).half()
+                calls = [lambda w=w: self.ops.head(x, None, (ones, ones, 1e-5), w) for w in weights]
+                yield {"shape": shape, "format": format, "launch": "norm and head", **self.rate(calls, read_bytes(weights[0]))}
+
+    def block(self, format: str, hidden: int) -> list[Weight]:
+        """qkv, h to 4h, dense, 4h to h."""
+        rows_and_columns = ((3 * hidden, hidden), (4 * hidden, hidden), (hidden, hidden), (hidden, 4 * hidden))
+        return [weight_of(format, *size, self.device) for size in rows_and_columns]
+
+    def tokens(self) -> Iterator[dict[str, Any]]:
+        """One weight, h to 4h of the largest shape, for more and more tokens, beside the peers."""
+        hidden = next(iter(self.sizes.shapes.values()))[0]
+        for format in ("int4", "int8"):
+            weights = [weight_of(format, 4 * hidden, hidden, self.device)]
+            weights += [weight_of(format, 4 * hidden, hidden, self.device) for _ in range(copies_for(self.device, read_bytes(*weights)) - 1)]
+            engines = {"neox-lite": [self.ours(w) for w in weights]}
+            left_out = {}
+            for name, make in PEERS.items() if format == "int4" else [("torch fp16", torch_fp16)]:
+                try:
+                    engines[name] = [make(w) for w in weights]
+                except Exception as error:  # a peer that is not installed, or cannot run here, is named with its reason
+                    left_out[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            for count in (*self.sizes.sweep, *self.sizes.prefill):
+                x = self.x(count, hidden)
+                exact = (x.double() @ weights[0].decode(torch.float32).double().T) if count <= 64 else None
+                for name, calls in engines.items():
+                    if name in left_out or self.clock.late():
+                        continue
+                    try:
+                        found = calls[0](x)
+                        row = self.rate([lambda call=call: call(x) for call in calls], read_bytes(weights[0]))
+                    except Exception as error:
+                        left_out[name] = f"{count} tokens: {type(error).__name__}: {error}".splitlines()[0][:200]
+                        continue
+                    if exact is not None and name != "bitsandbytes nf4":  # whose 16 levels are others
+                        row["error_rms"] = float((found.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt())
+                    yield {"format": format, "tokens": count, "engine": name, **row}
+            yield {"format": format, "left_out": left_out}
+            del engines
+
+    def ours(self, weight: Weight) -> Callable[[Tensor], Tensor]:
+        """x in natural order: what moving it costs belongs to the norm before it, and is measured there."""
+        acts: dict[Any, Any] = {}
+
+        def multiply(x: Tensor) -> Tensor:
+            way = self.ops._way(weight, x)
+            if (key := (len(x), way.layout)) not in acts:
+                acts[key] = x, lay(x, way.layout)
+            return self.ops.linears([acts[key][1] if acts[key][0] is x else lay(x, way.layout)], [weight], [None], [None], [None])[0]
+
+        return multiply
+
+    def slices(self) -> Iterator[dict[str, Any]]:
+        """How large a piece of a weight should be written out for cuBLAS at a time, and from how many tokens on."""
+        hidden = next(iter(self.sizes.shapes.values()))[0]
+        weight = weight_of("int4", 4 * hidden, hidden, self.device)
+        plain = weight.decode(torch.float16)
+        whole, kept = 2 * 4 * hidden * hidden, self.ops.slice_bytes
+        machine = self.ops.machine(self.device)
+        tiles = type(self.ops)(False, lambda device: TilesAlways(machine.capability))
+        for count in self.sizes.prefill:
+            x = self.x(count, hidden)
+            row = {"tokens": count, "cublas fp16": self.clock.seconds([lambda x=x: torch.mm(x, plain.T)]) * 1e6}
+            for name, size in (("8 MB", 8 << 20), ("16 MB", 16 << 20), ("32 MB", 32 << 20), ("64 MB", 64 << 20), ("whole", whole)):
+                self.ops.slice_bytes = size
+                row[f"written out, {name}"] = self.clock.seconds([lambda x=x: self.ops._by_torch(x, weight, x.dtype)]) * 1e6
+            self.ops.slice_bytes = kept
+            if machine.tensor_core_dtypes:
+                act = lay(x, tiles._way(weight, x).layout)
+                calls = [lambda a=act: tiles.linears([a], [weight], [None], [None], [None])]
+                row["tiles"] = self.clock.seconds(calls) * 1e6
+            yield row
+
+    def attention(self) -> Iterator[dict[str, Any]]:
+        """Decode over a context and a prompt, at each shape's heads; bytes are those of keys and values."""
+        for shape, (hidden, heads) in self.sizes.shapes.items():
+            dim = hidden // heads
+            rotary = torch.randn(2, 4096, max(1, dim // 8), device=self.device)
+            for kv in (torch.float16, torch.int8):
+                for context in self.sizes.contexts:
+                    pool = PagePool(heads, dim, kv, [self.device])
+                    sequence = pool.new()
+                    Batch.reserve(pool, [sequence], [context]).commit()
+                    for tensor in (*pool.storage, *pool.scales):
+                        tensor.fill_(1)
+                    batch = Batch.reserve(pool, [sequence], [1])
+                    qkv = self.x(1, 3 * hidden)
+                    nbytes = 2 * context * hidden * (2 if kv == torch.float16 else 1)
+                    calls = [lambda q=qkv, p=pool, b=batch: self.ops.attend(q, p, 0, b, rotary, None)]
+                    yield {"shape": shape, "cache": str(kv)[6:], "context": context, "new": 1, **self.rate(calls, nbytes)}
+            count = self.sizes.contexts[-1]
+            pool = PagePool(heads, dim, torch.float16, [self.device])
+            batch, qkv = Batch.reserve(pool, [pool.new()], [count]), self.x(count, 3 * hidden)
+            q, k, v = qkv.view(1, count, heads, 3, dim).permute(3, 0, 2, 1, 4)
+            row = {"shape": shape, "cache": "float16", "context": 0, "new": count}
+            row["us"] = self.clock.seconds([lambda q=qkv, p=pool, b=batch: self.ops.attend(q, p, 0, b, rotary, None)]) * 1e6
+            sdpa = [lambda q=q, k=k, v=v: functional.scaled_dot_product_attention(q, k, v, is_causal=True)]
+            yield row | {"torch_sdpa_us": self.clock.seconds(sdpa) * 1e6}
+
+
+class TilesAlways(choices.Machine):
+    """A card for which no number of tokens is too large for tiles."""
+
+    tiles_up_to = 1 << 30
+
+
+def lay(x: Tensor, layout: Any) -> Any:
+    """x (tokens, features) moved to where a kernel reads it; words.py has the rule."""
+    from neox_lite.kernels.triton.operations import NATURAL, Laid  # imports triton, which a machine may lack
+
+    if layout == NATURAL:
+        return x
+    features = x.shape[1]
+    split = x.view(len(x), features // layout.codes, layout.codes // layout.planes, layout.planes)
+    return Laid(layout, (split.permute(0, 3, 1, 2).reshape(len(x), features) * layout.scale).contiguous())
+
+
+# Peers ----------------------------------------------------------------------------------------------------------------
+
+
+def torch_fp16(weight: Weight) -> Callable[[Tensor], Tensor]:
+    plain = weight.decode(torch.float16)
+    return lambda x: torch.mm(x, plain.T)
+
+
+def codes_of(weight: Weight) -> Tensor:
+    """(out, in) uint8, 8 for zero."""
+    from neox_lite.formats.group_int import unpack
+
+    return (unpack(weight.tensors["weight_packed"], 4) + 8).to(torch.uint8)
+
+
+def torch_tinygemm(weight: Weight) -> Callable[[Tensor], Tensor]:
+    """torch's own int4 product: bfloat16, (code - 8) * scale + zero."""
+    codes = codes_of(weight)
+    packed = torch.ops.aten._convert_weight_to_int4pack((codes[:, ::2] << 4) | codes[:, 1::2], 8)
+    scale = weight.tensors["weight_scale"].bfloat16().T
+    scales_and_zeros = torch.stack((scale, torch.zeros_like(scale)), -1).contiguous()
+    return lambda x: torch.ops.aten._weight_int4pack_mm(x.bfloat16(), packed, 128, scales_and_zeros)
+
+
+def gemlite(weight: Weight) -> Callable[[Tensor], Tensor]:
+    from gemlite import DType, GemLiteLinear
+
+    rows, columns = weight.shape
+    layer = GemLiteLinear(
+        4, group_size=128, in_features=columns, out_features=rows, input_dtype=DType.FP16, output_dtype=DType.FP16
+    )
+    scale = weight.tensors["weight_scale"].contiguous()
+    layer.pack(codes_of(weight), scale, torch.full_like(scale, 8), bias=None)
+    return layer
+
+
+def bitsandbytes_nf4(weight: Weight) -> Callable[[Tensor], Tensor]:
+    import bitsandbytes
+
+    packed, state = bitsandbytes.functional.quantize_4bit(weight.decode(torch.float16), blocksize=64, quant_type="nf4")
+    return lambda x: bitsandbytes.matmul_4bit(x, packed.t(), state)
+
+
+PEERS: dict[str, Callable[[Weight], Callable[[Tensor], Tensor]]] = {
+    "torch fp16": torch_fp16,
+    "torch tinygemm": torch_tinygemm,
+    "gemlite": gemlite,
+    "bitsandbytes nf4": bitsandbytes_nf4,
 }
-# Largest |error| / rms of the float64 result that sums of products in the dtype explain, with a factor of about 4 of slack.
-BOUNDS = {torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="also write the JSON there")
-    args = parser.parse_args()
-    torch.backends.cuda.matmul.allow_tf32 = False
-    result: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__, "device": None}
+# The report -----------------------------------------------------------------------------------------------------------
+
+
+def describe() -> dict[str, Any]:
+    found: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__, "device": None}
+    found["packages"] = {name: version(name) for name in ("triton", "gemlite", "bitsandbytes")}
     if torch.cuda.is_available():
-        result |= describe_device()
-    else:
-        print("no CUDA device: only the checks that also run on the CPU are made", file=sys.stderr)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    result["checks"] = check_all(device)
-    result["ok"] = all(check["ok"] for check in result["checks"])
-    if device.type == "cuda":
-        result["copy_gb_per_s"] = copy_bandwidth(device)
-    text = json.dumps(result, indent=1)
-    print(text)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(text + "\n")
-    return 0 if result["ok"] else 1
+        properties = torch.cuda.get_device_properties(0)
+        driver = Path("/proc/driver/nvidia/version")
+        found |= {
+            "device": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "memory_bytes": properties.total_memory,
+            "l2_bytes": properties.L2_cache_size,
+            "cuda": torch.version.cuda,
+            "driver": driver.read_text().splitlines()[0] if driver.exists() else None,
+        }
+    return found
 
 
-def describe_device() -> dict[str, Any]:
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        "device": properties.name,
-        "capability": f"{properties.major}.{properties.minor}",
-        "memory_bytes": properties.total_memory,
-        "cuda": torch.version.cuda,
-        "driver": driver_version(),
-        "triton": package_version("triton"),
-    }
-
-
-def driver_version() -> str | None:
-    path = Path("/proc/driver/nvidia/version")
-    return path.read_text().splitlines()[0] if path.exists() else None
-
-
-def package_version(name: str) -> str | None:
-    from importlib import metadata
-
+def version(name: str) -> str | None:
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
 
 
-# Correctness ----------------------------------------------------------------------------------------------------------
-
-
-def check_all(device: torch.device) -> list[dict[str, Any]]:
-    """Every backend that runs on the device, every operation and the whole model, against float64 on the CPU."""
-    found = []
-    for name, reason in dispatch.reasons(device).items():
-        if reason is not None:
-            found.append({"backend": name, "check": "runs here", "ok": True, "skipped": reason})
+def measure(result: dict[str, Any], bench: Bench, copy: dict[str, float]) -> None:
+    """Fill `result`; a section that time runs out for is named in left_out."""
+    result["copy_gb_per_s"] = copy
+    sections = {"pairs": bench.pairs, "tokens": bench.tokens, "slices": bench.slices, "attention": bench.attention}
+    for name, section in sections.items():
+        if bench.clock.late():
+            result["left_out"][name] = "no time was left"
             continue
-        ops = dispatch.load(name).bind(exact=True)
-        for dtype in BOUNDS if device.type == "cuda" else [torch.float32]:  # activations on the CPU are float32
-            for format in ("dense", *FORMATS):
-                found.append(check_linear(ops, name, format, dtype, device))
-            found.append(check_attention(ops, name, dtype, device))
-            found.append(check_norm(ops, name, dtype, device))
-            found.append(check_model(name, dtype, device))
-    return found
+        start, rows = time.monotonic(), []
+        result[name] = rows
+        for row in section():
+            if "gb_per_s" in row:
+                row["share_of_copy"] = row["gb_per_s"] / copy["median"]
+            rows.append(row)
+            print(f"{name}: {json.dumps(row)}", file=sys.stderr)
+            if bench.clock.late():
+                result["left_out"][f"rest of {name}"] = "no time was left"
+                break
+        result["section_s"][name] = time.monotonic() - start
 
 
-def verdict(backend: str, check: str, dtype: torch.dtype, found: torch.Tensor, exact: torch.Tensor) -> dict[str, Any]:
-    error = (found.double().cpu() - exact).abs().max().item() / exact.square().mean().sqrt().item()
-    return {
-        "backend": backend,
-        "check": check,
-        "dtype": str(dtype).removeprefix("torch."),
-        "max_error_over_rms": error,
-        "ok": bool(error < BOUNDS[dtype]),
-    }
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Share of copy bandwidth at one token, tokens against time beside peers, prefill against cuBLAS."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(16, 5))
+    rows = [r for r in result["pairs"] if "share_of_copy" in r]
+    names = [f"{r['shape']} {r['format']}\n{r['launch']}" for r in rows]
+    left.barh(names[::-1], [100 * r["share_of_copy"] for r in rows][::-1], color="tab:orange")
+    left.axvline(100, color="black", linewidth=0.8)
+    left.set_title("one token: weight bytes a second,\n% of a device copy", fontsize=10)
+    left.tick_params(axis="y", labelsize=6)
+    found = [r for r in result["tokens"] if r.get("format") == "int4" and "us" in r]
+    for engine in dict.fromkeys(r["engine"] for r in found):
+        points = [(r["tokens"], r["us"]) for r in found if r["engine"] == engine]
+        color = "tab:orange" if engine == "neox-lite" else None
+        middle.loglog(*zip(*points, strict=True), marker="o", markersize=3, label=engine, color=color)
+    middle.set_title("int4 h to 4h: microseconds by tokens", fontsize=10)
+    middle.legend(fontsize=8)
+    for name in [key for key in result["slices"][0] if key != "tokens"]:
+        points = [(r["tokens"], r["cublas fp16"] / r[name]) for r in result["slices"] if name in r]
+        right.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
+    right.set_title("prompts: speed relative to cuBLAS fp16", fontsize=10)
+    right.legend(fontsize=8)
+    figure.suptitle(f"{result['device']}, torch {result['torch']}, triton {result['packages']['triton']}", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
 
 
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def check_linear(ops: Any, backend: str, format: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    weight, x = random(515, 384) / 20, random(7, 384, seed=1).to(dtype)
-    kind = DENSE if format == "dense" else make_format(format, 128)
-    stored = kind.encode(weight, dtype, kind.methods[0])
-    exact = x.double() @ kind.decode(stored, torch.float32).double().T
-    on_device = Weight(kind, (515, 384), {k: t.to(device) for k, t in stored.items()})
-    (found,) = ops.linears([x.to(device)], [on_device], [None], [None], [None])
-    return verdict(backend, f"linear {format}", dtype, found, exact)
-
-
-def check_norm(ops: Any, backend: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    x, gain, bias = random(5, 384).to(dtype), random(384, seed=1).to(dtype), random(384, seed=2).to(dtype)
-    exact = functional.layer_norm(x.double(), (384,), gain.double(), bias.double(), 1e-5)
-    weight = Weight(DENSE, (1, 384), {"weight": torch.zeros(1, 384, dtype=dtype, device=device)})
-    (found,) = ops.norms(x.to(device), [(gain.to(device), bias.to(device), 1e-5)], [weight])
-    return verdict(backend, "norm", dtype, found, exact)
-
-
-def check_attention(ops: Any, backend: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    heads, head_dim, tokens = 4, 96, 150
-    config = GPTNeoXConfig(**SHAPE, max_position_embeddings=256)
-    qkv = random(tokens, heads * 3 * head_dim).to(dtype)
-    pool = PagePool(heads, head_dim, dtype, [device])
-    pool.reserve(sequence := pool.new(), tokens)
-    for storage in pool.storage:
-        storage.fill_(float("nan"))  # reading a slot that was never written shows
-    batch = Batch.reserve(pool, [sequence], [tokens])
-    table = Rotary(config).table
-    weight = Weight(DENSE, (384, 384), {"weight": torch.zeros(384, 384, dtype=dtype, device=device)})
-    found = ops.attend(qkv.to(device), pool, 0, batch, table.to(device), weight)
-    return verdict(backend, "attention", dtype, found, exact_attention(qkv.double(), table.double(), heads, head_dim))
-
-
-def exact_attention(qkv: torch.Tensor, table: torch.Tensor, heads: int, head_dim: int) -> torch.Tensor:
-    tokens = len(qkv)
-    q, k, v = qkv.view(tokens, heads, 3, head_dim).unbind(2)
-    cos, sin = (t[:tokens, None] for t in table)
-    half = cos.shape[-1]
-
-    def rotate(x: torch.Tensor) -> torch.Tensor:
-        a, b = x[..., :half], x[..., half : 2 * half]
-        return torch.cat((a * cos - b * sin, b * cos + a * sin, x[..., 2 * half :]), -1)
-
-    scores = torch.einsum("qhd,khd->hqk", rotate(q), rotate(k)) / head_dim**0.5
-    scores.masked_fill_(torch.ones(tokens, tokens, dtype=torch.bool).triu(1), float("-inf"))
-    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).flatten(1)
-
-
-def check_model(backend: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Logits of a small model on the device against the same weights in float64, or float32 where that is the dtype."""
-    torch.manual_seed(0)
-    model = GPTNeoXForCausalLM(GPTNeoXConfig(**SHAPE)).to(dtype)
-    ids = torch.randint(0, SHAPE["vocab_size"], (2, 140), generator=torch.Generator().manual_seed(1))
-    exact = model.float()(ids).logits.double()
-    found = model.to(dtype).to(device)(ids.to(device)).logits
-    return verdict(backend, "model logits", dtype, found, exact)
-
-
-# Speed ----------------------------------------------------------------------------------------------------------------
-
-
-def copy_bandwidth(device: torch.device, size_bytes: int = 1 << 30, runs: int = 20) -> dict[str, float]:
-    """GB/s of a device-to-device copy, read and write counted: the roof that every kernel is compared with."""
-    source = torch.empty(size_bytes, dtype=torch.uint8, device=device).fill_(1)
-    target = torch.empty_like(source)
-    rates = []
-    for i in range(runs + 3):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        target.copy_(source)
-        end.record()
-        torch.cuda.synchronize()
-        if i >= 3:
-            rates.append(2 * size_bytes / (start.elapsed_time(end) / 1e3) / 1e9)
-    return {"median": statistics.median(rates), "min": min(rates), "max": max(rates)}
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="folder for the JSON and the plot")
+    parser.add_argument("--minutes", type=float, default=9, help="sections that would start later are left out (default 9)")
+    parser.add_argument("--checks", action="store_true", help="correctness only")
+    parser.add_argument("--rehearse", action="store_true", help="every path once, in Triton's interpreter")
+    parser.add_argument("--plot", type=Path, metavar="JSON", help="only draw this file's plot")
+    args = parser.parse_args()
+    if args.plot:
+        plot(json.loads(args.plot.read_text()), args.plot.with_suffix(".png"))
+        return 0
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.set_grad_enabled(False)
+    begun = time.monotonic()
+    cuda = torch.cuda.is_available() and not args.rehearse
+    device = torch.device("cuda", 0) if cuda else torch.device("cpu")
+    result = describe() | {"rehearsal": args.rehearse, "left_out": {}, "section_s": {}}
+    if not cuda and not args.rehearse:
+        print("no CUDA device: only the checks that also run on the CPU are made", file=sys.stderr)
+    backends, result["declined"] = gpu_checks.backends(device, args.rehearse)
+    scope = gpu_checks.Scope() if cuda else gpu_checks.REHEARSAL
+    result["checks"] = list(gpu_checks.check_all(device, scope, backends))
+    result["section_s"]["checks"] = time.monotonic() - begun
+    result["ok"] = all(check["ok"] for check in result["checks"])
+    for check in result["checks"]:
+        if not check["ok"]:
+            print(f"WRONG: {json.dumps(check)}", file=sys.stderr)
+    if not args.checks and "triton" in backends:
+        sizes, clock = FULL if cuda else REHEARSAL, Clock(device, begun + 60 * args.minutes)
+        measure(result, Bench(clock, sizes, backends["triton"]), copy_bandwidth(device, sizes.copy_bytes))
+    text = json.dumps(result, indent=1)
+    print(text)
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        name = "rehearsal" if args.rehearse else (result["device"] or "no device").lower().replace(" ", "_")
+        path = args.out / f"gpu_{name}.json"
+        path.write_text(text + "\n")
+        if "slices" in result:
+            try:
+                plot(result, path.with_suffix(".png"))
+            except ImportError:
+                print("no plot: matplotlib is not installed; --plot draws it elsewhere", file=sys.stderr)
+    return 0 if result["ok"] else 1
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python benchmarks/sass.py [--cards 75 80 86 89 90 120] [--all] [--out benchmarks/results/sass.json]
 
 A layer of GPT-NeoX-20B and its head run on tensors without memory, once for each number of tokens. Every launch is compiled for
-the card exactly as it would be there (same specialization, same options), not run; its machine code is then counted.
+the card exactly as it would be there (same specialization, same options), not run; its machine code is then counted, and what
+breaks a rule (`broken`) is named. Exits with 1 if anything does.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ CARDS = (75, 80, 86, 89, 90, 120)
 SHARED_BYTES = {75: 64 << 10, 80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 META = torch.device("meta")
+TENSOR_CORE_KERNELS = ("multiply_tiles", "attend_block")
 
 
 @dataclass(frozen=True)
@@ -70,12 +72,12 @@ FEW = (
     Run("decode", old=100),
     Run("decode, long", old=2000),
     Run("batch of 16", sequences=16, old=2000),
-    Run("prefill 64", new=64),
     Run("prefill 256", new=256),
     Run("prefill 2048", new=2048),
 )
 ALL = (
     *FEW,
+    Run("prefill 64", new=64),
     *(Run(f"decode, int4 g{g}", group=g, old=100) for g in (32, 64)),
     *(Run(f"batch of 16, int4 g{g}", sequences=16, group=g, old=100) for g in (32, 64)),
     *(Run(f"decode, int8 g{g}", format="int8", group=g, old=100, head="int8") for g in (32, 64, 128)),
@@ -163,11 +165,12 @@ def step(run: Run, ops: Operations) -> None:
 
 @dataclass
 class Facts:
-    """Of one kernel's machine code; loop: of its longest one, by instructions per weight where weights are read there."""
+    """Of one kernel's machine code. Loads, barriers and instructions a weight are those of its longest loop."""
 
     run: str
     kernel: str
     card: int
+    warps: int
     registers: int
     spills: int
     stack_bytes: int
@@ -178,7 +181,8 @@ class Facts:
     loads: dict[str, int]
     barriers: int
     tensor_core: int
-    tile: str
+    halves: bool  # one token as halves, the usual decode step
+    float32: bool
 
 
 def facts(run: str, card: int, kernel: Any, given: dict[str, Any]) -> Facts:
@@ -192,26 +196,26 @@ def facts(run: str, card: int, kernel: Any, given: dict[str, Any]) -> Facts:
         ).stdout
     registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))  # type: ignore[index]
     code, loops = parse(text)
-    loop = max(loops, key=lambda l: l[1] - l[0], default=(0, 0))
-    inside = Counter(name.split(".")[0] for name in code[loop[0] : loop[1]])
-    loads = Counter(name for name in code[loop[0] : loop[1]] if name.startswith(("LDG", "LDGSTS")))
-    weights = weights_of_iteration(given)
-    longest = max((b - a for a, b in loops), default=0)
+    first, last = max(loops, key=lambda l: l[1] - l[0], default=(0, 0))
+    inside = code[first:last]
+    weights = weights_of_iteration(inside, given)
     return Facts(
         run=run,
         kernel=kernel.metadata.name,
         card=card,
+        warps=kernel.metadata.num_warps,
         registers=registers,
         spills=sum(name.startswith(("STL", "LDL")) for name in code),
         stack_bytes=stack,
         shared_bytes=kernel.metadata.shared,
         instructions=len(code),
-        loop=longest,
-        per_weight=round(longest / weights, 2) if weights and longest else None,
-        loads=dict(loads),
-        barriers=inside["BAR"],
-        tensor_core=sum(name.startswith(("HMMA", "HGMMA", "IMMA", "QMMA", "UTCHMMA", "WGMMA")) for name in code),
-        tile=f"{kernel.metadata.num_warps} warps",
+        loop=len(inside),
+        per_weight=round(len(inside) / weights, 2) if weights else None,
+        loads=dict(Counter(name for name in inside if name.startswith(("LDG.", "LDGSTS")))),
+        barriers=sum(name.startswith("BAR") for name in inside),
+        tensor_core=sum(name.startswith(("HMMA", "HGMMA")) for name in code),
+        halves=given.get("MATH") == "halves" and given["TOKENS"] == 1,
+        float32=given.get("MATH") == triton.language.float32,
     )
 
 
@@ -232,13 +236,38 @@ def parse(text: str) -> tuple[list[str], list[tuple[int, int]]]:
     return code, [loop for loop in loops if loop[1] - loop[0] > 2]  # the jump to itself at the end is padding
 
 
-def weights_of_iteration(given: dict[str, Any]) -> float | None:
-    """How many weights a thread multiplies in an iteration of a product's loop."""
-    if "BITS" not in given or "ROWS" not in given:
+def weights_of_iteration(loop: list[str], given: dict[str, Any]) -> float | None:
+    """How many weights a thread multiplies in the loop of a product; None for other kernels, or where it is unrolled away."""
+    if "BITS" not in given:
         return None
-    codes = 32 // given["BITS"] if given["BITS"] else 1
-    words = given["WORDS"] if "WORDS" in given else given["LANES"] * given["GROUPS"] * given["INNER"]
-    return given["ROWS"] * words * codes / (32 * given["num_warps"])
+    streamed = [name for name in loop if name.startswith("LDG") and ".EF" in name]  # only weights are loaded so
+    if streamed:
+        bits = given["BITS"] or 8 * given["w1_ptr"].element_size()
+        return sum(load_bits(name) for name in streamed) / bits
+    if "WORDS" in given and "TOKENS" in given:
+        return given["ROWS"] * given["WORDS"] * (32 // given["BITS"]) / (32 * given["num_warps"])
+    return None
+
+
+def load_bits(name: str) -> int:
+    """How many bits a load instruction brings to a thread."""
+    width = re.search(r"\.U?(8|16|64|128)(\.|$)", name)
+    return int(width[1]) if width else 32
+
+
+def broken(row: Facts) -> list[str]:
+    """The rules that a kernel breaks."""
+    product = row.kernel in ("multiply_beside", "multiply_sum")
+    weight_loads = [name for name in row.loads if (".EF" in name if product else name.startswith("LDGSTS"))]
+    rules = {
+        "registers spill": row.spills == 0 and row.stack_bytes == 0,
+        "more shared memory than the card has": row.shared_bytes <= SHARED_BYTES[row.card],
+        "a barrier in the loop": row.barriers == 0 or row.kernel not in ("multiply_beside", "multiply_sum", "attend_page"),
+        "weights loaded by less than 128 bits": not product or all(load_bits(name) == 128 for name in weight_loads),
+        "no tensor cores": row.card < 80 or row.float32 or row.tensor_core or row.kernel not in TENSOR_CORE_KERNELS,
+        "more than 3.3 instructions a weight as halves": not row.halves or row.per_weight is None or row.per_weight <= 3.3,
+    }
+    return [rule for rule, kept in rules.items() if not kept]
 
 
 def main() -> int:
@@ -264,7 +293,9 @@ def main() -> int:
         result = {"triton": triton.__version__, "torch": torch.__version__, "kernels": [asdict(row) for row in rows]}
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=1) + "\n")
-    return 0
+    faults = [f"{row.kernel} ({row.run}, sm_{row.card}): {rule}" for row in rows for rule in broken(row)]
+    print("\n".join(faults), file=sys.stderr)
+    return 1 if faults else 0
 
 
 def table(rows: list[Facts]) -> str:

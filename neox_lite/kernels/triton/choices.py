@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -51,10 +51,10 @@ class Rows:
     groups: int
     inner: int
     warps: int = 4
-    registers: int | None = None  # most a thread may take; None: what the compiler thinks best
+    registers: int = 128  # most a thread may take: told so, the compiler does not spill to fit more programs beside each other
 
 
-def rows(words: tuple[int, ...], inner: int, tokens: int) -> Rows:
+def rows(words: tuple[int, ...], inner: int, tokens: int, element_bytes: int) -> Rows:
     """words: how many a row of each weight of a launch has, `inner` of which share a scale (plain matrices: 1, see below).
 
     A thread loads 16 bytes of a row at a time, so `at_once` words make a warp read a row each; fewer where rows are short.
@@ -63,20 +63,22 @@ def rows(words: tuple[int, ...], inner: int, tokens: int) -> Rows:
     across = next((w for w in (at_once, at_once // 2, at_once // 4) if all(n % w == 0 for n in words)), at_once // 4)
     if inner == 1:  # no scale to share
         inner = across
-    count = next(n for n in (1, 2, 4, 8) if tokens <= n or n == 8)
-    registers = 160 if count == 8 else None  # left to itself, the compiler stops at 128 and spills
-    return Rows(count, 4 * at_once // across, 2 if count <= 2 else 1, max(1, across // inner), inner, registers=registers)
+    most = 8 if element_bytes == 2 else 4  # activations of a program's tokens are held in registers
+    count = next(n for n in (1, 2, 4, 8) if tokens <= n or n == most)
+    tile = Rows(count, 4 * at_once // across, 2 if count <= 2 else 1, max(1, across // inner), inner)
+    return tile if count <= 2 else replace(tile, registers=200)
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Of matmul.py: rows, tokens and words of a tile, warps, stages of loads ahead."""
+    """Of matmul.py: rows, tokens and words of a tile, warps, stages of loads ahead, most registers of a thread."""
 
     rows: int
     tokens: int
     words: int
     warps: int = 4
     stages: int = 3
+    registers: int = 128
 
 
 def tiles(size: int, tokens: int, bits: int) -> Tiles:
@@ -85,7 +87,7 @@ def tiles(size: int, tokens: int, bits: int) -> Tiles:
     if tokens <= 64:
         count = next(n for n in (16, 32, 64) if tokens <= n)
         return Tiles(64, count, words)
-    return Tiles(128, 128, words, warps=8)
+    return Tiles(128, 128, words, warps=8, registers=255)
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,8 @@ class Blocks:
     stages: int = 2
 
 
-def blocks(machine: Machine) -> Blocks:
-    """Without tensor cores products of tiles take many registers."""
-    return Blocks(64, 32) if machine.tensor_core_dtypes else Blocks(32, 16, warps=8)
+def blocks(machine: Machine, head_dim: int) -> Blocks:
+    """Without tensor cores products of tiles take many registers, and so do long heads."""
+    if not machine.tensor_core_dtypes:
+        return Blocks(32, 16, warps=8)
+    return Blocks(64, 32, warps=4 if head_dim <= 128 else 8)

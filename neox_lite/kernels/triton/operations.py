@@ -183,7 +183,7 @@ class Operations:
         out = self._empty(consumer, qkv, heads * dim)
         if not len(qkv):
             return out
-        qkv, rotary, table = qkv.contiguous(), rotary.contiguous(), self._table(batch, qkv.device)
+        qkv, rotary, table = qkv.contiguous(), rotary.contiguous(), self._table(batch, qkv.device, dim)
         pool = storage, cache.scales[layer] if cache.scales else None
         piece = max(16, dim & -dim)  # the largest power of two that divides it; tl.dot takes no less than 16
         shape = heads, dim, rotary.shape[2], piece, triton.cdiv(dim, piece)
@@ -212,7 +212,7 @@ class Operations:
             *shape, int8, num_warps=1,
         )  # fmt: skip
         heads, dim, _, *pieces = shape
-        tile = choices.blocks(self.machine(qkv.device))
+        tile = choices.blocks(self.machine(qkv.device), dim)
         _launch(
             attention.attend_block, (table.block_count, heads), q, *pool, *pages, table.blocks, memory(out),
             heads, dim, *pieces, tile.queries, tile.keys, int8, MATH[qkv.dtype], *_placed(out),
@@ -313,7 +313,7 @@ class Operations:
         acts = [memory(o.acts[0]) for o in outputs]
         outs = [self._out(o) for o in outputs]
         tokens, columns = acts[0].shape
-        tile = choices.rows((way.words(columns),), way.inner, tokens)
+        tile = choices.rows((way.words(columns),), way.inner, tokens, acts[0].element_size())
         pointers: list[object] = []
         shapes: list[object] = []
         for output, act, out in zip(outputs, acts, outs, strict=True):
@@ -335,7 +335,7 @@ class Operations:
         """The sum of one or two products and x, in one launch of gemv.py."""
         acts, out = [memory(a) for a in output.acts], memory(self._out(output))
         columns = [a.shape[1] for a in acts]
-        tile = choices.rows(tuple(map(way.words, columns)), way.inner, output.tokens)
+        tile = choices.rows(tuple(map(way.words, columns)), way.inner, output.tokens, acts[0].element_size())
         grid = triton.cdiv(output.size, tile.lanes * tile.rows), triton.cdiv(output.tokens, tile.tokens)
         _launch(gemv.multiply_sum, grid, 
             *_sources(way, output), out, output.tokens, 1.0 / way.layout.scale, *[*columns, 0][:2], way.bits, way.group,
@@ -353,6 +353,7 @@ class Operations:
             *_sources(way, output), memory(out), output.tokens, *[*(a.shape[1] for a in acts), 0][:2],
             way.bits, way.group, MATH[acts[0].dtype], tile.rows, tile.tokens, tile.words,
             output.size, output.activation, *_placed(out)[:2], num_warps=tile.warps, num_stages=tile.stages,
+            maxnreg=tile.registers,
         )  # fmt: skip
         return out
 
@@ -425,10 +426,10 @@ class Operations:
         warps = min(16, max(1, block // 512))
         _launch(activations.write_norms, (len(x),), x, *pointers, x.shape[1], block, *shapes, num_warps=warps)
 
-    def _table(self, batch: Batch, device: torch.device) -> BatchTable:
+    def _table(self, batch: Batch, device: torch.device, head_dim: int) -> BatchTable:
         held = self._batch
         if held is None or held[0] is not batch or held[1] != device:
-            self._batch = held = batch, device, BatchTable(batch, device, choices.blocks(self.machine(device)).queries)
+            self._batch = held = batch, device, BatchTable(batch, device, choices.blocks(self.machine(device), head_dim).queries)
         return held[2]
 
 

@@ -1,0 +1,83 @@
+"""What the compiler makes of the Triton kernels for six generations of cards, none of which need be there."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+pytestmark = pytest.mark.sass
+
+ROOT = Path(__file__).parents[1]
+CARDS = (75, 80, 86, 89, 90, 120)
+KERNELS = {
+    "write_norms", "multiply_beside", "multiply_sum", "attend_page", "combine", "append", "attend_block", "decode", "finish",
+    "multiply_tiles",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """The kernels of a decode step, a batch and prompts at the shape of GPT-NeoX-20B: (card, kernel) -> its facts."""
+    folder = tmp_path_factory.mktemp("sass")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(folder / "cache")
+    script, started = ROOT / "benchmarks" / "sass.py", []
+    for half in (CARDS[:3], CARDS[3:]):
+        out = folder / f"{half[0]}.json"
+        command = [sys.executable, str(script), "--cards", *map(str, half), "--out", str(out)]
+        started.append((out, subprocess.Popen(command, env=environment, text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE)))
+    rows = []
+    for out, process in started:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors  # each broken rule is named there
+        rows += json.loads(out.read_text())["kernels"]
+    found = {}
+    for row in rows:
+        found.setdefault((row["card"], row["kernel"]), []).append(row)
+    return found
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_every_kernel_compiles_without_spilling(compiled, card):
+    here = {kernel: rows for (of, kernel), rows in compiled.items() if of == card}
+    assert set(here) == KERNELS - ({"multiply_tiles"} if card == 75 else set())
+    assert all(row["spills"] == row["stack_bytes"] == 0 for rows in here.values() for row in rows)
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_a_decode_step_streams_weights_128_bits_at_a_time_without_a_barrier(compiled, card):
+    for kernel in ("multiply_beside", "multiply_sum"):
+        row = next(r for r in compiled[card, kernel] if r["halves"])
+        streamed = [name for name in row["loads"] if ".EF" in name]
+        assert streamed and all(".128" in name for name in streamed) and row["barriers"] == 0
+        assert 1 < row["per_weight"] <= 3.3
+
+
+@pytest.mark.parametrize("card", CARDS[1:])
+def test_many_tokens_meet_weights_on_tensor_cores(compiled, card):
+    for kernel in ("multiply_tiles", "attend_block"):
+        assert all(row["tensor_core"] for row in compiled[card, kernel])
+
+
+def test_the_rules_name_what_they_find(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import sass
+
+    good = sass.Facts(
+        "decode", "multiply_beside", 86, 4, 56, 0, 0, 8, 700, 176, 2.75, {"LDG.E.EF.128": 2}, 0, 0, halves=True, float32=False
+    )
+    assert sass.broken(good) == []
+    changes = {
+        "spills": 2, "shared_bytes": 1 << 17, "barriers": 1, "loads": {"LDG.E.EF": 8}, "per_weight": 3.4,
+    }  # fmt: skip
+    for name, value in changes.items():
+        assert len(sass.broken(sass.replace(good, **{name: value}))) == 1
+    tiles = sass.replace(good, kernel="multiply_tiles", halves=False)
+    assert sass.broken(tiles) == ["no tensor cores"] and sass.broken(sass.replace(tiles, card=75)) == []
+    assert sass.parse(".L_x_1:\n /*0000*/ LDG.E.EF.128 R4 ;\n /*0010*/ FADD R1 ;\n /*0020*/ FADD R2 ;\n /*0030*/ @P0 BRA `(.L_x_1) ;")[
+        1
+    ] == [(0, 4)]
