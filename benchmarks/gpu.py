@@ -1,13 +1,14 @@
-"""On a GPU: every kernel against float64, then its speed beside its peers; a JSON and a plot. One command, nine minutes, no network.
+"""On a GPU: every kernel against float64, then its speed beside its peers; a JSON and a plot. Nine minutes, no network.
 
     python benchmarks/gpu.py [--out benchmarks/results] [--minutes 9] [--checks]
     python benchmarks/gpu.py --rehearse          without a GPU: every path once, interpreted, on small shapes; no speed is kept
     python benchmarks/gpu.py --plot FILE.json    draw what was measured elsewhere
 
-Runs from a checkout without installing. Where torch sees no CUDA device it makes the checks that also run on the CPU and exits 0
-with `"device": null`. Times are medians of replays of a CUDA graph over copies of the weights that together exceed twice the L2
-cache. GB/s count the bytes of weights and scales alone, or of keys and values; the roof is a device-to-device copy, read and write
-counted. Peers (torch fp16, torch tinygemm, gemlite, bitsandbytes) multiply the same int4 weights where their format has them.
+Runs from a checkout without installing. Where torch sees no CUDA device it makes the checks that also run on the CPU and exits
+with 0 and `"device": null`. Times are medians of replays of a CUDA graph over copies of the weights that together exceed twice
+the L2 cache. GB/s count the bytes of weights and scales alone, or of keys and values; the roof is a device-to-device copy, read
+and write counted. Peers (torch fp16, torch tinygemm, gemlite, bitsandbytes) multiply the same int4 weights where their format
+has them.
 """
 
 from __future__ import annotations
@@ -29,13 +30,14 @@ sys.path[:0] = [str(Path(__file__).parents[1] / room) for room in (".", "quant",
 if "--rehearse" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are imported
 
+import gpu_checks  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
-import gpu_checks  # noqa: E402
 from neox_lite.cache import Batch, PagePool  # noqa: E402
 from neox_lite.formats import DENSE, Weight, make_format  # noqa: E402
+from neox_lite.kernels import dispatch  # noqa: E402
 from neox_lite.kernels.triton import choices  # noqa: E402
 
 
@@ -57,7 +59,7 @@ FULL = Sizes(
     (128, 256, 384, 512, 1024, 2048),
     (128, 1024, 2048),
 )
-REHEARSAL = Sizes({"small": (128, 2)}, (1, 3), (300,), (10, 140), 1 << 16, 200)
+REHEARSAL = Sizes({"small": (128, 2)}, (1, 3), (260,), (10, 130), 1 << 16, 200)
 
 
 # Timing ---------------------------------------------------------------------------------------------------------------
@@ -139,7 +141,9 @@ def weight_of(format: str, rows: int, columns: int, device: torch.device, dtype:
     kind = make_format(format, 128)
     specs = kind.specs((rows, columns), dtype)
     packed = torch.randint(-(2**31), 2**31 - 1, specs["weight_packed"][1], dtype=torch.int32, device=device)
-    scale = (torch.rand(specs["weight_scale"][1], device=device) + 0.5).div_(columns**0.5 * 2 ** (kind.bits - 1)).to(dtype)
+    scale = (
+        (torch.rand(specs["weight_scale"][1], device=device) + 0.5).div_(columns**0.5 * 2 ** (kind.bits - 1)).to(dtype)
+    )
     return Weight(kind, (rows, columns), {"weight_packed": packed, "weight_scale": scale})
 
 
@@ -173,11 +177,17 @@ class Bench:
                 copies = range(copies_for(self.device, 7 * read_bytes(one)))
                 sets = [self.block(format, hidden) for _ in copies]
                 x, residual = self.x(1, hidden), self.x(1, hidden)
-                act, wide = self.laid(x, one), self.laid(self.x(1, 4 * hidden), weight_of(format, 8, 4 * hidden, self.device))
+                act, wide = (
+                    self.laid(x, one),
+                    self.laid(self.x(1, 4 * hidden), weight_of(format, 8, 4 * hidden, self.device)),
+                )
                 for name, calls, nbytes in (
                     (
                         "qkv beside h to 4h",
-                        [lambda w=w: self.ops.linears([act, act], w[:2], [None] * 2, [None, "erf"], [None, w[3]]) for w in sets],
+                        [
+                            lambda w=w: self.ops.linears([act, act], w[:2], [None] * 2, [None, "erf"], [None, w[3]])
+                            for w in sets
+                        ],
                         read_bytes(*sets[0][:2]),
                     ),
                     (
@@ -191,7 +201,12 @@ class Bench:
                 weights = [weight_of(format, self.sizes.vocabulary, hidden, self.device)]
                 ones = torch.ones(hidden, device=self.device).half()
                 calls = [lambda w=w: self.ops.head(x, None, (ones, ones, 1e-5), w) for w in weights]
-                yield {"shape": shape, "format": format, "launch": "norm and head", **self.rate(calls, read_bytes(weights[0]))}
+                yield {
+                    "shape": shape,
+                    "format": format,
+                    "launch": "norm and head",
+                    **self.rate(calls, read_bytes(weights[0])),
+                }
 
     def block(self, format: str, hidden: int) -> list[Weight]:
         """qkv, h to 4h, dense, 4h to h."""
@@ -203,7 +218,10 @@ class Bench:
         hidden = next(iter(self.sizes.shapes.values()))[0]
         for format in ("int4", "int8"):
             weights = [weight_of(format, 4 * hidden, hidden, self.device)]
-            weights += [weight_of(format, 4 * hidden, hidden, self.device) for _ in range(copies_for(self.device, read_bytes(*weights)) - 1)]
+            weights += [
+                weight_of(format, 4 * hidden, hidden, self.device)
+                for _ in range(copies_for(self.device, read_bytes(*weights)) - 1)
+            ]
             engines = {"neox-lite": [self.ours(w) for w in weights]}
             left_out = {}
             for name, make in PEERS.items() if format == "int4" else [("torch fp16", torch_fp16)]:
@@ -224,7 +242,9 @@ class Bench:
                         left_out[name] = f"{count} tokens: {type(error).__name__}: {error}".splitlines()[0][:200]
                         continue
                     if exact is not None and name != "bitsandbytes nf4":  # whose 16 levels are others
-                        row["error_rms"] = float((found.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt())
+                        row["error_rms"] = float(
+                            (found.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+                        )
                     yield {"format": format, "tokens": count, "engine": name, **row}
             yield {"format": format, "left_out": left_out}
             del engines
@@ -237,7 +257,9 @@ class Bench:
             way = self.ops._way(weight, x)
             if (key := (len(x), way.layout)) not in acts:
                 acts[key] = x, lay(x, way.layout)
-            return self.ops.linears([acts[key][1] if acts[key][0] is x else lay(x, way.layout)], [weight], [None], [None], [None])[0]
+            return self.ops.linears(
+                [acts[key][1] if acts[key][0] is x else lay(x, way.layout)], [weight], [None], [None], [None]
+            )[0]
 
         return multiply
 
@@ -252,9 +274,17 @@ class Bench:
         for count in self.sizes.prefill:
             x = self.x(count, hidden)
             row = {"tokens": count, "cublas fp16": self.clock.seconds([lambda x=x: torch.mm(x, plain.T)]) * 1e6}
-            for name, size in (("8 MB", 8 << 20), ("16 MB", 16 << 20), ("32 MB", 32 << 20), ("64 MB", 64 << 20), ("whole", whole)):
+            for name, size in (
+                ("8 MB", 8 << 20),
+                ("16 MB", 16 << 20),
+                ("32 MB", 32 << 20),
+                ("64 MB", 64 << 20),
+                ("whole", whole),
+            ):
                 self.ops.slice_bytes = size
-                row[f"written out, {name}"] = self.clock.seconds([lambda x=x: self.ops._by_torch(x, weight, x.dtype)]) * 1e6
+                row[f"written out, {name}"] = (
+                    self.clock.seconds([lambda x=x: self.ops._by_torch(x, weight, x.dtype)]) * 1e6
+                )
             self.ops.slice_bytes = kept
             if machine.tensor_core_dtypes:
                 act = lay(x, tiles._way(weight, x).layout)
@@ -278,13 +308,21 @@ class Bench:
                     qkv = self.x(1, 3 * hidden)
                     nbytes = 2 * context * hidden * (2 if kv == torch.float16 else 1)
                     calls = [lambda q=qkv, p=pool, b=batch: self.ops.attend(q, p, 0, b, rotary, None)]
-                    yield {"shape": shape, "cache": str(kv)[6:], "context": context, "new": 1, **self.rate(calls, nbytes)}
+                    yield {
+                        "shape": shape,
+                        "cache": str(kv)[6:],
+                        "context": context,
+                        "new": 1,
+                        **self.rate(calls, nbytes),
+                    }
             count = self.sizes.contexts[-1]
             pool = PagePool(heads, dim, torch.float16, [self.device])
             batch, qkv = Batch.reserve(pool, [pool.new()], [count]), self.x(count, 3 * hidden)
             q, k, v = qkv.view(1, count, heads, 3, dim).permute(3, 0, 2, 1, 4)
             row = {"shape": shape, "cache": "float16", "context": 0, "new": count}
-            row["us"] = self.clock.seconds([lambda q=qkv, p=pool, b=batch: self.ops.attend(q, p, 0, b, rotary, None)]) * 1e6
+            row["us"] = (
+                self.clock.seconds([lambda q=qkv, p=pool, b=batch: self.ops.attend(q, p, 0, b, rotary, None)]) * 1e6
+            )
             sdpa = [lambda q=q, k=k, v=v: functional.scaled_dot_product_attention(q, k, v, is_causal=True)]
             yield row | {"torch_sdpa_us": self.clock.seconds(sdpa) * 1e6}
 
@@ -387,7 +425,7 @@ def version(name: str) -> str | None:
 def measure(result: dict[str, Any], bench: Bench, copy: dict[str, float]) -> None:
     """Fill `result`; a section that time runs out for is named in left_out."""
     result["copy_gb_per_s"] = copy
-    sections = {"pairs": bench.pairs, "tokens": bench.tokens, "slices": bench.slices, "attention": bench.attention}
+    sections = {"pairs": bench.pairs, "attention": bench.attention, "slices": bench.slices, "tokens": bench.tokens}
     for name, section in sections.items():
         if bench.clock.late():
             result["left_out"][name] = "no time was left"
@@ -439,7 +477,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="folder for the JSON and the plot")
-    parser.add_argument("--minutes", type=float, default=9, help="sections that would start later are left out (default 9)")
+    parser.add_argument(
+        "--minutes", type=float, default=9, help="sections that would start later are left out (default 9)"
+    )
     parser.add_argument("--checks", action="store_true", help="correctness only")
     parser.add_argument("--rehearse", action="store_true", help="every path once, in Triton's interpreter")
     parser.add_argument("--plot", type=Path, metavar="JSON", help="only draw this file's plot")
@@ -455,17 +495,21 @@ def main() -> int:
     result = describe() | {"rehearsal": args.rehearse, "left_out": {}, "section_s": {}}
     if not cuda and not args.rehearse:
         print("no CUDA device: only the checks that also run on the CPU are made", file=sys.stderr)
-    backends, result["declined"] = gpu_checks.backends(device, args.rehearse)
-    scope = gpu_checks.Scope() if cuda else gpu_checks.REHEARSAL
-    result["checks"] = list(gpu_checks.check_all(device, scope, backends))
+    declined = dispatch.reasons(device)
+    result["declined"] = {name: reason for name, reason in declined.items() if reason is not None}
+    cases = (
+        gpu_checks.cases_interpreted if args.rehearse else gpu_checks.cases_on_gpu if cuda else gpu_checks.cases_on_cpu
+    )
+    result["checks"] = gpu_checks.check_all(list(cases()), device)
     result["section_s"]["checks"] = time.monotonic() - begun
     result["ok"] = all(check["ok"] for check in result["checks"])
     for check in result["checks"]:
         if not check["ok"]:
             print(f"WRONG: {json.dumps(check)}", file=sys.stderr)
-    if not args.checks and "triton" in backends:
-        sizes, clock = FULL if cuda else REHEARSAL, Clock(device, begun + 60 * args.minutes)
-        measure(result, Bench(clock, sizes, backends["triton"]), copy_bandwidth(device, sizes.copy_bytes))
+    if not args.checks and (args.rehearse or (cuda and "triton" not in result["declined"])):
+        sizes, clock = REHEARSAL if args.rehearse else FULL, Clock(device, begun + 60 * args.minutes)
+        bench = Bench(clock, sizes, dispatch.load("triton").bind(False))
+        measure(result, bench, copy_bandwidth(device, sizes.copy_bytes))
     text = json.dumps(result, indent=1)
     print(text)
     if args.out:

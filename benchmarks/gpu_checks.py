@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import multiprocessing
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,52 +16,96 @@ from torch import Tensor
 from torch.nn import functional
 
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
-from neox_lite.cache import Batch, PagePool
+from neox_lite.cache import Batch, PagePool, quantize
 from neox_lite.formats import DENSE, Weight, make_format
 from neox_lite.kernels import dispatch, reference
 from neox_lite.layers import Rotary
+from neox_lite_app import demo
+from neox_lite_quant.convert import convert
 
 # Largest |error| / rms of the float64 result that sums of products and three roundings on the way explain.
 BOUNDS = {torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 INT8_CACHE = 5e-3  # where a key's code may round the other way
-SHAPE = {
-    "hidden_size": 384,
-    "num_attention_heads": 4,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 2,
-    "vocab_size": 1003,
-}
+HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
+FORMATS = [("dense", 0), *((f, g) for f in ("int4", "int8") for g in (32, 64, 128))]
 
 
 @dataclass(frozen=True)
-class Scope:
-    """How much is checked: everything on a GPU, a sample of each kind where kernels are interpreted."""
+class Case:
+    """One check: a method of Checks and its arguments, for a backend and a dtype of activations."""
 
-    tokens: tuple[int, ...] = (1, 2, 3, 8, 16, 40, 64, 200, 300)
-    groups: tuple[int, ...] = (32, 64, 128)
-    columns: tuple[int, ...] = (384, 1152, 6144)
-    rows: int = 1027
-    heads: tuple[int, ...] = (32, 64, 80, 96, 128, 256)
-    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
-    prompt: int = 150
-    greedy: int = 64
+    backend: str
+    dtype: torch.dtype
+    method: str
+    arguments: tuple[Any, ...] = ()
 
 
-REHEARSAL = Scope((1, 3, 300), (32,), (96,), 10, (96,), (torch.float32, torch.float16), 20, 3)
+def cases_on_gpu() -> Iterator[Case]:
+    """Every kernel in every format; widths, heads and other dtypes with the usual one. A few hundred kernels to compile."""
+    products = [(HALF, f, g, 384, tokens) for f, g in FORMATS for tokens in (1, 2, 16, 300)]
+    products += [
+        (HALF, "int4", 128, width, tokens) for width in (1152, 6144) for tokens in (1, 2, 3, 8, 40, 64, 200, 300)
+    ]
+    products += [(d, f, 128, 384, t) for d in (BRAIN, FULL) for f in ("int4", "int8") for t in (1, 2, 16, 300)]
+    for dtype, *arguments in products:
+        yield Case("triton", dtype, "product", (*arguments, 1024))
+        if arguments[3] == 1:
+            yield Case("triton exact", dtype, "product", (*arguments, 1024))
+    for head_dim in (32, 64, 80, 96, 128, 256):
+        yield from (Case("triton", HALF, "attention", (head_dim, kv, 150)) for kv in (HALF, torch.int8))
+    for dtype in (BRAIN, FULL):
+        yield from (Case("triton", dtype, "attention", (96, kv, 150)) for kv in (dtype, torch.int8))
+    for dtype in BOUNDS:
+        yield from (Case(backend, dtype, "model", (384, 140)) for backend in ("triton", "reference"))
+        yield Case("triton", dtype, "norms")
+    yield Case("triton", HALF, "outliers")
+    yield from (Case("triton", FULL, "greedy", (64, format)) for format in ("int4", "int8"))
 
 
-def check_all(device: torch.device, scope: Scope, backends: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Every operation, both ends and the model, by every backend (its name -> its operations, exact or not)."""
-    for name, ops in backends.items():
-        for dtype in scope.dtypes if name.startswith("triton") or device.type == "cuda" else [torch.float32]:
-            here = Checks(name, ops, dtype, device, scope)
-            yield from here.products()
-            yield here.norms()
-            yield from here.attentions()
-            yield here.model()
-        if device.type == "cuda" or name.startswith("triton"):
-            yield Checks(name, ops, torch.float16, device, scope).outliers()
-            yield Checks(name, ops, torch.float32, device, scope).greedy()
+def cases_interpreted() -> Iterator[Case]:
+    """One of each kind, small."""
+    for format, tokens in (("int4", 1), ("int4", 3), ("int8", 1), ("int8", 260), ("dense", 2)):
+        yield Case("triton", HALF, "product", (format, 32, 96, tokens, 10))
+    yield Case("triton exact", HALF, "product", ("int4", 32, 96, 1, 10))
+    yield Case("triton", HALF, "attention", (96, torch.int8, 20))
+    yield Case("triton", FULL, "model", (64, 9))
+    yield Case("triton", HALF, "norms")
+    yield Case("triton", HALF, "outliers")
+    yield Case("triton", FULL, "greedy", (1, "int4"))
+
+
+def cases_on_cpu() -> Iterator[Case]:
+    """Of the reference, where there is no GPU and nothing is interpreted."""
+    yield from (Case("reference", FULL, "product", (f, g, 384, 7, 512)) for f, g in FORMATS)
+    yield from (Case("reference", FULL, "attention", (96, kv, 150)) for kv in (FULL, torch.int8))
+    yield from (Case("reference", FULL, method) for method in ("norms",))
+    yield Case("reference", FULL, "model", (384, 140))
+
+
+def check_all(cases: Sequence[Case], device: torch.device) -> list[dict[str, Any]]:
+    """The verdict of every case, by several processes: most of the time goes into compiling."""
+    cores = os.cpu_count() or 1
+    workers = max(1, min(12, cores - 2)) if device.type == "cuda" else min(2, cores)
+    spread = [
+        case for i in range(workers) for case in cases[i::workers]
+    ]  # neighbours, much alike, to different processes
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(check, spread, [device] * len(spread), chunksize=-(-len(spread) // workers)))
+
+
+def check(case: Case, device: torch.device) -> dict[str, Any]:
+    """The verdict of one case; what a kernel raises is one too."""
+    torch.set_grad_enabled(False)
+    torch.set_num_threads(2 if device.type == "cuda" else 1)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    name = case.backend.split()[0]
+    ops = dispatch.load(name).bind(name == "reference" or case.backend.endswith("exact"))
+    try:
+        return getattr(Checks(case.backend, ops, case.dtype, device), case.method)(*case.arguments)
+    except Exception as error:
+        told = f"{type(error).__name__}: {error}"[:400]
+        what = f"{case.method} {' '.join(map(str, case.arguments))}"
+        return {"backend": case.backend, "check": what, "dtype": str(case.dtype)[6:], "ok": False, "error": told}
 
 
 @dataclass(frozen=True)
@@ -68,7 +116,6 @@ class Checks:
     ops: Any
     dtype: torch.dtype
     device: torch.device
-    scope: Scope
 
     def verdict(self, check: str, found: Tensor, exact: Tensor, least: float = 0.0) -> dict[str, Any]:
         error = (found.double().cpu() - exact).abs().max().item() / exact.square().mean().sqrt().item()
@@ -91,16 +138,9 @@ class Checks:
         stored = kind.encode(random(rows, columns) / columns**0.5, self.dtype, "cast" if kind == DENSE else "rtn")
         return Weight(kind, (rows, columns), {k: self.here(t) for k, t in stored.items()})
 
-    def products(self) -> Iterator[dict[str, Any]]:
-        """Norm, then two products beside each other, then their sum: the way activations go in a block."""
-        formats = [("dense", 0), *((f, g) for f in ("int4", "int8") for g in self.scope.groups)]
-        for format, group in formats:
-            for columns in self.scope.columns if group != 0 else self.scope.columns[:1]:
-                for tokens in self.scope.tokens:
-                    yield self.product(format, group, columns, tokens)
-
-    def product(self, format: str, group: int, columns: int, tokens: int) -> dict[str, Any]:
-        rows = self.scope.rows if format == "dense" else -(-self.scope.rows // group) * group  # the second reads the first
+    def product(self, format: str, group: int, columns: int, tokens: int, rows: int) -> dict[str, Any]:
+        """Norm, then two products beside each other, then a sum: the way activations go in a block."""
+        rows = rows + 3 if format == "dense" else -(-rows // group) * group  # the second weight reads the first
         first, beside = self.weight(format, group, rows, columns), self.weight(format, group, rows + 3, columns)
         second = self.weight(format, group, 37, rows)
         x, gain = random(tokens, columns).to(self.dtype), torch.ones(columns, dtype=self.dtype)
@@ -120,7 +160,7 @@ class Checks:
 
     def outliers(self) -> dict[str, Any]:
         """Activations of thousands, where sums in halves could overflow."""
-        weight, x = self.weight("int4", self.scope.groups[-1], 64, 1024), random(1, 1024).half()
+        weight, x = self.weight("int4", 128, 64, 1024), random(1, 1024).half()
         x[:, ::7] = 6000.0
         gain = torch.full((1024,), 3000.0).half()
         normed = functional.layer_norm(x.double(), (1024,), gain.double(), eps=1e-5)
@@ -134,14 +174,9 @@ class Checks:
         (found,) = self.ops.norms(self.here(x), [(self.here(gain), self.here(bias), 1e-5)], [None])
         return self.verdict("norm", found, exact)
 
-    def attentions(self) -> Iterator[dict[str, Any]]:
-        for head_dim in self.scope.heads:
-            for kv in (self.dtype, torch.int8):
-                yield self.attention(head_dim, kv)
-
-    def attention(self, head_dim: int, kv: torch.dtype) -> dict[str, Any]:
+    def attention(self, head_dim: int, kv: torch.dtype, prompt: int) -> dict[str, Any]:
         """A prompt and then single tokens, over memory full of NaN, against float64 on what the cache keeps."""
-        heads, prompt = 3, self.scope.prompt
+        heads = 3
         config = GPTNeoXConfig(
             hidden_size=heads * head_dim, num_attention_heads=heads, max_position_embeddings=512, rotary_pct=0.25,
             intermediate_size=64, num_hidden_layers=1, vocab_size=11,
@@ -162,31 +197,38 @@ class Checks:
         least = INT8_CACHE if kv == torch.int8 else 0.0
         return self.verdict(f"attention, heads of {head_dim}, {str(kv)[6:]} cache", torch.cat(outs), exact, least)
 
-    def model(self) -> dict[str, Any]:
+    def model(self, hidden: int, tokens: int) -> dict[str, Any]:
         """Logits of a small model against the same weights in float64, or float32 where that is the dtype."""
         torch.manual_seed(0)
-        config = GPTNeoXConfig(**SHAPE) if self.device.type == "cuda" else GPTNeoXConfig(**SHAPE | {"hidden_size": 64})
+        config = GPTNeoXConfig(
+            hidden_size=hidden,
+            num_attention_heads=4,
+            intermediate_size=4 * hidden,
+            num_hidden_layers=2,
+            vocab_size=1003,
+        )
         model = GPTNeoXForCausalLM(config).to(self.dtype)
-        ids = torch.randint(0, config.vocab_size, (2, min(140, self.scope.prompt)))
+        ids = torch.randint(0, config.vocab_size, (2, tokens))
         model._ops = reference
         exact = model.float()(ids).logits.double()
         model = model.to(self.dtype).to(self.device)
         model._ops = self.ops
         return self.verdict("model logits", model(self.here(ids)).logits, exact)
 
-    def greedy(self) -> dict[str, Any]:
-        """Greedy text of the demo model as int4: equal to the reference's, token for token."""
-        from neox_lite_app import demo
-
+    def greedy(self, count: int, format: str) -> dict[str, Any]:
+        """Greedy text of the demo model: equal to the reference's, token for token."""
         folder = Path(demo.__file__).parent / "demo_model"
-        model = GPTNeoXForCausalLM.from_pretrained(folder, quantization="int4", torch_dtype=torch.float32)
-        prompts = torch.tensor([[0, 40, 60], [0, 100, 7], [0, 300, 12]])
-        model._ops = reference
-        expected = model.generate(prompts, max_new_tokens=self.scope.greedy)
-        model = model.to(self.device)
-        model._ops = self.ops
-        same = torch.equal(model.generate(self.here(prompts), max_new_tokens=self.scope.greedy).cpu(), expected)
-        return {"backend": self.backend, "check": "greedy tokens of the demo model", "dtype": "float32", "ok": same}
+        with tempfile.TemporaryDirectory() as scratch:
+            convert(folder, Path(scratch) / "quantized", format)
+            model = GPTNeoXForCausalLM.from_pretrained(Path(scratch) / "quantized", torch_dtype=torch.float32)
+            prompts = torch.tensor([[0, 40, 60], [0, 100, 7], [0, 300, 12]])[: 3 if count > 1 else 1]
+            model._ops = reference
+            expected = model.generate(prompts, max_new_tokens=count)
+            model = model.to(self.device)
+            model._ops = self.ops
+            same = torch.equal(model.generate(self.here(prompts), max_new_tokens=count).cpu(), expected)
+        what = f"greedy tokens of the demo model as {format}: {count} for each of {len(prompts)}"
+        return {"backend": self.backend, "check": what, "dtype": "float32", "ok": same}
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -199,8 +241,6 @@ def decoded(weight: Weight) -> Tensor:
 
 def exact_attention(qkv: Tensor, table: Tensor, heads: int, head_dim: int, kv: torch.dtype) -> Tensor:
     """In float64, on keys and values as the cache keeps them."""
-    from neox_lite.cache import quantize
-
     tokens = len(qkv)
     q, k, v = qkv.view(tokens, heads, 3, head_dim).unbind(2)
     cos, sin = (t[:tokens, None] for t in table)
@@ -219,18 +259,3 @@ def exact_attention(qkv: Tensor, table: Tensor, heads: int, head_dim: int, kv: t
     scores = torch.einsum("qhd,khd->hqk", rotate(q), kept(rotate(k))) / head_dim**0.5
     scores.masked_fill_(torch.ones(tokens, tokens, dtype=torch.bool).triu(1), float("-inf"))
     return torch.einsum("hqk,khd->qhd", scores.softmax(-1), kept(v)).flatten(1)
-
-
-def backends(device: torch.device, rehearsal: bool) -> tuple[dict[str, Any], dict[str, str]]:
-    """Those that run here, by name, exact and, where it makes a difference, not; and why others do not."""
-    found, reasons = {}, {}
-    for name, reason in dispatch.reasons(device).items():
-        if reason is not None:
-            reasons[name] = reason
-        elif name != "cpu":  # tests/test_cpu_kernels.py has them
-            found[name] = dispatch.load(name).bind(name != "triton")
-            if name == "triton":
-                found["triton exact"] = dispatch.load(name).bind(True)
-    if rehearsal:
-        found["triton"] = dispatch.load("triton").bind(False)
-    return found, reasons

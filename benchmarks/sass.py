@@ -18,7 +18,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +196,7 @@ def facts(run: str, card: int, kernel: Any, given: dict[str, Any]) -> Facts:
         ).stdout
     registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))  # type: ignore[index]
     code, loops = parse(text)
-    first, last = max(loops, key=lambda l: l[1] - l[0], default=(0, 0))
+    first, last = max(loops, key=lambda loop: loop[1] - loop[0], default=(0, 0))
     inside = code[first:last]
     weights = weights_of_iteration(inside, given)
     return Facts(
@@ -262,10 +262,13 @@ def broken(row: Facts) -> list[str]:
     rules = {
         "registers spill": row.spills == 0 and row.stack_bytes == 0,
         "more shared memory than the card has": row.shared_bytes <= SHARED_BYTES[row.card],
-        "a barrier in the loop": row.barriers == 0 or row.kernel not in ("multiply_beside", "multiply_sum", "attend_page"),
+        "a barrier in the loop": row.barriers == 0
+        or row.kernel not in ("multiply_beside", "multiply_sum", "attend_page"),
         "weights loaded by less than 128 bits": not product or all(load_bits(name) == 128 for name in weight_loads),
         "no tensor cores": row.card < 80 or row.float32 or row.tensor_core or row.kernel not in TENSOR_CORE_KERNELS,
-        "more than 3.3 instructions a weight as halves": not row.halves or row.per_weight is None or row.per_weight <= 3.3,
+        "more than 3.3 instructions a weight as halves": not row.halves
+        or row.per_weight is None
+        or row.per_weight <= 3.3,
     }
     return [rule for rule, kept in rules.items() if not kept]
 
@@ -299,9 +302,8 @@ def main() -> int:
 
 
 def table(rows: list[Facts]) -> str:
-    lines = [
-        f"{'kernel':16} {'first in':26} {'card':>5} {'regs':>4} {'spills':>6} {'shared':>6} {'inst/weight':>11}  loads of the loop"
-    ]
+    titles = f"{'kernel':16} {'first in':26} {'card':>6} {'regs':>4} {'spills':>6} {'shared':>6} {'inst/weight':>11}"
+    lines = [f"{titles}  loads of the loop"]
     for row in rows:
         loads = ", ".join(f"{count} {name}" for name, count in sorted(row.loads.items()))
         marks = f"{loads}; {row.barriers} barriers" + (f"; {row.tensor_core} tensor core" if row.tensor_core else "")

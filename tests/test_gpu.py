@@ -57,12 +57,37 @@ class TestOnTheGpu:
         assert back(torch.tensor([[1]])).logits.device.type == "cpu"
 
 
-def test_the_benchmark_s_checks_pass_and_it_says_where_no_gpu_is(tmp_path):
-    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--out", str(tmp_path / "gpu.json")]
+def benchmark(tmp_path, *flags):
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--out", str(tmp_path), *flags]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    result = json.loads((tmp_path / "gpu.json").read_text())
-    assert done.returncode == 0 and result["ok"] and json.loads(done.stdout) == result
-    if torch.cuda.is_available():
-        assert result["copy_gb_per_s"]["median"] > 0
-    else:
-        assert result["device"] is None and "no CUDA device" in done.stderr
+    (written,) = tmp_path.glob("*.json")
+    result = json.loads(written.read_text())
+    assert done.returncode == 0 and result["ok"] and json.loads(done.stdout) == result, done.stderr
+    return result, done.stderr
+
+
+def test_the_benchmark_s_checks_pass_and_it_says_where_no_gpu_is(tmp_path):
+    result, told = benchmark(tmp_path, "--checks")
+    assert len(result["checks"]) > 5
+    assert (result["device"] is None) == (not torch.cuda.is_available()) == ("no CUDA device" in told)
+
+
+def test_every_path_of_the_benchmark_runs_without_a_gpu(tmp_path):
+    pytest.importorskip("triton", reason="triton is not installed")
+    result, _ = benchmark(tmp_path, "--rehearse")
+    assert result["rehearsal"] and set(result["section_s"]) == {"checks", "pairs", "attention", "slices", "tokens"}
+    assert {row["launch"] for row in result["pairs"]} == {"qkv beside h to 4h", "dense plus 4h to h", "norm and head"}
+    assert {row["tokens"] for row in result["tokens"] if "tokens" in row} == {1, 3, 260}
+    assert all(row["error_rms"] < 1e-3 for row in result["tokens"] if "error_rms" in row)
+
+
+def test_a_wrong_kernel_is_reported(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu_checks
+
+    right = gpu_checks.Case("reference", torch.float32, "product", ("int4", 32, 96, 2, 10))
+    assert gpu_checks.check(right, torch.device("cpu"))["ok"]
+    monkeypatch.setattr(gpu_checks.reference, "sum_linears", lambda acts, weights, addends, x: x)
+    assert not gpu_checks.check(right, torch.device("cpu"))["ok"]
+    monkeypatch.setattr(gpu_checks.reference, "sum_linears", lambda *given: 1 / 0)
+    assert "ZeroDivisionError" in gpu_checks.check(right, torch.device("cpu"))["error"]

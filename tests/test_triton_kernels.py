@@ -1,6 +1,6 @@
 """The Triton kernels against float64: on a GPU where there is one, else in Triton's interpreter (slow, so shapes are small).
 
-Memory that kernels write to is filled with NaN beforehand. Errors are max |error| over the root mean square of the exact result.
+Memory that kernels write to is filled with NaN beforehand. Errors are max |error| over the exact result's root mean square.
 """
 
 import pytest
@@ -126,7 +126,11 @@ def test_activations_are_moved_and_nothing_else(layout):
 
 # Products -------------------------------------------------------------------------------------------------------------
 
-SHAPES = [(64, 128), (70, 1152), (9, 2560)]  # one tile; tails of rows and 2^n + 2^m columns; few rows, a large odd multiple
+SHAPES = [
+    (64, 128),
+    (70, 1152),
+    (9, 2560),
+]  # one tile; tails of rows and 2^n + 2^m columns; few rows, a large odd multiple
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -208,7 +212,9 @@ def test_a_weight_is_written_out_in_slices_as_it_decodes(bits, dtype, monkeypatc
     x = torch.randn(300, 1120).to(dtype)
     found = product(ops, [x], [weight], kind="torch")
     assert [len(rows) for rows in seen] == [16, 16, 16, 16, 6]
-    one_off = float(weight.decode(torch.float32).abs().max()) * torch.finfo(dtype).eps  # the interpreter cuts bfloat16 off
+    one_off = (
+        float(weight.decode(torch.float32).abs().max()) * torch.finfo(dtype).eps
+    )  # the interpreter cuts bfloat16 off
     assert float((torch.cat(seen).float() - weight.decode(torch.float32)).abs().max()) <= one_off
     assert error(found, x.double() @ exact_rows(weight).T) < 2 * ROUNDED[dtype]
 
@@ -255,7 +261,9 @@ def test_results_lie_as_the_next_weight_reads_them(tokens):
 
 def test_two_weights_of_one_kind_take_one_launch_and_two_kinds_take_two(monkeypatch):
     launched, launch = [], operations._launch
-    monkeypatch.setattr(operations, "_launch", lambda kernel, *a, **o: (launched.append(kernel), launch(kernel, *a, **o)))
+    monkeypatch.setattr(
+        operations, "_launch", lambda kernel, *a, **o: (launched.append(kernel), launch(kernel, *a, **o))
+    )
     x = torch.randn(1, 64).half().to(DEVICE)
     for other, expected in ((quantized(4, 32, 40, 64), 1), (quantized(8, 32, 40, 64), 2)):
         launched.clear()
@@ -267,7 +275,10 @@ def test_two_weights_of_one_kind_take_one_launch_and_two_kinds_take_two(monkeypa
 
 def test_no_tokens_are_no_work():
     ops, weight = ops_for(), quantized(4, 32, 24, 64)
-    x, norm = torch.randn(0, 64, device=DEVICE).half(), (torch.ones(64, device=DEVICE), torch.zeros(64, device=DEVICE), 1e-5)
+    x, norm = (
+        torch.randn(0, 64, device=DEVICE).half(),
+        (torch.ones(64, device=DEVICE), torch.zeros(64, device=DEVICE), 1e-5),
+    )
     (act,) = ops.norms(x, [norm], [weight])
     (out,) = ops.linears([act], [weight], [None], [None], [None])
     assert out.shape == (0, 24) and ops.head(x, None, norm, weight).shape == (0, 24)
@@ -277,7 +288,9 @@ def test_more_than_two_products_and_addends_are_summed():
     ops, weights = ops_for(), [plain(12, 16), plain(12, 16), plain(12, 16)]
     xs, addends = [torch.randn(2, 16) for _ in weights], [torch.randn(12) for _ in range(5)]
     residual = torch.randn(2, 12)
-    exact = sum((x.double() @ exact_rows(w).T for x, w in zip(xs, weights, strict=True)), sum(addends) + residual.double())
+    exact = sum(
+        (x.double() @ exact_rows(w).T for x, w in zip(xs, weights, strict=True)), sum(addends) + residual.double()
+    )
     on_device = [x.to(DEVICE) for x in xs], weights, [a.to(DEVICE) for a in addends], residual.to(DEVICE)
     assert error(ops.sum_linears(*on_device), exact) < 2e-6
 
@@ -299,12 +312,18 @@ def test_norms_equal_float64(features, dtype):
 
 # Attention ------------------------------------------------------------------------------------------------------------
 
-HELD = (126, 0, 150)  # tokens of three sequences that the cache holds, and new ones in turn: over a page's end, one alone
+HELD = (
+    126,
+    0,
+    150,
+)  # tokens of three sequences that the cache holds, and new ones in turn: over a page's end, one alone
 STEPS = ([3, 2, 0], [1, 1, 1], [0, 1, 1], [1, 20, 0])
 
 
 @pytest.mark.parametrize("kv", ["same", "int8"])
-@pytest.mark.parametrize(("dim", "rotary_pct"), [(32, 0.5), (40, 0.25), (64, 0.25), (80, 1.0), (96, 0.25), (128, 1.0), (256, 0.25)])
+@pytest.mark.parametrize(
+    ("dim", "rotary_pct"), [(32, 0.5), (40, 0.25), (64, 0.25), (80, 1.0), (96, 0.25), (128, 1.0), (256, 0.25)]
+)
 def test_attention_in_steps_equals_the_reference(dim, rotary_pct, kv):
     found, expected = (steps(ops, dim, rotary_pct, torch.float32, kv) for ops in (ops_for(), reference))
     for y, exact in zip(found[0], expected[0], strict=True):
@@ -318,7 +337,9 @@ def test_attention_in_steps_equals_the_reference(dim, rotary_pct, kv):
 
 @pytest.mark.parametrize("machine", [AMPERE, TURING], ids=["tensor cores", "without"])
 def test_blocks_of_queries_cover_every_token_once(machine):
-    found, exact = (steps(ops, 32, 1.0, torch.float32, "same", [[1, 67, 0]])[0] for ops in (ops_for(machine), reference))
+    found, exact = (
+        steps(ops, 32, 1.0, torch.float32, "same", [[1, 67, 0]])[0] for ops in (ops_for(machine), reference)
+    )
     assert error(found[0], exact[0].double()) < 1e-5
 
 
@@ -390,7 +411,12 @@ def tiny(parallel=True, formats=(), dtype=torch.float32):
     )  # fmt: skip
     model = GPTNeoXForCausalLM(config).to(dtype)
     for i, block in enumerate(model.gpt_neox.blocks):
-        linears = block.attention.query_key_value, block.attention.dense, block.mlp.dense_h_to_4h, block.mlp.dense_4h_to_h
+        linears = (
+            block.attention.query_key_value,
+            block.attention.dense,
+            block.mlp.dense_h_to_4h,
+            block.mlp.dense_4h_to_h,
+        )
         for linear, format in zip(linears, formats[i % len(formats)] if formats else (), strict=bool(formats)):
             if format is not None:
                 stored = format.encode(linear.weight.data, dtype, "rtn") | format.constants(linear.shape)

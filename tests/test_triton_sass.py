@@ -29,7 +29,9 @@ def compiled(tmp_path_factory):
     for half in (CARDS[:3], CARDS[3:]):
         out = folder / f"{half[0]}.json"
         command = [sys.executable, str(script), "--cards", *map(str, half), "--out", str(out)]
-        started.append((out, subprocess.Popen(command, env=environment, text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE)))
+        started.append(
+            (out, subprocess.Popen(command, env=environment, text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE))
+        )
     rows = []
     for out, process in started:
         _, errors = process.communicate()
@@ -68,7 +70,22 @@ def test_the_rules_name_what_they_find(monkeypatch):
     import sass
 
     good = sass.Facts(
-        "decode", "multiply_beside", 86, 4, 56, 0, 0, 8, 700, 176, 2.75, {"LDG.E.EF.128": 2}, 0, 0, halves=True, float32=False
+        "decode",
+        "multiply_beside",
+        86,
+        4,
+        56,
+        0,
+        0,
+        8,
+        700,
+        176,
+        2.75,
+        {"LDG.E.EF.128": 2},
+        0,
+        0,
+        halves=True,
+        float32=False,
     )
     assert sass.broken(good) == []
     changes = {
@@ -78,6 +95,6 @@ def test_the_rules_name_what_they_find(monkeypatch):
         assert len(sass.broken(sass.replace(good, **{name: value}))) == 1
     tiles = sass.replace(good, kernel="multiply_tiles", halves=False)
     assert sass.broken(tiles) == ["no tensor cores"] and sass.broken(sass.replace(tiles, card=75)) == []
-    assert sass.parse(".L_x_1:\n /*0000*/ LDG.E.EF.128 R4 ;\n /*0010*/ FADD R1 ;\n /*0020*/ FADD R2 ;\n /*0030*/ @P0 BRA `(.L_x_1) ;")[
-        1
-    ] == [(0, 4)]
+    assert sass.parse(
+        ".L_x_1:\n /*0000*/ LDG.E.EF.128 R4 ;\n /*0010*/ FADD R1 ;\n /*0020*/ FADD R2 ;\n /*0030*/ @P0 BRA `(.L_x_1) ;"
+    )[1] == [(0, 4)]

@@ -29,7 +29,8 @@ def why_not(device: torch.device) -> str | None:
     if torch.version.hip is not None:
         return "written for NVIDIA GPUs, this torch is built for AMD's"
     if (found := torch.cuda.get_device_capability(device)) < OLDEST:
-        return f"needs compute capability {OLDEST[0]}.{OLDEST[1]}, {torch.cuda.get_device_name(device)} has {found[0]}.{found[1]}"
+        name = torch.cuda.get_device_name(device)
+        return f"needs compute capability {OLDEST[0]}.{OLDEST[1]}, {name} has {found[0]}.{found[1]}"
     if not any(shutil.which(c) for c in (os.environ.get("CC", "cc"), "gcc", "clang")):
         return "triton compiles its launcher and finds no C compiler; install gcc"
     return None

@@ -51,7 +51,9 @@ class Rows:
     groups: int
     inner: int
     warps: int = 4
-    registers: int = 128  # most a thread may take: told so, the compiler does not spill to fit more programs beside each other
+    registers: int = (
+        128  # most a thread may take: told so, the compiler does not spill to fit more programs beside each other
+    )
 
 
 def rows(words: tuple[int, ...], inner: int, tokens: int, element_bytes: int) -> Rows:

@@ -1,7 +1,7 @@
 """Products of a few tokens with weights as stored: every weight is read once, by the thread that multiplies it.
 
-A program makes LANES * ROWS outputs of TOKENS tokens: threads side by side sum a row, ROWS rows at a time, so that what they read
-of x serves them all. Nothing goes through shared memory inside the loop, and nothing is added up across threads before a row ends.
+A program makes LANES * ROWS outputs of TOKENS tokens: threads side by side sum a row, ROWS rows at a time, so that what they
+read of x serves them all. In the loop nothing goes through shared memory, and nothing is added up across threads.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ Activations between operations are plain tensors, or `Laid` as words.py says whe
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -141,7 +142,7 @@ class Operations:
         """machine: what is known of a device."""
         self.exact, self.machine, self.slice_bytes = exact, machine, SLICE_BYTES
         self._batch: tuple[Batch, torch.device, BatchTable] | None = None
-        self._scratch: dict[torch.device, Tensor] = {}
+        self._scratch = threading.local()  # by device: a thread's products follow one another, two threads' do not
 
     def act_dtype(self, weights: torch.dtype, device: torch.device) -> torch.dtype:
         """The weights' own; float32 where the card has no bfloat16."""
@@ -295,13 +296,12 @@ class Operations:
         if not output.tokens:
             return self._out(output)
         if len(set(ways)) > 1:  # each part its own way
-            pairs = zip(output.acts, output.weights, ways, strict=True)
-            singles = [(Output([a], [w], dtype=torch.float32), way) for a, w, way in pairs]
-            return self._finished(output, [memory(self._product(o, [way])) for o, way in singles])
+            parts = [Output([a], [w], dtype=torch.float32) for a, w in zip(output.acts, output.weights, strict=True)]
+            return self._finished(output, [memory(self._product(o, [w])) for o, w in zip(parts, ways, strict=True)])
         if ways[0].kind == "torch":
             dtype = torch.float32 if len(ways) > 1 else output.dtype or memory(output.acts[0]).dtype
-            pairs = zip(output.acts, output.weights, strict=True)
-            return self._finished(output, [self._by_torch(a, w, dtype) for a, w in pairs])
+            products = [self._by_torch(a, w, dtype) for a, w in zip(output.acts, output.weights, strict=True)]
+            return self._finished(output, products)
         if ways[0].kind == "tiles":
             return self._tiles(ways[0], output)
         if output.x is None and len(output.acts) == 1:
@@ -337,7 +337,7 @@ class Operations:
         columns = [a.shape[1] for a in acts]
         tile = choices.rows(tuple(map(way.words, columns)), way.inner, output.tokens, acts[0].element_size())
         grid = triton.cdiv(output.size, tile.lanes * tile.rows), triton.cdiv(output.tokens, tile.tokens)
-        _launch(gemv.multiply_sum, grid, 
+        _launch(gemv.multiply_sum, grid,
             *_sources(way, output), out, output.tokens, 1.0 / way.layout.scale, *[*columns, 0][:2], way.bits, way.group,
             _math(way, acts[0]), tile.tokens, tile.lanes, tile.rows, tile.groups, tile.inner, output.size,
             num_warps=tile.warps, maxnreg=tile.registers,
@@ -349,7 +349,7 @@ class Operations:
         acts, out = [memory(a) for a in output.acts], self._out(output)
         tile = choices.tiles(output.size, output.tokens, way.bits)
         grid = triton.cdiv(output.tokens, tile.tokens), triton.cdiv(output.size, tile.rows)
-        _launch(matmul.multiply_tiles, grid, 
+        _launch(matmul.multiply_tiles, grid,
             *_sources(way, output), memory(out), output.tokens, *[*(a.shape[1] for a in acts), 0][:2],
             way.bits, way.group, MATH[acts[0].dtype], tile.rows, tile.tokens, tile.words,
             output.size, output.activation, *_placed(out)[:2], num_warps=tile.warps, num_stages=tile.stages,
@@ -390,11 +390,9 @@ class Operations:
         return out
 
     def _scratch_of(self, like: Tensor, count: int) -> Tensor:
-        held = self._scratch.get(like.device)
-        if held is None or held.nbytes < count * like.element_size():
-            self._scratch[like.device] = held = torch.empty(
-                count * like.element_size(), dtype=torch.uint8, device=like.device
-            )
+        mine, nbytes = vars(self._scratch), count * like.element_size()
+        if (held := mine.get(str(like.device))) is None or held.nbytes < nbytes:
+            mine[str(like.device)] = held = torch.empty(nbytes, dtype=torch.uint8, device=like.device)
         return held.view(like.dtype)
 
     def _finished(self, output: Output, parts: Sequence[Tensor]) -> Act:
@@ -429,7 +427,11 @@ class Operations:
     def _table(self, batch: Batch, device: torch.device, head_dim: int) -> BatchTable:
         held = self._batch
         if held is None or held[0] is not batch or held[1] != device:
-            self._batch = held = batch, device, BatchTable(batch, device, choices.blocks(self.machine(device), head_dim).queries)
+            self._batch = held = (
+                batch,
+                device,
+                BatchTable(batch, device, choices.blocks(self.machine(device), head_dim).queries),
+            )
         return held[2]
 
 
@@ -484,9 +486,9 @@ def _addend(output: Output, i: int) -> tuple[Tensor | None, int]:
 
 def _mm(x: Tensor, weight: Tensor, out: Tensor) -> None:
     """out = x @ weight.T, summed in float32 and rounded once."""
-    if out.dtype == x.dtype:
+    if x.is_cuda and out.dtype == x.dtype:
         torch.mm(x, weight.T, out=out)
     elif x.is_cuda:
         torch.mm(x, weight.T, out_dtype=out.dtype, out=out)
     else:
-        torch.mm(x.to(out.dtype), weight.T.to(out.dtype), out=out)
+        out.copy_(x.float() @ weight.T.float())
