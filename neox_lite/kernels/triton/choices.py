@@ -83,13 +83,13 @@ class Tiles:
     registers: int = 128
 
 
-def tiles(size: int, tokens: int, bits: int) -> Tiles:
-    """For `size` outputs: an iteration takes 128 columns of weights, a group of the usual size."""
+def tiles(tokens: int, bits: int) -> Tiles:
+    """An iteration takes 128 columns of weights, a group of the usual size."""
     words = 128 * bits // 32
     if tokens <= 64:
         count = next(n for n in (16, 32, 64) if tokens <= n)
         return Tiles(64, count, words)
-    return Tiles(128, 128, words, warps=8, registers=255)
+    return Tiles(128, 64, words, registers=255)
 
 
 @dataclass(frozen=True)
