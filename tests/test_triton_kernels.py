@@ -18,6 +18,7 @@ from neox_lite.kernels.triton import choices, operations
 from neox_lite.kernels.triton.operations import NATURAL, Laid, Layout, Operations, Output
 from neox_lite.layers import Rotary
 
+pytestmark = [] if backend.interpreted() else [pytest.mark.gpu]
 DEVICE = torch.device("cpu" if backend.interpreted() else "cuda")
 AMPERE, TURING = choices.Machine((8, 0)), choices.Machine((7, 5))  # with tensor cores and bfloat16, and without
 HALVES = 3e-3  # sums of four products rounded to halves, in the interpreter after every step

@@ -83,13 +83,13 @@ class Tiles:
     registers: int = 128
 
 
-def tiles(tokens: int, bits: int) -> Tiles:
+def tiles(tokens: int, bits: int, dtype: torch.dtype) -> Tiles:
     """An iteration takes 128 columns of weights, a group of the usual size."""
     words = 128 * bits // 32
-    if tokens <= 64:
-        count = next(n for n in (16, 32, 64) if tokens <= n)
-        return Tiles(64, count, words)
-    return Tiles(128, 64, words, registers=255)
+    if tokens > 64 and dtype == torch.float16:
+        return Tiles(128, 64, words, registers=255)
+    count = next(n for n in (16, 32, 64) if tokens <= n or n == 64)
+    return Tiles(64, count, words, registers=128 if tokens <= 64 else 255)  # bfloat16 is made by way of float32
 
 
 @dataclass(frozen=True)

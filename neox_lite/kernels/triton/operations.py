@@ -347,7 +347,7 @@ class Operations:
     def _tiles(self, way: Way, output: Output) -> Act:
         """One or two products by tensor cores, matmul.py."""
         acts, out = [memory(a) for a in output.acts], self._out(output)
-        tile = choices.tiles(output.tokens, way.bits)
+        tile = choices.tiles(output.tokens, way.bits, acts[0].dtype)
         grid = triton.cdiv(output.tokens, tile.tokens), triton.cdiv(output.size, tile.rows)
         _launch(matmul.multiply_tiles, grid,
             *_sources(way, output), memory(out), output.tokens, *[*(a.shape[1] for a in acts), 0][:2],
