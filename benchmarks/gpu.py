@@ -5,10 +5,10 @@
     python benchmarks/gpu.py --plot FILE.json    draw what was measured elsewhere
 
 Runs from a checkout without installing. Where torch sees no CUDA device it makes the checks that also run on the CPU and exits
-with 0 and `"device": null`. Times are medians of replays of a CUDA graph over copies of the weights that together exceed twice
-the L2 cache. GB/s count the bytes of weights and scales alone, or of keys and values; the roof is a device-to-device copy, read
-and write counted. Peers (torch fp16, torch tinygemm, gemlite, bitsandbytes) multiply the same int4 weights where their format
-has them.
+with 0 and `"device": null`. Times are medians of replays of a CUDA graph over copies of the weights that together exceed four
+times the L2 cache. GB/s count the bytes of weights and scales alone, or of keys and values; the roof is a device-to-device
+copy, read and write counted. Peers (torch fp16, torch tinygemm, bitsandbytes, gemlite) multiply the same int4 weights where
+their format has them.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Clock:
     def late(self) -> bool:
         return time.monotonic() > self.deadline
 
-    def seconds(self, calls: Sequence[Callable[[], object]], runs: int = 20) -> float:
+    def seconds(self, calls: Sequence[Callable[[], object]]) -> float:
         """Of one call: `calls` do the same work on different memory, one after the other in a graph."""
         for call in calls:
             call()
@@ -83,30 +83,32 @@ class Clock:
             calls[0]()
             return time.perf_counter() - start
         torch.cuda.synchronize()
+        once = self.elapsed(lambda: [call() for call in calls])
+        repeats = max(1, min(32, round(3e-4 / once)))  # a graph takes so long that launching it does not show
         stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        repeats = max(1, 4 // len(calls))
         with torch.cuda.graph(graph, stream=stream):
             for _ in range(repeats):
                 for call in calls:
                     call()
-        taken = []
-        for i in range(runs + 3):
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            graph.replay()
-            end.record()
-            torch.cuda.synchronize()
-            if i >= 3:
-                taken.append(begin.elapsed_time(end) / 1e3 / (repeats * len(calls)))
-        return statistics.median(taken)
+        runs = 20 if once * repeats < 5e-3 else 8
+        taken = [self.elapsed(graph.replay) for _ in range(runs + 3)][3:]
+        return statistics.median(taken) / (repeats * len(calls))
+
+    def elapsed(self, work: Callable[[], object]) -> float:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        work()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1e3
 
 
 def copies_for(device: torch.device, nbytes: int) -> int:
-    """How many copies of a weight exceed twice the L2 cache."""
+    """How many copies of so many bytes exceed four times the L2 cache, that none is found there when its turn comes again."""
     if device.type != "cuda":
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return max(1, min(64, -(-2 * cache // nbytes)))
+    return max(1, min(128, -(-4 * cache // nbytes)))
 
 
 def copy_bandwidth(device: torch.device, size_bytes: int) -> dict[str, float]:
@@ -174,7 +176,7 @@ class Bench:
         for shape, (hidden, _) in self.sizes.shapes.items():
             for format in ("int4", "int8"):
                 one = weight_of(format, hidden, hidden, self.device)
-                copies = range(copies_for(self.device, 7 * read_bytes(one)))
+                copies = range(copies_for(self.device, 5 * read_bytes(one)))  # the smaller launch reads 5
                 sets = [self.block(format, hidden) for _ in copies]
                 x, residual = self.x(1, hidden), self.x(1, hidden)
                 act, wide = (
@@ -199,6 +201,8 @@ class Bench:
                     yield {"shape": shape, "format": format, "launch": name, **self.rate(calls, nbytes)}
             for format in ("dense", "int8"):
                 weights = [weight_of(format, self.sizes.vocabulary, hidden, self.device)]
+                more = copies_for(self.device, read_bytes(*weights)) - 1
+                weights += [weight_of(format, self.sizes.vocabulary, hidden, self.device) for _ in range(more)]
                 ones = torch.ones(hidden, device=self.device).half()
                 calls = [lambda w=w: self.ops.head(x, None, (ones, ones, 1e-5), w) for w in weights]
                 yield {
@@ -214,54 +218,53 @@ class Bench:
         return [weight_of(format, *size, self.device) for size in rows_and_columns]
 
     def tokens(self) -> Iterator[dict[str, Any]]:
-        """One weight, h to 4h of the largest shape, for more and more tokens, beside the peers."""
-        hidden = next(iter(self.sizes.shapes.values()))[0]
+        """One weight, h to 4h of the largest shape, for more and more tokens, beside torch's product of plain matrices."""
         for format in ("int4", "int8"):
-            weights = [weight_of(format, 4 * hidden, hidden, self.device)]
-            weights += [
-                weight_of(format, 4 * hidden, hidden, self.device)
-                for _ in range(copies_for(self.device, read_bytes(*weights)) - 1)
-            ]
-            engines = {"neox-lite": [self.ours(w) for w in weights]}
-            left_out = {}
-            for name, make in PEERS.items() if format == "int4" else [("torch fp16", torch_fp16)]:
-                try:
-                    engines[name] = [make(w) for w in weights]
-                except Exception as error:  # a peer that is not installed, or cannot run here, is named with its reason
-                    left_out[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            weights = self.wide(format)
             for count in (*self.sizes.sweep, *self.sizes.prefill):
-                x = self.x(count, hidden)
-                exact = (x.double() @ weights[0].decode(torch.float32).double().T) if count <= 64 else None
-                for name, calls in engines.items():
-                    if name in left_out or self.clock.late():
-                        continue
-                    try:
-                        found = calls[0](x)
-                        row = self.rate([lambda call=call: call(x) for call in calls], read_bytes(weights[0]))
-                    except Exception as error:
-                        left_out[name] = f"{count} tokens: {type(error).__name__}: {error}".splitlines()[0][:200]
-                        continue
-                    if exact is not None and name != "bitsandbytes nf4":  # whose 16 levels are others
-                        row["error_rms"] = float(
-                            (found.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
-                        )
-                    yield {"format": format, "tokens": count, "engine": name, **row}
-            yield {"format": format, "left_out": left_out}
-            del engines
+                x = self.x(count, weights[0].shape[1])
+                for name, make in (("neox-lite", self.ours), ("torch fp16", torch_fp16)):
+                    yield {
+                        "format": format,
+                        "tokens": count,
+                        "engine": name,
+                        **self.against([make(w) for w in weights], x, weights[0]),
+                    }
+
+    def peers(self) -> Iterator[dict[str, Any]]:
+        """The same int4 weight by others, those that take longest to tune last."""
+        weights = self.wide("int4")
+        for name, (make, counts) in PEERS.items():
+            try:
+                calls = [make(w) for w in weights]
+                for count in counts or (*self.sizes.sweep, *self.sizes.prefill):
+                    if self.clock.late():
+                        return
+                    x = self.x(count, weights[0].shape[1])
+                    yield {"format": "int4", "tokens": count, "engine": name, **self.against(calls, x, weights[0])}
+            except Exception as error:  # not installed, or cannot run here: named with its reason
+                yield {"engine": name, "left_out": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
+
+    def wide(self, format: str) -> list[Weight]:
+        hidden = next(iter(self.sizes.shapes.values()))[0]
+        first = weight_of(format, 4 * hidden, hidden, self.device)
+        more = copies_for(self.device, read_bytes(first)) - 1
+        return [first, *(weight_of(format, 4 * hidden, hidden, self.device) for _ in range(more))]
+
+    def against(self, calls: Sequence[Callable[[Tensor], Tensor]], x: Tensor, weight: Weight) -> dict[str, float]:
+        """Microseconds of calls that take turns, and the error of the first, which has this weight."""
+        row = {"us": self.clock.seconds([lambda call=call: call(x) for call in calls]) * 1e6}
+        if len(x) <= 64:
+            exact = x.double() @ weight.decode(torch.float32).double().T
+            row["error_rms"] = float(
+                (calls[0](x).double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+            )
+        return row
 
     def ours(self, weight: Weight) -> Callable[[Tensor], Tensor]:
         """x in natural order: what moving it costs belongs to the norm before it, and is measured there."""
-        acts: dict[Any, Any] = {}
-
-        def multiply(x: Tensor) -> Tensor:
-            way = self.ops._way(weight, x)
-            if (key := (len(x), way.layout)) not in acts:
-                acts[key] = x, lay(x, way.layout)
-            return self.ops.linears(
-                [acts[key][1] if acts[key][0] is x else lay(x, way.layout)], [weight], [None], [None], [None]
-            )[0]
-
-        return multiply
+        moved = once_for_each(lambda x: lay(x, self.ops._way(weight, x).layout))
+        return lambda x: self.ops.linears([moved(x)], [weight], [None], [None], [None])[0]
 
     def slices(self) -> Iterator[dict[str, Any]]:
         """How large a piece of a weight should be written out for cuBLAS at a time, and from how many tokens on."""
@@ -299,15 +302,16 @@ class Bench:
             rotary = torch.randn(2, 4096, max(1, dim // 8), device=self.device)
             for kv in (torch.float16, torch.int8):
                 for context in self.sizes.contexts:
-                    pool = PagePool(heads, dim, kv, [self.device])
+                    nbytes = 2 * context * hidden * (2 if kv == torch.float16 else 1)
+                    layers = copies_for(self.device, nbytes)
+                    pool = PagePool(heads, dim, kv, [self.device] * layers)
                     sequence = pool.new()
                     Batch.reserve(pool, [sequence], [context]).commit()
                     for tensor in (*pool.storage, *pool.scales):
                         tensor.fill_(1)
                     batch = Batch.reserve(pool, [sequence], [1])
                     qkv = self.x(1, 3 * hidden)
-                    nbytes = 2 * context * hidden * (2 if kv == torch.float16 else 1)
-                    calls = [lambda q=qkv, p=pool, b=batch: self.ops.attend(q, p, 0, b, rotary, None)]
+                    calls = [lambda i=i: self.ops.attend(qkv, pool, i, batch, rotary, None) for i in range(layers)]
                     yield {
                         "shape": shape,
                         "cache": str(kv)[6:],
@@ -365,7 +369,8 @@ def torch_tinygemm(weight: Weight) -> Callable[[Tensor], Tensor]:
     packed = torch.ops.aten._convert_weight_to_int4pack((codes[:, ::2] << 4) | codes[:, 1::2], 8)
     scale = weight.tensors["weight_scale"].bfloat16().T
     scales_and_zeros = torch.stack((scale, torch.zeros_like(scale)), -1).contiguous()
-    return lambda x: torch.ops.aten._weight_int4pack_mm(x.bfloat16(), packed, 128, scales_and_zeros)
+    brain = once_for_each(lambda x: x.bfloat16())  # what makes x would make it so
+    return lambda x: torch.ops.aten._weight_int4pack_mm(brain(x), packed, 128, scales_and_zeros)
 
 
 def gemlite(weight: Weight) -> Callable[[Tensor], Tensor]:
@@ -387,12 +392,23 @@ def bitsandbytes_nf4(weight: Weight) -> Callable[[Tensor], Tensor]:
     return lambda x: bitsandbytes.matmul_4bit(x, packed.t(), state)
 
 
-PEERS: dict[str, Callable[[Weight], Callable[[Tensor], Tensor]]] = {
-    "torch fp16": torch_fp16,
-    "torch tinygemm": torch_tinygemm,
-    "gemlite": gemlite,
-    "bitsandbytes nf4": bitsandbytes_nf4,
+PEERS: dict[str, tuple[Callable[[Weight], Callable[[Tensor], Tensor]], tuple[int, ...]]] = {
+    "torch tinygemm": (torch_tinygemm, ()),  # () is every number of tokens
+    "bitsandbytes nf4": (bitsandbytes_nf4, ()),  # its error is that of 16 other levels
+    "gemlite": (gemlite, (2, 8, 16, 64, 1, 4, 32)),  # tunes itself for each
 }
+
+
+def once_for_each(make: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    """`make`, computed again only for another tensor."""
+    held: list[Any] = [None, None]
+
+    def get(x: Tensor) -> Any:
+        if held[0] is not x:
+            held[:] = x, make(x)
+        return held[1]
+
+    return get
 
 
 # The report -----------------------------------------------------------------------------------------------------------
@@ -422,25 +438,29 @@ def version(name: str) -> str | None:
         return None
 
 
-def measure(result: dict[str, Any], bench: Bench, copy: dict[str, float]) -> None:
-    """Fill `result`; a section that time runs out for is named in left_out."""
+def measure(result: dict[str, Any], bench: Bench, copy: dict[str, float], keep: Callable[[], object]) -> None:
+    """Fill `result`, kept after each section; one that time runs out for, or that fails, is named in left_out."""
     result["copy_gb_per_s"] = copy
-    sections = {"pairs": bench.pairs, "attention": bench.attention, "slices": bench.slices, "tokens": bench.tokens}
-    for name, section in sections.items():
+    for name in ("pairs", "attention", "slices", "tokens", "peers"):
         if bench.clock.late():
             result["left_out"][name] = "no time was left"
             continue
         start, rows = time.monotonic(), []
         result[name] = rows
-        for row in section():
-            if "gb_per_s" in row:
-                row["share_of_copy"] = row["gb_per_s"] / copy["median"]
-            rows.append(row)
-            print(f"{name}: {json.dumps(row)}", file=sys.stderr)
-            if bench.clock.late():
-                result["left_out"][f"rest of {name}"] = "no time was left"
-                break
+        try:
+            for row in getattr(bench, name)():
+                if "gb_per_s" in row:
+                    row["share_of_copy"] = row["gb_per_s"] / copy["median"]
+                rows.append(row)
+                print(f"{name}: {json.dumps(row)}", file=sys.stderr)
+                if bench.clock.late():
+                    result["left_out"][f"rest of {name}"] = "no time was left"
+                    break
+        except Exception as error:
+            result["left_out"][f"rest of {name}"] = f"{type(error).__name__}: {error}"[:400]
+            result["ok"] = False
         result["section_s"][name] = time.monotonic() - start
+        keep()
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
@@ -451,24 +471,28 @@ def plot(result: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(16, 5))
-    rows = [r for r in result["pairs"] if "share_of_copy" in r]
+    rows = [r for r in result.get("pairs", []) if "share_of_copy" in r]
     names = [f"{r['shape']} {r['format']}\n{r['launch']}" for r in rows]
     left.barh(names[::-1], [100 * r["share_of_copy"] for r in rows][::-1], color="tab:orange")
     left.axvline(100, color="black", linewidth=0.8)
     left.set_title("one token: weight bytes a second,\n% of a device copy", fontsize=10)
     left.tick_params(axis="y", labelsize=6)
-    found = [r for r in result["tokens"] if r.get("format") == "int4" and "us" in r]
+    measured = [*result.get("tokens", []), *result.get("peers", [])]
+    found = sorted((r for r in measured if r.get("format") == "int4"), key=lambda r: r["tokens"])
     for engine in dict.fromkeys(r["engine"] for r in found):
         points = [(r["tokens"], r["us"]) for r in found if r["engine"] == engine]
         color = "tab:orange" if engine == "neox-lite" else None
         middle.loglog(*zip(*points, strict=True), marker="o", markersize=3, label=engine, color=color)
     middle.set_title("int4 h to 4h: microseconds by tokens", fontsize=10)
     middle.legend(fontsize=8)
-    for name in [key for key in result["slices"][0] if key != "tokens"]:
-        points = [(r["tokens"], r["cublas fp16"] / r[name]) for r in result["slices"] if name in r]
+    slices = result.get("slices", [])
+    for name in dict.fromkeys(key for row in slices for key in row if key != "tokens"):
+        points = [(r["tokens"], r["cublas fp16"] / r[name]) for r in slices if name in r]
         right.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
     right.set_title("prompts: speed relative to cuBLAS fp16", fontsize=10)
     right.legend(fontsize=8)
+    middle.set_xlabel("tokens")
+    right.set_xlabel("tokens")
     figure.suptitle(f"{result['device']}, torch {result['torch']}, triton {result['packages']['triton']}", fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -506,22 +530,29 @@ def main() -> int:
     for check in result["checks"]:
         if not check["ok"]:
             print(f"WRONG: {json.dumps(check)}", file=sys.stderr)
-    if not args.checks and (args.rehearse or (cuda and "triton" not in result["declined"])):
-        sizes, clock = REHEARSAL if args.rehearse else FULL, Clock(device, begun + 60 * args.minutes)
-        bench = Bench(clock, sizes, dispatch.load("triton").bind(False))
-        measure(result, bench, copy_bandwidth(device, sizes.copy_bytes))
-    text = json.dumps(result, indent=1)
-    print(text)
+    path = None
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         name = "rehearsal" if args.rehearse else (result["device"] or "no device").lower().replace(" ", "_")
         path = args.out / f"gpu_{name}.json"
-        path.write_text(text + "\n")
-        if "slices" in result:
-            try:
-                plot(result, path.with_suffix(".png"))
-            except ImportError:
-                print("no plot: matplotlib is not installed; --plot draws it elsewhere", file=sys.stderr)
+
+    def keep() -> str:
+        text = json.dumps(result, indent=1)
+        if path:
+            path.write_text(text + "\n")
+        return text
+
+    keep()  # whatever befalls the rest
+    if not args.checks and (args.rehearse or (cuda and "triton" not in result["declined"])):
+        sizes, clock = REHEARSAL if args.rehearse else FULL, Clock(device, begun + 60 * args.minutes)
+        bench = Bench(clock, sizes, dispatch.load("triton").bind(False))
+        measure(result, bench, copy_bandwidth(device, sizes.copy_bytes), keep)
+    print(keep())
+    if path and "copy_gb_per_s" in result:
+        try:
+            plot(result, path.with_suffix(".png"))
+        except ImportError:
+            print("no plot: matplotlib is not installed; --plot draws it elsewhere", file=sys.stderr)
     return 0 if result["ok"] else 1
 
 

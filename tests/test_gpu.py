@@ -75,10 +75,18 @@ def test_the_benchmark_s_checks_pass_and_it_says_where_no_gpu_is(tmp_path):
 def test_every_path_of_the_benchmark_runs_without_a_gpu(tmp_path):
     pytest.importorskip("triton", reason="triton is not installed")
     result, _ = benchmark(tmp_path, "--rehearse")
-    assert result["rehearsal"] and set(result["section_s"]) == {"checks", "pairs", "attention", "slices", "tokens"}
+    assert result["rehearsal"] and set(result["section_s"]) == {
+        "checks",
+        "pairs",
+        "attention",
+        "slices",
+        "tokens",
+        "peers",
+    }
     assert {row["launch"] for row in result["pairs"]} == {"qkv beside h to 4h", "dense plus 4h to h", "norm and head"}
-    assert {row["tokens"] for row in result["tokens"] if "tokens" in row} == {1, 3, 260}
+    assert {row["tokens"] for row in result["tokens"]} == {1, 3, 260} and not result["left_out"]
     assert all(row["error_rms"] < 1e-3 for row in result["tokens"] if "error_rms" in row)
+    assert {row["engine"] for row in result["peers"]} == {"torch tinygemm", "bitsandbytes nf4", "gemlite"}
 
 
 def test_a_wrong_kernel_is_reported(monkeypatch):

@@ -170,6 +170,15 @@ def test_rows_as_halves_cannot_overflow(size):
     assert error(found, x.double() @ exact_rows(weight).T) < HALVES
 
 
+@pytest.mark.parametrize("size", [1e-3, 1e-5])
+def test_tiny_activations_as_halves_err_by_half_a_millionth_each(size):
+    weight, x = quantized(4, 128, 40, 1024), (size * torch.randn(1, 1024)).half()
+    found = product(ops_for(), [x], [weight], kind="rows").double().cpu()
+    exact, codes = x.double() @ exact_rows(weight).T, exact_rows(weight).abs()
+    rounded = HALVES * exact.square().mean().sqrt() + 2.0**-20 * codes.square().sum(1).sqrt() * 4
+    assert bool(((found - exact).abs() < rounded).all())  # 2**-25 is half of the smallest half, times 32
+
+
 @pytest.mark.parametrize("tokens", [3, 4, 5, 8, 11, 32])
 def test_without_tensor_cores_rows_serve_more_tokens(tokens):
     weight, x = quantized(4, 32, 20, 96), torch.randn(tokens, 96).half()
@@ -272,6 +281,29 @@ def test_two_weights_of_one_kind_take_one_launch_and_two_kinds_take_two(monkeypa
         acts = [lay(x.cpu(), ops_for()._way(w, x).layout) for w in weights]
         ops_for().linears(acts, weights, [None, None], [None, None], [None, None])
         assert len(launched) == expected
+
+
+@pytest.mark.parametrize("activation", [None, "erf"])
+def test_a_long_product_that_needs_no_end_is_not_copied(monkeypatch, activation):
+    launched, launch = [], operations._launch
+    monkeypatch.setattr(
+        operations, "_launch", lambda kernel, *a, **o: (launched.append(kernel), launch(kernel, *a, **o))
+    )
+    weight, x = quantized(4, 32, 40, 64), torch.randn(300, 64).half()
+    (found,) = ops_for().linears([x.to(DEVICE)], [weight], [None], [activation], [None])
+    exact = x.double() @ exact_rows(weight).T
+    assert error(found, functional.gelu(exact) if activation else exact) < 2 * ROUNDED[torch.float16]
+    assert len(launched) == (2 if activation else 1)
+
+
+def test_tables_begin_where_no_kernel_has_to_be_compiled_anew():
+    for starts, counts in (([0], [1]), ([300, 5, 0], [1, 1, 1]), ([1, 2], [3, 70])):
+        pool = PagePool(1, 16, torch.float16, [DEVICE])
+        sequences = [pool.new() for _ in starts]
+        Batch.reserve(pool, sequences, starts).commit()
+        table = operations.BatchTable(Batch.reserve(pool, sequences, counts), DEVICE, 64)
+        for part in (table.sequences, table.pages, table.tokens, table.blocks):
+            assert part.storage_offset() % 4 == 0
 
 
 def test_no_tokens_are_no_work():

@@ -75,7 +75,7 @@ def _append(
     return kept
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most_pages"])
 def attend_page(
     qkv_ptr, rotary_ptr, positions, pool_ptr, scale_ptr, sequences_ptr, pages_ptr, most_pages, tokens_ptr, scaling,
     part_ptr, stat_ptr, y_ptr,
@@ -165,7 +165,7 @@ def attend_page(
         tl.store(stat_ptr + out * 2 + 1, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def combine(
     part_ptr, stat_ptr, splits, y_ptr,
     HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
@@ -214,7 +214,7 @@ def append(
     _append(v, pool_ptr, scale_ptr, ((page * 2 + 1) * HEADS + head) * PAGE + slot, DIM, PIECE, PIECES, INT8)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most_pages"])
 def attend_block(
     q_ptr, pool_ptr, scale_ptr, sequences_ptr, pages_ptr, most_pages, blocks_ptr, y_ptr,
     HEADS: tl.constexpr, DIM: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr,

@@ -101,7 +101,7 @@ def write_sums(
             tl.store(y_ptr + start + place(row, N, W, PLANES), gelu(y, ACTIVATION) * SCALE, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def multiply_beside(
     x1_ptr, w1_ptr, s1_ptr, a1_ptr, a1_step, y1_ptr, x2_ptr, w2_ptr, s2_ptr, a2_ptr, a2_step, y2_ptr, tokens, factor,
     K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, MATH: tl.constexpr,
@@ -135,7 +135,7 @@ def multiply_beside(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def multiply_sum(
     x1_ptr, w1_ptr, s1_ptr, x2_ptr, w2_ptr, s2_ptr, a_ptr, a_step, b_ptr, b_step, x_ptr, y_ptr, tokens, factor,
     K1: tl.constexpr, K2: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, MATH: tl.constexpr,

@@ -1,7 +1,8 @@
 """Products of many tokens: codes become floats in registers and meet the tokens on tensor cores; or a weight is written out.
 
-The weight is the first operand of tl.dot, so that its words go from memory to the registers of the thread that needs their
-codes. The order in which a product is summed is free, so long as both sides have it: plane by plane, as words give it.
+The weight is the first operand of tl.dot: its words come through a pipeline of asynchronous copies into the registers of the
+threads that need their codes, and codes never leave those. The order in which a product is summed is free, so long as both
+sides have it: plane by plane, as words give it.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def add_tile(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def multiply_tiles(
     x1_ptr, w1_ptr, s1_ptr, x2_ptr, w2_ptr, s2_ptr, a_ptr, a_step, b_ptr, b_step, x_ptr, y_ptr, tokens,
     K1: tl.constexpr, K2: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, MATH: tl.constexpr,
@@ -62,7 +63,7 @@ def multiply_tiles(
     tl.store(y_ptr + token * N + place(feature, N, W, PLANES), gelu(y, ACTIVATION), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "rows"])
 def decode(
     w_ptr, s_ptr, y_ptr, first, rows,
     K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,

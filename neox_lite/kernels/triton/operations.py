@@ -127,7 +127,8 @@ class BatchTable:
         tokens = torch.stack((batch.positions, batch.pages, batch.slots), 1).int()
         starts = [(i, q) for i, count in enumerate(counts) for q in range(0, count, queries)]
         blocks = torch.tensor(starts, dtype=torch.int32)
-        parts = [t.flatten() for t in (sequences, pages, tokens, blocks)]
+        # Each at a multiple of 16 bytes, whatever the batch: where a table begins would otherwise choose the compiled kernel.
+        parts = [functional.pad(t.flatten(), (0, -t.numel() % 4)) for t in (sequences, pages, tokens, blocks)]
         on_device = torch.cat(parts).to(device, non_blocking=True)
         self.sequences, self.pages, self.tokens, self.blocks = on_device.split([len(p) for p in parts])
         self.count, self.block_count = len(counts), len(starts)
@@ -184,7 +185,8 @@ class Operations:
         out = self._empty(consumer, qkv, heads * dim)
         if not len(qkv):
             return out
-        qkv, rotary, table = qkv.contiguous(), rotary.contiguous(), self._table(batch, qkv.device, dim)
+        qkv, rotary = qkv.contiguous(), rotary.to(qkv.device).contiguous()
+        table = self._table(batch, qkv.device, dim)
         pool = storage, cache.scales[layer] if cache.scales else None
         piece = max(16, dim & -dim)  # the largest power of two that divides it; tl.dot takes no less than 16
         shape = heads, dim, rotary.shape[2], piece, triton.cdiv(dim, piece)
@@ -236,7 +238,7 @@ class Operations:
 
     def head(self, x: Tensor, rows: Tensor | None, norm: Norm, weight: Weight) -> Tensor:
         """Final norm and vocabulary projection of the chosen rows (None: all) -> (rows, vocabulary) float32 logits."""
-        chosen = x if rows is None else x[rows.to(x.device)]
+        chosen = x if rows is None else x[rows.to(x.device, non_blocking=True)]
         acts = self.norms(chosen, [norm], [weight])
         (out,) = self._products([Output(acts, [weight], dtype=torch.float32)])
         assert isinstance(out, Tensor)
@@ -397,9 +399,10 @@ class Operations:
 
     def _finished(self, output: Output, parts: Sequence[Tensor]) -> Act:
         """What is left to do to one or two products."""
-        if output.dtype == parts[0].dtype and len(parts) == 1 and not output.addends and output.x is None:
-            return parts[0]
         out = self._out(output)
+        rest = output.addends or output.activation or output.x is not None
+        if isinstance(out, Tensor) and out.dtype == parts[0].dtype and len(parts) == 1 and not rest:
+            return parts[0]
         _launch(
             activations.finish, (output.tokens, triton.cdiv(output.size, FINISHED)),
             *[*parts, None][:2], *_addend(output, 0), *_addend(output, 1), output.x, memory(out),
@@ -485,7 +488,7 @@ def _addend(output: Output, i: int) -> tuple[Tensor | None, int]:
 
 
 def _mm(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out = x @ weight.T, summed in float32 and rounded once."""
+    """out = x @ weight.T by cuBLAS; without a GPU summed in float32 and rounded once."""
     if x.is_cuda and out.dtype == x.dtype:
         torch.mm(x, weight.T, out=out)
     elif x.is_cuda:
