@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -92,9 +93,9 @@ def test_the_rules_name_what_they_find(monkeypatch):
         "spills": 2, "shared_bytes": 1 << 17, "barriers": 1, "loads": {"LDG.E.EF": 8}, "per_weight": 3.4,
     }  # fmt: skip
     for name, value in changes.items():
-        assert len(sass.broken(sass.replace(good, **{name: value}))) == 1
-    tiles = sass.replace(good, kernel="multiply_tiles", halves=False)
-    assert sass.broken(tiles) == ["no tensor cores"] and sass.broken(sass.replace(tiles, card=75)) == []
+        assert len(sass.broken(replace(good, **{name: value}))) == 1
+    tiles = replace(good, kernel="multiply_tiles", halves=False)
+    assert sass.broken(tiles) == ["no tensor cores"] and sass.broken(replace(tiles, card=75)) == []
     assert sass.parse(
         ".L_x_1:\n /*0000*/ LDG.E.EF.128 R4 ;\n /*0010*/ FADD R1 ;\n /*0020*/ FADD R2 ;\n /*0030*/ @P0 BRA `(.L_x_1) ;"
     )[1] == [(0, 4)]

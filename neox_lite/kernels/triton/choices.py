@@ -83,13 +83,18 @@ class Tiles:
     registers: int = 128
 
 
-def tiles(tokens: int, bits: int, dtype: torch.dtype) -> Tiles:
-    """An iteration takes 128 columns of weights, a group of the usual size."""
+def tiles(size: int, tokens: int, bits: int, dtype: torch.dtype) -> Tiles:
+    """For so many outputs: an iteration takes 128 columns of weights, a group of the usual size.
+
+    Two warps of many rows share little work and take the fewest instructions a weight; where that leaves a card's
+    processors without work, rows are cut finer. Two warps are also too few for Hopper's wide products, which take more.
+    """
     words = 128 * bits // 32
+    if tokens <= 32:
+        return Tiles(64 if size >= 16384 else 32, 16 if tokens <= 16 else 32, words, warps=2, stages=4, registers=160)
     if tokens > 64 and dtype == torch.float16:
         return Tiles(128, 64, words, registers=255)
-    count = next(n for n in (16, 32, 64) if tokens <= n or n == 64)
-    return Tiles(64, count, words, registers=128 if tokens <= 64 else 255)  # bfloat16 is made by way of float32
+    return Tiles(64, 64, words, registers=128 if tokens <= 64 else 255)  # bfloat16 is made by way of float32
 
 
 @dataclass(frozen=True)

@@ -339,7 +339,8 @@ class Operations:
         columns = [a.shape[1] for a in acts]
         tile = choices.rows(tuple(map(way.words, columns)), way.inner, output.tokens, acts[0].element_size())
         grid = triton.cdiv(output.size, tile.lanes * tile.rows), triton.cdiv(output.tokens, tile.tokens)
-        _launch(gemv.multiply_sum, grid,
+        _launch(
+            gemv.multiply_sum, grid,
             *_sources(way, output), out, output.tokens, 1.0 / way.layout.scale, *[*columns, 0][:2], way.bits, way.group,
             _math(way, acts[0]), tile.tokens, tile.lanes, tile.rows, tile.groups, tile.inner, output.size,
             num_warps=tile.warps, maxnreg=tile.registers,
@@ -349,9 +350,10 @@ class Operations:
     def _tiles(self, way: Way, output: Output) -> Act:
         """One or two products by tensor cores, matmul.py."""
         acts, out = [memory(a) for a in output.acts], self._out(output)
-        tile = choices.tiles(output.tokens, way.bits, acts[0].dtype)
+        tile = choices.tiles(output.size, output.tokens, way.bits, acts[0].dtype)
         grid = triton.cdiv(output.tokens, tile.tokens), triton.cdiv(output.size, tile.rows)
-        _launch(matmul.multiply_tiles, grid,
+        _launch(
+            matmul.multiply_tiles, grid,
             *_sources(way, output), memory(out), output.tokens, *[*(a.shape[1] for a in acts), 0][:2],
             way.bits, way.group, MATH[acts[0].dtype], tile.rows, tile.tokens, tile.words,
             output.size, output.activation, *_placed(out)[:2], num_warps=tile.warps, num_stages=tile.stages,
@@ -375,19 +377,9 @@ class Operations:
             rows = scratch[: count * columns].view(count, columns)
             grid = triton.cdiv(count, DECODED[0]), triton.cdiv(packed.shape[1], DECODED[1])
             _launch(
-                matmul.decode,
-                grid,
-                packed,
-                scale,
-                rows,
-                first,
-                count,
-                columns,
-                format.bits,
-                format.group_size,
-                *DECODED,
+                matmul.decode, grid, packed, scale, rows, first, count, columns, format.bits, format.group_size, *DECODED,
                 num_warps=4,
-            )
+            )  # fmt: skip
             _mm(act, rows, out[:, first : first + count])
         return out
 
@@ -430,11 +422,8 @@ class Operations:
     def _table(self, batch: Batch, device: torch.device, head_dim: int) -> BatchTable:
         held = self._batch
         if held is None or held[0] is not batch or held[1] != device:
-            self._batch = held = (
-                batch,
-                device,
-                BatchTable(batch, device, choices.blocks(self.machine(device), head_dim).queries),
-            )
+            queries = choices.blocks(self.machine(device), head_dim).queries
+            self._batch = held = batch, device, BatchTable(batch, device, queries)
         return held[2]
 
 
