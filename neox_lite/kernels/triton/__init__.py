@@ -31,7 +31,8 @@ def why_not(device: torch.device) -> str | None:
     if (found := torch.cuda.get_device_capability(device)) < OLDEST:
         name = torch.cuda.get_device_name(device)
         return f"needs compute capability {OLDEST[0]}.{OLDEST[1]}, {name} has {found[0]}.{found[1]}"
-    if not any(shutil.which(c) for c in (os.environ.get("CC", "cc"), "gcc", "clang")):
+    compilers = (os.environ.get("CC", "cc"), "gcc", "clang")
+    if os.name != "nt" and not any(map(shutil.which, compilers)):  # Windows' triton brings its own
         return "triton compiles its launcher and finds no C compiler; install gcc"
     return None
 
