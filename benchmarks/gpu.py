@@ -1,7 +1,7 @@
 """On a GPU: every kernel against float64, then its speed beside its peers; a JSON and a plot. Nine minutes, no network.
 
     python benchmarks/gpu.py [--out benchmarks/results] [--minutes 9] [--checks]
-    python benchmarks/gpu.py --rehearse          without a GPU: every path once, interpreted, on small shapes; no speed is kept
+    python benchmarks/gpu.py --rehearse          without a GPU: every path once, interpreted, small; its times mean nothing
     python benchmarks/gpu.py --plot FILE.json    draw what was measured elsewhere
 
 Runs from a checkout without installing. Where torch sees no CUDA device it makes the checks that also run on the CPU and exits
@@ -79,9 +79,7 @@ class Clock:
         for call in calls:
             call()
         if self.device.type != "cuda":
-            start = time.perf_counter()
-            calls[0]()
-            return time.perf_counter() - start
+            return self.elapsed(calls[0])
         torch.cuda.synchronize()
         once = self.elapsed(lambda: [call() for call in calls])
         repeats = max(1, min(32, round(3e-4 / once)))  # a graph takes so long that launching it does not show
@@ -95,12 +93,23 @@ class Clock:
         return statistics.median(taken) / (repeats * len(calls))
 
     def elapsed(self, work: Callable[[], object]) -> float:
+        if self.device.type != "cuda":
+            start = time.perf_counter()
+            work()
+            return time.perf_counter() - start
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         work()
         end.record()
         torch.cuda.synchronize()
         return begin.elapsed_time(end) / 1e3
+
+    def copy_bandwidth(self, size_bytes: int) -> dict[str, float]:
+        """GB/s of a device-to-device copy, read and write counted: the roof that every kernel is compared with."""
+        source = torch.empty(size_bytes, dtype=torch.uint8, device=self.device).fill_(1)
+        target = torch.empty_like(source)
+        rates = [2 * size_bytes / self.elapsed(lambda: target.copy_(source)) / 1e9 for _ in range(23)][3:]
+        return {"median": statistics.median(rates), "min": min(rates), "max": max(rates)}
 
 
 def copies_for(device: torch.device, nbytes: int) -> int:
@@ -109,28 +118,6 @@ def copies_for(device: torch.device, nbytes: int) -> int:
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     return max(1, min(128, -(-4 * cache // nbytes)))
-
-
-def copy_bandwidth(device: torch.device, size_bytes: int) -> dict[str, float]:
-    """GB/s of a device-to-device copy, read and write counted: the roof that every kernel is compared with."""
-    source = torch.empty(size_bytes, dtype=torch.uint8, device=device).fill_(1)
-    target = torch.empty_like(source)
-    rates = []
-    for i in range(23):
-        if device.type == "cuda":
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            target.copy_(source)
-            end.record()
-            torch.cuda.synchronize()
-            seconds = begin.elapsed_time(end) / 1e3
-        else:
-            start = time.perf_counter()
-            target.copy_(source)
-            seconds = time.perf_counter() - start
-        if i >= 3:
-            rates.append(2 * size_bytes / seconds / 1e9)
-    return {"median": statistics.median(rates), "min": min(rates), "max": max(rates)}
 
 
 # What is timed --------------------------------------------------------------------------------------------------------
@@ -166,10 +153,9 @@ class Bench:
     def x(self, tokens: int, features: int, dtype: torch.dtype = torch.float16) -> Tensor:
         return torch.randn(tokens, features, device=self.device, dtype=dtype)
 
-    def laid(self, x: Tensor, weight: Weight) -> Any:
-        """x as the weight reads it, by a norm."""
-        ones = torch.ones(x.shape[1], device=self.device, dtype=x.dtype)
-        return self.ops.norms(x, [(ones, ones * 0, 1e-5)], [weight])[0]
+    def moved(self, x: Tensor, weight: Weight) -> Any:
+        """x as the weight reads it; what moving costs belongs to the operation before, and is measured there."""
+        return lay(x, self.ops._way(weight, x).layout)
 
     def pairs(self) -> Iterator[dict[str, Any]]:
         """The two launches of a decode step that read weights: qkv beside h to 4h, dense plus 4h to h; then the head."""
@@ -179,10 +165,8 @@ class Bench:
                 copies = range(copies_for(self.device, 5 * read_bytes(one)))  # the smaller launch reads 5
                 sets = [self.block(format, hidden) for _ in copies]
                 x, residual = self.x(1, hidden), self.x(1, hidden)
-                act, wide = (
-                    self.laid(x, one),
-                    self.laid(self.x(1, 4 * hidden), weight_of(format, 8, 4 * hidden, self.device)),
-                )
+                act = self.moved(x, one)
+                wide = self.moved(self.x(1, 4 * hidden), sets[0][3])
                 for name, calls, nbytes in (
                     (
                         "qkv beside h to 4h",
@@ -262,8 +246,7 @@ class Bench:
         return row
 
     def ours(self, weight: Weight) -> Callable[[Tensor], Tensor]:
-        """x in natural order: what moving it costs belongs to the norm before it, and is measured there."""
-        moved = once_for_each(lambda x: lay(x, self.ops._way(weight, x).layout))
+        moved = once_for_each(lambda x: self.moved(x, weight))
         return lambda x: self.ops.linears([moved(x)], [weight], [None], [None], [None])[0]
 
     def slices(self) -> Iterator[dict[str, Any]]:
@@ -546,7 +529,7 @@ def main() -> int:
     if not args.checks and (args.rehearse or (cuda and "triton" not in result["declined"])):
         sizes, clock = REHEARSAL if args.rehearse else FULL, Clock(device, begun + 60 * args.minutes)
         bench = Bench(clock, sizes, dispatch.load("triton").bind(False))
-        measure(result, bench, copy_bandwidth(device, sizes.copy_bytes), keep)
+        measure(result, bench, clock.copy_bandwidth(sizes.copy_bytes), keep)
     print(keep())
     if path and "copy_gb_per_s" in result:
         try:

@@ -51,9 +51,7 @@ class Rows:
     groups: int
     inner: int
     warps: int = 4
-    registers: int = (
-        128  # most a thread may take: told so, the compiler does not spill to fit more programs beside each other
-    )
+    registers: int = 128  # most a thread may take; a bound keeps the compiler from spilling to fit more programs
 
 
 def rows(words: tuple[int, ...], inner: int, tokens: int, element_bytes: int) -> Rows:
@@ -67,7 +65,7 @@ def rows(words: tuple[int, ...], inner: int, tokens: int, element_bytes: int) ->
         inner = across
     most = 8 if element_bytes == 2 else 4  # activations of a program's tokens are held in registers
     count = next(n for n in (1, 2, 4, 8) if tokens <= n or n == most)
-    tile = Rows(count, 4 * at_once // across, 2 if count <= 2 else 1, max(1, across // inner), inner)
+    tile = Rows(count, 4 * at_once // across, 2 if count <= 2 else 1, across // inner, inner)
     return tile if count <= 2 else replace(tile, registers=200)
 
 
@@ -87,7 +85,7 @@ def tiles(size: int, tokens: int, bits: int, dtype: torch.dtype) -> Tiles:
     """For so many outputs: an iteration takes 128 columns of weights, a group of the usual size.
 
     Two warps of many rows share little work and take the fewest instructions a weight; where that leaves a card's
-    processors without work, rows are cut finer. Two warps are also too few for Hopper's wide products, which take more.
+    processors without work, rows are cut finer.
     """
     words = 128 * bits // 32
     if tokens <= 32:

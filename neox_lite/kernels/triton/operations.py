@@ -6,6 +6,7 @@ Activations between operations are plain tensors, or `Laid` as words.py says whe
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -146,8 +147,11 @@ class Operations:
         self._scratch = threading.local()  # by device: a thread's products follow one another, two threads' do not
 
     def act_dtype(self, weights: torch.dtype, device: torch.device) -> torch.dtype:
-        """The weights' own; float32 where the card has no bfloat16."""
-        return torch.float32 if weights == torch.bfloat16 and not self.machine(device).bfloat16 else weights
+        """The weights' own; float32 where the card has no bfloat16, announced."""
+        if weights != torch.bfloat16 or self.machine(device).bfloat16:
+            return weights
+        warnings.warn("this card has no bfloat16, float32 is used instead; .half() is faster", stacklevel=3)
+        return torch.float32
 
     # Operations -------------------------------------------------------------------------------------------------------
 
