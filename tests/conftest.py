@@ -17,7 +17,7 @@ with contextlib.suppress(ImportError):  # tests that compare with it import it t
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-signal.signal(signal.SIGINT, signal.default_int_handler)  # run in the background, tests would pass on that it is ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background would pass on to ignore it
 torch.set_num_threads(1)  # tiny products: on a busy machine waiting for a second thread takes longer than the work
 
 
