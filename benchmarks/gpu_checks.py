@@ -244,10 +244,10 @@ class Checks:
         )
         model = GPTNeoXForCausalLM(config).to(self.dtype)
         ids = torch.randint(0, config.vocab_size, (2, tokens))
-        model._ops = reference
+        model.ops = reference
         exact = model.float()(ids).logits.double()
         model = model.to(self.dtype).to(self.device)
-        model._ops = self.ops
+        model.ops = self.ops
         return self.verdict("model logits", model(self.here(ids)).logits, exact)
 
     def greedy(self, count: int, format: str) -> dict[str, Any]:
@@ -257,10 +257,10 @@ class Checks:
             convert(folder, Path(scratch) / "quantized", format)
             model = GPTNeoXForCausalLM.from_pretrained(Path(scratch) / "quantized", torch_dtype=torch.float32)
             prompts = torch.tensor([[0, 40, 60], [0, 100, 7], [0, 300, 12]])[: 3 if count > 1 else 1]
-            model._ops = reference
+            model.ops = reference
             expected = model.generate(prompts, max_new_tokens=count)
             model = model.to(self.device)
-            model._ops = self.ops
+            model.ops = self.ops
             same = torch.equal(model.generate(self.here(prompts), max_new_tokens=count).cpu(), expected)
         what = f"greedy tokens of the demo model as {format}: {count} for each of {len(prompts)}"
         return {"backend": self.backend, "check": what, "dtype": "float32", "ok": same}

@@ -93,7 +93,7 @@ class NeoxLite(Engine):
         exact = {"dtype": torch.float32} if truth else {"head": "int8"}
         self.model = GPTNeoXForCausalLM.from_pretrained(folder, **exact)
         if truth:
-            self.model._ops = reference
+            self.model.ops = reference
         self.told = {"weights": f"{folder.name} g{GROUP}", "backend": self.model.ops.name}
 
     def room(self, sequences: int, tokens: int) -> None:

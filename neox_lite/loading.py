@@ -12,7 +12,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,9 @@ from .folder_writer import CONFIG
 from .formats import Format, GroupInt, formats_of, make_format, quantization_config
 from .hub import HEAD, resolve
 from .layers import Linear
+from .offload.accelerator import Accelerator
+from .offload.ring import Origin, Origins
+from .offload.run import Placement, settle
 from .saving import parse_bytes
 
 if TYPE_CHECKING:
@@ -70,11 +73,20 @@ HEADS = ("embed_out", "lm_head", "score", "classifier", "qa_outputs")  # a class
 
 @dataclass
 class Source:
-    """Where a model came from; empty for one built from a config."""
+    """Where a model came from; empty for one built from a config.
+
+    origins: by full name, the place in a file of each tensor that is mapped from there, and the address it is mapped to.
+    """
 
     folder: Path | None = None
     name: str | None = None
     revision: str | None = None
+    origins: dict[str, tuple[Origin, int]] = field(default_factory=dict, compare=False, repr=False)
+
+    def origins_in(self, module: nn.Module, prefix: str) -> Origins:
+        """Places in files of a module's tensors, as far as they are still what the files hold."""
+        found = {name: (tensor, self.origins.get(prefix + name)) for name, tensor in module.state_dict().items()}
+        return {name: at[0] for name, (tensor, at) in found.items() if at is not None and at[1] == tensor.data_ptr()}
 
 
 @dataclass(frozen=True)
@@ -201,7 +213,7 @@ def from_pretrained(cls: type[GPTNeoXPreTrainedModel], name: str | os.PathLike[s
             model = from_pretrained(cls, cached, LoadOptions(dtype=dtype))
         except CheckpointError as error:
             raise CheckpointError(f"{error}; {cached} only keeps what was quantized before: delete it") from error
-    model.source = Source(folder, os.fspath(name), options.revision)
+    model.source = Source(folder, os.fspath(name), options.revision, model.source.origins)
     model.kv, model.exact = options.kv or "fp16", options.exact
     if options.head == "int8":
         _use_small_head(model, folder)
@@ -316,16 +328,24 @@ class Blueprint:
                 stored, last = self.stored(key), key.rpartition(".")[2]
                 if stored not in self.checkpoint or last not in (*module._parameters, *module._buffers):
                     continue
-                value = self.checkpoint.tensor(stored)
+                mapped = value = self.checkpoint.tensor(stored)
                 if last in module._parameters:
                     value = nn.Parameter(_converted(value, dtype, stored), requires_grad=False)
                 elif isinstance(module, Linear):
                     _check_constant(module, last, value, stored)
                 setattr(module, last, value)
+                if value.data_ptr() == mapped.data_ptr():
+                    self._note_origin(key, stored, mapped)
         _initialize_heads(self.model, self.fresh, dtype, self.checkpoint.folder)
         if self.tied:
             self.model.tie_weights()  # type: ignore[operator]
         return self.model
+
+    def _note_origin(self, name: str, stored: str, tensor: Tensor) -> None:
+        info = self.checkpoint.info(stored)
+        if info.offset is not None:
+            origin = Origin(info.file, info.offset, info.file.stat().st_mtime_ns)
+            self.model.source.origins[name.removeprefix("gpt_neox.")] = origin, tensor.data_ptr()
 
 
 def _converted(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
@@ -492,6 +512,20 @@ def roomiest(model_bytes: int, limits: dict[Any, int | str]) -> torch.device:
 def announce(text: str) -> None:
     """Tell the user a decision, once, on stderr."""
     print(f"neox-lite: {text}", file=sys.stderr)
+
+
+def place(model: GPTNeoXPreTrainedModel, placement: Placement, accelerator: Accelerator | None = None) -> None:
+    """Move what the placement gives to the GPU there; nothing else changes its place. accelerator: that GPU."""
+    base = model.base_model
+    heads = [module for module in model.children() if isinstance(module, Linear)]
+    parts: list[tuple[str, nn.Module]] = [*zip(placement.layers, base.blocks, strict=True)]
+    parts += [(placement.embedding, base.embed_in)]
+    parts += [(placement.head, module) for module in (base.final_layer_norm, *heads)]
+    for tier, module in parts:
+        if tier == "gpu":
+            assert accelerator is not None
+            settle(module, accelerator)
+    model.rebind(placement, accelerator)
 
 
 # Quantized while loading: kept for the next time ------------------------------------------------------------------------

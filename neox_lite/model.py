@@ -24,9 +24,10 @@ from .config import GPTNeoXConfig
 from .errors import ArgumentError, ConfigError, ContextLengthError, UnsupportedError
 from .formats import DENSE, Format, formats_of
 from .generation import Event, GenerationMixin
-from .kernels import dispatch
 from .kernels.backend import Backend, Captured
 from .layers import GPTNeoXLayer, Linear, Rotary, norm_of
+from .offload.accelerator import Accelerator
+from .offload.run import Placement, Runner
 
 Model = TypeVar("Model", bound="GPTNeoXPreTrainedModel")
 
@@ -98,7 +99,9 @@ class GPTNeoXPreTrainedModel(nn.Module):
         self.source = loading.Source()
         self.kv = "fp16"  # what new pools hold: "fp16" is the model's own dtype
         self.exact = False  # whether quantized weights meet float32 activations where a backend could take coarser ones
-        self._ops: Backend | None = None
+        self.placement: Placement | None = None  # None: all parts are where the embedding is
+        self.accelerator: Accelerator | None = None  # what the placement's "gpu" is
+        self._runner: Runner | None = None
         self._captured: WeakKeyDictionary[PagePool, Steps] = WeakKeyDictionary()
         super().train(False)
 
@@ -144,21 +147,31 @@ class GPTNeoXPreTrainedModel(nn.Module):
     @property
     def compute_dtype(self) -> torch.dtype:
         """Of activations between operations."""
-        return self.ops.act_dtype(self.dtype, self.device)
+        return self.runner.first_dtype
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GPTNeoXPreTrainedModel:
         self._unbind()  # kernels are bound again on the next call
+        if self.placement is not None and any(fn(torch.empty(0, device=d)).device != d for d in self._devices()):
+            self.placement = self.accelerator = None  # all of it moves to one device
         return super()._apply(fn, recurse)
+
+    def _devices(self) -> set[torch.device]:
+        return {tensor.device for tensor in (*self.parameters(), *self.buffers())}
 
     def __getstate__(self) -> dict[str, Any]:
         return {
             **self.__dict__,
-            "_ops": None,
+            "_runner": None,
             "_captured": WeakKeyDictionary(),
         }  # copies and pickles bind their own kernels
 
+    def rebind(self, placement: Placement, accelerator: Accelerator | None) -> None:
+        """Run from now on as parts have been placed."""
+        self._unbind()
+        self.placement, self.accelerator = placement, accelerator
+
     def _unbind(self) -> None:
-        self.__dict__.update(_ops=None, _captured=WeakKeyDictionary())
+        self.__dict__.update(_runner=None, _captured=WeakKeyDictionary())
 
     def cuda(self: Model, device: int | torch.device | None = None) -> Model:
         if not torch.cuda.is_available():
@@ -194,11 +207,28 @@ class GPTNeoXPreTrainedModel(nn.Module):
     # Running ----------------------------------------------------------------------------------------------------------
 
     @property
+    def runner(self) -> Runner:
+        """What runs the layers, with kernels chosen on the first call after loading or moving."""
+        return self._runner or self._bind()
+
+    def _bind(self, ops: Backend | None = None) -> Runner:
+        base = self.base_model
+        placement = self.placement or Placement.alone("cpu" if self.device.type == "cpu" else "gpu", len(base.layers))
+        origins = [self.source.origins_in(layer, f"layers.{i}.") for i, layer in enumerate(base.blocks)]
+        self._unbind()
+        self._runner = Runner(
+            base.blocks, base.rotary.table, self.dtype, placement, self.exact, self.accelerator, origins, ops
+        )
+        return self._runner
+
+    @property
     def ops(self) -> Backend:
-        """The backend's operations, chosen on the first call after loading or moving."""
-        if self._ops is None:
-            self._ops = dispatch.choose(self.device, self.exact)
-        return self._ops
+        """The operations where the head is. Set, they are used everywhere, until the model moves."""
+        return self.runner.last
+
+    @ops.setter
+    def ops(self, ops: Backend) -> None:
+        self._bind(ops)
 
     def new_pool(self, pages: int = 0, limit: int | None = None) -> PagePool:
         """An empty KV cache pool for this model's layers, of the kind that `kv` names."""
@@ -217,12 +247,7 @@ class GPTNeoXPreTrainedModel(nn.Module):
     def _run_blocks(
         self, x: Tensor, pool: PagePool, batch: Batch, each: Callable[[Tensor], Any] | None = None
     ) -> Tensor:
-        base = self.base_model
-        for layer in base.blocks:
-            if each is not None:
-                each(x)
-            x = layer(x, self.ops, pool, batch, base.rotary.table)
-        return x
+        return self.runner(x, pool, batch, each)
 
     def _packed(
         self,
@@ -250,7 +275,7 @@ class GPTNeoXPreTrainedModel(nn.Module):
         if input_ids is not None:
             x = self._embed(input_ids.cpu()[keep])
         else:
-            x = given[keep.to(given.device)].to(self.device, self.compute_dtype)
+            x = self.runner.to_first(given[keep.to(given.device)])
         seen: list[Tensor] = []
         x = self.run_layers(x, cache.pool, batch, seen.append if output_hidden_states else None)
         cache.append(keep)
@@ -278,7 +303,7 @@ class GPTNeoXPreTrainedModel(nn.Module):
     def _embed(self, ids: Tensor) -> Tensor:
         """ids (tokens,) -> x (tokens, hidden); ids outside the vocabulary are named."""
         ids = self._check_ids(ids)
-        return self.ops.embed(ids, self.base_model.embed_in.weight, self.compute_dtype)
+        return self.runner.first.embed(ids, self.base_model.embed_in.weight, self.compute_dtype)
 
     def _check_ids(self, ids: Tensor) -> Tensor:
         ids = ids.long()  # before comparing: a narrower type would wrap the vocabulary's size
@@ -528,6 +553,8 @@ class GPTNeoXForCausalLM(_Headed, GenerationMixin):
 
     def _captured_step(self, pool: PagePool, batch: Batch, ids: Tensor) -> Captured | None:
         """The captured step for as many sequences, made when they first come or when the pool has moved its pages."""
+        if not self.runner.in_place:
+            return None
         steps = self._captured.get(pool)
         if steps is None or steps.pages != pool.pages:
             self._captured[pool] = steps = Steps(pool.pages)

@@ -84,7 +84,7 @@ def become(module: Linear, format: Format) -> None:
 def on(model: GPTNeoXForCausalLM, backend: str = "cpu", exact: bool = True) -> GPTNeoXForCausalLM:
     """The model, to run on a backend from here on."""
     model._unbind()
-    model.exact, model._ops = exact, dispatch.load(backend).bind(exact)
+    model.exact, model.ops = exact, dispatch.load(backend).bind(exact)
     return model
 
 

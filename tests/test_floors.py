@@ -27,6 +27,7 @@ FLOORS = [
     "neox_lite.sampling",
     "neox_lite.generation",
     "neox_lite.layers",
+    "neox_lite.offload",
     "neox_lite.saving",
     "neox_lite.loading",
     "neox_lite.model",

@@ -498,7 +498,7 @@ def test_llama_cpp_computes_the_same_logits_from_a_plain_checkpoint(llama_cpp, t
     write_source(tmp_path / "model", **VARIANTS[variant])
     export_gguf(tmp_path / "model", tmp_path / "m.gguf")
     model = GPTNeoXForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
-    model._ops = reference
+    model.ops = reference
     wanted = model(torch.tensor([IDS])).logits[0].numpy()
     found = llama_logits(llama_cpp, tmp_path / "m.gguf", repack=True)
     assert (
@@ -517,7 +517,7 @@ def test_llama_cpp_computes_the_same_logits_from_a_quantized_folder(
     export_gguf(tmp_path / "model", tmp_path / "m.gguf", head=head)
     small = {"f16": "fp16", "q8_0": "int8"}[head]
     model = GPTNeoXForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32, head=small)
-    model._ops = reference
+    model.ops = reference
     wanted = model(torch.tensor([IDS])).logits[0].numpy()
     error = llama_logits(llama_cpp, tmp_path / "m.gguf", repack) - wanted
     # Its products round each 32 inputs to int8: half a step of max/127 is 0.5 % of the rms, and a layer has four of them.

@@ -470,7 +470,7 @@ MODELS = {
 
 def by_triton(model, exact=False):
     model = model.to(DEVICE)
-    model._ops = ops_for(exact=exact)
+    model.ops = ops_for(exact=exact)
     return model
 
 
@@ -480,7 +480,7 @@ def test_the_model_s_logits_equal_the_reference_s(name):
     ids, more = torch.randint(0, 67, (2, 9)), torch.randint(0, 67, (2, 1))
     mask = torch.ones(2, 9, dtype=torch.long)
     mask[1, :6] = 0
-    model._ops = reference
+    model.ops = reference
     first = model(ids, attention_mask=mask)
     second = model(more, past_key_values=first.past_key_values)
     by_triton(model)
@@ -491,7 +491,7 @@ def test_the_model_s_logits_equal_the_reference_s(name):
 
 def test_greedy_tokens_equal_the_reference_s():
     model, prompt = tiny(**MODELS["int4"]), torch.tensor([[5, 6, 7]])
-    model._ops = reference
+    model.ops = reference
     expected = model.generate(prompt, max_new_tokens=6)
     assert torch.equal(by_triton(model).generate(prompt.to(DEVICE), max_new_tokens=6).cpu(), expected)
 
@@ -499,7 +499,7 @@ def test_greedy_tokens_equal_the_reference_s():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_model_of_16_bits_computes_in_16_bits(dtype):
     model, ids = tiny(dtype=dtype, **MODELS["int4"]), torch.randint(0, 67, (1, 5))
-    model._ops = reference
+    model.ops = reference
     exact = model(ids).logits.double()
     assert by_triton(model).compute_dtype == dtype
     assert error(model(ids.to(DEVICE)).logits, exact) < 5 * ROUNDED[dtype]

@@ -308,7 +308,7 @@ def outside_share(model: GPTNeoXForCausalLM, context: int, steps: int, tick: Cal
         return None
     operations, watch = model.ops, Stopwatch()
     total_s = inside_s = 0.0
-    model.__dict__["_ops"] = Timed(operations, watch)
+    model.ops = Timed(operations, watch)
     try:
         for i, step_s in enumerate(decode_s(model, 1, context, WARM_UP + steps)):
             if i >= WARM_UP:
@@ -317,7 +317,7 @@ def outside_share(model: GPTNeoXForCausalLM, context: int, steps: int, tick: Cal
             watch.seconds = 0.0
             tick()
     finally:
-        model.__dict__["_ops"] = operations
+        model.ops = operations
     return 1 - inside_s / total_s if inside_s else None
 
 

@@ -1,0 +1,180 @@
+"""A model's parts over its tiers: which operations compute each, and how activations get from one to the next.
+
+Knows where everything is, but not why: that is the plan's.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ..cache import Batch, PagePool
+from ..errors import ArgumentError
+from ..kernels import dispatch
+from ..kernels.backend import Backend
+from ..layers import GPTNeoXLayer
+from .accelerator import Accelerator
+from .ring import Image, Lent, Origins, Ring, install
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The tier of each part: "gpu", "cpu" or "disk" for a layer, "gpu" or "cpu" for the ends (the final norm is the head's).
+
+    stream_from: from so many tokens on, layers outside the GPU are brought there rather than computed on the CPU; None: never.
+    pages: of the KV cache that the memory was planned for, 0 where it was not.
+    """
+
+    layers: tuple[str, ...]
+    embedding: str
+    head: str
+    stream_from: int | None = None
+    pages: int = 0
+
+    @classmethod
+    def alone(cls, tier: str, layers: int) -> Placement:
+        return cls((tier,) * layers, tier, tier)
+
+    @property
+    def tiers(self) -> set[str]:
+        return {*self.layers, self.embedding, self.head}
+
+
+class Runner:
+    """A model's layers, run where they are. `ops` are the operations of "cpu" and "gpu", as far as they are used."""
+
+    def __init__(
+        self,
+        layers: Sequence[GPTNeoXLayer],
+        rotary: Tensor,
+        dtype: torch.dtype,
+        placement: Placement,
+        exact: bool = False,
+        accelerator: Accelerator | None = None,
+        origins: Sequence[Origins] = (),
+        ops: Backend | None = None,
+    ) -> None:
+        """rotary: the table, where the embedding is. dtype: of the model's plain tensors. accelerator: what "gpu" is, where
+        there is anything beside it. origins: of each layer, for those on the disk; see `Image`. ops: used on every tier
+        rather than the fastest ones.
+
+        Raises ArgumentError for a layer on the disk that no file holds as it is.
+        """
+        self.layers, self.placement, self.accelerator = layers, placement, accelerator
+        self._lock = threading.Lock()  # slots hold one pass at a time
+        sides = {side_of(tier) for tier in placement.tiers}
+        device = {"cpu": CPU, "gpu": rotary.device if accelerator is None else accelerator.device}
+        choices: dict[str, Callable[[bool], Backend]] = {side: partial(dispatch.choose, device[side]) for side in sides}
+        if accelerator is not None:
+            choices["gpu"] = accelerator.operations
+        self.ops = {side: ops or choices[side](exact) for side in sides}
+        self.dtypes = {side: ops.act_dtype(dtype, device[side]) for side, ops in self.ops.items()}
+        self.tables = {side_of(placement.embedding): rotary}
+        if accelerator is not None:
+            self.tables = {"cpu": rotary.cpu(), "gpu": accelerator.upload(rotary.cpu(), torch.float32)}
+        self._ring = self._make_ring(origins)
+
+    def _make_ring(self, origins: Sequence[Origins]) -> Ring | None:
+        placement = self.placement
+        uploads = placement.stream_from is not None and self.accelerator is not None
+        images = {}
+        for i, tier in enumerate(placement.layers):
+            if tier == "disk":
+                images[i] = Image(self.layers[i], origins[i] if origins else {})
+                kept = sum(piece.tensor.nbytes for piece in images[i].pieces if piece.origin is None)
+                if kept > images[i].nbytes / 10:
+                    raise ArgumentError(
+                        f"layer {i} is to stay on the disk, but {kept / 1e6:.0f} MB of it differ from what its file holds; "
+                        "leave dtype and quantization out, or quantize the model first"
+                    )
+            elif tier == "cpu" and uploads:
+                images[i] = Image(self.layers[i])
+        return Ring(images, self.accelerator if uploads else None, placement.pages) if images else None
+
+    @property
+    def in_place(self) -> bool:
+        """Whether every part is computed where it is, by the same operations."""
+        return self._ring is None and len(self.ops) == 1
+
+    @property
+    def first(self) -> Backend:
+        """Operations where the embedding is."""
+        return self.ops[side_of(self.placement.embedding)]
+
+    @property
+    def last(self) -> Backend:
+        """Operations where the head is, and where the layers leave their result."""
+        return self.ops[side_of(self.placement.head)]
+
+    @property
+    def first_dtype(self) -> torch.dtype:
+        """Of activations where the embedding is."""
+        return self.dtypes[side_of(self.placement.embedding)]
+
+    def to_first(self, x: Tensor) -> Tensor:
+        """Activations (tokens, hidden) of any device and dtype, as the layers take them."""
+        return x.to(self.tables[side_of(self.placement.embedding)].device, self.first_dtype)
+
+    def __call__(
+        self, x: Tensor, pool: PagePool, batch: Batch, each: Callable[[Tensor], object] | None = None
+    ) -> Tensor:
+        """x (tokens, hidden) through all layers, from where the embedding is to where the head is.
+
+        each: is shown the input of every layer. Keys and values are in the cache; the batch is not committed.
+        """
+        placement, tokens = self.placement, len(x)
+        upload = placement.stream_from is not None and tokens >= placement.stream_from
+        passing = [i for i, tier in enumerate(placement.layers) if tier == "disk" or (upload and tier == "cpu")]
+        at = side_of(placement.embedding)
+        with self._passing(passing, pool, batch, upload) as following:
+            for i, tier in enumerate(placement.layers):
+                to = "gpu" if upload else side_of(tier)
+                x, at = self._moved(x, at, to), to
+                if each is not None:
+                    each(x)
+                with following() if i in passing else nullcontext(Lent(self.layers[i], pool, batch)) as lent:
+                    x = lent.layer(x, self.ops[at], lent.pool, lent.batch, self.tables[at])
+        return self._moved(x, at, side_of(placement.head))
+
+    @contextmanager
+    def _passing(
+        self, order: Sequence[int], pool: PagePool, batch: Batch, upload: bool
+    ) -> Iterator[Callable[[], AbstractContextManager[Lent]]]:
+        if not order:
+            yield lambda: nullcontext(Lent(self.layers[0], pool, batch))  # never called
+            return
+        assert self._ring is not None
+        with self._lock, self._ring.passing(order, pool, batch, upload) as following:
+            yield following
+
+    def _moved(self, x: Tensor, at: str, to: str) -> Tensor:
+        if at == to:
+            return x
+        assert self.accelerator is not None
+        return (
+            self.accelerator.upload(x, self.dtypes[to])
+            if to == "gpu"
+            else self.accelerator.download(x, self.dtypes[to])
+        )
+
+
+def side_of(tier: str) -> str:
+    """Where a part of that tier is computed: what is on the disk, on the CPU."""
+    return "gpu" if tier == "gpu" else "cpu"
+
+
+def settle(module: nn.Module, accelerator: Accelerator) -> None:
+    """Move all tensors of a module to the device, into one piece of its memory."""
+    image = Image(module)
+    memory = accelerator.empty(image.nbytes)
+    for piece in image.pieces:
+        piece.view(memory).copy_(piece.tensor)
+        install(module, piece.name, piece.view(memory))
