@@ -1,18 +1,18 @@
 """A model over several tiers: the same numbers wherever its parts are, on a simulated accelerator that punishes every race."""
 
-import itertools
+import os
+import threading
 
 import pytest
 import torch
+from simulated import Race, Simulated
 
-from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
+from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXForSequenceClassification
 from neox_lite.errors import ArgumentError, CheckpointError
-from neox_lite.kernels import reference
+from neox_lite.kernels import cpu, reference
 from neox_lite.loading import place
-from neox_lite.offload import ring
-from neox_lite.offload.ring import Image, Ring
+from neox_lite.offload.ring import Image
 from neox_lite.offload.run import Placement
-from simulated import OutOfMemory, Race, Simulated
 
 LAYERS = 6
 PAGES = 12
@@ -64,6 +64,12 @@ def load(folder, kv="fp16"):
 def placed(folder, where, kv="fp16", **options):
     """The model over tiers, and the device it is on."""
     model, device = GPTNeoXForCausalLM.from_pretrained(folder, kv=kv), Simulated(**options)
+    put(model, where, device)
+    return model, device
+
+
+def put(model, where, device):
+    """Place a model, and count the pages of what is on the device as memory of the device."""
     place(model, where, device)
     new_pool = model.new_pool
 
@@ -76,8 +82,8 @@ def placed(folder, where, kv="fp16", **options):
         return pool
 
     model.new_pool = pool_of_tiers
-    model.runner.ops["cpu"] = reference
-    return model, device
+    if "cpu" in model.runner.ops:
+        model.runner.ops["cpu"] = reference
 
 
 def passes(model, seed=0):
@@ -134,3 +140,80 @@ def test_every_wait_is_needed(folder, monkeypatch, forgets, eager):
     model, _ = placed(folder, placement("ccccgg"), eager=eager)
     with pytest.raises(Race):
         list(passes(model))
+
+
+# What crosses ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_pass_uploads_each_layer_outside_the_gpu_once_and_decode_uploads_none(folder):
+    model, device = placed(folder, placement("ddccgg"))
+    pool, layer = model.new_pool(), Image(model.gpt_neox.blocks[0]).nbytes
+    page = 2 * 4 * 128 * 16 * 4  # keys and values of 4 heads of 16 in float32
+    settled = device.allocated
+    a = pool.new()
+    model.step(pool, [a], [list(range(90))])
+    assert (device.bytes_up, device.bytes_down) == (4 * layer, 4 * page)  # an empty cache is not uploaded
+    assert device.allocated - settled == 2 * page  # the slots for weights were there before
+    assert device.staged == 2 * (layer + page)
+    model.step(pool, [a], [[1]])
+    assert (device.bytes_up, device.bytes_down) == (4 * layer, 4 * page)
+    model.step(pool, [a], [list(range(60))])  # 91 cached, so into a second page
+    assert device.bytes_up == 2 * 4 * layer + 4 * page
+    assert device.bytes_down == 4 * page + 4 * 2 * page
+
+
+@pytest.mark.parametrize(
+    ("letters", "prefill", "decode"), [("ccccgg", 1, 1), ("ggcccc", 1, 3), ("gcdgcd", 1, 5), ("gggggg", 1, 1)]
+)
+def test_activations_cross_once_at_each_boundary(folder, letters, prefill, decode):
+    model, device = placed(folder, placement(letters, head="gpu"))
+    pool = model.new_pool()
+    a = pool.new()
+    for tokens, crossings in (([1, 2, 3, 4, 5], prefill), ([6], decode)):
+        before = device.crossings
+        model.step(pool, [a], [tokens])
+        assert device.crossings - before == crossings
+
+
+def test_pages_that_were_planned_for_are_allocated_once(folder):
+    model, device = placed(folder, Placement(("cpu",) * 4 + ("gpu",) * 2, "cpu", "gpu", 4, pages=PAGES))
+    pool, layer, page = model.new_pool(), Image(model.gpt_neox.blocks[0]).nbytes, 2 * 4 * 128 * 16 * 4
+    before, a = device.allocated, pool.new()
+    for count in (5, 300, 5):
+        model.step(pool, [a], [[1] * count])
+        assert device.allocated - before == 2 * PAGES * page
+        assert device.staged == 2 * (layer + PAGES * page)
+
+
+# Models as people use them --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("letters", ["ddccgg", "gcdgcd", "dddddd"])
+def test_generated_tokens_do_not_depend_on_where_the_parts_are(folder, letters):
+    ids = torch.randint(96, (3, 40))
+    options = {"max_new_tokens": 30, "do_sample": True, "temperature": 1.5, "seed": 3}
+    expected = load(folder).generate(ids, **options)
+    assert torch.equal(placed(folder, placement(letters))[0].generate(ids, **options), expected)
+
+
+def test_hidden_states_and_embeddings_as_input_work_across_tiers(folder):
+    plain, (model, _) = load(folder), placed(folder, placement("dcgcgd"))
+    ids = torch.randint(96, (2, 9))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    expected = plain(ids, attention_mask=mask, output_hidden_states=True)
+    found = model(ids, attention_mask=mask, output_hidden_states=True)
+    assert torch.equal(found.logits, expected.logits)
+    assert all(torch.equal(a, b) for a, b in zip(found.hidden_states, expected.hidden_states, strict=True))
+    embedded = plain.gpt_neox.embed_in.weight[ids]
+    assert torch.equal(model(inputs_embeds=embedded).logits, plain(ids).logits)
+
+
+def test_heads_of_other_classes_are_placed_too(folder):
+    torch.manual_seed(1)
+    with pytest.warns(UserWarning, match="score"):
+        plain = GPTNeoXForSequenceClassification.from_pretrained(folder)
+    plain.ops = reference
+    expected = plain(torch.arange(20)[None]).logits
+    put(plain, placement("ccccgg"), Simulated())
+    assert torch.equal(plain(torch.arange(20)[None]).logits, expected)
