@@ -1,0 +1,508 @@
+"""What this machine does in a second, measured once and kept, and what memory is free now. Knows no model and no plan.
+
+The profile is measured on random weights through the very operations that a model calls. It lies in
+~/.cache/neox-lite/machine.json (XDG_CACHE_HOME moves it) and counts for as long as `identity()` stays the same.
+"""
+
+from __future__ import annotations
+
+import csv
+import ctypes
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from ..cache import PAGE, Batch, PagePool
+from ..config import GPTNeoXConfig
+from ..errors import ArgumentError
+from ..formats import GroupInt
+from ..kernels import cpu, dispatch
+from ..layers import GPTNeoXLayer, Linear, Rotary
+from ..version import __version__
+from .plan import Card, Machine, Rates
+
+Progress = Callable[[int, int], object]  # steps done, steps in all
+
+FORMAT_VERSION = 1
+LARGE = (6144, 1)  # hidden size and layers: one of GPT-NeoX-20B, 234 MB as int4
+LARGE_ON_LITTLE = (2048, 8)  # where less than LITTLE is free
+LITTLE = 2 << 30
+SMALL = (768, 32)  # many small ones, 118 MB together: more than processors keep to themselves
+MANY = 256  # tokens of the pass that shows operations a second
+SECONDS = 0.6  # to repeat a measurement for
+REPEATS = (3, 25)  # least and most
+BUS_BYTES = 256 << 20
+DISK_BYTES = 1 << 30
+READ_BYTES = 16 << 20
+CONTEXT_BYTES = 512 << 20  # of a driver's context where the driver does not say
+PROCESS_BYTES = 600 << 20  # of a process that has imported torch, where the system does not say
+HOST_MARGIN = 512 << 20  # of what is free now, left to the rest of the system
+GPU_MARGIN = 256 << 20
+
+
+# The profile ----------------------------------------------------------------------------------------------------------
+
+
+@overload
+def profile(progress: Progress | None = None, measure: Literal[True] = True) -> Machine: ...
+@overload
+def profile(progress: Progress | None = None, *, measure: bool) -> Machine | None: ...
+def profile(progress: Progress | None = None, measure: bool = True) -> Machine | None:
+    """This machine's rates: the kept ones if they are of this machine as it is now, else measured (seconds) and kept.
+
+    progress is told the steps done and in all while measuring. Without `measure`, None where nothing is kept.
+    """
+    here = identity()
+    found = _load(here)
+    if found is not None or not measure:
+        return found
+    found = _measured(progress or (lambda done, total: None))
+    _keep(here, found)
+    return found
+
+
+def identity() -> dict[str, Any]:
+    """What the profile depends on; it is measured again when any of it changes."""
+    gpu = torch.cuda.is_available()
+    return {
+        "format": FORMAT_VERSION,
+        "neox_lite": __version__,
+        "torch": torch.__version__,
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "kernels": _kernel_path(),
+        "gpu": torch.cuda.get_device_name(0) if gpu else None,
+        "driver": _driver() if gpu else None,
+    }
+
+
+def cache_file() -> Path:
+    """Where the profile is kept. Raises OSError where the user has no home."""
+    home = os.environ.get("XDG_CACHE_HOME") or (os.environ.get("LOCALAPPDATA") if os.name == "nt" else None)
+    try:
+        return Path(home or "~/.cache").expanduser() / "neox-lite" / "machine.json"
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
+
+
+def _load(here: dict[str, Any]) -> Machine | None:
+    """The kept profile of this identity; None where there is none, or what is there is not one."""
+    try:
+        kept = json.loads(cache_file().read_text(encoding="utf-8"))
+        return _parse(kept["machine"]) if kept["identity"] == here else None
+    except (OSError, ValueError, LookupError, TypeError):  # measured again, and written over
+        return None
+
+
+def _parse(kept: dict[str, Any]) -> Machine:
+    """Raises TypeError, ValueError or LookupError for anything but a profile of sensible numbers."""
+    card = kept["card"]
+    if card is not None:
+        numbers = [_number(card[key]) for key in ("bytes", "context_bytes")]
+        card = Card(str(card["name"]), int(numbers[0]), _rates(card["rates"]), _number(card["bus_bytes_per_s"]), int(numbers[1]))
+    disk = kept["disk_bytes_per_s"]
+    return Machine(
+        _rates(kept["cpu"]), None if disk is None else _number(disk), int(_number(kept["process_bytes"])), card
+    )
+
+
+def _rates(kept: dict[str, Any]) -> Rates:
+    return Rates(
+        _number(kept["read_bytes_per_s"]), _number(kept["flops_per_s"]), _number(kept["layer_s"], allow_zero=True)
+    )
+
+
+def _number(value: Any, allow_zero: bool = False) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{value!r} is not a number")
+    if not math.isfinite(value) or value < 0 or (value == 0 and not allow_zero):
+        raise ValueError(f"{value!r} is no rate")
+    return value
+
+
+def _keep(here: dict[str, Any], found: Machine) -> None:
+    """Write the profile, whole or not at all; a folder that cannot be written is said once."""
+    text = json.dumps({"identity": here, "machine": asdict(found)}, indent=2) + "\n"
+    partial = None
+    try:
+        target = cache_file()
+        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.NamedTemporaryFile("w", dir=target.parent, delete=False, encoding="utf-8") as written:
+            partial = Path(written.name)
+            written.write(text)
+        partial.replace(target)
+    except OSError as error:
+        if partial is not None:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+        _say_unkept(str(error.strerror or error))
+
+
+@cache
+def _say_unkept(reason: str) -> None:
+    warnings.warn(f"the machine's measured speed cannot be kept, so it is measured every time: {reason}", stacklevel=4)
+
+
+def _measured(progress: Progress) -> Machine:
+    gpu = torch.cuda.is_available()
+    total = 7 if gpu else 4
+    host = measure_rates(torch.device("cpu"), lambda done, _: progress(done, total))
+    disk = measure_disk()
+    progress(3, total)
+    process = measure_process()
+    progress(4, total)
+    card = measure_card(lambda done, _: progress(4 + done, total)) if gpu else None
+    return Machine(host, disk, process, card)
+
+
+# Processors -----------------------------------------------------------------------------------------------------------
+
+
+def measure_rates(device: torch.device, progress: Progress = lambda done, total: None) -> Rates:
+    """Rates of a device in int4 layers of groups of 128: medians, after a pass that compiles the kernels.
+
+    Bytes a second and seconds a layer are the line through one large layer and many small ones, at one token.
+    """
+    free = free_memory()[1] if device.type == "cpu" else free_gpu(device.index or 0)[1]
+    large = LARGE_ON_LITTLE if free is not None and free < LITTLE else LARGE
+    with torch.inference_mode():
+        layers = Layers(device, *large)
+        large_s, large_bytes = _median_s(layers.decode(), device) / large[1], layers.nbytes / large[1]
+        many_s = _median_s(lambda: layers.prefill(MANY), device) / large[1]
+        flops = 2 * layers.weights * MANY / many_s
+        progress(1, 2)
+        del layers
+        layers = Layers(device, *SMALL)
+        small_s, small_bytes = _median_s(layers.decode(), device) / SMALL[1], layers.nbytes / SMALL[1]
+        progress(2, 2)
+    if large_s <= small_s:  # on a machine so busy that a small layer took longer than a large one
+        return Rates(large_bytes / large_s, flops, 0.0)
+    per_byte = (large_s - small_s) / (large_bytes - small_bytes)
+    layer_s = small_s - small_bytes * per_byte
+    if layer_s < 0:
+        per_byte, layer_s = large_s / large_bytes, 0.0
+    return Rates(1 / per_byte, flops, layer_s)
+
+
+class Layers:
+    """Layers of random int4 weights on a device, and passes through them."""
+
+    def __init__(self, device: torch.device, hidden: int, count: int) -> None:
+        config = GPTNeoXConfig(
+            hidden_size=hidden,
+            intermediate_size=4 * hidden,
+            num_attention_heads=hidden // 96 if hidden % 96 == 0 else hidden // 128,
+            num_hidden_layers=count,
+        )
+        format = GroupInt(4, 128)
+        with device:
+            self.layers = [GPTNeoXLayer(config, i, lambda name: format) for i in range(count)]
+        for layer in self.layers:
+            _fill(layer)
+        self.weights = sum(m.in_features * m.out_features for m in self.layers[0].modules() if isinstance(m, Linear))
+        self.nbytes = sum(t.nbytes for layer in self.layers for t in (*layer.parameters(), *layer.buffers()))
+        self.ops = dispatch.choose(device)
+        self.rotary = Rotary(config).table.to(device)
+        self.embedding = torch.randn(MANY, hidden, device=device).half()
+        self.pool = PagePool(
+            config.num_attention_heads, config.head_dim, torch.float16, [device] * count, pages=1 + -(-MANY // PAGE)
+        )
+
+    def decode(self) -> Callable[[], object]:
+        """A pass of one token, captured where the backend can do that."""
+        ids, batch = torch.tensor([0]), Batch.reserve(self.pool, [self.pool.new()], [1])
+        captured = self.ops.capture(lambda ids: self._run(ids, batch), ids, batch, PAGE)
+        return (lambda: captured.replay(ids, batch)) if captured is not None else (lambda: self._run(ids, batch))
+
+    def prefill(self, tokens: int) -> None:
+        """A pass of so many tokens of one sequence."""
+        sequence = self.pool.new()
+        self._run(torch.arange(tokens), Batch.reserve(self.pool, [sequence], [tokens]))
+        self.pool.free(sequence)
+
+    def _run(self, ids: Tensor, batch: Batch) -> Tensor:
+        device = self.embedding.device
+        x = self.ops.embed(ids, self.embedding, self.ops.act_dtype(torch.float16, device))
+        for layer in self.layers:
+            x = layer(x, self.ops, self.pool, batch, self.rotary)
+        return x
+
+
+def _fill(layer: GPTNeoXLayer) -> None:
+    """16-bit values: random words, scales with which activations stay of order one."""
+    for module in layer.modules():
+        if isinstance(module, Linear):
+            module.become(module.format, torch.float16)
+    layer.half()
+    for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
+        if name.endswith("weight_packed"):
+            tensor.random_(-(1 << 31), 1 << 31)
+        elif name.endswith("weight_scale"):
+            tensor.uniform_(0.5, 1.5).mul_(0.2 * (tensor.shape[1] * 128) ** -0.5)
+        elif name.endswith("bias"):
+            tensor.zero_()
+        else:  # gains of norms; and weight_shape, which nothing reads while running
+            tensor.fill_(1)
+
+
+def _median_s(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of a call: the median of several, after one that compiles and one that warms up."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    times: list[float] = []
+    for _ in range(2):
+        call()
+    wait()
+    ends = time.perf_counter() + SECONDS
+    while len(times) < REPEATS[0] or (time.perf_counter() < ends and len(times) < REPEATS[1]):
+        began = time.perf_counter()
+        call()
+        wait()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def measure_card(progress: Progress = lambda done, total: None) -> Card:
+    """The first GPU: its rates, and how fast pinned memory is copied there."""
+    rates = measure_rates(torch.device("cuda:0"), progress)
+    device = torch.device("cuda:0")
+    source = torch.zeros(BUS_BYTES, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty(BUS_BYTES, dtype=torch.uint8, device=device)
+    seconds = _median_s(lambda: target.copy_(source, non_blocking=True), device)
+    del source, target
+    torch.cuda.empty_cache()
+    progress(3, 3)
+    return Card(torch.cuda.get_device_name(0), free_gpu()[0], rates, BUS_BYTES / seconds, context_bytes())
+
+
+def context_bytes() -> int:
+    """GPU memory that the driver's context takes: what the driver counts for this process beyond torch's own."""
+    for pid, used in _nvidia_smi("--query-compute-apps=pid,used_memory"):
+        if pid == str(os.getpid()) and used.isdecimal():
+            return max(0, (int(used) << 20) - torch.cuda.memory_reserved()) or CONTEXT_BYTES
+    return CONTEXT_BYTES
+
+
+def _driver() -> str | None:
+    return next((row[0] for row in _nvidia_smi("--query-gpu=driver_version")), None)
+
+
+def _nvidia_smi(query: str) -> list[list[str]]:
+    """Rows of what nvidia-smi answers; none where it is missing or fails."""
+    command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
+    try:
+        out = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [[cell.strip() for cell in row] for row in csv.reader(out.splitlines()) if row]
+
+
+# Disk -----------------------------------------------------------------------------------------------------------------
+
+
+def measure_disk() -> float | None:
+    """Bytes a second of the disk that torch is installed on, from torch's own libraries; None where it cannot be told."""
+    files = sorted(Path(torch.__file__).parent.rglob("*.so*"), key=lambda f: f.stat().st_size, reverse=True)
+    return disk_rate(files[0]) if files else None
+
+
+def disk_rate(path: Path) -> float | None:
+    """Bytes a second at which up to 1 GiB of a file comes from its disk, in reads of 16 MiB one after the other.
+
+    What memory keeps of the file is dropped first; pages that a process has mapped stay, so what counts is the bytes that
+    the system says came from the disk. None on systems that do not say, or where none did.
+    """
+    if not hasattr(os, "posix_fadvise"):
+        return None
+    before = _disk_reads()
+    with path.open("rb", buffering=0) as file:
+        size = min(DISK_BYTES, os.fstat(file.fileno()).st_size)
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        began = time.perf_counter()
+        for start in range(0, size, READ_BYTES):
+            os.pread(file.fileno(), min(READ_BYTES, size - start), start)
+        seconds = time.perf_counter() - began
+    after = _disk_reads()
+    if before is None or after is None or after - before < size // 4:
+        return None
+    return (after - before) / seconds
+
+
+def _disk_reads() -> int | None:
+    """Bytes that this process has had read from disks (Linux)."""
+    with suppress(OSError, ValueError, IndexError):
+        return int(Path("/proc/self/io").read_text().partition("\nread_bytes:")[2].split()[0])
+    return None
+
+
+# Memory ---------------------------------------------------------------------------------------------------------------
+
+PROBE = """
+import sys
+sys.path[:] = {path!r}
+import torch
+from pathlib import Path
+from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
+torch.set_num_threads({threads})
+config = GPTNeoXConfig(num_hidden_layers=1, hidden_size=128, num_attention_heads=2, intermediate_size=128, vocab_size=64)
+model = GPTNeoXForCausalLM(config)
+if torch.cuda.is_available():
+    model = model.cuda()
+model.generate(torch.tensor([[1]]), max_new_tokens=2)
+print(Path("/proc/self/status").read_text())
+"""
+
+
+def measure_process() -> int:
+    """Bytes of memory of a process that has imported torch and taken two steps of a tiny model; a constant elsewhere."""
+    if not Path("/proc/self/status").exists():
+        return PROCESS_BYTES
+    code = PROBE.format(path=[os.fspath(Path(p).absolute()) for p in sys.path], threads=torch.get_num_threads())
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if (held := _resident(out.stdout)) is None:
+        raise ArgumentError(f"a process to measure memory in failed: {(out.stderr.strip().splitlines() or ['no word'])[-1]}")
+    return sum(held.values())
+
+
+def _resident(status: str) -> dict[str, int] | None:
+    """Bytes of memory by kind, from the text of /proc/self/status."""
+    found = dict(re.findall(r"^Rss(Anon|File|Shmem):\s*(\d+) kB", status, re.MULTILINE))
+    return {kind: int(kib) << 10 for kind, kib in found.items()} if len(found) == 3 else None
+
+
+def budgets(machine: Machine) -> tuple[int, int | None]:
+    """What this process may take of host memory and of the GPU in all: what it holds, and what is free now but a margin.
+
+    The GPU's is None where the machine has none. Raises ArgumentError where the system does not say what is free.
+    """
+    free = free_memory()[1]
+    if free is None:
+        raise ArgumentError("this system does not say how much memory is free; give the budget")
+    status = Path("/proc/self/status")
+    held = _resident(status.read_text()) if status.exists() else None
+    own = held["Anon"] + held["Shmem"] if held else 0  # memory of files counts as free already
+    host = max(0, free + own - HOST_MARGIN)
+    if machine.card is None or not torch.cuda.is_available():
+        return host, None
+    gpu = free_gpu()[1] + machine.card.context_bytes + torch.cuda.memory_reserved()  # asking has made the context
+    return host, max(0, gpu - GPU_MARGIN)
+
+
+def free_gpu(index: int = 0) -> tuple[int, int]:
+    """Total and free bytes of a GPU. Raises ArgumentError where torch sees no such device."""
+    if not torch.cuda.is_available() or index >= torch.cuda.device_count():
+        raise ArgumentError(f"torch sees no CUDA device {index} here")
+    free, total = torch.cuda.mem_get_info(index)
+    return total, free
+
+
+def free_memory() -> tuple[int | None, int | None]:
+    """Total and available bytes of host memory, within a container's limit; None where the system does not say."""
+    if platform.system() == "Windows":
+        return _windows_memory()
+    if platform.system() == "Darwin":
+        return _mac_memory()
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        total, free = (int(lines[key].split()[0]) << 10 for key in ("MemTotal", "MemAvailable"))
+    except (OSError, LookupError, ValueError):
+        return None, None
+    for limit, used in _cgroup_limits():
+        total, free = min(total, limit), min(free, max(0, limit - used))
+    return total, free
+
+
+def _cgroup_limits(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[tuple[int, int]]:
+    """(limit, used) of each control group above this process; used leaves out file pages that the kernel would drop."""
+    names = {
+        "v2": ("memory.max", "memory.current", "inactive_file"),
+        "v1": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    }
+    found = []
+    try:
+        groups = [line.split(":", 2) for line in own.read_text().splitlines()]
+    except OSError:
+        return []
+    for _, controllers, path in groups:
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        limit, usage, inactive = names["v1" if controllers else "v2"]
+        mount = root / "memory" if controllers else root
+        inner = mount / path.lstrip("/")
+        for folder in {mount, inner, *(p for p in inner.parents if mount in p.parents)}:
+            with suppress(OSError, ValueError):  # no such group here, or "max": no limit
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                used = int((folder / usage).read_text()) - int(stat.get(inactive, 0))
+                found.append((int((folder / limit).read_text()), used))
+    return found
+
+
+class _MemoryStatus(ctypes.Structure):
+    _fields_ = (
+        ("length", ctypes.c_uint32),
+        ("load", ctypes.c_uint32),
+        *((name, ctypes.c_uint64) for name in ("total", "free", "page_total", "page_free", "virtual", "virtual_free")),
+        ("extended", ctypes.c_uint64),
+    )
+
+
+def _windows_memory() -> tuple[int | None, int | None]:
+    status = _MemoryStatus(length=ctypes.sizeof(_MemoryStatus))
+    if not ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):  # type: ignore[attr-defined]
+        return None, None
+    return status.total, status.free
+
+
+def _mac_memory() -> tuple[int | None, int | None]:
+    try:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        counts = subprocess.run(["vm_stat"], capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None, None
+    return total, _mac_free(counts)
+
+
+def _mac_free(text: str) -> int | None:
+    """Bytes that macOS can give at once, from vm_stat's page counts."""
+    size = re.search(r"page size of (\d+) bytes", text)
+    pages = [re.search(rf"^Pages {kind}:\s*(\d+)", text, re.MULTILINE) for kind in ("free", "inactive", "speculative")]
+    return int(size[1]) * sum(int(p[1]) for p in pages if p) if size and all(pages) else None
+
+
+# The processor --------------------------------------------------------------------------------------------------------
+
+
+def cpu_name() -> str:
+    """As the system calls it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _kernel_path() -> str:
+    """The instructions that the CPU's kernels use, or the backend that stands in for them."""
+    if cpu.why_not(torch.device("cpu")) is not None:
+        return "reference"
+    from ..kernels.cpu import target
+
+    return target.host().path
