@@ -168,7 +168,7 @@ def test_wrong_usage_is_one_line_and_exits_2(words, capsys):
 
 
 def test_weights_larger_than_free_memory_are_refused_before_they_are_made(run, monkeypatch):
-    monkeypatch.setattr(bench, "memory", lambda: (1 << 20, 1 << 20))
+    monkeypatch.setattr(bench, "free_memory", lambda: (1 << 20, 1 << 20))
     code, _, err = run("--shape", "1x128x2")
     assert code == 1 and "--scratch DIR" in err and "100%" not in err
 

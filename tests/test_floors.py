@@ -17,6 +17,7 @@ FLOORS = [
     "neox_lite.errors",
     "neox_lite.hub",
     "neox_lite.config",
+    "neox_lite.offload.plan",
     "neox_lite.tokenizer",
     "neox_lite.safetensors_file",
     "neox_lite.folder_writer",

@@ -28,8 +28,8 @@ from neox_lite.formats import DENSE, Dense, GroupInt, Weight, make_format
 from neox_lite.generation import PREFILL_TOKENS
 from neox_lite.layers import Linear
 from neox_lite.loading import LoadOptions, asked_device, roomiest
+from neox_lite.offload.machine import free_memory
 
-from .doctor import memory
 from .random_model import RandomModel, config_of
 from .running import amount, bar, default_threads, describe, load, note, print_json
 
@@ -110,7 +110,7 @@ def write(plan: RandomModel, folder: Path) -> None:
 def build(plan: RandomModel, args: argparse.Namespace) -> GPTNeoXForCausalLM:
     """The plan's model in memory, on the device that --device names."""
     device = asked_device(LoadOptions(device_map=args.device))
-    free = memory()[1]
+    free = free_memory()[1]
     if free is not None and plan.nbytes > free:
         raise ArgumentError(
             f"--shape {args.shape}: the weights take {amount(plan.nbytes, 'B')}, but {amount(free, 'B')} of memory is free; "
@@ -332,7 +332,7 @@ def bandwidth(model: GPTNeoXForCausalLM, context: int, steps: int) -> dict[str, 
     """
     threads = torch.get_num_threads()
     weights = [max(linear.handle.tensors.values(), key=lambda t: t.nbytes) for linear in read_linears(model)]
-    buffer_bytes = min(BUFFER_BYTES, (memory()[1] or BUFFER_BYTES) // 4) // 8 * 8
+    buffer_bytes = min(BUFFER_BYTES, (free_memory()[1] or BUFFER_BYTES) // 4) // 8 * 8
     with fastest_read([torch.ones(buffer_bytes, dtype=torch.uint8, device=model.device)], threads) as (read, method):
         rounds = []
         for _ in range(PAIRS):

@@ -196,6 +196,20 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--context", type=_count, metavar="N", default=128, help="cached before decoding (default 128)")
     _add_running(sub, revision=True)
 
+    sub = command(
+        "plan", "plan", "what goes where, bytes and predicted speed; without MODEL, of every known checkpoint"
+    )
+    sub.add_argument("model", metavar="MODEL", nargs="?")
+    sub.add_argument("--format", choices=("int4", "int8", "fp16"), help="of a plain checkpoint, default int4")
+    sub.add_argument("--gpu-memory", metavar="SIZE", help="such as 8GiB (default: what is free now, but a margin)")
+    sub.add_argument("--cpu-memory", metavar="SIZE", help="likewise")
+    sub.add_argument("--context", type=_positive, metavar="N", help="tokens to provide for (default: the model's own)")
+    sub.add_argument("--kv", choices=("fp16", "int8"), help="KV cache (default: fp16 where that fits as well)")
+    sub.add_argument("--head", choices=("fp16", "int8"), help="vocabulary head (default: likewise)")
+    sub.add_argument("--card", metavar="NAME", help="a GPU by its specifications, such as 'RTX 3060', not the one here")
+    sub.add_argument("--revision", help="branch, tag or commit of a hub id")
+    _add_json(sub)
+
     sub = command("info", "inspect_model", "what a model is: architecture, format, sizes")
     sub.add_argument("model", metavar="MODEL")
     sub.add_argument("--revision", help="branch, tag or commit of a hub id")

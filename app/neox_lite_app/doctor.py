@@ -6,17 +6,19 @@ import argparse
 import os
 import platform
 import shutil
+from dataclasses import asdict
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from neox_lite.errors import ArgumentError
 from neox_lite.kernels import cpu, dispatch
 from neox_lite.loading import cache_root
+from neox_lite.offload.machine import cpu_name, free_memory, profile
 from neox_lite.version import __version__
 
-from .running import print_json
+from .running import default_threads, print_json
 
 PACKAGES = (
     "torch",
@@ -41,7 +43,8 @@ def doctor(args: argparse.Namespace) -> None:
 
 def examine() -> dict[str, Any]:
     """Facts about this machine; memory and disk in bytes."""
-    total, free = memory()
+    torch.set_num_threads(default_threads())
+    total, free = free_memory()
     cache = cache_root().parent
     above = next(p for p in (cache, *cache.parents) if p.exists())
     return {
@@ -60,6 +63,7 @@ def examine() -> dict[str, Any]:
         "gpu_why_not": None if torch.cuda.is_available() else no_gpu_reason(),
         "cpu_kernels": cpu.paths() if cpu.why_not(torch.device("cpu")) is None else {},
         "backends": {where: dispatch.reasons(torch.device(where)) for where in devices()},
+        "measured": measured(),
         "packages": {name: version(name) for name in PACKAGES},
         "cache": str(cache),
         "cache_free_bytes": shutil.disk_usage(above).free,
@@ -94,21 +98,29 @@ def no_gpu_reason() -> str:
     return f"torch was built for CUDA {torch.version.cuda}, but the driver shows it no device; see nvidia-smi"
 
 
-def memory() -> tuple[int | None, int | None]:
-    """Total and available memory in bytes, where the system says (Linux)."""
+def measured() -> dict[str, Any] | None:
+    """The rates that predictions rest on; None where they were not measured yet, or no kernel is left to measure."""
     try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        return tuple(int(lines[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable"))  # type: ignore[return-value]
-    except (OSError, KeyError, ValueError):
-        return None, None
+        found = profile(measure=False)
+    except ArgumentError:
+        return None
+    return None if found is None else asdict(found)
 
 
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+def rates(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "not measured yet; neox-lite plan does that"
+    shown = [f"CPU {_processor(found['cpu'])}"]
+    if found["card"] is not None:
+        bus = found["card"]["bus_bytes_per_s"] / 1e9
+        shown.append(f"GPU {_processor(found['card']['rates'])}, {bus:.0f} GB/s to it")
+    if found["disk_bytes_per_s"] is not None:
+        shown.append(f"disk {found['disk_bytes_per_s'] / 1e9:.1f} GB/s")
+    return "; ".join(shown)
+
+
+def _processor(rates: dict[str, float]) -> str:
+    return f"{rates['read_bytes_per_s'] / 1e9:.0f} GB/s of int4 weights, {rates['flops_per_s'] / 1e12:.2f} TFLOP/s"
 
 
 def version(package: str) -> str | None:
@@ -133,6 +145,7 @@ def describe(result: dict[str, Any]) -> str:
     for where, reasons in result["backends"].items():
         lines += _choice(f"backend  on {where}: ", reasons)
     lines += _choice("kernels  for this processor: ", result["cpu_kernels"]) if result["cpu_kernels"] else []
+    lines.append(f"speed    {rates(result['measured'])}")
     lines.append(f"cache    {result['cache']}, {size(result['cache_free_bytes'])} free on its disk")
     lines.append("packages " + ", ".join(f"{name} {found}" for name, found in result["packages"].items() if found))
     absent = [name for name, found in result["packages"].items() if not found]

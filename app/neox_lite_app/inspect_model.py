@@ -9,10 +9,11 @@ from typing import Any
 from neox_lite.checkpoint import MANIFEST, Checkpoint, verify_folder
 from neox_lite.config import GPTNeoXConfig
 from neox_lite.errors import ArgumentError, NeoxLiteError
-from neox_lite.formats import FORMATS, Format, formats_of, make_format
+from neox_lite.formats import formats_of
 from neox_lite.hub import fetch_files, local_folder
-from neox_lite.loading import DTYPES, Blueprint
+from neox_lite.loading import Blueprint
 from neox_lite.model import class_of
+from neox_lite.offload.plan import FORMAT_BITS, largest_group, parameters, sizes_of
 from neox_lite.tokenizer import GPTNeoXTokenizerFast
 
 from .running import amount, bar, note, print_json
@@ -56,7 +57,6 @@ def info(args: argparse.Namespace) -> None:
     local = local_folder(args.model, args.revision)
     folder = local or fetch_files(args.model, ["config.json", "tokenizer.json"], args.revision)
     config = GPTNeoXConfig.from_pretrained(folder)
-    weights = linear_weights(config)
     format = formats_of(config.quantization_config)("gpt_neox.layers.0.mlp.dense_h_to_4h")
     result: dict[str, Any] = {
         "model": args.model,
@@ -71,12 +71,12 @@ def info(args: argparse.Namespace) -> None:
         "activation": config.hidden_act,
         "tied_head": config.tie_word_embeddings,
         "dtype": config.dtype,
-        "parameters": weights + other_weights(config),
+        "parameters": parameters(config),
         "format": format.name,
         "group_size": getattr(format, "group_size", None),
         "kv_bytes_per_token": 4 * config.num_hidden_layers * config.hidden_size,
         "tokens_known": known_tokens(folder),
-        "bytes": {"float16": model_bytes(config, None), **{n: model_bytes(config, make_format(n)) for n in FORMATS}},
+        "bytes": stored_bytes(config),
     }
     if local is not None:
         with Checkpoint.open(folder) as checkpoint:
@@ -88,24 +88,11 @@ def info(args: argparse.Namespace) -> None:
         print(describe(result))
 
 
-def linear_weights(config: GPTNeoXConfig) -> int:
-    """Weights of the blocks' linear layers, which is what quantization stores smaller."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    return config.num_hidden_layers * (4 * hidden * hidden + 2 * hidden * inner)
-
-
-def other_weights(config: GPTNeoXConfig) -> int:
-    """Embedding, head, norms and biases."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    tables = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
-    biases = (4 * hidden if config.attention_bias else 0) + inner + hidden
-    return tables + config.num_hidden_layers * (biases + 4 * hidden) + 2 * hidden
-
-
-def model_bytes(config: GPTNeoXConfig, format: Format | None) -> int:
-    """Bytes of all weights with the linear layers in a format (None: 16 bits) and the rest in 16 bits."""
-    bits = 16.0 if format is None else format.bits_per_weight(DTYPES["float16"])
-    return int(linear_weights(config) * bits / 8) + 2 * other_weights(config)
+def stored_bytes(config: GPTNeoXConfig) -> dict[str, int]:
+    """Bytes of all tensors by format, in the largest groups that fit; formats that suit no group are left out."""
+    group = largest_group(config)
+    sizes = {name: sizes_of(config, bits, group).total for name, bits in FORMAT_BITS.items() if bits and group}
+    return {"float16": sizes_of(config, None).total, **sizes}
 
 
 def known_tokens(folder: Path) -> int | None:

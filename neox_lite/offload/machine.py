@@ -13,7 +13,6 @@ import math
 import os
 import platform
 import re
-import shutil
 import statistics
 import subprocess
 import sys
@@ -118,7 +117,9 @@ def _parse(kept: dict[str, Any]) -> Machine:
     card = kept["card"]
     if card is not None:
         numbers = [_number(card[key]) for key in ("bytes", "context_bytes")]
-        card = Card(str(card["name"]), int(numbers[0]), _rates(card["rates"]), _number(card["bus_bytes_per_s"]), int(numbers[1]))
+        card = Card(
+            str(card["name"]), int(numbers[0]), _rates(card["rates"]), _number(card["bus_bytes_per_s"]), int(numbers[1])
+        )
     disk = kept["disk_bytes_per_s"]
     return Machine(
         _rates(kept["cpu"]), None if disk is None else _number(disk), int(_number(kept["process_bytes"])), card
@@ -281,16 +282,20 @@ def _median_s(call: Callable[[], object], device: torch.device) -> float:
 
 
 def measure_card(progress: Progress = lambda done, total: None) -> Card:
-    """The first GPU: its rates, and how fast pinned memory is copied there."""
-    rates = measure_rates(torch.device("cuda:0"), progress)
+    """The first GPU: its rates, how fast pinned memory is copied there, and what the driver takes of it."""
     device = torch.device("cuda:0")
+    rates = measure_rates(device, progress)
+    bus = measure_bus(device)
+    progress(3, 3)
+    torch.cuda.empty_cache()
+    return Card(torch.cuda.get_device_name(0), free_gpu()[0], rates, bus, context_bytes())
+
+
+def measure_bus(device: torch.device) -> float:
+    """Bytes a second that are copied from pinned host memory to a GPU, in pieces of 256 MiB."""
     source = torch.zeros(BUS_BYTES, dtype=torch.uint8, pin_memory=True)
     target = torch.empty(BUS_BYTES, dtype=torch.uint8, device=device)
-    seconds = _median_s(lambda: target.copy_(source, non_blocking=True), device)
-    del source, target
-    torch.cuda.empty_cache()
-    progress(3, 3)
-    return Card(torch.cuda.get_device_name(0), free_gpu()[0], rates, BUS_BYTES / seconds, context_bytes())
+    return BUS_BYTES / _median_s(lambda: target.copy_(source, non_blocking=True), device)
 
 
 def context_bytes() -> int:
@@ -378,7 +383,9 @@ def measure_process() -> int:
     code = PROBE.format(path=[os.fspath(Path(p).absolute()) for p in sys.path], threads=torch.get_num_threads())
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     if (held := _resident(out.stdout)) is None:
-        raise ArgumentError(f"a process to measure memory in failed: {(out.stderr.strip().splitlines() or ['no word'])[-1]}")
+        raise ArgumentError(
+            f"a process to measure memory in failed: {(out.stderr.strip().splitlines() or ['no word'])[-1]}"
+        )
     return sum(held.values())
 
 

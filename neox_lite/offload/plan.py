@@ -34,6 +34,9 @@ CUBLAS_WORKSPACE = 32 << 20
 STAGING_SHARE = 0.5  # of the speed at which memory is read, for copying into a pinned slot: it is read and written
 
 
+FORMAT_BITS = {"int4": 4, "int8": 8, "fp16": None}  # of a weight, by the name that users give; None: plain
+GROUP_SIZES = (128, 64, 32)
+
 # The model ------------------------------------------------------------------------------------------------------------
 
 Packing = Callable[[str], "tuple[int, int] | None"]  # module name -> (bits, group size); None: plain
@@ -104,12 +107,14 @@ def sizes_of(
 
     same = not callable(bits)
     first = layer(0)
-    groups = next((g for g in (128, 64, 32) if hidden % g == 0), None) if small_head else None
+    groups = next((g for g in GROUP_SIZES if hidden % g == 0), None) if small_head else None
     return Sizes(
         layers=(first, *(first if same else layer(i) for i in range(1, config.num_hidden_layers))),
         embedding=vocabulary * hidden * itemsize,
         head=vocabulary * hidden * itemsize,
-        small_head=_weight_bytes("embed_out", vocabulary, hidden, (8, groups), scale_bytes, itemsize) if groups else None,
+        small_head=_weight_bytes("embed_out", vocabulary, hidden, (8, groups), scale_bytes, itemsize)
+        if groups
+        else None,
         rest=2 * hidden * itemsize + config.max_position_embeddings * config.rotary_dim * 4,
         weights=sum(out * columns for out, columns, _ in linears_of(config).values()),
         kv_fp16=2 * hidden * itemsize,
@@ -133,6 +138,11 @@ def linears_of(config: GPTNeoXConfig) -> dict[str, tuple[int, int, bool]]:
     }
 
 
+def largest_group(config: GPTNeoXConfig) -> int | None:
+    """The largest group size that divides the rows of every linear layer, None where none does."""
+    return next((g for g in GROUP_SIZES if config.hidden_size % g == 0 == config.intermediate_size % g), None)
+
+
 def parameters(config: GPTNeoXConfig) -> int:
     """Weights counted as numbers, whatever stores them."""
     plain = sizes_of(config, None, itemsize=1)
@@ -144,7 +154,7 @@ def _weight_bytes(name: str, out: int, columns: int, packing: tuple[int, int] | 
         return out * columns * item
     bits, group = packing
     if columns % group:
-        fits = " or ".join(str(g) for g in (32, 64, 128) if columns % g == 0)
+        fits = " or ".join(str(g) for g in reversed(GROUP_SIZES) if columns % g == 0)
         raise FormatError(
             f"{name}: in_features {columns} is not divisible by group_size {group}; "
             + (f"try {fits}" if fits else "it must stay dense")
@@ -378,7 +388,9 @@ class Plan:
         kv = (self.context // 2 if cached is None else cached) * self.sizes.kv_bytes(self.kv)
         layers = sum(self._layer_s(i, where, tokens, kv) for i, where in enumerate(self.layers))
         rates = self._card.rates if self.gpu_layers else self.machine.cpu
-        operations = 2 * self.sizes.hidden * self.sizes.vocabulary  # of one row: only the last token's logits are asked for
+        operations = (
+            2 * self.sizes.hidden * self.sizes.vocabulary
+        )  # of one row: only the last token's logits are asked for
         head = max(self.sizes.head_bytes(self.head) / rates.read_bytes_per_s, operations / rates.flops_per_s)
         return layers + head + (2 * CROSSING_S if self.mixed else 0)
 
@@ -454,7 +466,9 @@ def plan(sizes: Sizes, machine: Machine, request: Request) -> Plan:
     if request.context > sizes.context:
         raise ArgumentError(f"context is {request.context}, but the model's own context is {sizes.context}")
     if request.head == "int8" and sizes.small_head is None:
-        raise ArgumentError("head is 'int8', but the model has no int8 head; folders that `neox-lite quantize` wrote do")
+        raise ArgumentError(
+            "head is 'int8', but the model has no int8 head; folders that `neox-lite quantize` wrote do"
+        )
     if request.gpu_bytes is not None and machine.card is None:
         raise ArgumentError("gpu_bytes is given, but the machine has no GPU; leave it out")
     best = _best(sizes, machine, request)
@@ -509,7 +523,9 @@ def _placements(sizes: Sizes, machine: Machine, request: Request, kv: str, head:
 
 def _notes(best: Plan) -> Iterator[str]:
     """Why the plan chose less than 16 bits."""
-    chosen = [name for option, name in SMALLER.items() if getattr(best, option) != (getattr(best.request, option) or "fp16")]
+    chosen = [
+        name for option, name in SMALLER.items() if getattr(best, option) != (getattr(best.request, option) or "fp16")
+    ]
     if chosen:
         yield f"{' and '.join(chosen)}, to {GAINS[best.level]}"
 
