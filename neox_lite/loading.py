@@ -12,7 +12,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +27,10 @@ from .formats import Format, GroupInt, formats_of, make_format, quantization_con
 from .hub import HEAD, resolve
 from .layers import Linear
 from .offload.accelerator import Accelerator
+from .offload.place import Decision, Wish, check, decide, let_go, settle, sizes_in
+from .offload.plan import Sizes
 from .offload.ring import Origin, Origins
-from .offload.run import Placement, settle
+from .offload.run import Placement
 from .saving import parse_bytes
 
 if TYPE_CHECKING:
@@ -94,20 +96,23 @@ class LoadOptions:
     """What `from_pretrained` takes.
 
     revision: branch, tag or commit of a hub id. quantization: "int4" or "int8" to quantize a plain checkpoint while loading
-    (groups of 128, method "mse"; kept beside the hub cache for the next time). device_map: None or "cpu", "cuda", "cuda:1",
-    or "auto": the GPU if the model fits what is free there, else the CPU. max_memory: {"cuda": "8GiB", "cpu": "16GiB"},
-    limits for "auto". dtype: of dense tensors, None for the checkpoint's. head: "fp16" for the head as the checkpoint has
-    it, "int8" for the small one of a quantized folder. kv: what the KV cache holds, None or "fp16" for the model's own dtype,
-    "int8" for about half of that. exact: multiply quantized weights with float32 activations, where the CPU's kernels would
-    otherwise round those to 8 bits with a scale per 32. config: used in place of config.json.
+    (groups of 128, method "mse"; kept beside the hub cache for the next time). device_map: None or "cpu", "cuda", "cuda:1";
+    "auto": as much on the GPU as fits, then the CPU, then the disk; or a map from module names to devices and, for layers,
+    "disk". max_memory: {"cuda": "8GiB", "cpu": "16GiB"}, the most that the process may take there, all included; None: what
+    is free. context: tokens that a sequence is planned for, None for the model's own. dtype: of dense tensors, None for the
+    checkpoint's. head: "fp16" for the head as the checkpoint has it, "int8" for the small one of a quantized folder. kv: what
+    the KV cache holds, "fp16" for the model's own dtype, "int8" for about half of that. Where those two are None, it is
+    "fp16", but for a plan that fits only with "int8". exact: multiply quantized weights with float32 activations, where the
+    CPU's kernels would otherwise round those to 8 bits with a scale per 32. config: used in place of config.json.
     """
 
     revision: str | None = None
     quantization: str | None = None
     device_map: Any = None
-    max_memory: Mapping[Any, int | str] | None = None
+    max_memory: Mapping[Any, int] | None = None
+    context: int | None = None
     dtype: torch.dtype | None = None
-    head: str = "fp16"
+    head: str | None = None
     kv: str | None = None
     exact: bool = False
     config: GPTNeoXConfig | None = None
@@ -140,9 +145,13 @@ class LoadOptions:
         given["dtype"] = parse_dtype(given.get("dtype"))
         if given.get("quantization") is not None:
             make_format(given["quantization"])
-        if not isinstance(given.get("max_memory") or {}, Mapping):
-            raise ArgumentError(f"max_memory is {given['max_memory']!r}, expected for instance {{'cuda': '8GiB'}}")
-        if given.setdefault("head", "fp16") not in ("fp16", "int8"):
+        if (limits := given.get("max_memory")) is not None:
+            if not isinstance(limits, Mapping):
+                raise ArgumentError(f"max_memory is {limits!r}, expected for instance {{'cuda': '8GiB'}}")
+            given["max_memory"] = {where: parse_bytes(limit) for where, limit in limits.items()}
+        if (context := given.get("context")) is not None and (not isinstance(context, int) or context < 1):
+            raise ArgumentError(f"context is {context!r}, expected a number of tokens")
+        if given.get("head") not in (None, "fp16", "int8"):
             raise ArgumentError(f"head is {given['head']!r}, expected 'fp16' or 'int8'")
         if given.get("kv") not in (None, "fp16", "int8"):
             raise ArgumentError(f"kv is {given['kv']!r}, expected 'fp16' or 'int8'")
@@ -153,6 +162,10 @@ class LoadOptions:
                 raise ArgumentError(f"config is a {type(config).__name__}, expected a GPTNeoXConfig")
             given["config"] = GPTNeoXConfig(**config.to_dict())
         return cls(**given)
+
+    @property
+    def wish(self) -> Wish:
+        return Wish(self.device_map, self.max_memory, self.context, self.kv, self.head)
 
 
 def _take_bits(given: dict[str, Any]) -> None:
@@ -192,7 +205,7 @@ def parse_dtype(value: Any) -> torch.dtype | None:
 
 def from_pretrained(cls: type[GPTNeoXPreTrainedModel], name: str | os.PathLike[str], options: LoadOptions) -> Any:
     """Build `cls` from a folder or hub id. Raises a NeoxLiteError that names the first thing that does not fit."""
-    device = asked_device(options)
+    check(options.wish)
     folder = resolve(os.fspath(name), options.revision)
     config = options.config.copy() if options.config else GPTNeoXConfig.from_pretrained(folder)
     with Checkpoint.open(folder) as checkpoint:
@@ -202,22 +215,44 @@ def from_pretrained(cls: type[GPTNeoXPreTrainedModel], name: str | os.PathLike[s
             if options.head == "int8":
                 raise ArgumentError("head='int8' is for folders that `neox-lite quantize` wrote, not for quantization=")
             cached = _cached_folder(cls, name, options, folder, checkpoint, dtype)
-        if target is None or not (cached / CONFIG).is_file():
-            config.dtype = str(dtype).removeprefix("torch.")
-            blueprint = Blueprint(cls, config, checkpoint, target)
-            model = blueprint.fill(dtype)
-            if target is not None and not blueprint.fresh:  # a random head would pass for a trained one the next time
-                _keep_quantized(model, cached)
-    if target is not None and (cached / CONFIG).is_file():  # mapped from there, it takes no memory of its own
-        try:
-            model = from_pretrained(cls, cached, LoadOptions(dtype=dtype))
-        except CheckpointError as error:
-            raise CheckpointError(f"{error}; {cached} only keeps what was quantized before: delete it") from error
+            if (cached / CONFIG).is_file():
+                return _from_cache(cls, cached, options, Source(folder, os.fspath(name), options.revision), dtype)
+        config.dtype = str(dtype).removeprefix("torch.")
+        blueprint = Blueprint(cls, config, checkpoint, target)
+        decision = decide(options.wish, _sizes(blueprint, dtype, folder), blueprint.heads, blueprint.prefix)
+        model = blueprint.fill(dtype)
     model.source = Source(folder, os.fspath(name), options.revision, model.source.origins)
-    model.kv, model.exact = options.kv or "fp16", options.exact
-    if options.head == "int8":
-        _use_small_head(model, folder)
-    return model.to(device or roomiest(model.get_memory_footprint(), dict(options.max_memory or {})))
+    if target is not None and not blueprint.fresh:  # a random head would pass for a trained one the next time
+        _keep_quantized(model, cached)
+        if (cached / CONFIG).is_file():  # mapped from there, it takes no memory of its own
+            return _from_cache(cls, cached, options, model.source, dtype)
+    model.exact = options.exact
+    put(model, decision)
+    return model
+
+
+def _from_cache(
+    cls: type[GPTNeoXPreTrainedModel], cached: Path, options: LoadOptions, source: Source, dtype: torch.dtype
+) -> Any:
+    """What was quantized before, as if it were its source."""
+    try:
+        model = from_pretrained(
+            cls, cached, replace(options, revision=None, quantization=None, config=None, dtype=dtype)
+        )
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; {cached} only keeps what was quantized before: delete it") from error
+    model.source = replace(source, origins=model.source.origins)
+    return model
+
+
+def _sizes(blueprint: Blueprint, dtype: torch.dtype, folder: Path) -> Sizes:
+    """Bytes of a model's parts as they will be."""
+    config = blueprint.model.config
+    scale = next((n for n in blueprint.checkpoint.names() if n.endswith(".weight_scale")), None)
+    scale_dtype = blueprint.checkpoint.info(scale).dtype if scale is not None else dtype
+    formats = formats_of(config.quantization_config)
+    sizes = sizes_in(config, formats, dtype, scale_dtype, (folder / HEAD).exists())
+    return sizes if "embed_out" in blueprint.heads else replace(sizes, head=0, small_head=None)
 
 
 def _target(quantization: str | None, config: GPTNeoXConfig, folder: Path) -> GroupInt | None:
@@ -261,6 +296,7 @@ class Blueprint:
         with torch.device("meta"):
             self.model = cls(config, formats=formats)  # type: ignore[call-arg]
         self.heads = [name for name, module in self.model.named_children() if isinstance(module, Linear)]
+        self.prefix = f"{self.model.base_model_prefix}." if self.heads else ""
         if target is not None:
             config.quantization_config = quantization_config(target, self.heads)
         self.tied = config.tie_word_embeddings and hasattr(self.model, "embed_out")
@@ -433,13 +469,16 @@ def _use_small_head(model: GPTNeoXPreTrainedModel, folder: Path) -> None:
         model.embed_out = head
 
 
-def warm(model: nn.Module, progress: Callable[[int, int], object] | None = None) -> None:
+def warm(model: GPTNeoXPreTrainedModel, progress: Callable[[int, int], object] | None = None) -> None:
     """Read all weights that files back into memory, in the order of the files, before a first token waits for each.
 
     Later steps then find them in the system's page cache, for as long as it has room. progress is told the bytes read so
-    far and in all. Weights that were copied elsewhere, as onto a GPU, need no reading.
+    far and in all. Weights that were copied elsewhere, as onto a GPU, and those that stay on the disk need no reading.
     """
-    every = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers()) if t.device.type == "cpu" and t.numel()}
+    layers = model.base_model.blocks
+    tiers = model.placement.layers if model.placement is not None else ("",) * len(layers)
+    left = {id(t) for tier, layer in zip(tiers, layers, strict=True) if tier == "disk" for t in tensors_of(layer)}
+    every = {t.data_ptr(): t for t in tensors_of(model) if t.device.type == "cpu" and t.numel() and id(t) not in left}
     chunks = [c for _, t in sorted(every.items()) for c in t.detach().flatten().view(torch.uint8).split(WARM_BYTES)]
     done, total = 0, sum(len(chunk) for chunk in chunks)
     for chunk, ahead in zip(chunks, [*chunks[1:], None], strict=True):
@@ -449,6 +488,10 @@ def warm(model: nn.Module, progress: Callable[[int, int], object] | None = None)
         done += len(chunk)
         if progress is not None:
             progress(done, total)
+
+
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
 
 
 def _read_ahead(chunk: Tensor) -> None:
@@ -464,67 +507,39 @@ def _read_ahead(chunk: Tensor) -> None:
 # Placement ------------------------------------------------------------------------------------------------------------
 
 
-def asked_device(options: LoadOptions) -> torch.device | None:
-    """The one device that a device_map asks for, checked against what is there; None for "auto"."""
-    asked = options.device_map
-    if isinstance(asked, Mapping):
-        if len(set(map(str, asked.values()))) > 1:
-            raise UnsupportedError(
-                "device_map with several devices needs offload, which this version lacks; use one device"
-            )
-        asked = next(iter(asked.values()), None)
-    if asked == "auto":
-        return None
-    if options.max_memory:
-        raise ArgumentError("max_memory limits device_map='auto'; pass both or neither")
-    if isinstance(asked, int):
-        asked = f"cuda:{asked}"
-    try:
-        device = torch.device("cpu" if asked is None else asked)
-    except (RuntimeError, TypeError):
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise ArgumentError(f"device_map is {asked!r}, expected 'auto', 'cpu', 'cuda' or 'cuda:N'")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ArgumentError(f"device_map is {asked!r}, but torch sees no CUDA device here; use 'cpu' or 'auto'")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ArgumentError(f"device_map is {asked!r}, but there are {torch.cuda.device_count()} CUDA devices")
-    return device
-
-
-def roomiest(model_bytes: int, limits: dict[Any, int | str]) -> torch.device:
-    """The GPU if the weights and half a GiB for cache and scratch fit, else the CPU; announced."""
-    wanted = model_bytes + (1 << 29)
-    if torch.cuda.is_available():
-        limit = next((parse_bytes(v) for k, v in limits.items() if str(k) in ("0", "cuda", "cuda:0")), None)
-        free = min(torch.cuda.mem_get_info()[0], limit if limit is not None else 1 << 62)
-        if wanted <= free:
-            return torch.device("cuda")
-        announce(
-            f"the model needs {wanted / 2**30:.1f} GiB with its cache, {free / 2**30:.1f} GiB of GPU are free: using the CPU"
-        )
-    budget = limits.get("cpu")
-    if budget is not None and wanted > parse_bytes(budget):
-        raise ArgumentError(f"max_memory allows {budget} on the CPU, but the model needs {wanted / 2**30:.1f} GiB")
-    return torch.device("cpu")
-
-
 def announce(text: str) -> None:
     """Tell the user a decision, once, on stderr."""
     print(f"neox-lite: {text}", file=sys.stderr)
 
 
+def put(model: GPTNeoXPreTrainedModel, decision: Decision) -> None:
+    """Make a model that lies in host memory what was decided of it: its head, its cache, and its place."""
+    if decision.head == "int8":
+        assert model.source.folder is not None
+        _use_small_head(model, model.source.folder)
+    model.kv, model.cache_pages = decision.kv, decision.most_pages
+    if decision.placement is None:
+        model.to(decision.device)
+    else:
+        place(model, decision.placement, decision.accelerator())
+
+
 def place(model: GPTNeoXPreTrainedModel, placement: Placement, accelerator: Accelerator | None = None) -> None:
     """Move what the placement gives to the GPU there; nothing else changes its place. accelerator: that GPU."""
     base = model.base_model
-    heads = [module for module in model.children() if isinstance(module, Linear)]
-    parts: list[tuple[str, nn.Module]] = [*zip(placement.layers, base.blocks, strict=True)]
-    parts += [(placement.embedding, base.embed_in)]
-    parts += [(placement.head, module) for module in (base.final_layer_norm, *heads)]
-    for tier, module in parts:
+    heads = {name: module for name, module in model.named_children() if isinstance(module, Linear)}
+    parts: list[tuple[str, str, nn.Module]] = [(placement.embedding, "embed_in.", base.embed_in)]
+    parts += [(tier, f"layers.{i}.", base.blocks[i]) for i, tier in enumerate(placement.layers)]
+    parts += [(placement.head, "final_layer_norm.", base.final_layer_norm)]
+    parts += [(placement.head, f"{name}.", head) for name, head in heads.items()]
+    for tier, prefix, module in parts:
         if tier == "gpu":
             assert accelerator is not None
+            mapped = model.source.origins_in(module, prefix).keys()
+            left = [tensor for name, tensor in module.state_dict().items() if name in mapped]
             settle(module, accelerator)
+            for tensor in left:
+                let_go(tensor)
     model.rebind(placement, accelerator)
 
 

@@ -98,6 +98,7 @@ class GPTNeoXPreTrainedModel(nn.Module):
         self.config = config
         self.source = loading.Source()
         self.kv = "fp16"  # what new pools hold: "fp16" is the model's own dtype
+        self.cache_pages: int | None = None  # most pages of a pool; None: as many as memory has
         self.exact = False  # whether quantized weights meet float32 activations where a backend could take coarser ones
         self.placement: Placement | None = None  # None: all parts are where the embedding is
         self.accelerator: Accelerator | None = None  # what the placement's "gpu" is

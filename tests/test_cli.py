@@ -238,7 +238,7 @@ def test_the_demo_runs_to_its_end(run):
         (["perplexity", DEMO, "--text", DEMO / "config.json", "--context", 9999], "expected 2 to 512"),
         (["perplexity", DEMO, "--text", DEMO / "model.safetensors"], "not UTF-8"),
         (["generate", DEMO, "--prompt", "x", "--device", ""], "expected 'auto', 'cpu', 'cuda'"),
-        (["generate", DEMO, "--prompt", "x", "--head", "int8"], "head='int8' is for folders"),
+        (["generate", DEMO, "--prompt", "x", "--head", "int8"], "the model has no int8 head"),
         (["verify", DEMO / "config.json"], "is a file"),
         (["info", DEMO / "config.json"], "is a file"),
         (["info", "/no/such/folder"], "no such folder"),

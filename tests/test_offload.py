@@ -1,7 +1,9 @@
 """A model over several tiers: the same numbers wherever its parts are, on a simulated accelerator that punishes every race."""
 
 import os
-import threading
+import pickle
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from neox_lite.kernels import cpu, reference
 from neox_lite.loading import place
 from neox_lite.offload.ring import Image
 from neox_lite.offload.run import Placement
+from neox_lite_quant.convert import convert
 
 LAYERS = 6
 PAGES = 12
@@ -55,6 +58,14 @@ def folder(request, tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def quantized(folder, tmp_path_factory):
+    """The same as int4 in groups of 32, plain tensors in 16 bits."""
+    path = tmp_path_factory.mktemp("quantized") / "int4"
+    convert(folder, path, format="int4", group_size=32)
+    return path
+
+
 def load(folder, kv="fp16"):
     model = GPTNeoXForCausalLM.from_pretrained(folder, kv=kv)
     model.ops = reference
@@ -68,7 +79,7 @@ def placed(folder, where, kv="fp16", **options):
     return model, device
 
 
-def put(model, where, device):
+def put(model, where, device, ops=reference):
     """Place a model, and count the pages of what is on the device as memory of the device."""
     place(model, where, device)
     new_pool = model.new_pool
@@ -82,8 +93,8 @@ def put(model, where, device):
         return pool
 
     model.new_pool = pool_of_tiers
-    if "cpu" in model.runner.ops:
-        model.runner.ops["cpu"] = reference
+    if "cpu" in model.runner.ops and ops is not None:
+        model.runner.ops["cpu"] = ops
 
 
 def passes(model, seed=0):
@@ -217,3 +228,93 @@ def test_heads_of_other_classes_are_placed_too(folder):
     expected = plain(torch.arange(20)[None]).logits
     put(plain, placement("ccccgg"), Simulated())
     assert torch.equal(plain(torch.arange(20)[None]).logits, expected)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("letters", ["ddccgg", "gcdgcd", "cccccc", "dddddd"])
+def test_kernels_of_the_cpu_compute_the_same_from_any_memory(quantized, letters, exact):
+    """int4 layers, mapped, in a slot of the host, or in the device's memory, which the CPU's kernels stand in for."""
+    plain, model = (GPTNeoXForCausalLM.from_pretrained(quantized, exact=exact) for _ in range(2))
+    where = placement(letters)
+    put(model, where, Simulated(backend=cpu), ops=None)
+    for found, wanted in zip(passes(model), passes(plain), strict=True):
+        assert torch.equal(found, wanted)
+
+
+# What goes wrong ------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_that_changes_is_noticed_and_the_model_goes_on_once_it_is_back(folder, tmp_path):
+    """A layer on the disk is read again for each pass, so it must be what was loaded."""
+    copied = tmp_path / "model"
+    shutil.copytree(folder, copied)
+    model, _ = placed(copied, placement("ddcccc"))
+    expected = model.generate(torch.arange(5)[None], max_new_tokens=3)
+    file = copied / "model.safetensors"
+    kept, times = file.read_bytes(), file.stat()
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns + 1))
+    model.rebind(model.placement, None)  # nothing is fetched ahead any more
+    with pytest.raises(CheckpointError, match="has changed since the model was loaded"):
+        model.generate(torch.arange(5)[None], max_new_tokens=3)
+    file.rename(copied / "away")
+    with pytest.raises(CheckpointError, match="cannot be read: No such file"):
+        model.generate(torch.arange(5)[None], max_new_tokens=3)
+    file.write_bytes(kept)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert torch.equal(model.generate(torch.arange(5)[None], max_new_tokens=3), expected)
+
+
+@pytest.mark.parametrize("letters", ["ddccgg", "dddccc"])
+def test_a_pass_that_fails_anywhere_leaves_the_cache_as_it_was(folder, letters, monkeypatch):
+    """As when memory runs out, or at Ctrl-C: the same pass, made again, gives what it would have given."""
+    model, _ = placed(folder, placement(letters))
+    expected = list(passes(load(folder)))
+    attend, calls, fails = reference.attend, 0, [3, 9, 14, 17, 22, 31, 40]
+
+    def failing(*args):
+        nonlocal calls
+        calls += 1
+        if calls in fails:
+            raise KeyboardInterrupt
+        return attend(*args)
+
+    step = model.step
+
+    def until_it_works(*args):
+        while True:
+            try:
+                return step(*args)
+            except KeyboardInterrupt:
+                failed.append(calls)
+
+    failed = []
+    monkeypatch.setattr(reference, "attend", failing)
+    monkeypatch.setattr(model, "step", until_it_works)
+    for found, wanted in zip(passes(model), expected, strict=True):
+        assert torch.equal(found, wanted)
+    assert failed == fails
+
+
+def test_threads_that_generate_at_once_take_turns_at_the_slots(folder):
+    model, _ = placed(folder, placement("ddccgg"))
+    prompts = [torch.randint(96, (1, n)) for n in (3, 40, 9, 70)]
+    expected = [load(folder).generate(p, max_new_tokens=8) for p in prompts]
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda p: model.generate(p, max_new_tokens=8), prompts * 3))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected * 3, strict=True))
+
+
+def test_a_layer_that_no_file_holds_as_it_is_cannot_stay_on_the_disk(folder):
+    model = GPTNeoXForCausalLM.from_pretrained(folder, dtype="bfloat16")
+    place(model, placement("dddddd"))
+    with pytest.raises(ArgumentError, match=r"layer 0 is to stay on the disk, but .* differ from what its file holds"):
+        model(torch.tensor([[1]]))
+
+
+def test_a_placement_outlives_a_cast_and_a_pickle(folder):
+    model, expected = load(folder), load(folder)(torch.arange(9)[None]).logits
+    place(model, placement("cccccc"))
+    for same in (model.double().float(), model.cpu(), pickle.loads(pickle.dumps(model))):
+        assert same.placement == placement("cccccc")
+        same.ops = reference
+        assert torch.equal(same(torch.arange(9)[None]).logits, expected)

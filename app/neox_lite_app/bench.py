@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,12 @@ from neox_lite.errors import ArgumentError
 from neox_lite.formats import DENSE, Dense, GroupInt, Weight, make_format
 from neox_lite.generation import PREFILL_TOKENS
 from neox_lite.layers import Linear
-from neox_lite.loading import LoadOptions, asked_device, roomiest
+from neox_lite.loading import LoadOptions, put
 from neox_lite.offload.machine import free_memory
+from neox_lite.offload.place import Wish, check, decide
 
 from .random_model import RandomModel, config_of
-from .running import amount, bar, default_threads, describe, load, note, print_json
+from .running import amount, bar, default_threads, describe, load, note, placing, print_json
 
 WARM_UP = 4  # decode steps that are not counted
 PREFILL_RUNS = 3
@@ -76,14 +77,20 @@ def check_options(args: argparse.Namespace) -> None:
             raise ArgumentError(f"--{name.replace('_', '-')} goes with {'MODEL' if args.shape else '--shape'} only")
     if args.warm and args.shape and not args.scratch:
         raise ArgumentError("--warm reads weights from the disk, and --shape makes them in memory; add --scratch DIR")
-    asked_device(LoadOptions(device_map=args.device))  # said before gigabytes are written
+    check(wish_of(args))  # said before gigabytes are written
+
+
+def wish_of(args: argparse.Namespace, **changes: Any) -> Wish:
+    """What the placement flags ask for, with room for the longest sequence that is measured."""
+    longest = max(*args.prefill, args.context + WARM_UP + args.decode)
+    return replace(LoadOptions.parse({**placing(args), "context": longest}).wish, **changes)
 
 
 def load_model(args: argparse.Namespace) -> tuple[GPTNeoXForCausalLM, float]:
     """MODEL or the folder just written, and the seconds that loading it took, with --warm the reading too."""
     quantization = args.format if args.model and args.format != "fp16" else None
     began = time.perf_counter()
-    model = load(args.model or args.scratch, args, args.head, quantization=quantization)
+    model = load(args.model or args.scratch, args, args.head, quantization=quantization, context=wish_of(args).context)
     load_s = time.perf_counter() - began
     if args.format == "fp16" and linears(model)[0].format != DENSE:
         raise ArgumentError(f"{args.model}: is quantized; --format fp16 needs the checkpoint that it was made from")
@@ -108,8 +115,8 @@ def write(plan: RandomModel, folder: Path) -> None:
 
 
 def build(plan: RandomModel, args: argparse.Namespace) -> GPTNeoXForCausalLM:
-    """The plan's model in memory, on the device that --device names."""
-    device = asked_device(LoadOptions(device_map=args.device))
+    """The plan's model in memory, where the placement flags say."""
+    decision = decide(wish_of(args, head="fp16"), plan.sizes, ["embed_out"])
     free = free_memory()[1]
     if free is not None and plan.nbytes > free:
         raise ArgumentError(
@@ -118,8 +125,8 @@ def build(plan: RandomModel, args: argparse.Namespace) -> GPTNeoXForCausalLM:
         )
     with bar("make random weights") as progress:
         model = plan.build(progress)
-    model.kv, model.exact = args.kv, args.exact
-    model = model.to(device or roomiest(model.get_memory_footprint(), {}))
+    model.exact = args.exact
+    put(model, decision)
     note(f"{args.shape}: {describe(model)}")
     return model
 

@@ -201,11 +201,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("model", metavar="MODEL", nargs="?")
     sub.add_argument("--format", choices=("int4", "int8", "fp16"), help="of a plain checkpoint, default int4")
-    sub.add_argument("--gpu-memory", metavar="SIZE", help="such as 8GiB (default: what is free now, but a margin)")
-    sub.add_argument("--cpu-memory", metavar="SIZE", help="likewise")
     sub.add_argument("--context", type=_positive, metavar="N", help="tokens to provide for (default: the model's own)")
-    sub.add_argument("--kv", choices=("fp16", "int8"), help="KV cache (default: fp16 where that fits as well)")
-    sub.add_argument("--head", choices=("fp16", "int8"), help="vocabulary head (default: likewise)")
+    _add_memory(sub)
+    _add_head(sub)
     sub.add_argument("--card", metavar="NAME", help="a GPU by its specifications, such as 'RTX 3060', not the one here")
     sub.add_argument("--revision", help="branch, tag or commit of a hub id")
     _add_json(sub)
@@ -234,10 +232,8 @@ def _add_running(parser: argparse.ArgumentParser, revision: bool = False, head: 
     if revision:
         parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
+    _add_memory(parser)
     parser.add_argument("--threads", type=_threads, metavar="N", help="CPU threads (default: one for each core)")
-    parser.add_argument(
-        "--kv", choices=("fp16", "int8"), default="fp16", help="KV cache in the model's own 16 bits, or in about half"
-    )
     parser.add_argument(
         "--exact",
         action="store_true",
@@ -245,10 +241,27 @@ def _add_running(parser: argparse.ArgumentParser, revision: bool = False, head: 
     )
     parser.add_argument("--warm", action="store_true", help="read all weights from the disk before starting")
     if head:
-        parser.add_argument(
-            "--head", choices=("fp16", "int8"), default="fp16", help="vocabulary head of a quantized folder"
-        )
+        _add_head(parser)
     _add_json(parser)
+
+
+def _add_memory(parser: argparse.ArgumentParser) -> None:
+    """What a plan takes."""
+    parser.add_argument(
+        "--gpu-memory", metavar="SIZE", help="most to take, as 8GiB (default: what is free, but a margin)"
+    )
+    parser.add_argument("--cpu-memory", metavar="SIZE", help="likewise, of the CPU's")
+    parser.add_argument(
+        "--kv",
+        choices=("fp16", "int8"),
+        help="KV cache in 16 bits or about half (default: fp16 where that fits as well)",
+    )
+
+
+def _add_head(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--head", choices=("fp16", "int8"), help="vocabulary head of a quantized folder (default: likewise)"
+    )
 
 
 def _integer(low: int, high: int | None = None) -> Callable[[str], int]:

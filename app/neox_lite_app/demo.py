@@ -13,7 +13,7 @@ from neox_lite.generation import Clock
 from neox_lite_quant import convert
 
 from .evaluate import cut, quality_of, table
-from .running import bar, load, note, placement, print_json
+from .running import bar, load, note, placement, placing, print_json
 
 FOLDER = Path(__file__).parent / "demo_model"
 CONTEXT, WINDOWS = 256, 40
@@ -37,9 +37,7 @@ def demo(args: argparse.Namespace) -> None:
         for format in ("int8", "int4"):
             with bar(f"quantize to {format}") as progress:
                 convert(FOLDER, Path(scratch) / format, format=format, progress=progress)
-            models[f"demo ({format})"] = GPTNeoXForCausalLM.from_pretrained(
-                Path(scratch) / format, device_map=args.device, kv=args.kv
-            )
+            models[f"demo ({format})"] = GPTNeoXForCausalLM.from_pretrained(Path(scratch) / format, **placing(args))
         for name, model in models.items():
             with bar(f"score {name}", "window") as progress:
                 rows.append(asdict(quality_of(source, model, windows, name, progress)))

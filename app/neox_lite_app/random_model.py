@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,9 +14,11 @@ from torch import Tensor, nn
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
 from neox_lite.errors import ArgumentError, FormatError
 from neox_lite.folder_writer import Spec
-from neox_lite.formats import DENSE, GROUP_SIZES, Dense, GroupInt, quantization_config
+from neox_lite.formats import DENSE, GROUP_SIZES, Dense, GroupInt, formats_of, quantization_config
 from neox_lite.formats.weight import Specs
 from neox_lite.layers import Linear
+from neox_lite.offload.place import sizes_in
+from neox_lite.offload.plan import Sizes
 from neox_lite.saving import Part, write_model
 
 Progress = Callable[[int, int], None]  # bytes made so far, bytes in all
@@ -72,6 +75,14 @@ class RandomModel:
         for name, module in self.model.named_modules():
             if isinstance(module, Linear) and (reason := module.format.why_not(module.shape)) is not None:
                 raise FormatError(f"{name}: {reason}")
+
+    @property
+    def sizes(self) -> Sizes:
+        """Bytes of the parts, with the one head that is in use."""
+        sizes = sizes_in(
+            self.config, formats_of(self.config.quantization_config), DTYPE, DTYPE, self.small_head is not None
+        )
+        return replace(sizes, head=sizes.small_head or sizes.head, small_head=None)
 
     @property
     def nbytes(self) -> int:

@@ -16,17 +16,28 @@ from neox_lite import GPTNeoXForCausalLM
 from neox_lite.errors import ArgumentError
 
 
-def load(name: str, args: argparse.Namespace, head: str = "fp16", **options: Any) -> GPTNeoXForCausalLM:
-    """Load a model as --device, --threads, --kv and --warm say, but for what options say, and say in one line what runs."""
+def load(name: str, args: argparse.Namespace, head: str | None = None, **options: Any) -> GPTNeoXForCausalLM:
+    """Load a model as the placement flags say, but for what options say, and say in one line what runs where."""
     torch.set_num_threads(args.threads or default_threads())
-    placing = {"revision": getattr(args, "revision", None), "device_map": args.device, "kv": args.kv}
-    placing["exact"] = args.exact
-    model = GPTNeoXForCausalLM.from_pretrained(name, head=head, **{**placing, **options})
+    given = {"revision": getattr(args, "revision", None), "exact": args.exact, "head": head, **placing(args)}
+    model = GPTNeoXForCausalLM.from_pretrained(name, **{**given, **options})
     note(f"{name}: {describe(model)}")
     if args.warm:
         with bar("read the weights") as progress:
             model.warm(progress)
     return model
+
+
+def placing(args: argparse.Namespace) -> dict[str, Any]:
+    """What the placement flags mean as options of from_pretrained."""
+    limits = {"cuda": args.gpu_memory, "cpu": args.cpu_memory}
+    limits = {where: limit for where, limit in limits.items() if limit is not None}
+    return {
+        "device_map": args.device,
+        "max_memory": limits or None,
+        "context": getattr(args, "context", None),
+        "kv": args.kv,
+    }
 
 
 def default_threads() -> int:
@@ -50,10 +61,24 @@ def describe(model: GPTNeoXForCausalLM) -> str:
 
 
 def placement(model: GPTNeoXForCausalLM) -> str:
-    """The device and the backend that will run, in words."""
-    where = "the CPU" if model.device.type == "cpu" else str(model.device)
-    threads = f", {torch.get_num_threads()} threads" if model.device.type == "cpu" else ""
-    return f"{where} ({model.ops.name} backend{threads})"
+    """The devices and the backends that will run, in words."""
+    where = model.placement
+    if where is None:
+        return _side(model, "cpu" if model.device.type == "cpu" else "gpu")
+    counts = {tier: where.layers.count(tier) for tier in ("gpu", "cpu", "disk")}
+    names = {"gpu": _side(model, "gpu"), "cpu": _side(model, "cpu"), "disk": "the disk"}
+    shares = [f"{count} of {len(where.layers)} layers on {names[tier]}" for tier, count in counts.items() if count]
+    return ", ".join(shares)
+
+
+def _side(model: GPTNeoXForCausalLM, side: str) -> str:
+    if side not in model.runner.ops:
+        return ""
+    name = model.runner.ops[side].name
+    if side == "gpu":
+        device = model.accelerator.device if model.accelerator is not None else model.device
+        return f"{device} ({name} backend)"
+    return f"the CPU ({name} backend, {torch.get_num_threads()} threads)"
 
 
 def format_name(model: GPTNeoXForCausalLM) -> str:

@@ -403,14 +403,24 @@ def budgets(machine: Machine) -> tuple[int, int | None]:
     free = free_memory()[1]
     if free is None:
         raise ArgumentError("this system does not say how much memory is free; give the budget")
-    status = Path("/proc/self/status")
-    held = _resident(status.read_text()) if status.exists() else None
+    held = _own_memory()
     own = held["Anon"] + held["Shmem"] if held else 0  # memory of files counts as free already
     host = max(0, free + own - HOST_MARGIN)
     if machine.card is None or not torch.cuda.is_available():
         return host, None
     gpu = free_gpu()[1] + machine.card.context_bytes + torch.cuda.memory_reserved()  # asking has made the context
     return host, max(0, gpu - GPU_MARGIN)
+
+
+def resident() -> int | None:
+    """Bytes of memory that this process holds now; None where the system does not say."""
+    held = _own_memory()
+    return sum(held.values()) if held else None
+
+
+def _own_memory() -> dict[str, int] | None:
+    status = Path("/proc/self/status")
+    return _resident(status.read_text()) if status.exists() else None
 
 
 def free_gpu(index: int = 0) -> tuple[int, int]:

@@ -311,6 +311,20 @@ class Plan:
         """Pages of KV cache, of 128 tokens, in each layer."""
         return -(-self.context // PAGE) * self.sequences
 
+    @property
+    def most_pages(self) -> int:
+        """Pages of KV cache that each layer may have within the budgets; one layer's may be there twice while they grow."""
+        count, page = len(self.sizes.layers), PAGE * self.sizes.kv_bytes(self.kv)
+        more = []
+        for tier, layers, budget in (
+            ("gpu", self.gpu_layers, self.request.gpu_bytes or 0),
+            ("cpu", count - self.gpu_layers, self.request.cpu_bytes),
+        ):
+            if layers:
+                slots = SLOTS if self.mixed else 0
+                more.append((budget - self.totals[tier]) // (page * (layers + slots + 1)))
+        return self.pages + max(0, min(more))
+
     @cached_property
     def parts(self) -> dict[str, dict[str, int]]:
         """Bytes by tier and kind. ring: the slots of layers on their way; process and context: there before any model."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..cache import Batch, PagePool
 from ..errors import ArgumentError
@@ -20,7 +20,7 @@ from ..kernels import dispatch
 from ..kernels.backend import Backend
 from ..layers import GPTNeoXLayer
 from .accelerator import Accelerator
-from .ring import Image, Lent, Origins, Ring, install
+from .ring import Image, Lent, Origins, Ring
 
 CPU = torch.device("cpu")
 
@@ -169,12 +169,3 @@ class Runner:
 def side_of(tier: str) -> str:
     """Where a part of that tier is computed: what is on the disk, on the CPU."""
     return "gpu" if tier == "gpu" else "cpu"
-
-
-def settle(module: nn.Module, accelerator: Accelerator) -> None:
-    """Move all tensors of a module to the device, into one piece of its memory."""
-    image = Image(module)
-    memory = accelerator.empty(image.nbytes)
-    for piece in image.pieces:
-        piece.view(memory).copy_(piece.tensor)
-        install(module, piece.name, piece.view(memory))

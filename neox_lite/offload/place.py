@@ -1,0 +1,247 @@
+"""From what a caller asks for to a place for every part of a model: one device, a map, or the plan's choice."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import GPTNeoXConfig
+from ..errors import ArgumentError, UnsupportedError
+from ..formats import Format, GroupInt
+from . import machine
+from .accelerator import Accelerator, Cuda
+from .plan import NO, Machine, Plan, Rates, Request, Sizes, plan, sizes_of
+from .ring import Image, install
+from .run import Placement
+
+NOMINAL = Rates(20e9, 3e11, 0.0)  # of a processor that was not measured; nothing but a prediction depends on it
+PROCESS_GROWTH = 64 << 20  # what binding the kernels adds to a process
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a caller says about memory; see `loading.LoadOptions`. max_memory in bytes."""
+
+    device_map: Any = None
+    max_memory: Mapping[Any, int] | None = None
+    context: int | None = None
+    kv: str | None = None
+    head: str | None = None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Where a model goes. Without a placement all of it is on `device`; with one, what is on "gpu" is.
+
+    most_pages: that the KV cache may have within the budgets, None where there are none.
+    """
+
+    device: torch.device
+    placement: Placement | None = None
+    kv: str = "fp16"
+    head: str = "fp16"
+    most_pages: int | None = None
+    plan: Plan | None = None
+
+    def accelerator(self) -> Accelerator | None:
+        return Cuda(self.device) if self.placement is not None and self.device.type == "cuda" else None
+
+
+# What is asked for ------------------------------------------------------------------------------------------------------
+
+
+def device_of(asked: Any) -> torch.device:
+    """A device as callers name it. Raises ArgumentError for one that is not there, or that nothing here runs on."""
+    try:
+        device = torch.device(f"cuda:{asked}" if isinstance(asked, int) else "cpu" if asked is None else asked)
+    except (RuntimeError, TypeError):
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ArgumentError(f"device_map is {asked!r}, expected 'auto', 'cpu', 'cuda' or 'cuda:N'")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ArgumentError(f"device_map is {asked!r}, but torch sees no CUDA device here; use 'cpu' or 'auto'")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ArgumentError(f"device_map is {asked!r}, but there are {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def check(wish: Wish) -> None:
+    """Raise ArgumentError or UnsupportedError for what cannot be honoured, before anything is read."""
+    if isinstance(wish.device_map, Mapping):
+        _devices(wish.device_map)
+    elif wish.device_map != "auto":
+        device_of(wish.device_map)
+    if wish.max_memory is not None and (wish.device_map is None or isinstance(wish.device_map, Mapping)):
+        raise ArgumentError("max_memory limits device_map='auto', 'cpu' or 'cuda'; pass both or neither")
+    for key in wish.max_memory or {}:
+        if key != "cpu" and not isinstance(key, int):
+            device_of(key)
+
+
+def _devices(asked: Mapping[str, Any]) -> dict[str, str | torch.device]:
+    """A map's values: "disk" or a device each. At most one GPU."""
+    found = {str(name): "disk" if where == "disk" else device_of(where) for name, where in asked.items()}
+    gpus = {str(where) for where in found.values() if isinstance(where, torch.device) and where.type == "cuda"}
+    if len(gpus) > 1:
+        raise UnsupportedError(f"device_map names {' and '.join(sorted(gpus))}, but a model runs on one GPU at most")
+    return found
+
+
+def sizes_in(
+    config: GPTNeoXConfig, formats: Callable[[str], Format], dtype: torch.dtype, scales: torch.dtype, small_head: bool
+) -> Sizes:
+    """Bytes of a model's parts with its linear layers in these formats, their scales and plain tensors in these dtypes."""
+
+    def packing(name: str) -> tuple[int, int] | None:
+        format = formats(name)
+        return (format.bits, format.group_size) if isinstance(format, GroupInt) else None
+
+    return sizes_of(config, packing, 128, scales.itemsize, dtype.itemsize, small_head)
+
+
+def decide(wish: Wish, sizes: Sizes, heads: list[str], prefix: str = "gpt_neox.") -> Decision:
+    """Where a model goes. heads: names of its output layers; prefix: of its other parts.
+
+    Raises ArgumentError where it fits nowhere, saying by how much and what would help.
+    """
+    if isinstance(wish.device_map, Mapping):
+        return _by_map(wish, sizes, heads, prefix)
+    if wish.device_map == "auto" or wish.max_memory is not None:
+        return _by_plan(wish, sizes)
+    return Decision(device_of(wish.device_map), None, wish.kv or "fp16", wish.head or "fp16")
+
+
+# By plan ----------------------------------------------------------------------------------------------------------------
+
+
+def _by_plan(wish: Wish, sizes: Sizes) -> Decision:
+    device, limits = _gpu_of(wish), dict(wish.max_memory or {})
+    here = known_machine(measure=device is not None)
+    cpu_bytes, gpu_bytes = machine.budgets(here) if device is not None or "cpu" not in limits else (0, None)
+    if device is None:
+        gpu_bytes = None
+    else:
+        gpu_bytes = next((n for key, n in limits.items() if key in _names_of(device)), gpu_bytes)
+    context = min(wish.context or sizes.context, sizes.context)
+    request = Request(context, limits.get("cpu", cpu_bytes), gpu_bytes, kv=wish.kv, head=wish.head)
+    found = plan(sizes, here, request)
+    if found.level == NO:
+        advice = f"; {', or '.join(found.advice)}" if found.advice else ""
+        raise ArgumentError(
+            f"the model does not fit: {found.short_by / 2**30:.2f} GiB of CPU memory are missing{advice}"
+        )
+    placement = None
+    if found.gpu_layers or found.disk_layers:
+        placement = Placement(
+            found.layers,
+            found.embedding_on,
+            found.head_on,
+            found.crossover_tokens if found.mixed else None,
+            found.pages,
+        )
+    where = device if device is not None and found.gpu_layers else torch.device("cpu")
+    return Decision(where, placement, found.kv, found.head, found.most_pages, found)
+
+
+def _gpu_of(wish: Wish) -> torch.device | None:
+    """The GPU that a plan may use."""
+    if wish.device_map == "auto" and not torch.cuda.is_available():
+        return None
+    device = device_of("cuda" if wish.device_map == "auto" else wish.device_map)
+    unlimited = all(n > 0 for key, n in (wish.max_memory or {}).items() if key in _names_of(device))
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" and unlimited else None
+
+
+def _names_of(device: torch.device) -> tuple[Any, ...]:
+    """What max_memory may call a GPU."""
+    return device.index or 0, f"cuda:{device.index or 0}", *(("cuda",) if not device.index else ())
+
+
+def known_machine(measure: bool) -> Machine:
+    """This machine with this process: as measured before, or now if `measure`; else with nominal rates."""
+    found = machine.profile(measure=False)
+    if found is None and measure:
+        found = machine.profile()
+    own = machine.resident()
+    process = own + PROCESS_GROWTH if own is not None else machine.PROCESS_BYTES
+    if found is None:
+        return Machine(NOMINAL, None, process, None)
+    return replace(found, process_bytes=max(process, found.process_bytes))
+
+
+# By map -----------------------------------------------------------------------------------------------------------------
+
+
+def _by_map(wish: Wish, sizes: Sizes, heads: list[str], prefix: str) -> Decision:
+    """A place for every part from a map as accelerate writes them: a module's name stands for all that is in it."""
+    devices, count = _devices(wish.device_map), len(sizes.layers)
+    names = [f"{prefix}embed_in", *(f"{prefix}layers.{i}" for i in range(count)), f"{prefix}final_layer_norm", *heads]
+    gpu = next((d for d in devices.values() if isinstance(d, torch.device) and d.type == "cuda"), None)
+    tiers, unused = [], set(devices) - {f"{prefix}rotary_emb"}
+    for name in names:
+        key = next((key for key in sorted(devices, key=len, reverse=True) if _covers(key, name)), None)
+        if key is None:
+            raise ArgumentError(f"device_map says nothing of {name}")
+        where = devices[key]
+        tiers.append(where if isinstance(where, str) else "gpu" if where.type == "cuda" else "cpu")
+        unused.discard(key)
+    if unused:
+        raise ArgumentError(
+            f"device_map names {min(unused)!r}, which is no part of this model; parts are {', '.join(names)}"
+        )
+    embedding, layers, ends = tiers[0], tuple(tiers[1 : count + 1]), set(tiers[count + 1 :])
+    if "disk" in {embedding, *ends}:
+        raise ArgumentError("device_map: only layers can be on the disk; give the embedding and the head a device")
+    if len(ends) > 1:
+        raise ArgumentError("device_map: the final norm goes where the head is; give both the same device")
+    kv, head = wish.kv or "fp16", wish.head or "fp16"
+    if len({embedding, *layers, *ends}) == 1:
+        return Decision(gpu or torch.device("cpu"), None, kv, head)
+    return Decision(
+        gpu or torch.device("cpu"), Placement(layers, embedding, ends.pop(), _stream_from(sizes, layers, kv)), kv, head
+    )
+
+
+def _covers(key: str, name: str) -> bool:
+    return key == "" or name == key or name.startswith(f"{key}.")
+
+
+def _stream_from(sizes: Sizes, layers: tuple[str, ...], kv: str) -> int | None:
+    """From how many tokens on streaming is faster for layers outside the GPU, by this machine's measured rates."""
+    on_gpu = layers.count("gpu")
+    if not 0 < on_gpu < len(layers):
+        return None
+    request = Request(sizes.context, 0, 0, kv=kv)
+    there = Plan(sizes, known_machine(measure=True), request, kv, "fp16", layers.count("disk"), on_gpu, "cpu")
+    return there.crossover_tokens
+
+
+# Moving -----------------------------------------------------------------------------------------------------------------
+
+
+def settle(module: nn.Module, accelerator: Accelerator) -> None:
+    """Move all tensors of a module to the device, into one piece of its memory."""
+    image = Image(module)
+    memory = accelerator.empty(image.nbytes)
+    for piece in image.pieces:
+        piece.view(memory).copy_(piece.tensor)
+        install(module, piece.name, piece.view(memory))
+
+
+def let_go(tensor: Tensor) -> None:
+    """Give back the memory that a mapped file's pages take, where nothing has been written to them.
+
+    For tensors that are mapped and unchanged only: what lies there otherwise is lost.
+    """
+    if not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
+    if length > 0:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
