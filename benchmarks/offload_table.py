@@ -1,0 +1,87 @@
+"""The table "GPT-NeoX-20B on cards and memories that people have": what goes where and how fast it will be, as Markdown.
+
+    python benchmarks/offload_table.py [--out FILE]
+
+Every figure is a prediction: cards by their specifications, the CPU and the disk as this machine's were measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "app")]
+
+import torch  # noqa: E402
+
+from neox_lite.offload import machine  # noqa: E402
+from neox_lite.offload.plan import CARDS, Machine, Plan, Request, plan, sizes_of  # noqa: E402
+from neox_lite_app.family import FAMILY  # noqa: E402
+from neox_lite_app.running import default_threads  # noqa: E402
+
+GPU_GIB, CPU_GIB = (8, 12, 16, 24), (16, 32)
+SYSTEM_BYTES = 2 << 30
+CONTEXT = 2048
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="file to write (default: stdout)")
+    args = parser.parse_args()
+    torch.set_num_threads(default_threads())
+    here = machine.profile()
+    text = "\n".join((*rows(here), "", *notes(here))) + "\n"
+    if args.out:
+        args.out.write_text(text, encoding="utf-8")
+    else:
+        print(text, end="")
+
+
+def rows(here: Machine) -> Iterator[str]:
+    """One row for each pair of memories: what goes where, then the figures of each card."""
+    sizes = sizes_of(next(m for m in FAMILY if m.name == "gpt-neox-20b").config(), 4, small_head=True)
+    titles = ["GPU", "host", "layers on GPU / CPU / disk", "KV cache, head", *CARDS]
+    yield f"| {' | '.join(titles)} |"
+    yield "|" + "---|" * len(titles)
+    for gpu, cpu in product(GPU_GIB, CPU_GIB):
+        request = Request(CONTEXT, (cpu << 30) - SYSTEM_BYTES, (gpu << 30) - machine.GPU_MARGIN)
+        plans = [plan(sizes, replace(here, card=card), request) for card in CARDS.values()]
+        (placed,) = {placement(found) for found in plans}  # memory decides that, not speed
+        yield f"| {gpu} GB | {cpu} GB | {placed} | {' | '.join(map(figures, plans))} |"
+
+
+def placement(found: Plan) -> str:
+    layers = " / ".join(str(found.layers.count(tier)) for tier in ("gpu", "cpu", "disk"))
+    return f"{layers if found.fits else 'does not fit'} | {found.kv}, {found.head}"
+
+
+def figures(found: Plan) -> str:
+    """Decode and prompt in tokens/s, and the tokens from which on layers are streamed."""
+    decode, prompt = found.decode_tokens_per_s, found.prefill_tokens_per_s
+    if not found.fits or decode is None or prompt is None:
+        return "-"
+    return f"{decode:.1f}, {prompt:.0f}" + (f", {found.crossover_tokens}" if found.crossover_tokens else "")
+
+
+def notes(here: Machine) -> Iterator[str]:
+    cpu, disk = here.cpu, here.disk_bytes_per_s
+    yield (
+        f"GPT-NeoX-20B, int4 g128, context {CONTEXT}. For each card: tokens/s of decoding and of a prompt, and the length of a "
+        "pass from which on the CPU's layers are streamed to the GPU. **Predictions**: cards by their specifications, whatever "
+        f"memory they are sold with; {machine.GPU_MARGIN >> 20} MiB of it are left to the display, and "
+        f"{SYSTEM_BYTES >> 30} GiB of the host's to the system."
+    )
+    yield (
+        f"The CPU as measured on this machine ({machine.cpu_name()}, {torch.get_num_threads()} threads): "
+        f"{cpu.read_bytes_per_s / 1e9:.1f} GB/s of int4 weights, {cpu.flops_per_s / 1e9:.0f} GFLOP/s at {machine.MANY} tokens, "
+        f"{cpu.layer_s * 1e6:.0f} µs a layer; disk {f'{disk / 1e9:.1f} GB/s' if disk else 'unknown'}."
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,341 @@
+"""The machine's profile: measured once, kept, thrown away when it is not this machine's; and what memory is free."""
+
+import json
+import os
+import stat
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from neox_lite.errors import ArgumentError
+from neox_lite.offload import machine
+from neox_lite.offload.plan import Card, Machine, Rates
+
+RATES = Rates(2e10, 3e11, 1e-5)
+KNOWN = Machine(RATES, 2.5e9, 400 << 20, Card("a card", 8 << 30, RATES, 1.2e10, 500 << 20))
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    machine._say_unkept.cache_clear()
+
+
+@pytest.fixture
+def measurements(monkeypatch):
+    """Counts how often the machine is measured, and says what it finds."""
+    made = []
+    monkeypatch.setattr(machine, "_measured", lambda progress: made.append(progress(1, 1)) or KNOWN)
+    return made
+
+
+# Kept -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_profile_is_measured_once_and_read_back_exactly(measurements):
+    assert machine.profile(measure=False) is None and measurements == []
+    steps = []
+    assert machine.profile(lambda done, total: steps.append((done, total))) == KNOWN and steps == [(1, 1)]
+    assert machine.profile() == KNOWN == machine.profile(measure=False) and len(measurements) == 1
+    assert machine.cache_file().parent == Path(os.environ["XDG_CACHE_HOME"]) / "neox-lite"
+    assert [f.name for f in machine.cache_file().parent.iterdir()] == ["machine.json"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("torch", lambda: 1),
+        ("threads", lambda: torch.set_num_threads(3)),
+        ("kernels", lambda: 1),
+    ],
+    ids=lambda change: change[0],
+)
+def test_another_identity_is_measured_again(measurements, monkeypatch, change):
+    machine.profile()
+    name, act = change
+    threads = torch.get_num_threads()
+    try:
+        if name == "threads":
+            act()
+        else:
+            here = {**machine.identity(), name: "another"}
+            monkeypatch.setattr(machine, "identity", lambda: here)
+        assert machine.profile(measure=False) is None
+        machine.profile()
+        assert len(measurements) == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_forced_kernel_path_has_a_profile_of_its_own(measurements, monkeypatch):
+    pytest.importorskip("llvmlite")
+    from neox_lite.kernels.cpu import target
+
+    machine.profile()
+    monkeypatch.setenv(target.VARIABLE, "portable")
+    target.host.cache_clear()
+    try:
+        assert machine.identity()["kernels"] == "portable"
+        machine.profile()
+        assert len(measurements) == 2
+    finally:
+        target.host.cache_clear()
+
+
+def without(path):
+    """A kept profile that lacks one entry."""
+    kept = json.loads(machine.cache_file().read_text())
+    inner = kept
+    for key in path[:-1]:
+        inner = inner[key]
+    del inner[path[-1]]
+    return json.dumps(kept)
+
+
+def with_value(key, value):
+    kept = json.loads(machine.cache_file().read_text())
+    kept["machine"][key] = value
+    return json.dumps(kept)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda: "",
+        lambda: "not JSON",
+        lambda: "[]",
+        lambda: "null",
+        lambda: machine.cache_file().read_text()[:-40],
+        lambda: without(["machine"]),
+        lambda: without(["machine", "card"]),
+        lambda: without(["machine", "cpu", "layer_s"]),
+        lambda: without(["machine", "card", "rates", "flops_per_s"]),
+        lambda: with_value("process_bytes", "many"),
+        lambda: with_value("process_bytes", True),
+        lambda: with_value("process_bytes", -1),
+        lambda: with_value("disk_bytes_per_s", 0),
+        lambda: with_value("disk_bytes_per_s", float("inf")),
+        lambda: with_value("cpu", [1, 2, 3]),
+        lambda: "\0\xff",
+    ],
+)
+def test_a_spoiled_file_is_measured_again_and_replaced(measurements, spoil):
+    machine.profile()
+    machine.cache_file().write_text(spoil(), encoding="utf-8")
+    assert machine.profile() == KNOWN and len(measurements) == 2
+    assert machine.profile() == KNOWN and len(measurements) == 2
+
+
+def test_a_machine_without_gpu_and_with_an_unknown_disk_is_kept_too(monkeypatch):
+    plain = replace(KNOWN, card=None, disk_bytes_per_s=None)
+    monkeypatch.setattr(machine, "_measured", lambda progress: plain)
+    assert machine.profile() == plain == machine.profile(measure=False)
+
+
+def test_a_folder_that_cannot_be_written_is_said_once_and_measured_each_time(measurements, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="cannot be kept, so it is measured every time"):
+        assert machine.profile() == KNOWN
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert machine.profile() == KNOWN
+    assert len(measurements) == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="this system has no file modes")
+def test_the_folder_is_the_user_s_own(measurements):
+    machine.profile()
+    assert stat.S_IMODE(machine.cache_file().parent.stat().st_mode) == 0o700
+
+
+# Measured -------------------------------------------------------------------------------------------------------------
+
+
+def test_rates_are_measured_through_the_operations(monkeypatch):
+    monkeypatch.setattr(machine, "LARGE", (512, 2))
+    monkeypatch.setattr(machine, "SMALL", (256, 2))
+    monkeypatch.setattr(machine, "MANY", 16)
+    monkeypatch.setattr(machine, "SECONDS", 0.0)
+    steps = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rates = machine.measure_rates(torch.device("cpu"), lambda done, total: steps.append((done, total)))
+    assert 1e6 < rates.read_bytes_per_s < 1e12 and 1e7 < rates.flops_per_s < 1e14 and 0 <= rates.layer_s < 1
+    assert steps == [(1, 2), (2, 2)]
+
+
+@pytest.mark.parametrize(
+    ("large_s", "small_s", "expected"),
+    [
+        (11e-3, 2e-3, Rates(1e11, 1.0, 1e-3)),  # 10 ms and 1 ms of bytes, 1 ms beside
+        (10e-3, 0.5e-3, Rates(1e11, 1.0, 0.0)),  # small layers faster than their bytes: nothing beside
+        (1e-3, 2e-3, Rates(1e12, 1.0, 0.0)),
+    ],
+)
+def test_bytes_a_second_and_seconds_a_layer_are_a_line_through_two_sizes(monkeypatch, large_s, small_s, expected):
+    class Fake:
+        def __init__(self, device, hidden, count):
+            self.nbytes, self.weights, self.count = (1e9 if hidden == machine.LARGE[0] else 1e8) * count, 1, count
+            self.decode_s = large_s if hidden == machine.LARGE[0] else small_s
+
+        def decode(self):
+            return self.decode_s * self.count
+
+        def prefill(self, tokens):
+            return 2.0 * tokens * self.count
+
+    monkeypatch.setattr(machine, "Layers", Fake)
+    monkeypatch.setattr(machine, "free_memory", lambda: (1 << 40, 1 << 40))
+    monkeypatch.setattr(machine, "_median_s", lambda call, device: call() if callable(call) else call)
+    found = machine.measure_rates(torch.device("cpu"))
+    assert found.read_bytes_per_s == pytest.approx(expected.read_bytes_per_s)
+    assert found.layer_s == pytest.approx(expected.layer_s, abs=1e-12) and found.flops_per_s == pytest.approx(1.0)
+
+
+def test_little_memory_is_measured_with_smaller_layers(monkeypatch):
+    made = []
+
+    class Fake:
+        weights = 1
+
+        def __init__(self, device, hidden, count):
+            made.append(hidden)
+            self.nbytes = hidden * count
+
+        def decode(self):
+            return lambda: None
+
+        prefill = decode
+
+    monkeypatch.setattr(machine, "Layers", Fake)
+    monkeypatch.setattr(machine, "free_memory", lambda: (4 << 30, 1 << 30))
+    monkeypatch.setattr(machine, "_median_s", lambda call, device: 1.0)
+    machine.measure_rates(torch.device("cpu"))
+    assert made == [machine.LARGE_ON_LITTLE[0], machine.SMALL[0]]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system does not say what memory a process has")
+def test_a_process_with_torch_takes_some_hundred_megabytes():
+    assert 100 << 20 < machine.measure_process() < 4 << 30
+
+
+def test_a_probe_that_fails_is_named(monkeypatch):
+    monkeypatch.setattr(machine, "PROBE", "raise SystemExit('no luck')")
+    with pytest.raises(ArgumentError, match="failed: no luck"):
+        machine.measure_process()
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system cannot drop a file from memory")
+def test_a_disk_s_rate_counts_what_came_from_the_disk(tmp_path, monkeypatch):
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(4 << 20))
+    reads = iter([0, 4 << 20])
+    monkeypatch.setattr(machine, "_disk_reads", lambda: next(reads))
+    rate = machine.disk_rate(path)
+    assert rate is not None and rate > 1e6
+    monkeypatch.setattr(machine, "_disk_reads", lambda: 0)
+    assert machine.disk_rate(path) is None  # all of it was in memory
+    monkeypatch.setattr(machine, "_disk_reads", lambda: None)
+    assert machine.disk_rate(path) is None
+
+
+def test_a_context_is_what_the_driver_counts_beyond_torch(monkeypatch):
+    rows = [["1", "900"], [str(os.getpid()), "700"]]
+    monkeypatch.setattr(machine, "_nvidia_smi", lambda query: rows)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 100 << 20)
+    assert machine.context_bytes() == 600 << 20
+    rows[1][1] = "[N/A]"
+    assert machine.context_bytes() == machine.CONTEXT_BYTES
+    rows.pop()
+    assert machine.context_bytes() == machine.CONTEXT_BYTES
+
+
+def test_nvidia_smi_that_is_missing_or_fails_answers_nothing(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert machine._nvidia_smi("--query-gpu=name") == []
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\nexit 9\n")
+    tool.chmod(0o755)
+    assert machine._nvidia_smi("--query-gpu=name") == []
+    tool.write_text("#!/bin/sh\necho '17, 300'\necho ''\n")
+    if os.name != "nt":
+        assert machine._nvidia_smi("--query-gpu=name") == [["17", "300"]]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device here")
+def test_a_gpu_is_measured():
+    card = machine.measure_card()
+    assert card.bytes > 1 << 30 and card.rates.read_bytes_per_s > 5e10 and card.rates.flops_per_s > 1e12
+    assert card.bus_bytes_per_s > 1e9 and 0 < card.context_bytes < 4 << 30
+
+
+# Memory ---------------------------------------------------------------------------------------------------------------
+
+
+def test_free_memory_is_within_the_total():
+    total, free = machine.free_memory()
+    assert total is not None and free is not None and 0 < free <= total
+
+
+def group(folder, version, limit, usage, inactive):
+    names = {
+        2: ("memory.max", "memory.current", "inactive_file"),
+        1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    }[version]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / names[0]).write_text(f"{limit}\n")
+    (folder / names[1]).write_text(f"{usage}\n")
+    (folder / "memory.stat").write_text(f"anon 5\n{names[2]} {inactive}\n")
+
+
+@pytest.mark.parametrize(("version", "line"), [(2, "0::/a/b\n"), (1, "4:cpu,memory:/a/b\n3:cpuset:/\n")])
+def test_every_control_group_above_counts(tmp_path, version, line):
+    mount = tmp_path / "cgroup" / ("memory" if version == 1 else "")
+    (tmp_path / "own").write_text(line)
+    group(mount / "a" / "b", version, 8000, 3000, 1000)
+    group(mount / "a", version, 5000, 4000, 0)
+    group(mount, version, "max", 9000, 0)
+    found = machine._cgroup_limits(tmp_path / "cgroup", tmp_path / "own")
+    assert sorted(found) == [(5000, 4000), (8000, 2000)]
+    assert machine._cgroup_limits(tmp_path / "cgroup", tmp_path / "nothing") == []
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="control groups bound what Linux says")
+def test_a_container_s_limit_bounds_what_is_free(monkeypatch):
+    monkeypatch.setattr(machine, "_cgroup_limits", lambda: [(1 << 20, 1 << 18), (1 << 30, 0)])
+    assert machine.free_memory() == (1 << 20, (1 << 20) - (1 << 18))
+    monkeypatch.setattr(machine, "_cgroup_limits", lambda: [(1 << 20, 1 << 21)])
+    assert machine.free_memory() == (1 << 20, 0)
+
+
+def test_what_macos_counts_is_read():
+    text = "Mach Virtual Memory Statistics: (page size of 16384 bytes)\n" + "\n".join(
+        f"Pages {kind}:   {count}."
+        for kind, count in (("free", 10), ("active", 99), ("inactive", 20), ("speculative", 5))
+    )
+    assert machine._mac_free(text) == 35 * 16384
+    assert machine._mac_free("nothing of the kind") is None
+
+
+def test_budgets_are_what_is_free_and_what_this_process_holds_but_a_margin(monkeypatch):
+    monkeypatch.setattr(machine, "free_memory", lambda: (32 << 30, 10 << 30))
+    host, gpu = machine.budgets(replace(KNOWN, card=None))
+    assert gpu is None and (10 << 30) - machine.HOST_MARGIN <= host < 20 << 30
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 1 << 30)
+    monkeypatch.setattr(machine, "free_gpu", lambda: (8 << 30, 5 << 30))
+    assert machine.budgets(KNOWN)[1] == (6 << 30) + (500 << 20) - machine.GPU_MARGIN
+    monkeypatch.setattr(machine, "free_memory", lambda: (None, None))
+    with pytest.raises(ArgumentError, match="give the budget"):
+        machine.budgets(KNOWN)
+
+
+def test_a_gpu_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ArgumentError, match="no CUDA device 0"):
+        machine.free_gpu()
