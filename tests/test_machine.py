@@ -13,6 +13,7 @@ import torch
 from neox_lite.errors import ArgumentError
 from neox_lite.offload import machine
 from neox_lite.offload.plan import Card, Machine, Rates
+from neox_lite_app import doctor
 
 RATES = Rates(2e10, 3e11, 1e-5)
 KNOWN = Machine(RATES, 2.5e9, 400 << 20, Card("a card", 8 << 30, RATES, 1.2e10, 500 << 20))
@@ -45,27 +46,32 @@ def test_a_profile_is_measured_once_and_read_back_exactly(measurements):
 
 
 @pytest.mark.parametrize(
-    "change",
-    [
-        ("torch", lambda: 1),
-        ("threads", lambda: torch.set_num_threads(3)),
-        ("kernels", lambda: 1),
-    ],
-    ids=lambda change: change[0],
+    "name", ["format", "neox_lite", "torch", "cpu", "cores", "threads", "kernels", "gpu", "driver"]
 )
-def test_another_identity_is_measured_again(measurements, monkeypatch, change):
+def test_another_identity_has_a_profile_of_its_own(measurements, monkeypatch, name):
+    first = machine.identity()
     machine.profile()
-    name, act = change
+    monkeypatch.setattr(machine, "identity", lambda: {**first, name: "another"})
+    assert machine.profile(measure=False) is None
+    assert machine.profile() == KNOWN and len(measurements) == 2
+    monkeypatch.setattr(machine, "identity", lambda: first)
+    assert machine.profile() == KNOWN and len(measurements) == 2  # the first is still there
+
+
+def test_only_the_latest_profiles_are_kept(measurements, monkeypatch):
+    for threads in range(machine.MOST_KEPT + 1):
+        monkeypatch.setattr(machine, "identity", lambda threads=threads: {"threads": threads})
+        machine.profile()
+    assert len(measurements) == machine.MOST_KEPT + 1 == len(machine._kept()) + 1
+    monkeypatch.setattr(machine, "identity", lambda: {"threads": 0})
+    assert machine.profile(measure=False) is None
+
+
+def test_the_identity_follows_the_thread_count():
     threads = torch.get_num_threads()
     try:
-        if name == "threads":
-            act()
-        else:
-            here = {**machine.identity(), name: "another"}
-            monkeypatch.setattr(machine, "identity", lambda: here)
-        assert machine.profile(measure=False) is None
-        machine.profile()
-        assert len(measurements) == 2
+        torch.set_num_threads(threads + 1)
+        assert machine.identity()["threads"] == threads + 1
     finally:
         torch.set_num_threads(threads)
 
@@ -88,7 +94,7 @@ def test_a_forced_kernel_path_has_a_profile_of_its_own(measurements, monkeypatch
 def without(path):
     """A kept profile that lacks one entry."""
     kept = json.loads(machine.cache_file().read_text())
-    inner = kept
+    inner = kept["profiles"][0]
     for key in path[:-1]:
         inner = inner[key]
     del inner[path[-1]]
@@ -97,7 +103,7 @@ def without(path):
 
 def with_value(key, value):
     kept = json.loads(machine.cache_file().read_text())
-    kept["machine"][key] = value
+    kept["profiles"][0]["machine"][key] = value
     return json.dumps(kept)
 
 
@@ -108,6 +114,8 @@ def with_value(key, value):
         lambda: "not JSON",
         lambda: "[]",
         lambda: "null",
+        lambda: '{"profiles": 1}',
+        lambda: '{"profiles": [1, {}, null]}',
         lambda: machine.cache_file().read_text()[:-40],
         lambda: without(["machine"]),
         lambda: without(["machine", "card"]),
@@ -339,3 +347,11 @@ def test_a_gpu_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ArgumentError, match="no CUDA device 0"):
         machine.free_gpu()
+
+
+def test_doctor_shows_what_was_measured_and_how_to_measure_again(measurements):
+    assert doctor.rates(doctor.measured()) == "not measured yet; neox-lite plan does that"
+    machine.profile()
+    shown = doctor.rates(doctor.measured())
+    assert shown.startswith("CPU 20 GB/s of int4 weights, 0.30 TFLOP/s; GPU 20 GB/s") and "disk 2.5 GB/s" in shown
+    assert f"delete {machine.cache_file()} to measure again" in shown

@@ -15,7 +15,7 @@ import torch
 from neox_lite.errors import ArgumentError
 from neox_lite.kernels import cpu, dispatch
 from neox_lite.loading import cache_root
-from neox_lite.offload.machine import cpu_name, free_memory, profile
+from neox_lite.offload.machine import cache_file, cpu_name, free_memory, profile
 from neox_lite.version import __version__
 
 from .running import default_threads, print_json
@@ -116,7 +116,7 @@ def rates(found: dict[str, Any] | None) -> str:
         shown.append(f"GPU {_processor(found['card']['rates'])}, {bus:.0f} GB/s to it")
     if found["disk_bytes_per_s"] is not None:
         shown.append(f"disk {found['disk_bytes_per_s'] / 1e9:.1f} GB/s")
-    return "; ".join(shown)
+    return "; ".join(shown) + f" (delete {cache_file()} to measure again)"
 
 
 def _processor(rates: dict[str, float]) -> str:

@@ -41,6 +41,7 @@ from .plan import Card, Machine, Rates
 Progress = Callable[[int, int], object]  # steps done, steps in all
 
 FORMAT_VERSION = 1
+MOST_KEPT = 8  # profiles: of other thread counts or kernels on the same machine
 LARGE = (6144, 1)  # hidden size and layers: one of GPT-NeoX-20B, 234 MB as int4
 LARGE_ON_LITTLE = (2048, 8)  # where less than LITTLE is free
 LITTLE = 2 << 30
@@ -79,7 +80,7 @@ def profile(progress: Progress | None = None, measure: bool = True) -> Machine |
 
 
 def identity() -> dict[str, Any]:
-    """What the profile depends on; it is measured again when any of it changes."""
+    """What a profile depends on: another one is measured when any of it changes."""
     gpu = torch.cuda.is_available()
     return {
         "format": FORMAT_VERSION,
@@ -105,11 +106,20 @@ def cache_file() -> Path:
 
 def _load(here: dict[str, Any]) -> Machine | None:
     """The kept profile of this identity; None where there is none, or what is there is not one."""
+    for entry in _kept():
+        with suppress(LookupError, TypeError, ValueError):  # measured again, and written over
+            if entry["identity"] == here:
+                return _parse(entry["machine"])
+    return None
+
+
+def _kept() -> list[Any]:
+    """The entries of the file, whatever they are; none where there is no file, or it is not one of ours."""
     try:
-        kept = json.loads(cache_file().read_text(encoding="utf-8"))
-        return _parse(kept["machine"]) if kept["identity"] == here else None
-    except (OSError, ValueError, LookupError, TypeError):  # measured again, and written over
-        return None
+        found = json.loads(cache_file().read_text(encoding="utf-8"))["profiles"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return []
+    return found if isinstance(found, list) else []
 
 
 def _parse(kept: dict[str, Any]) -> Machine:
@@ -141,8 +151,11 @@ def _number(value: Any, allow_zero: bool = False) -> float:
 
 
 def _keep(here: dict[str, Any], found: Machine) -> None:
-    """Write the profile, whole or not at all; a folder that cannot be written is said once."""
-    text = json.dumps({"identity": here, "machine": asdict(found)}, indent=2) + "\n"
+    """Write the profile beside those of other identities, whole or not at all; a folder that cannot be written is said once."""
+    others = [entry for entry in _kept() if isinstance(entry, dict) and entry.get("identity") != here]
+    text = (
+        json.dumps({"profiles": [{"identity": here, "machine": asdict(found)}, *others][:MOST_KEPT]}, indent=2) + "\n"
+    )
     partial = None
     try:
         target = cache_file()
