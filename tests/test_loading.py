@@ -314,7 +314,7 @@ def test_config_dtype_beats_the_files(saved: Path) -> None:
         (
             {"device_map": "auto", "max_memory": {0: 0, "cpu": "1MB"}},
             ArgumentError,
-            r"does not fit: 0\.\d+ GiB of CPU memory are missing; .* would make it run",
+            r"does not fit: 0\.\d+ GiB of CPU memory are missing; .* more than the budget, would",
         ),
         ({"device_map": "auto", "max_memory": {0: 0, "cpu": "much"}}, ArgumentError, "'much' is not a size"),
         ({"device_map": "auto", "max_memory": {0: 0, "cpu": []}}, ArgumentError, r"\[\] is not a size"),
