@@ -517,7 +517,7 @@ def put(model: GPTNeoXPreTrainedModel, decision: Decision) -> None:
     if decision.head == "int8":
         assert model.source.folder is not None
         _use_small_head(model, model.source.folder)
-    model.kv, model.cache_pages = decision.kv, decision.most_pages
+    model.kv, model.cache_pages, model.plan = decision.kv, decision.most_pages, decision.plan
     if decision.placement is None:
         model.to(decision.device)
     else:

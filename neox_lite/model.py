@@ -27,6 +27,7 @@ from .generation import Event, GenerationMixin
 from .kernels.backend import Backend, Captured
 from .layers import GPTNeoXLayer, Linear, Rotary, norm_of
 from .offload.accelerator import Accelerator
+from .offload.plan import Plan
 from .offload.run import Placement, Runner
 
 Model = TypeVar("Model", bound="GPTNeoXPreTrainedModel")
@@ -101,6 +102,7 @@ class GPTNeoXPreTrainedModel(nn.Module):
         self.cache_pages: int | None = None  # most pages of a pool; None: as many as memory has
         self.exact = False  # whether quantized weights meet float32 activations where a backend could take coarser ones
         self.placement: Placement | None = None  # None: all parts are where the embedding is
+        self.plan: Plan | None = None  # what the loader placed it by, with predicted bytes and times
         self.accelerator: Accelerator | None = None  # what the placement's "gpu" is
         self._runner: Runner | None = None
         self._captured: WeakKeyDictionary[PagePool, Steps] = WeakKeyDictionary()

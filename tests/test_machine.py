@@ -198,7 +198,7 @@ def test_bytes_a_second_and_seconds_a_layer_are_a_line_through_two_sizes(monkeyp
 
     monkeypatch.setattr(machine, "Layers", Fake)
     monkeypatch.setattr(machine, "free_memory", lambda: (1 << 40, 1 << 40))
-    monkeypatch.setattr(machine, "_median_s", lambda call, device: call() if callable(call) else call)
+    monkeypatch.setattr(machine, "_seconds", lambda call, device: call() if callable(call) else call)
     found = machine.measure_rates(torch.device("cpu"))
     assert found.read_bytes_per_s == pytest.approx(expected.read_bytes_per_s)
     assert found.layer_s == pytest.approx(expected.layer_s, abs=1e-12) and found.flops_per_s == pytest.approx(1.0)
@@ -221,7 +221,7 @@ def test_little_memory_is_measured_with_smaller_layers(monkeypatch):
 
     monkeypatch.setattr(machine, "Layers", Fake)
     monkeypatch.setattr(machine, "free_memory", lambda: (4 << 30, 1 << 30))
-    monkeypatch.setattr(machine, "_median_s", lambda call, device: 1.0)
+    monkeypatch.setattr(machine, "_seconds", lambda call, device: 1.0)
     machine.measure_rates(torch.device("cpu"))
     assert made == [machine.LARGE_ON_LITTLE[0], machine.SMALL[0]]
 

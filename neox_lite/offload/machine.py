@@ -13,7 +13,6 @@ import math
 import os
 import platform
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -192,7 +191,7 @@ def _measured(progress: Progress) -> Machine:
 
 
 def measure_rates(device: torch.device, progress: Progress = lambda done, total: None) -> Rates:
-    """Rates of a device in int4 layers of groups of 128: medians, after a pass that compiles the kernels.
+    """Rates of a device in int4 layers of groups of 128.
 
     Bytes a second and seconds a layer are the line through one large layer and many small ones, at one token.
     """
@@ -200,13 +199,13 @@ def measure_rates(device: torch.device, progress: Progress = lambda done, total:
     large = LARGE_ON_LITTLE if free is not None and free < LITTLE else LARGE
     with torch.inference_mode():
         layers = Layers(device, *large)
-        large_s, large_bytes = _median_s(layers.decode(), device) / large[1], layers.nbytes / large[1]
-        many_s = _median_s(lambda: layers.prefill(MANY), device) / large[1]
+        large_s, large_bytes = _seconds(layers.decode(), device) / large[1], layers.nbytes / large[1]
+        many_s = _seconds(lambda: layers.prefill(MANY), device) / large[1]
         flops = 2 * layers.weights * MANY / many_s
         progress(1, 2)
         del layers
         layers = Layers(device, *SMALL)
-        small_s, small_bytes = _median_s(layers.decode(), device) / SMALL[1], layers.nbytes / SMALL[1]
+        small_s, small_bytes = _seconds(layers.decode(), device) / SMALL[1], layers.nbytes / SMALL[1]
         progress(2, 2)
     if large_s <= small_s:  # on a machine so busy that a small layer took longer than a large one
         return Rates(large_bytes / large_s, flops, 0.0)
@@ -278,8 +277,11 @@ def _fill(layer: GPTNeoXLayer) -> None:
             tensor.fill_(1)
 
 
-def _median_s(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of a call: the median of several, after one that compiles and one that warms up."""
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of a call that a quarter of all stay below, after one that compiles and one that warms up.
+
+    What else a machine does at the time only makes calls longer.
+    """
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     times: list[float] = []
     for _ in range(2):
@@ -291,7 +293,7 @@ def _median_s(call: Callable[[], object], device: torch.device) -> float:
         call()
         wait()
         times.append(time.perf_counter() - began)
-    return statistics.median(times)
+    return sorted(times)[len(times) // 4]
 
 
 def measure_card(progress: Progress = lambda done, total: None) -> Card:
@@ -308,7 +310,7 @@ def measure_bus(device: torch.device) -> float:
     """Bytes a second that are copied from pinned host memory to a GPU, in pieces of 256 MiB."""
     source = torch.zeros(BUS_BYTES, dtype=torch.uint8, pin_memory=True)
     target = torch.empty(BUS_BYTES, dtype=torch.uint8, device=device)
-    return BUS_BYTES / _median_s(lambda: target.copy_(source, non_blocking=True), device)
+    return BUS_BYTES / _seconds(lambda: target.copy_(source, non_blocking=True), device)
 
 
 def context_bytes() -> int:
@@ -394,7 +396,8 @@ def measure_process() -> int:
     if not Path("/proc/self/status").exists():
         return PROCESS_BYTES
     code = PROBE.format(path=[os.fspath(Path(p).absolute()) for p in sys.path], threads=torch.get_num_threads())
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    for _ in range(2):  # the first compiles kernels, which takes memory
+        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     if (held := _resident(out.stdout)) is None:
         raise ArgumentError(
             f"a process to measure memory in failed: {(out.stderr.strip().splitlines() or ['no word'])[-1]}"

@@ -21,14 +21,13 @@ TIERS = ("gpu", "cpu", "disk")
 KINDS = ("fp16", "int8")  # of the KV cache and of the head; fp16 stands for the model's own dtype
 PAGE = 128  # tokens a page of the KV cache
 CHUNK = 512  # tokens of a prompt that go through the model at a time
-WINDOW = 64 << 10  # bytes of a mapped file that come into memory with one row of the embedding
 SLOTS = 2  # layers on their way at a time: one is computed while the next one arrives
 CROSSING_S = 20e-6  # for activations to get from host to GPU or back
 MAX_PASS = 4096  # longest pass, in tokens, for which streaming is considered
 
-# Scratch memory of a pass, in numbers for each of its tokens.
-HIDDEN_SCRATCH = 8.0  # times the hidden size
-INNER_SCRATCH = 2.5  # times the inner size
+# Scratch memory of a pass, in numbers for each of its tokens: times the hidden and the inner size. The CPU's are measured.
+SCRATCH = {"cpu": (4.0, 1.6), "gpu": (8.0, 2.5)}
+ITEMSIZE = {"cpu": 4, "gpu": 2}  # of activations
 DECODED_SLICE = 64 << 20  # bytes of a weight written out for cuBLAS at a time
 CUBLAS_WORKSPACE = 32 << 20
 STAGING_SHARE = 0.5  # of the speed at which memory is read, for copying into a pinned slot: it is read and written
@@ -342,12 +341,12 @@ class Plan:
         }
         if stop:
             cpu["weights"] += sizes.rest + (0 if self.gpu_layers else head)
-            cpu["scratch"] = self._scratch_bytes(4)
+            cpu["scratch"] = self._scratch_bytes("cpu")
         gpu = {
             "weights": sum(sizes.layers[stop:]) + head + sizes.rest + self._embedding_bytes("gpu"),
             "cache": self.gpu_layers * kv,
             "ring": ring,
-            "scratch": self._scratch_bytes(2) + DECODED_SLICE + CUBLAS_WORKSPACE,
+            "scratch": self._scratch_bytes("gpu") + DECODED_SLICE + CUBLAS_WORKSPACE,
             "context": self.machine.card.context_bytes if self.machine.card else 0,
         }
         disk = {"weights": sum(sizes.layers[: self.disk_layers])}
@@ -379,18 +378,13 @@ class Plan:
     def _embedding_bytes(self, tier: str) -> int:
         if self.embedding_on != tier or (self.sizes.tied and self.head == "fp16" and self.head_on == tier):
             return 0  # elsewhere, or the head's own tensor
-        return self.sizes.embedding if tier == "gpu" else self._touched_bytes()
+        return self.sizes.embedding  # mapped, it comes into memory by the megabyte with every row that is read
 
-    def _touched_bytes(self) -> int:
-        """What a mapped embedding has in memory once random tokens have filled the cache."""
-        windows = -(-self.sizes.embedding // WINDOW)
-        touched = windows * -math.expm1(self.context * self.sequences * math.log1p(-1 / windows)) if windows > 1 else 1
-        return min(self.sizes.embedding, math.ceil(touched * WINDOW))
-
-    def _scratch_bytes(self, itemsize: int) -> int:
+    def _scratch_bytes(self, tier: str) -> int:
         tokens = min(CHUNK, self.context * self.sequences)
-        numbers = (HIDDEN_SCRATCH * self.sizes.hidden + INNER_SCRATCH * self.sizes.inner) * tokens
-        return math.ceil(numbers * itemsize) + self.sequences * self.sizes.vocabulary * 4  # logits are float32
+        hidden, inner = SCRATCH[tier]
+        numbers = (hidden * self.sizes.hidden + inner * self.sizes.inner) * tokens
+        return math.ceil(numbers * ITEMSIZE[tier]) + self.sequences * self.sizes.vocabulary * 4  # logits are float32
 
     # Time -------------------------------------------------------------------------------------------------------------
 
