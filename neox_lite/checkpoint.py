@@ -102,9 +102,13 @@ class Checkpoint:
         """Shape, dtype and file of a tensor, without reading it. Raises CheckpointError if there is no such tensor."""
         return self._file(name).infos[name]
 
-    def tensor(self, name: str) -> Tensor:
-        """The whole tensor in its stored dtype, mapped; changes to it stay in this process."""
-        return self._file(name).read(name)
+    def tensor(self, name: str, sparse: bool = False) -> Tensor:
+        """The whole tensor in its stored dtype, mapped; changes to it stay in this process.
+
+        sparse: single rows of it will be used, and the others are to take no memory.
+        """
+        file = self._file(name)
+        return file.read_sparsely(name) if sparse and isinstance(file, SafetensorsFile) else file.read(name)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows start..stop of the first dimension, mapped. Raises CheckpointError if they are not all there."""

@@ -364,7 +364,9 @@ class Blueprint:
                 stored, last = self.stored(key), key.rpartition(".")[2]
                 if stored not in self.checkpoint or last not in (*module._parameters, *module._buffers):
                     continue
-                mapped = value = self.checkpoint.tensor(stored)
+                mapped = value = self.checkpoint.tensor(
+                    stored, sparse=isinstance(module, nn.Embedding) and not self.tied
+                )
                 if last in module._parameters:
                     value = nn.Parameter(_converted(value, dtype, stored), requires_grad=False)
                 elif isinstance(module, Linear):

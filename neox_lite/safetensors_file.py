@@ -1,12 +1,14 @@
 """One safetensors file: its strict header, its memory map, its bytes when written. It knows no folder and no model."""
 
 import contextlib
+import ctypes
 import json
 import math
 import mmap
 import os
 import platform
 import stat
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +45,8 @@ MAX_HEADER_BYTES = 4 << 20
 MAX_DIMS = 64  # torch's own limit
 DATA_ALIGNMENT = 4096  # our files' data starts at a multiple of this, so a page of the file is a page of the tensor
 TENSOR_ALIGNMENT = 64
+HUGE_PAGE = 2 << 20
+MAP_FIXED = 0x10  # Linux's, everywhere
 
 
 @dataclass(frozen=True)
@@ -157,7 +161,8 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         """Raises CheckpointError with the path and the reason if it cannot be read or breaks the format's rules."""
         with open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
+            self._stat = os.fstat(file.fileno())
+            size = self._stat.st_size
             header, data_start = _read_header(file, size, path)
             self.infos, self.metadata = parse_header(header, data_start, size, path)
             self._map = _private_map(file.fileno(), size)
@@ -180,6 +185,22 @@ class SafetensorsFile:
             return torch.frombuffer(self._map, dtype=info.dtype, count=count, offset=offset).reshape(shape)
         raw = torch.frombuffer(self._map, dtype=torch.uint8, count=count * info.dtype.itemsize, offset=offset)
         return raw.clone().view(info.dtype).reshape(shape)
+
+    def read_sparsely(self, name: str) -> Tensor:
+        """The tensor, mapped so that a row that is used brings little else into memory; where that cannot be, as `read`."""
+        info = self.infos[name]
+        assert info.offset is not None
+        if sys.platform != "linux" or info.offset % info.dtype.itemsize or not info.nbytes:
+            return self.read(name)
+        with open_regular(info.file) as file:
+            if not os.path.samestat(
+                os.fstat(file.fileno()), self._stat
+            ):  # replaced since; the whole map is of the old one
+                return self.read(name)
+            memory, offset = _small_pages_map(file.fileno(), info.offset, info.nbytes)
+        return torch.frombuffer(memory, dtype=info.dtype, count=math.prod(info.shape), offset=offset).reshape(
+            info.shape
+        )
 
 
 def _read_header(file: Any, size: int, path: Path) -> tuple[bytes, int]:
@@ -258,11 +279,37 @@ def _private_map(fileno: int, size: int) -> mmap.mmap:
     """Map a file copy-on-write: readable and writable memory whose changes stay in this process."""
     if not hasattr(mmap, "MAP_PRIVATE"):
         return mmap.mmap(fileno, size, access=mmap.ACCESS_COPY)
-    # A writable private map counts as memory that may be needed, so Linux refuses one larger than RAM plus swap;
-    # NORESERVE says that we will not write it. The constant is missing from Python's mmap before 3.13.
+    return mmap.mmap(fileno, size, flags=_map_flags(), prot=mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+def _map_flags() -> int:
+    """A writable private map counts as memory that may be needed, so Linux refuses one larger than RAM plus swap.
+
+    NORESERVE says that we will not write it. The constant is missing from Python's mmap before 3.13.
+    """
     usual = 0x4000 if platform.system() == "Linux" and platform.machine() in ("x86_64", "aarch64") else 0
-    flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", usual)
-    return mmap.mmap(fileno, size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    return mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", usual)
+
+
+def _small_pages_map(fileno: int, start: int, size: int) -> tuple[mmap.mmap, int]:
+    """Bytes of a file mapped copy-on-write, on Linux: memory, and where in it they begin.
+
+    Linux lays a file's map so that huge pages of its cache can be mapped whole: 2 MB for a row of a few KB. Half a huge page
+    away from such a place it maps 64 KB at most.
+    """
+    first = start // mmap.PAGESIZE * mmap.PAGESIZE
+    length = start + size - first
+    memory = mmap.mmap(
+        -1, length + 2 * HUGE_PAGE, flags=_map_flags()
+    )  # owns the addresses; most of them become the file's
+    base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    target = base + (first + HUGE_PAGE // 2 - base) % HUGE_PAGE
+    system = ctypes.CDLL(None, use_errno=True)
+    system.mmap.restype = ctypes.c_void_p
+    system.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *3 * [ctypes.c_int], ctypes.c_int64]
+    if system.mmap(target, length, mmap.PROT_READ | mmap.PROT_WRITE, _map_flags() | MAP_FIXED, fileno, first) != target:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return memory, target - base + start - first
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from .ring import Image, install
 from .run import Placement
 
 NOMINAL = Rates(20e9, 3e11, 0.0)  # of a processor that was not measured; nothing but a prediction depends on it
-PROCESS_GROWTH = 64 << 20  # what binding the kernels adds to a process
+PROCESS_GROWTH = 16 << 20  # what binding the kernels adds to a process
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ TIERS = ("gpu", "cpu", "disk")
 KINDS = ("fp16", "int8")  # of the KV cache and of the head; fp16 stands for the model's own dtype
 PAGE = 128  # tokens a page of the KV cache
 CHUNK = 512  # tokens of a prompt that go through the model at a time
+WINDOW = 64 << 10  # bytes of a sparsely mapped file that come into memory with one row of the embedding
 SLOTS = 2  # layers on their way at a time: one is computed while the next one arrives
 CROSSING_S = 20e-6  # for activations to get from host to GPU or back
 MAX_PASS = 4096  # longest pass, in tokens, for which streaming is considered
@@ -378,7 +379,13 @@ class Plan:
     def _embedding_bytes(self, tier: str) -> int:
         if self.embedding_on != tier or (self.sizes.tied and self.head == "fp16" and self.head_on == tier):
             return 0  # elsewhere, or the head's own tensor
-        return self.sizes.embedding  # mapped, it comes into memory by the megabyte with every row that is read
+        return self.sizes.embedding if tier == "gpu" else self._touched_bytes()
+
+    def _touched_bytes(self) -> int:
+        """What a mapped embedding has in memory once random tokens have filled the cache."""
+        windows = -(-self.sizes.embedding // WINDOW)
+        touched = windows * -math.expm1(self.context * self.sequences * math.log1p(-1 / windows)) if windows > 1 else 1
+        return min(self.sizes.embedding, math.ceil(touched * WINDOW))
 
     def _scratch_bytes(self, tier: str) -> int:
         tokens = min(CHUNK, self.context * self.sequences)

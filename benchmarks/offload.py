@@ -1,0 +1,191 @@
+"""What a plan predicts beside what happens: memory by the system's own counters, and tokens a second.
+
+    python benchmarks/offload.py --scratch DIR --shapes pythia-160m,20b [--cpu-memory 3GiB] [--gpu-memory 8GiB,12GiB] --out DIR
+
+Each case is a process of its own that loads a model of random weights within its budgets, fills the context, and reads its
+counters. Writes a JSON and prints a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "quant"), str(ROOT / "app")]
+DECODE_TOKENS = 16
+SAMPLE_S = 0.02
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--scratch", type=Path, required=True, help="where models are kept between runs")
+    parser.add_argument("--shapes", default="pythia-160m,pythia-1.4b,pythia-6.9b,20b")
+    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--cpu-memory", default="", help="budgets, comma between; default: what is free")
+    parser.add_argument("--gpu-memory", default="", help="likewise")
+    parser.add_argument("--kv", choices=("fp16", "int8"))
+    parser.add_argument("--decode", type=int, default=DECODE_TOKENS)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--name", default="offload")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.case:
+        print(json.dumps(measure(**json.loads(args.case))))
+        return
+    rows = []
+    for shape in args.shapes.split(","):
+        folder = made(shape, args.scratch)
+        for gpu in args.gpu_memory.split(","):
+            for cpu in args.cpu_memory.split(","):
+                case = {"folder": str(folder), "context": args.context, "kv": args.kv, "decode": args.decode}
+                case["limits"] = {where: size for where, size in (("cuda", gpu), ("cpu", cpu)) if size}
+                rows.append({"shape": shape, **run(case)})
+                print(line(rows[-1]), flush=True)
+    if args.out:
+        target = args.out / f"{args.name}.json"
+        target.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+
+
+def made(shape: str, scratch: Path) -> Path:
+    """The folder of a shape's random int4 model with its int8 head, written if it is not there."""
+    from neox_lite.formats import GroupInt
+    from neox_lite_app.random_model import RandomModel, config_of
+
+    folder = scratch / shape
+    if not (folder / "config.json").is_file():
+        RandomModel(config_of(shape), GroupInt(4, 128), small_head=True).write(folder, lambda done, total: None)
+    return folder
+
+
+def run(case: dict[str, Any]) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--scratch", ".", "--case", json.dumps(case)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {**case, "error": (done.stderr.strip().splitlines() or ["no word"])[-1]}
+    return {**case, **json.loads(done.stdout.splitlines()[-1])}
+
+
+def measure(folder: str, context: int, kv: str | None, decode: int, limits: dict[str, str]) -> dict[str, Any]:
+    """In a process of its own: load, fill the context in chunks of 512, decode; counters, and the plan's figures."""
+    import torch
+
+    from neox_lite import GPTNeoXForCausalLM
+    from neox_lite_app.running import default_threads
+
+    torch.set_num_threads(default_threads())
+    began = time.perf_counter()
+    model = GPTNeoXForCausalLM.from_pretrained(
+        folder, device_map="auto", max_memory=limits or None, context=context, kv=kv
+    )
+    load_s = time.perf_counter() - began
+    with Counters() as counters:
+        ids = torch.randint(model.config.vocab_size, (context - decode,), generator=torch.Generator().manual_seed(0))
+        pool = model.new_pool(-(-context // 128))
+        sequence = pool.new()
+        model.step(pool, [sequence], [ids[:16].tolist()])  # compiles, and brings the weights into memory
+        prefill, steps = [], []
+        for part in ids[16:].split(512):
+            prefill.append((len(part), seconds(lambda part=part: model.step(pool, [sequence], [part.tolist()]))))
+        for _ in range(decode):
+            steps.append(seconds(lambda: model.step(pool, [sequence], [[1]])))
+    plan = model.plan
+    whole = [n / s for n, s in prefill if n == 512]
+    return {
+        "load_s": load_s,
+        "layers": {tier: plan.layers.count(tier) for tier in ("gpu", "cpu", "disk")},
+        "kv": plan.kv,
+        "head": plan.head,
+        "predicted": {
+            **plan.totals,
+            "decode_tokens_per_s": 1 / plan.pass_s(1, context),
+            "prefill_tokens_per_s": plan.prefill_tokens_per_s,
+        },
+        "parts": plan.parts,
+        "measured": {
+            **counters.found,
+            "decode_tokens_per_s": 1 / statistics.median(steps[2:]),
+            "prefill_tokens_per_s": statistics.median(whole) if whole else None,
+        },
+    }
+
+
+def seconds(work: Any) -> float:
+    began = time.perf_counter()
+    work().argmax(-1).tolist()  # waits for a GPU
+    return time.perf_counter() - began
+
+
+class Counters:
+    """The most memory that the system and the GPU's driver count for this process meanwhile."""
+
+    def __enter__(self) -> Counters:
+        self.found: dict[str, int] = {}
+        self._ended = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._watcher.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._ended.wait(SAMPLE_S):
+            self._look()
+
+    def _look(self) -> None:
+        text = Path("/proc/self/status").read_text()
+        held = {kind: int(kib) << 10 for kind, kib in re.findall(r"^Rss(Anon|File|Shmem):\s*(\d+) kB", text, re.M)}
+        now = {"cpu": sum(held.values()), "cpu_anonymous": held["Anon"] + held["Shmem"], "cpu_files": held["File"]}
+        self.found = {key: max(value, self.found.get(key, 0)) for key, value in now.items()}
+
+    def __exit__(self, *_: object) -> None:
+        import torch
+
+        self._ended.set()
+        self._watcher.join()
+        self._look()
+        if torch.cuda.is_available():
+            from neox_lite.offload.machine import context_bytes
+
+            self.found["gpu"] = torch.cuda.max_memory_reserved() + context_bytes()
+            free, total = torch.cuda.mem_get_info()
+            self.found["gpu_used_by_all"] = total - free
+
+
+def line(row: dict[str, Any]) -> str:
+    """One case as text."""
+    where = ", ".join(f"{name} {size}" for name, size in row["limits"].items()) or "what is free"
+    if "error" in row:
+        return f"{row['shape']:<12} {where}: {row['error']}"
+    predicted, measured, layers = row["predicted"], row["measured"], row["layers"]
+    memory = [
+        f"{tier} {predicted[tier] / 1e6:.0f} MB, {measured[tier] / 1e6:.0f} seen ({predicted[tier] / measured[tier] - 1:+.1%})"
+        for tier in ("gpu", "cpu")
+        if measured.get(tier) and predicted[tier]
+    ]
+    speeds = [
+        f"{kind} {predicted[f'{kind}_tokens_per_s']:.2f}, measured {measured[f'{kind}_tokens_per_s'] or 0:.2f} tokens/s"
+        for kind in ("decode", "prefill")
+    ]
+    kinds = f"{row['kv']} cache, {row['head']} head"
+    placed = "/".join(str(layers[tier]) for tier in ("gpu", "cpu", "disk"))
+    return f"{row['shape']:<12} within {where}: layers {placed}, {kinds}; {'; '.join(memory + speeds)}"
+
+
+def machine() -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from neox_lite.offload.machine import identity, profile
+
+    return {**identity(), "rates": asdict(profile()), "load_average": os.getloadavg()[0]}
+
+
+if __name__ == "__main__":
+    main()
