@@ -433,7 +433,7 @@ def test_a_card_is_planned_for_by_its_specifications_and_labelled(run, folder):
 
 def test_what_does_not_fit_is_an_answer_with_the_bytes_that_lack(run, folder):
     code, out, _ = run(folder, "--cpu-memory", "1GiB")
-    assert code == 0 and "does not fit, 1.5 GiB of CPU memory short" in out and "tokens/s" not in out
+    assert code == 0 and re.search(r"does not fit, \d\.\d GiB of CPU memory short", out) and "tokens/s" not in out
     assert re.search(r"advice +\S+GiB of CPU memory, .* would make it run, with layers read from the disk", out)
     assert json.loads(run(folder, "--cpu-memory", "1GiB", "--json")[1])["fits"] is False
 

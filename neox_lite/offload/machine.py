@@ -36,6 +36,7 @@ from ..kernels import cpu, dispatch
 from ..layers import GPTNeoXLayer, Linear, Rotary
 from ..version import __version__
 from .plan import Card, Machine, Rates
+from .ring import Files, Origin
 
 Progress = Callable[[int, int], object]  # steps done, steps in all
 
@@ -50,7 +51,7 @@ SECONDS = 0.6  # to repeat a measurement for
 REPEATS = (3, 25)  # least and most
 BUS_BYTES = 256 << 20
 DISK_BYTES = 1 << 30
-READ_BYTES = 16 << 20
+SLOT_BYTES = 128 << 20  # of a file read at a time: a layer or so
 CONTEXT_BYTES = 512 << 20  # of a driver's context where the driver does not say
 PROCESS_BYTES = 600 << 20  # of a process that has imported torch, where the system does not say
 HOST_MARGIN = 512 << 20  # of what is free now, left to the rest of the system
@@ -345,22 +346,22 @@ def measure_disk() -> float | None:
 
 
 def disk_rate(path: Path) -> float | None:
-    """Bytes a second at which up to 1 GiB of a file comes from its disk, in reads of 16 MiB one after the other.
+    """Bytes a second at which up to 1 GiB of a file comes from its disk, read as layers on the disk are.
 
     What memory keeps of the file is dropped first; pages that a process has mapped stay, so what counts is the bytes that
-    the system says came from the disk. None on systems that do not say, or where none did.
+    the system says came from the disk. None on systems that do not say, or where few did.
     """
     if not hasattr(os, "posix_fadvise"):
         return None
-    before = _disk_reads()
-    with path.open("rb", buffering=0) as file:
-        size = min(DISK_BYTES, os.fstat(file.fileno()).st_size)
+    with path.open("rb") as file:
+        found = os.fstat(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        began = time.perf_counter()
-        for start in range(0, size, READ_BYTES):
-            os.pread(file.fileno(), min(READ_BYTES, size - start), start)
-        seconds = time.perf_counter() - began
-    after = _disk_reads()
+    files, size = Files(), min(DISK_BYTES, found.st_size)
+    slot = torch.empty(min(SLOT_BYTES, size), dtype=torch.uint8).fill_(0)
+    before, began = _disk_reads(), time.perf_counter()
+    for start in range(0, size, SLOT_BYTES):
+        files.read([(Origin(path, start, found.st_mtime_ns), slot[: size - start])])
+    seconds, after = time.perf_counter() - began, _disk_reads()
     if before is None or after is None or after - before < size // 4:
         return None
     return (after - before) / seconds
