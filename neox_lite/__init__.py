@@ -11,6 +11,7 @@ from .model import (
     GPTNeoXModel,
     GPTNeoXPreTrainedModel,
 )
+from .speculative import Speculation
 from .tokenizer import GPTNeoXTokenizerFast
 from .version import __version__
 
@@ -26,5 +27,6 @@ __all__ = [
     "GPTNeoXTokenizerFast",
     "GenerationConfig",
     "NeoxLiteError",
+    "Speculation",
     "__version__",
 ]

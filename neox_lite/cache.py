@@ -5,8 +5,10 @@ Knows no model: keys and values come and go as tensors; a page number means the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from torch import Tensor
 from .errors import ArgumentError, CacheError
 
 PAGE = 128  # tokens a page
+KEPT = 64  # sequences that a PrefixCache holds at most
 TOP = 127  # largest int8 code; -128 is left out, so that the codes of x and -x are each other's negatives
 
 
@@ -31,7 +34,8 @@ class PagePool:
 
     storage[layer] is (pages, 2, heads, 128, head_dim) in `dtype` on that layer's device; index 0 holds keys, 1 values.
     Where dtype is int8, storage holds codes and scales[layer], (pages, 2, heads, 128) float16, what one code of a token's
-    head stands for; else scales is []. The pool doubles as it fills, up to `limit` pages; then CacheError.
+    head stands for; else scales is []. The pool doubles as it fills, up to `limit` pages; then CacheError. Before it grows or
+    fails, `reclaim` is told how many free pages are wanted and may free sequences that nobody waits for.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class PagePool:
         if not dtype.is_floating_point and dtype != torch.int8:
             raise ArgumentError(f"the KV cache's dtype is {dtype}, expected a floating-point one or torch.int8")
         self.dtype, self.limit = dtype, limit
+        self.reclaim: Callable[[int], object] | None = None
         self.storage = [torch.empty(0, 2, heads, PAGE, head_dim, dtype=dtype, device=d) for d in devices]
         scaled = devices if dtype == torch.int8 else ()
         self.scales = [torch.empty(0, 2, heads, PAGE, dtype=torch.float16, device=d) for d in scaled]
@@ -74,17 +79,23 @@ class PagePool:
         self._alive(sequence)
         self._trim(sequence)
         used = sequence.length % PAGE
-        shared = count > 0 and used > 0 and self._users[sequence.pages[-1]] > 1
-        wanted = -(-(sequence.length + count) // PAGE) - len(sequence.pages)
-        if (lacking := wanted + shared - len(self._free)) > 0:
+        new = -(-(sequence.length + count) // PAGE) - len(sequence.pages)
+
+        def wanted() -> int:
+            """Pages, with the one for a copy where others hold the page that is written to."""
+            return new + (count > 0 and used > 0 and self._users[sequence.pages[-1]] > 1)
+
+        if wanted() > len(self._free) and self.reclaim is not None:
+            self.reclaim(wanted())
+        if (lacking := wanted() - len(self._free)) > 0:
             self._grow(self.pages + lacking)
-        if shared:  # copy on write
-            old, new = sequence.pages[-1], self._take()
+        if wanted() > new:  # copy on write
+            old, copy = sequence.pages[-1], self._take()
             for s in (*self.storage, *self.scales):
-                s[new, :, :, :used] = s[old, :, :, :used]
+                s[copy, :, :, :used] = s[old, :, :, :used]
             self._drop(old)
-            sequence.pages[-1] = new
-        sequence.pages += [self._take() for _ in range(wanted)]
+            sequence.pages[-1] = copy
+        sequence.pages += [self._take() for _ in range(new)]
 
     def fork(self, sequence: Sequence) -> Sequence:
         """A second sequence with the same tokens; the pages are shared until one of the two writes to them."""
@@ -159,13 +170,99 @@ class PagePool:
                 f"the KV cache is full: {self.limit} pages of {PAGE} tokens, {pages - used} free, "
                 f"{at_least - used} needed; free sequences or give the cache more memory"
             )
-        for tensors in (self.storage, self.scales):
-            for i, old in enumerate(tensors):
-                new = old.new_empty(pages, *old.shape[1:])
-                new[: self.pages] = old
-                tensors[i] = new
+        with torch.inference_mode(False):  # a pool may outlive the caller's inference mode, and is written to in place
+            for tensors in (self.storage, self.scales):
+                for i, old in enumerate(tensors):
+                    new = old.new_empty(pages, *old.shape[1:])
+                    new[: self.pages] = old
+                    tensors[i] = new
         self._free += reversed(range(self.pages, pages))  # popped from the end: low numbers first
         self._users += [0] * (pages - self.pages)
+
+
+@dataclass(eq=False)
+class Kept:
+    """A sequence that no call works on: its ids (tokens,) int64, and the logits that followed the first `prompt` of them."""
+
+    ids: Tensor
+    sequence: Sequence
+    prompt: int
+    logits: Tensor | None
+
+
+class PrefixCache:
+    """Sequences that outlive the call that made them, so that a prompt which begins like one is not computed again.
+
+    Kept sequences hold at most `budget` pages of the pool, those they share counted once; the least recently used goes first,
+    also where live sequences need more pages than the budget, or the pool, has left. With a budget of 0 nothing is kept.
+    """
+
+    def __init__(self, pool: PagePool, budget: int) -> None:
+        self.pool, self.budget = pool, budget
+        self._kept: list[Kept] = []  # the one used last is last
+        give_up = WeakMethod(
+            self.give_up
+        )  # else the two would keep each other alive, until the garbage collector comes
+        pool.reclaim = lambda wanted: (call := give_up()) and call(wanted)
+
+    def take(self, ids: List[int]) -> tuple[Sequence, Tensor | None]:
+        """A sequence with the longest known beginning of ids, and the logits after the last of ids where those are known.
+
+        Without known logits, at least one id is left to compute.
+        """
+        wanted = torch.tensor(ids)
+        lengths = [_common(wanted, kept.ids) for kept in self._kept]
+        for i, kept in enumerate(self._kept):
+            if kept.logits is not None and lengths[i] == len(ids) == kept.prompt:
+                return self._fork(i, len(ids)), kept.logits.clone()  # a caller's processor may write to it
+        best = max(range(len(lengths)), key=lambda i: lengths[i], default=None)
+        if best is None or (length := min(lengths[best], len(ids) - 1)) == 0:
+            return self.pool.new(), None
+        return self._fork(best, length), None
+
+    def keep(self, ids: Tensor, sequence: Sequence, prompt: int = 0, logits: Tensor | None = None) -> None:
+        """Take over a sequence and its ids (tokens,); logits (vocabulary,), if given, followed the first `prompt` of them."""
+        if not self.budget or not sequence.length:
+            self.pool.free(sequence)
+            return
+        for i in reversed(range(len(self._kept))):
+            if torch.equal(self._kept[i].ids, ids):
+                self._drop(i)
+        self._kept.append(Kept(ids.clone(), sequence, prompt, logits))
+        while len(self._kept) > KEPT or self.pages > self.budget:
+            self._drop(0)
+
+    @property
+    def pages(self) -> int:
+        """Pages that kept sequences hold."""
+        return len({page for kept in self._kept for page in kept.sequence.pages})
+
+    def give_up(self, wanted: int) -> None:
+        """Free kept sequences, until `wanted` pages are free or the pool may grow by what is lacking."""
+        while self._kept and self.pool.pages + max(0, wanted - self.pool.free_pages) > self.budget:
+            self._drop(0)
+
+    def clear(self) -> None:
+        """Free all kept sequences."""
+        while self._kept:
+            self._drop(0)
+
+    def _fork(self, i: int, length: int) -> Sequence:
+        """The first tokens of a kept sequence, which is now the one used last."""
+        self._kept.append(kept := self._kept.pop(i))
+        fork = self.pool.fork(kept.sequence)
+        self.pool.truncate(fork, length)
+        return fork
+
+    def _drop(self, i: int) -> None:
+        self.pool.free(self._kept.pop(i).sequence)
+
+
+def _common(a: Tensor, b: Tensor) -> int:
+    """How many ids two sequences (tokens,) begin with in common."""
+    length = min(len(a), len(b))
+    different = (a[:length] != b[:length]).nonzero()
+    return int(different[0]) if len(different) else length
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:

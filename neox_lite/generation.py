@@ -6,30 +6,43 @@ import dataclasses
 import difflib
 import json
 import os
+import threading
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from .cache import PAGE, PagePool
+from .cache import PAGE, PrefixCache
 from .cache import Sequence as CachedSequence
 from .config import GPTNeoXConfig, read_json
 from .errors import ArgumentError, ConfigError, ContextLengthError, UnsupportedError
 from .sampling import Processor, Sampling, choose
+from .speculative import (
+    LONGEST,
+    Drafting,
+    DraftModel,
+    PassTimes,
+    PromptLookup,
+    Speculation,
+    check_vocabularies,
+)
+from .stepper import Stepper, advance
 from .tokenizer import GPTNeoXTokenizerFast, StreamDecoder
 
-PREFILL_TOKENS = 512  # tokens of a prompt that go through the model at a time
 DEFAULT_NEW_TOKENS = 20  # transformers' default
 MAX_RETURN_SEQUENCES = 1 << 12  # bounds on what a hostile generation_config.json can ask for
 MAX_TOKEN_ID = 1 << 31
+MAX_DRAFT = 1 << 10
+NEW_POOL_PAGES = 64  # that a pool without a limit starts with at most
 
 SAMPLING_FIELDS = {f.name for f in dataclasses.fields(Sampling)}
 # transformers' options that are honoured only at the value that means "off", with what to do instead.
@@ -40,8 +53,6 @@ OFF_ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "dola_layers": ((None,), "DoLa is not supported; use do_sample=True with top_p"),
     "constraints": ((None,), "constrained beams are not supported; use logits_processor"),
     "force_words_ids": ((None,), "constrained beams are not supported; use logits_processor"),
-    "assistant_model": ((None,), "speculative decoding is not in this version; leave it out"),
-    "prompt_lookup_num_tokens": ((None,), "speculative decoding is not in this version; leave it out"),
     "guidance_scale": ((None, 1, 1.0), "classifier-free guidance is not supported; use logits_processor"),
     "return_dict_in_generate": ((None, False), "generate returns ids; use stream() for more"),
     "output_scores": ((None, False), "use logits_processor to see the scores"),
@@ -77,7 +88,6 @@ NO_EFFECT = {
     "remove_invalid_values",
     "transformers_version",
     "decoder_start_token_id",
-    "num_assistant_tokens",
     "num_assistant_tokens_schedule",
     "cache_implementation",
     "low_memory",
@@ -85,14 +95,6 @@ NO_EFFECT = {
     "synced_gpus",
     "disable_compile",
 }
-
-
-class Stepper(Protocol):
-    """What generation asks of a model: a pool for its cache, and logits after appending tokens to sequences."""
-
-    def new_pool(self, pages: int = 0, limit: int | None = None) -> PagePool: ...
-
-    def step(self, pool: PagePool, sequences: Sequence[CachedSequence], tokens: Sequence[Sequence[int]]) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,10 @@ class Options:
     the token that completes one, `stream` cuts the text before it. bos_token_id starts an empty prompt.
     num_return_sequences: samples of each prompt. logits_processor: callables (ids (1, n), logits (1, vocabulary)) -> logits;
     stopping_criteria: callables (ids (1, n), logits) -> bool. streamer: an object with put(ids) and end().
+
+    assistant_model: a smaller model with the same tokenizer that drafts, at most num_assistant_tokens at a time;
+    prompt_lookup_num_tokens: drafts of at most so many tokens are looked up in the prompt and what followed it instead. Neither
+    changes a token (speculative.py); drafts are as long as pays. speculation: counts what came of them.
     """
 
     sampling: Sampling = field(default_factory=Sampling)
@@ -129,6 +135,10 @@ class Options:
     logits_processor: tuple[Callable[[Tensor, Tensor], Tensor], ...] = ()
     stopping_criteria: tuple[Callable[[Tensor, Tensor], Any], ...] = ()
     streamer: Any = None
+    assistant_model: Any = None
+    num_assistant_tokens: int | None = None
+    prompt_lookup_num_tokens: int | None = None
+    speculation: Speculation = field(default_factory=Speculation)
 
     @classmethod
     def parse(cls, *layers: dict[str, Any]) -> Options:
@@ -157,6 +167,8 @@ class Options:
         for name in ("max_new_tokens", "max_length", "min_new_tokens", "min_length"):
             _check_count(name, merged.get(name), 0)
         _check_count("num_return_sequences", merged.get("num_return_sequences"), 1, MAX_RETURN_SEQUENCES)
+        for name in ("num_assistant_tokens", "prompt_lookup_num_tokens"):
+            _check_count(name, merged.get(name), 1, MAX_DRAFT)
         for name in ("bos_token_id", "pad_token_id"):
             _check_count(name, merged.get(name), -1, MAX_TOKEN_ID)
         merged["eos_token_id"] = _ids(merged.get("eos_token_id"))
@@ -165,6 +177,7 @@ class Options:
             merged[name] = _callables(name, merged.get(name, ()))
         if "streamer" in merged and not (hasattr(merged["streamer"], "put") and hasattr(merged["streamer"], "end")):
             raise ArgumentError(f"streamer is {merged['streamer']!r}, expected an object with put(ids) and end()")
+        _check_drafts(merged)
         options = cls(sampling=sampling, **merged)
         if options.num_return_sequences > 1 and sampling.greedy:
             raise ArgumentError(
@@ -220,6 +233,16 @@ def _check_count(name: str, value: Any, low: int, high: int | None = None) -> No
     if value is not None and not valid:
         bound = "" if high is None else f" and at most {high}"
         raise ArgumentError(f"{name} is {value!r}, expected an integer of at least {low}{bound}")
+
+
+def _check_drafts(merged: dict[str, Any]) -> None:
+    draft, counts = merged.get("assistant_model"), merged.get("speculation")
+    if draft is not None and not all(hasattr(draft, name) for name in ("new_pool", "step", "config")):
+        raise ArgumentError(f"assistant_model is a {type(draft).__name__}, expected a GPTNeoXForCausalLM")
+    if draft is not None and merged.get("prompt_lookup_num_tokens") is not None:
+        raise ArgumentError("assistant_model and prompt_lookup_num_tokens exclude each other; leave one out")
+    if counts is not None and not isinstance(counts, Speculation):
+        raise ArgumentError(f"speculation is a {type(counts).__name__}, expected a Speculation to count in")
 
 
 def _ids(value: Any) -> tuple[int, ...]:
@@ -291,7 +314,7 @@ class StopText:
         return text[:hold]
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
     """One sequence being generated."""
 
@@ -303,6 +326,7 @@ class Row:
     tokens: list[int] = field(default_factory=list)
     piece: str = ""  # text that the last token completed
     finish_reason: str | None = None
+    after_prompt: Tensor | None = None  # logits (vocabulary,)
 
     def __post_init__(self) -> None:
         self._ids = torch.tensor(self.prompt + [0] * self.limit)
@@ -318,12 +342,17 @@ class Row:
 
 
 def decode(
-    stepper: Stepper, pool: PagePool, rows: Sequence[Row], options: Options, missing_ids: Tensor | None = None
+    stepper: Stepper,
+    prefixes: PrefixCache,
+    rows: Sequence[Row],
+    options: Options,
+    missing_ids: Tensor | None = None,
+    drafting: Drafting | None = None,
 ) -> Generator[list[Row], None, None]:
     """Generate all rows together; each iteration yields the rows that just got a token.
 
-    missing_ids (n,) int64: ids that are never chosen. Rows with equal prompts share one prefill. Pages are freed as rows
-    end, also when the caller stops early.
+    missing_ids (n,) int64: ids that are never chosen. Rows with equal prompts share one prefill. Sequences go back to
+    `prefixes` as rows end, also when the caller stops early; after an error they are freed.
     """
     steps = _processors(options, missing_ids)
     active = [row for row in rows if row.limit > 0]
@@ -331,60 +360,141 @@ def decode(
         if row.limit == 0:
             row.finish_reason = "length"
     try:
-        logits = _prefill(stepper, pool, active)
+        drafts: list[list[int]] = [[] for _ in active]
+        scores = [logits[None] for logits in _prefill(stepper, prefixes, active)]
         while active:
-            for row, scores in zip(active, logits, strict=True):
-                _choose_token(row, scores, options, steps)
-                if row.finish_reason:
-                    _free(pool, row)
-            yield active
+            before = [len(row.tokens) for row in active]
+            for chosen in _accept(active, scores, drafts, options, steps):
+                for row in chosen:
+                    if row.finish_reason:
+                        _end(prefixes, drafting, row)
+                yield chosen
+            if drafting is not None and before[0]:
+                drafting.judge(drafts, [row.tokens[n:] for row, n in zip(active, before, strict=True)])
             active = [row for row in active if not row.finish_reason]
             if active:
-                sequences = [row.sequence for row in active if row.sequence is not None]
-                logits = list(stepper.step(pool, sequences, [row.tokens[-1:] for row in active]).cpu())
+                drafts, scores = _pass(stepper, prefixes, active, drafting)
+    except Exception:
+        for row in rows:
+            _free(prefixes, row)  # what an error left is not for later prompts
+        raise
     finally:
         for row in rows:
-            _free(pool, row)
+            _end(prefixes, drafting, row)
 
 
-def _free(pool: PagePool, row: Row) -> None:
+def _accept(
+    rows: Sequence[Row],
+    scores: Sequence[Tensor],
+    drafts: Sequence[Sequence[int]],
+    options: Options,
+    steps: list[Processor],
+) -> Iterator[list[Row]]:
+    """Choose a token for every row, then the next for those whose draft said the same, and so on; yields who got one.
+
+    scores[i] (drafted tokens + 1, vocabulary).
+    """
+    going = list(zip(rows, scores, drafts, strict=True))
+    depth = 0
+    while going:
+        for row, logits, _ in going:
+            _choose_token(row, logits[depth], options, steps)
+        yield [row for row, _, _ in going]
+        going = [
+            (row, logits, draft)
+            for row, logits, draft in going
+            if not row.finish_reason and depth < len(draft) and draft[depth] == row.tokens[-1]
+        ]
+        depth += 1
+
+
+def _pass(
+    stepper: Stepper, prefixes: PrefixCache, rows: Sequence[Row], drafting: Drafting | None
+) -> tuple[list[list[int]], list[Tensor]]:
+    """A draft for each row, and logits (drafted tokens + 1, vocabulary) after its last token and every drafted one."""
+    pool, sequences = prefixes.pool, []
+    drafts: list[list[int]] = [[] for _ in rows]
+    for row in rows:
+        assert row.sequence is not None
+        pool.truncate(row.sequence, len(row.history) - 1)  # without what was drafted in vain
+        sequences.append(row.sequence)
+    last = [row.tokens[-1:] for row in rows]
+    if drafting is None:
+        return drafts, list(stepper.step(pool, sequences, last).cpu().split(1))
+    drafts = drafting.drafts(rows, [row.limit - len(row.tokens) - 1 for row in rows])
+    tokens = [ids + draft for ids, draft in zip(last, drafts, strict=True)]
+    with drafting.timing():
+        every = {"every": True} if any(drafts) else {}  # a Stepper that never drafts need not know the word
+        logits = stepper.step(pool, sequences, tokens, **every).cpu()
+    return drafts, list(logits.split([len(ids) for ids in tokens]))
+
+
+def _end(prefixes: PrefixCache, drafting: Drafting | None, row: Row) -> None:
+    """Give back what a row holds, for later prompts that begin alike."""
+    if drafting is not None:
+        drafting.drafter.drop(row)
     if row.sequence is not None:
-        pool.free(row.sequence)
+        cached = min(row.sequence.length, max(len(row.history) - 1, len(row.prompt)))
+        prefixes.pool.truncate(row.sequence, cached)
+        prefixes.keep(row.history[:cached], row.sequence, len(row.prompt), row.after_prompt)
         row.sequence = None
 
 
-def _prefill(stepper: Stepper, pool: PagePool, rows: Sequence[Row]) -> list[Tensor]:
-    """Logits (vocabulary,) after each row's prompt.
+def _free(prefixes: PrefixCache, row: Row) -> None:
+    if row.sequence is not None:
+        prefixes.pool.free(row.sequence)
+        row.sequence = None
 
-    Prompts go through the model together, PREFILL_TOKENS at a time; one that came before is forked, not computed again.
+
+def _prefill(stepper: Stepper, prefixes: PrefixCache, rows: Sequence[Row]) -> list[Tensor]:
+    """Logits (vocabulary,) after each row's prompt, of which only what no earlier prompt began with is computed.
+
+    Prompts go through the model together; one that came before is forked.
     """
-    sequences: dict[tuple[int, ...], CachedSequence] = {}
     logits: dict[tuple[int, ...], Tensor] = {}
+    first: dict[tuple[int, ...], Row] = {}
     for row in rows:
-        if (prompt := tuple(row.prompt)) not in sequences:
-            row.sequence = sequences[prompt] = pool.new()
-    waiting = list(sequences)
-    while waiting:
-        pieces, room = {}, PREFILL_TOKENS
-        for prompt in waiting:
-            if room:
-                pieces[prompt] = prompt[sequences[prompt].length :][:room]
-                room -= len(pieces[prompt])
-        scores = stepper.step(pool, [sequences[prompt] for prompt in pieces], list(pieces.values())).cpu()
-        logits |= zip(pieces, scores, strict=True)
-        waiting = [prompt for prompt in waiting if sequences[prompt].length < len(prompt)]
+        if (prompt := tuple(row.prompt)) not in first:
+            first[prompt] = row
+            row.sequence, known = prefixes.take(prompt)
+            if known is not None:
+                logits[prompt] = known
+    sequences = {prompt: row.sequence for prompt, row in first.items() if prompt not in logits and row.sequence}
+    rest = [prompt[sequence.length :] for prompt, sequence in sequences.items()]
+    logits |= zip(sequences, advance(stepper, prefixes.pool, list(sequences.values()), rest), strict=True)
+    kept = {prompt: found.clone() if prefixes.budget else None for prompt, found in logits.items()}
     for row in rows:
-        if row.sequence is None:
-            row.sequence = pool.fork(sequences[tuple(row.prompt)])
+        prompt = tuple(row.prompt)
+        if row is not first[prompt]:
+            source = first[prompt].sequence
+            assert source is not None
+            row.sequence = prefixes.pool.fork(source)
+        row.after_prompt = kept[prompt]
     return [logits[tuple(row.prompt)] for row in rows]
 
 
-def _processors(options: Options, missing_ids: Tensor | None) -> list[Processor]:
+def _processors(options: Options, missing_ids: Tensor | None, users: bool = True) -> list[Processor]:
     """Everything between logits and choice: ids that do not exist, then sampling's own steps around the user's."""
     steps: list[Processor] = []
     if missing_ids is not None and len(missing_ids):
         steps.append(lambda history, logits: logits.index_fill(0, missing_ids, float("-inf")))
-    return steps + options.sampling.processors([_of_rows(user) for user in options.logits_processor])
+    return steps + options.sampling.processors([_of_rows(user) for user in options.logits_processor if users])
+
+
+def _draft_choice(options: Options, missing_ids: Tensor, vocabulary: int) -> Callable[[Any, Tensor, Tensor], int]:
+    """How a draft model's logits become an id of the target's vocabulary: as the target's own do.
+
+    The user's processors are left out: they may remember their calls, which are one for each token.
+    """
+    steps = _processors(options, missing_ids, users=False)
+
+    def draw(row: Row, history: Tensor, logits: Tensor) -> int:
+        lacking = max(0, vocabulary - len(logits))
+        logits = functional.pad(logits[:vocabulary], (0, lacking), value=float("-inf"))
+        logits = _hold_back_end(len(row.prompt), len(history), logits, options)
+        return choose(logits, history, row.stream, options.sampling, steps)
+
+    return draw
 
 
 def _of_rows(user: Processor) -> Processor:
@@ -393,10 +503,7 @@ def _of_rows(user: Processor) -> Processor:
 
 
 def _choose_token(row: Row, logits: Tensor, options: Options, steps: list[Processor]) -> None:
-    early = len(row.tokens) < options.min_new_tokens or len(row.history) < options.min_length
-    if early and options.eos_token_id:
-        known = [i for i in options.eos_token_id if i < len(logits)]
-        logits = logits.index_fill(0, torch.tensor(known, dtype=torch.long), float("-inf"))
+    logits = _hold_back_end(len(row.prompt), len(row.history), logits, options)
     token = choose(logits, row.history, row.stream, options.sampling, steps)
     row.append(token)
     row.piece = row.text.put(token) if row.text is not None else ""
@@ -407,6 +514,15 @@ def _choose_token(row: Row, logits: Tensor, options: Options, steps: list[Proces
         row.finish_reason = "length"
     if row.finish_reason and row.text is not None:
         row.piece += row.text.end()
+
+
+def _hold_back_end(prompt_tokens: int, tokens: int, logits: Tensor, options: Options) -> Tensor:
+    """Exclude the end of text from logits (vocabulary,) that follow too few tokens."""
+    early = tokens - prompt_tokens < options.min_new_tokens or tokens < options.min_length
+    if not early or not options.eos_token_id:
+        return logits
+    known = [i for i in options.eos_token_id if i < len(logits)]
+    return logits.index_fill(0, torch.tensor(known, dtype=torch.long), float("-inf"))
 
 
 def _says_stop(criterion: Callable[[Tensor, Tensor], Any], row: Row, logits: Tensor) -> bool:
@@ -442,6 +558,14 @@ class GenerationConfig:
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
 
 
+class Lasting:
+    """What a model keeps between calls: pages of earlier prompts, and how long its passes take. Lent to one call at a time."""
+
+    def __init__(self, prefixes: PrefixCache, key: Any = None) -> None:
+        self.prefixes, self.key, self.times = prefixes, key, PassTimes()
+        self.lent = threading.Lock()
+
+
 class GenerationMixin:
     """`generate` and `stream` for a class that is a Stepper and has a config and, where known, a folder with a tokenizer."""
 
@@ -449,6 +573,10 @@ class GenerationMixin:
     source: Any
     _generation_config: GenerationConfig | None = None
     _tokenizer: GPTNeoXTokenizerFast | None = None
+    _lasting: Lasting | None = None
+    _same_tokenizer: tuple[GPTNeoXTokenizerFast, GPTNeoXTokenizerFast] | None = None
+    reuse_prefix = True  # keep the pages of prompts and what followed them, for later prompts that begin alike
+    cache_pages: int | None = None  # of the KV cache's pool, allocated at once; None: it grows as it must
 
     @property
     def generation_config(self) -> GenerationConfig:
@@ -482,11 +610,15 @@ class GenerationMixin:
         self._tokenizer = tokenizer
         self.__dict__.pop("missing_ids", None)
 
+    @property
+    def _has_tokenizer(self) -> bool:
+        folder = self.source.folder
+        return self._tokenizer is not None or (folder is not None and (folder / "tokenizer.json").is_file())
+
     @cached_property
     def missing_ids(self) -> Tensor:
         """Ids (n,) that the vocabulary's padding holds and the tokenizer does not have; none where no tokenizer is known."""
-        folder = self.source.folder
-        if self._tokenizer is None and (folder is None or not (folder / "tokenizer.json").is_file()):
+        if not self._has_tokenizer:
             return torch.empty(0, dtype=torch.long)
         known = torch.zeros(self.config.vocab_size, dtype=torch.bool)
         ids = torch.tensor([i for i in self.tokenizer.get_vocab().values() if i < len(known)], dtype=torch.long)
@@ -497,7 +629,10 @@ class GenerationMixin:
         if (tokenizer := given.pop("tokenizer", None)) is not None:
             self.tokenizer = _own_tokenizer(tokenizer)
         config = given.pop("generation_config", None)
-        return Options.parse(_as_dict(self.generation_config), _as_dict(config), given)
+        options = Options.parse(_as_dict(self.generation_config), _as_dict(config), given)
+        if options.assistant_model is not None:
+            self._check_draft(options.assistant_model)
+        return options
 
     def _rows(self, prompts: Sequence[list[int]], options: Options) -> list[Row]:
         """One row for each sample. Rows of equal prompts draw from different random streams, numbered from 0."""
@@ -515,9 +650,66 @@ class GenerationMixin:
                 seen[tuple(prompt)] += 1
         return rows
 
+    def forget(self) -> None:
+        """Free the pages kept for later prompts."""
+        self._lasting = None
+
+    def _cache_key(self) -> Any:
+        """What kept pages depend on: they are dropped when it changes."""
+        return self.cache_pages
+
+    @contextmanager
+    def _lend(self: Any, pages: int) -> Iterator[Lasting]:
+        """The lasting cache, or one for this call alone where another has it; pages: what the call needs at most."""
+        limit, context = self.cache_pages, -(-self.config.max_position_embeddings // PAGE)
+        size = limit if limit is not None else min(pages, NEW_POOL_PAGES)
+        key, lasting = (limit, self._cache_key()), self._lasting
+        if self.reuse_prefix and (lasting is None or lasting.key != key):
+            lasting = Lasting(PrefixCache(self.new_pool(size, limit), limit or context), key)
+            self._lasting = lasting
+        if not self.reuse_prefix or not lasting.lent.acquire(blocking=False):
+            yield Lasting(PrefixCache(self.new_pool(size, limit), 0))
+            return
+        try:
+            yield lasting
+        finally:
+            lasting.lent.release()
+            if limit is None and lasting.prefixes.pool.pages > 2 * context and self._lasting is lasting:
+                self.forget()  # a large batch made it grow; one context is all that may stay
+
     def _decode(self: Any, rows: list[Row], options: Options) -> Generator[list[Row], None, None]:
         pages = sum(-(-(len(row.prompt) + row.limit) // PAGE) for row in rows)
-        return decode(self, self.new_pool(min(pages, 64)), rows, options, self.missing_ids)
+        with self._lend(pages) as lasting, self._drafting(options, lasting.times, pages) as drafting:
+            yield from decode(self, lasting.prefixes, rows, options, self.missing_ids, drafting)
+
+    @contextmanager
+    def _drafting(self: Any, options: Options, times: PassTimes, pages: int) -> Iterator[Drafting | None]:
+        """Speculation as the options ask for it."""
+        draft, longest = options.assistant_model, options.prompt_lookup_num_tokens
+        if draft is not None:
+            missing, size = self.missing_ids, self.config.vocab_size
+            lent: AbstractContextManager[Lasting]
+            if isinstance(draft, GenerationMixin):
+                lent = draft._lend(pages)
+                missing = torch.cat((missing, draft.missing_ids[draft.missing_ids < size]))
+            else:
+                lent = nullcontext(Lasting(PrefixCache(draft.new_pool(), 0)))
+            with lent as own:
+                config, choice = draft.config, _draft_choice(options, missing, size)
+                drafter = DraftModel(draft, own.prefixes, choice, config.vocab_size, config.max_position_embeddings)
+                longest = options.num_assistant_tokens or LONGEST
+                yield Drafting(drafter, longest, times, options.speculation, time.perf_counter)
+        elif longest is not None:
+            yield Drafting(PromptLookup(), longest, times, options.speculation, time.perf_counter)
+        else:
+            yield None
+
+    def _check_draft(self, draft: Any) -> None:
+        """Refuse a draft model with other ids."""
+        own, other = (m.tokenizer if m._has_tokenizer else None for m in (self, draft))
+        if own is None or other is None or self._same_tokenizer != (own, other):
+            check_vocabularies(own, other, (self.config.vocab_size, draft.config.vocab_size))
+            self._same_tokenizer = None if own is None or other is None else (own, other)
 
     def _generate(self: Any, input_ids: Tensor | None, given: dict[str, Any]) -> Tensor:
         given = dict(given)

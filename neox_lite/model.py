@@ -59,12 +59,17 @@ class ModelOutput(OrderedDict[str, Any]):
         return tuple(self.values())
 
 
+CAPTURED_TOKENS = 16  # of a pass with several tokens of a sequence, at most, that is captured
+CAPTURED_STEPS = 32  # of a pool; the least recently used one goes first
+NEW = object()  # a shape that nobody has tried to capture
+
+
 @dataclass
 class Steps:
-    """Captured decode steps over a pool of so many pages, by the number of sequences."""
+    """Captured passes over a pool of so many pages, by (sequences, tokens), the last one used last."""
 
     pages: int
-    by_sequences: dict[int, Captured | None] = field(default_factory=dict)
+    by_shape: dict[tuple[int, int], Captured | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -166,6 +171,7 @@ class GPTNeoXPreTrainedModel(nn.Module):
             **self.__dict__,
             "_runner": None,
             "_captured": WeakKeyDictionary(),
+            "_lasting": None,
         }  # copies and pickles bind their own kernels
 
     def rebind(self, placement: Placement, accelerator: Accelerator | None) -> None:
@@ -174,7 +180,7 @@ class GPTNeoXPreTrainedModel(nn.Module):
         self.placement, self.accelerator = placement, accelerator
 
     def _unbind(self) -> None:
-        self.__dict__.update(_runner=None, _captured=WeakKeyDictionary())
+        self.__dict__.update(_runner=None, _captured=WeakKeyDictionary(), _lasting=None)
 
     def cuda(self: Model, device: int | torch.device | None = None) -> Model:
         if not torch.cuda.is_available():
@@ -531,10 +537,17 @@ class GPTNeoXForCausalLM(_Headed, GenerationMixin):
     # What generation asks of a model (generation.Stepper) ---------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, pool: PagePool, sequences: Sequence[CachedSequence], tokens: Sequence[Sequence[int]]) -> Tensor:
+    def step(
+        self,
+        pool: PagePool,
+        sequences: Sequence[CachedSequence],
+        tokens: Sequence[Sequence[int]],
+        every: bool = False,
+    ) -> Tensor:
         """Append tokens[i] to sequences[i] -> float32 logits (sequences, vocabulary) after the last token of each.
 
-        Raises ContextLengthError, with nothing appended, for tokens beyond the model's positions.
+        every: logits (tokens in all, vocabulary) after every token, sequence after sequence. Raises ContextLengthError, with
+        nothing appended, for tokens beyond the model's positions.
         """
         counts, limit = [len(t) for t in tokens], self.config.max_position_embeddings
         for sequence, count in zip(sequences, counts, strict=True):
@@ -545,32 +558,42 @@ class GPTNeoXForCausalLM(_Headed, GenerationMixin):
                 )
         ids = torch.tensor([i for t in tokens for i in t])
         batch = Batch.reserve(pool, sequences, counts)
-        if all(count == 1 for count in counts) and (decode := self._captured_step(pool, batch, ids)) is not None:
+        single = all(count == 1 for count in counts)
+        small = single or (every and len(ids) <= CAPTURED_TOKENS)
+        if small and (captured := self._captured_step(pool, batch, ids)) is not None:
             self._check_ids(ids)
-            logits = decode.replay(ids, batch)
+            logits = captured.replay(ids, batch)
             batch.commit()
             return logits
         x = self.run_layers(self._embed(ids), pool, batch)
-        last = torch.tensor(batch.offsets[1:]) - 1
-        return self.ops.head(x, last, norm_of(self.gpt_neox.final_layer_norm), self.embed_out.handle)
+        rows = None if single or every else torch.tensor(batch.offsets[1:]) - 1
+        return self.ops.head(x, rows, norm_of(self.gpt_neox.final_layer_norm), self.embed_out.handle)
 
     def _captured_step(self, pool: PagePool, batch: Batch, ids: Tensor) -> Captured | None:
-        """The captured step for as many sequences, made when they first come or when the pool has moved its pages."""
+        """The captured pass for as many sequences and tokens, made when they first come or the pool has moved its pages."""
         if not self.runner.in_place:
             return None
         steps = self._captured.get(pool)
         if steps is None or steps.pages != pool.pages:
             self._captured[pool] = steps = Steps(pool.pages)
-        if len(ids) not in steps.by_sequences:
-            steps.by_sequences[len(ids)] = self.ops.capture(
-                lambda ids: self._one_each(ids, pool, batch), ids, batch, self.config.max_position_embeddings
-            )
-        return steps.by_sequences[len(ids)]
+        shape, limit = (len(batch.sequences), len(ids)), self.config.max_position_embeddings
+        captured: Any = steps.by_shape.pop(shape, NEW)
+        if captured is NEW:
+            captured = self.ops.capture(lambda ids: self._every_token(ids, pool, batch), ids, batch, limit)
+        steps.by_shape[shape] = captured
+        for oldest in list(steps.by_shape)[:-CAPTURED_STEPS]:
+            steps.by_shape.pop(oldest, None)
+        return captured
 
-    def _one_each(self, ids: Tensor, pool: PagePool, batch: Batch) -> Tensor:
-        """One token of each sequence -> logits (sequences, vocabulary)."""
+    def _every_token(self, ids: Tensor, pool: PagePool, batch: Batch) -> Tensor:
+        """ids (tokens,) of a batch's sequences -> logits (tokens, vocabulary)."""
         x = self._run_blocks(self._embed(ids), pool, batch)
         return self.ops.head(x, None, norm_of(self.gpt_neox.final_layer_norm), self.embed_out.handle)
+
+    def _cache_key(self) -> Any:
+        """What cached keys and values depend on; a weight that was written to or replaced changes it."""
+        tensors = (*self.parameters(), *self.buffers())
+        return self.kv, self.exact, [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
 
     def generate(self, input_ids: Tensor | None = None, **options: Any) -> Tensor:
         """Continue a batch of prompts. Options and their meaning: `generation.Options`."""

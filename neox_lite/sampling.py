@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,38 +93,43 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
 def choose(logits: Tensor, history: Tensor, stream: int, sampling: Sampling, steps: Sequence[Processor]) -> int:
     """The id that follows history (tokens,), by argmax of logits (vocabulary,) or a draw; both tensors on the CPU.
 
-    The draw depends on the logits and (seed, tokens so far, stream) alone. Raises NeoxLiteError where NaN or infinite
-    logits, or processors that exclude every id, leave nothing to choose from.
+    The draw depends on the logits and (seed, tokens so far, stream) alone: every id runs a race against the same clock, and a
+    likelier one runs faster (Gumbel-max). Two models that draw at the same place therefore mostly draw the same id: with a
+    probability of at least (1 - d) / (1 + d), where d is the total variation distance of their distributions
+    (Daliri et al. 2024, https://arxiv.org/abs/2408.07978). Raises NeoxLiteError where NaN or infinite logits, or processors
+    that exclude every id, leave nothing to choose from.
     """
     import numpy as np
 
     for step in steps:
         logits = step(history, logits)
     values = logits.numpy()  # torch would share so few numbers out to threads, which then spin beside the kernels' own
-    if sampling.greedy:
-        chosen = int(values.argmax())
-        possible = math.isfinite(values[chosen])
-    else:
-        with np.errstate(invalid="ignore"):
-            cumulative = np.exp(values.astype(np.float64) - values.max()).cumsum()
-        total = float(cumulative[-1])
-        chosen = int(cumulative.searchsorted(uniform(sampling.seed, len(history), stream) * total, side="right"))
-        possible = math.isfinite(total)
-        if possible and chosen == len(values):  # rounding put the target at the very end
-            chosen = int(cumulative.argmax())  # the last id with a probability: the first to reach the total
-    if not possible:
+    chosen = int(values.argmax())  # of a NaN, if there is one
+    if not math.isfinite(values[chosen]):
         raise NeoxLiteError(
             "no id can be chosen: the logits hold NaN or infinity, or every id is excluded; run `neox-lite verify` on "
             "the model, and check logits_processor if you pass one"
         )
-    return chosen
+    if sampling.greedy:
+        return chosen
+    ids = np.flatnonzero(values > -np.inf)
+    return int(ids[(values[ids] + gumbel(sampling.seed, len(history), stream, ids)).argmax()])
 
 
-def uniform(seed: int, position: int, stream: int = 0) -> float:
-    """A number in [0, 1) from a counter, so that it depends on nothing that was drawn before: the first 53 bits of Philox
-    with key `seed` and counter (position, stream, 0, 0)."""
+def gumbel(seed: int, position: int, stream: int, ids: Any) -> Any:
+    """A random number for each of ids (n,), float64 with Gumbel's distribution.
+
+    It depends on nothing that was drawn before: Philox with key `seed` and counter (position, stream, 0, 0) gives the place
+    in SplitMix64's sequence (Steele et al., OOPSLA 2014) from which ids count, and 52 bits of each output are used.
+    """
+    import numpy as np
+
     high, low, _, _ = philox4x32((position, stream, 0, 0), (seed & 0xFFFFFFFF, seed >> 32))
-    return ((high >> 5 << 26) + (low >> 6)) / 2**53
+    x = np.uint64(high << 32 | low) + ids.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    x = (x ^ (x >> np.uint64(31))) >> np.uint64(12)
+    return -np.log(-np.log((x.astype(np.float64) + 0.5) * 2.0**-52))  # strictly between 0 and 1: never infinite
 
 
 def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:

@@ -263,7 +263,7 @@ def test_a_captured_step_works_on_int8_pages(int4: GPTNeoXForCausalLM) -> None:
 def test_a_step_that_torch_has_a_part_in_is_not_captured_and_right(int4: GPTNeoXForCausalLM) -> None:
     """More tokens than the exact kernels take."""
     pool = captured_equals_uncaptured(on(int4), 12)
-    assert int4._captured[pool].by_sequences == {12: None}
+    assert int4._captured[pool].by_shape == {(12, 12): None}
 
 
 def test_one_capture_serves_all_steps_until_the_pool_moves_its_pages(int4: GPTNeoXForCausalLM) -> None:
@@ -277,7 +277,7 @@ def test_one_capture_serves_all_steps_until_the_pool_moves_its_pages(int4: GPTNe
         expected = uncaptured(int4, pool, [twin], [step])
         pool.free(twin)
         assert torch.equal(int4.step(pool, [sequence], [[step]]), expected)
-        captures.append(int4._captured[pool].by_sequences[1])
+        captures.append(int4._captured[pool].by_shape[1, 1])
         sizes.append(pool.pages)
     assert len(set(sizes)) == 3
     for before, after in zip(range(11), range(1, 12), strict=True):
@@ -292,7 +292,7 @@ def test_each_number_of_sequences_has_its_own_capture(int4: GPTNeoXForCausalLM) 
         twins = [pool.fork(s) for s in sequences[:count]]
         found = int4.step(pool, sequences[:count], [[5]] * count)
         assert torch.equal(found, uncaptured(int4, pool, twins, [5] * count))
-    assert set(int4._captured[pool].by_sequences) == {1, 2, 3}
+    assert set(int4._captured[pool].by_shape) == {(1, 1), (2, 2), (3, 3)}
 
 
 def test_a_capture_is_forgotten_with_its_pool(int4: GPTNeoXForCausalLM) -> None:

@@ -26,6 +26,8 @@ FLOORS = [
     "neox_lite.cache",
     "neox_lite.kernels",
     "neox_lite.sampling",
+    "neox_lite.stepper",
+    "neox_lite.speculative",
     "neox_lite.generation",
     "neox_lite.layers",
     "neox_lite.offload",

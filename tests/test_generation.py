@@ -30,7 +30,8 @@ from neox_lite.errors import (
     TokenizerError,
     UnsupportedError,
 )
-from neox_lite.generation import OFF_ONLY, PREFILL_TOKENS, Clock, GenerationMixin
+from neox_lite.generation import OFF_ONLY, Clock, GenerationMixin
+from neox_lite.stepper import PREFILL_TOKENS
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using the model-agnostic default:UserWarning")  # transformers' own
 CONTEXT, VOCABULARY = TINY["max_position_embeddings"], TINY["vocab_size"]
@@ -82,8 +83,10 @@ def tokenizer(tmp_path_factory) -> GPTNeoXTokenizerFast:
 class Scripted(GenerationMixin):
     """A model that says the given ids one after the other, whatever it is asked, then 0; its cache is a real one.
 
-    Lists of ids are for the prompts of a batch.
+    Lists of ids are for the prompts of a batch. What it says hangs on a sequence, not on its ids, so none is used again.
     """
+
+    reuse_prefix = False
 
     def __init__(self, says: list, tokenizer=None, context: int = CONTEXT, vocabulary: int = 300) -> None:
         self.config = SimpleNamespace(
@@ -282,7 +285,8 @@ def test_a_long_prompt_in_pieces_is_the_same_prompt(model, monkeypatch):
     prompts = [random_ids(1, n, seed=n)[0] for n in (190, 3, 60)]
     ids, mask = padded(prompts, "left")
     expected = model.generate(ids, attention_mask=mask, **NO_EOS)
-    monkeypatch.setattr("neox_lite.generation.PREFILL_TOKENS", 50)
+    monkeypatch.setattr("neox_lite.stepper.PREFILL_TOKENS", 50)
+    model.forget()
     assert torch.equal(model.generate(ids, attention_mask=mask, **NO_EOS), expected)
 
 

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -12,12 +13,12 @@ from neox_lite.errors import ArgumentError, NeoxLiteError
 from neox_lite.sampling import (
     Sampling,
     choose,
+    gumbel,
     keep_min_p,
     keep_top_k,
     keep_top_p,
     penalize_repetition,
     philox4x32,
-    uniform,
 )
 
 HISTORY = torch.tensor([3, 7, 7, 60, 3])
@@ -148,15 +149,24 @@ def test_philox_gives_the_known_answers_of_random123(counter, key, words):
     assert philox4x32(numbers(counter), numbers(key)) == numbers(words)
 
 
-def test_uniform_uses_the_first_53_bits():
-    assert uniform(0, 0) == ((0x6627E8D5 >> 5) * 2**26 + (0xE169C58D >> 6)) / 2**53
+def test_gumbel_numbers_continue_splitmix64_from_what_philox_gives():
+    """SplitMix64's published first outputs from 1234567 are 6457827717110365317, 3203168211198807973, ..."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("neox_lite.sampling.philox4x32", lambda counter, key: (0, 1234567, 0, 0))
+        found = gumbel(0, 0, 0, np.array([1, 2]))
+    uniform = [((x >> 12) + 0.5) / 2**52 for x in (6457827717110365317, 3203168211198807973)]
+    assert found.tolist() == pytest.approx([-math.log(-math.log(u)) for u in uniform], rel=1e-15)
 
 
-@pytest.mark.parametrize("varied", ["seed", "position", "stream"])
-def test_uniform_is_spread_evenly_whatever_is_counted(varied):
-    values = [uniform(**{"seed": 5, "position": 6, varied: i}) for i in range(20_000)]
-    numbers = torch.tensor(values, dtype=torch.float64)
-    assert 0 <= numbers.min() < 0.001
+@pytest.mark.parametrize("varied", ["seed", "position", "stream", "ids"])
+def test_random_numbers_are_spread_evenly_whatever_is_counted(varied):
+    if varied == "ids":
+        values = gumbel(5, 6, 7, np.arange(20_000))
+    else:
+        given = {"seed": 5, "position": 6, "stream": 7, "ids": np.array([8])}
+        values = np.concatenate([gumbel(**{**given, varied: i}) for i in range(20_000)])
+    numbers = torch.from_numpy(np.exp(-np.exp(-values)))  # uniform, if the values have Gumbel's distribution
+    assert 0 < numbers.min() < 0.001
     assert 0.999 < numbers.max() < 1
     assert (
         chi_square(torch.histc(numbers, 100, 0, 1), torch.full((100,), 200.0)) < 148.2
@@ -227,11 +237,36 @@ def test_excluded_ids_are_never_drawn():
     assert set(draws(logits, EVERYTHING, 100)) == {25}
 
 
-@pytest.mark.parametrize("number", [0.0, 1 - 2**-53])
-def test_the_ends_of_the_random_range_hit_ids_that_are_possible(number, monkeypatch):
-    monkeypatch.setattr("neox_lite.sampling.uniform", lambda *counter: number)
+@pytest.mark.parametrize("number", [0, 2**64 - 1])
+def test_the_ends_of_the_random_range_are_finite_and_hit_ids_that_are_possible(number, monkeypatch):
+    monkeypatch.setattr("neox_lite.sampling.philox4x32", lambda counter, key: (number >> 32, number & 0xFFFFFFFF, 0, 0))
+    assert np.isfinite(gumbel(0, 0, 0, np.arange(1000))).all()
     logits = torch.tensor([float("-inf"), 1.0, 1.3, 0.2, float("-inf")])
-    assert choose(logits, HISTORY, 0, EVERYTHING, []) == (1 if number == 0 else 3)
+    assert choose(logits, HISTORY, 0, EVERYTHING, []) in (1, 2, 3)
+
+
+def test_a_draw_is_the_same_whatever_ids_are_excluded_beside_it():
+    logits = torch.randn(100, generator=torch.Generator().manual_seed(1))
+    for stream in range(200):
+        drawn = choose(logits, HISTORY, stream, EVERYTHING, [])
+        without = logits.index_fill(0, torch.tensor([(drawn + 1) % 100, (drawn + 50) % 100]), float("-inf"))
+        assert choose(without, HISTORY, stream, EVERYTHING, []) == drawn
+
+
+@pytest.mark.parametrize("vocabulary", [20, 1000, 50_000])
+@pytest.mark.parametrize("noise", [0.1, 0.5, 1.5])
+def test_two_models_draw_the_same_id_nearly_as_often_as_is_possible(vocabulary, noise):
+    """No coupling reaches more than 1 - d, d the total variation distance; this one is never below (1 - d) / (1 + d)."""
+    generator, draws = torch.Generator().manual_seed(7), 1000
+    logits = 3 * torch.randn(vocabulary, generator=generator)
+    other = logits + noise * torch.randn(vocabulary, generator=generator)
+    optimum = float(torch.minimum(logits.double().softmax(-1), other.double().softmax(-1)).sum())
+    same = sum(
+        choose(logits, HISTORY, stream, EVERYTHING, []) == choose(other, HISTORY, stream, EVERYTHING, [])
+        for stream in range(draws)
+    )
+    spread = 4 * (0.25 / draws) ** 0.5  # four standard errors at most
+    assert optimum / (2 - optimum) - spread < same / draws < optimum + spread
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(do_sample=True)], ids=["greedy", "sampled"])

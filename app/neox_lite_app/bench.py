@@ -25,11 +25,11 @@ from neox_lite.cache import PAGE, Batch, PagePool
 from neox_lite.cache import Sequence as CachedSequence
 from neox_lite.errors import ArgumentError
 from neox_lite.formats import DENSE, Dense, GroupInt, Weight, make_format
-from neox_lite.generation import PREFILL_TOKENS
 from neox_lite.layers import Linear
 from neox_lite.loading import LoadOptions, put
 from neox_lite.offload.machine import free_memory
 from neox_lite.offload.place import Wish, check, decide
+from neox_lite.stepper import PREFILL_TOKENS
 
 from .random_model import RandomModel, config_of
 from .running import amount, bar, default_threads, describe, load, note, placing, print_json

@@ -16,10 +16,10 @@ Act = Any  # (tokens, features), laid out as the backend likes for the weight th
 
 
 class Captured(Protocol):
-    """A decode step that runs again with new inputs, without Python between its operations."""
+    """A pass that runs again with new inputs, without Python between its operations."""
 
     def replay(self, ids: Tensor, batch: Batch) -> Tensor:
-        """ids (sequences,), a batch of one token for each -> the step's result, in new memory."""
+        """ids (tokens,), a batch of as many sequences and tokens as the captured one -> the pass's result, in new memory."""
         ...
 
 
@@ -78,7 +78,7 @@ class Backend(Protocol):
         ...
 
     def capture(self, step: Callable[[Tensor], Tensor], ids: Tensor, batch: Batch, limit: int) -> Captured | None:
-        """step(ids) for a batch of one token a sequence, to be replayed; None where calling it is all there is.
+        """step(ids) for batches of as many sequences and tokens as this one; None where calling it is all there is.
 
         limit: most tokens that a sequence will hold. Nothing is computed before the first replay.
         """

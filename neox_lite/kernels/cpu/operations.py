@@ -1,7 +1,7 @@
 """The operations as programs of kernel calls. Knows tensors, formats and the cache, but no instruction.
 
 Activations between operations are float32 tensors where the next weight reads those, else `Coded`. What only runs kernels can
-be captured: a decode step is then one program, run again and again with nothing of Python in between.
+be captured: a small pass is then one program, run again and again with nothing of Python in between.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Program:
 
 
 class Captured:
-    """A decode step as one program: new ids, positions and pages go in, the same calls run."""
+    """A pass as one program: new ids, positions and pages go in, the same calls run."""
 
     def __init__(self, pool: Pool, ids: Tensor, table: BatchTable, program: Program, out: Tensor) -> None:
         self._pool, self._ids, self._table, self._program, self._out = pool, ids, table, program, out
@@ -107,7 +107,7 @@ class Captured:
         self._lock = threading.Lock()  # inputs and results lie in the same memory every time
 
     def replay(self, ids: Tensor, batch: Batch) -> Tensor:
-        """ids (tokens,), one for each sequence of the batch -> what the captured function returned, in new memory."""
+        """ids (tokens,), a batch of as many sequences and tokens -> what the captured function returned, in new memory."""
         with self._lock:
             self._ids.copy_(ids)
             self._table.fill(batch)
@@ -269,7 +269,7 @@ class Operations:
     # Capturing --------------------------------------------------------------------------------------------------------
 
     def capture(self, step: Callable[[Tensor], Tensor], ids: Tensor, batch: Batch, limit: int) -> Captured | None:
-        """Record what step(ids) would run for a batch of one token a sequence, without running it.
+        """Record what step(ids) would run for batches of as many sequences and tokens as this one, without running it.
 
         limit: most tokens a sequence will hold. None if the step needs more than kernels.
         """
