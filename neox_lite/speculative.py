@@ -258,11 +258,12 @@ class PassTimes:
             self.known = dict(sorted(self.known.items()))
 
 
-def estimate(known: dict[int, float], tokens: int) -> float:
+def estimate(known: dict[int, float], tokens: int, step: int = 1) -> float:
     """Seconds of a pass from those of other lengths, by growing length, at least one.
 
     A length that was not tried takes at least as long as the next shorter one; the straight line through its neighbours says
-    more. The mean of the two is hopeful enough to try what may be cheap, and wary enough not to try what will not be.
+    more. The mean of the two is hopeful enough to try what may be cheap, and wary enough not to try what will not be. Where
+    the next shorter one is at most `step` shorter, hope alone counts: steps in the cost are found by going there.
     """
     if tokens in known:
         return known[tokens]
@@ -270,6 +271,8 @@ def estimate(known: dict[int, float], tokens: int) -> float:
     if not shorter:
         return known[longer[0]]
     least, last = known[shorter[-1]], shorter[-1]
+    if tokens - last <= step:
+        return least
     if longer:
         slope = (known[longer[0]] - least) / (longer[0] - last)
     elif len(shorter) > 1:
@@ -316,7 +319,7 @@ class Pace:
         a = min(self.acceptance, 0.999)
         tokens = rows - drafting + drafting * (1 - a ** (length + 1)) / (1 - a)
         draft_s = statistics.median(self._draft_s) if self._draft_s else 0.0
-        return tokens / (estimate(known, rows + drafting * length) + length * draft_s)
+        return tokens / (estimate(known, rows + drafting * length, drafting) + length * draft_s)
 
     def drafted(self, length: int, seconds: float) -> None:
         """A draft of at most `length` tokens was made; one after a pause has to catch up, and tells little of the next."""
@@ -337,9 +340,10 @@ class Pace:
             return
         self._idle = 0
         if self._probe_s is not None:
-            plain_s = estimate(self._times.known, rows)
-            lost = (seconds + self._probe_s) / plain_s - 1 - accepted / rows  # in plain passes
-            self._wait = min(2 * max(self._wait, 1), max(0, math.ceil(lost / PROBE_SHARE)))
+            cost = (seconds + self._probe_s) / estimate(self._times.known, rows) - 1  # in plain passes
+            lost = cost - self.acceptance * (tokens - rows) / rows
+            bearable = max(0, math.ceil(lost / PROBE_SHARE))
+            self._wait = 0 if accepted / rows > cost else min(2 * max(1, self._wait), bearable)
             self._probe_s = None
 
 

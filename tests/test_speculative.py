@@ -1,0 +1,588 @@
+"""What speculation promises: the tokens of plain decoding, whatever is drafted; drafts as long as pays; nothing left behind.
+
+The clock is simulated, so that no figure depends on the machine.
+"""
+
+import random
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import tokenizers
+import torch
+from peers import pair, random_ids
+from torch import Tensor
+
+from neox_lite import GPTNeoXForCausalLM, GPTNeoXTokenizerFast, Speculation
+from neox_lite.cache import Batch, PagePool, PrefixCache
+from neox_lite.errors import ArgumentError
+from neox_lite.generation import Options, Row, decode
+from neox_lite.kernels import dispatch
+from neox_lite.sampling import Sampling, choose
+from neox_lite.speculative import LONGEST, Drafting, DraftModel, Pace, PassTimes, PromptLookup, estimate
+from neox_lite_app.demo import FOLDER as DEMO
+
+NO_EOS = {"eos_token_id": []}
+VOCABULARY = 50
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("model")
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    """A float32 model, exact: its rounding is the order of float32 sums alone."""
+    return pair(folder)[0]
+
+
+@pytest.fixture(scope="module")
+def stranger(tmp_path_factory):
+    """Another model of the same vocabulary, with one layer: what it drafts is mostly wrong."""
+    return pair(tmp_path_factory.mktemp("stranger"), seed=5, num_hidden_layers=1)[0]
+
+
+@pytest.fixture(scope="module")
+def relative(folder, tmp_path_factory):
+    """The model with noise in its weights: what it drafts is right now and then."""
+    return noisy(folder, 0.1)
+
+
+def noisy(folder, amount: float) -> GPTNeoXForCausalLM:
+    model = GPTNeoXForCausalLM.from_pretrained(folder, exact=True)
+    generator = torch.Generator().manual_seed(3)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * parameter.std() * amount)
+    return model
+
+
+def on(model: GPTNeoXForCausalLM, backend: str) -> GPTNeoXForCausalLM:
+    """The model, to run on a backend from here on."""
+    model._unbind()
+    model._ops = dispatch.load(backend).bind(model.exact)
+    return model
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request):
+    if (reason := dispatch.load(request.param).why_not(torch.device("cpu"))) is not None:
+        pytest.skip(reason)
+    return request.param
+
+
+@pytest.fixture
+def any_length(monkeypatch):
+    """Drafts of random lengths, whether they pay or not."""
+    choice = random.Random(0)
+    monkeypatch.setattr(
+        Pace, "length", lambda self, rows, drafting, longest: choice.randint(0, longest if drafting else 0)
+    )
+
+
+def prompts(count: int) -> list[Tensor]:
+    return [random_ids(1, 1 + 7 * i % 40, seed=i) for i in range(count)]
+
+
+# The same tokens ------------------------------------------------------------------------------------------------------
+
+SAMPLED = {"do_sample": True, "seed": 7, "top_k": 20, "temperature": 0.9}
+
+
+@pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
+def test_100_prompts_get_the_same_tokens_whoever_drafts(model, stranger, relative, backend, options, any_length):
+    for one in (model, stranger, relative):
+        on(one, backend)
+    drafters = {
+        "lookup": {"prompt_lookup_num_tokens": 7},
+        "itself": {"assistant_model": model},
+        "relative": {"assistant_model": relative},
+        "stranger": {"assistant_model": stranger, "num_assistant_tokens": 4},
+    }
+    counts = {name: Speculation() for name in drafters}
+    for ids in prompts(100 if backend == "cpu" else 30):  # the reference is slow
+        plain = model.generate(ids, max_new_tokens=24, **NO_EOS, **options)
+        for name, drafter in drafters.items():
+            out = model.generate(ids, max_new_tokens=24, speculation=counts[name], **drafter, **NO_EOS, **options)
+            assert torch.equal(out, plain), name
+    shares = {name: c.accepted / c.drafted for name, c in counts.items()}
+    assert shares["itself"] > 0.98 > shares["relative"] > 0.2 > shares["stranger"], shares
+    assert counts["itself"].mean_tokens_per_pass > 5
+    assert all(c.tokens <= 100 * 23 and c.passes + c.accepted == c.tokens for c in counts.values())
+
+
+@pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
+def test_a_batch_with_ragged_drafts_gets_the_tokens_of_single_runs(model, relative, backend, options, any_length):
+    on(model, backend), on(relative, backend)
+    rows = prompts(8)
+    ids = torch.full((8, 50), 99)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, 50 - row.shape[1] :], mask[i, 50 - row.shape[1] :] = row[0], 1
+    alone = [model.generate(row, max_new_tokens=30, **NO_EOS, **options)[0, row.shape[1] :] for row in rows]
+    for drafter in ({"prompt_lookup_num_tokens": 5}, {"assistant_model": relative}):
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=30, **drafter, **NO_EOS, **options)
+        for found, expected in zip(out[:, 50:], alone, strict=True):
+            assert torch.equal(found, expected)
+
+
+def test_several_samples_of_a_prompt_are_those_of_plain_decoding(model, relative, any_length):
+    options = {"do_sample": True, "seed": 3, "max_new_tokens": 25, "num_return_sequences": 5, **NO_EOS}
+    ids = random_ids(2, 6)
+    plain = model.generate(ids, **options)
+    assert torch.equal(model.generate(ids, assistant_model=relative, **options), plain)
+    assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=6, **options), plain)
+
+
+class Liar:
+    """Drafts the token after the right one, or, where told so, the right one: `says` (position) -> id."""
+
+    def __init__(self, says, advance=lambda tokens: None) -> None:
+        self.says, self.advance, self.rows = says, advance, set()
+
+    def ready(self, rows):
+        self.rows |= set(rows)
+        return list(rows)
+
+    def propose(self, rows, counts):
+        self.advance(max(counts))
+        return [
+            [self.says(len(row.history) + i) for i in range(count)] for row, count in zip(rows, counts, strict=True)
+        ]
+
+    def drop(self, row):
+        self.rows.discard(row)
+
+
+def speculate(stepper, drafter, rows, options=None, times=None, clock=lambda: 0.0, longest=LONGEST, pool=None):
+    """Every yielded list of rows, and the statistics."""
+    counts = Speculation()
+    drafting = Drafting(drafter, longest, times or PassTimes(), counts, clock)
+    prefixes = PrefixCache(pool or stepper.new_pool(), 0)
+    return list(map(list, decode(stepper, prefixes, rows, options or Options(), None, drafting))), counts
+
+
+def test_drafts_that_are_always_wrong_change_nothing(model, any_length):
+    for ids in prompts(20):
+        plain = model.generate(ids, max_new_tokens=40, **NO_EOS)[0].tolist()
+        row = Row(ids[0].tolist(), 40, 0)
+        liar = Liar(lambda place, plain=plain: (plain[min(place, len(plain) - 1)] + 1) % 131)
+        _, counts = speculate(model, liar, [row])
+        assert row.prompt + row.tokens == plain
+        assert counts.accepted == 0 < counts.drafted and counts.mean_tokens_per_pass == 1
+        assert not liar.rows
+
+
+@pytest.mark.parametrize("spread", [0.3, 1.5])
+def test_sampled_tokens_with_speculation_follow_the_targets_distribution(spread, any_length):
+    """20,000 tokens of a model whose logits depend on the last token, drafted by another that is `spread` away."""
+    generator = torch.Generator().manual_seed(1)
+    table = 2 * torch.randn(VOCABULARY, VOCABULARY, generator=generator)
+    target = Scripted(lambda place, token: table[token])
+    draft_table = table + spread * torch.randn(VOCABULARY, VOCABULARY, generator=generator)
+    draft = Scripted(lambda place, token: draft_table[token])
+    sampling = Sampling(do_sample=True, top_k=0, seed=11)
+
+    def drawn(row, history, logits):
+        return choose(logits, history, row.stream, sampling, [])
+
+    rows = [Row([i % VOCABULARY], 100, i) for i in range(200)]
+    drafter = DraftModel(draft, PrefixCache(draft.new_pool(), 0), drawn, VOCABULARY, 10**6)
+    _, counts = speculate(target, drafter, rows, Options(sampling=sampling), longest=4)
+    pairs = Counter(pair for row in rows for pair in zip(row.prompt + row.tokens, row.tokens, strict=False))
+    assert pairs.total() == 20_000
+    statistic, degrees = 0.0, 0
+    for before in range(VOCABULARY):
+        seen = torch.tensor([float(pairs[before, after]) for after in range(VOCABULARY)])
+        expected = table[before].softmax(-1) * seen.sum()
+        common = expected >= 5  # the usual rule; the rest counts as one
+        seen = torch.cat((seen[common], seen[~common].sum()[None]))
+        expected = torch.cat((expected[common], expected[~common].sum()[None]))
+        statistic += float(((seen - expected) ** 2 / expected).sum())
+        degrees += len(expected) - 1
+    assert statistic < degrees + 4 * (2 * degrees) ** 0.5  # four standard deviations of chi-square
+    # Accepted as often as a coupling by common random numbers promises, and no coupling can do better than the optimum.
+    weights = torch.tensor([float(sum(pairs[b, a] for a in range(VOCABULARY))) for b in range(VOCABULARY)]) / 20_000
+    overlap = torch.minimum(table.softmax(-1), draft_table.softmax(-1)).sum(-1)
+    assert float(overlap @ weights) + 0.02 > first_accepted(rows, table, draft_table, sampling)
+    assert first_accepted(rows, table, draft_table, sampling) > float((overlap / (2 - overlap)) @ weights) - 0.02
+    assert counts.accepted > 0
+
+
+def first_accepted(rows, table, draft_table, sampling) -> float:
+    """How often the two models draw the same token at the same place."""
+    places = [(row, i) for row in rows[:50] for i in range(100)]
+    same = 0
+    for row, i in places:
+        history = torch.tensor(row.prompt + row.tokens[:i])
+        both = [choose(t[history[-1]], history, row.stream, sampling, []) for t in (table, draft_table)]
+        same += both[0] == both[1]
+    return same / len(places)
+
+
+# With everything else -------------------------------------------------------------------------------------------------
+
+
+class Scripted:
+    """A Stepper whose logits after a token are logits(number of tokens, token); passes of n tokens cost cost(n) seconds."""
+
+    def __init__(self, logits, cost=lambda tokens: 0.0, vocabulary: int = VOCABULARY) -> None:
+        self.logits, self.cost, self.now, self.passes = logits, cost, 0.0, []
+        self.config = SimpleNamespace(vocab_size=vocabulary, max_position_embeddings=10**6)
+        self.source = SimpleNamespace(folder=None)
+
+    def new_pool(self, pages: int = 0, limit: int | None = None) -> PagePool:
+        return PagePool(1, 1, torch.float32, [torch.device("cpu")], pages, limit)
+
+    def step(self, pool, sequences, tokens, every=False) -> Tensor:
+        starts = [s.length for s in sequences]
+        Batch.reserve(pool, sequences, [len(t) for t in tokens]).commit()
+        self.now += self.cost(sum(map(len, tokens)))
+        self.passes.append([len(t) for t in tokens])
+        out = []
+        for start, new in zip(starts, tokens, strict=True):
+            places = range(len(new)) if every else [len(new) - 1]
+            out += [self.logits(start + i + 1, new[i]) for i in places]
+        return torch.stack(out)
+
+
+def truth(place: int) -> int:
+    """The token that a script has at a place, never 0."""
+    return 1 + place * 7919 % (VOCABULARY - 1)
+
+
+def says(place: int, token: int) -> Tensor:
+    logits = torch.zeros(VOCABULARY)
+    logits[truth(place)] = 9.0
+    return logits
+
+
+@pytest.fixture
+def always_five(monkeypatch):
+    monkeypatch.setattr(Pace, "length", lambda self, rows, drafting, longest: 5 if drafting else 0)
+
+
+def test_a_row_yields_its_tokens_one_by_one_in_order(always_five):
+    rows = [Row([1], 13, 0), Row([1], 4, 0)]
+    target = Scripted(says)
+    counts, lengths = Counter(), []
+    prefixes = PrefixCache(target.new_pool(), 0)
+    drafting = Drafting(Liar(truth), 5, PassTimes(), Speculation(), lambda: 0.0)
+    for changed in decode(target, prefixes, rows, Options(), None, drafting):
+        counts.update(changed)
+        lengths.append([len(row.tokens) for row in rows])
+        assert all(len(row.tokens) == counts[row] for row in rows)
+    assert counts[rows[0]] == 13 and counts[rows[1]] == 4
+    assert lengths[:5] == [[1, 1], [2, 2], [3, 3], [4, 4], [5, 4]]
+    assert target.passes == [[1], [6, 3], [6]]  # the prompt once, drafts no longer than what may still come
+    assert [row.finish_reason for row in rows] == ["length"] * 2
+    assert prefixes.pool.free_pages == prefixes.pool.pages
+
+
+def test_an_end_inside_an_accepted_draft_drops_what_follows(always_five):
+    end = truth(4)
+    row = Row([1], 40, 0)
+    speculate(target := Scripted(says), Liar(truth), [row], Options(eos_token_id=(end,)))
+    assert row.tokens == [truth(1), truth(2), truth(3), end] and row.finish_reason == "stop"
+    assert target.passes == [[1], [6]]
+    held = Row([1], 9, 0)
+    speculate(Scripted(says), Liar(truth), [held], Options(eos_token_id=(end,), min_new_tokens=6))
+    assert len(held.tokens) == 9 and end not in held.tokens[:6]
+
+
+def test_processors_and_criteria_see_every_token_once_and_in_order(model, relative, any_length):
+    def run(**drafter):
+        seen = []
+
+        def look(ids, logits):
+            seen.append(tuple(ids[0].tolist()))
+            return logits
+
+        def stop(ids, logits):
+            seen.append(("criterion", ids.shape[1]))
+            return ids.shape[1] == 40
+
+        out = model.generate(
+            random_ids(1, 9), max_new_tokens=60, logits_processor=look, stopping_criteria=stop, **drafter, **NO_EOS
+        )
+        return out.tolist(), seen
+
+    plain = run()
+    assert len(plain[0][0]) == 40
+    assert run(assistant_model=relative) == plain
+    assert run(prompt_lookup_num_tokens=8) == plain
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return GPTNeoXForCausalLM.from_pretrained(DEMO).float()
+
+
+def test_stop_strings_and_streams_are_those_of_plain_decoding(demo, any_length):
+    prompt = "KING RICHARD III:\nMy lord, my lord, the king, the king"
+    options = {"max_new_tokens": 60, "stop_strings": ["\n\n", "lord"]}
+    plain = [(e.text, e.token, e.finish_reason) for e in demo.stream(prompt, **options)]
+    for drafter in ({"prompt_lookup_num_tokens": 6}, {"assistant_model": demo}):
+        assert [(e.text, e.token, e.finish_reason) for e in demo.stream(prompt, **drafter, **options)] == plain
+
+
+def test_closing_a_stream_early_frees_the_pages_of_both_models(folder, relative, any_length):
+    model = GPTNeoXForCausalLM.from_pretrained(folder, exact=True)
+    pools = []
+    for one in (model, relative):
+        one.reuse_prefix, make = False, one.new_pool
+        one.new_pool = lambda *a, make=make: pools.append(make(*a)) or pools[-1]
+    try:
+        options = Options(assistant_model=relative, eos_token_id=())
+        rows = [Row([5] * 130, 50, 0)]
+        stream = model._decode(rows, options)
+        for _ in range(7):
+            next(stream)
+        assert len(pools) == 2 and pools[0].free_pages < pools[0].pages
+        stream.close()
+        assert all(pool.free_pages == pool.pages for pool in pools)
+    finally:
+        relative.reuse_prefix = True
+        del relative.new_pool
+
+
+def test_an_error_in_the_middle_frees_the_pages_of_both_models(model, relative, any_length):
+    calls = []
+
+    def fail(ids, logits):
+        calls.append(ids)
+        if len(calls) == 9:
+            raise MemoryError
+        return logits
+
+    for one in (model, relative):
+        one.forget()
+    with pytest.raises(MemoryError):
+        model.generate(random_ids(1, 5), assistant_model=relative, logits_processor=fail, max_new_tokens=30, **NO_EOS)
+    lasting = model._lasting.prefixes
+    assert lasting.pages == 0 and lasting.pool.free_pages == lasting.pool.pages
+    assert model.generate(random_ids(1, 5), max_new_tokens=3, **NO_EOS).shape == (1, 8)
+
+
+# Drafters -------------------------------------------------------------------------------------------------------------
+
+
+def test_prompt_lookup_proposes_what_followed_the_longest_and_last_match():
+    choice, lookup = random.Random(2), PromptLookup()
+    for _ in range(30):
+        row = Row([choice.randint(1, 4) for _ in range(choice.randint(1, 30))], 60, 0)
+        for _ in range(60):
+            ids = row.history.tolist()
+            count = choice.randint(1, 12)
+            expected = naive_lookup(ids, count)
+            ready = lookup.ready([row])
+            assert bool(ready) == bool(expected)
+            if ready:
+                assert lookup.propose([row], [count]) == [expected]
+            row.append(choice.randint(1, 4))
+        lookup.drop(row)
+    assert not lookup._indexes
+
+
+def naive_lookup(ids: list[int], count: int) -> list[int]:
+    """By definition: scan for the last earlier place of the last 4, else 3, else 2 tokens."""
+    for n in (4, 3, 2):
+        for end in range(len(ids) - 1, n - 1, -1):
+            if ids[end - n : end] == ids[-n:]:
+                whole = list(ids)
+                for i in range(count):
+                    whole.append(whole[end + i])  # beyond the end it reads its own guesses
+                return whole[len(ids) :]
+    return []
+
+
+def test_prompt_lookup_takes_in_each_token_once():
+    lookup, row = PromptLookup(), Row(list(range(1, 2000)), 60, 0)
+    assert lookup.ready([row]) == []
+    entries = len(lookup._indexes[row].ends)
+    row.append(5)
+    lookup.ready([row])
+    assert len(lookup._indexes[row].ends) - entries == 3
+
+
+def test_without_a_match_there_is_no_draft_and_no_pass_of_several_tokens():
+    target = Scripted(says)
+    row = Row([1], 40, 0)  # 49 different tokens
+    _, counts = speculate(target, PromptLookup(), [row])
+    assert counts.drafted == 0 and counts.passes == 39
+    assert all(lengths == [1] for lengths in target.passes)
+
+
+def test_a_draft_model_reads_every_token_once_and_forgets_what_was_refused(any_length):
+    wrong = {7, 11, 12, 30}
+    draft = Scripted(lambda place, token: says(place + (place in wrong), token))
+    prefixes = PrefixCache(draft.new_pool(), 0)
+    row = Row([1] * 5, 45, 0)
+    drafter = DraftModel(draft, prefixes, lambda row, history, logits: int(logits.argmax()), VOCABULARY, 10**6)
+    _, counts = speculate(Scripted(says), drafter, [row])
+    assert row.tokens == [truth(5 + i) for i in range(45)]
+    read = sum(sum(lengths) for lengths in draft.passes)
+    assert read <= 5 + counts.drafted + counts.passes  # the prompt, its own drafts, and one token of the target a pass
+    assert prefixes.pool.free_pages == prefixes.pool.pages
+
+
+def test_a_draft_model_stops_at_its_context_and_at_ids_that_it_lacks(always_five):
+    draft = Scripted(says)
+    argmax = lambda row, history, logits: int(logits.argmax())  # noqa: E731
+    short = DraftModel(draft, PrefixCache(draft.new_pool(), 0), argmax, VOCABULARY, 12)
+    row = Row([1], 30, 0)
+    speculate(Scripted(says), short, [row])
+    assert row.tokens == [truth(1 + i) for i in range(30)]
+    small = DraftModel(draft, PrefixCache(draft.new_pool(), 0), argmax, 40, 10**6)
+    rows = [Row([1], 30, 0), Row([45], 30, 0)]  # the second begins with an id that the draft model lacks
+    assert small.ready(rows) == rows[:1]
+    speculate(Scripted(says), small, rows)
+    assert all(row.tokens == [truth(1 + i) for i in range(30)] for row in rows)
+    first_lacking = next(i for i in range(1, 40) if truth(i) >= 40)
+    assert max(map(len, [[]] + [p for p in draft.passes if p])) <= 2 and first_lacking < 30
+
+
+def test_vocabularies_of_other_sizes_are_padded_and_cut(folder, tmp_path_factory, any_length):
+    model = GPTNeoXForCausalLM.from_pretrained(folder, exact=True)
+    for size in (101, 200):
+        draft = pair(tmp_path_factory.mktemp(f"draft{size}"), vocab_size=size)[0]
+        for options in ({}, {"do_sample": True, "seed": 4, "repetition_penalty": 1.3}):
+            counts = Speculation()
+            for ids in prompts(6):
+                ids = ids.clamp(max=100)
+                plain = model.generate(ids, max_new_tokens=30, **NO_EOS, **options)
+                out = model.generate(
+                    ids, max_new_tokens=30, assistant_model=draft, speculation=counts, **NO_EOS, **options
+                )
+                assert torch.equal(out, plain)
+            assert counts.drafted > 0
+
+
+def tokenizer_of(words, path) -> GPTNeoXTokenizerFast:
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({word: i for i, word in enumerate(words)}, []))
+    backend.save(str(path))
+    return GPTNeoXTokenizerFast(path)
+
+
+def test_a_draft_model_with_another_tokenizer_is_refused_with_the_first_id_that_differs(model, stranger, tmp_path):
+    words = ["<|endoftext|>", "<|padding|>", *"abcdefghij"]
+    other = [*words[:5], *reversed(words[5:])]
+    try:
+        model.tokenizer = tokenizer_of(words, tmp_path / "a.json")
+        stranger.tokenizer = tokenizer_of(other, tmp_path / "b.json")
+        with pytest.raises(ArgumentError, match=r"id 5 is 'j' to it, but 'd' to this model"):
+            model.generate(random_ids(1, 4), assistant_model=stranger)
+        stranger.tokenizer = tokenizer_of([*words, "k"], tmp_path / "c.json")  # one more is no difference
+        out = model.generate(random_ids(1, 4), assistant_model=stranger, max_new_tokens=5, **NO_EOS)
+        assert int(out[0, 4:].max()) < len(words)
+    finally:
+        for one in (model, stranger):
+            one._tokenizer = None
+            one.__dict__.pop("missing_ids", None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"assistant_model": "EleutherAI/pythia-160m"}, "assistant_model is a str, expected a GPTNeoXForCausalLM"),
+        ({"assistant_model": Scripted(says), "prompt_lookup_num_tokens": 3}, "exclude each other"),
+        ({"assistant_model": Scripted(says, vocabulary=5000)}, "its vocab_size is 5000, but this model's is 131"),
+        ({"prompt_lookup_num_tokens": 0}, "prompt_lookup_num_tokens is 0, expected an integer of at least 1"),
+        ({"num_assistant_tokens": 2.5}, "num_assistant_tokens is 2.5"),
+        ({"prompt_lookup_num_tokens": 4, "speculation": {}}, "speculation is a dict"),
+    ],
+    ids=["name", "both", "vocabulary", "zero", "fraction", "counts"],
+)
+def test_what_cannot_draft_is_refused(model, options, message):
+    model._tokenizer = Scripted(says)._tokenizer = None
+    for draft in (d for d in options.values() if isinstance(d, Scripted)):
+        draft._has_tokenizer = False
+    with pytest.raises(ArgumentError, match=message):
+        model.generate(random_ids(1, 4), **options)
+
+
+# The length of drafts -------------------------------------------------------------------------------------------------
+
+COSTS = {
+    "flat": lambda n: 1.0,
+    "linear": lambda n: 1 + 0.1 * (n - 1),
+    "steps": lambda n: 1.0 if n <= 4 else 1.4 if n <= 8 else 2.0,
+}
+
+
+def speed(cost, acceptance, draft_s: float, tokens: int, rows: int = 1, seed: int = 1) -> tuple[float, list[float]]:
+    """Tokens a second on a simulated clock with drafts right with probability acceptance(place), and when each token came."""
+    target, choice = Scripted(says, cost), random.Random(seed)
+
+    def guess(place: int) -> int:
+        return truth(place) if choice.random() < acceptance(place) else truth(place) % (VOCABULARY - 1) + 1
+
+    def spend(count: int) -> None:
+        target.now += draft_s * count
+
+    batch = [Row([1], tokens, 0) for _ in range(rows)]
+    drafting = Drafting(Liar(guess, spend), LONGEST, PassTimes(), Speculation(), lambda: target.now)
+    prefixes, times = PrefixCache(target.new_pool(), 0), []
+    for changed in decode(target, prefixes, batch, Options(), None, drafting):
+        times += [target.now] * (batch[0] in changed)
+    assert all(row.tokens == [truth(1 + i) for i in range(tokens)] for row in batch)
+    return rows * (tokens - 1) / (target.now - cost(1)), times
+
+
+def optimum(cost, acceptance: float, draft_s: float, rows: int = 1) -> float:
+    """Tokens a second with drafts of the best constant length, known from the start."""
+    return max(
+        rows * sum(acceptance**i for i in range(g + 1)) / (cost(rows * (g + 1)) + g * draft_s)
+        for g in range(LONGEST + 1)
+    )
+
+
+@pytest.mark.parametrize("draft_s", [0.02, 0.1])
+@pytest.mark.parametrize("cost", COSTS)
+def test_drafts_that_are_never_right_cost_at_most_3_percent(cost, draft_s):
+    found, _ = speed(COSTS[cost], lambda place: 0.0, draft_s, 1000)
+    assert found > 0.97 / COSTS[cost](1)
+
+
+@pytest.mark.parametrize("acceptance", [0.6, 0.8])
+@pytest.mark.parametrize("draft_s", [0.02, 0.1])
+@pytest.mark.parametrize("cost", COSTS)
+def test_drafts_get_nearly_the_speed_of_the_best_length(cost, draft_s, acceptance):
+    """What is lost is the price of finding costs and acceptance out; chance moves both by a few percent more."""
+    found, _ = speed(COSTS[cost], lambda place: acceptance, draft_s, 5000)
+    assert 0.94 < found / optimum(COSTS[cost], acceptance, draft_s) < 1.05
+
+
+def test_drafts_of_a_batch_get_nearly_the_speed_of_the_best_length():
+    cost = lambda n: 1 + 0.03 * n  # noqa: E731
+    found, _ = speed(cost, lambda place: 0.8, 0.05, 1500, rows=4)
+    assert (
+        0.9 < found / optimum(cost, 0.8, 0.05, rows=4) < 1.05
+    )  # rows wait for no other, so that few have equal drafts
+
+
+@pytest.mark.parametrize("cost", COSTS)
+def test_drafts_come_back_soon_after_acceptance_does(cost):
+    """1,000 tokens without any, then 0.8: 100 tokens later the average since is most of the best speed."""
+    _, times = speed(COSTS[cost], lambda place: 0.8 if place > 1000 else 0.0, 0.1, 1200)
+    assert 100 / (times[1100] - times[1000]) > 0.7 * optimum(COSTS[cost], 0.8, 0.1)
+
+
+def test_costs_between_and_beyond_known_lengths_are_neither_hopeless_nor_dreams():
+    known = {1: 1.0, 4: 1.6, 8: 1.6}
+    assert [estimate(known, n) for n in (1, 4, 8)] == [1.0, 1.6, 1.6]
+    assert estimate(known, 2) == 1.0  # next to a known length: it may be a step
+    assert 1.0 < estimate(known, 3) < 1.4 and estimate(known, 16) == 1.6
+    assert estimate({1: 1.0}, 9) == 5.0
+    assert estimate({3: 1.0, 5: 3.0}, 2) == 1.0 and estimate({3: 1.0, 5: 3.0}, 8) == 4.5
+
+
+def test_a_pass_that_compiles_does_not_count():
+    times = PassTimes()
+    for seconds in (100.0, 1.0, 5.0, 2.0):
+        times.add(3, seconds)
+    assert times.known == {3: 2.0}
+    for _ in range(20):
+        times.add(3, 4.0)
+    assert times.known == {3: 4.0}
