@@ -130,6 +130,19 @@ def test_generate_json_holds_the_contract(run, int4):
     assert json.loads(run(*words)[1])["text"] == result["text"]
 
 
+@pytest.mark.parametrize("drafter", [["--lookup"], ["--draft", DEMO]], ids=["lookup", "draft"])
+def test_generate_with_drafts_prints_the_same_text_and_counts_them(run, int4, drafter):
+    words = ("generate", int4, "--exact", "--prompt", "KING RICHARD III:\nO, O, O, ", "--max-new-tokens", 40)
+    _, plain, _ = run(*words)
+    code, out, err = run(*words, *drafter)
+    assert code == 0 and out == plain
+    assert re.search(r"40 new ones, .* tokens/s, \d\.\d\d tokens a pass, \d+ of \d+ drafted ones right \(length\)", err)
+    counts = json.loads(run(*words, *drafter, "--json")[1])["speculation"]
+    assert counts.keys() == {"passes", "drafted", "accepted", "mean_tokens_per_pass"}
+    assert counts["passes"] + counts["accepted"] == 39
+    assert counts["mean_tokens_per_pass"] == 39 / counts["passes"]
+
+
 def test_generate_stops_before_a_stop_text(run, int4):
     _, whole, _ = run("generate", int4, "--prompt", "ROMEO:\n", "--max-new-tokens", 40)
     stop = whole[10:14]
@@ -268,6 +281,7 @@ def test_failures_are_one_line_and_exit_1(run, words, message):
         ["demo", "--dance"],
         ["demo", "--head", "int8"],
         ["generate", "a", "--prompt", "x", "--kv", "int4"],
+        ["generate", "a", "--prompt", "x", "--lookup", "--draft", "b"],
         ["verify", "a", "b"],
         ["quantize", "a", "b", "c"],
         ["generate", "a", "--prompt", "x", "--threads", "99999999999"],

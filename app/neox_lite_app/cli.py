@@ -177,6 +177,11 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--context", type=_positive, metavar="N", help="prompt and new tokens together, at most the model's own"
     )
+    drafts = sub.add_mutually_exclusive_group()
+    drafts.add_argument(
+        "--draft", metavar="MODEL", help="a smaller model with the same tokenizer guesses ahead: the same text, sooner"
+    )
+    drafts.add_argument("--lookup", action="store_true", help="guess ahead from the prompt, for text that repeats it")
     _add_running(sub, revision=True)
 
     sub = command("perplexity", "evaluate", "perplexity of a model on a text")

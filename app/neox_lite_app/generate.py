@@ -6,8 +6,10 @@ import argparse
 import sys
 from typing import Any
 
+from neox_lite import GPTNeoXForCausalLM, Speculation
 from neox_lite.errors import ArgumentError, ContextLengthError
 from neox_lite.generation import Clock, Options
+from neox_lite.speculative import LONGEST
 from neox_lite.tokenizer import check_text
 
 from .running import load, note, print_json, read_text
@@ -15,13 +17,49 @@ from .running import load, note, print_json, read_text
 
 def generate(args: argparse.Namespace) -> None:
     prompt = read_text("-") if args.prompt == "-" else args.prompt
-    given = {
-        name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-    }
-    options: dict[str, Any] = {**given, "stop_strings": args.stop}
+    options = _options(args)
     Options.parse({**options, "do_sample": True})  # bad values are refused before minutes of loading
     check_text(prompt, "--prompt")
     model = load(args.model, args, args.head)
+    ids, options["max_new_tokens"] = _lengths(model, prompt, args)
+    options["do_sample"] = bool(model.generation_config.do_sample) if args.temperature is None else args.temperature > 0
+    if not options["do_sample"]:
+        idle = [name for name in ("top_k", "top_p", "min_p", "seed") if options.pop(name) is not None]
+        if idle:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+            note(f"neox-lite: warning: {flags} without effect in greedy decoding; add --temperature 0.8")
+    if args.draft:
+        options["assistant_model"] = load(args.draft, args)
+    clock, counts, pieces, tokens, reason = Clock(), Speculation(), [], 0, None
+    for event in model.stream(ids, speculation=counts, **options):
+        clock.tick()
+        tokens += event.token is not None
+        pieces.append(event.text)
+        reason = event.finish_reason
+        if not args.json:
+            print(event.text, end="", flush=True)
+    if args.json:
+        figures = {"prompt_tokens": len(ids), "finish_reason": reason, "decode_tokens_per_s": clock.tokens_per_s}
+        drafts = {"speculation": _speculation(counts)} if args.draft or args.lookup else {}
+        print_json({"text": "".join(pieces), "tokens": tokens, **figures, **drafts})
+        return
+    print()
+    sys.stdout.flush()
+    pace = f", {clock.tokens_per_s:.1f} tokens/s" if clock.tokens_per_s else ""
+    if counts.passes:
+        pace += f", {counts.mean_tokens_per_pass:.2f} tokens a pass, {counts.accepted} of {counts.drafted} drafted ones right"
+    note(f"{len(ids)} prompt tokens, {tokens} new ones{pace} ({reason})")
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags say under the names of `generate`; None where they say nothing."""
+    sampling = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    given = {name: getattr(args, name) for name in sampling}
+    return {**given, "stop_strings": args.stop, "prompt_lookup_num_tokens": LONGEST if args.lookup else None}
+
+
+def _lengths(model: GPTNeoXForCausalLM, prompt: str, args: argparse.Namespace) -> tuple[list[int], int]:
+    """The prompt's ids and how many may follow. Raises ContextLengthError where they do not fit."""
     limit = model.config.max_position_embeddings
     if args.context and args.context > limit:
         raise ArgumentError(f"--context is {args.context}, but the model's own context is {limit}")
@@ -35,26 +73,9 @@ def generate(args: argparse.Namespace) -> None:
             f"{len(ids)} prompt tokens and {max(wanted, 1)} new ones do not fit the context of {context}; "
             f"shorten the prompt or use --max-new-tokens {max(context - len(ids), 0)}"
         )
-    options["do_sample"] = bool(model.generation_config.do_sample) if args.temperature is None else args.temperature > 0
-    if not options["do_sample"]:
-        idle = [name for name in ("top_k", "top_p", "min_p", "seed") if options.pop(name) is not None]
-        if idle:
-            flags = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
-            note(f"neox-lite: warning: {flags} without effect in greedy decoding; add --temperature 0.8")
-    options["max_new_tokens"] = wanted
-    clock, pieces, tokens, reason = Clock(), [], 0, None
-    for event in model.stream(ids, **options):
-        clock.tick()
-        tokens += event.token is not None
-        pieces.append(event.text)
-        reason = event.finish_reason
-        if not args.json:
-            print(event.text, end="", flush=True)
-    speed = clock.tokens_per_s
-    if args.json:
-        figures = {"prompt_tokens": len(ids), "finish_reason": reason, "decode_tokens_per_s": speed}
-        print_json({"text": "".join(pieces), "tokens": tokens, **figures})
-        return
-    print()
-    sys.stdout.flush()
-    note(f"{len(ids)} prompt tokens, {tokens} new ones" + (f", {speed:.1f} tokens/s" if speed else "") + f" ({reason})")
+    return ids, wanted
+
+
+def _speculation(counts: Speculation) -> dict[str, Any]:
+    shown = {name: getattr(counts, name) for name in ("passes", "drafted", "accepted")}
+    return {**shown, "mean_tokens_per_pass": counts.mean_tokens_per_pass}
