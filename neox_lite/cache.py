@@ -211,7 +211,7 @@ class PrefixCache:
         Without known logits, at least one id is left to compute.
         """
         wanted = torch.tensor(ids)
-        lengths = [_common(wanted, kept.ids) for kept in self._kept]
+        lengths = [common_length(wanted, kept.ids) for kept in self._kept]
         for i, kept in enumerate(self._kept):
             if kept.logits is not None and lengths[i] == len(ids) == kept.prompt:
                 return self._fork(i, len(ids)), kept.logits.clone()  # a caller's processor may write to it
@@ -258,7 +258,7 @@ class PrefixCache:
         self.pool.free(self._kept.pop(i).sequence)
 
 
-def _common(a: Tensor, b: Tensor) -> int:
+def common_length(a: Tensor, b: Tensor) -> int:
     """How many ids two sequences (tokens,) begin with in common."""
     length = min(len(a), len(b))
     different = (a[:length] != b[:length]).nonzero()

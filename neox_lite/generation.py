@@ -10,7 +10,7 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .cache import PAGE, PrefixCache
+from .cache import PAGE, PrefixCache, common_length
 from .cache import Sequence as CachedSequence
 from .config import GPTNeoXConfig, read_json
 from .errors import ArgumentError, ConfigError, ContextLengthError, UnsupportedError
@@ -449,8 +449,9 @@ def _free(prefixes: PrefixCache, row: Row) -> None:
 def _prefill(stepper: Stepper, prefixes: PrefixCache, rows: Sequence[Row]) -> list[Tensor]:
     """Logits (vocabulary,) after each row's prompt, of which only what no earlier prompt began with is computed.
 
-    Prompts go through the model together; one that came before is forked.
+    Prompts go through the model together, after what all of them begin with; one that came before is forked.
     """
+    _prefill_common(stepper, prefixes, {tuple(row.prompt) for row in rows})
     logits: dict[tuple[int, ...], Tensor] = {}
     first: dict[tuple[int, ...], Row] = {}
     for row in rows:
@@ -471,6 +472,16 @@ def _prefill(stepper: Stepper, prefixes: PrefixCache, rows: Sequence[Row]) -> li
             row.sequence = prefixes.pool.fork(source)
         row.after_prompt = kept[prompt]
     return [logits[tuple(row.prompt)] for row in rows]
+
+
+def _prefill_common(stepper: Stepper, prefixes: PrefixCache, prompts: Collection[tuple[int, ...]]) -> None:
+    """Compute once what several prompts all begin with, and keep it, if that is a page or more."""
+    ends = [torch.tensor(prompt) for prompt in (min(prompts), max(prompts))] if len(prompts) > 1 else []
+    common = min(prompts)[: common_length(*ends)] if ends else ()
+    if len(common) >= PAGE and prefixes.budget:
+        sequence, _ = prefixes.take(common)
+        advance(stepper, prefixes.pool, [sequence], [common[sequence.length :]])
+        prefixes.keep(torch.tensor(common), sequence)
 
 
 def _processors(options: Options, missing_ids: Tensor | None, users: bool = True) -> list[Processor]:

@@ -167,12 +167,12 @@ class GPTNeoXPreTrainedModel(nn.Module):
         return {tensor.device for tensor in (*self.parameters(), *self.buffers())}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "_runner": None,
-            "_captured": WeakKeyDictionary(),
-            "_lasting": None,
-        }  # copies and pickles bind their own kernels
+        """Copies and pickles bind their own kernels and have their own cache."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_runner", "_captured", "_lasting")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._unbind()
 
     def rebind(self, placement: Placement, accelerator: Accelerator | None) -> None:
         """Run from now on as parts have been placed."""

@@ -3,11 +3,15 @@
 Tiny random models beside transformers' own; where a test needs certain tokens, a scripted model that says them.
 """
 
+import copy
 import itertools
 import json
+import pickle
 import random
+import threading
 import time
 import warnings
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +28,7 @@ from neox_lite.cache import Batch, PagePool
 from neox_lite.cache import Sequence as CachedSequence
 from neox_lite.errors import (
     ArgumentError,
+    CacheError,
     ConfigError,
     ContextLengthError,
     NeoxLiteError,
@@ -617,6 +622,227 @@ def test_logits_that_are_not_numbers_end_in_an_error(tokenizer):
     with pytest.raises(NeoxLiteError, match="no id can be chosen"):
         model.generate(torch.tensor([[5]]), logits_processor=lambda ids, logits: logits * float("nan"))
     assert all_pages_free(model)
+
+
+# Kept prefixes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A model that no other test has used, which notes how many tokens every pass takes."""
+    model, _ = pair(tmp_path, max_position_embeddings=1024)
+    return noting(model)
+
+
+def noting(model):
+    model.sizes, step = [], type(model).step
+
+    def noted(pool, sequences, tokens, **options):
+        model.sizes.append(sum(map(len, tokens)))
+        return step(model, pool, sequences, tokens, **options)
+
+    model.step = noted
+    return model
+
+
+def kept_pages(model) -> int:
+    """Pages that are held between calls."""
+    pool = model._lasting.prefixes.pool
+    assert pool.pages - pool.free_pages == model._lasting.prefixes.pages
+    return pool.pages - pool.free_pages
+
+
+def test_a_second_turn_computes_only_what_is_new(own):
+    first = own.generate(random_ids(1, 300), max_new_tokens=20, **NO_EOS)
+    second = torch.cat((first, random_ids(1, 30, seed=2)), 1)
+    own.sizes.clear()
+    out = own.generate(second, max_new_tokens=5, **NO_EOS)
+    assert own.sizes == [31, 1, 1, 1, 1]  # the last token of the answer was chosen, but never read
+    own.forget()
+    own.sizes.clear()
+    assert torch.equal(own.generate(second, max_new_tokens=5, **NO_EOS), out)
+    assert own.sizes[0] == 350
+
+
+def test_a_branch_of_a_conversation_takes_what_is_common(own):
+    trunk = random_ids(1, 200)
+    for seed in range(3):
+        own.generate(torch.cat((trunk, random_ids(1, 50, seed=10 + seed)), 1), max_new_tokens=3, **NO_EOS)
+    assert own.sizes == [250, 1, 1, 50, 1, 1, 50, 1, 1]
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_repeated_call_is_bit_identical_and_computes_no_prompt(exact, own):
+    own._unbind()
+    own.exact = exact
+    ids, seen = random_ids(2, 150), []
+
+    def look(ids, logits):
+        seen[-1].append(logits.clone())
+        logits.zero_()[0, ids.shape[1] % 7] = 1.0  # what a processor writes must not reach later calls
+        return logits
+
+    for _ in range(3):
+        seen.append([])
+        own.generate(ids, max_new_tokens=12, logits_processor=look, **NO_EOS)
+    assert own.sizes == [300, *[2] * 11, *[2] * 11, *[2] * 11]
+    for logits in seen[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(logits, seen[0], strict=True))
+
+
+def test_what_all_prompts_of_a_call_begin_with_is_computed_once(own):
+    common = random_ids(1, 200).expand(4, -1)
+    ids = torch.cat((common, random_ids(4, 10, seed=3)), 1)
+    out = own.generate(ids, max_new_tokens=2, **NO_EOS)
+    assert own.sizes == [200, 40, 4]
+    assert kept_pages(own) <= 1 + 5  # one full page is shared by all
+    own.reuse_prefix = False
+    assert torch.equal(own.generate(ids, max_new_tokens=2, **NO_EOS), out)
+    assert own.sizes[3:] == [512, 328, 4]
+
+
+def test_40_random_turns_give_the_tokens_of_a_model_without_memory(own, tmp_path):
+    """Branches, repetitions and new conversations, batches too, greedy and sampled."""
+    forgetful = noting(type(own).from_pretrained(tmp_path, exact=True))
+    forgetful.reuse_prefix = False
+    choice, known = random.Random(0), [random_ids(1, 10)[0]]
+    for turn in range(40):
+        rows = [choice.choice(known) for _ in range(choice.choice([1, 1, 3]))]
+        rows = [row[: choice.randint(1, len(row))] for row in rows]
+        rows = [torch.cat((row, random_ids(1, choice.randint(0, 60), seed=turn)[0])) for row in rows]
+        rows = [row[:600] for row in rows]
+        ids, mask = padded(rows, "left")
+        options = {"max_new_tokens": choice.randint(1, 30), "attention_mask": mask, **NO_EOS}
+        if turn % 2:
+            options |= {"do_sample": True, "seed": turn}
+        out = own.generate(ids, **options)
+        assert torch.equal(out, forgetful.generate(ids, **options)), turn
+        known += [full[len(keep) - int(keep.sum()) :] for full, keep in zip(out, mask, strict=True)]
+        assert kept_pages(own) <= 1024 // 128
+    assert sum(own.sizes) < 0.8 * sum(forgetful.sizes)
+
+
+def test_a_stream_that_is_closed_leaves_what_it_had_and_an_error_leaves_nothing(own, tokenizer):
+    own.tokenizer = tokenizer
+    stream = own.stream(random_ids(1, 130)[0], max_new_tokens=50, **NO_EOS)
+    tokens = [next(stream).token for _ in range(10)]
+    stream.close()
+    own.sizes.clear()
+    more = torch.cat((random_ids(1, 130), torch.tensor([tokens])), 1)
+    own.generate(more, max_new_tokens=1, **NO_EOS)
+    assert own.sizes == [1]
+    before = kept_pages(own)
+    with pytest.raises(MemoryError):
+        own.generate(random_ids(1, 400, seed=5), logits_processor=raise_memory_error)
+    assert kept_pages(own) == before
+
+
+def raise_memory_error(ids, logits):
+    raise MemoryError
+
+
+def test_nothing_is_kept_where_that_is_turned_off_and_forget_frees_it(own):
+    own.reuse_prefix = False
+    for _ in range(2):
+        own.generate(random_ids(1, 20), max_new_tokens=1, **NO_EOS)
+    assert own.sizes == [20, 20] and own._lasting is None
+    own.reuse_prefix = True
+    own.generate(random_ids(1, 20), max_new_tokens=1, **NO_EOS)
+    pool = weakref.ref(own._lasting.prefixes.pool)
+    own.forget()
+    assert pool() is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.half(),
+        lambda model: model.to("cpu"),
+        lambda model: setattr(model, "kv", "int8"),
+        lambda model: setattr(model, "exact", False),
+        lambda model: setattr(model, "cache_pages", 9),
+        lambda model: model.gpt_neox.layers[0].attention.dense.weight.mul_(1.01),
+        lambda model: setattr(model.embed_out.weight, "data", model.embed_out.weight.data.clone()),
+        lambda model: model.load_state_dict(model.state_dict()),
+    ],
+    ids=["half", "to", "kv", "exact", "cache_pages", "write", "replace", "load_state_dict"],
+)
+def test_a_model_that_changes_forgets(own, change):
+    own.generate(random_ids(1, 20), max_new_tokens=1, **NO_EOS)
+    pool = weakref.ref(own._lasting.prefixes.pool)
+    change(own)
+    own.generate(random_ids(1, 20), max_new_tokens=1, **NO_EOS)
+    assert own.sizes == [20, 20] and pool() is None
+
+
+def test_copies_and_pickles_share_no_pages(own):
+    del own.step
+    expected = own.generate(random_ids(1, 20), **NO_EOS)
+    assert own._lasting is not None
+    for twin in (copy.deepcopy(own), pickle.loads(pickle.dumps(own))):
+        assert twin._lasting is None
+        assert torch.equal(twin.generate(random_ids(1, 20), **NO_EOS), expected)
+
+
+def test_calls_at_the_same_time_do_not_meet(own, tokenizer):
+    own.tokenizer = tokenizer
+    prompts = [random_ids(1, 60, seed=seed) for seed in range(4)]
+    expected = [own.generate(ids, max_new_tokens=30, **NO_EOS)[0, 60:].tolist() for ids in prompts]
+    streams = [own.stream(ids[0], max_new_tokens=30, **NO_EOS) for ids in prompts]  # all of them half way at once
+    found = [[event.token for event in events] for events in zip(*streams, strict=True)]
+    assert [list(tokens) for tokens in zip(*found, strict=True)] == expected
+    results: dict[int, list] = {}
+
+    def run(i: int) -> None:
+        results[i] = [own.generate(prompts[i], max_new_tokens=30, **NO_EOS)[0, 60:].tolist() for _ in range(5)]
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {i: [tokens] * 5 for i, tokens in enumerate(expected)}
+
+
+def test_pages_kept_in_inference_mode_serve_outside_it(own):
+    with torch.inference_mode():
+        first = own.generate(random_ids(1, 200), max_new_tokens=60, **NO_EOS)
+    assert own.generate(first, max_new_tokens=90, **NO_EOS).shape == (1, 350)
+
+
+def test_a_planned_cache_is_allocated_once_and_never_grows(own):
+    own.cache_pages = 6
+    long = own.generate(random_ids(1, 600), max_new_tokens=20, **NO_EOS)
+    pool = own._lasting.prefixes.pool
+    places = [s.data_ptr() for s in pool.storage]
+    assert pool.pages == pool.limit == 6
+    for seed in range(5):  # kept pages make room
+        own.generate(random_ids(1, 500, seed=seed), max_new_tokens=20, **NO_EOS)
+    assert torch.equal(own.generate(random_ids(1, 600), max_new_tokens=20, **NO_EOS), long)
+    assert own._lasting.prefixes.pool is pool and [s.data_ptr() for s in pool.storage] == places
+    with pytest.raises(CacheError, match=r"6 pages of 128 tokens, .* free sequences or give the cache more memory"):
+        own.generate(random_ids(1, 800), max_new_tokens=1, **NO_EOS)
+    assert own.generate(random_ids(1, 700), max_new_tokens=1, **NO_EOS).shape == (1, 701)
+
+
+def test_a_large_batch_leaves_at_most_one_context_behind(own):
+    own.generate(random_ids(30, 300), max_new_tokens=2, **NO_EOS)
+    assert own._lasting is None
+    own.generate(random_ids(1, 300), max_new_tokens=2, **NO_EOS)
+    assert own._lasting.prefixes.pool.pages <= 16
+
+
+def test_captured_steps_outlive_a_call(own):
+    own._unbind()
+    own.exact = False
+    if own.ops.name != "cpu":
+        pytest.skip("only the cpu backend captures")
+    for seed in range(9):  # the pool grows to one context, and no more
+        own.generate(random_ids(1, 20, seed=seed), max_new_tokens=3, **NO_EOS)
+    captured = own._captured[own._lasting.prefixes.pool].by_shape[1, 1]
+    own.generate(random_ids(1, 25), max_new_tokens=3, **NO_EOS)
+    assert captured is not None
+    assert own._captured[own._lasting.prefixes.pool].by_shape[1, 1] is captured
 
 
 # Sampling -------------------------------------------------------------------------------------------------------------
