@@ -30,6 +30,7 @@ from neox_lite.kernels.cpu import compile as compiling
 from neox_lite.kernels.cpu import target
 from neox_lite.kernels.cpu.code import Code
 from neox_lite.layers import Linear, norm_of
+from neox_lite.model import CAPTURED_STEPS, CAPTURED_TOKENS
 from neox_lite_app.demo import FOLDER as DEMO
 from neox_lite_app.evaluate import cut, log_probabilities
 from neox_lite_app.random_model import RandomModel
@@ -293,6 +294,45 @@ def test_each_number_of_sequences_has_its_own_capture(int4: GPTNeoXForCausalLM) 
         found = int4.step(pool, sequences[:count], [[5]] * count)
         assert torch.equal(found, uncaptured(int4, pool, twins, [5] * count))
     assert set(int4._captured[pool].by_shape) == {(1, 1), (2, 2), (3, 3)}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "int8"])
+def test_a_captured_pass_of_several_tokens_serves_every_split_of_them_bit_equally(
+    exact: bool, int4: GPTNeoXForCausalLM, two_threads: None
+) -> None:
+    on(int4, exact=exact)
+    pool = int4.new_pool(pages=32)
+    sequences = [pool.new() for _ in range(3)]
+    int4.step(pool, sequences, [[5] * (PAGE - 9 + i) for i in range(3)])  # soon over the end of a page
+    for counts in ([2, 1, 4], [1, 1, 5], [5, 1, 1], [3, 3, 1], [1, 4, 2]):
+        tokens = [[(7 * i + t) % 131 for t in range(n)] for i, n in enumerate(counts)]
+        twins = [pool.fork(s) for s in sequences]
+        found = int4.step(pool, sequences, tokens, every=True)
+        batch = Batch.reserve(pool, twins, counts)
+        x = int4.run_layers(int4._embed(torch.tensor([i for t in tokens for i in t])), pool, batch)
+        expected = int4.ops.head(x, None, norm_of(int4.gpt_neox.final_layer_norm), int4.embed_out.handle)
+        assert torch.equal(found, expected) and [s.length for s in sequences] == [t.length for t in twins]
+        for twin in twins:
+            pool.free(twin)
+    assert {shape: c is not None for shape, c in int4._captured[pool].by_shape.items()} == {(3, 7): True}
+
+
+@torch.no_grad()
+def test_captured_passes_are_few_and_small(int4: GPTNeoXForCausalLM) -> None:
+    on(int4, exact=False)
+    pool = int4.new_pool(pages=64)
+    sequences = [pool.new() for _ in range(40)]
+    for count in range(1, 41):
+        int4.step(pool, sequences[:count], [[5]] * count)
+    shapes = list(int4._captured[pool].by_shape)
+    assert shapes == [(n, n) for n in range(41 - CAPTURED_STEPS, 41)]
+    int4.step(pool, sequences[:9], [[5]] * 9)  # used again: it stays longest
+    assert list(int4._captured[pool].by_shape)[-1] == (9, 9)
+    for tokens in (CAPTURED_TOKENS, CAPTURED_TOKENS + 1):
+        int4.step(pool, sequences[:1], [[5] * tokens], every=True)
+        int4.step(pool, sequences[:1], [[5] * tokens])  # a prompt comes once
+    assert [n for _, n in int4._captured[pool].by_shape if n > 1][-1] == CAPTURED_TOKENS
 
 
 def test_a_capture_is_forgotten_with_its_pool(int4: GPTNeoXForCausalLM) -> None:
