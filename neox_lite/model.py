@@ -168,7 +168,9 @@ class GPTNeoXPreTrainedModel(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles bind their own kernels and have their own cache."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("_runner", "_captured", "_lasting")}
+        return {
+            name: value for name, value in self.__dict__.items() if name not in ("_runner", "_captured", "_lasting")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -224,7 +226,6 @@ class GPTNeoXPreTrainedModel(nn.Module):
         base = self.base_model
         placement = self.placement or Placement.alone("cpu" if self.device.type == "cpu" else "gpu", len(base.layers))
         origins = [self.source.origins_in(layer, f"layers.{i}.") for i, layer in enumerate(base.blocks)]
-        self._unbind()
         self._runner = Runner(
             base.blocks, base.rotary.table, self.dtype, placement, self.exact, self.accelerator, origins, ops
         )
@@ -237,6 +238,7 @@ class GPTNeoXPreTrainedModel(nn.Module):
 
     @ops.setter
     def ops(self, ops: Backend) -> None:
+        self._unbind()
         self._bind(ops)
 
     def new_pool(self, pages: int = 0, limit: int | None = None) -> PagePool:
