@@ -435,7 +435,7 @@ def test_500_random_steps_of_sequences_match_uncached_logits(model, backend, dty
     """Split, rewind, branch, free, keep, take up again, in batches of 1-8: every token's logits are those of the whole."""
     if (reason := dispatch.load(backend).why_not(CPU)) is not None:
         pytest.skip(reason)
-    monkeypatch.setattr(model, "_ops", dispatch.load(backend).bind(True))
+    monkeypatch.setattr(model, "ops", dispatch.load(backend).bind(True))
     choice, pool = random.Random(0), nan_pool(model, dtype)
     prefixes = PrefixCache(pool, 12)
     texts: dict[CachedSequence, list[int]] = {pool.new(): []}
