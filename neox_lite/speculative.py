@@ -238,24 +238,27 @@ def check_vocabularies(
 
 
 class PassTimes:
-    """Seconds of passes by how many tokens they take: the median of the last few.
+    """Seconds of passes by how many tokens they take: the median of the last few, and at most those of any longer pass.
 
-    The first of each length is left out, because it may compile or capture.
+    So a length last seen while the machine was busy does not look dear beside one seen later. The first pass of each length
+    is left out, because it may compile or capture.
     """
 
     def __init__(self) -> None:
         self._seconds: dict[int, deque[float]] = {}
-        self.known: dict[int, float] = {}  # medians, by growing number of tokens
+        self.known: dict[int, float] = {}  # by growing number of tokens
 
     def add(self, tokens: int, seconds: float) -> None:
         if tokens not in self._seconds:
             self._seconds[tokens] = deque(maxlen=SAMPLES)
             return
         self._seconds[tokens].append(seconds)
-        is_new = tokens not in self.known
-        self.known[tokens] = statistics.median(self._seconds[tokens])
-        if is_new:
-            self.known = dict(sorted(self.known.items()))
+        known, least = [], math.inf
+        for n, times in sorted(self._seconds.items(), reverse=True):
+            if times:
+                least = min(least, statistics.median(times))
+                known.append((n, least))
+        self.known = dict(reversed(known))
 
 
 def estimate(known: dict[int, float], tokens: int, step: int = 1) -> float:

@@ -586,3 +586,28 @@ def test_a_pass_that_compiles_does_not_count():
     for _ in range(20):
         times.add(3, 4.0)
     assert times.known == {3: 4.0}
+
+
+def test_no_pass_is_taken_to_cost_more_than_a_longer_one():
+    times = PassTimes()
+    for tokens, seconds in ((1, 9.0), (2, 3.0), (4, 5.0)):
+        times.add(tokens, 0.0)
+        times.add(tokens, seconds)
+    assert times.known == {1: 3.0, 2: 3.0, 4: 5.0} and list(times.known) == [1, 2, 4]
+
+
+def test_drafts_end_though_plain_passes_were_last_seen_on_a_busy_machine():
+    """Acceptance 0, passes of one token measured at twice what they cost now."""
+    times = PassTimes()
+    for _ in range(3):
+        times.add(1, 2.0)
+    for _ in range(3):
+        times.add(2, 1.0)
+    pace, drafted = Pace(times), 0
+    for _ in range(200):
+        length = pace.length(1, 1, LONGEST)
+        if length:
+            pace.drafted(length, 0.2 * length)
+        pace.judged(1, 1 + length, 1.0, length, 0)
+        drafted += length > 0
+    assert drafted < 25

@@ -1,0 +1,187 @@
+"""What kept prefixes and drafts are worth on this machine, with random weights in the shapes of real models.
+
+    python benchmarks/speculation.py turn --shape pythia-160m [--history 1500] [--out FILE]
+    python benchmarks/speculation.py drafts --shape pythia-6.9b --draft pythia-160m [--acceptance 0,0.6,0.8] [--out FILE]
+
+turn: seconds to the first token of a chat's second turn, with the pages of the first one and without. drafts: tokens a second
+without drafts and with those of a draft model that runs for its cost, while what it drafts is right with a given
+probability; beside it what the formula gives for the times measured, with the best length known from the start. Runs go
+A B C A B C ..., figures are medians with their quartiles. `load` is the machine's load average before each round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).parents[1] / room) for room in (".", "quant", "app")]
+
+import torch  # noqa: E402
+
+from neox_lite import GPTNeoXForCausalLM, Speculation  # noqa: E402
+from neox_lite.formats import DENSE, GroupInt  # noqa: E402
+from neox_lite.generation import Options, Row, decode  # noqa: E402
+from neox_lite.speculative import LONGEST, Drafting, DraftModel, PassTimes, estimate  # noqa: E402
+from neox_lite_app.random_model import RandomModel, config_of  # noqa: E402
+from neox_lite_app.running import default_threads, note  # noqa: E402
+
+FORMATS = {"int4": GroupInt(4, 128), "int8": GroupInt(8, 128), "fp16": DENSE}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("turn", "drafts"))
+    parser.add_argument("--shape", default="pythia-160m")
+    parser.add_argument("--draft", default="pythia-160m", help="shape of the draft model")
+    parser.add_argument("--format", choices=FORMATS, default="int4", help="of both models")
+    parser.add_argument(
+        "--acceptance", type=lambda text: [float(word) for word in text.split(",")], default=[0, 0.6, 0.8]
+    )
+    parser.add_argument("--history", type=int, default=1500, help="tokens of the first turn's prompt")
+    parser.add_argument("--context", type=int, default=128, help="tokens of the prompt before drafts are timed")
+    parser.add_argument("--tokens", type=int, default=300, help="generated in a run with drafts")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="JSON file; default: stdout")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads or default_threads())
+    machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    settings = {"what": args.what, "shape": args.shape, "format": args.format, "threads": torch.get_num_threads()}
+    result = json.dumps({**settings, **machine, "torch": torch.__version__, **globals()[args.what](args)}, indent=1)
+    if args.out:
+        args.out.write_text(result + "\n")
+    else:
+        print(result)
+
+
+def build(shape: str, format: str) -> GPTNeoXForCausalLM:
+    model = RandomModel(config_of(shape), FORMATS[format], small_head=format != "fp16").build(lambda done, total: None)
+    note(f"{shape} {format}: {model.get_memory_footprint() / 1e9:.2f} GB, {model.ops.name} backend")
+    return model
+
+
+def ids_of(model: GPTNeoXForCausalLM, count: int, seed: int) -> list[int]:
+    return torch.randint(1, 50000, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def summary(times: list[float]) -> dict[str, float]:
+    first, _, third = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
+    return {"median": statistics.median(times), "first_quartile": first, "third_quartile": third}
+
+
+# A second turn --------------------------------------------------------------------------------------------------------
+
+
+def turn(args: argparse.Namespace) -> dict[str, Any]:
+    model = build(args.shape, args.format)
+    times: dict[str, list[float]] = {"with": [], "without": []}
+    loads = []
+    for number in range(args.rounds + 1):  # the first compiles
+        loads.append(os.getloadavg()[0])
+        for name, seconds in times.items():
+            model.reuse_prefix = name == "with"
+            model.forget()
+            first = first_tokens(model, ids_of(model, args.history, number), 16)
+            question = ids_of(model, 30, 1000 + number)
+            began = time.perf_counter()
+            first_tokens(model, first + question, 1)
+            seconds.append(time.perf_counter() - began)
+    figures = {f"first_token_s_{name}_reuse": summary(seconds[1:]) for name, seconds in times.items()}
+    medians = [figures[f"first_token_s_{name}_reuse"]["median"] for name in ("with", "without")]
+    return {"history": args.history, "new": 30, **figures, "ratio": medians[1] / medians[0], "load": loads}
+
+
+def first_tokens(model: GPTNeoXForCausalLM, ids: list[int], count: int) -> list[int]:
+    return model.generate(torch.tensor([ids]), max_new_tokens=count, eos_token_id=[])[0].tolist()
+
+
+# Drafts ---------------------------------------------------------------------------------------------------------------
+
+
+class Script:
+    """A text that the target is made to say, whatever its weights, and a draft model to know with some probability."""
+
+    def __init__(self, model: GPTNeoXForCausalLM, tokens: int) -> None:
+        self.ids = ids_of(model, tokens + LONGEST + 1, 7)
+
+    def force(self, ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(logits, float("-inf")).index_fill_(1, torch.tensor([self.ids[ids.shape[1]]]), 0.0)
+
+    def guess(self, acceptance: float) -> Callable[[Any, torch.Tensor, torch.Tensor], int]:
+        chance = random.Random(11)
+
+        def choose(row: Any, history: torch.Tensor, logits: torch.Tensor) -> int:
+            right = self.ids[len(history)]
+            int(logits.numpy().argmax())  # what choosing costs
+            return right if chance.random() < acceptance else right + 1
+
+        return choose
+
+
+def drafts(args: argparse.Namespace) -> dict[str, Any]:
+    target, draft = build(args.shape, args.format), build(args.draft, args.format)
+    script = Script(target, args.context + args.tokens)
+    options = Options(logits_processor=(script.force,))
+    times = PassTimes()  # as a model keeps them from call to call
+    speeds: dict[str, list[float]] = {"plain": [], **{str(a): [] for a in args.acceptance}}
+    counts: dict[str, Speculation] = {str(a): Speculation() for a in args.acceptance}
+    draft_s: list[float] = []
+    loads = []
+    for number in range(args.rounds + 1):  # the first compiles, captures and learns what passes cost
+        loads.append(os.getloadavg()[0])
+        for name, found in speeds.items():
+            row = Row(script.ids[: args.context], args.tokens, 0)
+            with target._lend(40) as own, draft._lend(40) as lent:
+                own.prefixes.clear(), lent.prefixes.clear()
+                drafting = None
+                if name != "plain":
+                    choice, config = script.guess(float(name)), draft.config
+                    drafter = DraftModel(
+                        draft, lent.prefixes, choice, config.vocab_size, config.max_position_embeddings
+                    )
+                    counted = counts[name] if number else Speculation()
+                    drafting = Drafting(drafter, LONGEST, times, counted, time.perf_counter)
+                stamps = [time.perf_counter() for _ in decode(target, own.prefixes, [row], options, None, drafting)]
+            assert row.tokens == script.ids[args.context : args.context + args.tokens]
+            found.append((args.tokens - 1) / (stamps[-1] - stamps[0]))
+            if drafting is not None and drafting.pace._draft_s:
+                draft_s.append(statistics.median(drafting.pace._draft_s))
+            note(f"round {number}, {name}: {found[-1]:.2f} tokens/s")
+    plain = statistics.median(speeds["plain"][1:])
+    per_draft = statistics.median(draft_s)
+    rows = {}
+    for name, found in speeds.items():
+        figures: dict[str, Any] = {"tokens_per_s": summary(found[1:]), "speedup": statistics.median(found[1:]) / plain}
+        if name != "plain":
+            best = optimum(float(name), times.known, per_draft)
+            figures |= {"formula_speedup": best[0], "formula_length": best[1], **vars(counts[name])}
+            figures["mean_tokens_per_pass"] = counts[name].mean_tokens_per_pass
+        rows[name] = figures
+    passes = {str(n): seconds for n, seconds in times.known.items()}
+    return {"draft": args.draft, "context": args.context, "tokens": args.tokens, "rows": rows, "pass_s": passes} | {
+        "draft_s": per_draft,
+        "load": loads,
+    }
+
+
+def optimum(acceptance: float, known: dict[int, float], draft_s: float) -> tuple[float, int]:
+    """Best speed-up over plain decoding by E / (t(g + 1) + g d), and the length that gives it."""
+
+    def speedup(g: int) -> float:
+        expected = sum(acceptance**i for i in range(g + 1))
+        return expected * estimate(known, 1) / (estimate(known, g + 1) + g * draft_s)
+
+    return max((speedup(g), g) for g in range(LONGEST + 1))
+
+
+if __name__ == "__main__":
+    main()
