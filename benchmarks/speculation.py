@@ -153,8 +153,8 @@ def drafts(args: argparse.Namespace) -> dict[str, Any]:
                 stamps = [time.perf_counter() for _ in decode(target, own.prefixes, [row], options, None, drafting)]
             assert row.tokens == script.ids[args.context : args.context + args.tokens]
             found.append((args.tokens - 1) / (stamps[-1] - stamps[0]))
-            if drafting is not None and drafting.pace._draft_s:
-                draft_s.append(statistics.median(drafting.pace._draft_s))
+            if drafting is not None and drafting.pace.draft_s is not None:
+                draft_s.append(drafting.pace.draft_s)
             note(f"round {number}, {name}: {found[-1]:.2f} tokens/s")
     plain = statistics.median(speeds["plain"][1:])
     per_draft = statistics.median(draft_s)

@@ -297,7 +297,7 @@ class Pace:
         self.acceptance = PRIOR
         self._times = times
         self._evidence = 1.0  # drafted tokens that the acceptance stands for
-        self._draft_s: deque[float] = deque(maxlen=SAMPLES)  # for each drafted token
+        self._draft_s: deque[float] | None = None  # for each drafted token
         self._idle = 0  # passes since the last draft
         self._wait = PROBE_EVERY
         self._probe_s: float | None = None  # what a running probe has taken for drafting
@@ -321,14 +321,22 @@ class Pace:
         """Expected tokens a second."""
         a = min(self.acceptance, 0.999)
         tokens = rows - drafting + drafting * (1 - a ** (length + 1)) / (1 - a)
-        draft_s = statistics.median(self._draft_s) if self._draft_s else 0.0
+        draft_s = self.draft_s or 0.0
         return tokens / (estimate(known, rows + drafting * length, drafting) + length * draft_s)
 
+    @property
+    def draft_s(self) -> float | None:
+        """Seconds that a drafted token takes, if that is known."""
+        return statistics.median(self._draft_s) if self._draft_s else None
+
     def drafted(self, length: int, seconds: float) -> None:
-        """A draft of at most `length` tokens was made; one after a pause has to catch up, and tells little of the next."""
+        """A draft of at most `length` tokens was made. The first reads the prompt and is left out; one after a pause has to
+        catch up, and tells only that others take no longer."""
         if self._probe_s is not None:
             self._probe_s = seconds
-        if self._idle == 0 or not self._draft_s:
+        if self._draft_s is None:
+            self._draft_s = deque(maxlen=SAMPLES)
+        elif self._idle == 0 or self.draft_s is None or seconds / length < self.draft_s:
             self._draft_s.append(seconds / length)
 
     def judged(self, rows: int, tokens: int, seconds: float, tested: int, accepted: int) -> None:
