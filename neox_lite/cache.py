@@ -214,7 +214,7 @@ class PrefixCache:
         lengths = [common_length(wanted, kept.ids) for kept in self._kept]
         for i, kept in enumerate(self._kept):
             if kept.logits is not None and lengths[i] == len(ids) == kept.prompt:
-                return self._fork(i, len(ids)), kept.logits.clone()  # a caller's processor may write to it
+                return self._fork(i, len(ids)), copied(kept.logits)  # a caller's processor may write to them
         best = max(range(len(lengths)), key=lambda i: lengths[i], default=None)
         if best is None or (length := min(lengths[best], len(ids) - 1)) == 0:
             return self.pool.new(), None
@@ -256,6 +256,11 @@ class PrefixCache:
 
     def _drop(self, i: int) -> None:
         self.pool.free(self._kept.pop(i).sequence)
+
+
+def copied(x: Tensor) -> Tensor:
+    """A copy of a tensor on the CPU, by numpy: torch would share it out to threads, which then spin beside the kernels' own."""
+    return torch.from_numpy(x.numpy().copy())
 
 
 def common_length(a: Tensor, b: Tensor) -> int:

@@ -19,13 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from .cache import PAGE, PrefixCache, common_length
+from .cache import PAGE, PrefixCache, common_length, copied
 from .cache import Sequence as CachedSequence
 from .config import GPTNeoXConfig, read_json
 from .errors import ArgumentError, ConfigError, ContextLengthError, UnsupportedError
-from .sampling import Processor, Sampling, choose
+from .sampling import Processor, Sampling, choose, exclude
 from .speculative import (
     LONGEST,
     Drafting,
@@ -463,7 +462,7 @@ def _prefill(stepper: Stepper, prefixes: PrefixCache, rows: Sequence[Row]) -> li
     sequences = {prompt: row.sequence for prompt, row in first.items() if prompt not in logits and row.sequence}
     rest = [prompt[sequence.length :] for prompt, sequence in sequences.items()]
     logits |= zip(sequences, advance(stepper, prefixes.pool, list(sequences.values()), rest), strict=True)
-    kept = {prompt: found.clone() if prefixes.budget else None for prompt, found in logits.items()}
+    kept = {prompt: copied(found) if prefixes.budget else None for prompt, found in logits.items()}
     for row in rows:
         prompt = tuple(row.prompt)
         if row is not first[prompt]:
@@ -488,7 +487,7 @@ def _processors(options: Options, missing_ids: Tensor | None, users: bool = True
     """Everything between logits and choice: ids that do not exist, then sampling's own steps around the user's."""
     steps: list[Processor] = []
     if missing_ids is not None and len(missing_ids):
-        steps.append(lambda history, logits: logits.index_fill(0, missing_ids, float("-inf")))
+        steps.append(lambda history, logits: exclude(logits, missing_ids))
     return steps + options.sampling.processors([_of_rows(user) for user in options.logits_processor if users])
 
 
@@ -500,8 +499,8 @@ def _draft_choice(options: Options, missing_ids: Tensor, vocabulary: int) -> Cal
     steps = _processors(options, missing_ids, users=False)
 
     def draw(row: Row, history: Tensor, logits: Tensor) -> int:
-        lacking = max(0, vocabulary - len(logits))
-        logits = functional.pad(logits[:vocabulary], (0, lacking), value=float("-inf"))
+        lacking = torch.full((max(0, vocabulary - len(logits)),), float("-inf"))
+        logits = torch.cat((logits[:vocabulary], lacking)) if len(lacking) else logits[:vocabulary]
         logits = _hold_back_end(len(row.prompt), len(history), logits, options)
         return choose(logits, history, row.stream, options.sampling, steps)
 
@@ -533,7 +532,7 @@ def _hold_back_end(prompt_tokens: int, tokens: int, logits: Tensor, options: Opt
     if not early or not options.eos_token_id:
         return logits
     known = [i for i in options.eos_token_id if i < len(logits)]
-    return logits.index_fill(0, torch.tensor(known, dtype=torch.long), float("-inf"))
+    return exclude(logits, torch.tensor(known, dtype=torch.long))
 
 
 def _says_stop(criterion: Callable[[Tensor, Tensor], Any], row: Row, logits: Tensor) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .cache import copied
 from .errors import ArgumentError, NeoxLiteError
 
 Processor = Callable[[Tensor, Tensor], Tensor]  # history (tokens,) int64, logits (vocabulary,) float32 -> logits
@@ -63,6 +64,13 @@ class Sampling:
         if self.min_p:
             steps.append(lambda history, logits: keep_min_p(logits, self.min_p))
         return steps
+
+
+def exclude(logits: Tensor, ids: Tensor) -> Tensor:
+    """A copy of logits (vocabulary,) in which ids (n,) cannot be chosen."""
+    copy = copied(logits)
+    copy.numpy()[ids.numpy()] = -math.inf
+    return copy
 
 
 def penalize_repetition(history: Tensor, logits: Tensor, penalty: float) -> Tensor:
