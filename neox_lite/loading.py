@@ -220,6 +220,8 @@ def from_pretrained(cls: type[GPTNeoXPreTrainedModel], name: str | os.PathLike[s
         config.dtype = str(dtype).removeprefix("torch.")
         blueprint = Blueprint(cls, config, checkpoint, target)
         decision = decide(options.wish, _sizes(blueprint, dtype, folder), blueprint.heads, blueprint.prefix)
+        if decision.announcement is not None:
+            announce(decision.announcement)
         model = blueprint.fill(dtype)
     model.source = Source(folder, os.fspath(name), options.revision, model.source.origins)
     if target is not None and not blueprint.fresh:  # a random head would pass for a trained one the next time

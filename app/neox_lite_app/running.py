@@ -67,8 +67,7 @@ def placement(model: GPTNeoXForCausalLM) -> str:
         return _side(model, "cpu" if model.device.type == "cpu" else "gpu")
     counts = {tier: where.layers.count(tier) for tier in ("gpu", "cpu", "disk")}
     names = {"gpu": _side(model, "gpu"), "cpu": _side(model, "cpu"), "disk": "the disk"}
-    shares = [f"{count} of {len(where.layers)} layers on {names[tier]}" for tier, count in counts.items() if count]
-    return ", ".join(shares)
+    return ", ".join(f"{names[tier]} for {count} layers" for tier, count in counts.items() if count)
 
 
 def _side(model: GPTNeoXForCausalLM, side: str) -> str:

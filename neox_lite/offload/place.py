@@ -16,7 +16,7 @@ from ..errors import ArgumentError, UnsupportedError
 from ..formats import Format, GroupInt
 from . import machine
 from .accelerator import Accelerator, Cuda
-from .plan import NO, Machine, Plan, Rates, Request, Sizes, plan, sizes_of
+from .plan import CPU, DISK, GPU, NO, Machine, Plan, Rates, Request, Sizes, plan, sizes_of
 from .ring import Image, install
 from .run import Placement
 
@@ -51,6 +51,21 @@ class Decision:
 
     def accelerator(self) -> Accelerator | None:
         return Cuda(self.device) if self.placement is not None and self.device.type == "cuda" else None
+
+    @property
+    def announcement(self) -> str | None:
+        """What a user should know before it happens; None where the whole model is in one memory, as it would be anyway."""
+        found = self.plan
+        if found is None or (found.level in (CPU, GPU) and not found.notes):
+            return None
+        names = {"gpu": str(self.device), "cpu": "the CPU", "disk": "the disk"}
+        shares = [f"{found.layers.count(tier)} on {name}" for tier, name in names.items() if tier in found.layers]
+        where = f"of {len(found.layers)} layers {', '.join(shares)}"
+        speed = found.decode_tokens_per_s
+        rate = (
+            f"; about {speed:.2g} tokens/s by prediction" if speed is not None and found.machine.cpu != NOMINAL else ""
+        )
+        return "; ".join([where + rate, *found.notes, *(found.advice[:1] if found.level == DISK else ())])
 
 
 # What is asked for ------------------------------------------------------------------------------------------------------
