@@ -8,10 +8,9 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +23,8 @@ from .config import GPTNeoXConfig
 from .errors import ArgumentError, ConfigError, ContextLengthError, UnsupportedError
 from .formats import DENSE, Format, formats_of
 from .generation import Event, GenerationMixin
-from .kernels.backend import Backend, Captured
+from .kernels.backend import Backend
+from .kernels.captured import MOST_TOKENS
 from .layers import GPTNeoXLayer, Linear, Rotary, norm_of
 from .offload.accelerator import Accelerator
 from .offload.plan import Plan
@@ -57,19 +57,6 @@ class ModelOutput(OrderedDict[str, Any]):
 
     def to_tuple(self) -> tuple[Any, ...]:
         return tuple(self.values())
-
-
-CAPTURED_TOKENS = 16  # of a pass with several tokens of a sequence, at most, that is captured
-CAPTURED_STEPS = 32  # of a pool; the least recently used one goes first
-NEW = object()  # a shape that nobody has tried to capture
-
-
-@dataclass
-class Steps:
-    """Captured passes over a pool of so many pages, by (sequences, tokens), the last one used last."""
-
-    pages: int
-    by_shape: dict[tuple[int, int], Captured | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -110,7 +97,6 @@ class GPTNeoXPreTrainedModel(nn.Module):
         self.plan: Plan | None = None  # what the loader placed it by, with predicted bytes and times
         self.accelerator: Accelerator | None = None  # what the placement's "gpu" is
         self._runner: Runner | None = None
-        self._captured: WeakKeyDictionary[PagePool, Steps] = WeakKeyDictionary()
         super().train(False)
 
     # Loading and saving -----------------------------------------------------------------------------------------------
@@ -168,9 +154,7 @@ class GPTNeoXPreTrainedModel(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles bind their own kernels and have their own cache."""
-        return {
-            name: value for name, value in self.__dict__.items() if name not in ("_runner", "_captured", "_lasting")
-        }
+        return {name: value for name, value in self.__dict__.items() if name not in ("_runner", "_lasting")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -182,7 +166,7 @@ class GPTNeoXPreTrainedModel(nn.Module):
         self.placement, self.accelerator = placement, accelerator
 
     def _unbind(self) -> None:
-        self.__dict__.update(_runner=None, _captured=WeakKeyDictionary(), _lasting=None)
+        self.__dict__.update(_runner=None, _lasting=None)
 
     def cuda(self: Model, device: int | torch.device | None = None) -> Model:
         if not torch.cuda.is_available():
@@ -251,14 +235,9 @@ class GPTNeoXPreTrainedModel(nn.Module):
         self, x: Tensor, pool: PagePool, batch: Batch, each: Callable[[Tensor], Any] | None = None
     ) -> Tensor:
         """x (tokens, hidden) through all blocks; `each` sees the input of every block. Tokens are cached on success."""
-        x = self._run_blocks(x, pool, batch, each)
+        x = self.runner(x, pool, batch, each)
         batch.commit()
         return x
-
-    def _run_blocks(
-        self, x: Tensor, pool: PagePool, batch: Batch, each: Callable[[Tensor], Any] | None = None
-    ) -> Tensor:
-        return self.runner(x, pool, batch, each)
 
     def _packed(
         self,
@@ -561,35 +540,25 @@ class GPTNeoXForCausalLM(_Headed, GenerationMixin):
         ids = torch.tensor([i for t in tokens for i in t])
         batch = Batch.reserve(pool, sequences, counts)
         single = all(count == 1 for count in counts)
-        small = single or (every and len(ids) <= CAPTURED_TOKENS)
-        if small and (captured := self._captured_step(pool, batch, ids)) is not None:
-            self._check_ids(ids)
-            logits = captured.replay(ids, batch)
-            batch.commit()
-            return logits
-        x = self.run_layers(self._embed(ids), pool, batch)
-        rows = None if single or every else torch.tensor(batch.offsets[1:]) - 1
-        return self.ops.head(x, rows, norm_of(self.gpt_neox.final_layer_norm), self.embed_out.handle)
+        small = single or (every and len(ids) <= MOST_TOKENS)
+        ids = self._check_ids(ids)
+        logits = (
+            self.runner.whole.run(self._every_token, ids, pool, batch)
+            if small and self.runner.whole is not None
+            else None
+        )
+        if logits is None and (single or every):
+            logits = self._every_token(ids, pool, batch, small)
+        elif logits is None:
+            rows = torch.tensor(batch.offsets[1:]) - 1
+            x = self.runner(self._embed(ids), pool, batch)
+            logits = self.ops.head(x, rows, norm_of(self.gpt_neox.final_layer_norm), self.embed_out.handle)
+        batch.commit()
+        return logits
 
-    def _captured_step(self, pool: PagePool, batch: Batch, ids: Tensor) -> Captured | None:
-        """The captured pass for as many sequences and tokens, made when they first come or the pool has moved its pages."""
-        if not self.runner.in_place:
-            return None
-        steps = self._captured.get(pool)
-        if steps is None or steps.pages != pool.pages:
-            self._captured[pool] = steps = Steps(pool.pages)
-        shape, limit = (len(batch.sequences), len(ids)), self.config.max_position_embeddings
-        captured: Any = steps.by_shape.pop(shape, NEW)
-        if captured is NEW:
-            captured = self.ops.capture(lambda ids: self._every_token(ids, pool, batch), ids, batch, limit)
-        steps.by_shape[shape] = captured
-        for oldest in list(steps.by_shape)[:-CAPTURED_STEPS]:
-            steps.by_shape.pop(oldest, None)
-        return captured
-
-    def _every_token(self, ids: Tensor, pool: PagePool, batch: Batch) -> Tensor:
+    def _every_token(self, ids: Tensor, pool: PagePool, batch: Batch, small: bool = False) -> Tensor:
         """ids (tokens,) of a batch's sequences -> logits (tokens, vocabulary)."""
-        x = self._run_blocks(self._embed(ids), pool, batch)
+        x = self.runner(self._embed(ids), pool, batch, small=small)
         return self.ops.head(x, None, norm_of(self.gpt_neox.final_layer_norm), self.embed_out.handle)
 
     def _cache_key(self) -> Any:

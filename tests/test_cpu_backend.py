@@ -26,11 +26,11 @@ from neox_lite.cache import PAGE, Batch, PagePool
 from neox_lite.errors import ArgumentError, ContextLengthError
 from neox_lite.formats import DENSE, Format, GroupInt
 from neox_lite.kernels import cpu, dispatch
+from neox_lite.kernels.captured import MOST_PASSES, MOST_TOKENS
 from neox_lite.kernels.cpu import compile as compiling
 from neox_lite.kernels.cpu import target
 from neox_lite.kernels.cpu.code import Code
 from neox_lite.layers import Linear, norm_of
-from neox_lite.model import CAPTURED_STEPS, CAPTURED_TOKENS
 from neox_lite_app.demo import FOLDER as DEMO
 from neox_lite_app.evaluate import cut, log_probabilities
 from neox_lite_app.random_model import RandomModel
@@ -264,7 +264,7 @@ def test_a_captured_step_works_on_int8_pages(int4: GPTNeoXForCausalLM) -> None:
 def test_a_step_that_torch_has_a_part_in_is_not_captured_and_right(int4: GPTNeoXForCausalLM) -> None:
     """More tokens than the exact kernels take."""
     pool = captured_equals_uncaptured(on(int4), 12)
-    assert int4._captured[pool].by_shape == {(12, 12): None}
+    assert int4.runner.whole.shapes(pool) == {(12, 12): None}
 
 
 def test_one_capture_serves_all_steps_until_the_pool_moves_its_pages(int4: GPTNeoXForCausalLM) -> None:
@@ -278,7 +278,7 @@ def test_one_capture_serves_all_steps_until_the_pool_moves_its_pages(int4: GPTNe
         expected = uncaptured(int4, pool, [twin], [step])
         pool.free(twin)
         assert torch.equal(int4.step(pool, [sequence], [[step]]), expected)
-        captures.append(int4._captured[pool].by_shape[1, 1])
+        captures.append(int4.runner.whole.shapes(pool)[1, 1])
         sizes.append(pool.pages)
     assert len(set(sizes)) == 3
     for before, after in zip(range(11), range(1, 12), strict=True):
@@ -293,7 +293,7 @@ def test_each_number_of_sequences_has_its_own_capture(int4: GPTNeoXForCausalLM) 
         twins = [pool.fork(s) for s in sequences[:count]]
         found = int4.step(pool, sequences[:count], [[5]] * count)
         assert torch.equal(found, uncaptured(int4, pool, twins, [5] * count))
-    assert set(int4._captured[pool].by_shape) == {(1, 1), (2, 2), (3, 3)}
+    assert set(int4.runner.whole.shapes(pool)) == {(1, 1), (2, 2), (3, 3)}
 
 
 @torch.no_grad()
@@ -315,7 +315,7 @@ def test_a_captured_pass_of_several_tokens_serves_every_split_of_them_bit_equall
         assert torch.equal(found, expected) and [s.length for s in sequences] == [t.length for t in twins]
         for twin in twins:
             pool.free(twin)
-    assert {shape: c is not None for shape, c in int4._captured[pool].by_shape.items()} == {(3, 7): True}
+    assert {shape: c is not None for shape, c in int4.runner.whole.shapes(pool).items()} == {(3, 7): True}
 
 
 @torch.no_grad()
@@ -325,23 +325,24 @@ def test_captured_passes_are_few_and_small(int4: GPTNeoXForCausalLM) -> None:
     sequences = [pool.new() for _ in range(40)]
     for count in range(1, 41):
         int4.step(pool, sequences[:count], [[5]] * count)
-    shapes = list(int4._captured[pool].by_shape)
-    assert shapes == [(n, n) for n in range(41 - CAPTURED_STEPS, 41)]
+    shapes = list(int4.runner.whole.shapes(pool))
+    assert shapes == [(n, n) for n in range(41 - MOST_PASSES, 41)]
     int4.step(pool, sequences[:9], [[5]] * 9)  # used again: it stays longest
-    assert list(int4._captured[pool].by_shape)[-1] == (9, 9)
-    for tokens in (CAPTURED_TOKENS, CAPTURED_TOKENS + 1):
+    assert list(int4.runner.whole.shapes(pool))[-1] == (9, 9)
+    for tokens in (MOST_TOKENS, MOST_TOKENS + 1):
         int4.step(pool, sequences[:1], [[5] * tokens], every=True)
         int4.step(pool, sequences[:1], [[5] * tokens])  # a prompt comes once
-    assert [n for _, n in int4._captured[pool].by_shape if n > 1][-1] == CAPTURED_TOKENS
+    assert [n for _, n in int4.runner.whole.shapes(pool) if n > 1][-1] == MOST_TOKENS
 
 
 def test_a_capture_is_forgotten_with_its_pool(int4: GPTNeoXForCausalLM) -> None:
     on(int4, exact=False)
     pool = int4.new_pool(pages=2)
     int4.step(pool, [pool.new()], [[5]])
-    assert len(int4._captured) == 1
+    passes = int4.runner.whole
+    assert passes.pools == 1
     del pool
-    assert len(int4._captured) == 0
+    assert passes.pools == 0
 
 
 def test_moving_a_model_to_another_dtype_makes_captures_anew(int4: GPTNeoXForCausalLM) -> None:
@@ -351,7 +352,7 @@ def test_moving_a_model_to_another_dtype_makes_captures_anew(int4: GPTNeoXForCau
     int4.step(pool, [sequence], [[1, 2, 3]])
     for move in (int4.float, int4.half, int4.bfloat16, int4.float):
         move()
-        assert len(int4._captured) == 0
+        assert int4.runner.whole.pools == 0
         twins = [pool.fork(sequence) for _ in range(2)]
         logits.append(int4.step(pool, twins[:1], [[5]]))
         assert torch.equal(logits[-1], uncaptured(int4, pool, twins[1:], [5]))

@@ -839,10 +839,10 @@ def test_captured_steps_outlive_a_call(own):
         pytest.skip("only the cpu backend captures")
     for seed in range(9):  # the pool grows to one context, and no more
         own.generate(random_ids(1, 20, seed=seed), max_new_tokens=3, **NO_EOS)
-    captured = own._captured[own._lasting.prefixes.pool].by_shape[1, 1]
+    captured = own.runner.whole.shapes(own._lasting.prefixes.pool)[1, 1]
     own.generate(random_ids(1, 25), max_new_tokens=3, **NO_EOS)
     assert captured is not None
-    assert own._captured[own._lasting.prefixes.pool].by_shape[1, 1] is captured
+    assert own.runner.whole.shapes(own._lasting.prefixes.pool)[1, 1] is captured
 
 
 # Sampling -------------------------------------------------------------------------------------------------------------

@@ -94,7 +94,7 @@ def put(model, where, device, ops=reference):
 
     model.new_pool = pool_of_tiers
     if "cpu" in model.runner.ops and ops is not None:
-        model.runner.ops["cpu"] = ops
+        model.runner.ops["cpu"], model.runner.whole = ops, None
 
 
 def passes(model, seed=0):
@@ -239,6 +239,23 @@ def test_kernels_of_the_cpu_compute_the_same_from_any_memory(quantized, letters,
     put(model, where, Simulated(backend=cpu), ops=None)
     for found, wanted in zip(passes(model), passes(plain), strict=True):
         assert torch.equal(found, wanted)
+
+
+def test_layers_that_stay_on_the_cpu_are_captured_beside_others(quantized):
+    """Their kernels then run with no Python between them, as they do in a model that is all there."""
+    model = GPTNeoXForCausalLM.from_pretrained(quantized)
+    put(model, placement("dccggc"), Simulated(backend=cpu), ops=None)
+    pool = model.new_pool()
+    sequences = [pool.new(), pool.new()]
+    for tokens in ([[1], [2]], [[3], [4]]):
+        model.step(pool, sequences, tokens)
+    stretches = model.runner._stretches
+    assert {s: list(c.shapes(pool)) for s, c in stretches.items()} == {
+        (1, 3): [(2, 2)],
+        (3, 5): [(2, 2)],
+        (5, 6): [(2, 2)],
+    }
+    assert stretches[1, 3].shapes(pool)[2, 2] is not None and stretches[3, 5].shapes(pool)[2, 2] is None
 
 
 # What goes wrong ------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from ..cache import Batch, PagePool
 from ..errors import ArgumentError
 from ..kernels import dispatch
 from ..kernels.backend import Backend
+from ..kernels.captured import CapturedPasses
 from ..layers import GPTNeoXLayer
 from .accelerator import Accelerator
 from .ring import Image, Lent, Origins, Ring
@@ -81,6 +83,10 @@ class Runner:
         if accelerator is not None:
             self.tables = {"cpu": rotary.cpu(), "gpu": accelerator.upload(rotary.cpu(), torch.float32)}
         self._ring = self._make_ring(origins)
+        context = rotary.shape[1]
+        alone = self._ring is None and len(self.ops) == 1
+        self.whole = CapturedPasses(self.last, context) if alone else None
+        self._stretches: dict[tuple[int, int], CapturedPasses] = {}
 
     def _make_ring(self, origins: Sequence[Origins]) -> Ring | None:
         placement = self.placement
@@ -98,11 +104,6 @@ class Runner:
             elif tier == "cpu" and uploads:
                 images[i] = Image(self.layers[i])
         return Ring(images, self.accelerator if uploads else None, placement.pages) if images else None
-
-    @property
-    def in_place(self) -> bool:
-        """Whether every part is computed where it is, by the same operations."""
-        return self._ring is None and len(self.ops) == 1
 
     @property
     def first(self) -> Backend:
@@ -124,25 +125,58 @@ class Runner:
         return x.to(self.tables[side_of(self.placement.embedding)].device, self.first_dtype)
 
     def __call__(
-        self, x: Tensor, pool: PagePool, batch: Batch, each: Callable[[Tensor], object] | None = None
+        self,
+        x: Tensor,
+        pool: PagePool,
+        batch: Batch,
+        each: Callable[[Tensor], object] | None = None,
+        small: bool = False,
     ) -> Tensor:
         """x (tokens, hidden) through all layers, from where the embedding is to where the head is.
 
-        each: is shown the input of every layer. Keys and values are in the cache; the batch is not committed.
+        each: is shown the input of every layer. small: the pass is of a kind that will come again. Keys and values are in the
+        cache afterwards; the batch is not committed.
         """
         placement, tokens = self.placement, len(x)
         upload = placement.stream_from is not None and tokens >= placement.stream_from
         passing = [i for i, tier in enumerate(placement.layers) if tier == "disk" or (upload and tier == "cpu")]
         at = side_of(placement.embedding)
         with self._passing(passing, pool, batch, upload) as following:
-            for i, tier in enumerate(placement.layers):
+            for first, last, tier in stretches(placement.layers):
                 to = "gpu" if upload else side_of(tier)
                 x, at = self._moved(x, at, to), to
-                if each is not None:
-                    each(x)
-                with following() if i in passing else nullcontext(Lent(self.layers[i], pool, batch)) as lent:
-                    x = lent.layer(x, self.ops[at], lent.pool, lent.batch, self.tables[at])
+                if first in passing:
+                    for _ in range(first, last):
+                        with following() as lent:
+                            x = self._through([lent.layer], at, x, lent.pool, lent.batch, each)
+                elif small and each is None and self.whole is None:
+                    x = self._again(first, last, at, x, pool, batch)
+                else:
+                    x = self._through(self.layers[first:last], at, x, pool, batch, each)
         return self._moved(x, at, side_of(placement.head))
+
+    def _through(
+        self,
+        layers: Sequence[GPTNeoXLayer],
+        at: str,
+        x: Tensor,
+        pool: PagePool,
+        batch: Batch,
+        each: Callable[[Tensor], object] | None = None,
+    ) -> Tensor:
+        for layer in layers:
+            if each is not None:
+                each(x)
+            x = layer(x, self.ops[at], pool, batch, self.tables[at])
+        return x
+
+    def _again(self, first: int, last: int, at: str, x: Tensor, pool: PagePool, batch: Batch) -> Tensor:
+        """Layers that stay where they are, captured where that is possible."""
+        if (first, last) not in self._stretches:
+            self._stretches[first, last] = CapturedPasses(self.ops[at], self.tables[at].shape[1])
+        through = partial(self._through, self.layers[first:last], at)
+        out = self._stretches[first, last].run(through, x, pool, batch)
+        return through(x, pool, batch) if out is None else out
 
     @contextmanager
     def _passing(
@@ -164,6 +198,15 @@ class Runner:
             if to == "gpu"
             else self.accelerator.download(x, self.dtypes[to])
         )
+
+
+def stretches(tiers: Sequence[str]) -> Iterator[tuple[int, int, str]]:
+    """Neighbours on the same tier: first, past the last, tier."""
+    first = 0
+    for tier, group in groupby(tiers):
+        last = first + len(list(group))
+        yield first, last, tier
+        first = last
 
 
 def side_of(tier: str) -> str:
