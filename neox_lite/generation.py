@@ -368,7 +368,7 @@ def decode(
                     if row.finish_reason:
                         _end(prefixes, drafting, row)
                 yield chosen
-            if drafting is not None and before[0]:
+            if drafting is not None and before[0]:  # the prompt's own pass had no drafts to judge
                 drafting.judge(drafts, [row.tokens[n:] for row, n in zip(active, before, strict=True)])
             active = [row for row in active if not row.finish_reason]
             if active:
