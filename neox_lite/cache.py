@@ -176,6 +176,9 @@ class PagePool:
                     new = old.new_empty(pages, *old.shape[1:])
                     new[: self.pages] = old
                     tensors[i] = new
+                    if old.is_cuda and self.limit is not None:  # torch would keep the old memory beside all of the new
+                        del old
+                        torch.cuda.empty_cache()
         self._free += reversed(range(self.pages, pages))  # popped from the end: low numbers first
         self._users += [0] * (pages - self.pages)
 

@@ -586,7 +586,10 @@ class GenerationMixin:
     _lasting: Lasting | None = None
     _same_tokenizer: tuple[GPTNeoXTokenizerFast, GPTNeoXTokenizerFast] | None = None
     reuse_prefix = True  # keep the pages of prompts and what followed them, for later prompts that begin alike
-    cache_pages: int | None = None  # of the KV cache's pool, allocated at once; None: it grows as it must
+    cache_pages: int | None = None  # most of the KV cache's pool; None: it grows as it must
+    first_pages: int | None = (
+        None  # of the pool, allocated at once and kept between calls; None: all, or as many as it takes
+    )
 
     @property
     def generation_config(self) -> GenerationConfig:
@@ -672,10 +675,13 @@ class GenerationMixin:
     def _lend(self: Any, pages: int) -> Iterator[Lasting]:
         """The lasting cache, or one for this call alone where another has it; pages: what the call needs at most."""
         limit, context = self.cache_pages, -(-self.config.max_position_embeddings // PAGE)
-        size = limit if limit is not None else min(pages, NEW_POOL_PAGES)
-        key, lasting = (limit, self._cache_key()), self._lasting
+        size = self.first_pages or limit or min(pages, NEW_POOL_PAGES)
+        stay = self.first_pages or limit or context
+        if limit is not None:
+            size, stay = min(size, limit), min(stay, limit)
+        key, lasting = (limit, self.first_pages, self._cache_key()), self._lasting
         if self.reuse_prefix and (lasting is None or lasting.key != key):
-            lasting = Lasting(PrefixCache(self.new_pool(size, limit), limit or context), key)
+            lasting = Lasting(PrefixCache(self.new_pool(size, limit), stay), key)
             self._lasting = lasting
         if not self.reuse_prefix or not lasting.lent.acquire(blocking=False):
             yield Lasting(PrefixCache(self.new_pool(size, limit), 0))
@@ -684,8 +690,8 @@ class GenerationMixin:
             yield lasting
         finally:
             lasting.lent.release()
-            if limit is None and lasting.prefixes.pool.pages > 2 * context and self._lasting is lasting:
-                self.forget()  # a large batch made it grow; one context is all that may stay
+            if lasting.prefixes.pool.pages > max(size, 2 * stay) and self._lasting is lasting:
+                self.forget()  # a large batch made it grow, and that is not to stay
 
     def _decode(self: Any, rows: list[Row], options: Options) -> Generator[list[Row], None, None]:
         pages = sum(-(-(len(row.prompt) + row.limit) // PAGE) for row in rows)

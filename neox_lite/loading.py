@@ -521,7 +521,9 @@ def put(model: GPTNeoXPreTrainedModel, decision: Decision) -> None:
     if decision.head == "int8":
         assert model.source.folder is not None
         _use_small_head(model, model.source.folder)
-    model.kv, model.cache_pages, model.plan = decision.kv, decision.most_pages, decision.plan
+    model.kv, model.plan = decision.kv, decision.plan
+    if decision.plan is not None:
+        model.first_pages, model.cache_pages = decision.plan.pages, decision.plan.most_pages
     if decision.placement is None:
         model.to(decision.device)
     else:

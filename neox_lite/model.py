@@ -91,7 +91,8 @@ class GPTNeoXPreTrainedModel(nn.Module):
         self.config = config
         self.source = loading.Source()
         self.kv = "fp16"  # what new pools hold: "fp16" is the model's own dtype
-        self.cache_pages: int | None = None  # most pages of a pool; None: as many as memory has
+        self.cache_pages: int | None = None  # most pages of a pool; None: it grows as it must
+        self.first_pages: int | None = None  # pages that a lasting pool starts with
         self.exact = False  # whether quantized weights meet float32 activations where a backend could take coarser ones
         self.placement: Placement | None = None  # None: all parts are where the embedding is
         self.plan: Plan | None = None  # what the loader placed it by, with predicted bytes and times
@@ -226,9 +227,10 @@ class GPTNeoXPreTrainedModel(nn.Module):
         self._bind(ops)
 
     def new_pool(self, pages: int = 0, limit: int | None = None) -> PagePool:
-        """An empty KV cache pool for this model's layers, of the kind that `kv` names."""
+        """An empty KV cache pool for this model's layers, of the kind that `kv` names. limit: None for `cache_pages`."""
         config, dtype = self.config, torch.int8 if self.kv == "int8" else self.dtype
         devices = [layer.device for layer in self.base_model.blocks]
+        limit = self.cache_pages if limit is None else limit
         return PagePool(config.num_attention_heads, config.head_dim, dtype, devices, pages, limit)
 
     def run_layers(

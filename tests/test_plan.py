@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM, cache, generation
+from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM, cache, stepper
 from neox_lite.errors import ArgumentError, FormatError
 from neox_lite.formats import GROUP_SIZES, GroupInt, formats_of, quantization_config
 from neox_lite.offload import machine, plan
@@ -154,7 +154,7 @@ def test_sizes_name_a_row_that_groups_do_not_divide():
 
 
 def test_numbers_that_stand_in_several_rooms_agree():
-    assert (plan.PAGE, plan.CHUNK) == (cache.PAGE, generation.PREFILL_TOKENS)
+    assert (plan.PAGE, plan.CHUNK) == (cache.PAGE, stepper.PREFILL_TOKENS)
     assert sorted(plan.GROUP_SIZES) == sorted(GROUP_SIZES)
 
 

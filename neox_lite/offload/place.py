@@ -37,16 +37,12 @@ class Wish:
 
 @dataclass(frozen=True)
 class Decision:
-    """Where a model goes. Without a placement all of it is on `device`; with one, what is on "gpu" is.
-
-    most_pages: that the KV cache may have within the budgets, None where there are none.
-    """
+    """Where a model goes. Without a placement all of it is on `device`; with one, what is on "gpu" is."""
 
     device: torch.device
     placement: Placement | None = None
     kv: str = "fp16"
     head: str = "fp16"
-    most_pages: int | None = None
     plan: Plan | None = None
 
     def accelerator(self) -> Accelerator | None:
@@ -161,7 +157,7 @@ def _by_plan(wish: Wish, sizes: Sizes) -> Decision:
             found.pages,
         )
     where = device if device is not None and found.gpu_layers else torch.device("cpu")
-    return Decision(where, placement, found.kv, found.head, found.most_pages, found)
+    return Decision(where, placement, found.kv, found.head, found)
 
 
 def _gpu_of(wish: Wish) -> torch.device | None:
