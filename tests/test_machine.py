@@ -120,6 +120,7 @@ def with_value(key, value):
         lambda: without(["machine"]),
         lambda: without(["machine", "card"]),
         lambda: without(["machine", "cpu", "layer_s"]),
+        lambda: without(["machine", "cpu", "feature_s"]),
         lambda: without(["machine", "card", "rates", "flops_per_s"]),
         lambda: with_value("process_bytes", "many"),
         lambda: with_value("process_bytes", True),
@@ -187,21 +188,28 @@ def test_rates_are_measured_through_the_operations(monkeypatch):
 def test_bytes_a_second_and_seconds_a_layer_are_a_line_through_two_sizes(monkeypatch, large_s, small_s, expected):
     class Fake:
         def __init__(self, device, hidden, count):
-            self.nbytes, self.weights, self.count = (1e9 if hidden == machine.LARGE[0] else 1e8) * count, 1, count
-            self.decode_s = large_s if hidden == machine.LARGE[0] else small_s
+            large = hidden == machine.LARGE[0]
+            self.nbytes, self.weights, self.hidden, self.count = (
+                (1e9 if large else 1e8) * count,
+                12 * hidden**2,
+                hidden,
+                count,
+            )
+            self.decode_s = large_s if large else small_s
 
         def decode(self):
             return self.decode_s * self.count
 
-        def prefill(self, tokens):
-            return 2.0 * tokens * self.count
+        def prefill(self, tokens):  # three operations a second, and seven seconds for a feature
+            return tokens * self.count * (2 * self.weights / 3.0 + 7.0 * self.hidden)
 
     monkeypatch.setattr(machine, "Layers", Fake)
     monkeypatch.setattr(machine, "free_memory", lambda: (1 << 40, 1 << 40))
     monkeypatch.setattr(machine, "_seconds", lambda call, device: call() if callable(call) else call)
     found = machine.measure_rates(torch.device("cpu"))
     assert found.read_bytes_per_s == pytest.approx(expected.read_bytes_per_s)
-    assert found.layer_s == pytest.approx(expected.layer_s, abs=1e-12) and found.flops_per_s == pytest.approx(1.0)
+    assert found.layer_s == pytest.approx(expected.layer_s, abs=1e-12)
+    assert (found.flops_per_s, found.feature_s) == (pytest.approx(3.0), pytest.approx(7.0))
 
 
 def test_little_memory_is_measured_with_smaller_layers(monkeypatch):

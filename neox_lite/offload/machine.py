@@ -40,7 +40,7 @@ from .ring import Files, Origin
 
 Progress = Callable[[int, int], object]  # steps done, steps in all
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MOST_KEPT = 8  # profiles: of other thread counts or kernels on the same machine
 LARGE = (6144, 1)  # hidden size and layers: one of GPT-NeoX-20B, 234 MB as int4
 LARGE_ON_LITTLE = (2048, 8)  # where less than LITTLE is free
@@ -137,9 +137,8 @@ def _parse(kept: dict[str, Any]) -> Machine:
 
 
 def _rates(kept: dict[str, Any]) -> Rates:
-    return Rates(
-        _number(kept["read_bytes_per_s"]), _number(kept["flops_per_s"]), _number(kept["layer_s"], allow_zero=True)
-    )
+    speeds = [_number(kept[key]) for key in ("read_bytes_per_s", "flops_per_s")]
+    return Rates(*speeds, *(_number(kept[key], allow_zero=True) for key in ("layer_s", "feature_s")))
 
 
 def _number(value: Any, allow_zero: bool = False) -> float:
@@ -192,29 +191,31 @@ def _measured(progress: Progress) -> Machine:
 
 
 def measure_rates(device: torch.device, progress: Progress = lambda done, total: None) -> Rates:
-    """Rates of a device in int4 layers of groups of 128.
+    """Rates of a device in int4 layers of groups of 128: of one large layer and of many small ones.
 
-    Bytes a second and seconds a layer are the line through one large layer and many small ones, at one token.
+    A straight line through the two gives the seconds for each byte and those of a layer beside them at one token, and at
+    many tokens the seconds for each operation and those of a feature beside them.
     """
     free = free_memory()[1] if device.type == "cpu" else free_gpu(device.index or 0)[1]
     large = LARGE_ON_LITTLE if free is not None and free < LITTLE else LARGE
+    one, many = [], []
     with torch.inference_mode():
-        layers = Layers(device, *large)
-        large_s, large_bytes = _seconds(layers.decode(), device) / large[1], layers.nbytes / large[1]
-        many_s = _seconds(lambda: layers.prefill(MANY), device) / large[1]
-        flops = 2 * layers.weights * MANY / many_s
-        progress(1, 2)
-        del layers
-        layers = Layers(device, *SMALL)
-        small_s, small_bytes = _seconds(layers.decode(), device) / SMALL[1], layers.nbytes / SMALL[1]
-        progress(2, 2)
-    if large_s <= small_s:  # on a machine so busy that a small layer took longer than a large one
-        return Rates(large_bytes / large_s, flops, 0.0)
-    per_byte = (large_s - small_s) / (large_bytes - small_bytes)
-    layer_s = small_s - small_bytes * per_byte
-    if layer_s < 0:
-        per_byte, layer_s = large_s / large_bytes, 0.0
-    return Rates(1 / per_byte, flops, layer_s)
+        for step, (hidden, count) in enumerate((large, SMALL)):
+            layers = Layers(device, hidden, count)
+            one.append((layers.nbytes / count, _seconds(layers.decode(), device) / count))
+            prefill_s = _seconds(lambda layers=layers: layers.prefill(MANY), device) / count  # type: ignore[misc]
+            many.append((2 * layers.weights / hidden, prefill_s / MANY / hidden))
+            del layers
+            progress(step + 1, 2)
+    (byte_s, layer_s), (operation_s, feature_s) = _line(*one), _line(*many)
+    return Rates(1 / byte_s, 1 / operation_s, layer_s, feature_s)
+
+
+def _line(large: tuple[float, float], small: tuple[float, float]) -> tuple[float, float]:
+    """Slope and height at 0 of the line through two points, neither of them negative: on a busy machine they could be."""
+    slope = max(0.0, (large[1] - small[1]) / (large[0] - small[0]))
+    height = small[1] - slope * small[0]
+    return (slope, height) if slope > 0 and height >= 0 else (large[1] / large[0], 0.0)
 
 
 class Layers:

@@ -170,12 +170,14 @@ class Rates:
     """What a processor does in a second, in this model's products.
 
     read_bytes_per_s: stored weights multiplied by one token; flops_per_s: operations (two for each weight and token) of
-    hundreds of tokens; layer_s: seconds that a layer costs beside its bytes.
+    hundreds of tokens; layer_s: seconds that a layer costs beside its bytes; feature_s: seconds that a token costs in a layer
+    beside its products, for each hidden feature: norms, attention over some hundred tokens, and the like.
     """
 
     read_bytes_per_s: float
     flops_per_s: float
     layer_s: float
+    feature_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -200,13 +202,14 @@ class Machine:
 
 
 def _specified(name: str, gib: int, gb_per_s: float, tensor_tflops: float, bus_gb_per_s: float) -> Card:
-    rates = Rates(0.92 * gb_per_s * 1e9, 0.6 * tensor_tflops * 1e12, 20e-6)
+    rates = Rates(0.92 * gb_per_s * 1e9, 0.6 * tensor_tflops * 1e12, 20e-6, 100 / (0.92 * gb_per_s * 1e9))
     return Card(name, gib << 30, rates, bus_gb_per_s * 1e9, 512 << 20)
 
 
 # Specifications, not measurements: memory bandwidth, and dense fp16 tensor operations with float32 sums as NVIDIA's papers on
 # GA102 and AD102 state them, or by cores and clock in the same proportion. 92 % of the one and 60 % of the other are assumed
-# to be reached, 20 µs a layer to go into launches, and PCIe 4.0 x16 (x8 on the 4060 Ti) to carry 25 (13) GB/s.
+# to be reached, 20 µs a layer to go into launches, 100 bytes of activations to be moved for each feature of a token, and PCIe
+# 4.0 x16 (x8 on the 4060 Ti) to carry 25 (13) GB/s.
 CARDS = {
     card.name: card
     for card in (
@@ -434,18 +437,18 @@ class Plan:
 
     def in_place_s(self, stored: int, tokens: int) -> float:
         """Seconds that the CPU takes for a layer of `stored` bytes, weights and cache, in its own memory."""
-        return _layer_s(self.machine.cpu, stored, self.sizes.weights, tokens)
+        return _layer_s(self.machine.cpu, stored, self.sizes, tokens)
 
     def streamed_s(self, stored: int, tokens: int) -> float:
         """Seconds between two layers of `stored` bytes, weights and cache, that go through pinned slots to the GPU."""
         copied = stored / (STAGING_SHARE * self.machine.cpu.read_bytes_per_s)
-        computed = _layer_s(self._card.rates, stored, self.sizes.weights, tokens)
+        computed = _layer_s(self._card.rates, stored, self.sizes, tokens)
         return max(stored / self._card.bus_bytes_per_s, copied, computed)
 
     def _layer_s(self, index: int, where: str, tokens: int, kv: int) -> float:
         stored = self.sizes.layers[index]
         if where == "gpu":
-            return _layer_s(self._card.rates, stored + kv, self.sizes.weights, tokens)
+            return _layer_s(self._card.rates, stored + kv, self.sizes, tokens)
         computed = self.in_place_s(stored + kv, tokens)
         if self.mixed:
             computed = min(computed, self.streamed_s(stored + kv, tokens))
@@ -460,8 +463,9 @@ class Plan:
         return self.machine.card
 
 
-def _layer_s(rates: Rates, stored: int, weights: int, tokens: int) -> float:
-    return max(stored / rates.read_bytes_per_s, 2 * weights * tokens / rates.flops_per_s) + rates.layer_s
+def _layer_s(rates: Rates, stored: int, sizes: Sizes, tokens: int) -> float:
+    beside = rates.feature_s * sizes.hidden * tokens + rates.layer_s
+    return max(stored / rates.read_bytes_per_s, 2 * sizes.weights * tokens / rates.flops_per_s) + beside
 
 
 def _per_s(tokens: int, seconds: float) -> float | None:
