@@ -681,8 +681,11 @@ class GenerationMixin:
             size, stay = min(size, limit), min(stay, limit)
         key, lasting = (limit, self.first_pages, self._cache_key()), self._lasting
         if self.reuse_prefix and (lasting is None or lasting.key != key):
-            lasting = Lasting(PrefixCache(self.new_pool(size, limit), stay), key)
-            self._lasting = lasting
+            pool = self.new_pool(size, limit)
+            if self.first_pages is None and limit is None and all(s.device.type == "cpu" for s in pool.storage):
+                # Memory of the CPU is not taken before it is written to; one context kept and one at work spare all copies.
+                pool = self.new_pool(max(pages, 2 * context))
+            self._lasting = lasting = Lasting(PrefixCache(pool, stay), key)
         if not self.reuse_prefix or not lasting.lent.acquire(blocking=False):
             yield Lasting(PrefixCache(self.new_pool(size, limit), 0))
             return

@@ -102,14 +102,15 @@ class Captured:
     """A pass as one program: new ids, positions and pages go in, the same calls run."""
 
     def __init__(self, pool: Pool, ids: Tensor, table: BatchTable, program: Program, out: Tensor) -> None:
-        self._pool, self._ids, self._table, self._program, self._out = pool, ids, table, program, out
+        self._pool, self._table, self._program, self._out = pool, table, program, out
+        self._ids = ids.numpy()  # torch would refuse to write to what was made in inference mode
         self._rows = rows_of(program.calls)
         self._lock = threading.Lock()  # inputs and results lie in the same memory every time
 
     def replay(self, ids: Tensor, batch: Batch) -> Tensor:
         """ids (tokens,), a batch of as many sequences and tokens -> what the captured function returned, in new memory."""
         with self._lock:
-            self._ids.copy_(ids)
+            self._ids[:] = ids.numpy()
             self._table.fill(batch)
             self._pool.run(self._rows, self._program.scratch_bytes)
             return torch.from_numpy(
