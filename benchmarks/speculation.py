@@ -5,8 +5,8 @@
 
 turn: seconds to the first token of a chat's second turn, with the pages of the first one and without. drafts: tokens a second
 without drafts and with those of a draft model that runs for its cost, while what it drafts is right with a given
-probability; beside it what the formula gives for the times measured, with the best length known from the start. Runs go
-A B C A B C ..., figures are medians with their quartiles. `load` is the machine's load average before each round.
+probability; beside it what the formula gives for the times measured, with the best length known from the start. Runs take
+turns, figures are medians with their quartiles. `load` is the machine's load average before each round.
 """
 
 from __future__ import annotations
@@ -28,12 +28,14 @@ sys.path[:0] = [str(Path(__file__).parents[1] / room) for room in (".", "quant",
 import torch  # noqa: E402
 
 from neox_lite import GPTNeoXForCausalLM, Speculation  # noqa: E402
+from neox_lite.cache import PAGE, PrefixCache  # noqa: E402
 from neox_lite.formats import DENSE, GroupInt  # noqa: E402
 from neox_lite.generation import Options, Row, decode  # noqa: E402
 from neox_lite.speculative import LONGEST, Drafting, DraftModel, PassTimes, estimate  # noqa: E402
 from neox_lite_app.random_model import RandomModel, config_of  # noqa: E402
 from neox_lite_app.running import default_threads, note  # noqa: E402
 
+TURN = 6  # tokens of a run between those of the others
 FORMATS = {"int4": GroupInt(4, 128), "int8": GroupInt(8, 128), "fp16": DENSE}
 
 
@@ -127,46 +129,69 @@ class Script:
         return choose
 
 
+class Run:
+    """A generation that is advanced a few tokens at a time, and what its tokens took."""
+
+    def __init__(self, target: GPTNeoXForCausalLM, row: Row, options: Options, drafting: Drafting | None) -> None:
+        self.row, self.drafting, self.seconds = row, drafting, 0.0
+        prefixes = PrefixCache(target.new_pool(-(-(len(row.prompt) + row.limit) // PAGE)), 0)
+        self._steps = decode(target, prefixes, [row], options, None, drafting)
+        next(self._steps)  # the prompt
+
+    def advance(self, tokens: int) -> None:
+        """So many more tokens; those that the last pass gives beyond them come at once the next time."""
+        wanted = min(len(self.row.tokens) + tokens, self.row.limit)
+        began = time.perf_counter()
+        while len(self.row.tokens) < wanted:
+            next(self._steps)
+        self.seconds += time.perf_counter() - began
+
+
 def drafts(args: argparse.Namespace) -> dict[str, Any]:
+    """All variants of a round are advanced in turns of a few tokens, so that what slows the machine slows them alike."""
     target, draft = build(args.shape, args.format), build(args.draft, args.format)
     script = Script(target, args.context + args.tokens)
-    options = Options(logits_processor=(script.force,))
+    options, config = Options(logits_processor=(script.force,)), draft.config
     times = PassTimes()  # as a model keeps them from call to call
-    speeds: dict[str, list[float]] = {"plain": [], **{str(a): [] for a in args.acceptance}}
-    counts: dict[str, Speculation] = {str(a): Speculation() for a in args.acceptance}
+    names = ["plain", *map(str, args.acceptance)]
+    counts = {name: Speculation() for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     draft_s: list[float] = []
     loads = []
     for number in range(args.rounds + 1):  # the first compiles, captures and learns what passes cost
         loads.append(os.getloadavg()[0])
-        for name, found in speeds.items():
+        runs = {}
+        for name in names:
+            drafting = None
+            if name != "plain":
+                pool = PrefixCache(draft.new_pool(-(-(args.context + args.tokens) // PAGE)), 0)
+                drafter = DraftModel(
+                    draft, pool, script.guess(float(name)), config.vocab_size, config.max_position_embeddings
+                )
+                counted = counts[name] if number else Speculation()
+                drafting = Drafting(drafter, LONGEST, times, counted, time.perf_counter)
             row = Row(script.ids[: args.context], args.tokens, 0)
-            with target._lend(40) as own, draft._lend(40) as lent:
-                own.prefixes.clear(), lent.prefixes.clear()
-                drafting = None
-                if name != "plain":
-                    choice, config = script.guess(float(name)), draft.config
-                    drafter = DraftModel(
-                        draft, lent.prefixes, choice, config.vocab_size, config.max_position_embeddings
-                    )
-                    counted = counts[name] if number else Speculation()
-                    drafting = Drafting(drafter, LONGEST, times, counted, time.perf_counter)
-                stamps = [time.perf_counter() for _ in decode(target, own.prefixes, [row], options, None, drafting)]
-            assert row.tokens == script.ids[args.context : args.context + args.tokens]
-            found.append((args.tokens - 1) / (stamps[-1] - stamps[0]))
-            if drafting is not None and drafting.pace.draft_s is not None:
-                draft_s.append(drafting.pace.draft_s)
-            note(f"round {number}, {name}: {found[-1]:.2f} tokens/s")
-    plain = statistics.median(speeds["plain"][1:])
-    per_draft = statistics.median(draft_s)
-    rows = {}
-    for name, found in speeds.items():
-        figures: dict[str, Any] = {"tokens_per_s": summary(found[1:]), "speedup": statistics.median(found[1:]) / plain}
+            runs[name] = Run(target, row, options, drafting)
+        for turn in range(-(-args.tokens // TURN)):
+            order = names[turn % len(names) :] + names[: turn % len(names)]
+            for name in order:
+                runs[name].advance(TURN)
+        for name, run in runs.items():
+            assert run.row.tokens == script.ids[args.context : args.context + args.tokens]
+            seconds[name].append(run.seconds / (args.tokens - 1))
+            if run.drafting is not None and run.drafting.pace.draft_s is not None:
+                draft_s.append(run.drafting.pace.draft_s)
+            speedup = seconds["plain"][-1] / seconds[name][-1]
+            note(f"round {number}, {name}: {1 / seconds[name][-1]:.2f} tokens/s, {speedup:.3f} times plain")
+    per_draft, rows = statistics.median(draft_s), {}
+    for name, found in seconds.items():
+        ratios = [a / b for a, b in zip(seconds["plain"][1:], found[1:], strict=True)]
+        rows[name] = {"tokens_per_s": summary([1 / s for s in found[1:]]), "speedup": summary(ratios)}
         if name != "plain":
             best = optimum(float(name), times.known, per_draft)
-            figures |= {"formula_speedup": best[0], "formula_length": best[1], **vars(counts[name])}
-            figures["mean_tokens_per_pass"] = counts[name].mean_tokens_per_pass
-        rows[name] = figures
-    passes = {str(n): seconds for n, seconds in times.known.items()}
+            rows[name] |= {"formula_speedup": best[0], "formula_length": best[1], **vars(counts[name])}
+            rows[name]["mean_tokens_per_pass"] = counts[name].mean_tokens_per_pass
+    passes = {str(n): s for n, s in times.known.items()}
     return {"draft": args.draft, "context": args.context, "tokens": args.tokens, "rows": rows, "pass_s": passes} | {
         "draft_s": per_draft,
         "load": loads,

@@ -32,7 +32,9 @@ SAMPLES = 9  # times that a median is taken of
 MEMORY = 32  # drafted tokens over which acceptance is averaged
 PRIOR = 0.7  # acceptance before any is seen
 PROBE_EVERY = 4  # passes from the last draft to the first probe, where drafts do not pay
-PROBE_SHARE = 0.02  # of the time that probes may take
+PROBE_SHARE = 0.015  # of the time that probes may take
+LOSS_SHARE = 0.015  # of the time of plain decoding that drafts may cost beyond it, whatever becomes of them
+HEAD_START = 16  # plain passes that count as done when the first draft is weighed
 VOCABULARY_PADDING = 512  # checkpoints with the same tokenizer differ by less in vocab_size
 
 
@@ -290,7 +292,8 @@ class Pace:
 
     With acceptance a, a draft of g tokens gives (1 - a**(g+1)) / (1 - a) tokens for a pass of g + 1 tokens and g steps of the
     drafter. Where drafts do not pay, one of a single token probes now and then: after twice as many passes each time, up to
-    where probes take PROBE_SHARE of the time.
+    where probes take PROBE_SHARE of the time. No draft is so long that, were it all wrong, everything so far would have taken
+    more than LOSS_SHARE longer than plain decoding; reading the prompt, which a draft model does once, is left out.
     """
 
     def __init__(self, times: PassTimes) -> None:
@@ -301,21 +304,30 @@ class Pace:
         self._idle = 0  # passes since the last draft
         self._wait = PROBE_EVERY
         self._probe_s: float | None = None  # what a running probe has taken for drafting
+        self._drafting_s = 0.0  # what the draft of the running pass has taken
+        self._plain_s = 0.0  # what the tokens so far would have taken without drafts
+        self._lost_s = 0.0  # what they took beyond that; negative where drafts were worth it
 
     def length(self, rows: int, drafting: int, longest: int) -> int:
         """Tokens to draft for each of `drafting` rows out of `rows`, at most `longest`."""
         known = self._times.known
         if rows not in known or not drafting or longest < 1:
             return 0
-        rates = [self._rate(known, rows, drafting, g) for g in range(longest + 1)]
-        best = max(range(longest + 1), key=rates.__getitem__)
+        lengths = [0, *(g for g in range(1, longest + 1) if self._is_bearable(known, rows, drafting, g))]
+        best = max(lengths, key=lambda g: self._rate(known, rows, drafting, g))
         if best:
             self._wait, self._probe_s = PROBE_EVERY, None
             return best
-        if self._idle < self._wait:
+        if self._idle < self._wait or 1 not in lengths:
             return 0
         self._probe_s = 0.0
         return 1
+
+    def _is_bearable(self, known: dict[int, float], rows: int, drafting: int, length: int) -> bool:
+        """Whether a draft may be all wrong."""
+        plain_s = known[rows]
+        cost_s = estimate(known, rows + drafting * length, drafting) + length * (self.draft_s or 0.0) - plain_s
+        return self._lost_s + cost_s <= LOSS_SHARE * (self._plain_s + HEAD_START * plain_s)
 
     def _rate(self, known: dict[int, float], rows: int, drafting: int, length: int) -> float:
         """Expected tokens a second."""
@@ -336,12 +348,19 @@ class Pace:
             self._probe_s = seconds
         if self._draft_s is None:
             self._draft_s = deque(maxlen=SAMPLES)
-        elif self._idle == 0 or self.draft_s is None or seconds / length < self.draft_s:
+            return
+        self._drafting_s = seconds
+        if self._idle == 0 or self.draft_s is None or seconds / length < self.draft_s:
             self._draft_s.append(seconds / length)
 
     def judged(self, rows: int, tokens: int, seconds: float, tested: int, accepted: int) -> None:
         """A pass of so many rows and tokens took `seconds`; of its drafts, `tested` tokens were compared."""
         self._times.add(tokens, seconds)
+        plain_s = self._times.known.get(rows, seconds)
+        self._plain_s += plain_s * (rows + accepted) / rows
+        if tokens > rows:
+            self._lost_s += seconds + self._drafting_s - plain_s * (rows + accepted) / rows
+        self._drafting_s = 0.0
         for hit in [True] * accepted + [False] * (tested - accepted):
             self._evidence = min(self._evidence + 1, MEMORY)
             self.acceptance += (hit - self.acceptance) / self._evidence
