@@ -2,11 +2,13 @@
 
     python benchmarks/speculation.py turn --shape pythia-160m [--history 1500] [--out FILE]
     python benchmarks/speculation.py drafts --shape pythia-6.9b --draft pythia-160m [--acceptance 0,0.6,0.8] [--out FILE]
+    python benchmarks/speculation.py lookup --shape pythia-1.4b [--out FILE]
 
 turn: seconds to the first token of a chat's second turn, with the pages of the first one and without. drafts: tokens a second
 without drafts and with those of a draft model that runs for its cost, while what it drafts is right with a given
-probability; beside it what the formula gives for the times measured, with the best length known from the start. Runs take
-turns, figures are medians with their quartiles. `load` is the machine's load average before each round.
+probability; beside it what the formula gives for the times measured, with the best length known from the start. lookup: a
+prompt that is copied with one token in twelve replaced, with drafts looked up in the prompt. Runs take turns; figures are
+medians with their quartiles. `load` is the machine's load average before each round.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from neox_lite import GPTNeoXForCausalLM, Speculation  # noqa: E402
 from neox_lite.cache import PAGE, PrefixCache  # noqa: E402
 from neox_lite.formats import DENSE, GroupInt  # noqa: E402
 from neox_lite.generation import Options, Row, decode  # noqa: E402
-from neox_lite.speculative import LONGEST, Drafting, DraftModel, PassTimes, estimate  # noqa: E402
+from neox_lite.speculative import LONGEST, Drafter, Drafting, DraftModel, PassTimes, PromptLookup, estimate  # noqa: E402
 from neox_lite_app.random_model import RandomModel, config_of  # noqa: E402
 from neox_lite_app.running import default_threads, note  # noqa: E402
 
@@ -41,7 +43,7 @@ FORMATS = {"int4": GroupInt(4, 128), "int8": GroupInt(8, 128), "fp16": DENSE}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("turn", "drafts"))
+    parser.add_argument("what", choices=("turn", "drafts", "lookup"))
     parser.add_argument("--shape", default="pythia-160m")
     parser.add_argument("--draft", default="pythia-160m", help="shape of the draft model")
     parser.add_argument("--format", choices=FORMATS, default="int4", help="of both models")
@@ -112,8 +114,8 @@ def first_tokens(model: GPTNeoXForCausalLM, ids: list[int], count: int) -> list[
 class Script:
     """A text that the target is made to say, whatever its weights, and a draft model to know with some probability."""
 
-    def __init__(self, model: GPTNeoXForCausalLM, tokens: int) -> None:
-        self.ids = ids_of(model, tokens + LONGEST + 1, 7)
+    def __init__(self, ids: list[int]) -> None:
+        self.ids = ids
 
     def force(self, ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         return torch.full_like(logits, float("-inf")).index_fill_(1, torch.tensor([self.ids[ids.shape[1]]]), 0.0)
@@ -147,13 +149,47 @@ class Run:
         self.seconds += time.perf_counter() - began
 
 
+def lookup(args: argparse.Namespace) -> dict[str, Any]:
+    """A text that is copied with edits: every token of the prompt again, but for one in twelve, which is another."""
+    target = build(args.shape, args.format)
+    chance, prompt = random.Random(5), ids_of(target, args.tokens, 7)
+    copied = [token if chance.random() > 1 / 12 else chance.randrange(1, 50000) for token in prompt]
+    script = Script(prompt + copied + [0] * (LONGEST + 1))
+    makers: dict[str, Callable[[], Drafter]] = {"lookup": PromptLookup}
+    return race(args, target, script, len(prompt), makers)
+
+
 def drafts(args: argparse.Namespace) -> dict[str, Any]:
-    """All variants of a round are advanced in turns of a few tokens, so that what slows the machine slows them alike."""
+    """A draft model that runs for its cost, whose drafts are right with a given probability."""
     target, draft = build(args.shape, args.format), build(args.draft, args.format)
-    script = Script(target, args.context + args.tokens)
-    options, config = Options(logits_processor=(script.force,)), draft.config
-    times = PassTimes()  # as a model keeps them from call to call
-    names = ["plain", *map(str, args.acceptance)]
+    script = Script(ids_of(target, args.context + args.tokens + LONGEST + 1, 7))
+    config, pages = draft.config, -(-(args.context + args.tokens) // PAGE)
+
+    def maker(acceptance: float) -> Callable[[], Drafter]:
+        def make() -> Drafter:
+            prefixes, guess = PrefixCache(draft.new_pool(pages), 0), script.guess(acceptance)
+            return DraftModel(draft, prefixes, guess, config.vocab_size, config.max_position_embeddings)
+
+        return make
+
+    found = race(args, target, script, args.context, {str(a): maker(a) for a in args.acceptance})
+    known = {int(n): s for n, s in found["pass_s"].items()}
+    for name, row in found["rows"].items():
+        if name != "plain":
+            row["formula_speedup"], row["formula_length"] = optimum(float(name), known, found["draft_s"])
+    return {"draft": args.draft, **found}
+
+
+def race(
+    args: argparse.Namespace,
+    target: GPTNeoXForCausalLM,
+    script: Script,
+    context: int,
+    makers: dict[str, Callable[[], Drafter]],
+) -> dict[str, Any]:
+    """Plain decoding and each drafter, advanced in turns of a few tokens, so that what slows the machine slows all alike."""
+    options, times = Options(logits_processor=(script.force,)), PassTimes()  # as a model keeps them from call to call
+    names = ["plain", *makers]
     counts = {name: Speculation() for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     draft_s: list[float] = []
@@ -162,37 +198,33 @@ def drafts(args: argparse.Namespace) -> dict[str, Any]:
         loads.append(os.getloadavg()[0])
         runs = {}
         for name in names:
-            drafting = None
-            if name != "plain":
-                pool = PrefixCache(draft.new_pool(-(-(args.context + args.tokens) // PAGE)), 0)
-                drafter = DraftModel(
-                    draft, pool, script.guess(float(name)), config.vocab_size, config.max_position_embeddings
-                )
-                counted = counts[name] if number else Speculation()
-                drafting = Drafting(drafter, LONGEST, times, counted, time.perf_counter)
-            row = Row(script.ids[: args.context], args.tokens, 0)
-            runs[name] = Run(target, row, options, drafting)
+            counted = counts[name] if number else Speculation()
+            made = makers[name]() if name in makers else None
+            drafting = Drafting(made, LONGEST, times, counted, time.perf_counter) if made is not None else None
+            runs[name] = Run(target, Row(script.ids[:context], args.tokens, 0), options, drafting)
         for turn in range(-(-args.tokens // TURN)):
-            order = names[turn % len(names) :] + names[: turn % len(names)]
-            for name in order:
+            for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 runs[name].advance(TURN)
         for name, run in runs.items():
-            assert run.row.tokens == script.ids[args.context : args.context + args.tokens]
+            assert run.row.tokens == script.ids[context : context + args.tokens]
             seconds[name].append(run.seconds / (args.tokens - 1))
             if run.drafting is not None and run.drafting.pace.draft_s is not None:
                 draft_s.append(run.drafting.pace.draft_s)
             speedup = seconds["plain"][-1] / seconds[name][-1]
             note(f"round {number}, {name}: {1 / seconds[name][-1]:.2f} tokens/s, {speedup:.3f} times plain")
-    per_draft, rows = statistics.median(draft_s), {}
+    rows: dict[str, dict[str, Any]] = {}
     for name, found in seconds.items():
         ratios = [a / b for a, b in zip(seconds["plain"][1:], found[1:], strict=True)]
         rows[name] = {"tokens_per_s": summary([1 / s for s in found[1:]]), "speedup": summary(ratios)}
         if name != "plain":
-            best = optimum(float(name), times.known, per_draft)
-            rows[name] |= {"formula_speedup": best[0], "formula_length": best[1], **vars(counts[name])}
-            rows[name]["mean_tokens_per_pass"] = counts[name].mean_tokens_per_pass
+            rows[name] |= {**vars(counts[name]), "mean_tokens_per_pass": counts[name].mean_tokens_per_pass}
     passes = {str(n): s for n, s in times.known.items()}
-    return {"draft": args.draft, "context": args.context, "tokens": args.tokens, "rows": rows, "pass_s": passes} | {
+    per_draft = statistics.median(draft_s) if draft_s else None
+    return {
+        "context": context,
+        "tokens": args.tokens,
+        "rows": rows,
+        "pass_s": passes,
         "draft_s": per_draft,
         "load": loads,
     }
