@@ -9,6 +9,10 @@ import pytest
 import torch
 
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
+from neox_lite.loading import place
+from neox_lite.offload import machine
+from neox_lite.offload.accelerator import Cuda
+from neox_lite.offload.run import Placement
 
 ROOT = Path(__file__).parents[1]
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device here")]
@@ -55,6 +59,41 @@ class TestOnTheGpu:
         assert GPTNeoXForCausalLM.from_pretrained(tmp_path / "m", device_map="auto").device.type == "cuda"
         back = GPTNeoXForCausalLM.from_pretrained(tmp_path / "m", device_map="cuda").cpu()
         assert back(torch.tensor([[1]])).logits.device.type == "cpu"
+
+    @pytest.mark.parametrize("kv", ["fp16", "int8"])
+    @pytest.mark.parametrize("stream_from", [4, None])
+    def test_logits_do_not_depend_on_where_the_layers_are(self, tmp_path, kv, stream_from):
+        tiny(num_hidden_layers=6).save_pretrained(tmp_path)
+        torch.backends.cuda.matmul.allow_tf32 = False
+        plain = GPTNeoXForCausalLM.from_pretrained(tmp_path, kv=kv)
+        model = GPTNeoXForCausalLM.from_pretrained(tmp_path, kv=kv)
+        tiers = ("disk", "cpu", "cpu", "gpu", "gpu", "cpu")
+        place(model, Placement(tiers, "cpu", "gpu", stream_from), Cuda(torch.device("cuda", 0)))
+        pools = [m.new_pool() for m in (model, plain)]
+        sequences = [pool.new() for pool in pools]
+        for count in (150, 1, 1, 40, 3, 130, 1):
+            ids = torch.randint(257, (count,)).tolist()
+            found, expected = (
+                m.step(pool, [s], [ids]).cpu() for m, pool, s in zip((model, plain), pools, sequences, strict=True)
+            )
+            # sums in another order; a key or value may then fall on the other side of an int8 code
+            limit = 2e-5 if kv == "fp16" else 2e-2
+            assert float((found - expected).abs().max()) < limit * max(1.0, float(expected.abs().max()))
+
+    @pytest.mark.parametrize("mebibytes", [0, 40, 160])
+    def test_the_driver_counts_no_more_than_the_budget(self, tmp_path, mebibytes):
+        """What this process has there already, the driver's context among it, and so much more."""
+        tiny(
+            num_hidden_layers=6, hidden_size=768, num_attention_heads=12, intermediate_size=3072
+        ).half().save_pretrained(tmp_path)
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved() + machine.context_bytes()
+        scratch = 220 << 20
+        model = GPTNeoXForCausalLM.from_pretrained(
+            tmp_path, device_map="auto", max_memory={"cuda": before + scratch + (mebibytes << 20), "cpu": "8GiB"}
+        )
+        model.generate(torch.randint(257, (1, 400)), max_new_tokens=20)
+        assert torch.cuda.memory_reserved() + machine.context_bytes() <= before + scratch + (mebibytes << 20)
 
 
 def benchmark(tmp_path, *flags):

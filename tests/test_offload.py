@@ -13,6 +13,9 @@ from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXForSequenceClass
 from neox_lite.errors import ArgumentError, CheckpointError
 from neox_lite.kernels import cpu, reference
 from neox_lite.loading import place
+from neox_lite.offload import machine, plan
+from neox_lite.offload import place as decisions
+from neox_lite.offload.plan import Card, Machine, Rates
 from neox_lite.offload.ring import Image
 from neox_lite.offload.run import Placement
 from neox_lite_quant.convert import convert
@@ -335,3 +338,94 @@ def test_a_placement_outlives_a_cast_and_a_copy(folder):
         assert same.placement == placement("cccccc")
         same.ops = reference
         assert torch.equal(same(torch.arange(9)[None]).logits, expected)
+
+
+# From what is asked for to a placement -----------------------------------------------------------------------------------
+
+CONTEXT_BYTES = 1 << 20  # of the simulated device's driver
+FAST, SLOW = Rates(1e12, 1e14, 0.0), Rates(1e10, 1e11, 0.0)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine with a GPU, which is simulated: budgets hold for it, and the plan's rates are given."""
+    device = Simulated()
+    here = Machine(SLOW, 1e9, 100 << 20, Card("simulated", 1 << 34, FAST, 2e10, CONTEXT_BYTES))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(decisions, "Cuda", lambda *_: device)
+    monkeypatch.setattr(machine, "profile", lambda progress=None, measure=True: here)
+    monkeypatch.setattr(machine, "budgets", lambda here: (1 << 34, 1 << 34))
+    monkeypatch.setattr(machine, "resident", lambda: 50 << 20)
+    monkeypatch.setattr(plan, "DECODED_SLICE", 0)
+    monkeypatch.setattr(plan, "CUBLAS_WORKSPACE", 0)
+    return device
+
+
+def within(folder, device, gpu_bytes, **options):
+    """The model loaded by plan, with what its caches take counted as the device's, whose limit is the budget's rest."""
+    limits = {"cuda": gpu_bytes, "cpu": 1 << 33}
+    model = GPTNeoXForCausalLM.from_pretrained(folder, device_map="auto", max_memory=limits, **options)
+    if model.placement is not None:
+        model.runner.ops["cpu"] = reference
+        new_pool, tiers = model.new_pool, model.placement.layers
+
+        def counted(pages=0, limit=None):
+            pool = new_pool(pages, limit)
+            assert pool.pages == pages
+            for tensors in (pool.storage, pool.scales):
+                for tier, tensor in zip(tiers, tensors, strict=False):
+                    if tier == "gpu":
+                        device.adopt(tensor)
+            return pool
+
+        model.new_pool = counted
+    return model
+
+
+@pytest.mark.parametrize("kv", [None, "fp16", "int8"])
+@pytest.mark.parametrize("context", [100, 512])
+def test_what_a_plan_predicts_is_what_the_device_is_asked_for(folder, gpu, kv, context):
+    """At every budget from nothing to plenty: the same bytes, never more than the budget, and the same tokens."""
+    ids = torch.randint(96, (1, context - 4))
+    expected = {
+        cache: load(folder, cache).generate(ids, max_new_tokens=4, min_new_tokens=4) for cache in ("fp16", "int8")
+    }
+    seen = set()
+    for quarters in (4, 7, 8, 9, 10, 11, 12, 14, 28):  # of a MiB
+        budget = quarters << 18
+        device = gpu
+        device.__init__()
+        model = within(folder, device, budget, kv=kv, context=context)
+        parts = model.plan.parts["gpu"]
+        settled = device.allocated
+        assert torch.equal(model.generate(ids, max_new_tokens=4, min_new_tokens=4), expected[model.kv])
+        rounding = 256 * 20 * (LAYERS + 4)  # tensors start at multiples of 256 bytes
+        table = 2 * 512 * 2 * 4  # rotary cosines and sines, which are uploaded like activations
+        weights = (
+            settled - sum(slot.device.nbytes for slot in model.runner._ring._slots) if model.runner._ring else settled
+        )
+        assert 0 <= weights + table * bool(parts) - parts.get("weights", 0) <= rounding
+        planned = sum(parts.get(name, 0) for name in ("weights", "cache", "ring"))
+        assert planned - table <= device.peak <= planned + 3 * rounding or not parts
+        assert device.peak + parts.get("context", 0) + parts.get("scratch", 0) <= budget + 3 * rounding
+        seen.add(model.placement.layers.count("gpu") if model.placement else 0)
+    assert {0, LAYERS} < seen  # and some between
+
+
+def test_a_map_is_honoured_part_by_part(folder, gpu):
+    where = {
+        "": "cpu",
+        "gpt_neox.layers.1": 0,
+        "gpt_neox.layers.2": "cuda:0",
+        "gpt_neox.layers.3": "disk",
+        "embed_out": 0,
+    }
+    model = GPTNeoXForCausalLM.from_pretrained(folder, device_map={**where, "gpt_neox.final_layer_norm": "cuda"})
+    assert model.placement.layers == ("cpu", "gpu", "gpu", "disk", "cpu", "cpu")
+    assert (model.placement.embedding, model.placement.head) == ("cpu", "gpu")
+    assert model.placement.stream_from is not None
+    with pytest.raises(ArgumentError, match="the final norm goes where the head is"):
+        GPTNeoXForCausalLM.from_pretrained(folder, device_map=where)
+    with pytest.raises(ArgumentError, match="there are 1 CUDA devices"):
+        GPTNeoXForCausalLM.from_pretrained(folder, device_map={"": 0, "embed_out": 1})

@@ -19,6 +19,7 @@ from neox_lite.formats import GroupInt, formats_of
 from neox_lite.hub import HEAD, fetch_files, local_folder
 from neox_lite.loading import DTYPES
 from neox_lite.offload import machine
+from neox_lite.offload.place import sizes_in
 from neox_lite.offload.plan import (
     CARDS,
     CPU,
@@ -88,20 +89,14 @@ class Model:
         shard = shards[-1] if shards else None
         if config.quantization_config is None:
             return cls.quantized(config, args.format or "int4", shard)
-        lookup = formats_of(config.quantization_config)
-
-        def packing(module: str) -> tuple[int, int] | None:
-            format = lookup(module)
-            return (format.bits, format.group_size) if isinstance(format, GroupInt) else None
-
-        stored = packing("gpt_neox.layers.0.mlp.dense_h_to_4h")
-        format = f"int{stored[0]} g{stored[1]}" if stored else "fp16"
+        formats = formats_of(config.quantization_config)
+        stored = formats("gpt_neox.layers.0.mlp.dense_h_to_4h")
+        format = f"{stored.name} g{stored.group_size}" if isinstance(stored, GroupInt) else "fp16"
         if args.format not in (None, format.split()[0]):
             raise ArgumentError(f"{name}: is quantized already ({format}); leave --format out")
         files = read_manifest(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
-        itemsize = DTYPES[config.dtype or "float16"].itemsize
-        has_head = HEAD in files or (folder / HEAD).is_file()
-        sizes = sizes_of(config, packing, scale_bytes=itemsize, itemsize=itemsize, small_head=has_head)
+        dtype = DTYPES[config.dtype or "float16"]
+        sizes = sizes_in(config, formats, dtype, dtype, HEAD in files or (folder / HEAD).is_file())
         return cls(sizes, format, config, shard)
 
     @classmethod

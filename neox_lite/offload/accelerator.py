@@ -62,9 +62,14 @@ class Accelerator(Protocol):
 class Cuda:
     """An NVIDIA GPU: the compute queue is the calling thread's current stream."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, most_bytes: int | None = None) -> None:
+        """most_bytes: torch is to take no more than so much more of the device's memory than it has, in all of this process."""
         self.device = torch.device("cuda", device.index if device.index is not None else torch.cuda.current_device())
         self._copies = torch.cuda.Stream(self.device)
+        if most_bytes is not None:
+            total = torch.cuda.get_device_properties(self.device).total_memory
+            most_bytes += torch.cuda.memory_reserved(self.device)
+            torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, most_bytes) / total), self.device)
 
     def operations(self, exact: bool) -> Backend:
         return dispatch.choose(self.device, exact)

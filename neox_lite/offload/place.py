@@ -37,16 +37,20 @@ class Wish:
 
 @dataclass(frozen=True)
 class Decision:
-    """Where a model goes. Without a placement all of it is on `device`; with one, what is on "gpu" is."""
+    """Where a model goes. Without a placement all of it is on `device`; with one, what is on "gpu" is.
+
+    most_bytes: that torch may take of the GPU's memory, where the caller set a limit.
+    """
 
     device: torch.device
     placement: Placement | None = None
     kv: str = "fp16"
     head: str = "fp16"
     plan: Plan | None = None
+    most_bytes: int | None = None
 
     def accelerator(self) -> Accelerator | None:
-        return Cuda(self.device) if self.placement is not None and self.device.type == "cuda" else None
+        return Cuda(self.device, self.most_bytes) if self.placement is not None and self.device.type == "cuda" else None
 
     @property
     def announcement(self) -> str | None:
@@ -97,7 +101,7 @@ def check(wish: Wish) -> None:
 
 def _devices(asked: Mapping[str, Any]) -> dict[str, str | torch.device]:
     """A map's values: "disk" or a device each. At most one GPU."""
-    found = {str(name): "disk" if where == "disk" else device_of(where) for name, where in asked.items()}
+    found = {str(name): "disk" if where == "disk" else _numbered(device_of(where)) for name, where in asked.items()}
     gpus = {str(where) for where in found.values() if isinstance(where, torch.device) and where.type == "cuda"}
     if len(gpus) > 1:
         raise UnsupportedError(f"device_map names {' and '.join(sorted(gpus))}, but a model runs on one GPU at most")
@@ -114,6 +118,11 @@ def sizes_in(
         return (format.bits, format.group_size) if isinstance(format, GroupInt) else None
 
     return sizes_of(config, packing, 128, scales.itemsize, dtype.itemsize, small_head)
+
+
+def _numbered(device: torch.device) -> torch.device:
+    """The first GPU where none is named, as "cuda" is "cuda:0" to those who write both."""
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
 def decide(wish: Wish, sizes: Sizes, heads: list[str], prefix: str = "gpt_neox.") -> Decision:
@@ -157,7 +166,10 @@ def _by_plan(wish: Wish, sizes: Sizes) -> Decision:
             found.pages,
         )
     where = device if device is not None and found.gpu_layers else torch.device("cpu")
-    return Decision(where, placement, found.kv, found.head, found)
+    most = None
+    if limits.keys() - {"cpu"} and gpu_bytes is not None and here.card is not None:
+        most = gpu_bytes - here.card.context_bytes
+    return Decision(where, placement, found.kv, found.head, found, most)
 
 
 def _gpu_of(wish: Wish) -> torch.device | None:
@@ -166,7 +178,7 @@ def _gpu_of(wish: Wish) -> torch.device | None:
         return None
     device = device_of("cuda" if wish.device_map == "auto" else wish.device_map)
     unlimited = all(n > 0 for key, n in (wish.max_memory or {}).items() if key in _names_of(device))
-    return torch.device("cuda", device.index or 0) if device.type == "cuda" and unlimited else None
+    return _numbered(device) if device.type == "cuda" and unlimited else None
 
 
 def _names_of(device: torch.device) -> tuple[Any, ...]:
@@ -183,7 +195,10 @@ def known_machine(measure: bool) -> Machine:
     process = own + PROCESS_GROWTH if own is not None else machine.PROCESS_BYTES
     if found is None:
         return Machine(NOMINAL, None, process, None)
-    return replace(found, process_bytes=max(process, found.process_bytes))
+    card = found.card
+    if card is not None and torch.cuda.is_initialized():  # what this process has there already counts as its context
+        card = replace(card, context_bytes=card.context_bytes + torch.cuda.memory_reserved())
+    return replace(found, process_bytes=max(process, found.process_bytes), card=card)
 
 
 # By map -----------------------------------------------------------------------------------------------------------------
