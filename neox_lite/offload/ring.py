@@ -295,10 +295,9 @@ class Ring:
         self._fetch(waiting, loan)
 
     def _clear(self) -> None:
-        """Forget what is fetched and what is owed, once the fetching thread is idle."""
+        """Forget what is fetched and what is owed, once the fetching thread is done with all it was given."""
+        self._fetcher.submit(lambda: None).result()
         for slot in self._slots:
-            if slot.filled is not None:
-                slot.filled.exception()
             slot.owes = None
         self._coming.clear()
         self._idle = deque(self._slots)
