@@ -33,7 +33,7 @@ MEMORY = 32  # drafted tokens over which acceptance is averaged
 PRIOR = 0.7  # acceptance before any is seen
 PROBE_EVERY = 4  # passes from the last draft to the first probe, where drafts do not pay
 PROBE_SHARE = 0.015  # of the time that probes may take
-LOSS_SHARE = 0.015  # of the time of plain decoding that drafts may cost beyond it, whatever becomes of them
+LOSS_SHARE = 0.02  # of the time of plain decoding that drafts may cost beyond it, whatever becomes of them
 HEAD_START = 16  # plain passes that count as done when the first draft is weighed
 VOCABULARY_PADDING = 512  # checkpoints with the same tokenizer differ by less in vocab_size
 
@@ -349,18 +349,15 @@ class Pace:
         if self._draft_s is None:
             self._draft_s = deque(maxlen=SAMPLES)
             return
-        self._drafting_s = seconds
+        usual_s = self.draft_s
+        self._drafting_s = seconds if usual_s is None else min(seconds, 3 * length * usual_s)
         if self._idle == 0 or self.draft_s is None or seconds / length < self.draft_s:
             self._draft_s.append(seconds / length)
 
     def judged(self, rows: int, tokens: int, seconds: float, tested: int, accepted: int) -> None:
         """A pass of so many rows and tokens took `seconds`; of its drafts, `tested` tokens were compared."""
         self._times.add(tokens, seconds)
-        plain_s = self._times.known.get(rows, seconds)
-        self._plain_s += plain_s * (rows + accepted) / rows
-        if tokens > rows:
-            self._lost_s += seconds + self._drafting_s - plain_s * (rows + accepted) / rows
-        self._drafting_s = 0.0
+        self._account(rows, tokens, accepted)
         for hit in [True] * accepted + [False] * (tested - accepted):
             self._evidence = min(self._evidence + 1, MEMORY)
             self.acceptance += (hit - self.acceptance) / self._evidence
@@ -375,6 +372,16 @@ class Pace:
             bearable = max(0, math.ceil(lost / PROBE_SHARE))
             self._wait = 0 if accepted / rows > cost else min(2 * max(1, self._wait), bearable)
             self._probe_s = None
+
+    def _account(self, rows: int, tokens: int, accepted: int) -> None:
+        """Enter a pass with what such passes usually take: a first one that compiles says nothing about the next."""
+        known = self._times.known
+        if rows in known:
+            plain_s = known[rows] * (rows + accepted) / rows
+            self._plain_s += plain_s
+            if tokens > rows:
+                self._lost_s += estimate(known, tokens, tokens - rows) + self._drafting_s - plain_s
+        self._drafting_s = 0.0
 
 
 class Drafting:
