@@ -200,7 +200,8 @@ def figures(found: Plan) -> dict[str, Any]:
 def describe(name: str, model: Model, place: Place, found: Plan, advice: list[str]) -> Iterator[str]:
     """A picture of the memories, then speed, choices and advice."""
     verdict = f"runs {WHERE[found.level]}" if found.fits else f"does not fit, {gib(found.short_by)} of CPU memory short"
-    yield f"{name}, {model.format}, context {found.context}: {verdict}"
+    made = ", once quantized" if model.config.quantization_config is None and model.format != "fp16" else ""
+    yield f"{name}, {model.format}{made}, context {found.context}: {verdict}"
     yield ""
     yield from picture(place, found)
     yield ""
