@@ -168,7 +168,7 @@ class PagePool:
             used = self.pages - self.free_pages
             raise CacheError(
                 f"the KV cache is full: {self.limit} pages of {PAGE} tokens, {pages - used} free, "
-                f"{at_least - used} needed; free sequences or give the cache more memory"
+                f"{at_least - used} needed; use fewer or shorter sequences, or a larger memory budget"
             )
         with torch.inference_mode(False):  # a pool may outlive the caller's inference mode, and is written to in place
             for tensors in (self.storage, self.scales):

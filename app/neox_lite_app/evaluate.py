@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from neox_lite import GPTNeoXForCausalLM
+from neox_lite.cache import PAGE
 from neox_lite.errors import ArgumentError
 from neox_lite.hub import resolve
 from neox_lite.layers import Linear
@@ -56,7 +57,10 @@ def cut(model: GPTNeoXForCausalLM, text: str, context: int) -> Tensor:
 def log_probabilities(model: GPTNeoXForCausalLM, windows: Tensor, progress: Progress | None = None) -> Iterator[Tensor]:
     """For each window (context,), the log-probabilities of what follows: (context - 1, vocabulary) float32 on the CPU."""
     count, context = windows.shape
-    step = max(1, SCORED_LOGITS // (context * model.config.vocab_size))
+    step = SCORED_LOGITS // (context * model.config.vocab_size)
+    if model.cache_pages is not None:
+        step = min(step, model.cache_pages // -(-context // PAGE))
+    step = max(1, step)
     for start in range(0, count, step):
         logits = model(windows[start : start + step], use_cache=False).logits
         for window in logits:

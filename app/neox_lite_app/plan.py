@@ -6,6 +6,7 @@ import argparse
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from neox_lite.config import GPTNeoXConfig
-from neox_lite.errors import ArgumentError
+from neox_lite.errors import ArgumentError, FormatError
 from neox_lite.folder_writer import MANIFEST, read_manifest
 from neox_lite.formats import GroupInt, formats_of
 from neox_lite.hub import HEAD, fetch_files, local_folder
@@ -165,10 +166,11 @@ def smaller_format(model: Model, found: Plan) -> Iterator[str]:
     formats = ("fp16", "int8", "int4")
     further = formats[formats.index(model.format.split()[0]) + 1 :] if model.config.quantization_config is None else ()
     for format in further:
-        smaller = make_plan(Model.quantized(model.config, format).sizes, found.machine, found.request)
-        if smaller.level > found.level:
-            yield f"--format {format} would {GAINS[smaller.level]}"
-            return
+        with suppress(FormatError):  # rows that no group divides
+            smaller = make_plan(Model.quantized(model.config, format).sizes, found.machine, found.request)
+            if smaller.level > found.level:
+                yield f"--format {format} would {GAINS[smaller.level]}"
+                return
 
 
 # Figures --------------------------------------------------------------------------------------------------------------

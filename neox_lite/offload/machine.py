@@ -117,7 +117,7 @@ def _kept() -> list[Any]:
     """The entries of the file, whatever they are; none where there is no file, or it is not one of ours."""
     try:
         found = json.loads(cache_file().read_text(encoding="utf-8"))["profiles"]
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return []
     return found if isinstance(found, list) else []
 

@@ -154,8 +154,8 @@ def _by_plan(wish: Wish, sizes: Sizes) -> Decision:
     if found.level == NO:
         advice = f"; {', or '.join(found.advice)}" if found.advice else ""
         raise ArgumentError(
-            f"the model does not fit: {found.short_by / 2**30:.2f} GiB of CPU memory are missing, the process alone takes "
-            f"{here.process_bytes / 2**30:.2f}{advice}"
+            f"the model does not fit: {found.short_by / 2**20:.0f} MiB of CPU memory are missing, the process alone takes "
+            f"{here.process_bytes / 2**20:.0f}{advice}"
         )
     placement = None
     if found.gpu_layers or found.disk_layers:
