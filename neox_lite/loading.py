@@ -77,18 +77,23 @@ HEADS = ("embed_out", "lm_head", "score", "classifier", "qa_outputs")  # a class
 class Source:
     """Where a model came from; empty for one built from a config.
 
-    origins: by full name, the place in a file of each tensor that is mapped from there, and the address it is mapped to.
+    origins: by full name, the place in a file of each tensor that is mapped from there, its address and its version.
     """
 
     folder: Path | None = None
     name: str | None = None
     revision: str | None = None
-    origins: dict[str, tuple[Origin, int]] = field(default_factory=dict, compare=False, repr=False)
+    origins: dict[str, tuple[Origin, int, int]] = field(default_factory=dict, compare=False, repr=False)
 
     def origins_in(self, module: nn.Module, prefix: str) -> Origins:
         """Places in files of a module's tensors, as far as they are still what the files hold."""
         found = {name: (tensor, self.origins.get(prefix + name)) for name, tensor in module.state_dict().items()}
-        return {name: at[0] for name, (tensor, at) in found.items() if at is not None and at[1] == tensor.data_ptr()}
+        return {n: at[0] for n, (tensor, at) in found.items() if at is not None and at[1:] == identity_of(tensor)}
+
+
+def identity_of(tensor: Tensor) -> tuple[int, int]:
+    """Another address or version, and the tensor was replaced or written to."""
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
 @dataclass(frozen=True)
@@ -375,7 +380,7 @@ class Blueprint:
                     _check_constant(module, last, value, stored)
                 setattr(module, last, value)
                 if value.data_ptr() == mapped.data_ptr():
-                    self._note_origin(key, stored, mapped)
+                    self._note_origin(key, stored, value)
         _initialize_heads(self.model, self.fresh, dtype, self.checkpoint.folder)
         if self.tied:
             self.model.tie_weights()  # type: ignore[operator]
@@ -385,7 +390,7 @@ class Blueprint:
         info = self.checkpoint.info(stored)
         if info.offset is not None:
             origin = Origin(info.file, info.offset, info.file.stat().st_mtime_ns)
-            self.model.source.origins[name.removeprefix("gpt_neox.")] = origin, tensor.data_ptr()
+            self.model.source.origins[name.removeprefix("gpt_neox.")] = (origin, *identity_of(tensor))
 
 
 def _converted(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:

@@ -98,6 +98,7 @@ class GPTNeoXPreTrainedModel(nn.Module):
         self.plan: Plan | None = None  # what the loader placed it by, with predicted bytes and times
         self.accelerator: Accelerator | None = None  # what the placement's "gpu" is
         self._runner: Runner | None = None
+        self._bound: list[tuple[int, int]] = []  # the tensors that the runner was made for
         super().train(False)
 
     # Loading and saving -----------------------------------------------------------------------------------------------
@@ -166,6 +167,15 @@ class GPTNeoXPreTrainedModel(nn.Module):
         self._unbind()
         self.placement, self.accelerator = placement, accelerator
 
+    def _weights_key(self) -> list[tuple[int, int]]:
+        """Changes when a tensor is written to or replaced."""
+        return [loading.identity_of(t) for t in (*self.parameters(), *self.buffers())]
+
+    def _refresh(self) -> None:
+        """Bind anew where a tensor is not the one that was bound: layers that pass through slots are read from elsewhere."""
+        if self._runner is not None and self._bound != self._weights_key():
+            self._unbind()
+
     def _unbind(self) -> None:
         self.__dict__.update(_runner=None, _lasting=None)
 
@@ -211,6 +221,7 @@ class GPTNeoXPreTrainedModel(nn.Module):
         base = self.base_model
         placement = self.placement or Placement.alone("cpu" if self.device.type == "cpu" else "gpu", len(base.layers))
         origins = [self.source.origins_in(layer, f"layers.{i}.") for i, layer in enumerate(base.blocks)]
+        self._bound = self._weights_key()
         self._runner = Runner(
             base.blocks, base.rotary.table, self.dtype, placement, self.exact, self.accelerator, origins, ops
         )
@@ -218,7 +229,7 @@ class GPTNeoXPreTrainedModel(nn.Module):
 
     @property
     def ops(self) -> Backend:
-        """The operations where the head is. Set, they are used everywhere, until the model moves."""
+        """The operations where the head is. Set, they are used everywhere, until the model moves or changes."""
         return self.runner.last
 
     @ops.setter
@@ -253,6 +264,7 @@ class GPTNeoXPreTrainedModel(nn.Module):
     ) -> Packed:
         """Check the arguments of a forward pass, drop masked tokens and run the blocks."""
         check_options(other)
+        self._refresh()
         tensors = {"attention_mask": attention_mask, "position_ids": position_ids}
         for name, value in {**tensors, "input_ids": input_ids, "inputs_embeds": inputs_embeds}.items():
             if value is not None and not isinstance(value, Tensor):
@@ -565,8 +577,8 @@ class GPTNeoXForCausalLM(_Headed, GenerationMixin):
 
     def _cache_key(self) -> Any:
         """What cached keys and values depend on; a weight that was written to or replaced changes it."""
-        tensors = (*self.parameters(), *self.buffers())
-        return self.kv, self.exact, [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+        self._refresh()
+        return self.kv, self.exact, self._weights_key()
 
     def generate(self, input_ids: Tensor | None = None, **options: Any) -> Tensor:
         """Continue a batch of prompts. Options and their meaning: `generation.Options`."""

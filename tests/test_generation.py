@@ -820,9 +820,7 @@ def test_a_planned_cache_is_allocated_once_and_never_grows(own):
         own.generate(random_ids(1, 500, seed=seed), max_new_tokens=20, **NO_EOS)
     assert torch.equal(own.generate(random_ids(1, 600), max_new_tokens=20, **NO_EOS), long)
     assert own._lasting.prefixes.pool is pool and [s.data_ptr() for s in pool.storage] == places
-    with pytest.raises(
-        CacheError, match=r"6 pages of 128 tokens, .* use fewer or shorter sequences, or a larger memory budget"
-    ):
+    with pytest.raises(CacheError, match=r"6 pages of 128 tokens, .* use fewer or shorter sequences"):
         own.generate(random_ids(1, 800), max_new_tokens=1, **NO_EOS)
     assert own.generate(random_ids(1, 700), max_new_tokens=1, **NO_EOS).shape == (1, 701)
 

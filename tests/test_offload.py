@@ -331,6 +331,32 @@ def test_a_layer_that_no_file_holds_as_it_is_cannot_stay_on_the_disk(folder):
         model(torch.tensor([[1]]))
 
 
+@pytest.mark.parametrize("change", ["write", "replace", "swap"])
+def test_weights_that_change_between_calls_count_wherever_they_are(folder, change):
+    """On the disk they are refused, for the file has others."""
+    models = [load(folder), placed(folder, placement("cccccg"))[0], placed(folder, placement("dccccg"))[0]]
+    ids, results = torch.arange(9)[None], []
+    for model in models:
+        model(ids)
+        with torch.no_grad():
+            layers = model.gpt_neox.layers
+            if change == "write":
+                layers[0].mlp.dense_4h_to_h.weight.mul_(2)
+            elif change == "replace":
+                layers[0].mlp.dense_4h_to_h.weight = torch.nn.Parameter(layers[0].mlp.dense_4h_to_h.weight * 2, False)
+            else:
+                layers[0], layers[1] = layers[1], layers[0]
+                for i in range(2):
+                    layers[i].index = i
+        if model is models[2] and change != "swap":
+            with pytest.raises(ArgumentError, match="layer 0 is to stay on the disk"):
+                model(ids)
+        elif model is not models[2]:
+            results.append(model.forward(ids).logits)
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4)  # by two backends
+    assert float((results[0] - load(folder)(ids).logits).abs().max()) > 0.1
+
+
 def test_a_placement_outlives_a_cast_and_a_copy(folder):
     model, expected = load(folder), load(folder)(torch.arange(9)[None]).logits
     place(model, placement("cccccc"))
