@@ -239,7 +239,7 @@ def test_the_demo_runs_to_its_end(run):
     [
         (["generate", "no/such/folder", "--prompt", "x"], "no such folder"),
         (["generate", DEMO, "--prompt", "x", "--max-new-tokens", 100_000], "do not fit the context of 512"),
-        (["generate", DEMO, "--prompt", "x", "--context", 513], "--context is 513, but the model's own context is 512"),
+        (["generate", DEMO, "--prompt", "x", "--context", 513], "context is 513, but the model's own context is 512"),
         (["generate", "no/such/folder", "--prompt", "x", "--temperature", -1], "temperature is -1"),
         (["generate", DEMO, "--prompt", "x", "--top-p", 1.5], "top_p is 1.5"),
         (["generate", DEMO, "--prompt", "\udcff", "--max-new-tokens", 1], "surrogate"),
@@ -248,7 +248,10 @@ def test_the_demo_runs_to_its_end(run):
         (["quantize", "no/such/folder", "/tmp/x"], "no such folder"),
         (["verify", "/no/such/folder"], "no such folder"),
         (["perplexity", DEMO, "--text", "/no/such/file"], "cannot be read"),
-        (["perplexity", DEMO, "--text", DEMO / "config.json", "--context", 9999], "expected 2 to 512"),
+        (
+            ["perplexity", DEMO, "--text", DEMO / "config.json", "--context", 9999],
+            "context is 9999, but the model's own context is 512",
+        ),
         (["perplexity", DEMO, "--text", DEMO / "model.safetensors"], "not UTF-8"),
         (["generate", DEMO, "--prompt", "x", "--device", ""], "expected 'auto', 'cpu', 'cuda'"),
         (["generate", DEMO, "--prompt", "x", "--head", "int8"], "the model has no int8 head"),

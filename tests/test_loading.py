@@ -309,6 +309,7 @@ def test_config_dtype_beats_the_files(saved: Path) -> None:
         ({"device_map": {"": "tape"}}, ArgumentError, "device_map is 'tape', expected"),
         ({"device_map": {"": "cpu"}, "max_memory": {"cpu": 1}}, ArgumentError, "max_memory limits device_map='auto'"),
         ({"device_map": "auto", "max_memory": {"tpu": 1}}, ArgumentError, "device_map is 'tpu', expected"),
+        ({"device_map": "auto", "context": 99999}, ArgumentError, "context is 99999, but the model's own context is"),
         ({"context": 0}, ArgumentError, "context is 0, expected a number of tokens"),
         ({"max_memory": {"cpu": "1GiB"}}, ArgumentError, "max_memory limits device_map='auto'"),
         (

@@ -21,19 +21,15 @@ from neox_lite.offload.place import sizes_in
 from neox_lite.offload.plan import Sizes
 from neox_lite.saving import Part, write_model
 
+from .family import FAMILY
+
 Progress = Callable[[int, int], None]  # bytes made so far, bytes in all
 
 # Layers, hidden size, heads, vocabulary. The inner size is four times the hidden one, the context 2048 tokens.
 SHAPES = {
-    "pythia-70m": (6, 512, 8, 50304),
-    "pythia-160m": (12, 768, 12, 50304),
-    "pythia-410m": (24, 1024, 16, 50304),
-    "pythia-1b": (16, 2048, 8, 50304),
-    "pythia-1.4b": (24, 2048, 16, 50304),
-    "pythia-2.8b": (32, 2560, 32, 50304),
-    "pythia-6.9b": (32, 4096, 32, 50432),
-    "pythia-12b": (36, 5120, 40, 50688),
-    "20b": (44, 6144, 64, 50432),
+    {"gpt-neox-20b": "20b"}.get(m.name, m.name): (m.layers, m.hidden, m.heads, m.vocabulary)
+    for m in FAMILY
+    if m.id.startswith("EleutherAI/") and m.rotary == 0.25
 }
 DTYPE = torch.float16
 BLOCK = 1 << 24  # random words that all weights repeat: 64 MB, made in a moment

@@ -148,8 +148,9 @@ def _by_plan(wish: Wish, sizes: Sizes) -> Decision:
         gpu_bytes = None
     else:
         gpu_bytes = next((n for key, n in limits.items() if key in _names_of(device)), gpu_bytes)
-    context = min(wish.context or sizes.context, sizes.context)
-    request = Request(context, limits.get("cpu", cpu_bytes), gpu_bytes, kv=wish.kv, head=wish.head)
+    request = Request(
+        wish.context or sizes.context, limits.get("cpu", cpu_bytes), gpu_bytes, kv=wish.kv, head=wish.head
+    )
     found = plan(sizes, here, request)
     if found.level == NO:
         advice = f"; {', or '.join(found.advice)}" if found.advice else ""
