@@ -1,0 +1,466 @@
+"""Conversations: alternatives are kept, exports come back as they were, hostile files are refused in one sentence."""
+
+import json
+import multiprocessing
+import random
+
+import pytest
+
+from neox_lite.errors import ContextLengthError
+from neox_lite_app import conversation as module
+from neox_lite_app.conversation import (
+    MAX_BYTES,
+    MAX_MESSAGES,
+    Conversation,
+    ConversationError,
+    Store,
+    fit,
+    imported,
+    read_file,
+)
+from neox_lite_app.places import data_folder
+
+
+@pytest.fixture
+def talk():
+    """user "one" -> "1" -> user "two" -> "2"."""
+    talk = Conversation(system="Be brief.")
+    for user, answer in (("one", "1"), ("two", "2")):
+        talk.append("user", user)
+        talk.append("assistant", answer, tokens=1, finish_reason="stop")
+    return talk
+
+
+def texts(conversation):
+    return [message.text for message in conversation.path()]
+
+
+# The tree --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_path_is_what_was_said_in_order(talk):
+    assert texts(talk) == ["one", "1", "two", "2"]
+    assert talk.chat()[:2] == [{"role": "user", "content": "one"}, {"role": "assistant", "content": "1"}]
+    assert talk.label == "one" and talk.last.details == {"tokens": 1, "finish_reason": "stop"}
+
+
+def test_regenerating_keeps_the_earlier_answer_as_an_alternative(talk):
+    first = talk.leaf
+    talk.regenerate()
+    talk.extend("two")
+    talk.extend(" again", tokens=2)
+    assert texts(talk) == ["one", "1", "two", "two again"] and talk.place(talk.leaf) == (2, 2)
+    talk.switch(talk.leaf, -1)
+    assert talk.leaf == first and talk.place(first) == (1, 2)
+    talk.switch(first, -1)
+    assert talk.leaf == first  # there is none before it
+
+
+def test_regenerating_an_unanswered_message_answers_it(talk):
+    talk.append("user", "three")
+    talk.regenerate()
+    assert texts(talk)[-2:] == ["three", ""] and talk.place(talk.leaf) == (1, 1)
+
+
+def test_an_edited_message_stands_beside_the_old_one_with_nothing_after_it(talk):
+    root, old_leaf = talk.path()[0].id, talk.leaf
+    new = talk.edit(root, "uno")
+    assert texts(talk) == ["uno"] and talk.place(new.id) == (2, 2)
+    talk.append("assistant", "I")
+    talk.show(root)
+    assert talk.leaf == old_leaf  # down to the newest message below
+
+
+def test_continuing_extends_the_last_answer_and_its_details(talk):
+    talk.extend(" and more", tokens=4)
+    assert talk.last.text == "2 and more" and talk.last.details == {"tokens": 4, "finish_reason": "stop"}
+    talk.append("user", "three")
+    with pytest.raises(ConversationError, match="no answer to continue"):
+        talk.extend("x")
+
+
+def test_a_branch_is_a_conversation_of_its_own(talk):
+    talk.rename("Numbers")
+    branch = talk.branch(talk.path()[1].id)
+    branch.append("user", "elsewhere")
+    assert texts(branch) == ["one", "1", "elsewhere"] and texts(talk) == ["one", "1", "two", "2"]
+    assert branch.id != talk.id and branch.title == "Numbers (branch)" and branch.system == "Be brief."
+
+
+def test_deleting_shows_an_alternative_or_else_what_was_answered(talk):
+    first = talk.leaf
+    talk.regenerate()
+    talk.delete(talk.leaf)
+    assert talk.leaf == first and talk.place(first) == (1, 1)
+    talk.delete(talk.path()[1].id)
+    assert texts(talk) == ["one"] and len(talk.messages) == 1
+    talk.delete(talk.leaf)
+    assert talk.leaf is None and talk.path() == [] and talk.label == "New conversation"
+
+
+def test_what_is_not_shown_can_be_deleted_without_a_change_of_the_path(talk):
+    first = talk.leaf
+    talk.regenerate()
+    talk.extend("other")
+    talk.delete(first)
+    assert texts(talk)[-1] == "other" and first not in talk.messages
+
+
+def test_roles_alternate_and_begin_with_the_user(talk):
+    with pytest.raises(ConversationError, match="is of the user, not of the assistant"):
+        talk.append("assistant", "again")
+    with pytest.raises(ConversationError, match="first message is of the user"):
+        Conversation().append("assistant", "hello")
+    with pytest.raises(ConversationError, match="role is 'root'"):
+        talk.append("root", "hello")
+
+
+def test_what_cannot_be_saved_is_refused_when_it_is_said(talk, monkeypatch):
+    with pytest.raises(ConversationError, match="half a character"):
+        talk.append("user", "a\ud800")
+    with pytest.raises(ConversationError, match="finite number"):
+        talk.extend("", tokens_per_s=float("nan"))
+    with pytest.raises(ConversationError, match="no message 'x'"):
+        talk.edit("x", "y")
+    monkeypatch.setattr(module, "MAX_MESSAGES", 4)
+    with pytest.raises(ConversationError, match="4 messages, the most"):
+        talk.append("user", "five")
+    assert texts(talk) == ["one", "1", "two", "2"]
+    talk.extend("x" * MAX_BYTES)
+    with pytest.raises(ConversationError, match=f"more than the {MAX_BYTES}"):
+        talk.to_json()
+
+
+def test_ten_thousand_turns_deep_is_no_trouble():
+    talk = Conversation()
+    for number in range(MAX_MESSAGES):
+        talk.append(("user", "assistant")[number % 2], str(number))
+    again = Conversation.from_json(talk.to_json())
+    assert again == talk and len(again.path()) == MAX_MESSAGES
+    again.show(again.path()[0].id)
+    assert again.leaf == talk.leaf
+    again.delete(again.path()[0].id)
+    assert again.messages == {}
+
+
+# JSON ------------------------------------------------------------------------------------------------------------------
+
+
+def test_json_comes_back_as_it_was(talk):
+    talk.regenerate()
+    talk.extend("```\n# 日本語 \x00\x1b[31m\r\n\u2028", tokens_per_s=1.5, model=None)
+    talk.rename("A\x1b title\nof two lines")
+    again = Conversation.from_json(talk.to_json())
+    assert again == talk and list(again.messages) == list(talk.messages) and again.title == "A title of two lines"
+
+
+def change(talk, **fields):
+    return json.dumps({**json.loads(talk.to_json()), **fields})
+
+
+def changed_message(talk, number, **fields):
+    value = json.loads(talk.to_json())
+    value["messages"][number] |= fields
+    return json.dumps(value)
+
+
+HOSTILE = {
+    "nothing": lambda talk: "",
+    "a list": lambda talk: "[]",
+    "no JSON": lambda talk: talk.to_json()[:-20],
+    "NaN": lambda talk: talk.to_json().replace('"tokens": 1', '"tokens": NaN', 1),
+    "a key twice": lambda talk: talk.to_json().replace('"version"', '"schema": 1, "version"', 1),
+    "nested without end": lambda talk: '{"schema":' + "[" * 200_000,
+    "a number of many digits": lambda talk: '{"version": ' + "9" * 5000 + "}",
+    "another schema": lambda talk: change(talk, schema="other"),
+    "a later version": lambda talk: change(talk, version=2),
+    "an unknown key": lambda talk: change(talk, script="x"),
+    "a missing key": lambda talk: json.dumps({k: v for k, v in json.loads(talk.to_json()).items() if k != "leaf"}),
+    "a path as id": lambda talk: change(talk, id="../../../etc/passwd"),
+    "an id of a list": lambda talk: change(talk, id=[]),
+    "a title of two lines": lambda talk: change(talk, title="a\nb"),
+    "a title of a number": lambda talk: change(talk, title=3),
+    "a long title": lambda talk: change(talk, title="a" * 201),
+    "a time of nowhere": lambda talk: change(talk, updated="2026-01-01T00:00:00"),
+    "a time of another zone": lambda talk: change(talk, updated="2026-01-01T00:00:00+01:00"),
+    "a time of a number": lambda talk: change(talk, created=1e300),
+    "a leaf that is not there": lambda talk: change(talk, leaf="0" * 32),
+    "a leaf of a list": lambda talk: change(talk, leaf=[]),
+    "no leaf": lambda talk: change(talk, leaf=None),
+    "no messages": lambda talk: change(talk, messages=[]),
+    "messages by name": lambda talk: change(talk, messages={}),
+    "a message of a number": lambda talk: change(talk, messages=[1]),
+    "an unknown parent": lambda talk: changed_message(talk, 2, parent="0" * 32),
+    "itself as parent": lambda talk: changed_message(talk, 1, parent=talk.path()[1].id),
+    "a cycle": lambda talk: changed_message(talk, 0, parent=talk.path()[3].id),
+    "the same id twice": lambda talk: changed_message(talk, 2, id=talk.path()[0].id),
+    "two users in a row": lambda talk: changed_message(talk, 1, role="user"),
+    "the system as role": lambda talk: changed_message(talk, 0, role="system"),
+    "a role of a list": lambda talk: changed_message(talk, 0, role=[]),
+    "a text of a number": lambda talk: changed_message(talk, 0, text=1),
+    "half a character": lambda talk: changed_message(talk, 0, text="\udc00"),
+    "details of a list": lambda talk: changed_message(talk, 0, details=[]),
+    "nested details": lambda talk: changed_message(talk, 0, details={"a": {}}),
+    "huge details": lambda talk: changed_message(talk, 0, details={"a": 10**30}),
+    "infinite details": lambda talk: talk.to_json().replace('"tokens": 1', '"tokens": 1e999', 1),
+    "long details": lambda talk: changed_message(talk, 0, details={"a": "x" * 1001}),
+    "many details": lambda talk: changed_message(talk, 0, details={"a" * n: 1 for n in range(1, 35)}),
+    "a strange detail": lambda talk: changed_message(talk, 0, details={"__class__": 1}),
+    "an extra key": lambda talk: changed_message(talk, 0, html="<script>"),
+    "too many messages": lambda talk: change(talk, messages=[{}] * (MAX_MESSAGES + 1)),
+    "more than 10 MB": lambda talk: changed_message(talk, 0, text="x" * MAX_BYTES),
+    "more than 10 MB in UTF-8": lambda talk: talk.to_json().replace("one", "日" * (MAX_BYTES // 3)),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_file_is_refused_in_one_sentence(name, talk):
+    text = HOSTILE[name](talk)
+    with pytest.raises(ConversationError) as caught:
+        Conversation.from_json(text, "export.json")
+    message = str(caught.value)
+    assert message.startswith("export.json: ") and "\n" not in message and len(message) < 400
+
+
+def test_random_damage_is_refused_or_harmless(talk):
+    draw, text = random.Random(0), talk.to_json()
+    for _ in range(2000):
+        at, end = sorted(draw.choices(range(len(text)), k=2))
+        damaged = text[:at] + draw.choice(['"', "{", "null", "[]", "\\ud800", "", "0"]) + text[min(end, at + 40) :]
+        try:
+            Conversation.from_json(Conversation.from_json(damaged).to_json())
+        except ConversationError as error:
+            assert "\n" not in str(error)
+
+
+def test_an_import_never_overwrites_what_was_saved(talk, tmp_path):
+    store = Store(tmp_path)
+    store.save(talk)
+    copy = imported(talk.to_json())
+    copy.append("user", "more")
+    store.save(copy)
+    assert copy.id != talk.id and store.load(talk.id) == talk and len(store.list()) == 2
+
+
+# Markdown --------------------------------------------------------------------------------------------------------------
+
+AWKWARD = [
+    "",
+    "\n",
+    "\n\n\nspace around  \n\n",
+    "# Title\n## User\n### x",
+    "## User <!-- neox-lite -->",
+    "a\n\\## Assistant <!-- neox-lite -->\n\\\\## System <!-- neox-lite -->\n",
+    "```python\nprint(1)\n",
+    "~~~\n```\n",
+    "## Assistant <!-- neox-lite -->\r\nb\rc\n",
+    "<!-- neox-lite -->\n---\n> quote\n\\# x",
+    "\x0c\x0b\x85\u2028\u2029tab\t",
+]
+
+
+@pytest.mark.parametrize("text", AWKWARD)
+@pytest.mark.parametrize("other", AWKWARD)
+def test_markdown_brings_the_shown_path_back_to_the_letter(text, other):
+    talk = Conversation(title="Ways", system=other)
+    talk.append("user", text)
+    talk.append("assistant", other)
+    talk.append("user", text)
+    again = imported(talk.to_markdown())
+    assert again.chat() == talk.chat() and again.system == talk.system and again.title == "Ways"
+
+
+def test_markdown_is_readable(talk):
+    assert talk.to_markdown().startswith(
+        "# one\n\n## System <!-- neox-lite -->\n\nBe brief.\n\n## User <!-- neox-lite -->\n\none\n\n"
+        "## Assistant <!-- neox-lite -->\n\n1\n\n## User"
+    )
+
+
+def test_markdown_survives_an_editor_of_another_system(talk):
+    text = talk.to_markdown().replace("\n", "\r\n").rstrip()
+    assert imported(text).chat() == talk.chat()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "# A title alone\n",
+        "## User <!-- neox-lite -->\n\nno title\n",
+        "# t\n\nlost text\n\n## User <!-- neox-lite -->\n\nx\n",
+        "# t\n\n## Assistant <!-- neox-lite -->\n\nfirst\n",
+        "# t\n\n## User <!-- neox-lite -->\n\nx\n\n## System <!-- neox-lite -->\n\nlate\n",
+        "# t\n\n## User <!-- neox-lite -->\n\n" + "x" * MAX_BYTES,
+        "# t\n\n" + "## User <!-- neox-lite -->\n\n" * 3,
+    ],
+)
+def test_other_markdown_is_refused_in_one_sentence(text):
+    with pytest.raises(ConversationError) as caught:
+        Conversation.from_markdown(text)
+    assert "\n" not in str(caught.value)
+
+
+# What fits -------------------------------------------------------------------------------------------------------------
+
+
+def words(messages):
+    return sum(len(message["content"].split()) for message in messages) + 2  # 2: the system text
+
+
+def chat(turns, *, answered=False):
+    talk = Conversation()
+    for number in range(turns):
+        talk.append("user", f"question {number}")
+        if answered or number < turns - 1:
+            talk.append("assistant", "an answer of five words")
+    return talk.chat()
+
+
+def test_nothing_is_dropped_while_all_fits():
+    messages = chat(5)
+    found = fit(messages, words(messages), words)
+    assert found.messages == messages and found.dropped == 0 and found.marker is None
+
+
+@pytest.mark.parametrize("answered", [False, True])
+@pytest.mark.parametrize("room", [9, 10, 16, 17, 150, 283, 284])
+def test_the_fewest_oldest_turns_are_dropped(room, answered):
+    messages = chat(40, answered=answered)
+    found = fit(messages, room, words)
+    assert found.tokens == words(found.messages) <= room
+    assert list(found.messages) == messages[found.dropped :] and found.messages[0]["role"] == "user"
+    if found.dropped:
+        assert words(messages[found.dropped - 2 :]) > room and str(found.dropped) in found.marker
+
+
+def test_a_last_message_that_is_too_long_alone_is_refused_with_the_numbers():
+    messages = [*chat(3)[:-1], {"role": "user", "content": "much " * 50}]
+    with pytest.raises(ContextLengthError, match=r"takes 52 tokens .* room for 40"):
+        fit(messages, 40, words)
+    with pytest.raises(ContextLengthError, match="room for 0"):
+        fit(chat(1), -5, words)
+
+
+def test_long_chats_are_counted_a_few_times_only():
+    calls = []
+    fit(chat(1000), 50, lambda messages: calls.append(1) or words(messages))
+    assert len(calls) < 14
+
+
+# Saved conversations ---------------------------------------------------------------------------------------------------
+
+
+def test_saved_conversations_come_back_newest_first(talk, tmp_path):
+    store = Store(tmp_path / "new" / "folder")
+    assert store.list() == []
+    other = Conversation(title="Other")
+    other.append("user", "hello")
+    store.save(talk)
+    store.save(other)
+    assert [entry.title for entry in store.list()] == ["Other", "one"] and store.load(talk.id) == talk
+    talk.append("user", "newer")
+    store.save(talk)
+    assert [(entry.title, entry.messages) for entry in store.list()] == [("one", 5), ("Other", 1)]
+    store.rename(talk.id, "Renamed")
+    assert store.list()[0].title == "Renamed" == Store(store.folder).list()[0].title
+    store.delete(talk.id)
+    store.delete(talk.id)
+    assert [entry.id for entry in store.list()] == [other.id]
+
+
+def test_saved_conversations_are_for_their_owner_only(talk, tmp_path):
+    store = Store(tmp_path / "mine")
+    store.save(talk)
+    (path,) = store.folder.iterdir()
+    assert path.stat().st_mode & 0o077 == 0 and store.folder.stat().st_mode & 0o077 == 0
+
+
+def test_a_corrupt_file_is_reported_and_not_lost(talk, tmp_path):
+    store = Store(tmp_path)
+    store.save(talk)
+    corrupt = tmp_path / f"{'0' * 32}.json"
+    corrupt.write_bytes(b"\xff{")
+    (tmp_path / f"{'1' * 32}.json").mkdir()
+    (tmp_path / f"{'2' * 32}.json").write_text(talk.to_json())
+    (tmp_path / "notes.json").write_text("not ours")
+    with (tmp_path / f"{'3' * 32}.json").open("wb") as file:
+        file.truncate(MAX_BYTES * 1000)
+    good, *bad = store.list()
+    assert good.id == talk.id and good.problem is None
+    assert len(bad) == 4 and all(entry.problem and "\n" not in entry.problem for entry in bad)
+    assert corrupt.read_bytes() == b"\xff{"
+    with pytest.raises(ConversationError, match="not UTF-8"):
+        store.load("0" * 32)
+
+
+def test_a_folder_that_cannot_be_used_is_an_error_of_one_sentence(talk, tmp_path):
+    (tmp_path / "file").write_text("")
+    store = Store(tmp_path / "file")
+    for act in (lambda: store.save(talk), store.list):
+        with pytest.raises(ConversationError, match=r"cannot be (written|listed)"):
+            act()
+
+
+def test_a_full_disk_leaves_the_old_file_and_no_partial_one(talk, tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    store.save(talk)
+    before = store.load(talk.id)
+    talk.append("user", "new")
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.os, "fsync", full)
+    with pytest.raises(ConversationError, match="No space left"):
+        store.save(talk)
+    assert store.load(talk.id) == before and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("id", ["../x", "", "0" * 31, "A" * 32, "0" * 32 + "\n", None])
+def test_ids_are_never_paths(id, tmp_path):
+    for act in (Store(tmp_path).load, Store(tmp_path).delete):
+        with pytest.raises(ConversationError, match="32 hexadecimal digits"):
+            act(id)
+
+
+def test_processes_share_a_folder_without_losing_conversations(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=save_many, args=(tmp_path, number)) for number in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    entries = Store(tmp_path).list()
+    assert len(entries) == 21 and not any(entry.problem for entry in entries)
+    assert len(list(tmp_path.iterdir())) == 21
+
+
+def save_many(folder, number):
+    store = Store(folder)
+    shared = Conversation(id="f" * 32)
+    for turn in range(10):
+        one = Conversation(title=f"{number}.{turn}")
+        one.append("user", "x" * 10_000)
+        shared.append(("user", "assistant")[turn % 2], f"{number}" * 10_000)
+        store.save(one)
+        store.save(shared)
+        assert {len(set(message.text)) for message in store.load("f" * 32).path()} == {1}  # whole, whoever wrote last
+
+
+def test_a_file_is_read_by_what_it_holds(talk, tmp_path):
+    for name, text in (("a.json", talk.to_json()), ("a.md", talk.to_markdown())):
+        (tmp_path / name).write_text(text, newline="")
+        assert read_file(tmp_path / name).chat() == talk.chat()
+    for path in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(ConversationError):
+            read_file(path)
+
+
+def test_the_data_folder_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "xdg"))
+    monkeypatch.delenv("NEOX_LITE_DATA", raising=False)
+    assert Store().folder == tmp_path / "xdg" / "neox-lite" / "conversations"
+    monkeypatch.setenv("NEOX_LITE_DATA", str(tmp_path / "own"))
+    assert data_folder("models") == tmp_path / "own" / "models"
