@@ -5,7 +5,7 @@ Knows no model: keys and values come and go as tensors; a page number means the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field
 from weakref import WeakMethod
@@ -185,7 +185,7 @@ class PagePool:
 
 @dataclass(eq=False)
 class Kept:
-    """A sequence that no call works on: its ids (tokens,) int64, and the logits that followed the first `prompt` of them."""
+    """A sequence to begin others with: its ids (tokens,) int64, and the logits that followed the first `prompt` of them."""
 
     ids: Tensor
     sequence: Sequence
@@ -208,20 +208,21 @@ class PrefixCache:
         )  # else the two would keep each other alive, until the garbage collector comes
         pool.reclaim = lambda wanted: (call := give_up()) and call(wanted)
 
-    def take(self, ids: List[int]) -> tuple[Sequence, Tensor | None]:
+    def take(self, ids: List[int] | Tensor, live: Iterable[Kept] = ()) -> tuple[Sequence, Tensor | None]:
         """A sequence with the longest known beginning of ids, and the logits after the last of ids where those are known.
 
-        Without known logits, at least one id is left to compute.
+        Without known logits, at least one id is left to compute. live: sequences at work, which count as known too.
         """
-        wanted = torch.tensor(ids)
-        lengths = [common_length(wanted, kept.ids) for kept in self._kept]
-        for i, kept in enumerate(self._kept):
-            if kept.logits is not None and lengths[i] == len(ids) == kept.prompt:
-                return self._fork(i, len(ids)), copied(kept.logits)  # a caller's processor may write to them
-        best = max(range(len(lengths)), key=lambda i: lengths[i], default=None)
+        wanted = torch.as_tensor(ids)
+        known = [*self._kept, *live]
+        lengths = [common_length(wanted, one.ids) for one in known]
+        for one, length in zip(known, lengths, strict=True):
+            if one.logits is not None and length == len(ids) == one.prompt:
+                return self._fork(one, length), copied(one.logits)  # a caller's processor may write to them
+        best = max(range(len(known)), key=lambda i: lengths[i], default=None)
         if best is None or (length := min(lengths[best], len(ids) - 1)) == 0:
             return self.pool.new(), None
-        return self._fork(best, length), None
+        return self._fork(known[best], length), None
 
     def keep(self, ids: Tensor, sequence: Sequence, prompt: int = 0, logits: Tensor | None = None) -> None:
         """Take over a sequence and its ids (tokens,); logits (vocabulary,), if given, followed the first `prompt` of them."""
@@ -240,6 +241,14 @@ class PrefixCache:
         """Pages that kept sequences hold."""
         return len({page for kept in self._kept for page in kept.sequence.pages})
 
+    def tokens(self, live: Iterable[Sequence] = ()) -> int:
+        """Tokens in the cache, of kept sequences and of those at work, counted once where they share pages."""
+        filled: dict[int, int] = {}
+        for sequence in [*(kept.sequence for kept in self._kept), *live]:
+            for i, page in enumerate(sequence.pages):
+                filled[page] = max(filled.get(page, 0), min(PAGE, sequence.length - i * PAGE))
+        return sum(filled.values())
+
     def give_up(self, wanted: int) -> None:
         """Free kept sequences, until `wanted` pages are free or the pool may grow by what is lacking."""
         while self._kept and self.pool.pages + max(0, wanted - self.pool.free_pages) > self.budget:
@@ -250,10 +259,12 @@ class PrefixCache:
         while self._kept:
             self._drop(0)
 
-    def _fork(self, i: int, length: int) -> Sequence:
-        """The first tokens of a kept sequence, which is now the one used last."""
-        self._kept.append(kept := self._kept.pop(i))
-        fork = self.pool.fork(kept.sequence)
+    def _fork(self, known: Kept, length: int) -> Sequence:
+        """The first tokens of a sequence; if it is a kept one, it is now the one used last."""
+        if known in self._kept:
+            self._kept.remove(known)
+            self._kept.append(known)
+        fork = self.pool.fork(known.sequence)
         self.pool.truncate(fork, length)
         return fork
 
@@ -269,8 +280,8 @@ def copied(x: Tensor) -> Tensor:
 def common_length(a: Tensor, b: Tensor) -> int:
     """How many ids two sequences (tokens,) begin with in common."""
     length = min(len(a), len(b))
-    different = (a[:length] != b[:length]).nonzero()
-    return int(different[0]) if len(different) else length
+    different = a[:length].numpy() != b[:length].numpy()
+    return int(different.argmax()) if different.any() else length
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:

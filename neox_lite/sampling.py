@@ -1,11 +1,15 @@
-"""Logits -> token: small processors, applied in transformers' order, and a counter-based random number. Knows no model."""
+"""Logits -> token: processors in transformers' order, a counter-based random number, log-probabilities. Knows no model.
+
+All of it is numpy's work: torch would share out so few numbers to threads, which then spin beside the kernels' own.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,28 +17,46 @@ from torch import Tensor
 from .cache import copied
 from .errors import ArgumentError, NeoxLiteError
 
+if TYPE_CHECKING:
+    import numpy as np
+
 Processor = Callable[[Tensor, Tensor], Tensor]  # history (tokens,) int64, logits (vocabulary,) float32 -> logits
+Filter = Callable[["np.ndarray"], "np.ndarray"]  # logits (n,) -> the places of those that are kept, in ascending order
 COLDEST = 1e-5  # a temperature below this counts as 0: logits divided by less could overflow float32
+MOST_BIAS = 100.0
 BOUNDS = {
     "temperature": (0.0, 1e6),
     "top_k": (0, 2**31 - 1),
     "top_p": (0.0, 1.0),
     "min_p": (0.0, 1.0),
+    "typical_p": (0.0, 1.0),
     "repetition_penalty": (1e-6, 1e6),
+    "frequency_penalty": (-2.0, 2.0),
+    "presence_penalty": (-2.0, 2.0),
+    "no_repeat_ngram_size": (0, 2**31 - 1),
     "seed": (0, 2**64 - 1),
 }
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one token is drawn. The defaults are transformers'; temperature 0 takes the best id, top_k 0 keeps all."""
+    """How one token is drawn. The defaults are transformers'; temperature 0 takes the best id, top_k 0 keeps all.
+
+    frequency_penalty, presence_penalty: taken from the logits of ids among the new tokens, once for each time or once in all.
+    no_repeat_ngram_size: no so many tokens come twice, 0 for any. logit_bias: added to the logits of ids, -100 to 100.
+    """
 
     do_sample: bool = False
     temperature: float = 1.0
     top_k: int = 50
     top_p: float = 1.0
     min_p: float = 0.0
+    typical_p: float = 1.0
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    no_repeat_ngram_size: int = 0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -42,28 +64,50 @@ class Sampling:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise ArgumentError(f"{name} is {value}, expected {low} to {high}")
+        for token, bias in self.logit_bias.items():
+            if token < 0:
+                raise ArgumentError(f"logit_bias: found id {token}, expected ids from 0 on")
+            if not -MOST_BIAS <= bias <= MOST_BIAS:
+                raise ArgumentError(
+                    f"logit_bias: the bias of id {token} is {bias}, expected {-MOST_BIAS} to {MOST_BIAS}"
+                )
 
     @property
     def greedy(self) -> bool:
         return not self.do_sample or self.temperature < COLDEST
 
-    def processors(self, between: Sequence[Processor] = ()) -> list[Processor]:
-        """The steps between logits and choice, in order; `between` come after the penalty and before the temperature."""
+    def processors(self, between: Sequence[Processor] = (), prompt: int = 0) -> list[Processor]:
+        """The steps between logits and choice or draw, in order, for a sequence whose first `prompt` tokens are not new.
+
+        `between` come last.
+        """
         steps: list[Processor] = []
+        if self.logit_bias:
+            ids = torch.tensor(list(self.logit_bias), dtype=torch.long)
+            biases = torch.tensor(list(self.logit_bias.values()), dtype=torch.float32)
+            steps.append(lambda history, logits: add_bias(logits, ids, biases))
         if self.repetition_penalty != 1.0:
             steps.append(lambda history, logits: penalize_repetition(history, logits, self.repetition_penalty))
-        steps += between
-        if self.greedy:
-            return steps
-        if self.temperature != 1.0:
-            steps.append(lambda history, logits: logits / self.temperature)
-        if self.top_k:
-            steps.append(lambda history, logits: keep_top_k(logits, self.top_k))
-        if self.top_p < 1.0:
-            steps.append(lambda history, logits: keep_top_p(logits, self.top_p))
-        if self.min_p:
-            steps.append(lambda history, logits: keep_min_p(logits, self.min_p))
-        return steps
+        if self.frequency_penalty or self.presence_penalty:
+            both = self.frequency_penalty, self.presence_penalty
+            steps.append(lambda history, logits: penalize_frequency(history[prompt:], logits, *both))
+        if self.no_repeat_ngram_size:
+            steps.append(lambda history, logits: forbid_repeats(history, logits, self.no_repeat_ngram_size))
+        return [*steps, *between]
+
+    @cached_property
+    def filters(self) -> list[Filter]:
+        """What leaves ids out of a draw, in order, each from what the one before it left."""
+        found: list[tuple[bool, Filter]] = [
+            (self.top_k > 0, partial(top_k, k=self.top_k)),
+            (self.top_p < 1.0, partial(top_p, p=self.top_p)),
+            (self.min_p > 0.0, partial(min_p, p=self.min_p)),
+            (self.typical_p < 1.0, partial(typical_p, p=self.typical_p)),
+        ]
+        return [kept for wanted, kept in found if wanted]
+
+
+# Processors -----------------------------------------------------------------------------------------------------------
 
 
 def exclude(logits: Tensor, ids: Tensor) -> Tensor:
@@ -73,29 +117,110 @@ def exclude(logits: Tensor, ids: Tensor) -> Tensor:
     return copy
 
 
+def add_bias(logits: Tensor, ids: Tensor, biases: Tensor) -> Tensor:
+    """Add biases (n,) to the logits of ids (n,), each there once."""
+    copy = copied(logits)
+    copy.numpy()[ids.numpy()] += biases.numpy()
+    return copy
+
+
 def penalize_repetition(history: Tensor, logits: Tensor, penalty: float) -> Tensor:
     """Divide positive and multiply negative logits of ids seen so far (CTRL, https://arxiv.org/abs/1909.05858)."""
-    seen = logits[history]
-    return logits.index_put((history,), torch.where(seen < 0, seen * penalty, seen / penalty))
+    import numpy as np
+
+    ids, copy = history.numpy(), copied(logits)
+    seen = logits.numpy()[ids]
+    copy.numpy()[ids] = np.where(seen < 0, seen * penalty, seen / penalty)
+    return copy
 
 
-def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """Exclude all logits below the k-th largest."""
-    return logits.masked_fill(logits < logits.topk(min(k, len(logits))).values[-1], float("-inf"))
+def penalize_frequency(new: Tensor, logits: Tensor, frequency: float, presence: float) -> Tensor:
+    """Lower the logits of ids among the new tokens: by `frequency` for each time, and by `presence` once."""
+    import numpy as np
+
+    ids, counts = np.unique(new.numpy(), return_counts=True)
+    copy = copied(logits)
+    copy.numpy()[ids] -= (counts * frequency + presence).astype(np.float32)
+    return copy
 
 
-def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Keep the smallest set of ids whose probability reaches p, at least one (https://arxiv.org/abs/1904.09751)."""
-    ordered, ids = logits.sort()
-    drop = ordered.softmax(-1).cumsum(-1) <= 1 - p
-    drop[-1] = False
-    return logits.index_fill(0, ids[drop], float("-inf"))
+def forbid_repeats(history: Tensor, logits: Tensor, n: int) -> Tensor:
+    """Exclude every id that would end n tokens which the history has already."""
+    import numpy as np
+
+    ids = history.numpy()
+    starts = len(ids) - n + 1  # places where n tokens begin
+    if starts < 1:
+        return logits
+    match = np.ones(starts, dtype=bool)
+    for i in range(n - 1):
+        match &= ids[i : i + starts] == ids[starts + i]
+    return exclude(logits, torch.from_numpy(ids[n - 1 :][match]))
 
 
-def keep_min_p(logits: Tensor, p: float) -> Tensor:
-    """Exclude ids less probable than p times the most probable one (https://arxiv.org/abs/2407.01082)."""
-    probabilities = logits.softmax(-1)
-    return logits.masked_fill(probabilities < p * probabilities.max(), float("-inf"))
+# Filters --------------------------------------------------------------------------------------------------------------
+
+
+def top_k(values: np.ndarray, k: int) -> np.ndarray:
+    """Places of the k largest, and of all that equal the k-th."""
+    import numpy as np
+
+    n, columns = len(values), 16 * k
+    if k >= n:
+        return np.arange(n)
+    places = None
+    if n >= 4 * columns:  # of so many columns' largest, the k-th largest is at most the k-th largest of all
+        tops = values[: n // columns * columns].reshape(-1, columns).max(0)
+        places = np.flatnonzero(values >= np.partition(tops, -k)[-k])
+        values = values[places]
+    kept = np.flatnonzero(values >= np.partition(values, -k)[-k])
+    return kept if places is None else places[kept]
+
+
+def top_p(values: np.ndarray, p: float) -> np.ndarray:
+    """Places of the smallest set whose probability reaches p, at least one (https://arxiv.org/abs/1904.09751)."""
+    import numpy as np
+
+    places, weights = np.arange(len(values)), np.exp(values - values.max())
+    total = weights.sum(dtype=np.float64)
+    left_out = (1 - p) * total  # what the others may weigh together
+    rest, lost = left_out, 0.0
+    for _ in range(3):  # those so light that all of them together could be left out need no place in the order
+        heavy = np.flatnonzero(weights > rest / len(weights))
+        if not len(heavy):
+            break
+        places, weights = places[heavy], weights[heavy]
+        lost = total - weights.sum(dtype=np.float64)
+        rest = left_out - lost
+    order = weights.argsort(kind="stable")
+    kept = lost + weights[order].cumsum(dtype=np.float64) > left_out
+    kept[-1:] = True
+    return np.sort(places[order[kept]])
+
+
+def min_p(values: np.ndarray, p: float) -> np.ndarray:
+    """Places of those at least p times as probable as the most probable one (https://arxiv.org/abs/2407.01082)."""
+    import numpy as np
+
+    return np.flatnonzero(values >= values.max() + np.float32(math.log(p)))
+
+
+def typical_p(values: np.ndarray, p: float) -> np.ndarray:
+    """Places of the smallest set that reaches probability p, from those whose information is nearest to the expected one on
+    (https://arxiv.org/abs/2202.00666)."""
+    import numpy as np
+
+    finite = np.flatnonzero(values > -np.inf)
+    logs = log_softmax(values[finite])
+    probabilities = np.exp(logs)
+    distance = np.abs(-logs + (probabilities * logs).sum())
+    order = distance.argsort(kind="stable")
+    last = min(int((probabilities[order].cumsum() < p).sum()), len(order) - 1)
+    kept = distance <= distance[order[last]]
+    return finite[kept]
+
+
+# Choice ---------------------------------------------------------------------------------------------------------------
 
 
 def choose(logits: Tensor, history: Tensor, stream: int, sampling: Sampling, steps: Sequence[Processor]) -> int:
@@ -107,11 +232,9 @@ def choose(logits: Tensor, history: Tensor, stream: int, sampling: Sampling, ste
     (Daliri et al. 2024, https://arxiv.org/abs/2408.07978). Raises NeoxLiteError where NaN or infinite logits, or processors
     that exclude every id, leave nothing to choose from.
     """
-    import numpy as np
-
     for step in steps:
         logits = step(history, logits)
-    values = logits.numpy()  # torch would share so few numbers out to threads, which then spin beside the kernels' own
+    values = logits.numpy()
     chosen = int(values.argmax())  # of a NaN, if there is one
     if not math.isfinite(values[chosen]):
         raise NeoxLiteError(
@@ -120,8 +243,22 @@ def choose(logits: Tensor, history: Tensor, stream: int, sampling: Sampling, ste
         )
     if sampling.greedy:
         return chosen
-    ids = np.flatnonzero(values > -np.inf)
-    return int(ids[(values[ids] + gumbel(sampling.seed, len(history), stream, ids)).argmax()])
+    ids, values = candidates(values, sampling)
+    return int(ids[(values + gumbel(sampling.seed, len(history), stream, ids)).argmax()])
+
+
+def candidates(values: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
+    """Ids that may be drawn, in ascending order, and their logits, from those of all ids (vocabulary,)."""
+    import numpy as np
+
+    if sampling.temperature != 1.0:
+        values = values / np.float32(sampling.temperature)
+    ids = None
+    for kept in sampling.filters:
+        places = kept(values)
+        ids, values = places if ids is None else ids[places], values[places]
+    finite = np.flatnonzero(values > -np.inf)
+    return finite if ids is None else ids[finite], values[finite]
 
 
 def gumbel(seed: int, position: int, stream: int, ids: Any) -> Any:
@@ -148,3 +285,33 @@ def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tupl
         c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 & 0xFFFFFFFF, (p0 >> 32) ^ c3 ^ k1, p0 & 0xFFFFFFFF
         k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
     return c0, c1, c2, c3
+
+
+# Log-probabilities ----------------------------------------------------------------------------------------------------
+
+
+class Score(NamedTuple):
+    """Log-probability of a token before sampling's own steps (None for the first of a text), and the likeliest ids there."""
+
+    logprob: float | None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def score(logits: Tensor, token: int, likeliest: int, missing_ids: Tensor | None = None) -> Score:
+    """How likely logits (vocabulary,) made a token among ids that exist, and the likeliest of those, the best one first."""
+    import numpy as np
+
+    if missing_ids is not None and len(missing_ids):
+        logits = exclude(logits, missing_ids)
+    logs = log_softmax(logits.numpy())
+    places = top_k(logs, likeliest) if likeliest else np.arange(0)
+    best = places[np.argsort(-logs[places], kind="stable")][:likeliest]
+    return Score(float(logs[token]), tuple((int(i), float(logs[i])) for i in best))
+
+
+def log_softmax(values: np.ndarray) -> np.ndarray:
+    """Natural logarithms of the probabilities that logits (n,) stand for."""
+    import numpy as np
+
+    shifted = values - values.max()
+    return shifted - np.float32(math.log(np.exp(shifted).sum(dtype=np.float64)))

@@ -16,8 +16,10 @@ from torch import Tensor
 from neox_lite import GPTNeoXForCausalLM, GPTNeoXTokenizerFast, Speculation
 from neox_lite.cache import Batch, PagePool, PrefixCache
 from neox_lite.errors import ArgumentError
-from neox_lite.generation import Options, Row, decode
+from neox_lite.generation import decode
 from neox_lite.kernels import dispatch
+from neox_lite.options import Options
+from neox_lite.row import Row
 from neox_lite.sampling import Sampling, choose
 from neox_lite.speculative import LONGEST, Drafting, DraftModel, Pace, PassTimes, PromptLookup, estimate
 from neox_lite_app.demo import FOLDER as DEMO
@@ -162,7 +164,9 @@ def speculate(stepper, drafter, rows, options=None, times=None, clock=lambda: 0.
     counts = Speculation()
     drafting = Drafting(drafter, longest, times or PassTimes(), counts, clock)
     prefixes = PrefixCache(pool or stepper.new_pool(), 0)
-    return list(map(list, decode(stepper, prefixes, rows, options or Options(), None, drafting))), counts
+    for row in rows:
+        row.options = options or Options()
+    return list(map(list, decode(stepper, prefixes, rows, drafting))), counts
 
 
 def test_drafts_that_are_always_wrong_change_nothing(model, any_length):
@@ -271,7 +275,7 @@ def test_a_row_yields_its_tokens_one_by_one_in_order(always_five):
     counts, lengths = Counter(), []
     prefixes = PrefixCache(target.new_pool(), 0)
     drafting = Drafting(Liar(truth), 5, PassTimes(), Speculation(), lambda: 0.0)
-    for changed in decode(target, prefixes, rows, Options(), None, drafting):
+    for changed in decode(target, prefixes, rows, drafting):
         counts.update(changed)
         lengths.append([len(row.tokens) for row in rows])
         assert all(len(row.tokens) == counts[row] for row in rows)
@@ -337,7 +341,7 @@ def test_closing_a_stream_early_frees_the_pages_of_both_models(folder, relative,
         one.new_pool = lambda *a, make=make: pools.append(make(*a)) or pools[-1]
     try:
         options = Options(assistant_model=relative, eos_token_id=())
-        rows = [Row([5] * 130, 50, 0)]
+        rows = [Row([5] * 130, 50, 0, options=options)]
         stream = model._decode(rows, options)
         for _ in range(7):
             next(stream)
@@ -530,7 +534,7 @@ def speed(cost, acceptance, draft_s: float, tokens: int, rows: int = 1, seed: in
     batch = [Row([1] * PROMPT, tokens, 0) for _ in range(rows)]
     drafting = Drafting(Liar(guess, spend), LONGEST, PassTimes(), Speculation(), lambda: target.now)
     prefixes, times = PrefixCache(target.new_pool(), 0), []
-    for changed in decode(target, prefixes, batch, Options(), None, drafting):
+    for changed in decode(target, prefixes, batch, drafting):
         times += [target.now] * (batch[0] in changed)
     assert all(row.tokens == [truth(PROMPT + i) for i in range(tokens)] for row in batch)
     return rows * (tokens - 1) / (target.now - times[0]), times

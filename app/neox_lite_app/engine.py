@@ -1,21 +1,41 @@
 """One model and all the sequences that it generates at a time, for the page, the API and Python alike. Knows no HTTP.
 
-INTERIM INTERNALS: the public names, arguments and errors here are final; one job runs at a time until the scheduler lands.
+One thread runs the model: it takes jobs from a queue in which clients take turns, and hands out tokens as they are chosen.
+What other threads do is queue, cancel and read; none of them waits for a pass, but those that load and unload.
 """
 
 from __future__ import annotations
 
 import asyncio
+import gc
+import operator
 import queue
 import threading
 import time
+from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXTokenizerFast
-from neox_lite.errors import NeoxLiteError
+from neox_lite.cache import PAGE
+from neox_lite.errors import ArgumentError, NeoxLiteError
 from neox_lite.generation import GenerationConfig, Options
+from neox_lite.offload import machine
+from neox_lite.offload.run import Placement
+from neox_lite.options import as_dict
+from neox_lite.row import Row, StopText, check_ids
+from neox_lite.sampling import Score
+from neox_lite.scheduler import ReadingPace, Scheduler
+
+KEPT_CONTEXTS = 4  # whose pages stay for later prompts that begin alike, where memory is not limited
+RATE_SECONDS = 5.0  # over which tokens a second are counted
+COUNT_SECONDS = 0.25  # between looks at how full the cache is
+NOT_OFFERED = ("num_return_sequences", "streamer", "assistant_model", "prompt_lookup_num_tokens")
 
 
 class Busy(NeoxLiteError):
@@ -24,13 +44,6 @@ class Busy(NeoxLiteError):
 
 class NotLoaded(NeoxLiteError):
     """No model is loaded (HTTP 503)."""
-
-
-class Score(NamedTuple):
-    """log-probability of a token before sampling's own steps (None for the very first of a text), and the likeliest ids there."""
-
-    logprob: float | None
-    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -53,7 +66,8 @@ class Job:
     """What is to be generated. options: those of `generate`, under its names; max_new_tokens None: to the end of the context.
 
     client: whose job it is; clients take turns in the queue. scores: None, or how many likeliest ids to report with each new
-    token (0: only the token's own log-probability). prompt_scores: likewise for every token of the prompt.
+    token (0: only the token's own log-probability). prompt_scores: likewise for every token of the prompt. stream: number of
+    the random stream; jobs that are alike but for it are different samples of one seed.
     """
 
     prompt: Sequence[int]
@@ -61,26 +75,26 @@ class Job:
     client: str = ""
     scores: int | None = None
     prompt_scores: int | None = None
+    stream: int = 0
 
 
 class Ticket:
     """A job on its way: iterate (or `async for`) over its steps; the last one has a finish_reason."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, row: Row, cancel: Callable[[Ticket], None]) -> None:
         self.job = job
         self.prompt_scores: list[Score] = []  # there before the first step
         self.reused_tokens = 0  # of the prompt, found in the cache
-        self.submitted_s, self.first_s, self.last_s = (
-            time.monotonic(),
-            None,
-            None,
-        )  # when: submitted, first and last step
+        self.submitted_s = time.monotonic()
+        self.first_s: float | None = None  # when the first step came, and the last one
+        self.last_s: float | None = None
+        self._row, self._cancel = row, cancel
         self._steps: queue.SimpleQueue[Step] = queue.SimpleQueue()
-        self._cancelled = threading.Event()
+        self._wake: Callable[[], object] | None = None  # tells an event loop that there are steps
 
     def cancel(self) -> None:
         """End it at the next pass; harmless when it has ended."""
-        self._cancelled.set()
+        self._cancel(self)
 
     def __iter__(self) -> Iterator[Step]:
         while True:
@@ -89,15 +103,64 @@ class Ticket:
                 return
 
     async def __aiter__(self) -> AsyncIterator[Step]:
+        loop, come = asyncio.get_running_loop(), asyncio.Event()
+        self._wake = lambda: loop.call_soon_threadsafe(come.set)
         while True:
-            yield (step := await asyncio.to_thread(self._steps.get))
-            if step.finish_reason is not None:
-                return
+            come.clear()
+            while not self._steps.empty():
+                yield (step := self._steps.get())
+                if step.finish_reason is not None:
+                    return
+            await come.wait()
+
+    def _put(self, step: Step) -> None:
+        self.last_s = time.monotonic()
+        self.first_s = self.first_s or self.last_s
+        self._steps.put(step)
+        if (wake := self._wake) is not None:
+            try:
+                wake()
+            except RuntimeError:  # the loop is closed: nobody listens any more
+                self._wake = None
+
+
+class Turns:
+    """Tickets that wait: clients take turns, and a client's own come first come, first served."""
+
+    def __init__(self) -> None:
+        self._of: OrderedDict[str, deque[Ticket]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return sum(map(len, self._of.values()))
+
+    def put(self, ticket: Ticket) -> None:
+        self._of.setdefault(ticket.job.client, deque()).append(ticket)
+
+    def get(self) -> Ticket:
+        client, tickets = self._of.popitem(last=False)
+        ticket = tickets.popleft()
+        if tickets:
+            self._of[client] = tickets  # behind the others
+        return ticket
+
+    def remove(self, ticket: Ticket) -> bool:
+        """Whether it was there."""
+        tickets = self._of.get(ticket.job.client, deque())
+        if ticket not in tickets:
+            return False
+        tickets.remove(ticket)
+        if not tickets:
+            del self._of[ticket.job.client]
+        return True
 
 
 @dataclass(frozen=True)
 class Status:
-    """What the engine is doing. state: "empty", "loading", "ready", "idle" (unloaded, comes back by itself), "failed"."""
+    """What the engine is doing. state: "empty", "loading", "ready", "idle" (unloaded, comes back by itself), "failed".
+
+    memory: bytes of "weights_gpu", "weights_cpu", "weights_disk", "cache_gpu", "cache_cpu" (what of these there is), and of
+    the "process", files that it has mapped included.
+    """
 
     state: str
     name: str | None
@@ -105,8 +168,62 @@ class Status:
     waiting: int  # jobs in the queue
     tokens_per_s: float  # new tokens of all sequences, over the last seconds
     cached_tokens: int  # in the KV cache, of active and kept sequences
-    memory: Mapping[str, int]  # bytes by tier, as far as known
-    fault: str | None = None  # the last error of the engine itself
+    memory: Mapping[str, int]
+    fault: str | None = None  # the last error of the engine itself, until a job ends well
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of a model also while it is idle."""
+
+    name: str
+    load: Callable[[], GPTNeoXForCausalLM]
+    config: GPTNeoXConfig
+    generation_config: GenerationConfig
+    tokenizer: GPTNeoXTokenizerFast | None
+    missing_ids: Tensor
+    context: int
+    weights: Mapping[str, int]  # bytes by tier
+
+    @classmethod
+    def of(cls, name: str, load: Callable[[], GPTNeoXForCausalLM], model: GPTNeoXForCausalLM) -> Known:
+        tokenizer = model.tokenizer if model._has_tokenizer else None
+        context = model.plan.context if model.plan is not None else model.config.max_position_embeddings
+        known = (model.config, model.generation_config, tokenizer, model.missing_ids)
+        return cls(name, load, *known, context, weights_by_tier(model))
+
+    def row(self, job: Job) -> Row:
+        """What the scheduler is to run. Raises what is wrong with the job."""
+        given = dict(job.options)
+        for name in NOT_OFFERED:
+            if given.get(name) not in (None, 1):
+                raise ArgumentError(f"{name} is not offered here; submit a job for each sequence, or call generate()")
+        prompt = self._prompt(job.prompt)
+        if given.get("max_new_tokens") is None and given.get("max_length") is None:
+            given["max_new_tokens"] = max(1, self.context - len(prompt))
+        options = Options.parse(as_dict(self.generation_config), given)
+        limit = options.new_tokens(len(prompt), self.context)
+        check_ids(prompt, options, self.config.vocab_size)
+        for name in ("scores", "prompt_scores"):
+            if not 0 <= (getattr(job, name) or 0) <= self.config.vocab_size:
+                raise ArgumentError(f"{name} is {getattr(job, name)}, expected 0 to {self.config.vocab_size}")
+        if options.stop_strings and self.tokenizer is None:
+            raise ArgumentError(
+                "stop_strings need a tokenizer, which this model's folder does not have; leave them out"
+            )
+        text = StopText(self.tokenizer, options.stop_strings) if self.tokenizer is not None else None
+        return Row(prompt, limit, job.stream, text, options, self.missing_ids, job.scores, job.prompt_scores)
+
+    def _prompt(self, ids: Sequence[int]) -> list[int]:
+        try:
+            prompt = [operator.index(i) for i in ids]
+        except TypeError:
+            raise ArgumentError("prompt holds something other than ids, expected a list of integers") from None
+        if not prompt and self.generation_config.bos_token_id is None:
+            raise ArgumentError(
+                "the prompt is empty and there is no bos_token_id to start from; give at least one token"
+            )
+        return prompt or [self.generation_config.bos_token_id]
 
 
 class Engine:
@@ -114,30 +231,91 @@ class Engine:
 
     def __init__(self, sequences: int = 64, waiting: int = 256, idle_s: float | None = None) -> None:
         """sequences: generated together at most. waiting: jobs in the queue at most. idle_s: unload after so many seconds."""
-        self._lock = threading.Lock()
+        self._sequences, self._most = sequences, sequences + waiting
+        self._idle_s = idle_s
+        self._switching = threading.Lock()  # one load or unload at a time
+        self._changed = threading.Condition()  # guards what follows
+        self._known: Known | None = None
         self._model: GPTNeoXForCausalLM | None = None
-        self.name: str | None = None
+        self._state = "empty"
+        self._name: str | None = None
+        self._fault: str | None = None
+        self._queue = Turns()
+        self._running: dict[Row, Ticket] = {}
+        self._cancelled: list[Ticket] = []  # of those running
+        self._halted = self._closed = False  # no pass may begin; never again
+        self._serving = False  # the thread is at the model
+        self._used_s = time.monotonic()  # when it last was
+        self._scheduler: Scheduler | None = None
+        self._rates: deque[tuple[float, int]] = deque()  # when tokens came, and how many
+        self._cached_tokens, self._counted_s = 0, 0.0
+        self._thread = threading.Thread(target=self._work, name="neox-lite engine", daemon=True)
+        self._thread.start()
+
+    # Which model ------------------------------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str | None:
+        return self._name
 
     def load(self, name: str, load: Callable[[], GPTNeoXForCausalLM]) -> None:
         """Replace the model by what `load` returns; what runs is cancelled first. Raises what `load` raises; then nothing is
         loaded."""
-        self._model, self.name = None, None
-        model = load()
-        self._model, self.name = model, name
+        with self._halting():
+            self._let_go("loading", name)
+            try:
+                model = load()
+                known = Known.of(name, load, model)
+            except BaseException as error:
+                self._let_go("failed", None, sentence(error))
+                raise
+            with self._changed:
+                self._model, self._known, self._state = model, known, "ready"
+                self._used_s = time.monotonic()
 
     def unload(self) -> None:
         """Forget the model and return its memory; what runs is cancelled."""
-        self._model, self.name = None, None
+        with self._halting():
+            self._let_go("empty", None)
 
     def close(self) -> None:
         """End everything and the thread."""
+        with self._changed:
+            self._closed = True
         self.unload()
+        self._thread.join()
+
+    @contextmanager
+    def _halting(self) -> Iterator[None]:
+        """Cancel all jobs, and keep the thread from the model."""
+        with self._switching:
+            with self._changed:
+                self._halted = True
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: not self._serving)
+                self._end_queue(Step("", None, "cancelled"))
+            try:
+                yield
+            finally:
+                with self._changed:
+                    self._halted = False
+                    self._changed.notify_all()
+
+    def _let_go(self, state: str, name: str | None, fault: str | None = None) -> None:
+        with self._changed:
+            self._model = self._known = None
+            self._state, self._name, self._fault = state, name, fault
+            self._cached_tokens = 0
+            self._end_queue(Step("", None, "cancelled"))
+        return_memory()
 
     # Of the model, also while it is idle; NotLoaded where there is none.
 
     @property
     def tokenizer(self) -> GPTNeoXTokenizerFast:
-        return self._loaded().tokenizer
+        if (tokenizer := self._loaded().tokenizer) is None:
+            raise ArgumentError("this model's folder has no tokenizer; put its tokenizer.json there")
+        return tokenizer
 
     @property
     def config(self) -> GPTNeoXConfig:
@@ -150,39 +328,235 @@ class Engine:
     @property
     def context(self) -> int:
         """Tokens that a sequence may hold."""
-        model = self._loaded()
-        return model.plan.context if model.plan is not None else model.config.max_position_embeddings
+        return self._loaded().context
 
-    def _loaded(self) -> GPTNeoXForCausalLM:
-        if self._model is None:
-            raise NotLoaded("no model is loaded; choose one on the Model tab, or start with neox-lite serve MODEL")
-        return self._model
+    def _loaded(self) -> Known:
+        if (known := self._known) is not None:
+            return known
+        if self._state == "loading":
+            raise NotLoaded(f"{self._name} is being loaded; try again in a moment")
+        raise NotLoaded("no model is loaded; choose one on the Model tab, or start with neox-lite serve MODEL")
+
+    # Jobs -------------------------------------------------------------------------------------------------------------
 
     def submit(self, job: Job) -> Ticket:
         """Queue a job. Raises Busy, NotLoaded, ContextLengthError, ArgumentError."""
-        model = self._loaded()
-        Options.parse(dict(job.options))
-        ticket = Ticket(job)
-        threading.Thread(target=self._run, args=(model, ticket), daemon=True).start()
+        known = self._loaded()
+        ticket = Ticket(job, known.row(job), self._cancel)
+        with self._changed:
+            if self._closed or self._known is not known:
+                raise NotLoaded("the model was unloaded just now; try again")
+            if len(self._queue) + len(self._running) >= self._most:
+                raise Busy(f"{self._most} jobs are running or waiting, as many as the queue holds; try again later")
+            self._queue.put(ticket)
+            self._changed.notify_all()
         return ticket
 
-    def _run(self, model: GPTNeoXForCausalLM, ticket: Ticket) -> None:
-        options = dict(ticket.job.options)
-        if options.get("max_new_tokens") is None:
-            options["max_new_tokens"] = self.context - len(ticket.job.prompt)
-        with self._lock:
-            try:
-                for event in model.stream(list(ticket.job.prompt), **options):
-                    if ticket._cancelled.is_set():
-                        ticket._steps.put(Step("", None, "cancelled"))
-                        return
-                    ticket.first_s = ticket.first_s or time.monotonic()
-                    ticket.last_s = time.monotonic()
-                    score = None if ticket.job.scores is None else Score(0.0, ((event.token or 0, 0.0),))
-                    ticket._steps.put(Step(event.text, event.token, event.finish_reason, score))
-            except Exception as error:
-                ticket._steps.put(Step("", None, "error", None, str(error)))
-
     def status(self) -> Status:
-        state = "ready" if self._model is not None else "empty"
-        return Status(state, self.name, 0, 0, 0.0, 0, {})
+        with self._changed:
+            scheduler, model, known = self._scheduler, self._model, self._known
+            behind = len(scheduler.waiting) if scheduler is not None else 0
+            active, waiting = len(self._running) - behind, len(self._queue) + behind
+            rate, cached = self._tokens_per_s(), self._cached_tokens
+            state, name, fault = self._state, self._name, self._fault
+        memory = dict(known.weights) if known is not None and model is not None else {}
+        if model is not None:
+            memory |= cache_by_tier(model)
+        if (process := machine.resident()) is not None:
+            memory["process"] = process
+        return Status(state, name, active, waiting, rate, cached, memory, fault)
+
+    def _tokens_per_s(self) -> float:
+        now, rates = time.monotonic(), self._rates
+        while rates and rates[0][0] < now - RATE_SECONDS:
+            rates.popleft()
+        return sum(count for _, count in rates) / max(now - rates[0][0], COUNT_SECONDS) if len(rates) > 1 else 0.0
+
+    def _cancel(self, ticket: Ticket) -> None:
+        with self._changed:
+            if self._queue.remove(ticket):
+                ticket._put(Step("", None, "cancelled"))
+            elif ticket._row in self._running:
+                self._cancelled.append(ticket)
+
+    def _end_queue(self, step: Step) -> None:
+        while len(self._queue):
+            self._queue.get()._put(step)
+
+    # The thread -------------------------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        while (task := self._next_task()) is not None:
+            try:
+                task()
+            except Exception as error:  # a fault of the engine itself: the jobs end, it goes on
+                self._fail(error)
+            finally:
+                with self._changed:
+                    self._serving, self._scheduler = False, None
+                    self._used_s = time.monotonic()
+                    self._changed.notify_all()
+
+    def _next_task(self) -> Callable[[], None] | None:
+        """What there is to do; None where everything is over."""
+        with self._changed:
+            while not self._closed:
+                wait_s = None
+                if not self._halted and len(self._queue):
+                    self._serving = True
+                    return self._serve
+                if not self._halted and self._model is not None and self._idle_s is not None:
+                    wait_s = self._used_s + self._idle_s - time.monotonic()
+                    if wait_s <= 0:
+                        self._serving = True
+                        return self._fall_idle
+                self._changed.wait(wait_s)
+        return None
+
+    def _fall_idle(self) -> None:
+        with self._changed:
+            self._model, self._state, self._cached_tokens = None, "idle", 0
+        return_memory()
+
+    def _serve(self) -> None:
+        """Run jobs until there are none."""
+        if (model := self._ready_model()) is None:
+            return
+        context = -(-self.context // PAGE)
+        with model.lend(2 * KEPT_CONTEXTS * context, KEPT_CONTEXTS) as lasting:
+            scheduler = Scheduler(model, lasting.prefixes, pace=ReadingPace())
+            self._scheduler = scheduler
+            try:
+                while self._take_jobs(scheduler):
+                    for changed in scheduler.step():
+                        self._deliver(changed)
+                    self._count(lasting.prefixes.tokens, scheduler)
+            finally:
+                scheduler.close()
+                self._cached_tokens = lasting.prefixes.tokens()
+
+    def _ready_model(self) -> GPTNeoXForCausalLM | None:
+        """The model, loaded again where it is idle; None, and the jobs have ended, where that fails."""
+        known = self._loaded()
+        if self._model is None:
+            self._state = "loading"
+            try:
+                self._model = known.load()
+            except Exception as error:
+                self._fail(error)
+                self._state = "failed"
+                return None
+            self._state = "ready"
+        return self._model
+
+    def _take_jobs(self, scheduler: Scheduler) -> bool:
+        """Between passes: end what was cancelled, take up what fits; whether there is anything to run."""
+        with self._changed:
+            cancelled, self._cancelled = self._cancelled, []
+            if self._halted:
+                cancelled = list(self._running.values())
+            for ticket in cancelled:
+                scheduler.cancel(ticket._row)
+                self._end(ticket, Step("", None, "cancelled"))
+            while not self._halted and len(self._queue) and len(self._running) < self._sequences:
+                ticket = self._queue.get()
+                self._running[ticket._row] = ticket
+                scheduler.add(ticket._row)
+                if ticket._row.finish_reason:  # it asked for nothing
+                    self._end(ticket, Step("", None, ticket._row.finish_reason))
+        return scheduler.busy
+
+    def _deliver(self, changed: list[Row]) -> None:
+        """Hand out what rows got."""
+        self._rates.append((time.monotonic(), len(changed)))
+        for row in changed:
+            ticket, reason = self._running[row], row.finish_reason
+            if ticket.first_s is None:
+                ticket.prompt_scores = row.scored if row.prompt_scores is not None else []
+                ticket.reused_tokens = row.reused or 0
+            if row.error is not None:
+                self._end(ticket, Step("", None, "error", None, self._fault_of(row.error)))
+                row.error = None  # its traceback holds on to tensors
+                continue
+            step = Step(row.piece, row.tokens[-1], reason, row.score) if row.tokens else Step("", None, reason)
+            if reason is None:
+                ticket._put(step)
+            else:
+                self._fault = None
+                self._end(ticket, step)
+
+    def _end(self, ticket: Ticket, step: Step) -> None:
+        with self._changed:
+            if self._running.pop(ticket._row, None) is not None:
+                ticket._put(step)
+
+    def _count(self, tokens: Callable[[Any], int], scheduler: Scheduler) -> None:
+        """See how full the cache is, now and then."""
+        now = time.monotonic()
+        if now - self._counted_s > COUNT_SECONDS:
+            self._counted_s = now
+            self._cached_tokens = tokens([row.sequence for row in scheduler.rows if row.sequence is not None])
+
+    def _fault_of(self, error: Exception) -> str:
+        """The sentence for an error that ended a job; what a user could not cause is a fault of the engine."""
+        if not isinstance(error, NeoxLiteError):
+            self._fault = sentence(error)
+            return_memory()
+        return sentence(error)
+
+    def _fail(self, error: Exception) -> None:
+        """End all jobs with an error."""
+        with self._changed:
+            self._fault = sentence(error)
+            step = Step("", None, "error", None, self._fault)
+            for ticket in list(self._running.values()):
+                self._end(ticket, step)
+            self._end_queue(step)
+            if self._model is not None:
+                self._model.forget()
+        return_memory()
+
+
+def sentence(error: BaseException) -> str:
+    """An error in words for those who wait for an answer."""
+    text = " ".join(str(error).split())
+    if isinstance(error, NeoxLiteError):
+        return text
+    if isinstance(error, MemoryError) or "out of memory" in text.lower() or ("alloc" in text and "memory" in text):
+        return "memory ran out; try again with shorter or fewer texts at a time, or load the model with a smaller --context"
+    return (
+        f"the engine failed with {type(error).__name__}: {text[:300] or 'no word'}; try again, or load the model again"
+    )
+
+
+def return_memory() -> None:
+    """Give what nothing refers to back to the system."""
+    gc.collect()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def weights_by_tier(model: GPTNeoXForCausalLM) -> dict[str, int]:
+    """Bytes of weights under "weights_gpu", "weights_cpu" and "weights_disk", as far as there are any."""
+    blocks = model.gpt_neox.blocks
+    alone = Placement.alone("cpu" if model.device.type == "cpu" else "gpu", len(blocks))
+    placement = model.placement or alone
+    parts = [*zip(blocks, placement.layers, strict=True), (model.gpt_neox.embed_in, placement.embedding)]
+    found: dict[str, int] = {}
+    seen: set[int] = set()
+    for part, tier in [*parts, (model, placement.head)]:  # the rest is where the head is
+        for tensor in (*part.parameters(), *part.buffers()):
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                found[f"weights_{tier}"] = found.get(f"weights_{tier}", 0) + tensor.nbytes
+    return found
+
+
+def cache_by_tier(model: GPTNeoXForCausalLM) -> dict[str, int]:
+    """Bytes of the KV cache's pool under "cache_gpu" and "cache_cpu", as far as there are any."""
+    lasting, found = model._lasting, dict[str, int]()
+    if lasting is not None:
+        for tensor in (*lasting.prefixes.pool.storage, *lasting.prefixes.pool.scales):
+            tier = "cache_cpu" if tensor.device.type == "cpu" else "cache_gpu"
+            found[tier] = found.get(tier, 0) + tensor.nbytes
+    return found

@@ -1,0 +1,298 @@
+"""What generation can be asked for: names, bounds, defaults, and what to use instead of what is refused. Knows no model."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import read_json
+from .errors import ArgumentError, ConfigError, ContextLengthError, UnsupportedError
+from .sampling import Sampling
+from .speculative import Speculation
+
+DEFAULT_NEW_TOKENS = 20  # transformers' default
+MAX_RETURN_SEQUENCES = 1 << 12  # bounds on what a hostile generation_config.json can ask for
+MAX_TOKEN_ID = 1 << 31
+MAX_DRAFT = 1 << 10
+
+SAMPLING_FIELDS = {f.name for f in dataclasses.fields(Sampling)}
+# transformers' options that are honoured only at the value that means "off", with what to do instead.
+OFF_ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
+    "num_beams": ((1, None), "beam search is not supported; use do_sample=True or greedy decoding"),
+    "num_beam_groups": ((1, None), "beam search is not supported; use do_sample=True or greedy decoding"),
+    "penalty_alpha": ((None, 0, 0.0), "contrastive search is not supported; use do_sample=True with top_p"),
+    "dola_layers": ((None,), "DoLa is not supported; use do_sample=True with top_p"),
+    "constraints": ((None,), "constrained beams are not supported; use logits_processor"),
+    "force_words_ids": ((None,), "constrained beams are not supported; use logits_processor"),
+    "guidance_scale": ((None, 1, 1.0), "classifier-free guidance is not supported; use logits_processor"),
+    "return_dict_in_generate": ((None, False), "generate returns ids; use stream() for more"),
+    "output_scores": ((None, False), "use logits_processor to see the scores"),
+    "output_logits": ((None, False), "use logits_processor to see the logits"),
+    "output_attentions": ((None, False), "attention weights are never materialized"),
+    "output_hidden_states": ((None, False), "call forward(output_hidden_states=True) instead"),
+    "inputs_embeds": ((None,), "generate takes ids; call forward(inputs_embeds=...) instead"),
+    "past_key_values": ((None,), "generate makes its own cache; leave it out"),
+    "epsilon_cutoff": ((None, 0, 0.0), "use min_p or top_p"),
+    "eta_cutoff": ((None, 0, 0.0), "use min_p or top_p"),
+    "encoder_no_repeat_ngram_size": ((None, 0), "GPT-NeoX has no encoder"),
+    "encoder_repetition_penalty": ((None, 1, 1.0), "GPT-NeoX has no encoder"),
+    "bad_words_ids": ((None,), "use logits_processor"),
+    "sequence_bias": ((None,), "use logits_processor"),
+    "suppress_tokens": ((None, []), "use logits_processor"),
+    "begin_suppress_tokens": ((None, []), "use logits_processor"),
+    "forced_bos_token_id": ((None,), "put the token into the prompt"),
+    "forced_eos_token_id": ((None,), "use eos_token_id"),
+    "exponential_decay_length_penalty": ((None,), "use logits_processor"),
+    "max_time": ((None,), "use stopping_criteria"),
+    "watermarking_config": ((None,), "use logits_processor"),
+    "token_healing": ((None, False), "cut the prompt at a token boundary"),
+}
+# Options that change nothing here: the cache is always used, lengths of beams and encoders do not arise.
+NO_EFFECT = {
+    "use_cache",
+    "early_stopping",
+    "length_penalty",
+    "diversity_penalty",
+    "renormalize_logits",
+    "remove_invalid_values",
+    "transformers_version",
+    "decoder_start_token_id",
+    "num_assistant_tokens_schedule",
+    "cache_implementation",
+    "low_memory",
+    "trust_remote_code",
+    "synced_gpus",
+    "disable_compile",
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `generate` and `stream` take.
+
+    sampling: see Sampling; without a seed, torch.manual_seed decides. max_new_tokens counts new tokens and goes before
+    max_length, which counts the prompt too; with neither, 20 new tokens or what the context leaves. eos_token_id: ids that
+    end a sequence, [] for none. stop_strings (or stop): texts that end it, looked for in the new text; `generate` keeps
+    the token that completes one, `stream` cuts the text before it. bos_token_id starts an empty prompt.
+    num_return_sequences: samples of each prompt. logits_processor: callables (ids (1, n), logits (1, vocabulary)) -> logits;
+    stopping_criteria: callables (ids (1, n), logits) -> bool. streamer: an object with put(ids) and end().
+
+    assistant_model: a smaller model with the same tokenizer that drafts, at most num_assistant_tokens at a time;
+    prompt_lookup_num_tokens: drafts of at most so many tokens are looked up in the prompt and what followed it instead. Neither
+    changes a token (speculative.py); drafts are as long as pays. speculation: counts what came of them.
+    """
+
+    sampling: Sampling = field(default_factory=Sampling)
+    max_new_tokens: int | None = None
+    max_length: int | None = None
+    min_new_tokens: int = 0
+    min_length: int = 0
+    bos_token_id: int | None = None
+    eos_token_id: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+    stop_strings: tuple[str, ...] = ()
+    num_return_sequences: int = 1
+    logits_processor: tuple[Callable[[Tensor, Tensor], Tensor], ...] = ()
+    stopping_criteria: tuple[Callable[[Tensor, Tensor], Any], ...] = ()
+    streamer: Any = None
+    assistant_model: Any = None
+    num_assistant_tokens: int | None = None
+    prompt_lookup_num_tokens: int | None = None
+    speculation: Speculation = field(default_factory=Speculation)
+
+    @classmethod
+    def parse(cls, *layers: dict[str, Any]) -> Options:
+        """Merge layers of option names and values, later ones winning; None means "as below"."""
+        merged: dict[str, Any] = {}
+        for layer in layers:
+            merged |= {k: v for k, v in layer.items() if v is not None}
+        if "stop" in merged:
+            merged["stop_strings"] = merged.pop("stop")
+        known = option_names()
+        for name in list(merged):
+            if name in OFF_ONLY:
+                allowed, instead = OFF_ONLY[name]
+                if merged.pop(name) not in allowed:
+                    raise UnsupportedError(f"{name}: {instead}")
+            elif name in NO_EFFECT or name.startswith("_"):
+                del merged[name]
+            elif name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                raise ArgumentError(
+                    f"generate knows no option {name!r}" + (f"; nearest is {near[0]!r}" if near else "")
+                )
+        if merged.get("do_sample") and "seed" not in merged:  # torch.manual_seed makes scripts repeatable
+            merged["seed"] = int(torch.randint(2**63 - 1, ()))
+        if "logit_bias" in merged:
+            merged["logit_bias"] = _biases(merged["logit_bias"])
+        given = {k: merged.pop(k) for k in list(merged) if k in SAMPLING_FIELDS}
+        sampling = Sampling(**{k: v if k == "logit_bias" else _number(k, v) for k, v in given.items()})
+        for name in ("max_new_tokens", "max_length", "min_new_tokens", "min_length"):
+            _check_count(name, merged.get(name), 0)
+        _check_count("num_return_sequences", merged.get("num_return_sequences"), 1, MAX_RETURN_SEQUENCES)
+        for name in ("num_assistant_tokens", "prompt_lookup_num_tokens"):
+            _check_count(name, merged.get(name), 1, MAX_DRAFT)
+        for name in ("bos_token_id", "pad_token_id"):
+            _check_count(name, merged.get(name), -1, MAX_TOKEN_ID)
+        merged["eos_token_id"] = _ids(merged.get("eos_token_id"))
+        merged["stop_strings"] = _texts(merged.get("stop_strings"))
+        for name in ("logits_processor", "stopping_criteria"):
+            merged[name] = _callables(name, merged.get(name, ()))
+        if "streamer" in merged and not (hasattr(merged["streamer"], "put") and hasattr(merged["streamer"], "end")):
+            raise ArgumentError(f"streamer is {merged['streamer']!r}, expected an object with put(ids) and end()")
+        _check_drafts(merged)
+        options = cls(sampling=sampling, **merged)
+        if options.num_return_sequences > 1 and sampling.greedy:
+            raise ArgumentError(
+                "num_return_sequences above 1 needs do_sample=True and a temperature: greedy sequences are all the same"
+            )
+        for name in ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed"):
+            if not sampling.do_sample and layers[-1].get(name) not in (None, 0, getattr(Sampling, name)):
+                warnings.warn(f"{name} is without effect, because do_sample is not set", stacklevel=5)
+        if layers[-1].get("max_length") is not None and options.max_new_tokens is not None:
+            warnings.warn("max_length is without effect, because max_new_tokens is set", stacklevel=5)
+        return options
+
+    def new_tokens(self, prompt_tokens: int, context: int) -> int:
+        """How many tokens may follow a prompt. Raises ContextLengthError when they do not fit."""
+        if self.max_new_tokens is not None:
+            wanted = self.max_new_tokens
+        elif self.max_length is not None:
+            wanted = self.max_length - prompt_tokens
+            if wanted < 0:
+                raise ArgumentError(
+                    f"the prompt has {prompt_tokens} tokens, more than max_length {self.max_length}; raise max_length or "
+                    "use max_new_tokens"
+                )
+        else:
+            wanted = max(min(DEFAULT_NEW_TOKENS, context - prompt_tokens), 1)
+        if prompt_tokens + wanted > context:
+            raise ContextLengthError(
+                f"{prompt_tokens} prompt tokens and {wanted} new ones are {prompt_tokens + wanted}, more than the context of "
+                f"{context} tokens; shorten the prompt or ask for at most {max(0, context - prompt_tokens)} new tokens"
+            )
+        return wanted
+
+
+def option_names() -> set[str]:
+    """What `generate` takes, under the names that callers use."""
+    return {f.name for f in dataclasses.fields(Options)} - {"sampling"} | SAMPLING_FIELDS
+
+
+def _number(name: str, value: Any) -> Any:
+    kinds = {"do_sample": bool, "top_k": int, "no_repeat_ngram_size": int, "seed": int}
+    kind = kinds.get(name, float)
+    try:
+        plain = kind(value)
+        if isinstance(value, str) or (kind is int and plain != value) or (kind is bool and value not in (0, 1)):
+            raise TypeError
+    except (TypeError, ValueError, OverflowError):
+        raise ArgumentError(f"{name} is {value!r}, expected a {kind.__name__}") from None
+    return plain
+
+
+def _biases(value: Any) -> dict[int, float]:
+    """Biases by id; ids may be numbers in strings, as JSON has them."""
+    if not isinstance(value, Mapping):
+        raise ArgumentError(f"logit_bias is {value!r}, expected a bias for each of some ids: {{42: -5.0}}")
+    found = {}
+    for token, bias in value.items():
+        try:
+            number = int(token)
+            if isinstance(token, bool | float) or isinstance(bias, bool | str):
+                raise TypeError
+            found[number] = float(bias)
+        except (TypeError, ValueError, OverflowError):
+            raise ArgumentError(f"logit_bias: found {token!r}: {bias!r}, expected an id and a number") from None
+    return found
+
+
+def _check_count(name: str, value: Any, low: int, high: int | None = None) -> None:
+    valid = isinstance(value, int) and not isinstance(value, bool) and value >= low and (high is None or value <= high)
+    if value is not None and not valid:
+        bound = "" if high is None else f" and at most {high}"
+        raise ArgumentError(f"{name} is {value!r}, expected an integer of at least {low}{bound}")
+
+
+def _check_drafts(merged: dict[str, Any]) -> None:
+    draft, counts = merged.get("assistant_model"), merged.get("speculation")
+    if draft is not None and not all(hasattr(draft, name) for name in ("new_pool", "step", "config")):
+        raise ArgumentError(f"assistant_model is a {type(draft).__name__}, expected a GPTNeoXForCausalLM")
+    if draft is not None and merged.get("prompt_lookup_num_tokens") is not None:
+        raise ArgumentError("assistant_model and prompt_lookup_num_tokens exclude each other; leave one out")
+    if counts is not None and not isinstance(counts, Speculation):
+        raise ArgumentError(f"speculation is a {type(counts).__name__}, expected a Speculation to count in")
+
+
+def _ids(value: Any) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    ids = value.tolist() if isinstance(value, Tensor) else value
+    ids = list(ids) if isinstance(ids, list | tuple | set) else [ids]
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        raise ArgumentError(f"eos_token_id is {value!r}, expected an id or a list of ids")
+    return tuple(i for i in ids if i >= 0)
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    texts = tuple(value) if isinstance(value, list | tuple | set) else (value,)
+    if not all(isinstance(t, str) and t for t in texts):
+        raise ArgumentError(f"stop_strings is {value!r}, expected texts that are not empty")
+    return texts
+
+
+def _callables(name: str, value: Any) -> tuple[Callable[[Tensor, Tensor], Any], ...]:
+    found = tuple(value) if isinstance(value, list | tuple) else (value,)
+    if not all(map(callable, found)):
+        raise ArgumentError(f"{name} is {value!r}, expected a callable or a list of callables")
+    return found
+
+
+class GenerationConfig:
+    """generation_config.json: defaults for `generate`, under transformers' names, as attributes."""
+
+    def __init__(self, **options: Any) -> None:
+        known = option_names() | OFF_ONLY.keys() | NO_EFFECT
+        unknown = [k for k in options if k not in known and not k.startswith("_")]
+        if unknown:
+            warnings.warn(f"generation config: {', '.join(unknown)} unknown and without effect", stacklevel=2)
+        self.__dict__.update({k: v for k, v in options.items() if k not in unknown})
+
+    def __getattr__(self, name: str) -> Any:
+        if name in option_names() | OFF_ONLY.keys() | NO_EFFECT:
+            return None
+        raise AttributeError(f"GenerationConfig has no option {name!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if v is not None and not k.startswith("_")}
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> GenerationConfig:
+        path = Path(folder) / "generation_config.json"
+        if not path.parent.is_dir():
+            raise ConfigError(f"{folder}: no such folder; give the one that holds generation_config.json")
+        return cls(**read_json(path)) if path.is_file() else cls()
+
+    def to_json_string(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """A GenerationConfig, ours or transformers', or a dict, as what it sets itself."""
+    if config is None or isinstance(config, dict):
+        return config or {}
+    if not hasattr(config, "to_dict"):
+        raise ArgumentError(f"generation_config is a {type(config).__name__}, expected a GenerationConfig or a dict")
+    return config.to_diff_dict() if hasattr(type(config), "to_diff_dict") else config.to_dict()
