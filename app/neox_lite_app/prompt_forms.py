@@ -1,0 +1,470 @@
+"""Prompt forms: how a model wants a conversation written down, and where its answer ends. Knows no engine and no page.
+
+The family's checkpoints are older than chat templates, so their forms stand in a table here, with the strings of their model
+cards. A tokenizer's own chat_template comes before the table, and a form that is chosen by name before both.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+from tokenizers import AddedToken, Tokenizer
+
+from neox_lite.errors import ArgumentError, NeoxLiteError
+from neox_lite.tokenizer import GPTNeoXTokenizerFast, check_text
+
+from .templates import TemplateError, render_template
+
+Messages = Sequence[Mapping[str, str]]  # {"role": "user" | "assistant" | "system", "content": text}
+ROLES = ("user", "assistant", "system")
+TEMPLATE = "template"  # the name of the form that a tokenizer brings along
+
+
+class PromptError(NeoxLiteError, ValueError):
+    """Messages that a prompt form cannot write down."""
+
+
+class Form:
+    """How a conversation is written as a prompt. stops: texts that end an answer."""
+
+    name: str
+    title: str
+    stops: tuple[str, ...]
+    stop_tokens: tuple[str, ...]
+    newline: str = "\n"  # what stands for a line break
+    raw: bool = False  # the text goes to the model as it is
+
+    def render(self, messages: Messages, system: str | None = None, open_answer: str | None = None) -> str:
+        """The prompt up to where the model is to write. open_answer: the beginning of an answer that it is to continue."""
+        for message in messages:
+            if message.get("role") not in ROLES or not isinstance(message.get("content"), str):
+                found = f"{message.get('role')!r} with a content of {type(message.get('content')).__name__}"
+                raise PromptError(f"a message is of the role {found}, expected {', '.join(ROLES)} with a text")
+        return self._render(messages, system, open_answer)
+
+    def encode(
+        self,
+        tokenizer: GPTNeoXTokenizerFast,
+        messages: Messages,
+        system: str | None = None,
+        open_answer: str | None = None,
+    ) -> list[int]:
+        """The prompt as ids: the form's own special tokens are that, and what looks like one in a text is plain text."""
+        if self.raw:
+            ids: list[int] = tokenizer(self.render(messages, system, open_answer)).input_ids
+            return ids
+        control = self._control(tokenizer)
+        texts = [*(str(message.get("content")) for message in messages), system or "", open_answer or ""]
+        hiding = _Hiding(control, texts)
+        hidden = [{**message, "content": hiding.hide(message.get("content"))} for message in messages]
+        prompt = self.render(hidden, hiding.hide(system), hiding.hide(open_answer))
+        if not hiding.found:
+            return list(tokenizer.encode(prompt, add_special_tokens=False))
+        return _encode_parts(tokenizer, control, hiding.parts(check_text(prompt, "prompt")))
+
+    def stop_ids(self, tokenizer: GPTNeoXTokenizerFast) -> list[int]:
+        """Ids that end an answer: the form's own, and the tokenizer's end of text."""
+        found = [tokenizer.backend_tokenizer.token_to_id(token) for token in self.stop_tokens]
+        return sorted({index for index in (*found, tokenizer.eos_token_id) if index is not None})
+
+    def reader(self, open_answer: str | None = None) -> Reader:
+        """Turns the model's text into an answer."""
+        return Reader(self.newline, begun=bool(open_answer), raw=self.raw)
+
+    def _render(self, messages: Messages, system: str | None, open_answer: str | None) -> str:
+        raise NotImplementedError
+
+    def _own_text(self) -> str:
+        """Text that holds all that the form itself writes."""
+        raise NotImplementedError
+
+    def _control(self, tokenizer: GPTNeoXTokenizerFast) -> dict[str, AddedToken]:
+        """The tokens that people's texts must not be able to write; not those of whitespace and plain words."""
+        own = self._own_text()
+        return {
+            token.content: token
+            for token in tokenizer.added_tokens_decoder.values()
+            if token.content.strip() not in ("", self.newline)
+            and (token.special or (token.content in own and not token.content.isalnum()))
+        }
+
+
+class Around(NamedTuple):
+    """What stands before and after a text."""
+
+    before: str
+    after: str
+
+
+_LINE = Around("", "\n")
+
+
+@dataclass(frozen=True)
+class TurnForm(Form):
+    """A form that writes every turn alike. gap: between the answer's beginning and its text, written by the model itself.
+
+    default_system: the text for where none is given. ids: pattern of the hub ids and folder names it belongs to; tokens: those
+    that tell its tokenizer from others.
+    """
+
+    name: str
+    title: str
+    user: Around
+    answer: Around
+    gap: str = ""
+    system: Around = _LINE
+    default_system: str = ""
+    stops: tuple[str, ...] = ()
+    stop_tokens: tuple[str, ...] = ()
+    newline: str = "\n"
+    raw: bool = False
+    ids: str = "(?!)"
+    tokens: tuple[str, ...] = ()
+
+    def _render(self, messages: Messages, system: str | None, open_answer: str | None) -> str:
+        if not any(message["role"] == "system" for message in messages):
+            system = system or self.default_system
+        parts = [self._turn("system", system)] if system else []
+        parts += [self._turn(message["role"], message["content"]) for message in messages]
+        end = self._text(open_answer or "")
+        return "".join([*parts, self.answer.before, self.gap if end else "", end])
+
+    def _turn(self, role: str, text: str) -> str:
+        around = {"user": self.user, "assistant": self.answer, "system": self.system}[role]
+        gap = self.gap if role == "assistant" and text else ""
+        return f"{around.before}{gap}{self._text(text)}{around.after}"
+
+    def _text(self, text: str) -> str:
+        return text if self.newline == "\n" else text.replace("\n", self.newline)
+
+    def _own_text(self) -> str:
+        return "\n".join([*self.user, *self.answer, *self.system])
+
+
+class TemplateForm(Form):
+    """The chat_template of a tokenizer, rendered by templates.py."""
+
+    name = TEMPLATE
+    title = "The model's own chat template"
+
+    def __init__(self, template: str, tokens: Mapping[str, str]) -> None:
+        """tokens: bos_token and the like, which templates write themselves."""
+        self._template, self._tokens = template, dict(tokens)
+
+    @classmethod
+    def of(cls, tokenizer: GPTNeoXTokenizerFast) -> TemplateForm:
+        if tokenizer.chat_template is None:
+            raise ArgumentError(f"{tokenizer.name_or_path} has no chat template; choose {', '.join(FORMS)}")
+        return cls(tokenizer.chat_template, tokenizer.special_tokens_map)
+
+    @property
+    def stops(self) -> tuple[str, ...]:  # type: ignore[override]
+        """What ends an answer as text: that token, or all that stands between an answer and the next message."""
+        between = self._between.strip()
+        return self.stop_tokens or ((between,) if len(between) > 2 else ())
+
+    @cached_property
+    def stop_tokens(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The token that ends an answer: what looks like one after it."""
+        found = re.match(r"\s*(<[^<>\s]{1,40}>|\[[^\[\]\s]{1,40}\])", self._between)
+        return (found[1],) if found else ()
+
+    @cached_property
+    def _between(self) -> str:
+        first, second = _unused("", 2)
+        talk = [("user", "hello"), ("assistant", first), ("user", second)]
+        try:
+            text = self._render([{"role": role, "content": content} for role, content in talk], None, None)
+        except TemplateError:  # it is said where a prompt is rendered
+            return ""
+        after = text.partition(first)[2]
+        return after.partition(second)[0] if second in after else ""
+
+    def _render(self, messages: Messages, system: str | None, open_answer: str | None) -> str:
+        turns = [dict(message) for message in messages]
+        if system:
+            turns.insert(0, {"role": "system", "content": system})
+        variables: dict[str, Any] = {**self._tokens, "messages": turns, "add_generation_prompt": open_answer is None}
+        if open_answer is None:
+            return render_template(self._template, variables)
+        (mark,) = _unused("".join(turn["content"] for turn in turns) + open_answer, 1)
+        turns.append(
+            {"role": "assistant", "content": open_answer + mark}
+        )  # the mark also keeps what a template would trim
+        text, found, _ = render_template(self._template, variables).rpartition(mark)
+        if not found:
+            raise PromptError("the chat template does not show the answer that is to be continued; choose another form")
+        return text
+
+    def _own_text(self) -> str:
+        return "\n".join([self._template, *self._tokens.values()])
+
+
+# Known forms -----------------------------------------------------------------------------------------------------------
+
+_INTRO = "Below is an instruction that describes a task. Write a response that appropriately completes the request."  # Dolly's
+_STABLELM = """\
+# StableLM Tuned (Alpha version)
+- StableLM is a helpful and harmless open-source AI language model developed by StabilityAI.
+- StableLM is excited to be able to help the user, but will refuse to do anything that could be considered harmful to the user.
+- StableLM is more than just an information source, StableLM is also able to write poetry, short stories, and make jokes.
+- StableLM will refuse to participate in anything that could harm a human."""
+_HUMAN_BOT = TurnForm(
+    "human-bot",
+    "<human>: / <bot>: (GPT-NeoXT-Chat, RedPajama-INCITE-Chat)",
+    user=Around("<human>: ", "\n"),
+    answer=Around("<bot>:", "\n"),
+    gap=" ",
+    stops=("\n<human>:", "<human>:"),
+    ids="gpt-neoxt-chat|pythia-chat|redpajama-incite.*chat",
+)
+_JAPANESE = TurnForm(
+    "japanese",
+    "ユーザー: / システム: (LINE, rinna bilingual)",
+    user=Around("ユーザー: ", "\n"),
+    answer=Around("システム: ", "\n"),
+    stops=("\nユーザー:",),
+    ids="japanese-large-lm.*instruct|bilingual-gpt-neox.*instruct",
+)
+
+# The first whose pattern fits a name, then the first whose tokens a tokenizer has, else `dialogue`.
+_TABLE = (
+    TurnForm(
+        "dialogue",
+        "User: / Assistant: (base models)",
+        user=Around("User: ", "\n"),
+        answer=Around("Assistant:", "\n"),
+        gap=" ",
+        system=Around("", "\n\n"),
+        default_system="A conversation between a user and a helpful assistant.",
+        stops=("\nUser:", "\nAssistant:"),
+    ),
+    TurnForm("completion", "The text itself (base models)", Around("", ""), Around("", ""), raw=True),
+    _HUMAN_BOT,
+    TurnForm(
+        "question-answer",
+        "Q: / A: (RedPajama-INCITE-Instruct)",
+        user=Around("Q: ", "\n"),
+        answer=Around("A:", "\n"),
+        gap=" ",
+        stops=("\nQ:",),
+        ids="redpajama-incite.*instruct",
+    ),
+    TurnForm(
+        "dolly",
+        "### Instruction: / ### Response: (Dolly v2)",
+        user=Around("### Instruction:\n", "\n\n"),
+        answer=Around("### Response:\n", "\n\n### End\n\n"),
+        system=Around("", "\n\n"),
+        default_system=_INTRO,
+        stops=("### End", "### Instruction:"),
+        stop_tokens=("### End",),
+        ids="dolly",
+        tokens=("### End", "### Instruction:"),
+    ),
+    replace(
+        _HUMAN_BOT,
+        name="h2ogpt",
+        title="<human>: / <bot>: (h2oGPT)",
+        stops=("\n<human>:", "<human>:", "\n<bot>:", "<bot>:"),
+        ids="h2ogpt(?!-gm)",
+    ),
+    TurnForm(
+        "h2ogpt-gm",
+        "<|prompt|> / <|answer|> (h2oGPT GM)",
+        user=Around("<|prompt|>", "<|endoftext|>"),
+        answer=Around("<|answer|>", "<|endoftext|>"),
+        stops=("<|prompt|>",),
+        stop_tokens=("<|prompt|>",),
+        ids="h2ogpt-gm",
+        tokens=("<|prompt|>", "<|answer|>"),
+    ),
+    TurnForm(
+        "oasst",
+        "<|prompter|> / <|assistant|> (OpenAssistant)",
+        user=Around("<|prompter|>", "<|endoftext|>"),
+        answer=Around("<|assistant|>", "<|endoftext|>"),
+        system=Around("<|system|>", "<|endoftext|>"),
+        stops=("<|prompter|>",),
+        stop_tokens=("<|prompter|>",),
+        ids="oasst|openassistant",
+        tokens=("<|prompter|>", "<|assistant|>"),
+    ),
+    TurnForm(
+        "stablelm",
+        "<|USER|> / <|ASSISTANT|> (StableLM tuned alpha)",
+        user=Around("<|USER|>", ""),
+        answer=Around("<|ASSISTANT|>", ""),
+        system=Around("<|SYSTEM|>", "\n"),
+        default_system=_STABLELM,
+        stops=("<|USER|>",),
+        stop_tokens=("<|USER|>", "<|ASSISTANT|>", "<|SYSTEM|>", "<|padding|>", "<|endoftext|>"),
+        ids="stablelm-tuned-alpha",
+        tokens=("<|USER|>", "<|ASSISTANT|>"),
+    ),
+    _JAPANESE,
+    replace(  # its tokenizer has no line break
+        _JAPANESE,
+        name="rinna",
+        title="ユーザー: / システム: with <NL> (rinna 3.6b)",
+        user=Around("ユーザー: ", "<NL>"),
+        answer=Around("システム: ", "<NL>"),
+        system=Around("", "<NL>"),
+        newline="<NL>",
+        stops=("<NL>ユーザー:",),
+        ids="japanese-gpt-neox.*instruct",
+    ),
+)
+FORMS: Mapping[str, TurnForm] = {form.name: form for form in _TABLE}
+
+
+def form_of(name_or_folder: str, tokenizer: GPTNeoXTokenizerFast, choice: str | None = None) -> Form:
+    """The form of a model: the chosen one, else its chat template, else the table's by its name or its tokens."""
+    if choice is not None:
+        return form_named(choice, tokenizer)
+    if tokenizer.chat_template is not None:
+        return TemplateForm.of(tokenizer)
+    name, vocabulary = _name(name_or_folder), tokenizer.get_vocab()
+    by_name = (form for form in _TABLE if re.search(form.ids, name))
+    by_tokens = (form for form in _TABLE if form.tokens and all(token in vocabulary for token in form.tokens))
+    return next(by_name, None) or next(by_tokens, FORMS["dialogue"])
+
+
+def form_named(name: str, tokenizer: GPTNeoXTokenizerFast) -> Form:
+    """A form by its name in `names`."""
+    if name == TEMPLATE:
+        return TemplateForm.of(tokenizer)
+    if name not in FORMS:
+        raise ArgumentError(f"prompt form: found {name!r}, expected one of {', '.join([*FORMS, TEMPLATE])}")
+    return FORMS[name]
+
+
+def names(tokenizer: GPTNeoXTokenizerFast | None = None) -> list[tuple[str, str]]:
+    """(title, name) of every form that can be chosen."""
+    own = [(TemplateForm.title, TEMPLATE)] if tokenizer is not None and tokenizer.chat_template is not None else []
+    return [*own, *((form.title, form.name) for form in _TABLE)]
+
+
+def _name(name_or_folder: str) -> str:
+    """The model's name, in lower case: of a hub id or a folder, also of the hub cache, whose folders are commits."""
+    path = Path(name_or_folder).expanduser()
+    path = path.resolve() if path.is_dir() else path
+    commit = re.fullmatch("[0-9a-f]{40}", path.name)
+    return (path.parent.parent if commit else path).name.lower()
+
+
+# Answers ---------------------------------------------------------------------------------------------------------------
+
+
+class Reader:
+    """Turns the model's text into an answer, piece by piece: without space around it, and with line breaks as they are."""
+
+    def __init__(self, newline: str = "\n", begun: bool = False, raw: bool = False) -> None:
+        """begun: the text goes on from one that is there already."""
+        self._newline, self._begun, self._raw, self._held = newline, begun, raw, ""
+
+    def put(self, piece: str) -> str:
+        """What is certain to be shown after one more piece; space at the end may be the last of all, and waits."""
+        if self._raw:
+            return piece
+        text = (self._held + piece).replace(self._newline, "\n")
+        text = text if self._begun else text.lstrip()
+        sure = text[: len(text) - _open_end(text, [self._newline])].rstrip()
+        self._begun = self._begun or bool(sure)
+        self._held = text[len(sure) :]
+        return sure
+
+    def end(self, finish_reason: str | None) -> str:
+        """What was held back: after a "stop", no space."""
+        held, self._held = self._held, ""
+        return held.rstrip() if finish_reason == "stop" else held
+
+
+# Special tokens in people's texts --------------------------------------------------------------------------------------
+
+
+class _Hiding:
+    """Puts signs that no text holds in place of what looks like a special token, until the prompt is rendered."""
+
+    def __init__(self, control: Mapping[str, AddedToken], texts: Sequence[str]) -> None:
+        self.found: list[str] = []
+        self._tokens = sorted(control, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, self._tokens)) or "(?!)")
+        (self._sign,) = _unused("".join(texts), 1)
+
+    def hide(self, text: Any) -> Any:
+        """Also the beginning of a token at the end of the text, which the form could complete."""
+        if not isinstance(text, str):
+            return text
+        text = self._pattern.sub(lambda found: self._keep(found[0]), text)
+        tail = _open_end(text, self._tokens)
+        return text[: len(text) - tail] + self._keep(text[len(text) - tail :]) if tail else text
+
+    def parts(self, prompt: str) -> Iterator[tuple[str, bool]]:
+        """The rendered prompt as (text, whether it may hold special tokens)."""
+        for number, text in enumerate(re.split(f"{self._sign}([0-9]+){self._sign}", prompt)):
+            yield (self.found[int(text)], False) if number % 2 else (text, True)
+
+    def _keep(self, text: str) -> str:
+        self.found.append(text)
+        return f"{self._sign}{len(self.found) - 1}{self._sign}"
+
+
+def _encode_parts(
+    tokenizer: GPTNeoXTokenizerFast, control: Mapping[str, AddedToken], parts: Iterator[tuple[str, bool]]
+) -> list[int]:
+    """Ids of a prompt of which only some parts may hold special tokens. Between those, text is encoded as one."""
+    pattern = re.compile("(" + "|".join(map(re.escape, sorted(control, key=len, reverse=True))) + ")")
+    pieces = [""]  # text, token, text, token, …, text
+    for text, may in parts:
+        first, *rest = pattern.split(text) if may else [text]
+        pieces[-1] += first
+        pieces += rest
+    plain, ids = _plain(tokenizer, frozenset(control)), list[int]()
+    for number, piece in enumerate(pieces):
+        if number % 2:
+            ids.append(tokenizer.convert_tokens_to_ids(piece))
+            continue
+        if number and control[pieces[number - 1]].rstrip:
+            piece = piece.lstrip()
+        if number + 1 < len(pieces) and control[pieces[number + 1]].lstrip:
+            piece = piece.rstrip()
+        ids += plain.encode(piece, add_special_tokens=False).ids
+    return ids
+
+
+_plain_tokenizers: WeakKeyDictionary[GPTNeoXTokenizerFast, dict[frozenset[str], Tokenizer]] = WeakKeyDictionary()
+
+
+def _plain(tokenizer: GPTNeoXTokenizerFast, control: frozenset[str]) -> Tokenizer:
+    """The same tokenizer, to which control tokens are text like any other. The tokenizer's own must not be changed."""
+    known = _plain_tokenizers.setdefault(tokenizer, {})
+    if control not in known:
+        value = json.loads(tokenizer.backend_tokenizer.to_str())
+        for token in value["added_tokens"]:
+            token["special"] = token["special"] or token["content"] in control
+        known[control] = Tokenizer.from_str(json.dumps(value))
+        known[control].encode_special_tokens = True
+    return known[control]
+
+
+def _open_end(text: str, tokens: Sequence[str]) -> int:
+    """How many characters at the end of the text may be the beginning of one of the tokens."""
+    ends = (
+        size for token in tokens for size in range(min(len(token) - 1, len(text)), 0, -1) if text.endswith(token[:size])
+    )
+    return max(ends, default=0)
+
+
+def _unused(text: str, count: int) -> list[str]:
+    """Characters of a private range that the text does not hold."""
+    free: Callable[[str], bool] = lambda sign: sign not in text  # noqa: E731
+    signs = filter(free, map(chr, range(0xF0000, 0xFFFFE)))
+    return [next(signs) for _ in range(count)]
