@@ -246,9 +246,9 @@ def test_what_a_plan_is_short_by_makes_it_fit():
 
 def followed(request, sentence):
     """The request as a sentence of advice would have it."""
-    if found := re.match(r"--(kv|head) int8 ", sentence):
+    if found := re.match(r"an int8 .* \((kv|head)\) ", sentence):
         return replace(request, **{found[1]: "int8"})
-    if found := re.match(r"--context (\d+) ", sentence):
+    if found := re.match(r"a context of (\d+) ", sentence):
         return replace(request, context=int(found[1]))
     found = re.match(r"([\d.]+GiB) of (CPU|GPU) memory, ", sentence)
     return replace(request, **{f"{found[2].lower()}_bytes": parse_bytes(found[1])})
@@ -261,9 +261,9 @@ def test_following_advice_does_what_it_says():
         for sentence in found.advice:
             lifted = best(sizes, here, followed(request, sentence))
             assert lifted.level > found.level and plan.GAINS[lifted.level] == sentence.partition(" would ")[2]
-            kinds.add(sentence.split()[0 if sentence.startswith("-") else 2])
+            kinds.add(sentence.split()[2])
         assert found.advice or found.level > plan.DISK
-    assert kinds == {"--kv", "--head", "--context", "CPU", "GPU"}
+    assert kinds == {"KV", "head", "of", "CPU", "GPU"}
 
 
 def test_the_least_degraded_choice_that_reaches_the_best_level_is_taken():
