@@ -308,11 +308,11 @@ def test_config_dtype_beats_the_files(saved: Path) -> None:
         ({"device_map": {"": "disk"}}, ArgumentError, "only layers can be on the disk"),
         ({"device_map": {"": "tape"}}, ArgumentError, "device_map is 'tape', expected"),
         ({"device_map": {"": "cpu"}, "max_memory": {"cpu": 1}}, ArgumentError, "max_memory limits device_map='auto'"),
-        ({"device_map": "auto", "max_memory": {"tpu": 1}}, ArgumentError, "'tpu', expected"),
+        ({"device_map": "auto", "max_memory": {"tpu": 1}}, ArgumentError, "max_memory names 'tpu', expected"),
         pytest.param(
             {"device_map": "auto", "max_memory": {0: 1}},
             ArgumentError,
-            "0, but torch sees no CUDA device here",
+            "max_memory names 0, but torch sees no CUDA device here",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here"),
         ),
         ({"device_map": "auto", "context": 99999}, ArgumentError, "context is 99999, but the model's own context is"),

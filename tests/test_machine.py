@@ -167,6 +167,7 @@ def test_the_folder_is_the_user_s_own(measurements):
 def test_rates_are_measured_through_the_operations(monkeypatch):
     monkeypatch.setattr(machine, "LARGE", (512, 2))
     monkeypatch.setattr(machine, "SMALL", (256, 2))
+    monkeypatch.setattr(machine, "PLAIN", (128, 2))
     monkeypatch.setattr(machine, "MANY", 16)
     monkeypatch.setattr(machine, "SECONDS", 0.0)
     steps = []
@@ -174,6 +175,7 @@ def test_rates_are_measured_through_the_operations(monkeypatch):
         warnings.simplefilter("error")
         rates = machine.measure_rates(torch.device("cpu"), lambda done, total: steps.append((done, total)))
     assert 1e6 < rates.read_bytes_per_s < 1e12 and 1e7 < rates.flops_per_s < 1e14 and 0 <= rates.layer_s < 1
+    assert 1e7 < rates.plain_flops_per_s < 1e14
     assert steps == [(1, 2), (2, 2)]
 
 
@@ -187,8 +189,8 @@ def test_rates_are_measured_through_the_operations(monkeypatch):
 )
 def test_bytes_a_second_and_seconds_a_layer_are_a_line_through_two_sizes(monkeypatch, large_s, small_s, expected):
     class Fake:
-        def __init__(self, device, hidden, count):
-            large = hidden == machine.LARGE[0]
+        def __init__(self, device, hidden, count, format=machine.INT4):
+            large, self.rate = hidden == machine.LARGE[0], 3.0 if format == machine.INT4 else 2.0
             self.nbytes, self.weights, self.hidden, self.count = (
                 (1e9 if large else 1e8) * count,
                 12 * hidden**2,
@@ -200,8 +202,8 @@ def test_bytes_a_second_and_seconds_a_layer_are_a_line_through_two_sizes(monkeyp
         def decode(self):
             return self.decode_s * self.count
 
-        def prefill(self, tokens):  # three operations a second, and seven seconds for a feature
-            return tokens * self.count * (2 * self.weights / 3.0 + 7.0 * self.hidden)
+        def prefill(self, tokens):  # three operations a second, plain ones two, and seven seconds for a feature
+            return tokens * self.count * (2 * self.weights / self.rate + 7.0 * self.hidden)
 
     monkeypatch.setattr(machine, "Layers", Fake)
     monkeypatch.setattr(machine, "free_memory", lambda: (1 << 40, 1 << 40))
@@ -210,15 +212,16 @@ def test_bytes_a_second_and_seconds_a_layer_are_a_line_through_two_sizes(monkeyp
     assert found.read_bytes_per_s == pytest.approx(expected.read_bytes_per_s)
     assert found.layer_s == pytest.approx(expected.layer_s, abs=1e-12)
     assert (found.flops_per_s, found.feature_s) == (pytest.approx(3.0), pytest.approx(7.0))
+    assert found.plain_flops_per_s == pytest.approx(2.0)
 
 
 def test_little_memory_is_measured_with_smaller_layers(monkeypatch):
     made = []
 
     class Fake:
-        weights = 1
+        weights = count = 1
 
-        def __init__(self, device, hidden, count):
+        def __init__(self, device, hidden, count, format=machine.INT4):
             made.append(hidden)
             self.nbytes = hidden * count
 
@@ -231,7 +234,7 @@ def test_little_memory_is_measured_with_smaller_layers(monkeypatch):
     monkeypatch.setattr(machine, "free_memory", lambda: (4 << 30, 1 << 30))
     monkeypatch.setattr(machine, "_seconds", lambda call, device: 1.0)
     machine.measure_rates(torch.device("cpu"))
-    assert made == [machine.LARGE_ON_LITTLE[0], machine.SMALL[0]]
+    assert made == [machine.LARGE_ON_LITTLE[0], machine.SMALL[0], machine.PLAIN[0]]
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system does not say what memory a process has")

@@ -323,6 +323,17 @@ def test_passes_stream_from_the_crossover_on_and_never_before():
     assert without.pass_s(4 * turn, 0) > found.pass_s(4 * turn, 0) and without.crossover_tokens is None
 
 
+def test_plain_layers_have_a_rate_and_scratch_of_their_own():
+    """The CPU writes plain weights out as float32 for many tokens, 64 MiB at a time."""
+    config, request = config_of("pythia-1.4b"), Request(512, 32 << 30)
+    here = Machine(replace(CPU, plain_flops_per_s=100e9), 2e9, 400 << 20, None)
+    plain, int4 = (best(sizes_of(config, bits), here, request) for bits in (None, 4))
+    assert plain.pass_s(512, 0) == pytest.approx(5 * int4.pass_s(512, 0), rel=0.05)  # 500 operations for 100
+    assert plain.parts["cpu"]["scratch"] - int4.parts["cpu"]["scratch"] == (32 << 20) + 2 * (64 << 20)
+    narrow = best(sizes_of(config_of("pythia-160m"), None), here, request)
+    assert narrow.parts["cpu"]["scratch"] < (32 << 20) + 2 * 4 * 768 * 3072 + (16 << 20)
+
+
 def test_there_is_no_crossover_without_both_memories():
     assert best(of_20b(), replace(HOME, card=None), Request(2048, 32 << 30)).crossover_tokens is None
     whole = best(of_20b(), replace(HOME, card=CARDS["RTX 4090"]), Request(2048, 32 << 30, 24 << 30))

@@ -31,7 +31,7 @@ from torch import Tensor
 from ..cache import PAGE, Batch, PagePool
 from ..config import GPTNeoXConfig
 from ..errors import ArgumentError
-from ..formats import GroupInt
+from ..formats import DENSE, Format, GroupInt
 from ..kernels import cpu, dispatch
 from ..layers import GPTNeoXLayer, Linear, Rotary
 from ..version import __version__
@@ -40,11 +40,13 @@ from .ring import Files, Origin
 
 Progress = Callable[[int, int], object]  # steps done, steps in all
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MOST_KEPT = 8  # profiles: of other thread counts or kernels on the same machine
+INT4 = GroupInt(4, 128)
 LARGE = (6144, 1)  # hidden size and layers: one of GPT-NeoX-20B, 234 MB as int4
 LARGE_ON_LITTLE = (2048, 8)  # where less than LITTLE is free
 LITTLE = 2 << 30
+PLAIN = (2048, 1)  # 100 MB in 16 bits
 SMALL = (768, 32)  # many small ones, 118 MB together: more than processors keep to themselves
 MANY = 256  # tokens of the pass that shows operations a second
 SECONDS = 0.6  # to repeat a measurement for
@@ -137,8 +139,14 @@ def _parse(kept: dict[str, Any]) -> Machine:
 
 
 def _rates(kept: dict[str, Any]) -> Rates:
-    speeds = [_number(kept[key]) for key in ("read_bytes_per_s", "flops_per_s")]
-    return Rates(*speeds, *(_number(kept[key], allow_zero=True) for key in ("layer_s", "feature_s")))
+    plain = kept["plain_flops_per_s"]
+    return Rates(
+        _number(kept["read_bytes_per_s"]),
+        _number(kept["flops_per_s"]),
+        _number(kept["layer_s"], allow_zero=True),
+        _number(kept["feature_s"], allow_zero=True),
+        None if plain is None else _number(plain),
+    )
 
 
 def _number(value: Any, allow_zero: bool = False) -> float:
@@ -194,21 +202,29 @@ def measure_rates(device: torch.device, progress: Progress = lambda done, total:
     """Rates of a device in int4 layers of groups of 128: of one large layer and of many small ones.
 
     A straight line through the two gives the seconds for each byte and those of a layer beside them at one token, and at
-    many tokens the seconds for each operation and those of a feature beside them.
+    many tokens the seconds for each operation and those of a feature beside them. One plain layer gives the operations a second
+    of those.
     """
     free = free_memory()[1] if device.type == "cpu" else free_gpu(device.index or 0)[1]
     large = LARGE_ON_LITTLE if free is not None and free < LITTLE else LARGE
     one, many = [], []
+
+    def prefill_s(layers: Layers) -> float:
+        """Seconds of a token in a layer, among many."""
+        return _seconds(lambda: layers.prefill(MANY), device) / layers.count / MANY
+
     with torch.inference_mode():
         for step, (hidden, count) in enumerate((large, SMALL)):
             layers = Layers(device, hidden, count)
             one.append((layers.nbytes / count, _seconds(layers.decode(), device) / count))
-            prefill_s = _seconds(lambda layers=layers: layers.prefill(MANY), device) / count  # type: ignore[misc]
-            many.append((2 * layers.weights / hidden, prefill_s / MANY / hidden))
+            many.append((2 * layers.weights / hidden, prefill_s(layers) / hidden))
             del layers
             progress(step + 1, 2)
+        plain = Layers(device, *PLAIN, DENSE)
+        plain_s = prefill_s(plain)
     (byte_s, layer_s), (operation_s, feature_s) = _line(*one), _line(*many)
-    return Rates(1 / byte_s, 1 / operation_s, layer_s, feature_s)
+    products_s = max(plain_s - feature_s * PLAIN[0], 0.5 * plain_s)  # most of it, whatever noise says
+    return Rates(1 / byte_s, 1 / operation_s, layer_s, feature_s, 2 * plain.weights / products_s)
 
 
 def _line(large: tuple[float, float], small: tuple[float, float]) -> tuple[float, float]:
@@ -219,20 +235,20 @@ def _line(large: tuple[float, float], small: tuple[float, float]) -> tuple[float
 
 
 class Layers:
-    """Layers of random int4 weights on a device, and passes through them."""
+    """Layers of random weights on a device, and passes through them."""
 
-    def __init__(self, device: torch.device, hidden: int, count: int) -> None:
+    def __init__(self, device: torch.device, hidden: int, count: int, format: Format = INT4) -> None:
         config = GPTNeoXConfig(
             hidden_size=hidden,
             intermediate_size=4 * hidden,
             num_attention_heads=hidden // 96 if hidden % 96 == 0 else hidden // 128,
             num_hidden_layers=count,
         )
-        format = GroupInt(4, 128)
         with device:
             self.layers = [GPTNeoXLayer(config, i, lambda name: format) for i in range(count)]
         for layer in self.layers:
             _fill(layer)
+        self.count = count
         self.weights = sum(m.in_features * m.out_features for m in self.layers[0].modules() if isinstance(m, Linear))
         self.nbytes = sum(t.nbytes for layer in self.layers for t in (*layer.parameters(), *layer.buffers()))
         self.ops = dispatch.choose(device)
@@ -273,6 +289,8 @@ def _fill(layer: GPTNeoXLayer) -> None:
             tensor.random_(-(1 << 31), 1 << 31)
         elif name.endswith("weight_scale"):
             tensor.uniform_(0.5, 1.5).mul_(0.2 * (tensor.shape[1] * 128) ** -0.5)
+        elif tensor.dim() == 2:
+            tensor.uniform_(-1, 1).mul_(tensor.shape[1] ** -0.5)
         elif name.endswith("bias"):
             tensor.zero_()
         else:  # gains of norms; and weight_shape, which nothing reads while running

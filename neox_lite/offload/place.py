@@ -75,18 +75,18 @@ class Decision:
 # What is asked for ------------------------------------------------------------------------------------------------------
 
 
-def device_of(asked: Any) -> torch.device:
+def device_of(asked: Any, who: str = "device_map is") -> torch.device:
     """A device as callers name it. Raises ArgumentError for one that is not there, or that nothing here runs on."""
     try:
         device = torch.device(f"cuda:{asked}" if isinstance(asked, int) else "cpu" if asked is None else asked)
     except (RuntimeError, TypeError):
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
-        raise ArgumentError(f"device_map is {asked!r}, expected 'auto', 'cpu', 'cuda' or 'cuda:N'")
+        raise ArgumentError(f"{who} {asked!r}, expected 'auto', 'cpu', 'cuda' or 'cuda:N'")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ArgumentError(f"device_map is {asked!r}, but torch sees no CUDA device here; use 'cpu' or 'auto'")
+        raise ArgumentError(f"{who} {asked!r}, but torch sees no CUDA device here; use 'cpu' or 'auto'")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ArgumentError(f"device_map is {asked!r}, but there are {torch.cuda.device_count()} CUDA devices")
+        raise ArgumentError(f"{who} {asked!r}, but there are {torch.cuda.device_count()} CUDA devices")
     return device
 
 
@@ -103,7 +103,7 @@ def check(wish: Wish) -> None:
         raise ArgumentError("context is what device_map='auto' plans memory for; pass both or neither")
     for key, limit in (wish.max_memory or {}).items():
         if key != "cpu" and limit:  # nothing of a GPU can be had anywhere
-            device_of(key)
+            device_of(key, "max_memory names")
 
 
 def _devices(asked: Mapping[str, Any]) -> dict[str, str | torch.device]:

@@ -185,13 +185,15 @@ class Rates:
 
     read_bytes_per_s: stored weights multiplied by one token; flops_per_s: operations (two for each weight and token) of
     hundreds of tokens; layer_s: seconds that a layer costs beside its bytes; feature_s: seconds that a token costs in a layer
-    beside its products, for each hidden feature: norms, attention over some hundred tokens, and the like.
+    beside its products, for each hidden feature: norms, attention over some hundred tokens, and the like. plain_flops_per_s:
+    operations with weights that are not quantized; None: as many.
     """
 
     read_bytes_per_s: float
     flops_per_s: float
     layer_s: float
     feature_s: float = 0.0
+    plain_flops_per_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -484,7 +486,8 @@ class Plan:
 
 def _layer_s(rates: Rates, stored: int, sizes: Sizes, tokens: int) -> float:
     beside = rates.feature_s * sizes.hidden * tokens + rates.layer_s
-    return max(stored / rates.read_bytes_per_s, 2 * sizes.weights * tokens / rates.flops_per_s) + beside
+    flops_per_s = (sizes.decoded and rates.plain_flops_per_s) or rates.flops_per_s
+    return max(stored / rates.read_bytes_per_s, 2 * sizes.weights * tokens / flops_per_s) + beside
 
 
 def _per_s(tokens: int, seconds: float) -> float | None:
