@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -19,6 +20,7 @@ from neox_lite_app.demo import FOLDER as DEMO
 from neox_lite_app.family import FAMILY
 from neox_lite_app.plan import bar_of
 from neox_lite_app.random_model import SHAPES, RandomModel, config_of
+from neox_lite_app.running import size
 
 ODD = {
     "sequential-rotary100-tied": {
@@ -379,7 +381,7 @@ def run(capsys, monkeypatch):
     """The command on a machine of 16 GiB without a GPU, or with the one that it is called with."""
 
     def call(*words, here=HOME, free=(16 << 30, None)):
-        monkeypatch.setattr(machine, "profile", lambda progress: replace(here, card=here.card if free[1] else None))
+        monkeypatch.setattr(machine, "profile", lambda measure: replace(here, card=here.card if free[1] else None))
         monkeypatch.setattr(machine, "budgets", lambda found: free)
         code = main(["plan", *map(str, words)])
         out = capsys.readouterr()
@@ -446,7 +448,8 @@ def test_what_does_not_fit_is_an_answer_with_the_bytes_that_lack(run, folder):
     code, out, _ = run(folder, "--cpu-memory", "1GiB")
     assert code == 0 and re.search(r"does not fit, \d\.\d GiB of CPU memory short", out) and "tokens/s" not in out
     assert re.search(r"advice +\S+GiB of CPU memory, .* would make it run, with layers read from the disk", out)
-    assert json.loads(run(folder, "--cpu-memory", "1GiB", "--json")[1])["fits"] is False
+    code, out, _ = run(folder, "--cpu-memory", "1GiB", "--json")
+    assert code == 0 and json.loads(out)["fits"] is False and json.loads(out)["short_by"] > 0
 
 
 def test_a_smaller_format_is_advised_where_it_helps(run, folder):
@@ -499,16 +502,114 @@ def test_the_table_holds_the_whole_family_in_both_formats(run):
     assert all(row["predicted"] and "layers" in row and "decode_tokens_per_s" in row for row in rows)
     out = run(free=(16 << 30, 8 << 30))[1].splitlines()
     assert len(out) == len(FAMILY) + 5 and out[1].split()[:2] == ["checkpoint", "context"]
+    assert any(line.endswith(" +") or " +  " in line for line in out[2:-3]) and out[-1].startswith("+ with an int8")
     assert re.search(r"gpt-neox-20b +2048 +11\.5 GB +GPU \d+ \+ CPU \d+", "\n".join(out))
+
+
+def test_a_plus_is_explained_only_where_there_is_one(run):
+    out = run(free=(64 << 30, None))[1]
+    assert " +" not in out and "int8 KV cache" not in out
+
+
+def test_a_budget_of_nothing_is_said(run):
+    assert "within 0 GiB of GPU and 16.0 GiB of CPU memory" in run("--card", "RTX 3060", "--gpu-memory", 0)[1]
+    assert "within 0 GiB of CPU memory" in run("--cpu-memory", 0)[1]
+
+
+def test_memory_below_a_gibibyte_is_told_in_smaller_units(run):
+    out = run(DEMO, "--card", "RTX 3060", "--gpu-memory", "40MiB")[1]
+    assert re.search(r"GPU .* 0 of 40 MiB", out) and re.search(r"CPU .* 4\d\d MiB of 16\.0 GiB", out)
+    assert [size(n) for n in (0, 7, 3 << 10, 5 << 20, 3 << 29)] == ["0 GiB", "7 bytes", "3 KiB", "5 MiB", "1.5 GiB"]
+    assert "0.0" not in out
+
+
+@pytest.mark.parametrize("columns", [100, 80, 40])
+def test_the_table_is_as_narrow_as_the_terminal(run, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    out = run(free=(16 << 30, 8 << 30))[1].splitlines()
+    assert max(map(len, out)) <= columns
+    names = [line.split()[0] for line in out if line and not line.startswith(" ")]
+    assert [name for name in names if name in {m.name for m in FAMILY}] == [m.name for m in FAMILY]
+    assert all(sum(f" {format} " in f" {line} " for line in out) >= 1 for format in ("int4", "int8"))
+    assert len(re.findall(r"\d\.\d GB|\d+ [MG]B", "\n".join(out))) >= 2 * len(FAMILY)
+
+
+def test_the_picture_is_as_narrow_as_the_terminal_and_its_bars_stay_whole(run, folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    monkeypatch.setenv("COLUMNS", "40")
+    out = run(folder.name, free=(4 << 30, 8 << 30))[1].splitlines()
+    assert max(map(len, out)) <= 40
+    bars = [line for line in out if re.match(r"(GPU|CPU|DISK) ", line)]
+    assert len(bars) == 3 and {len(re.fullmatch(r"\w+ +([█▓▒·]+)", line)[1]) for line in bars} == {34}
+    assert "of 8.0 GiB" in " ".join(out) and "· free" in " ".join(out)
+
+
+@pytest.mark.parametrize("columns", ["20", "1", "0", "-3", "x", "99999999"])
+@pytest.mark.parametrize("words", [(), (DEMO,)])
+def test_no_width_is_too_odd(run, monkeypatch, columns, words):
+    monkeypatch.setenv("COLUMNS", columns)
+    code, out, _ = run(*words, free=(4 << 30, 8 << 30))
+    assert code == 0 and "predicted" in out
+
+
+def test_a_plain_checkpoint_is_planned_in_its_own_dtype(run, tmp_path):
+    half = json.loads(run(DEMO, "--format", "fp16", "--json")[1])
+    assert (half["format"], half["dtype"]) == ("fp16", "float16")
+    GPTNeoXForCausalLM.from_pretrained(DEMO, dtype="float32").save_pretrained(tmp_path)
+    model = GPTNeoXForCausalLM.from_pretrained(tmp_path)
+    assert model.dtype == torch.float32
+    for _ in range(2):
+        full = json.loads(run(tmp_path, "--format", "fp16", "--json")[1])
+        assert (full["format"], full["dtype"]) == ("float32", "float32")
+        weights = full["parts"]["cpu"]["weights"]
+        assert nbytes(model) - model.gpt_neox.embed_in.weight.nbytes < weights <= nbytes(model)
+        assert full["parts"]["cpu"]["cache"] == 2 * half["parts"]["cpu"]["cache"]
+        config = json.loads((tmp_path / "config.json").read_text())
+        kept = {key: value for key, value in config.items() if "dtype" not in key}
+        (tmp_path / "config.json").write_text(json.dumps(kept))  # what loading takes then is what the weights have
+    out = run(tmp_path, "--format", "fp16")[1]
+    assert "float32, context 512: runs on the CPU" in out and "kept as   float32 KV cache, float32 head" in out
+    assert "once quantized" not in out and "int4 g128, once quantized" in run(tmp_path)[1]
+    int4 = [json.loads(run(path, "--json")[1])["parts"]["cpu"]["weights"] for path in (tmp_path, DEMO)]
+    assert int4[0] == int4[1]  # quantized, what is left plain has 16 bits
+
+
+def test_a_folder_without_weights_is_planned_and_said_to_have_none(run, folder, int8):
+    assert "missing   " + f"{folder} has no weights" in run(folder)[1]
+    assert json.loads(run(folder, "--json")[1])["has_weights"] is False
+    assert "no weights" not in run(int8)[1] and json.loads(run(int8, "--json")[1])["has_weights"] is True
+
+
+def test_weights_that_cannot_be_read_are_no_answer(run, int8, tmp_path):
+    shutil.copytree(int8, tmp_path / "cut")
+    (tmp_path / "cut" / "model.safetensors").write_bytes(b"short")
+    code, out, err = run(tmp_path / "cut")
+    assert code == 1 and out == "" and "model.safetensors" in err
+
+
+def test_a_plan_says_how_to_measure_anew(run):
+    for words in ((DEMO,), (DEMO, "--card", "RTX 3060"), ()):
+        assert "measured speed" in (out := run(*words)[1]) and "neox-lite doctor --measure" in out
+
+
+def test_the_help_says_what_the_exit_code_means(capsys):
+    with pytest.raises(SystemExit):
+        main(["plan", "--help"])
+    assert "Exit code 0 says that there is an answer, not that MODEL fits" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["/no/such/folder"], "no such folder"),
+        ([DEMO, "--cpu-memory", ""], "--cpu-memory is '', expected a size such as 8GiB"),
+        ([DEMO, "--gpu-memory", ""], "--gpu-memory is '', expected a size such as 8GiB"),
+        ([DEMO, "--cpu-memory", "9" * 999], "--cpu-memory is '999"),
+        ([DEMO, "--card", ""], "--card is '', expected one of RTX 3060"),
+        (["--revision", ""], "--revision goes with MODEL only"),
         ([DEMO, "--card", "RTX 1"], "--card is 'RTX 1', expected one of RTX 3060"),
         ([DEMO, "--gpu-memory", "8GiB"], "--gpu-memory: there is no GPU here"),
-        ([DEMO, "--cpu-memory", "much"], "'much' is not a size"),
+        ([DEMO, "--cpu-memory", "much"], "--cpu-memory is 'much', expected a size such as 8GiB"),
         ([DEMO, "--context", 4096], "context is 4096, but the model's own context is 512"),
         ([DEMO, "--format", "fp16", "--head", "int8"], "has no int8 head"),
         (["--format", "int4"], "--format goes with MODEL only"),

@@ -205,7 +205,12 @@ def build_parser() -> argparse.ArgumentParser:
         "plan", "plan", "what goes where, bytes and predicted speed; without MODEL, of every known checkpoint"
     )
     sub.add_argument("model", metavar="MODEL", nargs="?")
-    sub.add_argument("--format", choices=("int4", "int8", "fp16"), help="of a plain checkpoint, default int4")
+    sub.epilog = "Exit code 0 says that there is an answer, not that MODEL fits: see fits and short_by in --json."
+    sub.add_argument(
+        "--format",
+        choices=("int4", "int8", "fp16"),
+        help="of a plain checkpoint: quantized, the default int4, or as it is",
+    )
     sub.add_argument("--context", type=_positive, metavar="N", help="tokens to provide for (default: the model's own)")
     _add_memory(sub)
     _add_head(sub)
@@ -219,6 +224,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_json(sub)
 
     sub = command("doctor", "doctor", "what this machine has, what will be used, and why not more")
+    sub.add_argument("--measure", action="store_true", help="measure its speed anew, on which predictions rest")
     _add_json(sub)
     return parser
 

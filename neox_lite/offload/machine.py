@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import ctypes
 import json
-import math
 import os
 import platform
 import re
@@ -56,6 +55,19 @@ DISK_BYTES = 1 << 30
 SLOT_BYTES = 128 << 20  # of a file read at a time: a layer or so
 CONTEXT_BYTES = 512 << 20  # of a driver's context where the driver does not say
 PROCESS_BYTES = 600 << 20  # of a process that has imported torch, where the system does not say
+# What a number in a kept profile can be: wider than any machine, narrow enough that arithmetic with it means something.
+SENSIBLE = {
+    "read_bytes_per_s": (1e6, 1e15),
+    "flops_per_s": (1e6, 1e18),
+    "plain_flops_per_s": (1e6, 1e18),
+    "layer_s": (0.0, 10.0),
+    "feature_s": (0.0, 1.0),
+    "bus_bytes_per_s": (1e6, 1e13),
+    "disk_bytes_per_s": (1e3, 1e12),
+    "process_bytes": (1 << 20, 1 << 40),
+    "bytes": (1 << 20, 1 << 44),
+    "context_bytes": (1, 1 << 40),
+}
 HOST_MARGIN = 512 << 20  # of what is free now, left to the rest of the system
 GPU_MARGIN = 256 << 20
 
@@ -72,12 +84,14 @@ def profile(progress: Progress | None = None, measure: bool = True) -> Machine |
 
     progress is told the steps done and in all while measuring. Without `measure`, None where nothing is kept.
     """
-    here = identity()
-    found = _load(here)
-    if found is not None or not measure:
-        return found
+    found = _load(identity())
+    return renew(progress) if found is None and measure else found
+
+
+def renew(progress: Progress | None = None) -> Machine:
+    """This machine's rates, measured now and kept in place of what was kept of it."""
     found = _measured(progress or (lambda done, total: None))
-    _keep(here, found)
+    _keep(identity(), found)
     return found
 
 
@@ -107,62 +121,84 @@ def cache_file() -> Path:
 
 
 def _load(here: dict[str, Any]) -> Machine | None:
-    """The kept profile of this identity; None where there is none, or what is there is not one."""
-    for entry in _kept():
-        with suppress(LookupError, TypeError, ValueError):  # measured again, and written over
-            if entry["identity"] == here:
-                return _parse(entry["machine"])
+    """The kept profile of this identity; None where there is none, or where the file makes no sense, which is said once."""
+    try:
+        for entry in _kept():
+            if _entry(entry, "identity") == here:
+                return _parse(_entry(entry, "machine"))
+    except ValueError as error:
+        _say(f"{cache_file()} is not used: {error}")
     return None
 
 
 def _kept() -> list[Any]:
-    """The entries of the file, whatever they are; none where there is no file, or it is not one of ours."""
+    """The entries of the file, whatever they are; none where there is no file. Raises ValueError if it holds anything else."""
     try:
-        found = json.loads(cache_file().read_text(encoding="utf-8"))["profiles"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        found = json.loads(cache_file().read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    return found if isinstance(found, list) else []
+    except OSError as error:  # and what cannot be written either is said where it is written
+        if error.filename is None:  # there is no home
+            return []
+        raise ValueError(f"it cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError("it is not JSON") from error
+    entries = _entry(found, "profiles")
+    if not isinstance(entries, list):
+        raise ValueError("profiles is no list")
+    return entries
 
 
-def _parse(kept: dict[str, Any]) -> Machine:
-    """Raises TypeError, ValueError or LookupError for anything but a profile of sensible numbers."""
-    card = kept["card"]
-    if card is not None:
-        numbers = [_number(card[key]) for key in ("bytes", "context_bytes")]
-        card = Card(
-            str(card["name"]), int(numbers[0]), _rates(card["rates"]), _number(card["bus_bytes_per_s"]), int(numbers[1])
-        )
-    disk = kept["disk_bytes_per_s"]
+def _parse(kept: Any) -> Machine:
+    """Raises ValueError for anything but a profile of numbers that a machine can have."""
+    card, disk = _entry(kept, "card"), _entry(kept, "disk_bytes_per_s")
     return Machine(
-        _rates(kept["cpu"]), None if disk is None else _number(disk), int(_number(kept["process_bytes"])), card
+        _rates(_entry(kept, "cpu")),
+        None if disk is None else _number(kept, "disk_bytes_per_s"),
+        int(_number(kept, "process_bytes")),
+        None if card is None else _card(card),
     )
 
 
-def _rates(kept: dict[str, Any]) -> Rates:
-    plain = kept["plain_flops_per_s"]
-    return Rates(
-        _number(kept["read_bytes_per_s"]),
-        _number(kept["flops_per_s"]),
-        _number(kept["layer_s"], allow_zero=True),
-        _number(kept["feature_s"], allow_zero=True),
-        None if plain is None else _number(plain),
-    )
+def _card(kept: Any) -> Card:
+    name = _entry(kept, "name")
+    if not isinstance(name, str) or not name.isprintable():
+        raise ValueError(f"name is {_shown(name)}, expected a GPU's")
+    sizes = {key: int(_number(kept, key)) for key in ("bytes", "context_bytes")}
+    return Card(name, rates=_rates(_entry(kept, "rates")), bus_bytes_per_s=_number(kept, "bus_bytes_per_s"), **sizes)
 
 
-def _number(value: Any, allow_zero: bool = False) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{value!r} is not a number")
-    if not math.isfinite(value) or value < 0 or (value == 0 and not allow_zero):
-        raise ValueError(f"{value!r} is no rate")
+def _rates(kept: Any) -> Rates:
+    known = {key: _number(kept, key) for key in ("read_bytes_per_s", "flops_per_s", "layer_s", "feature_s")}
+    plain = _entry(kept, "plain_flops_per_s")
+    return Rates(**known, plain_flops_per_s=None if plain is None else _number(kept, "plain_flops_per_s"))
+
+
+def _number(kept: Any, key: str) -> float:
+    value, (low, high) = _entry(kept, key), SENSIBLE[key]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise ValueError(f"{key} is {_shown(value)}, expected {low:.3g} to {high:.3g}")
     return value
+
+
+def _entry(kept: Any, key: str) -> Any:
+    if not isinstance(kept, dict) or key not in kept:
+        raise ValueError(f"{_shown(kept)} has no {key}")
+    return kept[key]
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 40 else f"{text[:36]} …"
 
 
 def _keep(here: dict[str, Any], found: Machine) -> None:
     """Write the profile beside those of other identities, whole or not at all; a folder that cannot be written is said once."""
-    others = [entry for entry in _kept() if isinstance(entry, dict) and entry.get("identity") != here]
-    text = (
-        json.dumps({"profiles": [{"identity": here, "machine": asdict(found)}, *others][:MOST_KEPT]}, indent=2) + "\n"
-    )
+    others: list[Any] = []
+    with suppress(ValueError):  # a file that is not one of ours is replaced
+        others = [entry for entry in _kept() if isinstance(entry, dict) and entry.get("identity") != here]
+    profiles = [{"identity": here, "machine": asdict(found)}, *others][:MOST_KEPT]
+    text = json.dumps({"profiles": profiles}, indent=2) + "\n"
     partial = None
     try:
         target = cache_file()
@@ -175,12 +211,14 @@ def _keep(here: dict[str, Any], found: Machine) -> None:
         if partial is not None:
             with suppress(OSError):
                 partial.unlink(missing_ok=True)
-        _say_unkept(str(error.strerror or error))
+        reason = error.strerror or error
+        _say(f"the machine's measured speed cannot be kept, so it is measured every time: {reason}")
 
 
 @cache
-def _say_unkept(reason: str) -> None:
-    warnings.warn(f"the machine's measured speed cannot be kept, so it is measured every time: {reason}", stacklevel=4)
+def _say(text: str) -> None:
+    """Warn of something once."""
+    warnings.warn(text, stacklevel=4)
 
 
 def _measured(progress: Progress) -> Machine:
