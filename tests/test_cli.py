@@ -379,6 +379,15 @@ def test_a_gpu_s_memory_limit_is_that_of_the_gpu_that_is_used(monkeypatch, devic
     assert running.placing(build_parser().parse_args(words))["max_memory"] == {name: 2048, "cpu": 3072}
 
 
+def test_closed_streams_change_nothing_but_what_is_seen():
+    words = f"{sys.executable} -m neox_lite_app verify"
+    found = subprocess.run(f"{words} {DEMO} 2>&-", shell=True, env=ENVIRONMENT, capture_output=True, text=True)
+    assert found.returncode == 0 and found.stdout.endswith("as it should be\n")
+    found = subprocess.run(f"{words} /no/such/folder 2>&-", shell=True, env=ENVIRONMENT, capture_output=True, text=True)
+    assert found.returncode == 1 and found.stdout == ""
+    assert subprocess.run(f"{words} {DEMO} >&-", shell=True, env=ENVIRONMENT, capture_output=True).returncode == 0
+
+
 def test_ctrl_c_while_arguments_are_read_is_an_interrupt_too(monkeypatch, capsys):
     def interrupted():
         raise KeyboardInterrupt

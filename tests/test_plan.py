@@ -580,11 +580,20 @@ def test_a_folder_without_weights_is_planned_and_said_to_have_none(run, folder, 
     assert "no weights" not in run(int8)[1] and json.loads(run(int8, "--json")[1])["has_weights"] is True
 
 
-def test_weights_that_cannot_be_read_are_no_answer(run, int8, tmp_path):
-    shutil.copytree(int8, tmp_path / "cut")
-    (tmp_path / "cut" / "model.safetensors").write_bytes(b"short")
-    code, out, err = run(tmp_path / "cut")
-    assert code == 1 and out == "" and "model.safetensors" in err
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda weights: weights.write_bytes(b"short"), "model.safetensors"),
+        (lambda weights: (weights.unlink(), weights.symlink_to("/nowhere")), "model.safetensors: cannot be read"),
+        (lambda weights: weights.rename(weights.with_name("model-00001-of-00002.safetensors")), "index is missing"),
+    ],
+    ids=["cut", "dangling", "without-index"],
+)
+def test_weights_that_cannot_be_read_are_no_answer(run, int8, tmp_path, spoil, message):
+    shutil.copytree(int8, tmp_path / "spoiled")
+    spoil(tmp_path / "spoiled" / "model.safetensors")
+    code, out, err = run(tmp_path / "spoiled")
+    assert code == 1 and out == "" and len(err.splitlines()) == 1 and message in err
 
 
 def test_a_plan_says_how_to_measure_anew(run):

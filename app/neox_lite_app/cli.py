@@ -24,7 +24,7 @@ MODEL is a folder or a hub id such as EleutherAI/pythia-1.4b. First time here: n
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    _prepare_stdout()
+    _prepare_streams()
     try:
         args = _parse(argv)
         warnings.showwarning = _one_line_warning
@@ -60,11 +60,12 @@ def _plain_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
 
 
-def _prepare_stdout() -> None:
-    """Let every text pass: into nothing where stdout is closed, escaped where its encoding lacks a character."""
-    if sys.stdout is None:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
-    elif isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+def _prepare_streams() -> None:
+    """Let every text pass: into nothing where a stream is closed, escaped where stdout's encoding lacks a character."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, PTH123
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")
 
 

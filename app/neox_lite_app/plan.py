@@ -17,7 +17,7 @@ from neox_lite.config import GPTNeoXConfig
 from neox_lite.errors import ArgumentError, FormatError
 from neox_lite.folder_writer import MANIFEST, read_manifest
 from neox_lite.formats import GroupInt, formats_of
-from neox_lite.hub import HEAD, WEIGHTS, fetch_files, local_folder
+from neox_lite.hub import HEAD, fetch_files, local_folder
 from neox_lite.loading import DTYPES
 from neox_lite.offload import machine
 from neox_lite.offload.place import sizes_in
@@ -44,6 +44,7 @@ from neox_lite.offload.plan import plan as make_plan
 from .family import FAMILY
 from .running import amount, default_threads, fold, measure_machine, memory_limit, print_json, size, terminal_width
 
+WEIGHT_FILES = (".safetensors", ".bin", ".index.json")
 WIDTH = 100  # of the picture, at most
 LEAST_BAR = 10  # columns; a narrower bar gets a line of its own
 HANG = 10  # columns that stand before every text
@@ -94,8 +95,8 @@ class Model:
         local = local_folder(name, args.revision)
         folder = local or fetch_files(name, ["config.json", MANIFEST], args.revision)
         config = GPTNeoXConfig.from_pretrained(folder)
-        has_weights = any((local / entry).exists() for entry in WEIGHTS) if local else None
-        dtype, scales = dtypes_of(config, local if has_weights else None)
+        stored = Stored.of(local, config)
+        dtype = stored.dtype
         if config.quantization_config is None:
             found = (
                 cls.plain(config, dtype)
@@ -105,13 +106,12 @@ class Model:
         else:
             files = read_manifest(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
             formats, small_head = formats_of(config.quantization_config), HEAD in files or (folder / HEAD).is_file()
-            stored = formats("gpt_neox.layers.0.mlp.dense_h_to_4h")
-            format = f"{stored.name} g{stored.group_size}" if isinstance(stored, GroupInt) else name_of(dtype)
+            first = formats("gpt_neox.layers.0.mlp.dense_h_to_4h")
+            format = f"{first.name} g{first.group_size}" if isinstance(first, GroupInt) else name_of(dtype)
             if args.format not in (None, format.split()[0]):
                 raise ArgumentError(f"{name}: is quantized already ({format}); leave --format out")
-            found = cls(sizes_in(config, formats, dtype, scales, small_head), format, dtype, config)
-        shards = sorted(local.glob("*.safetensors"), key=lambda f: f.stat().st_size) if local else []
-        return replace(found, has_weights=has_weights, shard=shards[-1] if shards else None)
+            found = cls(sizes_in(config, formats, dtype, stored.scales, small_head), format, dtype, config)
+        return replace(found, has_weights=None if local is None else stored.shard is not None, shard=stored.shard)
 
     @classmethod
     def plain(cls, config: GPTNeoXConfig, dtype: torch.dtype) -> Model:
@@ -131,18 +131,28 @@ class Model:
         return {"format": self.format, "dtype": str(self.dtype).removeprefix("torch."), "has_weights": self.has_weights}
 
 
-def dtypes_of(config: GPTNeoXConfig, folder: Path | None) -> tuple[torch.dtype, torch.dtype]:
-    """Of what is not quantized, and of scales, as from_pretrained keeps them; float16 where there is nothing to tell."""
-    named = DTYPES.get(config.dtype or "")
-    if folder is None:
-        return named or torch.float16, named or torch.float16
-    with Checkpoint.open(folder) as checkpoint:
+@dataclass(frozen=True)
+class Stored:
+    """What weight files tell: dtypes of plain tensors and of scales, as from_pretrained keeps them, and the largest file."""
 
-        def stored(suffix: str) -> torch.dtype | None:
-            return next((checkpoint.info(n).dtype for n in checkpoint.names() if n.endswith(suffix)), None)
+    dtype: torch.dtype
+    scales: torch.dtype
+    shard: Path | None
 
-        dtype = named or stored("embed_in.weight") or torch.float32
-        return dtype, stored(".weight_scale") or dtype
+    @classmethod
+    def of(cls, folder: Path | None, config: GPTNeoXConfig) -> Stored:
+        """Without a weight file, as of a hub id, the dtype is the configuration's, or float16."""
+        named = DTYPES.get(config.dtype or "")
+        if folder is None or not any(file.name.endswith(WEIGHT_FILES) for file in folder.iterdir()):
+            return cls(named or torch.float16, named or torch.float16, None)
+        with Checkpoint.open(folder) as checkpoint:
+
+            def dtype_of(suffix: str) -> torch.dtype | None:
+                return next((checkpoint.info(n).dtype for n in checkpoint.names() if n.endswith(suffix)), None)
+
+            dtype = named or dtype_of("embed_in.weight") or torch.float32
+            shard = max(checkpoint.files, key=lambda file: file.stat().st_size)
+            return cls(dtype, dtype_of(".weight_scale") or dtype, shard)
 
 
 def name_of(dtype: torch.dtype) -> str:
