@@ -426,8 +426,8 @@ def test_a_gpu_that_is_not_there_is_named(monkeypatch):
 
 
 def test_doctor_shows_what_was_measured_and_how_to_measure_again(measurements):
-    assert doctor.rates(doctor.measured()) == "not measured yet; neox-lite doctor --measure does that"
+    assert doctor.speed(doctor.measured()) == "not measured yet; neox-lite doctor --measure does that"
     machine.profile()
-    shown = doctor.rates(asdict(doctor.measured()))
+    shown = doctor.speed(asdict(doctor.measured()))
     assert shown.startswith("CPU 20 GB/s of int4 weights, 0.30 TFLOP/s; GPU 20 GB/s") and "disk 2.5 GB/s" in shown
     assert "neox-lite doctor --measure measures again" in shown

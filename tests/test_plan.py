@@ -580,6 +580,13 @@ def test_a_folder_without_weights_is_planned_and_said_to_have_none(run, folder, 
     assert "no weights" not in run(int8)[1] and json.loads(run(int8, "--json")[1])["has_weights"] is True
 
 
+def test_a_hub_id_is_planned_from_its_configuration_alone(run, folder, monkeypatch):
+    monkeypatch.setattr("neox_lite_app.plan.fetch_files", lambda name, files, revision: folder)
+    result = json.loads(run("EleutherAI/gpt-neox-20b", "--json")[1])
+    assert result["has_weights"] is None and sum(result["layers"].values()) == 44
+    assert "no weights" not in run("EleutherAI/gpt-neox-20b")[1]
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [

@@ -24,6 +24,7 @@ from neox_lite.cache import PAGE, Batch, PagePool
 from neox_lite.cache import Sequence as CachedSequence
 from neox_lite.errors import ArgumentError
 from neox_lite.formats import DENSE, Dense, GroupInt, Weight, make_format
+from neox_lite.hub import resolve
 from neox_lite.layers import Linear
 from neox_lite.loading import LoadOptions, put
 from neox_lite.offload.machine import free_memory
@@ -52,7 +53,6 @@ def bench(args: argparse.Namespace) -> None:
         plan = None  # what making it took is not the model's
     with anonymous_peak() as peak:
         model, load_s = load_model(args) if plan is None else (build(plan, args), None)
-        check_lengths(model.config, args)
         result = {**identity(model, args), "load_s": load_s, **measure(model, args)}
     result |= {"peak_bytes": peak_bytes(model.device), "anonymous_peak_bytes": peak()}
     result |= bandwidth(model, args.context, min(PAIR_STEPS, args.decode)) | {"load_average": load_average}
@@ -89,8 +89,10 @@ def wish_of(args: argparse.Namespace, **changes: Any) -> Wish:
 def load_model(args: argparse.Namespace) -> tuple[GPTNeoXForCausalLM, float]:
     """MODEL or the folder just written, and the seconds that loading it took, with --warm the reading too."""
     quantization = args.format if args.model and args.format != "fp16" else None
+    name = args.model or args.scratch
+    check_lengths(GPTNeoXConfig.from_pretrained(resolve(name, args.revision)), args)
     began = time.perf_counter()
-    model = load(args.model or args.scratch, args, args.head, quantization=quantization, context=wish_of(args).context)
+    model = load(name, args, args.head, quantization=quantization, context=wish_of(args).context)
     load_s = time.perf_counter() - began
     if args.format == "fp16" and linears(model)[0].format != DENSE:
         raise ArgumentError(f"{args.model}: is quantized; --format fp16 needs the checkpoint that it was made from")

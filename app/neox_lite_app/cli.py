@@ -290,8 +290,8 @@ def _integer(low: int, high: int | None = None) -> Callable[[str], int]:
 
 
 def _counts(text: str) -> list[int]:
-    """Numbers above 0 between commas."""
-    return [_positive(word) for word in text.split(",")]
+    """Numbers above 0 between commas, none so large that torch could not count it."""
+    return [_integer(1, 1 << 20)(word) for word in text.split(",")]
 
 
 _counts.__name__ = "list of numbers"

@@ -43,7 +43,7 @@ def doctor(args: argparse.Namespace) -> None:
         print(describe(result))
 
 
-def examine(measured: Machine | None) -> dict[str, Any]:
+def examine(rates: Machine | None) -> dict[str, Any]:
     """Facts about this machine; memory and disk in bytes."""
     total, free = free_memory()
     cache = cache_root().parent
@@ -64,7 +64,7 @@ def examine(measured: Machine | None) -> dict[str, Any]:
         "gpu_why_not": None if torch.cuda.is_available() else no_gpu_reason(),
         "cpu_kernels": cpu.paths() if cpu.why_not(torch.device("cpu")) is None else {},
         "backends": {where: dispatch.reasons(torch.device(where)) for where in devices()},
-        "measured": None if measured is None else asdict(measured),
+        "measured": None if rates is None else asdict(rates),
         "packages": {name: version(name) for name in PACKAGES},
         "cache": str(cache),
         "cache_free_bytes": shutil.disk_usage(above).free,
@@ -107,7 +107,7 @@ def measured() -> Machine | None:
         return None
 
 
-def rates(found: dict[str, Any] | None) -> str:
+def speed(found: dict[str, Any] | None) -> str:
     if found is None:
         return "not measured yet; neox-lite doctor --measure does that"
     shown = [f"CPU {_processor(found['cpu'])}"]
@@ -145,7 +145,7 @@ def describe(result: dict[str, Any]) -> str:
     for where, reasons in result["backends"].items():
         lines += _choice(f"backend  on {where}: ", reasons)
     lines += _choice("kernels  for this processor: ", result["cpu_kernels"]) if result["cpu_kernels"] else []
-    lines.append(f"speed    {rates(result['measured'])}")
+    lines.append(f"speed    {speed(result['measured'])}")
     lines.append(f"cache    {result['cache']}, {size(result['cache_free_bytes'])} free on its disk")
     lines.append("packages " + ", ".join(f"{name} {found}" for name, found in result["packages"].items() if found))
     absent = [name for name, found in result["packages"].items() if not found]
