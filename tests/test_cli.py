@@ -388,6 +388,12 @@ def test_closed_streams_change_nothing_but_what_is_seen():
     assert subprocess.run(f"{words} {DEMO} >&-", shell=True, env=ENVIRONMENT, capture_output=True).returncode == 0
 
 
+@pytest.mark.parametrize("device", ["auto", "cpu"])
+def test_nothing_of_a_gpu_can_be_had_anywhere(run, device):
+    words = ("generate", DEMO, "--prompt", "x", "--max-new-tokens", 1, "--device", device, "--gpu-memory", 0)
+    assert run(*words)[0] == 0
+
+
 def test_ctrl_c_while_arguments_are_read_is_an_interrupt_too(monkeypatch, capsys):
     def interrupted():
         raise KeyboardInterrupt

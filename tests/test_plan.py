@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM, cache, stepper
 from neox_lite.errors import ArgumentError, FormatError
@@ -514,6 +515,7 @@ def test_a_plus_is_explained_only_where_there_is_one(run):
 def test_a_budget_of_nothing_is_said(run):
     assert "within 0 GiB of GPU and 16.0 GiB of CPU memory" in run("--card", "RTX 3060", "--gpu-memory", 0)[1]
     assert "within 0 GiB of CPU memory" in run("--cpu-memory", 0)[1]
+    assert "within 16.0 GiB of CPU memory" in run("--gpu-memory", 0)[1]  # and no GPU is no less
 
 
 def test_memory_below_a_gibibyte_is_told_in_smaller_units(run):
@@ -585,6 +587,24 @@ def test_a_hub_id_is_planned_from_its_configuration_alone(run, folder, monkeypat
     result = json.loads(run("EleutherAI/gpt-neox-20b", "--json")[1])
     assert result["has_weights"] is None and sum(result["layers"].values()) == 44
     assert "no weights" not in run("EleutherAI/gpt-neox-20b")[1]
+
+
+@pytest.mark.parametrize("changed", ["dtype", "pickled"])
+def test_layers_stay_on_the_disk_only_where_files_hold_them_as_they_run(run, tmp_path, changed):
+    GPTNeoXForCausalLM.from_pretrained(DEMO).save_pretrained(tmp_path)
+    words = (tmp_path, "--format", "fp16", "--cpu-memory")
+    least = json.loads(run(*words, "0", "--json")[1])["short_by"]
+    assert json.loads(run(*words, f"{least}B", "--json")[1])["layers"]["disk"] > 0
+    if changed == "dtype":
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16", "torch_dtype": "bfloat16"}))
+    else:
+        torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+        (tmp_path / "model.safetensors").unlink()
+    result = json.loads(run(*words, f"{least}B", "--json")[1])
+    assert not result["fits"] and result["layers"]["disk"] == 0
+    out = run(*words, f"{least}B")[1]
+    assert "disk      layers cannot stay there" in out and "--format int8 would" in out
 
 
 @pytest.mark.parametrize(

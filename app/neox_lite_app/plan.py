@@ -59,7 +59,8 @@ def plan(args: argparse.Namespace) -> None:
         family(args, place)
         return
     model = Model.of(args.model, args)
-    found = make_plan(model.sizes, place.machine, place.request(args, args.context or model.sizes.context))
+    request = replace(place.request(args, args.context or model.sizes.context), disk=model.disk)
+    found = make_plan(model.sizes, place.machine, request)
     if found.disk_layers and model.shard is not None:  # its own disk may be another than the one that was measured
         here = replace(place.machine, disk_bytes_per_s=machine.disk_rate(model.shard) or place.machine.disk_bytes_per_s)
         found = make_plan(model.sizes, here, found.request)
@@ -78,7 +79,7 @@ class Model:
     """A model as it would run. format: "int4 g128", "fp16", "float32", …; dtype: of what is not quantized.
 
     made: quantized, as its checkpoint is not yet. has_weights: None for a hub id, of which only the configuration is fetched.
-    shard: its largest weight file, where it is here.
+    shard: its largest weight file, where it is here. disk: whether layers can stay in the files, which hold them as they run.
     """
 
     sizes: Sizes
@@ -88,6 +89,7 @@ class Model:
     made: bool = False
     has_weights: bool | None = None
     shard: Path | None = None
+    disk: bool = True
 
     @classmethod
     def of(cls, name: str, args: argparse.Namespace) -> Model:
@@ -111,7 +113,8 @@ class Model:
             if args.format not in (None, format.split()[0]):
                 raise ArgumentError(f"{name}: is quantized already ({format}); leave --format out")
             found = cls(sizes_in(config, formats, dtype, stored.scales, small_head), format, dtype, config)
-        return replace(found, has_weights=None if local is None else stored.shard is not None, shard=stored.shard)
+        has_weights = None if local is None else stored.shard is not None
+        return replace(found, has_weights=has_weights, shard=stored.shard, disk=found.made or stored.as_they_run)
 
     @classmethod
     def plain(cls, config: GPTNeoXConfig, dtype: torch.dtype) -> Model:
@@ -133,18 +136,22 @@ class Model:
 
 @dataclass(frozen=True)
 class Stored:
-    """What weight files tell: dtypes of plain tensors and of scales, as from_pretrained keeps them, and the largest file."""
+    """What weight files tell: dtypes of plain tensors and of scales, as from_pretrained keeps them, and the largest file.
+
+    as_they_run: layers are mapped from there, neither unpickled nor converted.
+    """
 
     dtype: torch.dtype
     scales: torch.dtype
-    shard: Path | None
+    shard: Path | None = None
+    as_they_run: bool = True
 
     @classmethod
     def of(cls, folder: Path | None, config: GPTNeoXConfig) -> Stored:
         """Without a weight file, as of a hub id, the dtype is the configuration's, or float16."""
         named = DTYPES.get(config.dtype or "")
         if folder is None or not any(file.name.endswith(WEIGHT_FILES) for file in folder.iterdir()):
-            return cls(named or torch.float16, named or torch.float16, None)
+            return cls(named or torch.float16, named or torch.float16)
         with Checkpoint.open(folder) as checkpoint:
 
             def dtype_of(suffix: str) -> torch.dtype | None:
@@ -152,7 +159,8 @@ class Stored:
 
             dtype = named or dtype_of("embed_in.weight") or torch.float32
             shard = max(checkpoint.files, key=lambda file: file.stat().st_size)
-            return cls(dtype, dtype_of(".weight_scale") or dtype, shard)
+            as_they_run = shard.suffix == ".safetensors" and dtype_of("mlp.dense_h_to_4h.weight") in (None, dtype)
+            return cls(dtype, dtype_of(".weight_scale") or dtype, shard, as_they_run)
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -177,6 +185,8 @@ class Place:
         here = machine.profile(measure=False) or measure_machine()
         if card is not None:
             here = replace(here, card=card)
+        if gpu_bytes == 0 and here.card is None:  # nothing of a GPU can be had anywhere
+            gpu_bytes = None
         if gpu_bytes is not None and here.card is None:
             raise ArgumentError(f"--gpu-memory: there is no GPU here; plan for one with --card: {', '.join(CARDS)}")
         if cpu_bytes is None or (gpu_bytes is None and card is None and here.card is not None):
@@ -215,7 +225,8 @@ def smaller_format(model: Model, found: Plan) -> Iterator[str]:
         return
     for format in {"int4": (), "int8": ("int4",)}.get(model.format.split()[0], ("int8", "int4")):
         with suppress(FormatError):  # rows that no group divides
-            smaller = make_plan(Model.quantized(model.config, format).sizes, found.machine, found.request)
+            request = replace(found.request, disk=True)
+            smaller = make_plan(Model.quantized(model.config, format).sizes, found.machine, request)
             if smaller.level > found.level:
                 yield f"--format {format} would {GAINS[smaller.level]}"
                 return
@@ -263,6 +274,8 @@ def describe(name: str, model: Model, place: Place, found: Plan, advice: list[st
     texts += [("chosen", note) for note in found.notes]
     if model.has_weights is False:
         texts.append(("missing", f"{name} has no weights; all this follows from its config.json"))
+    if not (found.fits or model.disk):
+        texts.append(("disk", "layers cannot stay there: the files do not hold them as they run"))
     texts += [("" if i else "advice", line) for i, line in enumerate(advice)]
     for title, text in texts:
         yield from fold(f"{title:<{HANG}}{text}", width, HANG)

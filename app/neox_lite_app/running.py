@@ -39,12 +39,12 @@ def load(name: str, args: argparse.Namespace, head: str | None = None, **options
 def placing(args: argparse.Namespace) -> dict[str, Any]:
     """What the placement flags mean as options of from_pretrained. Raises ArgumentError, in the flags' own names."""
     gpu_bytes, cpu_bytes = memory_limit(args, "gpu"), memory_limit(args, "cpu")
-    check_device(args.device)
-    if gpu_bytes is not None and args.device == "cpu":
+    device = None if args.device == "auto" else device_of(args.device, "--device is")
+    if gpu_bytes and device is not None and device.type == "cpu":
         raise ArgumentError("--gpu-memory and --device cpu contradict each other; leave one out")
-    if gpu_bytes is not None and not torch.cuda.is_available():
+    if gpu_bytes and not torch.cuda.is_available():
         raise ArgumentError("--gpu-memory: torch sees no GPU here; leave it out")
-    limits = {"cuda" if args.device == "auto" else args.device: gpu_bytes, "cpu": cpu_bytes}
+    limits = {args.device if args.device.startswith("cuda") else "cuda": gpu_bytes, "cpu": cpu_bytes}
     limits = {where: limit for where, limit in limits.items() if limit is not None}
     return {
         "device_map": args.device,
@@ -61,15 +61,6 @@ def memory_limit(args: argparse.Namespace, side: str) -> int | None:
         return None if text is None else parse_bytes(text)
     except (ArgumentError, OverflowError) as error:
         raise ArgumentError(f"--{side}-memory is {text[:40]!r}, expected a size such as 8GiB or 500MB") from error
-
-
-def check_device(name: str) -> None:
-    """Raise ArgumentError for a --device that is not there."""
-    try:
-        if name != "auto":
-            device_of(name)
-    except ArgumentError as error:
-        raise ArgumentError(str(error).replace("device_map", "--device", 1)) from error
 
 
 def measure_machine() -> machine.Machine:
