@@ -411,12 +411,15 @@ def test_budgets_are_what_is_free_and_what_this_process_holds_but_a_margin(monke
     host, gpu = machine.budgets(replace(KNOWN, card=None))
     assert gpu is None and (10 << 30) - machine.HOST_MARGIN <= host < 20 << 30
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 1 << 30)
-    monkeypatch.setattr(machine, "free_gpu", lambda: (8 << 30, 5 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda gpu: 1 << 30)
+    monkeypatch.setattr(machine, "free_gpu", lambda gpu: (8 << 30, (5 + gpu) << 30))
     assert machine.budgets(KNOWN)[1] == (6 << 30) + (500 << 20) - machine.GPU_MARGIN
+    assert machine.budgets(KNOWN, gpu=1)[1] == (7 << 30) + (500 << 20) - machine.GPU_MARGIN
+    assert machine.budgets(KNOWN, gpu=None)[1] is None
     monkeypatch.setattr(machine, "free_memory", lambda: (None, None))
     with pytest.raises(ArgumentError, match="give the budget"):
         machine.budgets(KNOWN)
+    assert machine.budgets(KNOWN, 7, 0) == (7, 0)  # what is given needs no asking
 
 
 def test_a_gpu_that_is_not_there_is_named(monkeypatch):

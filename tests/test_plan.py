@@ -383,7 +383,12 @@ def run(capsys, monkeypatch):
 
     def call(*words, here=HOME, free=(16 << 30, None)):
         monkeypatch.setattr(machine, "profile", lambda measure: replace(here, card=here.card if free[1] else None))
-        monkeypatch.setattr(machine, "budgets", lambda found: free)
+        monkeypatch.setattr(machine, "free_memory", lambda: (64 << 30, free[0] + machine.HOST_MARGIN))
+        monkeypatch.setattr(machine, "_own_memory", lambda: None)
+        if free[1] is not None:
+            driver = here.card.context_bytes - machine.GPU_MARGIN
+            monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+            monkeypatch.setattr(machine, "free_gpu", lambda gpu: (here.card.bytes, free[1] - driver))
         code = main(["plan", *map(str, words)])
         out = capsys.readouterr()
         return code, out.out, out.err

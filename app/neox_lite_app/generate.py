@@ -20,6 +20,7 @@ def generate(args: argparse.Namespace) -> None:
     options = _options(args)
     Options.parse({**options, "do_sample": True})  # bad values are refused before minutes of loading
     check_text(prompt, "--prompt")
+    draft = _draft(args) if args.draft is not None else None  # first: the model is planned beside it
     model = load(args.model, args, args.head)
     ids, options["max_new_tokens"] = _lengths(model, prompt, args)
     options["do_sample"] = bool(model.generation_config.do_sample) if args.temperature is None else args.temperature > 0
@@ -28,8 +29,8 @@ def generate(args: argparse.Namespace) -> None:
         if idle:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
             note(f"neox-lite: warning: {flags} without effect in greedy decoding; add --temperature 0.8")
-    if args.draft is not None:
-        options["assistant_model"] = _draft(args)
+    if draft is not None:
+        options["assistant_model"] = draft
     clock, counts, pieces, tokens, reason = Clock(), Speculation(), [], 0, None
     for event in model.stream(ids, speculation=counts, **options):
         clock.tick()

@@ -189,13 +189,9 @@ class Place:
             gpu_bytes = None
         if gpu_bytes is not None and here.card is None:
             raise ArgumentError(f"--gpu-memory: there is no GPU here; plan for one with --card: {', '.join(CARDS)}")
-        if cpu_bytes is None or (gpu_bytes is None and card is None and here.card is not None):
-            free_cpu, free_gpu = machine.budgets(here)
-            cpu_bytes = free_cpu if cpu_bytes is None else cpu_bytes
-            gpu_bytes = free_gpu if gpu_bytes is None and card is None else gpu_bytes
         if card is not None and gpu_bytes is None:
             gpu_bytes = card.bytes - machine.GPU_MARGIN
-        return cls(here, cpu_bytes, gpu_bytes, card is not None)
+        return cls(here, *machine.budgets(here, cpu_bytes, gpu_bytes), card is not None)
 
     def request(self, args: argparse.Namespace, context: int) -> Request:
         return Request(context, self.cpu_bytes, self.gpu_bytes, kv=args.kv, head=args.head)

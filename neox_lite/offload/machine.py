@@ -469,21 +469,27 @@ def _resident(status: str) -> dict[str, int] | None:
     return {kind: int(kib) << 10 for kind, kib in found.items()} if len(found) == 3 else None
 
 
-def budgets(machine: Machine) -> tuple[int, int | None]:
-    """What this process may take of host memory and of the GPU in all: what it holds, and what is free now but a margin.
+def budgets(
+    here: Machine, cpu_bytes: int | None = None, gpu_bytes: int | None = None, gpu: int | None = 0
+) -> tuple[int, int | None]:
+    """What this process may take of host memory and of the GPU number `gpu` in all.
 
-    The GPU's is None where the machine has none. Raises ArgumentError where the system does not say what is free.
+    That is as given, or else what it holds and what is free now but a margin. None for the GPU's where `gpu` is None or the
+    machine has none. Raises ArgumentError where the system does not say what is free.
     """
-    free = free_memory()[1]
-    if free is None:
-        raise ArgumentError("this system does not say how much memory is free; give the budget")
-    held = _own_memory()
-    own = held["Anon"] + held["Shmem"] if held else 0  # memory of files counts as free already
-    host = max(0, free + own - HOST_MARGIN)
-    if machine.card is None or not torch.cuda.is_available():
-        return host, None
-    gpu = free_gpu()[1] + machine.card.context_bytes + torch.cuda.memory_reserved()  # asking has made the context
-    return host, max(0, gpu - GPU_MARGIN)
+    if cpu_bytes is None:
+        free = free_memory()[1]
+        if free is None:
+            raise ArgumentError("this system does not say how much memory is free; give the budget")
+        held = _own_memory()
+        own = held["Anon"] + held["Shmem"] if held else 0  # memory of files counts as free already
+        cpu_bytes = max(0, free + own - HOST_MARGIN)
+    if gpu is None or here.card is None:
+        return cpu_bytes, None
+    if gpu_bytes is None and torch.cuda.is_available():
+        held_there = here.card.context_bytes + torch.cuda.memory_reserved(gpu)  # asking has made the context
+        gpu_bytes = max(0, free_gpu(gpu)[1] + held_there - GPU_MARGIN)
+    return cpu_bytes, gpu_bytes
 
 
 def resident() -> int | None:

@@ -153,14 +153,11 @@ def decide(
 def _by_plan(wish: Wish, sizes: Sizes, not_on_disk: str | None) -> Decision:
     device, limits = _gpu_of(wish), dict(wish.max_memory or {})
     here = known_machine(measure=device is not None)
-    cpu_bytes, gpu_bytes = machine.budgets(here) if device is not None or "cpu" not in limits else (0, None)
-    if device is None:
-        gpu_bytes = None
-    else:
-        gpu_bytes = next((n for key, n in limits.items() if key in _names_of(device)), gpu_bytes)
+    limit = next((n for key, n in limits.items() if device is not None and key in _names_of(device)), None)
+    cpu_bytes, gpu_bytes = machine.budgets(here, limits.get("cpu"), limit, None if device is None else device.index)
     request = Request(
         context=wish.context or sizes.context,
-        cpu_bytes=limits.get("cpu", cpu_bytes),
+        cpu_bytes=cpu_bytes,
         gpu_bytes=gpu_bytes,
         kv=wish.kv,
         head=wish.head,
@@ -185,9 +182,7 @@ def _by_plan(wish: Wish, sizes: Sizes, not_on_disk: str | None) -> Decision:
             found.pages,
         )
     where = device if device is not None and found.gpu_layers else torch.device("cpu")
-    most = None
-    if limits.keys() - {"cpu"} and gpu_bytes is not None and here.card is not None:
-        most = gpu_bytes - here.card.context_bytes
+    most = limit - here.card.context_bytes if limit is not None and here.card is not None else None
     return Decision(where, placement, found.kv, found.head, found, most)
 
 
@@ -201,8 +196,8 @@ def _gpu_of(wish: Wish) -> torch.device | None:
 
 
 def _names_of(device: torch.device) -> tuple[Any, ...]:
-    """What max_memory may call a GPU."""
-    return device.index or 0, f"cuda:{device.index or 0}", *(("cuda",) if not device.index else ())
+    """What max_memory may call the GPU in use."""
+    return device.index or 0, f"cuda:{device.index or 0}", "cuda"
 
 
 def known_machine(measure: bool) -> Machine:
