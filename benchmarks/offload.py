@@ -30,6 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scratch", type=Path, required=True, help="where models are kept between runs")
     parser.add_argument("--shapes", default="pythia-160m,pythia-1.4b,pythia-6.9b,20b")
+    parser.add_argument("--format", choices=("int4", "int8", "fp16"), default="int4")
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--cpu-memory", default="", help="budgets, comma between; default: what is free")
     parser.add_argument("--gpu-memory", default="", help="likewise")
@@ -44,26 +45,28 @@ def main() -> None:
         return
     rows = []
     for shape in args.shapes.split(","):
-        folder = made(shape, args.scratch)
+        folder = made(shape, args.format, args.scratch)
         for gpu in args.gpu_memory.split(","):
             for cpu in args.cpu_memory.split(","):
                 case = {"folder": str(folder), "context": args.context, "kv": args.kv, "decode": args.decode}
                 case["limits"] = {where: size for where, size in (("cuda", gpu), ("cpu", cpu)) if size}
-                rows.append({"shape": shape, **run(case)})
+                rows.append({"shape": shape, "format": args.format, **run(case)})
                 print(line(rows[-1]), flush=True)
     if args.out:
         target = args.out / f"{args.name}.json"
         target.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
 
 
-def made(shape: str, scratch: Path) -> Path:
-    """The folder of a shape's random int4 model with its int8 head, written if it is not there."""
-    from neox_lite.formats import GroupInt
+def made(shape: str, format: str, scratch: Path) -> Path:
+    """The folder of a shape's random model, quantized ones with an int8 head, written if it is not there."""
+    from neox_lite.formats import DENSE, GroupInt
     from neox_lite_app.random_model import RandomModel, config_of
 
-    folder = scratch / shape
+    folder = scratch / (shape if format == "int4" else f"{shape}-{format}")
     if not (folder / "config.json").is_file():
-        RandomModel(config_of(shape), GroupInt(4, 128), small_head=True).write(folder, lambda done, total: None)
+        packing = DENSE if format == "fp16" else GroupInt({"int4": 4, "int8": 8}[format], 128)
+        model = RandomModel(config_of(shape), packing, small_head=format != "fp16")
+        model.write(folder, lambda done, total: None)
     return folder
 
 

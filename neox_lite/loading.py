@@ -27,8 +27,8 @@ from .formats import Format, GroupInt, formats_of, make_format, quantization_con
 from .hub import HEAD, resolve
 from .layers import Linear
 from .offload.accelerator import Accelerator
-from .offload.place import Decision, Wish, check, decide, let_go, settle, sizes_in
-from .offload.plan import Sizes
+from .offload.place import Decision, Wish, check, decide, let_go, remember, settle, sizes_in
+from .offload.plan import Sizes, linears_of
 from .offload.ring import Origin, Origins
 from .offload.run import Placement
 from .saving import parse_bytes
@@ -154,7 +154,7 @@ class LoadOptions:
             if not isinstance(limits, Mapping):
                 raise ArgumentError(f"max_memory is {limits!r}, expected for instance {{'cuda': '8GiB'}}")
             given["max_memory"] = {where: parse_bytes(limit) for where, limit in limits.items()}
-        if (context := given.get("context")) is not None and (not isinstance(context, int) or context < 1):
+        if (context := given.get("context")) is not None and (type(context) is not int or context < 1):
             raise ArgumentError(f"context is {context!r}, expected a number of tokens")
         if given.get("head") not in (None, "fp16", "int8"):
             raise ArgumentError(f"head is {given['head']!r}, expected 'fp16' or 'int8'")
@@ -224,7 +224,13 @@ def from_pretrained(cls: type[GPTNeoXPreTrainedModel], name: str | os.PathLike[s
                 return _from_cache(cls, cached, options, Source(folder, os.fspath(name), options.revision), dtype)
         config.dtype = str(dtype).removeprefix("torch.")
         blueprint = Blueprint(cls, config, checkpoint, target)
-        decision = decide(options.wish, _sizes(blueprint, dtype, folder), blueprint.heads, blueprint.prefix)
+        decision = decide(
+            options.wish,
+            _sizes(blueprint, dtype, folder, options.exact),
+            blueprint.heads,
+            blueprint.prefix,
+            blueprint.not_on_disk(dtype),
+        )
         if decision.announcement is not None:
             announce(decision.announcement)
         model = blueprint.fill(dtype)
@@ -252,13 +258,15 @@ def _from_cache(
     return model
 
 
-def _sizes(blueprint: Blueprint, dtype: torch.dtype, folder: Path) -> Sizes:
+def _sizes(blueprint: Blueprint, dtype: torch.dtype, folder: Path, exact: bool) -> Sizes:
     """Bytes of a model's parts as they will be."""
     config = blueprint.model.config
     scale = next((n for n in blueprint.checkpoint.names() if n.endswith(".weight_scale")), None)
     scale_dtype = blueprint.checkpoint.info(scale).dtype if scale is not None else dtype
     formats = formats_of(config.quantization_config)
     sizes = sizes_in(config, formats, dtype, scale_dtype, (folder / HEAD).exists())
+    if exact:  # quantized weights, too, are written out for many tokens
+        sizes = replace(sizes, decoded=max(out * columns for out, columns, _ in linears_of(config).values()))
     return sizes if "embed_out" in blueprint.heads else replace(sizes, head=0, small_head=None)
 
 
@@ -360,6 +368,20 @@ class Blueprint:
             encoded = self.is_encoded(module) and key != "bias"
             if tensor is not None and not encoded and key not in module._non_persistent_buffers_set:
                 yield dot + key, tensor
+
+    def not_on_disk(self, dtype: torch.dtype) -> str | None:
+        """Why layers cannot stay in their files; None where these hold their weights as they run."""
+        if self.target is not None:
+            return "quantization= makes their weights; run `neox-lite quantize` first, and load the folder it writes"
+        for name, module in self.model.base_model.layers.named_modules():
+            for key in module.format.specs(module.shape, dtype) if isinstance(module, Linear) else ():
+                info = self.checkpoint.info(self.stored(f"gpt_neox.layers.{name}.{key}"))
+                if info.offset is None:
+                    return f"{info.file.name} is no safetensors file; save the model as one, or quantize it"
+                if key == "weight" and info.dtype != dtype:
+                    stored, wanted = (str(kind).removeprefix("torch.") for kind in (info.dtype, dtype))
+                    return f"{info.file.name} holds {stored}, and they are to be {wanted}; pass dtype={stored!r}, or quantize"
+        return None
 
     def fill(self, dtype: torch.dtype) -> GPTNeoXPreTrainedModel:
         """Put every tensor in its place: mapped where dtype and format are the file's, else converted."""
@@ -529,6 +551,7 @@ def put(model: GPTNeoXPreTrainedModel, decision: Decision) -> None:
     model.kv, model.plan = decision.kv, decision.plan
     if decision.plan is not None:
         model.first_pages, model.cache_pages = decision.plan.pages, decision.plan.most_pages
+        remember(model)
     if decision.placement is None:
         model.to(decision.device)
     else:

@@ -27,7 +27,7 @@ from .kernels.backend import Backend
 from .kernels.captured import MOST_TOKENS
 from .layers import GPTNeoXLayer, Linear, Rotary, norm_of
 from .offload.accelerator import Accelerator
-from .offload.plan import Plan
+from .offload.plan import KINDS, Plan
 from .offload.run import Placement, Runner
 
 Model = TypeVar("Model", bound="GPTNeoXPreTrainedModel")
@@ -90,8 +90,8 @@ class GPTNeoXPreTrainedModel(nn.Module):
         super().__init__()
         self.config = config
         self.source = loading.Source()
-        self.kv = "fp16"  # what new pools hold: "fp16" is the model's own dtype
-        self.cache_pages: int | None = None  # most pages of a pool; None: it grows as it must
+        self.kv = "fp16"
+        self.cache_pages = None
         self.first_pages: int | None = None  # pages that a lasting pool starts with
         self.exact = False  # whether quantized weights meet float32 activations where a backend could take coarser ones
         self.placement: Placement | None = None  # None: all parts are where the embedding is
@@ -124,6 +124,37 @@ class GPTNeoXPreTrainedModel(nn.Module):
                 if isinstance(module, Linear) and module.bias is not None:
                     module.bias.zero_()
 
+    # The KV cache -----------------------------------------------------------------------------------------------------
+
+    @property
+    def kv(self) -> str:
+        """What new pools hold: "fp16" for the model's own dtype, or "int8"."""
+        return self._kv
+
+    @kv.setter
+    def kv(self, kind: str) -> None:
+        if kind not in KINDS:
+            raise ArgumentError(f"kv is {kind!r}, expected 'fp16' or 'int8'")
+        self._kv = kind
+
+    @property
+    def cache_pages(self) -> int | None:
+        """Most pages, of 128 tokens, of a pool; None: it grows as it must."""
+        return self._cache_pages
+
+    @cache_pages.setter
+    def cache_pages(self, count: int | None) -> None:
+        if count is not None and (type(count) is not int or count < 1):
+            raise ArgumentError(f"cache_pages is {count!r}, expected a number of pages of at least 1, or None")
+        self._cache_pages = count
+
+    def new_pool(self, pages: int = 0, limit: int | None = None) -> PagePool:
+        """An empty KV cache pool for this model's layers, of the kind that `kv` names. limit: None for `cache_pages`."""
+        config, dtype = self.config, torch.int8 if self.kv == "int8" else self.dtype
+        devices = [layer.device for layer in self.base_model.blocks]
+        limit = self.cache_pages if limit is None else limit
+        return PagePool(config.num_attention_heads, config.head_dim, dtype, devices, pages, limit)
+
     # Placement --------------------------------------------------------------------------------------------------------
 
     @property
@@ -146,6 +177,12 @@ class GPTNeoXPreTrainedModel(nn.Module):
         return self.runner.first_dtype
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GPTNeoXPreTrainedModel:
+        for weight in self._plain_on_disk():
+            if fn(weight[:0]).dtype != weight.dtype:
+                raise UnsupportedError(
+                    f"layers on the disk stay {weight.dtype}, as their files hold them; load the model with another dtype, "
+                    "and more memory, instead of converting it"
+                )
         self._unbind()  # kernels are bound again on the next call
         if self.placement is not None and any(fn(torch.empty(0, device=d)).device != d for d in self._devices()):
             self.placement = self.accelerator = None  # all of it moves to one device
@@ -154,8 +191,17 @@ class GPTNeoXPreTrainedModel(nn.Module):
     def _devices(self) -> set[torch.device]:
         return {tensor.device for tensor in (*self.parameters(), *self.buffers())}
 
+    def _plain_on_disk(self) -> list[Tensor]:
+        """Weights of layers that stay on the disk, but for quantized ones, whose dtypes nothing changes."""
+        tiers = self.placement.layers if self.placement is not None else ()
+        layers = [layer for tier, layer in zip(tiers, self.base_model.blocks, strict=False) if tier == "disk"]
+        linears = [m for layer in layers for m in layer.modules() if isinstance(m, Linear)]
+        return [m.handle.tensors["weight"] for m in linears if m.format == DENSE]
+
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles bind their own kernels and have their own cache."""
+        if self.placement is not None and "disk" in self.placement.layers:
+            raise UnsupportedError("a model with layers on the disk cannot be copied or pickled; load it again")
         return {name: value for name, value in self.__dict__.items() if name not in ("_runner", "_lasting")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -236,13 +282,6 @@ class GPTNeoXPreTrainedModel(nn.Module):
     def ops(self, ops: Backend) -> None:
         self._unbind()
         self._bind(ops)
-
-    def new_pool(self, pages: int = 0, limit: int | None = None) -> PagePool:
-        """An empty KV cache pool for this model's layers, of the kind that `kv` names. limit: None for `cache_pages`."""
-        config, dtype = self.config, torch.int8 if self.kv == "int8" else self.dtype
-        devices = [layer.device for layer in self.base_model.blocks]
-        limit = self.cache_pages if limit is None else limit
-        return PagePool(config.num_attention_heads, config.head_dim, dtype, devices, pages, limit)
 
     def run_layers(
         self, x: Tensor, pool: PagePool, batch: Batch, each: Callable[[Tensor], Any] | None = None

@@ -109,7 +109,7 @@ def read_companions(folder: Path) -> dict[str, bytes]:
 
 def parse_bytes(value: int | str) -> int:
     """A number of bytes, or text such as "8GiB" or "500MB"."""
-    if isinstance(value, int):
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(value), re.IGNORECASE)
     if match is None:

@@ -96,6 +96,26 @@ def test_a_folder_is_measured_as_it_is(run):
     assert result["load_s"] > 0 and result["shape"].count("x") == 2
 
 
+def test_batches_whose_cache_the_budget_cannot_hold_are_left_out_with_a_sentence(run, monkeypatch):
+    load = bench.load_model
+
+    def with_three_pages(args):
+        model, load_s = load(args)
+        model.cache_pages = 3
+        return model, load_s
+
+    monkeypatch.setattr(bench, "load_model", with_three_pages)
+    words = (DEMO, "--context", 100, "--decode", 30, "--prefill", 8, "--batch", "1,2,5", "--device", "cpu", "--json")
+    code, out, err = run(*words)  # sequences of 134 tokens take two pages each
+    result = json.loads(out)
+    assert code == 0 and result["decode_tokens_per_s"] > 0 and result["batch_decode_tokens_per_s"] == {}
+    assert result["batches_left_out"] == [2, 5]
+    assert (
+        "no batch of 2 or 5 is measured: the memory budget has room for 384 tokens of KV cache, 1 sequence of 256"
+        in err
+    )
+
+
 def test_the_model_may_stand_after_options(run):
     code, out, _ = run(*QUICK, "--json", DEMO)
     assert code == 0 and json.loads(out)["model"] == str(DEMO)
@@ -137,6 +157,12 @@ def test_the_table_for_people_says_what_is_random(run):
         (("--shape", "1x128x2", "--prefill", 4096), "--prefill is 4096"),
         (("--shape", "1x128x2", "--device", "cuda"), "no CUDA device"),
         (("--shape", "1x128x2", "--revision", "main"), "--revision goes with MODEL only"),
+        ((DEMO, "--context", 508, "--decode", 1), "--context 508 and --decode 1 need 513 tokens"),
+        ((DEMO, "--prefill", 600), "--prefill is 600, but the model's context is 512"),
+        (("--shape", ""), "--shape is ''"),
+        (("--shape", "1x128x2", "--scratch", ""), "--scratch is empty"),
+        ((DEMO, "--cpu-memory", ""), "--cpu-memory is '', expected a size"),
+        ((DEMO, "--gpu-memory", "8GiB"), "--gpu-memory: torch sees no GPU here"),
         (("--shape", "1x128x2", "--warm"), "--warm reads weights from the disk"),
         ((DEMO, "--group-size", 64), "--group-size goes with --shape only"),
         ((DEMO, "--scratch", "/tmp/x"), "--scratch goes with --shape only"),
@@ -157,6 +183,7 @@ def test_what_makes_no_sense_is_one_line_and_exits_1(run, words, message):
         ("--shape", "20b", DEMO),
         (DEMO, "--format", "int3"),
         (DEMO, "--batch", "0"),
+        (DEMO, "--batch", "1,99999999999999999999"),
         (DEMO, "--prefill", "128;512"),
         (DEMO, "--decode", "0"),
     ],

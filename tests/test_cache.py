@@ -532,3 +532,15 @@ def test_an_int8_cache_costs_the_demo_model_little():
 def test_an_unknown_kind_of_cache_is_refused(kv):
     with pytest.raises(ArgumentError, match=r"kv is .*, expected 'fp16' or 'int8'"):
         GPTNeoXForCausalLM.from_pretrained(DEMO, kv=kv)
+    model = GPTNeoXForCausalLM.from_pretrained(DEMO)
+    with pytest.raises(ArgumentError, match=r"kv is .*, expected 'fp16' or 'int8'"):
+        model.kv = kv
+    assert model.kv == "fp16"
+
+
+@pytest.mark.parametrize("count", [-1, 0, True, 2.0, "8"])
+def test_a_limit_of_pages_that_is_no_number_of_them_is_refused(count):
+    model = GPTNeoXForCausalLM.from_pretrained(DEMO)
+    with pytest.raises(ArgumentError, match=r"cache_pages is .*, expected a number of pages"):
+        model.cache_pages = count
+    assert model.cache_pages is None

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from neox_lite import GPTNeoXForCausalLM
-from neox_lite_app.cli import main
+from neox_lite_app import running
+from neox_lite_app.cli import build_parser, main
 from neox_lite_app.demo import FOLDER as DEMO
 
 ROOT = Path(__file__).parents[1]
@@ -143,6 +144,25 @@ def test_generate_with_drafts_prints_the_same_text_and_counts_them(run, int4, dr
     assert counts["mean_tokens_per_pass"] == 39 / counts["passes"]
 
 
+def test_what_is_wrong_with_a_draft_is_said_of_the_draft(run, int4, tmp_path, monkeypatch):
+    narrow = tmp_path / "narrow"
+    shutil.copytree(DEMO, narrow)
+    config = json.loads((narrow / "config.json").read_text())
+    (narrow / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 256}))
+    words = ("generate", int4, "--prompt", "O, ", "--context", 300, "--cpu-memory", "64GB")
+    for draft, message in ((narrow, "context is 300, but"), ("/no/such/folder", "no such folder")):
+        code, _, err = run(*words, "--draft", draft)
+        assert code == 1 and "error: --draft: " in err and message in err
+    load = running.GPTNeoXForCausalLM.from_pretrained
+
+    def tight(name, **options):
+        return load(name, **{**options, "max_memory": {"cpu": 1 << 20}} if name == str(DEMO) else options)
+
+    monkeypatch.setattr(running.GPTNeoXForCausalLM, "from_pretrained", tight)
+    code, _, err = run(*words, "--draft", DEMO)
+    assert code == 1 and re.search(r"error: --draft: the model does not fit: \d+ MiB", err)
+
+
 def test_generate_stops_before_a_stop_text(run, int4):
     _, whole, _ = run("generate", int4, "--prompt", "ROMEO:\n", "--max-new-tokens", 40)
     stop = whole[10:14]
@@ -244,7 +264,16 @@ def test_the_demo_runs_to_its_end(run):
         (["generate", DEMO, "--prompt", "x", "--top-p", 1.5], "top_p is 1.5"),
         (["generate", DEMO, "--prompt", "\udcff", "--max-new-tokens", 1], "surrogate"),
         (["generate", DEMO, "--prompt", "x", "--device", "cuda"], "no CUDA device"),
-        (["generate", DEMO, "--prompt", "x", "--device", "tpu"], "expected 'auto', 'cpu', 'cuda'"),
+        (["generate", DEMO, "--prompt", "x", "--device", "tpu"], "--device is 'tpu', expected 'auto', 'cpu', 'cuda'"),
+        (["generate", DEMO, "--prompt", "x", "--gpu-memory", "8GiB"], "--gpu-memory: torch sees no GPU here"),
+        (
+            ["generate", DEMO, "--prompt", "x", "--device", "cpu", "--gpu-memory", "8GiB"],
+            "--gpu-memory and --device cpu contradict",
+        ),
+        (["generate", DEMO, "--prompt", "x", "--cpu-memory", ""], "--cpu-memory is '', expected a size such as 8GiB"),
+        (["demo", "--gpu-memory", ""], "--gpu-memory is '', expected a size such as 8GiB"),
+        (["perplexity", DEMO, "--text", DEMO / "config.json", "--cpu-memory", "x"], "--cpu-memory is 'x', expected"),
+        (["generate", DEMO, "--prompt", "x", "--draft", ""], "--draft: '': no such folder"),
         (["quantize", "no/such/folder", "/tmp/x"], "no such folder"),
         (["verify", "/no/such/folder"], "no such folder"),
         (["perplexity", DEMO, "--text", "/no/such/file"], "cannot be read"),
@@ -340,6 +369,29 @@ def test_closed_standard_streams_cause_no_traceback(int4):
     assert found.returncode == 0 and "error" not in found.stderr
     found = subprocess.run(f"{words} - <&-", shell=True, env=ENVIRONMENT, capture_output=True, text=True)
     assert found.returncode == 1 and "stdin is closed" in found.stderr
+
+
+@pytest.mark.parametrize(("device", "name"), [("auto", "cuda"), ("cuda", "cuda"), ("cuda:1", "cuda:1")])
+def test_a_gpu_s_memory_limit_is_that_of_the_gpu_that_is_used(monkeypatch, device, name):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    words = ["generate", "m", "--prompt", "x", "--device", device, "--gpu-memory", "2KiB", "--cpu-memory", "3KiB"]
+    assert running.placing(build_parser().parse_args(words))["max_memory"] == {name: 2048, "cpu": 3072}
+
+
+def test_closed_streams_change_nothing_but_what_is_seen():
+    words = f"{sys.executable} -m neox_lite_app verify"
+    found = subprocess.run(f"{words} {DEMO} 2>&-", shell=True, env=ENVIRONMENT, capture_output=True, text=True)
+    assert found.returncode == 0 and found.stdout.endswith("as it should be\n")
+    found = subprocess.run(f"{words} /no/such/folder 2>&-", shell=True, env=ENVIRONMENT, capture_output=True, text=True)
+    assert found.returncode == 1 and found.stdout == ""
+    assert subprocess.run(f"{words} {DEMO} >&-", shell=True, env=ENVIRONMENT, capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu"])
+def test_nothing_of_a_gpu_can_be_had_anywhere(run, device):
+    words = ("generate", DEMO, "--prompt", "x", "--max-new-tokens", 1, "--device", device, "--gpu-memory", 0)
+    assert run(*words)[0] == 0
 
 
 def test_ctrl_c_while_arguments_are_read_is_an_interrupt_too(monkeypatch, capsys):

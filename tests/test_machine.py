@@ -4,7 +4,8 @@ import json
 import os
 import stat
 import warnings
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import reduce
 from pathlib import Path
 
 import pytest
@@ -14,15 +15,16 @@ from neox_lite.errors import ArgumentError
 from neox_lite.offload import machine
 from neox_lite.offload.plan import Card, Machine, Rates
 from neox_lite_app import doctor
+from neox_lite_app.cli import main
 
-RATES = Rates(2e10, 3e11, 1e-5)
+RATES = Rates(2e10, 3e11, 1e-5, 1e-9, 1e11)
 KNOWN = Machine(RATES, 2.5e9, 400 << 20, Card("a card", 8 << 30, RATES, 1.2e10, 500 << 20))
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    machine._say_unkept.cache_clear()
+    machine._say.cache_clear()
 
 
 @pytest.fixture
@@ -101,9 +103,11 @@ def without(path):
     return json.dumps(kept)
 
 
-def with_value(key, value):
+def with_value(path, value):
+    """A kept profile with another value at the path, keys with dots between them."""
     kept = json.loads(machine.cache_file().read_text())
-    kept["profiles"][0]["machine"][key] = value
+    *inner, last = path.split(".")
+    reduce(dict.__getitem__, inner, kept["profiles"][0]["machine"])[last] = value
     return json.dumps(kept)
 
 
@@ -128,14 +132,75 @@ def with_value(key, value):
         lambda: with_value("disk_bytes_per_s", 0),
         lambda: with_value("disk_bytes_per_s", float("inf")),
         lambda: with_value("cpu", [1, 2, 3]),
+        lambda: with_value("process_bytes", 1e300),
+        lambda: with_value("process_bytes", 10**400),
+        lambda: with_value("cpu.read_bytes_per_s", -2e10),
+        lambda: with_value("cpu.flops_per_s", float("nan")),
+        lambda: with_value("cpu.layer_s", 1e6),
+        lambda: with_value("card.bytes", 1 << 60),
+        lambda: with_value("card.bus_bytes_per_s", "fast"),
+        lambda: with_value("card.name", 3060),
+        lambda: with_value("card.name", "a\ncard"),
         lambda: "\0\xff",
     ],
 )
-def test_a_spoiled_file_is_measured_again_and_replaced(measurements, spoil):
+def test_a_spoiled_file_is_said_in_a_line_measured_again_and_replaced(measurements, spoil):
     machine.profile()
     machine.cache_file().write_text(spoil(), encoding="utf-8")
-    assert machine.profile() == KNOWN and len(measurements) == 2
-    assert machine.profile() == KNOWN and len(measurements) == 2
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert machine.profile() == KNOWN and len(measurements) == 2
+    (text,) = (str(warning.message) for warning in said)
+    assert text.startswith(f"{machine.cache_file()} is not used: ") and "\n" not in text and len(text) < 300
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert machine.profile() == KNOWN and len(measurements) == 2
+
+
+def test_a_spoiled_number_is_named_with_what_it_can_be(measurements):
+    machine.profile()
+    machine.cache_file().write_text(with_value("process_bytes", 1e300), encoding="utf-8")
+    with pytest.warns(UserWarning, match=r"process_bytes is 1e\+300, expected 1.05e\+06 to 1.1e\+12"):
+        assert machine.profile(measure=False) is None
+
+
+def test_every_number_of_a_profile_has_its_bounds():
+    assert set(machine.SENSIBLE) == {
+        key
+        for part in (KNOWN, KNOWN.card, KNOWN.cpu)
+        for key, value in asdict(part).items()
+        if isinstance(value, int | float)
+    }
+
+
+def test_measuring_anew_replaces_what_was_kept(measurements, monkeypatch):
+    first = machine.identity()
+    monkeypatch.setattr(machine, "identity", lambda: {**first, "threads": 99})
+    machine.profile()
+    monkeypatch.setattr(machine, "identity", lambda: first)
+    machine.profile()
+    faster = replace(KNOWN, disk_bytes_per_s=5e9)
+    monkeypatch.setattr(machine, "_measured", lambda progress: faster)
+    assert machine.renew() == faster == machine.profile() and len(machine._kept()) == 2
+    monkeypatch.setattr(machine, "identity", lambda: {**first, "threads": 99})
+    assert machine.profile() == KNOWN
+
+
+def test_doctor_measures_anew_and_shows_it(measurements, monkeypatch, capsys):
+    machine.profile()
+    faster = replace(KNOWN, disk_bytes_per_s=5e9)
+    monkeypatch.setattr(machine, "_measured", lambda progress: measurements.append(progress(1, 1)) or faster)
+    assert main(["doctor"]) == 0 and len(measurements) == 1 and "disk 2.5 GB/s" in capsys.readouterr().out
+    assert main(["doctor", "--measure"]) == 0 and len(measurements) == 2
+    out, err = capsys.readouterr()
+    assert "disk 5.0 GB/s" in out and "measure this machine: 100%" in err
+    assert main(["doctor", "--json"]) == 0 and json.loads(capsys.readouterr().out)["measured"] == asdict(faster)
+    assert len(measurements) == 2
+
+
+def test_measuring_on_a_busy_machine_is_said(measurements, monkeypatch, capsys):
+    monkeypatch.setattr(os, "getloadavg", lambda: (7.5, 0, 0), raising=False)
+    assert main(["doctor", "--measure"]) == 0 and "busy (load 7.5)" in capsys.readouterr().err
 
 
 def test_a_machine_without_gpu_and_with_an_unknown_disk_is_kept_too(monkeypatch):
@@ -167,6 +232,7 @@ def test_the_folder_is_the_user_s_own(measurements):
 def test_rates_are_measured_through_the_operations(monkeypatch):
     monkeypatch.setattr(machine, "LARGE", (512, 2))
     monkeypatch.setattr(machine, "SMALL", (256, 2))
+    monkeypatch.setattr(machine, "PLAIN", (128, 2))
     monkeypatch.setattr(machine, "MANY", 16)
     monkeypatch.setattr(machine, "SECONDS", 0.0)
     steps = []
@@ -174,6 +240,7 @@ def test_rates_are_measured_through_the_operations(monkeypatch):
         warnings.simplefilter("error")
         rates = machine.measure_rates(torch.device("cpu"), lambda done, total: steps.append((done, total)))
     assert 1e6 < rates.read_bytes_per_s < 1e12 and 1e7 < rates.flops_per_s < 1e14 and 0 <= rates.layer_s < 1
+    assert 1e7 < rates.plain_flops_per_s < 1e14
     assert steps == [(1, 2), (2, 2)]
 
 
@@ -187,8 +254,8 @@ def test_rates_are_measured_through_the_operations(monkeypatch):
 )
 def test_bytes_a_second_and_seconds_a_layer_are_a_line_through_two_sizes(monkeypatch, large_s, small_s, expected):
     class Fake:
-        def __init__(self, device, hidden, count):
-            large = hidden == machine.LARGE[0]
+        def __init__(self, device, hidden, count, format=machine.INT4):
+            large, self.rate = hidden == machine.LARGE[0], 3.0 if format == machine.INT4 else 2.0
             self.nbytes, self.weights, self.hidden, self.count = (
                 (1e9 if large else 1e8) * count,
                 12 * hidden**2,
@@ -200,8 +267,8 @@ def test_bytes_a_second_and_seconds_a_layer_are_a_line_through_two_sizes(monkeyp
         def decode(self):
             return self.decode_s * self.count
 
-        def prefill(self, tokens):  # three operations a second, and seven seconds for a feature
-            return tokens * self.count * (2 * self.weights / 3.0 + 7.0 * self.hidden)
+        def prefill(self, tokens):  # three operations a second, plain ones two, and seven seconds for a feature
+            return tokens * self.count * (2 * self.weights / self.rate + 7.0 * self.hidden)
 
     monkeypatch.setattr(machine, "Layers", Fake)
     monkeypatch.setattr(machine, "free_memory", lambda: (1 << 40, 1 << 40))
@@ -210,15 +277,16 @@ def test_bytes_a_second_and_seconds_a_layer_are_a_line_through_two_sizes(monkeyp
     assert found.read_bytes_per_s == pytest.approx(expected.read_bytes_per_s)
     assert found.layer_s == pytest.approx(expected.layer_s, abs=1e-12)
     assert (found.flops_per_s, found.feature_s) == (pytest.approx(3.0), pytest.approx(7.0))
+    assert found.plain_flops_per_s == pytest.approx(2.0)
 
 
 def test_little_memory_is_measured_with_smaller_layers(monkeypatch):
     made = []
 
     class Fake:
-        weights = 1
+        weights = count = 1
 
-        def __init__(self, device, hidden, count):
+        def __init__(self, device, hidden, count, format=machine.INT4):
             made.append(hidden)
             self.nbytes = hidden * count
 
@@ -231,7 +299,7 @@ def test_little_memory_is_measured_with_smaller_layers(monkeypatch):
     monkeypatch.setattr(machine, "free_memory", lambda: (4 << 30, 1 << 30))
     monkeypatch.setattr(machine, "_seconds", lambda call, device: 1.0)
     machine.measure_rates(torch.device("cpu"))
-    assert made == [machine.LARGE_ON_LITTLE[0], machine.SMALL[0]]
+    assert made == [machine.LARGE_ON_LITTLE[0], machine.SMALL[0], machine.PLAIN[0]]
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system does not say what memory a process has")
@@ -343,12 +411,15 @@ def test_budgets_are_what_is_free_and_what_this_process_holds_but_a_margin(monke
     host, gpu = machine.budgets(replace(KNOWN, card=None))
     assert gpu is None and (10 << 30) - machine.HOST_MARGIN <= host < 20 << 30
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 1 << 30)
-    monkeypatch.setattr(machine, "free_gpu", lambda: (8 << 30, 5 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda gpu: 1 << 30)
+    monkeypatch.setattr(machine, "free_gpu", lambda gpu: (8 << 30, (5 + gpu) << 30))
     assert machine.budgets(KNOWN)[1] == (6 << 30) + (500 << 20) - machine.GPU_MARGIN
+    assert machine.budgets(KNOWN, gpu=1)[1] == (7 << 30) + (500 << 20) - machine.GPU_MARGIN
+    assert machine.budgets(KNOWN, gpu=None)[1] is None
     monkeypatch.setattr(machine, "free_memory", lambda: (None, None))
     with pytest.raises(ArgumentError, match="give the budget"):
         machine.budgets(KNOWN)
+    assert machine.budgets(KNOWN, 7, 0) == (7, 0)  # what is given needs no asking
 
 
 def test_a_gpu_that_is_not_there_is_named(monkeypatch):
@@ -358,8 +429,8 @@ def test_a_gpu_that_is_not_there_is_named(monkeypatch):
 
 
 def test_doctor_shows_what_was_measured_and_how_to_measure_again(measurements):
-    assert doctor.rates(doctor.measured()) == "not measured yet; neox-lite plan does that"
+    assert doctor.speed(doctor.measured()) == "not measured yet; neox-lite doctor --measure does that"
     machine.profile()
-    shown = doctor.rates(doctor.measured())
+    shown = doctor.speed(asdict(doctor.measured()))
     assert shown.startswith("CPU 20 GB/s of int4 weights, 0.30 TFLOP/s; GPU 20 GB/s") and "disk 2.5 GB/s" in shown
-    assert f"delete {machine.cache_file()} to measure again" in shown
+    assert "neox-lite doctor --measure measures again" in shown

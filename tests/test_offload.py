@@ -2,15 +2,17 @@
 
 import copy
 import os
+import pickle
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from weakref import WeakSet
 
 import pytest
 import torch
 from simulated import Race, Simulated
 
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXForSequenceClassification
-from neox_lite.errors import ArgumentError, CheckpointError
+from neox_lite.errors import ArgumentError, CheckpointError, UnsupportedError
 from neox_lite.kernels import cpu, reference
 from neox_lite.loading import place
 from neox_lite.offload import machine, plan
@@ -327,7 +329,7 @@ def test_threads_that_generate_at_once_take_turns_at_the_slots(folder):
 def test_a_layer_that_no_file_holds_as_it_is_cannot_stay_on_the_disk(folder):
     model = GPTNeoXForCausalLM.from_pretrained(folder, dtype="bfloat16")
     place(model, placement("dddddd"))
-    with pytest.raises(ArgumentError, match=r"layer 0 is to stay on the disk, but .* differ from what its file holds"):
+    with pytest.raises(ArgumentError, match="layer 0 is on the disk, but its weights differ from what its file holds"):
         model(torch.tensor([[1]]))
 
 
@@ -349,7 +351,7 @@ def test_weights_that_change_between_calls_count_wherever_they_are(folder, chang
                 for i in range(2):
                     layers[i].index = i
         if model is models[2] and change != "swap":
-            with pytest.raises(ArgumentError, match="layer 0 is to stay on the disk"):
+            with pytest.raises(ArgumentError, match="layer 0 is on the disk, but its weights differ"):
                 model(ids)
         elif model is not models[2]:
             results.append(model.forward(ids).logits)
@@ -364,6 +366,34 @@ def test_a_placement_outlives_a_cast_and_a_copy(folder):
         assert same.placement == placement("cccccc")
         same.ops = reference
         assert torch.equal(same(torch.arange(9)[None]).logits, expected)
+
+
+def test_what_else_changes_in_a_layer_counts_wherever_it_is(folder):
+    """A norm's eps and a hook, after a first pass; layers that pass through slots are run as twins."""
+    ids, results, seen = torch.arange(9)[None], [], []
+    for letters in ("c" * LAYERS, "dccccc", "ccccgg"):
+        model, _ = placed(folder, placement(letters))
+        model(ids)
+        for layer in model.gpt_neox.layers:
+            layer.input_layernorm.eps = 0.5
+        model.gpt_neox.layers[0].register_forward_hook(lambda *_, where=letters: seen.append(where))
+        results.append(model(ids).logits)
+        assert seen.pop() == letters and not seen
+        assert not torch.equal(results[-1], load(folder)(ids).logits)
+    assert all(torch.equal(found, results[0]) for found in results)
+
+
+def test_a_model_with_layers_on_the_disk_refuses_what_would_read_them_into_memory(folder):
+    model, _ = placed(folder, placement("dccccc"))
+    expected = model(torch.arange(9)[None]).logits
+    with pytest.raises(UnsupportedError, match=r"layers on the disk stay torch.float32"):
+        model.half()
+    for copied in (copy.deepcopy, copy.copy, pickle.dumps):
+        with pytest.raises(UnsupportedError, match="cannot be copied or pickled; load it again"):
+            copied(model)
+    assert model.float().cpu().placement == placement("dccccc")
+    model.ops = reference
+    assert torch.equal(model(torch.arange(9)[None]).logits, expected)
 
 
 # From what is asked for to a placement -----------------------------------------------------------------------------------
@@ -381,10 +411,13 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(decisions, "Cuda", lambda *_: device)
     monkeypatch.setattr(machine, "profile", lambda progress=None, measure=True: here)
-    monkeypatch.setattr(machine, "budgets", lambda here: (1 << 34, 1 << 34))
+    monkeypatch.setattr(machine, "free_memory", lambda: (1 << 34, 1 << 34))
+    monkeypatch.setattr(machine, "free_gpu", lambda gpu: (1 << 34, 1 << 34))
     monkeypatch.setattr(machine, "resident", lambda: 50 << 20)
+    monkeypatch.setattr(decisions, "PLANNED", WeakSet())
     monkeypatch.setattr(plan, "DECODED_SLICE", 0)
     monkeypatch.setattr(plan, "CUBLAS_WORKSPACE", 0)
+    monkeypatch.setattr(plan, "TORCH_PRODUCT", 0)
     return device
 
 
@@ -455,3 +488,53 @@ def test_a_map_is_honoured_part_by_part(folder, gpu):
         GPTNeoXForCausalLM.from_pretrained(folder, device_map=where)
     with pytest.raises(ArgumentError, match="there are 1 CUDA devices"):
         GPTNeoXForCausalLM.from_pretrained(folder, device_map={"": 0, "embed_out": 1})
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"dtype": "bfloat16"}, "model.safetensors holds float32, and they are to be bfloat16"),
+        ({"quantization": "int4"}, "run `neox-lite quantize` first"),
+        ({}, "pytorch_model.bin is no safetensors file"),
+    ],
+)
+def test_layers_that_no_file_holds_as_they_run_are_not_planned_for_the_disk(gpu, tmp_path, options, reason):
+    """Not by a plan, which says by how much they do not fit and why; not by a map either."""
+    torch.manual_seed(0)
+    folder = tmp_path / "safetensors"
+    saved = GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            hidden_size=128, num_attention_heads=4, intermediate_size=512, num_hidden_layers=24, vocab_size=96
+        )
+    )
+    saved.save_pretrained(folder)
+    model = shutil.copytree(folder, tmp_path / "model")
+    if not options:
+        torch.save(saved.state_dict(), model / "pytorch_model.bin")
+        for file in model.glob("*.safetensors*"):
+            file.unlink()
+    plenty = GPTNeoXForCausalLM.from_pretrained(folder, device_map="auto", max_memory={0: 0}, context=16).plan
+    least = plenty.totals["cpu"] - sum(plenty.sizes.layers[2:])  # but two layers, which pass through slots
+    within_it = {"device_map": "cpu", "max_memory": {"cpu": least + 1000}, "context": 16, "kv": "fp16"}
+    del plenty
+    with pytest.raises(ArgumentError, match=f"the model does not fit: .* layers cannot stay on the disk: .*{reason}"):
+        GPTNeoXForCausalLM.from_pretrained(model, **within_it, **options)
+    assert GPTNeoXForCausalLM.from_pretrained(folder, **within_it).plan.disk_layers > 0  # safetensors, as they are
+    with pytest.raises(ArgumentError, match=f"device_map: layers cannot stay on the disk: .*{reason}"):
+        GPTNeoXForCausalLM.from_pretrained(model, device_map={"": "cpu", "gpt_neox.layers.0": "disk"}, **options)
+
+
+def test_models_of_one_process_share_its_budget(folder, gpu):
+    """The second is planned beside the first, whose cache from then on stays as planned; what is gone counts no more."""
+    options = {"device_map": "cpu", "max_memory": {"cpu": 1 << 28}, "context": 128}
+    first = GPTNeoXForCausalLM.from_pretrained(folder, **options)
+    assert first.plan.machine.process_bytes == 100 << 20 and first.cache_pages > first.plan.pages
+    second = GPTNeoXForCausalLM.from_pretrained(folder, **options)
+    assert second.plan.machine.process_bytes == first.plan.totals["cpu"]
+    assert first.cache_pages == first.plan.pages < second.cache_pages
+    tight = {**options, "max_memory": {"cpu": second.plan.totals["cpu"]}}
+    with pytest.raises(ArgumentError, match="the process with the models loaded before alone takes"):
+        GPTNeoXForCausalLM.from_pretrained(folder, **tight)
+    assert first.generate(torch.tensor([[1]]), max_new_tokens=2).shape == (1, 3)
+    del first, second
+    assert GPTNeoXForCausalLM.from_pretrained(folder, **tight).plan.machine.process_bytes == 100 << 20

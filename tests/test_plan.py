@@ -3,10 +3,12 @@
 import json
 import random
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM, cache, stepper
 from neox_lite.errors import ArgumentError, FormatError
@@ -19,6 +21,7 @@ from neox_lite_app.demo import FOLDER as DEMO
 from neox_lite_app.family import FAMILY
 from neox_lite_app.plan import bar_of
 from neox_lite_app.random_model import SHAPES, RandomModel, config_of
+from neox_lite_app.running import size
 
 ODD = {
     "sequential-rotary100-tied": {
@@ -246,9 +249,9 @@ def test_what_a_plan_is_short_by_makes_it_fit():
 
 def followed(request, sentence):
     """The request as a sentence of advice would have it."""
-    if found := re.match(r"--(kv|head) int8 ", sentence):
+    if found := re.match(r"an int8 .* \((kv|head)\) ", sentence):
         return replace(request, **{found[1]: "int8"})
-    if found := re.match(r"--context (\d+) ", sentence):
+    if found := re.match(r"a context of (\d+) ", sentence):
         return replace(request, context=int(found[1]))
     found = re.match(r"([\d.]+GiB) of (CPU|GPU) memory, ", sentence)
     return replace(request, **{f"{found[2].lower()}_bytes": parse_bytes(found[1])})
@@ -261,9 +264,9 @@ def test_following_advice_does_what_it_says():
         for sentence in found.advice:
             lifted = best(sizes, here, followed(request, sentence))
             assert lifted.level > found.level and plan.GAINS[lifted.level] == sentence.partition(" would ")[2]
-            kinds.add(sentence.split()[0 if sentence.startswith("-") else 2])
+            kinds.add(sentence.split()[2])
         assert found.advice or found.level > plan.DISK
-    assert kinds == {"--kv", "--head", "--context", "CPU", "GPU"}
+    assert kinds == {"KV", "head", "of", "CPU", "GPU"}
 
 
 def test_the_least_degraded_choice_that_reaches_the_best_level_is_taken():
@@ -323,6 +326,17 @@ def test_passes_stream_from_the_crossover_on_and_never_before():
     assert without.pass_s(4 * turn, 0) > found.pass_s(4 * turn, 0) and without.crossover_tokens is None
 
 
+def test_plain_layers_have_a_rate_and_scratch_of_their_own():
+    """The CPU writes plain weights out as float32 for many tokens, 64 MiB at a time."""
+    config, request = config_of("pythia-1.4b"), Request(512, 32 << 30)
+    here = Machine(replace(CPU, plain_flops_per_s=100e9), 2e9, 400 << 20, None)
+    plain, int4 = (best(sizes_of(config, bits), here, request) for bits in (None, 4))
+    assert plain.pass_s(512, 0) == pytest.approx(5 * int4.pass_s(512, 0), rel=0.05)  # 500 operations for 100
+    assert plain.parts["cpu"]["scratch"] - int4.parts["cpu"]["scratch"] == (32 << 20) + 2 * (64 << 20)
+    narrow = best(sizes_of(config_of("pythia-160m"), None), here, request)
+    assert narrow.parts["cpu"]["scratch"] < (32 << 20) + 2 * 4 * 768 * 3072 + (16 << 20)
+
+
 def test_there_is_no_crossover_without_both_memories():
     assert best(of_20b(), replace(HOME, card=None), Request(2048, 32 << 30)).crossover_tokens is None
     whole = best(of_20b(), replace(HOME, card=CARDS["RTX 4090"]), Request(2048, 32 << 30, 24 << 30))
@@ -368,8 +382,13 @@ def run(capsys, monkeypatch):
     """The command on a machine of 16 GiB without a GPU, or with the one that it is called with."""
 
     def call(*words, here=HOME, free=(16 << 30, None)):
-        monkeypatch.setattr(machine, "profile", lambda progress: replace(here, card=here.card if free[1] else None))
-        monkeypatch.setattr(machine, "budgets", lambda found: free)
+        monkeypatch.setattr(machine, "profile", lambda measure: replace(here, card=here.card if free[1] else None))
+        monkeypatch.setattr(machine, "free_memory", lambda: (64 << 30, free[0] + machine.HOST_MARGIN))
+        monkeypatch.setattr(machine, "_own_memory", lambda: None)
+        if free[1] is not None:
+            driver = here.card.context_bytes - machine.GPU_MARGIN
+            monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+            monkeypatch.setattr(machine, "free_gpu", lambda gpu: (here.card.bytes, free[1] - driver))
         code = main(["plan", *map(str, words)])
         out = capsys.readouterr()
         return code, out.out, out.err
@@ -435,7 +454,8 @@ def test_what_does_not_fit_is_an_answer_with_the_bytes_that_lack(run, folder):
     code, out, _ = run(folder, "--cpu-memory", "1GiB")
     assert code == 0 and re.search(r"does not fit, \d\.\d GiB of CPU memory short", out) and "tokens/s" not in out
     assert re.search(r"advice +\S+GiB of CPU memory, .* would make it run, with layers read from the disk", out)
-    assert json.loads(run(folder, "--cpu-memory", "1GiB", "--json")[1])["fits"] is False
+    code, out, _ = run(folder, "--cpu-memory", "1GiB", "--json")
+    assert code == 0 and json.loads(out)["fits"] is False and json.loads(out)["short_by"] > 0
 
 
 def test_a_smaller_format_is_advised_where_it_helps(run, folder):
@@ -488,16 +508,149 @@ def test_the_table_holds_the_whole_family_in_both_formats(run):
     assert all(row["predicted"] and "layers" in row and "decode_tokens_per_s" in row for row in rows)
     out = run(free=(16 << 30, 8 << 30))[1].splitlines()
     assert len(out) == len(FAMILY) + 5 and out[1].split()[:2] == ["checkpoint", "context"]
+    assert any(line.endswith(" +") or " +  " in line for line in out[2:-3]) and out[-1].startswith("+ with an int8")
     assert re.search(r"gpt-neox-20b +2048 +11\.5 GB +GPU \d+ \+ CPU \d+", "\n".join(out))
+
+
+def test_a_plus_is_explained_only_where_there_is_one(run):
+    out = run(free=(64 << 30, None))[1]
+    assert " +" not in out and "int8 KV cache" not in out
+
+
+def test_a_budget_of_nothing_is_said(run):
+    assert "within 0 GiB of GPU and 16.0 GiB of CPU memory" in run("--card", "RTX 3060", "--gpu-memory", 0)[1]
+    assert "within 0 GiB of CPU memory" in run("--cpu-memory", 0)[1]
+    assert "within 16.0 GiB of CPU memory" in run("--gpu-memory", 0)[1]  # and no GPU is no less
+
+
+def test_memory_below_a_gibibyte_is_told_in_smaller_units(run):
+    out = run(DEMO, "--card", "RTX 3060", "--gpu-memory", "40MiB")[1]
+    assert re.search(r"GPU .* 0 of 40 MiB", out) and re.search(r"CPU .* 4\d\d MiB of 16\.0 GiB", out)
+    assert [size(n) for n in (0, 7, 3 << 10, 5 << 20, 3 << 29)] == ["0 GiB", "7 bytes", "3 KiB", "5 MiB", "1.5 GiB"]
+    assert "0.0" not in out
+
+
+@pytest.mark.parametrize("columns", [100, 80, 40])
+def test_the_table_is_as_narrow_as_the_terminal(run, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    out = run(free=(16 << 30, 8 << 30))[1].splitlines()
+    assert max(map(len, out)) <= columns
+    names = [line.split()[0] for line in out if line and not line.startswith(" ")]
+    assert [name for name in names if name in {m.name for m in FAMILY}] == [m.name for m in FAMILY]
+    assert all(sum(f" {format} " in f" {line} " for line in out) >= 1 for format in ("int4", "int8"))
+    assert len(re.findall(r"\d\.\d GB|\d+ [MG]B", "\n".join(out))) >= 2 * len(FAMILY)
+
+
+def test_the_picture_is_as_narrow_as_the_terminal_and_its_bars_stay_whole(run, folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    monkeypatch.setenv("COLUMNS", "40")
+    out = run(folder.name, free=(4 << 30, 8 << 30))[1].splitlines()
+    assert max(map(len, out)) <= 40
+    bars = [line for line in out if re.match(r"(GPU|CPU|DISK) ", line)]
+    assert len(bars) == 3 and {len(re.fullmatch(r"\w+ +([█▓▒·]+)", line)[1]) for line in bars} == {34}
+    assert "of 8.0 GiB" in " ".join(out) and "· free" in " ".join(out)
+
+
+@pytest.mark.parametrize("columns", ["20", "1", "0", "-3", "x", "99999999"])
+@pytest.mark.parametrize("words", [(), (DEMO,)])
+def test_no_width_is_too_odd(run, monkeypatch, columns, words):
+    monkeypatch.setenv("COLUMNS", columns)
+    code, out, _ = run(*words, free=(4 << 30, 8 << 30))
+    assert code == 0 and "predicted" in out
+
+
+def test_a_plain_checkpoint_is_planned_in_its_own_dtype(run, tmp_path):
+    half = json.loads(run(DEMO, "--format", "fp16", "--json")[1])
+    assert (half["format"], half["dtype"]) == ("fp16", "float16")
+    GPTNeoXForCausalLM.from_pretrained(DEMO, dtype="float32").save_pretrained(tmp_path)
+    model = GPTNeoXForCausalLM.from_pretrained(tmp_path)
+    assert model.dtype == torch.float32
+    for _ in range(2):
+        full = json.loads(run(tmp_path, "--format", "fp16", "--json")[1])
+        assert (full["format"], full["dtype"]) == ("float32", "float32")
+        weights = full["parts"]["cpu"]["weights"]
+        assert nbytes(model) - model.gpt_neox.embed_in.weight.nbytes < weights <= nbytes(model)
+        assert full["parts"]["cpu"]["cache"] == 2 * half["parts"]["cpu"]["cache"]
+        config = json.loads((tmp_path / "config.json").read_text())
+        kept = {key: value for key, value in config.items() if "dtype" not in key}
+        (tmp_path / "config.json").write_text(json.dumps(kept))  # what loading takes then is what the weights have
+    out = run(tmp_path, "--format", "fp16")[1]
+    assert "float32, context 512: runs on the CPU" in out and "kept as   float32 KV cache, float32 head" in out
+    assert "once quantized" not in out and "int4 g128, once quantized" in run(tmp_path)[1]
+    int4 = [json.loads(run(path, "--json")[1])["parts"]["cpu"]["weights"] for path in (tmp_path, DEMO)]
+    assert int4[0] == int4[1]  # quantized, what is left plain has 16 bits
+
+
+def test_a_folder_without_weights_is_planned_and_said_to_have_none(run, folder, int8):
+    assert "missing   " + f"{folder} has no weights" in run(folder)[1]
+    assert json.loads(run(folder, "--json")[1])["has_weights"] is False
+    assert "no weights" not in run(int8)[1] and json.loads(run(int8, "--json")[1])["has_weights"] is True
+
+
+def test_a_hub_id_is_planned_from_its_configuration_alone(run, folder, monkeypatch):
+    monkeypatch.setattr("neox_lite_app.plan.fetch_files", lambda name, files, revision: folder)
+    result = json.loads(run("EleutherAI/gpt-neox-20b", "--json")[1])
+    assert result["has_weights"] is None and sum(result["layers"].values()) == 44
+    assert "no weights" not in run("EleutherAI/gpt-neox-20b")[1]
+
+
+@pytest.mark.parametrize("changed", ["dtype", "pickled"])
+def test_layers_stay_on_the_disk_only_where_files_hold_them_as_they_run(run, tmp_path, changed):
+    GPTNeoXForCausalLM.from_pretrained(DEMO).save_pretrained(tmp_path)
+    words = (tmp_path, "--format", "fp16", "--cpu-memory")
+    least = json.loads(run(*words, "0", "--json")[1])["short_by"]
+    assert json.loads(run(*words, f"{least}B", "--json")[1])["layers"]["disk"] > 0
+    if changed == "dtype":
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16", "torch_dtype": "bfloat16"}))
+    else:
+        torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+        (tmp_path / "model.safetensors").unlink()
+    result = json.loads(run(*words, f"{least}B", "--json")[1])
+    assert not result["fits"] and result["layers"]["disk"] == 0
+    out = run(*words, f"{least}B")[1]
+    assert "disk      layers cannot stay there" in out and "--format int8 would" in out
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda weights: weights.write_bytes(b"short"), "model.safetensors"),
+        (lambda weights: (weights.unlink(), weights.symlink_to("/nowhere")), "model.safetensors: cannot be read"),
+        (lambda weights: weights.rename(weights.with_name("model-00001-of-00002.safetensors")), "index is missing"),
+    ],
+    ids=["cut", "dangling", "without-index"],
+)
+def test_weights_that_cannot_be_read_are_no_answer(run, int8, tmp_path, spoil, message):
+    shutil.copytree(int8, tmp_path / "spoiled")
+    spoil(tmp_path / "spoiled" / "model.safetensors")
+    code, out, err = run(tmp_path / "spoiled")
+    assert code == 1 and out == "" and len(err.splitlines()) == 1 and message in err
+
+
+def test_a_plan_says_how_to_measure_anew(run):
+    for words in ((DEMO,), (DEMO, "--card", "RTX 3060"), ()):
+        assert "measured speed" in (out := run(*words)[1]) and "neox-lite doctor --measure" in out
+
+
+def test_the_help_says_what_the_exit_code_means(capsys):
+    with pytest.raises(SystemExit):
+        main(["plan", "--help"])
+    assert "Exit code 0 says that there is an answer, not that MODEL fits" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["/no/such/folder"], "no such folder"),
+        ([DEMO, "--cpu-memory", ""], "--cpu-memory is '', expected a size such as 8GiB"),
+        ([DEMO, "--gpu-memory", ""], "--gpu-memory is '', expected a size such as 8GiB"),
+        ([DEMO, "--cpu-memory", "9" * 999], "--cpu-memory is '999"),
+        ([DEMO, "--card", ""], "--card is '', expected one of RTX 3060"),
+        (["--revision", ""], "--revision goes with MODEL only"),
         ([DEMO, "--card", "RTX 1"], "--card is 'RTX 1', expected one of RTX 3060"),
         ([DEMO, "--gpu-memory", "8GiB"], "--gpu-memory: there is no GPU here"),
-        ([DEMO, "--cpu-memory", "much"], "'much' is not a size"),
+        ([DEMO, "--cpu-memory", "much"], "--cpu-memory is 'much', expected a size such as 8GiB"),
         ([DEMO, "--context", 4096], "context is 4096, but the model's own context is 512"),
         ([DEMO, "--format", "fp16", "--head", "int8"], "has no int8 head"),
         (["--format", "int4"], "--format goes with MODEL only"),

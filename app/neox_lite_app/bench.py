@@ -6,7 +6,6 @@ Times the model's own steps; knows no kernel and no text: prompts are random ids
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import threading
 import time
@@ -25,6 +24,7 @@ from neox_lite.cache import PAGE, Batch, PagePool
 from neox_lite.cache import Sequence as CachedSequence
 from neox_lite.errors import ArgumentError
 from neox_lite.formats import DENSE, Dense, GroupInt, Weight, make_format
+from neox_lite.hub import resolve
 from neox_lite.layers import Linear
 from neox_lite.loading import LoadOptions, put
 from neox_lite.offload.machine import free_memory
@@ -32,7 +32,7 @@ from neox_lite.offload.place import Wish, check, decide
 from neox_lite.stepper import PREFILL_TOKENS
 
 from .random_model import RandomModel, config_of
-from .running import amount, bar, default_threads, describe, load, note, placing, print_json
+from .running import amount, bar, default_threads, describe, load, note, placing, print_json, warn_if_busy
 
 WARM_UP = 4  # decode steps that are not counted
 PREFILL_RUNS = 3
@@ -46,16 +46,13 @@ SAMPLE_S = 0.05
 def bench(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads or default_threads())
     check_options(args)
-    plan = plan_of(args) if args.shape else None
-    load_average = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    if load_average is not None and load_average > 0.3:
-        note(f"neox-lite: warning: this machine is busy (load {load_average:.1f}); figures may be low")
-    if plan is not None and args.scratch:
+    plan = plan_of(args) if args.shape is not None else None
+    load_average = warn_if_busy()
+    if plan is not None and args.scratch is not None:
         write(plan, Path(args.scratch))
         plan = None  # what making it took is not the model's
     with anonymous_peak() as peak:
         model, load_s = load_model(args) if plan is None else (build(plan, args), None)
-        check_lengths(model.config, args)
         result = {**identity(model, args), "load_s": load_s, **measure(model, args)}
     result |= {"peak_bytes": peak_bytes(model.device), "anonymous_peak_bytes": peak()}
     result |= bandwidth(model, args.context, min(PAIR_STEPS, args.decode)) | {"load_average": load_average}
@@ -72,10 +69,13 @@ def bench(args: argparse.Namespace) -> None:
 
 def check_options(args: argparse.Namespace) -> None:
     """Refuse what has no meaning beside MODEL, or beside --shape."""
-    for name in ("revision",) if args.shape else ("group_size", "scratch"):
+    shaped = args.shape is not None
+    for name in ("revision",) if shaped else ("group_size", "scratch"):
         if getattr(args, name) is not None:
-            raise ArgumentError(f"--{name.replace('_', '-')} goes with {'MODEL' if args.shape else '--shape'} only")
-    if args.warm and args.shape and not args.scratch:
+            raise ArgumentError(f"--{name.replace('_', '-')} goes with {'MODEL' if shaped else '--shape'} only")
+    if args.scratch == "":
+        raise ArgumentError("--scratch is empty, expected a new folder's name")
+    if args.warm and shaped and args.scratch is None:
         raise ArgumentError("--warm reads weights from the disk, and --shape makes them in memory; add --scratch DIR")
     check(wish_of(args))  # said before gigabytes are written
 
@@ -89,8 +89,10 @@ def wish_of(args: argparse.Namespace, **changes: Any) -> Wish:
 def load_model(args: argparse.Namespace) -> tuple[GPTNeoXForCausalLM, float]:
     """MODEL or the folder just written, and the seconds that loading it took, with --warm the reading too."""
     quantization = args.format if args.model and args.format != "fp16" else None
+    name = args.model or args.scratch
+    check_lengths(GPTNeoXConfig.from_pretrained(resolve(name, args.revision)), args)
     began = time.perf_counter()
-    model = load(args.model or args.scratch, args, args.head, quantization=quantization, context=wish_of(args).context)
+    model = load(name, args, args.head, quantization=quantization, context=wish_of(args).context)
     load_s = time.perf_counter() - began
     if args.format == "fp16" and linears(model)[0].format != DENSE:
         raise ArgumentError(f"{args.model}: is quantized; --format fp16 needs the checkpoint that it was made from")
@@ -188,7 +190,8 @@ def weight_bytes(model: GPTNeoXForCausalLM) -> int:
 
 def measure(model: GPTNeoXForCausalLM, args: argparse.Namespace) -> dict[str, Any]:
     """All figures that come from running the model; speeds are medians."""
-    batches, outside_steps = sorted({1, *args.batch}), min(OUTSIDE_STEPS, args.decode)
+    batches, left_out = batches_of(model, args)
+    outside_steps = min(OUTSIDE_STEPS, args.decode)
     total = len(args.prefill) * PREFILL_RUNS + len(batches) * (WARM_UP + args.decode) + WARM_UP + outside_steps
     done = 0
     with bar("measure", "step") as progress:
@@ -216,10 +219,31 @@ def measure(model: GPTNeoXForCausalLM, args: argparse.Namespace) -> dict[str, An
         "decode_tokens_per_s": 1 / median[1],
         "decode_quartiles_tokens_per_s": [1 / slow, 1 / fast],
         "batch_decode_tokens_per_s": {str(n): n / median[n] for n in batches if n > 1},
+        "batches_left_out": left_out,
         "weight_bytes_per_token": weight_bytes(model),
         "weight_gb_per_s": weight_bytes(model) / median[1] / 1e9,
         "outside_share": outside,
     }
+
+
+def batches_of(model: GPTNeoXForCausalLM, args: argparse.Namespace) -> tuple[list[int], list[int]]:
+    """The batch sizes to decode with, and those, said in a line, for whose KV cache the memory budget has no room."""
+    wanted, pages = sorted({1, *args.batch}), pages_for(args.context + WARM_UP + args.decode)
+    if model.cache_pages is None or wanted[-1] * pages <= model.cache_pages:
+        return wanted, []
+    most = max(1, model.cache_pages // pages)
+    left_out = [n for n in wanted if n > most]
+    note(
+        f"neox-lite: warning: no batch of {' or '.join(map(str, left_out))} is measured: the memory budget has room for "
+        f"{model.cache_pages * PAGE} tokens of KV cache, {most} sequence{'s' if most > 1 else ''} of "
+        f"{pages * PAGE}; give it more memory or fewer tokens"
+    )
+    return [n for n in wanted if n <= most], left_out
+
+
+def pages_for(tokens: int) -> int:
+    """Pages of KV cache that a sequence takes."""
+    return -(-tokens // PAGE)
 
 
 def quartiles(times: Sequence[float]) -> tuple[float, float]:
@@ -232,7 +256,7 @@ def quartiles(times: Sequence[float]) -> tuple[float, float]:
 
 def prefill_s(model: GPTNeoXForCausalLM, tokens: int, runs: int, tick: Callable[[], None]) -> list[float]:
     """Seconds that a prompt of random ids takes, each run into a fresh sequence."""
-    pool, times = model.new_pool(pages=-(-tokens // PAGE)), []
+    pool, times = model.new_pool(pages=pages_for(tokens)), []
     for _ in range(runs):
         ids = torch.randint(model.config.vocab_size, (tokens,)).tolist()
         sequence = pool.new()
@@ -248,7 +272,7 @@ def prefill_s(model: GPTNeoXForCausalLM, tokens: int, runs: int, tick: Callable[
 
 def decode_s(model: GPTNeoXForCausalLM, batch: int, context: int, steps: int) -> Iterator[float]:
     """Seconds of each greedy step of a batch whose sequences already hold `context` tokens, as the steps are made."""
-    pool = model.new_pool(pages=batch * -(-(context + steps) // PAGE))
+    pool = model.new_pool(pages=batch * pages_for(context + steps))
     sequences = [filled(pool, context) for _ in range(batch)]
     chosen = [[(1 + i) % model.config.vocab_size] for i in range(batch)]
     for _ in range(steps):

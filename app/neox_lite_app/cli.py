@@ -24,7 +24,7 @@ MODEL is a folder or a hub id such as EleutherAI/pythia-1.4b. First time here: n
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    _prepare_stdout()
+    _prepare_streams()
     try:
         args = _parse(argv)
         warnings.showwarning = _one_line_warning
@@ -60,11 +60,12 @@ def _plain_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
 
 
-def _prepare_stdout() -> None:
-    """Let every text pass: into nothing where stdout is closed, escaped where its encoding lacks a character."""
-    if sys.stdout is None:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
-    elif isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+def _prepare_streams() -> None:
+    """Let every text pass: into nothing where a stream is closed, escaped where stdout's encoding lacks a character."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, PTH123
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
@@ -205,7 +206,12 @@ def build_parser() -> argparse.ArgumentParser:
         "plan", "plan", "what goes where, bytes and predicted speed; without MODEL, of every known checkpoint"
     )
     sub.add_argument("model", metavar="MODEL", nargs="?")
-    sub.add_argument("--format", choices=("int4", "int8", "fp16"), help="of a plain checkpoint, default int4")
+    sub.epilog = "Exit code 0 says that there is an answer, not that MODEL fits: see fits and short_by in --json."
+    sub.add_argument(
+        "--format",
+        choices=("int4", "int8", "fp16"),
+        help="of a plain checkpoint: quantized, the default int4, or as it is",
+    )
     sub.add_argument("--context", type=_positive, metavar="N", help="tokens to provide for (default: the model's own)")
     _add_memory(sub)
     _add_head(sub)
@@ -219,6 +225,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_json(sub)
 
     sub = command("doctor", "doctor", "what this machine has, what will be used, and why not more")
+    sub.add_argument("--measure", action="store_true", help="measure its speed anew, on which predictions rest")
     _add_json(sub)
     return parser
 
@@ -283,8 +290,8 @@ def _integer(low: int, high: int | None = None) -> Callable[[str], int]:
 
 
 def _counts(text: str) -> list[int]:
-    """Numbers above 0 between commas."""
-    return [_positive(word) for word in text.split(",")]
+    """Numbers above 0 between commas, none so large that torch could not count it."""
+    return [_integer(1, 1 << 20)(word) for word in text.split(",")]
 
 
 _counts.__name__ = "list of numbers"

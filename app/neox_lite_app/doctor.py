@@ -15,10 +15,11 @@ import torch
 from neox_lite.errors import ArgumentError
 from neox_lite.kernels import cpu, dispatch
 from neox_lite.loading import cache_root
-from neox_lite.offload.machine import cache_file, cpu_name, free_memory, profile
+from neox_lite.offload.machine import cpu_name, free_memory, profile
+from neox_lite.offload.plan import Machine
 from neox_lite.version import __version__
 
-from .running import default_threads, print_json
+from .running import default_threads, measure_machine, print_json, size
 
 PACKAGES = (
     "torch",
@@ -34,16 +35,16 @@ PACKAGES = (
 
 
 def doctor(args: argparse.Namespace) -> None:
-    result = examine()
+    torch.set_num_threads(default_threads())
+    result = examine(measure_machine() if args.measure else measured())
     if args.json:
         print_json(result)
     else:
         print(describe(result))
 
 
-def examine() -> dict[str, Any]:
+def examine(rates: Machine | None) -> dict[str, Any]:
     """Facts about this machine; memory and disk in bytes."""
-    torch.set_num_threads(default_threads())
     total, free = free_memory()
     cache = cache_root().parent
     above = next(p for p in (cache, *cache.parents) if p.exists())
@@ -63,7 +64,7 @@ def examine() -> dict[str, Any]:
         "gpu_why_not": None if torch.cuda.is_available() else no_gpu_reason(),
         "cpu_kernels": cpu.paths() if cpu.why_not(torch.device("cpu")) is None else {},
         "backends": {where: dispatch.reasons(torch.device(where)) for where in devices()},
-        "measured": measured(),
+        "measured": None if rates is None else asdict(rates),
         "packages": {name: version(name) for name in PACKAGES},
         "cache": str(cache),
         "cache_free_bytes": shutil.disk_usage(above).free,
@@ -98,25 +99,24 @@ def no_gpu_reason() -> str:
     return f"torch was built for CUDA {torch.version.cuda}, but the driver shows it no device; see nvidia-smi"
 
 
-def measured() -> dict[str, Any] | None:
+def measured() -> Machine | None:
     """The rates that predictions rest on; None where they were not measured yet, or no kernel is left to measure."""
     try:
-        found = profile(measure=False)
+        return profile(measure=False)
     except ArgumentError:
         return None
-    return None if found is None else asdict(found)
 
 
-def rates(found: dict[str, Any] | None) -> str:
+def speed(found: dict[str, Any] | None) -> str:
     if found is None:
-        return "not measured yet; neox-lite plan does that"
+        return "not measured yet; neox-lite doctor --measure does that"
     shown = [f"CPU {_processor(found['cpu'])}"]
     if found["card"] is not None:
         bus = found["card"]["bus_bytes_per_s"] / 1e9
         shown.append(f"GPU {_processor(found['card']['rates'])}, {bus:.0f} GB/s to it")
     if found["disk_bytes_per_s"] is not None:
         shown.append(f"disk {found['disk_bytes_per_s'] / 1e9:.1f} GB/s")
-    return "; ".join(shown) + f" (delete {cache_file()} to measure again)"
+    return "; ".join(shown) + " (neox-lite doctor --measure measures again)"
 
 
 def _processor(rates: dict[str, float]) -> str:
@@ -135,7 +135,7 @@ def describe(result: dict[str, Any]) -> str:
     lines = [
         f"neox-lite {result['neox_lite']}, Python {result['python']}, {result['system']}",
         f"CPU      {cpu['name']}: {cpu['cores']} cores, {cpu['threads']} threads used, {cpu['instructions']}",
-        f"memory   {size(result['memory_free_bytes'])} free of {size(result['memory_bytes'])}",
+        f"memory   {known(result['memory_free_bytes'])} free of {known(result['memory_bytes'])}",
     ]
     for gpu in result["gpus"]:
         sm, free, total = gpu["capability"].replace(".", ""), size(gpu["free_bytes"]), size(gpu["bytes"])
@@ -145,7 +145,7 @@ def describe(result: dict[str, Any]) -> str:
     for where, reasons in result["backends"].items():
         lines += _choice(f"backend  on {where}: ", reasons)
     lines += _choice("kernels  for this processor: ", result["cpu_kernels"]) if result["cpu_kernels"] else []
-    lines.append(f"speed    {rates(result['measured'])}")
+    lines.append(f"speed    {speed(result['measured'])}")
     lines.append(f"cache    {result['cache']}, {size(result['cache_free_bytes'])} free on its disk")
     lines.append("packages " + ", ".join(f"{name} {found}" for name, found in result["packages"].items() if found))
     absent = [name for name, found in result["packages"].items() if not found]
@@ -164,5 +164,5 @@ def _choice(what: str, reasons: dict[str, str | None]) -> list[str]:
     return lines
 
 
-def size(count: int | None) -> str:
-    return "unknown" if count is None else f"{count / 2**30:.1f} GiB"
+def known(count: int | None) -> str:
+    return "unknown" if count is None else size(count)

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from neox_lite import GPTNeoXForCausalLM, Speculation
-from neox_lite.errors import ArgumentError, ContextLengthError
+from neox_lite.errors import ArgumentError, ContextLengthError, NeoxLiteError
 from neox_lite.generation import Clock, Options
 from neox_lite.speculative import LONGEST
 from neox_lite.tokenizer import check_text
@@ -20,6 +20,7 @@ def generate(args: argparse.Namespace) -> None:
     options = _options(args)
     Options.parse({**options, "do_sample": True})  # bad values are refused before minutes of loading
     check_text(prompt, "--prompt")
+    draft = _draft(args) if args.draft is not None else None  # first: the model is planned beside it
     model = load(args.model, args, args.head)
     ids, options["max_new_tokens"] = _lengths(model, prompt, args)
     options["do_sample"] = bool(model.generation_config.do_sample) if args.temperature is None else args.temperature > 0
@@ -28,8 +29,8 @@ def generate(args: argparse.Namespace) -> None:
         if idle:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
             note(f"neox-lite: warning: {flags} without effect in greedy decoding; add --temperature 0.8")
-    if args.draft:
-        options["assistant_model"] = load(args.draft, args)
+    if draft is not None:
+        options["assistant_model"] = draft
     clock, counts, pieces, tokens, reason = Clock(), Speculation(), [], 0, None
     for event in model.stream(ids, speculation=counts, **options):
         clock.tick()
@@ -40,7 +41,7 @@ def generate(args: argparse.Namespace) -> None:
             print(event.text, end="", flush=True)
     if args.json:
         figures = {"prompt_tokens": len(ids), "finish_reason": reason, "decode_tokens_per_s": clock.tokens_per_s}
-        drafts = {"speculation": _speculation(counts)} if args.draft or args.lookup else {}
+        drafts = {"speculation": _speculation(counts)} if args.draft is not None or args.lookup else {}
         print_json({"text": "".join(pieces), "tokens": tokens, **figures, **drafts})
         return
     print()
@@ -49,6 +50,14 @@ def generate(args: argparse.Namespace) -> None:
     if counts.passes:
         pace += f", {counts.mean_tokens_per_pass:.2f} tokens a pass, {counts.accepted} of {counts.drafted} drafted ones right"
     note(f"{len(ids)} prompt tokens, {tokens} new ones{pace} ({reason})")
+
+
+def _draft(args: argparse.Namespace) -> GPTNeoXForCausalLM:
+    """The model that guesses ahead; what is wrong with it is said to be wrong with the draft."""
+    try:
+        return load(args.draft, args)
+    except NeoxLiteError as error:
+        raise type(error)(f"--draft: {error}") from error
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:

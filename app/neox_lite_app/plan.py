@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 
+from neox_lite.checkpoint import Checkpoint
 from neox_lite.config import GPTNeoXConfig
 from neox_lite.errors import ArgumentError, FormatError
 from neox_lite.folder_writer import MANIFEST, read_manifest
@@ -40,12 +40,14 @@ from neox_lite.offload.plan import (
     sizes_of,
 )
 from neox_lite.offload.plan import plan as make_plan
-from neox_lite.saving import parse_bytes
 
 from .family import FAMILY
-from .running import amount, bar, default_threads, print_json
+from .running import amount, default_threads, fold, measure_machine, memory_limit, print_json, size, terminal_width
 
+WEIGHT_FILES = (".safetensors", ".bin", ".index.json")
 WIDTH = 100  # of the picture, at most
+LEAST_BAR = 10  # columns; a narrower bar gets a line of its own
+HANG = 10  # columns that stand before every text
 BLOCKS, PLAIN = "█▓▒·", "#=-."  # weights, KV cache, the rest, free; plain where stdout's encoding lacks blocks
 WHERE = {GPU: "on the GPU", MIXED: "on the GPU and the CPU", CPU: "on the CPU", DISK: "with layers read from the disk"}
 
@@ -57,15 +59,16 @@ def plan(args: argparse.Namespace) -> None:
         family(args, place)
         return
     model = Model.of(args.model, args)
-    found = make_plan(model.sizes, place.machine, place.request(args, args.context or model.sizes.context))
+    request = replace(place.request(args, args.context or model.sizes.context), disk=model.disk)
+    found = make_plan(model.sizes, place.machine, request)
     if found.disk_layers and model.shard is not None:  # its own disk may be another than the one that was measured
         here = replace(place.machine, disk_bytes_per_s=machine.disk_rate(model.shard) or place.machine.disk_bytes_per_s)
         found = make_plan(model.sizes, here, found.request)
     advice = [*found.advice, *smaller_format(model, found)]
     if args.json:
-        print_json({"model": args.model, "format": model.format, **place.identity, **figures(found), "advice": advice})
+        print_json({"model": args.model, **model.identity, **place.identity, **figures(found), "advice": advice})
     else:
-        print("\n".join(describe(args.model, model, place, found, advice)))
+        print("\n".join(describe(args.model, model, place, found, advice, terminal_width())))
 
 
 # What is planned, and for what ----------------------------------------------------------------------------------------
@@ -73,12 +76,20 @@ def plan(args: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class Model:
-    """A model as it would run. format: "int4 g128", "fp16", …; shard: its largest weight file, where it is here."""
+    """A model as it would run. format: "int4 g128", "fp16", "float32", …; dtype: of what is not quantized.
+
+    made: quantized, as its checkpoint is not yet. has_weights: None for a hub id, of which only the configuration is fetched.
+    shard: its largest weight file, where it is here. disk: whether layers can stay in the files, which hold them as they run.
+    """
 
     sizes: Sizes
     format: str
+    dtype: torch.dtype
     config: GPTNeoXConfig
+    made: bool = False
+    has_weights: bool | None = None
     shard: Path | None = None
+    disk: bool = True
 
     @classmethod
     def of(cls, name: str, args: argparse.Namespace) -> Model:
@@ -86,28 +97,75 @@ class Model:
         local = local_folder(name, args.revision)
         folder = local or fetch_files(name, ["config.json", MANIFEST], args.revision)
         config = GPTNeoXConfig.from_pretrained(folder)
-        shards = sorted(local.glob("*.safetensors"), key=lambda f: f.stat().st_size) if local else []
-        shard = shards[-1] if shards else None
+        stored = Stored.of(local, config)
+        dtype = stored.dtype
         if config.quantization_config is None:
-            return cls.quantized(config, args.format or "int4", shard)
-        formats = formats_of(config.quantization_config)
-        stored = formats("gpt_neox.layers.0.mlp.dense_h_to_4h")
-        format = f"{stored.name} g{stored.group_size}" if isinstance(stored, GroupInt) else "fp16"
-        if args.format not in (None, format.split()[0]):
-            raise ArgumentError(f"{name}: is quantized already ({format}); leave --format out")
-        files = read_manifest(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
-        dtype = DTYPES[config.dtype or "float16"]
-        sizes = sizes_in(config, formats, dtype, dtype, HEAD in files or (folder / HEAD).is_file())
-        return cls(sizes, format, config, shard)
+            found = (
+                cls.plain(config, dtype)
+                if args.format == "fp16"
+                else cls.quantized(config, args.format or "int4", dtype)
+            )
+        else:
+            files = read_manifest(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
+            formats, small_head = formats_of(config.quantization_config), HEAD in files or (folder / HEAD).is_file()
+            first = formats("gpt_neox.layers.0.mlp.dense_h_to_4h")
+            format = f"{first.name} g{first.group_size}" if isinstance(first, GroupInt) else name_of(dtype)
+            if args.format not in (None, format.split()[0]):
+                raise ArgumentError(f"{name}: is quantized already ({format}); leave --format out")
+            found = cls(sizes_in(config, formats, dtype, stored.scales, small_head), format, dtype, config)
+        has_weights = None if local is None else stored.shard is not None
+        return replace(found, has_weights=has_weights, shard=stored.shard, disk=found.made or stored.as_they_run)
 
     @classmethod
-    def quantized(cls, config: GPTNeoXConfig, format: str, shard: Path | None = None) -> Model:
-        """What `neox-lite quantize` would make of a plain checkpoint, in the largest groups that fit; or it in fp16."""
-        bits = FORMAT_BITS[format]
-        if bits is None:
-            return cls(sizes_of(config, None), format, config, shard)
+    def plain(cls, config: GPTNeoXConfig, dtype: torch.dtype) -> Model:
+        """A plain checkpoint as it is."""
+        return cls(sizes_of(config, None, itemsize=dtype.itemsize), name_of(dtype), dtype, config)
+
+    @classmethod
+    def quantized(cls, config: GPTNeoXConfig, format: str, dtype: torch.dtype = torch.float16) -> Model:
+        """What `neox-lite quantize` would make of a plain checkpoint in the largest groups that fit: the rest has 16 bits."""
         group = largest_group(config) or GROUP_SIZES[0]  # if none fits, sizes_of says so
-        return cls(sizes_of(config, bits, group, small_head=True), f"{format} g{group}", config, shard)
+        sizes = sizes_of(config, FORMAT_BITS[format], group, small_head=True)
+        kept = dtype if dtype.itemsize == 2 else torch.float16
+        return cls(sizes, f"{format} g{group}", kept, config, made=True)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"format": self.format, "dtype": str(self.dtype).removeprefix("torch."), "has_weights": self.has_weights}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What weight files tell: dtypes of plain tensors and of scales, as from_pretrained keeps them, and the largest file.
+
+    as_they_run: layers are mapped from there, neither unpickled nor converted.
+    """
+
+    dtype: torch.dtype
+    scales: torch.dtype
+    shard: Path | None = None
+    as_they_run: bool = True
+
+    @classmethod
+    def of(cls, folder: Path | None, config: GPTNeoXConfig) -> Stored:
+        """Without a weight file, as of a hub id, the dtype is the configuration's, or float16."""
+        named = DTYPES.get(config.dtype or "")
+        if folder is None or not any(file.name.endswith(WEIGHT_FILES) for file in folder.iterdir()):
+            return cls(named or torch.float16, named or torch.float16)
+        with Checkpoint.open(folder) as checkpoint:
+
+            def dtype_of(suffix: str) -> torch.dtype | None:
+                return next((checkpoint.info(n).dtype for n in checkpoint.names() if n.endswith(suffix)), None)
+
+            dtype = named or dtype_of("embed_in.weight") or torch.float32
+            shard = max(checkpoint.files, key=lambda file: file.stat().st_size)
+            as_they_run = shard.suffix == ".safetensors" and dtype_of("mlp.dense_h_to_4h.weight") in (None, dtype)
+            return cls(dtype, dtype_of(".weight_scale") or dtype, shard, as_they_run)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """As users write it: fp16, bfloat16, float32."""
+    return "fp16" if dtype == torch.float16 else str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -122,22 +180,18 @@ class Place:
     @classmethod
     def of(cls, args: argparse.Namespace) -> Place:
         """This machine, measured if it was not before, with what is free now; or with the card that is asked for."""
-        card = card_of(args.card) if args.card else None
-        asked = {tier: parse_bytes(text) if (text := vars(args)[f"{tier}_memory"]) else None for tier in ("gpu", "cpu")}
-        with bar("measure this machine", "step") as progress:
-            here = machine.profile(progress)
+        card = card_of(args.card) if args.card is not None else None
+        gpu_bytes, cpu_bytes = memory_limit(args, "gpu"), memory_limit(args, "cpu")
+        here = machine.profile(measure=False) or measure_machine()
         if card is not None:
             here = replace(here, card=card)
-        if asked["gpu"] is not None and here.card is None:
+        if gpu_bytes == 0 and here.card is None:  # nothing of a GPU can be had anywhere
+            gpu_bytes = None
+        if gpu_bytes is not None and here.card is None:
             raise ArgumentError(f"--gpu-memory: there is no GPU here; plan for one with --card: {', '.join(CARDS)}")
-        cpu_bytes, gpu_bytes = asked["cpu"], asked["gpu"]
-        if cpu_bytes is None or (gpu_bytes is None and card is None and here.card is not None):
-            free_cpu, free_gpu = machine.budgets(here)
-            cpu_bytes = free_cpu if cpu_bytes is None else cpu_bytes
-            gpu_bytes = free_gpu if gpu_bytes is None and card is None else gpu_bytes
         if card is not None and gpu_bytes is None:
             gpu_bytes = card.bytes - machine.GPU_MARGIN
-        return cls(here, cpu_bytes, gpu_bytes, card is not None)
+        return cls(here, *machine.budgets(here, cpu_bytes, gpu_bytes), card is not None)
 
     def request(self, args: argparse.Namespace, context: int) -> Request:
         return Request(context, self.cpu_bytes, self.gpu_bytes, kv=args.kv, head=args.head)
@@ -163,11 +217,12 @@ def card_of(name: str) -> Card:
 
 def smaller_format(model: Model, found: Plan) -> Iterator[str]:
     """The advice to quantize further, where that helps."""
-    formats = ("fp16", "int8", "int4")
-    further = formats[formats.index(model.format.split()[0]) + 1 :] if model.config.quantization_config is None else ()
-    for format in further:
+    if model.config.quantization_config is not None:
+        return
+    for format in {"int4": (), "int8": ("int4",)}.get(model.format.split()[0], ("int8", "int4")):
         with suppress(FormatError):  # rows that no group divides
-            smaller = make_plan(Model.quantized(model.config, format).sizes, found.machine, found.request)
+            request = replace(found.request, disk=True)
+            smaller = make_plan(Model.quantized(model.config, format).sizes, found.machine, request)
             if smaller.level > found.level:
                 yield f"--format {format} would {GAINS[smaller.level]}"
                 return
@@ -199,58 +254,81 @@ def figures(found: Plan) -> dict[str, Any]:
     }
 
 
-def describe(name: str, model: Model, place: Place, found: Plan, advice: list[str]) -> Iterator[str]:
-    """A picture of the memories, then speed, choices and advice."""
-    verdict = f"runs {WHERE[found.level]}" if found.fits else f"does not fit, {gib(found.short_by)} of CPU memory short"
-    made = ", once quantized" if model.config.quantization_config is None and model.format != "fp16" else ""
-    yield f"{name}, {model.format}{made}, context {found.context}: {verdict}"
+def describe(name: str, model: Model, place: Place, found: Plan, advice: list[str], width: int | None) -> Iterator[str]:
+    """A picture of the memories, then speed, choices and advice, in lines of at most `width`."""
+    verdict = (
+        f"runs {WHERE[found.level]}" if found.fits else f"does not fit, {size(found.short_by)} of CPU memory short"
+    )
+    made = ", once quantized" if model.made else ""
+    yield from fold(f"{name}, {model.format}{made}, context {found.context}: {verdict}", width, HANG)
     yield ""
-    yield from picture(place, found)
+    yield from picture(place, found, width)
     yield ""
-    if found.fits:
-        yield from timing(place, found)
-    yield f"kept as   {found.kv} KV cache, {found.head} head"
-    yield from (f"chosen    {note}" for note in found.notes)
-    yield from (f"{'advice' if not i else '':<9} {line}" for i, line in enumerate(advice))
+    texts = list(timing(place, found)) if found.fits else []
+    kv, head = (name_of(model.dtype) if kind == "fp16" else kind for kind in (found.kv, found.head))
+    texts.append(("kept as", f"{kv} KV cache, {head} head"))
+    texts += [("chosen", note) for note in found.notes]
+    if model.has_weights is False:
+        texts.append(("missing", f"{name} has no weights; all this follows from its config.json"))
+    if not (found.fits or model.disk):
+        texts.append(("disk", "layers cannot stay there: the files do not hold them as they run"))
+    texts += [("" if i else "advice", line) for i, line in enumerate(advice)]
+    for title, text in texts:
+        yield from fold(f"{title:<{HANG}}{text}", width, HANG)
 
 
-def timing(place: Place, found: Plan) -> Iterator[str]:
-    """How fast it will be, and which layers go over the bus when."""
-    yield f"speed     {speed(found.decode_tokens_per_s)} decoding, {speed(found.prefill_tokens_per_s)} reading a prompt"
-    yield f"          predicted from {source(place)}"
+def timing(place: Place, found: Plan) -> Iterator[tuple[str, str]]:
+    """How fast it will be, and which layers go over the bus when: (title, text)."""
+    decode, prompt = speed(found.decode_tokens_per_s), speed(found.prefill_tokens_per_s)
+    yield "speed", f"{decode} decoding, {prompt} reading a prompt"
+    yield "", f"predicted from {source(place)}"
     if found.mixed:
         turn = found.crossover_tokens
-        yield "streaming " + (
+        yield (
+            "streaming",
             f"a pass of {turn} tokens or more brings the CPU's layers to the GPU; a shorter one runs them in place"
             if turn
-            else "never: the CPU runs its layers faster than the bus brings them to the GPU"
+            else "never: the CPU runs its layers faster than the bus brings them to the GPU",
         )
 
 
 def source(place: Place) -> str:
-    """Where the rates behind a prediction come from."""
+    """Where the rates behind a prediction come from, and how to renew them."""
+    anew = "(neox-lite doctor --measure measures anew)"
     if place.by_card and place.machine.card:
-        return f"the specifications of the {place.machine.card.name} and this CPU's measured speed"
-    return f"the measured speed of this CPU{' and GPU' if place.gpu_bytes is not None else ''}"
+        return f"the specifications of the {place.machine.card.name} and this CPU's measured speed {anew}"
+    return f"the measured speed of this CPU{' and GPU' if place.gpu_bytes is not None else ''} {anew}"
 
 
-def picture(place: Place, found: Plan) -> Iterator[str]:
-    """One bar for each memory: weights, KV cache, everything else, and what stays free of the budget."""
+def picture(place: Place, found: Plan, width: int | None) -> Iterator[str]:
+    """One bar for each memory: weights, KV cache, everything else, and what stays free of the budget.
+
+    Bars that would get too narrow beside their texts stand above them.
+    """
     blocks = BLOCKS if can_print(BLOCKS) else PLAIN
     budgets = {"gpu": place.gpu_bytes, "cpu": place.cpu_bytes, "disk": found.totals["disk"] or None}
     rows = [(tier, budget) for tier, budget in budgets.items() if budget is not None]
     texts = [(*usage(found, tier, budget), held(found, tier)) for tier, budget in rows]
     columns = [max(map(len, column)) for column in zip(*texts, strict=True)]
-    width = max(10, min(WIDTH, shutil.get_terminal_size().columns) - sum(columns) - 10)
+    most = min(WIDTH, width or WIDTH)
+    room = most - sum(columns) - 10
+    beside = room >= LEAST_BAR
     for (tier, budget), (used, of, what) in zip(rows, texts, strict=True):
-        filled = bar_of(found.parts[tier], budget, width, blocks)
-        yield f"{tier.upper():<4}  {filled}  {used:>{columns[0]}}{of:<{columns[1]}}  {what}".rstrip()
-    yield f"      {blocks[0]} weights  {blocks[1]} KV cache  {blocks[2]} slots, scratch, driver, process  {blocks[3]} free"
+        filled = bar_of(found.parts[tier], budget, room if beside else max(1, most - 6), blocks)
+        if beside:
+            yield f"{tier.upper():<4}  {filled}  {used:>{columns[0]}}{of:<{columns[1]}}  {what}".rstrip()
+        else:
+            yield f"{tier.upper():<4}  {filled}"
+            yield from fold(f"      {used}{of}{', ' if what else ''}{what}", width, 6)
+    kinds = ("weights", "KV cache", "slots, scratch, driver, process", "free")
+    legend = [f"{block} {kind}" for block, kind in zip(blocks, kinds, strict=True)]
+    line = f"      {'  '.join(legend)}"
+    yield from [line] if len(line) <= most else [part for entry in legend for part in fold(f"      {entry}", width, 8)]
 
 
 def usage(found: Plan, tier: str, budget: int) -> tuple[str, str]:
     """Used bytes, and of how many."""
-    return f"{found.totals[tier] / 2**30:.1f}", " GiB" if tier == "disk" else f" of {budget / 2**30:.1f} GiB"
+    return size(found.totals[tier]) if found.totals[tier] else "0", "" if tier == "disk" else f" of {size(budget)}"
 
 
 def held(found: Plan, tier: str) -> str:
@@ -280,10 +358,6 @@ def can_print(text: str) -> bool:
     return True
 
 
-def gib(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 1 << 30 else f"{count / 2**20:.0f} MiB"
-
-
 def speed(rate: float | None) -> str:
     if rate is None:
         return "unknown (the disk's speed could not be measured)"
@@ -295,8 +369,9 @@ def speed(rate: float | None) -> str:
 
 def family(args: argparse.Namespace, place: Place) -> None:
     """Every known checkpoint on this machine, in int4 and int8."""
-    if args.format or args.revision:
-        raise ArgumentError(f"--{'format' if args.format else 'revision'} goes with MODEL only")
+    for option in ("format", "revision"):
+        if getattr(args, option) is not None:
+            raise ArgumentError(f"--{option} goes with MODEL only")
     rows = []
     for member in FAMILY:
         for format in ("int4", "int8"):
@@ -307,40 +382,68 @@ def family(args: argparse.Namespace, place: Place) -> None:
     if args.json:
         print_json({**place.identity, "rows": rows})
     else:
-        print("\n".join(table(rows, place)))
+        print("\n".join(table(rows, place, terminal_width())))
 
 
-def table(rows: list[dict[str, Any]], place: Place) -> Iterator[str]:
-    """One line for each checkpoint: where it runs in int4 and in int8, and how fast."""
-    titles = ["checkpoint", "context", *(2 * ["size", "runs on", "tokens/s", "prompt"])]
-    pairs = list(zip(rows[::2], rows[1::2], strict=True))
-    cells = [
-        [a["model"].rpartition("/")[2], str(a["context"]), *(cell for row in (a, b) for cell in row_cells(row))]
-        for a, b in pairs
-    ]
-    widths = [max(map(len, column)) for column in zip(titles, *cells, strict=True)]
-    left = {0, 3, 7}
-
-    def line(words: Iterable[str]) -> str:
-        placed = [f"{w:<{n}}" if i in left else f"{w:>{n}}" for i, (w, n) in enumerate(zip(words, widths, strict=True))]
-        return "  ".join(placed).rstrip()
-
-    half = widths[0] + widths[1] + 4
-    yield f"{'':<{half}}{'int4':<{sum(widths[2:6]) + 8}}int8"
-    yield line(titles)
-    yield from map(line, cells)
-    memory = [
-        f"{gib(count)} of {name}"
-        for name, count in (("GPU", place.gpu_bytes), ("CPU memory", place.cpu_bytes))
-        if count
-    ]
+def table(rows: list[dict[str, Any]], place: Place, width: int | None) -> Iterator[str]:
+    """Every checkpoint in int4 and in int8: where it runs and how fast; side by side, or as `width` allows."""
+    cells = [row_cells(row) for row in rows]
+    layouts = (side_by_side(cells), stacked(cells, COLUMNS), stacked(cells, FEWER))
+    fitting = (lines for lines in layouts if width is None or max(map(len, lines)) <= width)
+    yield from next(fitting, None) or listed(cells, width or WIDTH)
+    budgets = (("GPU", place.gpu_bytes), ("CPU memory", place.cpu_bytes))
+    memory = " and ".join(f"{size(count)} of {name}" for name, count in budgets if count is not None)
     yield ""
-    yield f"within {' and '.join(memory)}; tokens/s decoding, and reading a prompt, predicted from {source(place)}"
-    yield "+ with an int8 KV cache, or int8 head, or both, because that is what makes it fit"
+    said = f"within {memory}; tokens/s decoding, and reading a prompt, predicted from {source(place)}"
+    yield from fold(said, width)
+    if any(cell["runs on"].endswith(" +") for cell in cells):
+        yield from fold("+ with an int8 KV cache, or int8 head, or both, because that is what makes it fit", width)
 
 
-def row_cells(row: dict[str, Any]) -> list[str]:
-    """Size, place and speed of one planned checkpoint."""
+FIGURES = ("size", "runs on", "tokens/s", "prompt")
+COLUMNS = ("checkpoint", "context", "format", *FIGURES)
+FEWER = ("checkpoint", "format", "size", "runs on", "tokens/s")
+
+
+def side_by_side(cells: list[dict[str, str]]) -> list[str]:
+    """One line for each checkpoint, int4 beside int8."""
+    rows = [
+        [a["checkpoint"], a["context"], *(row[title] for row in (a, b) for title in FIGURES)]
+        for a, b in zip(cells[::2], cells[1::2], strict=True)
+    ]
+    lines = aligned(["checkpoint", "context", *FIGURES, *FIGURES], rows)
+    first, second = (
+        lines[0].index(title) + len(title) + 2 for title in ("context", "prompt")
+    )  # where these columns end
+    return [f"{'':<{first}}{'int4':<{second - first}}int8", *lines]
+
+
+def stacked(cells: list[dict[str, str]], titles: Sequence[str]) -> list[str]:
+    """Two lines for each checkpoint, int8 below int4."""
+    again = {"checkpoint": "", "context": ""}
+    every = ({**cell, **again} if i % 2 else cell for i, cell in enumerate(cells))
+    return aligned(titles, [[cell[title] for title in titles] for cell in every])
+
+
+def listed(cells: list[dict[str, str]], width: int) -> Iterator[str]:
+    """A paragraph for each checkpoint."""
+    for i, cell in enumerate(cells):
+        if i % 2 == 0:
+            yield cell["checkpoint"]
+        on = "does not fit" if cell["runs on"] == "no" else f"{cell['runs on']}, {cell['tokens/s']} tokens/s"
+        yield from fold(f"  {cell['format']}  {cell['size']}, {on}", width, 8)
+
+
+def aligned(titles: Sequence[str], rows: list[list[str]]) -> list[str]:
+    """Titles and rows in columns, words to the left and figures to the right."""
+    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+    sides = ["<" if title in ("checkpoint", "format", "runs on") else ">" for title in titles]
+    placed = (zip(row, sides, widths, strict=True) for row in (titles, *rows))
+    return ["  ".join(f"{word:{side}{width}}" for word, side, width in row).rstrip() for row in placed]
+
+
+def row_cells(row: dict[str, Any]) -> dict[str, str]:
+    """What the table says of one planned checkpoint."""
     layers = row["layers"]
     on = " + ".join(f"{tier.upper()} {layers[tier]}" for tier in TIERS if layers[tier])
     on = (on if " + " in on else on.split()[0]) + (" +" if row["notes"] else "") if row["fits"] else "no"
@@ -348,4 +451,11 @@ def row_cells(row: dict[str, Any]) -> list[str]:
     shown = [
         "-" if rate is None or not row["fits"] else f"{rate:.0f}" if rate >= 10 else f"{rate:.1f}" for rate in rates
     ]
-    return [amount(row["bytes"], "B"), on, *shown]
+    told = (
+        row["model"].rpartition("/")[2],
+        str(row["context"]),
+        row["format"].split()[0],
+        amount(row["bytes"], "B"),
+        on,
+    )
+    return dict(zip(COLUMNS, (*told, *shown), strict=True))

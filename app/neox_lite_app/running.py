@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,11 @@ import torch
 
 from neox_lite import GPTNeoXForCausalLM
 from neox_lite.errors import ArgumentError
+from neox_lite.offload import machine
+from neox_lite.offload.place import device_of
+from neox_lite.saving import parse_bytes
+
+BUSY = 0.3  # load average from which on measurements suffer
 
 
 def load(name: str, args: argparse.Namespace, head: str | None = None, **options: Any) -> GPTNeoXForCausalLM:
@@ -29,8 +37,14 @@ def load(name: str, args: argparse.Namespace, head: str | None = None, **options
 
 
 def placing(args: argparse.Namespace) -> dict[str, Any]:
-    """What the placement flags mean as options of from_pretrained."""
-    limits = {"cuda": args.gpu_memory, "cpu": args.cpu_memory}
+    """What the placement flags mean as options of from_pretrained. Raises ArgumentError, in the flags' own names."""
+    gpu_bytes, cpu_bytes = memory_limit(args, "gpu"), memory_limit(args, "cpu")
+    device = None if args.device == "auto" else device_of(args.device, "--device is")
+    if gpu_bytes and device is not None and device.type == "cpu":
+        raise ArgumentError("--gpu-memory and --device cpu contradict each other; leave one out")
+    if gpu_bytes and not torch.cuda.is_available():
+        raise ArgumentError("--gpu-memory: torch sees no GPU here; leave it out")
+    limits = {args.device if args.device.startswith("cuda") else "cuda": gpu_bytes, "cpu": cpu_bytes}
     limits = {where: limit for where, limit in limits.items() if limit is not None}
     return {
         "device_map": args.device,
@@ -38,6 +52,30 @@ def placing(args: argparse.Namespace) -> dict[str, Any]:
         "context": getattr(args, "context", None),
         "kv": args.kv,
     }
+
+
+def memory_limit(args: argparse.Namespace, side: str) -> int | None:
+    """Bytes that --gpu-memory or --cpu-memory allows; None where it is not given."""
+    text = vars(args)[f"{side}_memory"]
+    try:
+        return None if text is None else parse_bytes(text)
+    except (ArgumentError, OverflowError) as error:
+        raise ArgumentError(f"--{side}-memory is {text[:40]!r}, expected a size such as 8GiB or 500MB") from error
+
+
+def measure_machine() -> machine.Machine:
+    """Measure this machine's speed, with a progress bar, and keep it."""
+    warn_if_busy()
+    with bar("measure this machine", "step") as progress:
+        return machine.renew(progress)
+
+
+def warn_if_busy() -> float | None:
+    """The load average where the system tells it, with a warning where that is high."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    if load is not None and load > BUSY:
+        note(f"neox-lite: warning: this machine is busy (load {load:.1f}); figures may be low")
+    return load
 
 
 def default_threads() -> int:
@@ -94,6 +132,28 @@ def amount(count: float, unit: str = "") -> str:
     value = count / 1000**power
     digits = 0 if power == 0 or value >= 100 else 1 if value >= 10 else 2
     return f"{value:.{digits}f}{' ' if unit else ''}{prefixes[power]}{unit}"
+
+
+def size(count: int) -> str:
+    """Bytes as memory is sold: 22.3 GiB, 319 MiB."""
+    for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if count >= 1024**power:
+            return f"{count / 1024**power:.{1 if power == 3 else 0}f} {unit}"
+    return f"{count} bytes" if count else "0 GiB"
+
+
+def terminal_width() -> int | None:
+    """Columns of the terminal that stdout is, or that COLUMNS names; None where nothing bounds a line."""
+    return shutil.get_terminal_size((0, 0)).columns or None
+
+
+def fold(line: str, width: int | None, hang: int = 0) -> list[str]:
+    """A line for people as lines of at most `width`, those after the first `hang` columns in; longer words stay whole."""
+    if width is None or len(line) <= width:
+        return [line]
+    hang = min(hang, width // 4)
+    options = {"break_long_words": False, "break_on_hyphens": False, "subsequent_indent": " " * hang}
+    return textwrap.wrap(line, width, **options)  # type: ignore[arg-type]
 
 
 def note(text: str) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import ctypes
 import json
-import math
 import os
 import platform
 import re
@@ -31,7 +30,7 @@ from torch import Tensor
 from ..cache import PAGE, Batch, PagePool
 from ..config import GPTNeoXConfig
 from ..errors import ArgumentError
-from ..formats import GroupInt
+from ..formats import DENSE, Format, GroupInt
 from ..kernels import cpu, dispatch
 from ..layers import GPTNeoXLayer, Linear, Rotary
 from ..version import __version__
@@ -40,11 +39,13 @@ from .ring import Files, Origin
 
 Progress = Callable[[int, int], object]  # steps done, steps in all
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MOST_KEPT = 8  # profiles: of other thread counts or kernels on the same machine
+INT4 = GroupInt(4, 128)
 LARGE = (6144, 1)  # hidden size and layers: one of GPT-NeoX-20B, 234 MB as int4
 LARGE_ON_LITTLE = (2048, 8)  # where less than LITTLE is free
 LITTLE = 2 << 30
+PLAIN = (2048, 1)  # 100 MB in 16 bits
 SMALL = (768, 32)  # many small ones, 118 MB together: more than processors keep to themselves
 MANY = 256  # tokens of the pass that shows operations a second
 SECONDS = 0.6  # to repeat a measurement for
@@ -54,6 +55,19 @@ DISK_BYTES = 1 << 30
 SLOT_BYTES = 128 << 20  # of a file read at a time: a layer or so
 CONTEXT_BYTES = 512 << 20  # of a driver's context where the driver does not say
 PROCESS_BYTES = 600 << 20  # of a process that has imported torch, where the system does not say
+# What a number in a kept profile can be: wider than any machine, narrow enough that arithmetic with it means something.
+SENSIBLE = {
+    "read_bytes_per_s": (1e6, 1e15),
+    "flops_per_s": (1e6, 1e18),
+    "plain_flops_per_s": (1e6, 1e18),
+    "layer_s": (0.0, 10.0),
+    "feature_s": (0.0, 1.0),
+    "bus_bytes_per_s": (1e6, 1e13),
+    "disk_bytes_per_s": (1e3, 1e12),
+    "process_bytes": (1 << 20, 1 << 40),
+    "bytes": (1 << 20, 1 << 44),
+    "context_bytes": (1, 1 << 40),
+}
 HOST_MARGIN = 512 << 20  # of what is free now, left to the rest of the system
 GPU_MARGIN = 256 << 20
 
@@ -70,12 +84,14 @@ def profile(progress: Progress | None = None, measure: bool = True) -> Machine |
 
     progress is told the steps done and in all while measuring. Without `measure`, None where nothing is kept.
     """
-    here = identity()
-    found = _load(here)
-    if found is not None or not measure:
-        return found
+    found = _load(identity())
+    return renew(progress) if found is None and measure else found
+
+
+def renew(progress: Progress | None = None) -> Machine:
+    """This machine's rates, measured now and kept in place of what was kept of it."""
     found = _measured(progress or (lambda done, total: None))
-    _keep(here, found)
+    _keep(identity(), found)
     return found
 
 
@@ -105,56 +121,84 @@ def cache_file() -> Path:
 
 
 def _load(here: dict[str, Any]) -> Machine | None:
-    """The kept profile of this identity; None where there is none, or what is there is not one."""
-    for entry in _kept():
-        with suppress(LookupError, TypeError, ValueError):  # measured again, and written over
-            if entry["identity"] == here:
-                return _parse(entry["machine"])
+    """The kept profile of this identity; None where there is none, or where the file makes no sense, which is said once."""
+    try:
+        for entry in _kept():
+            if _entry(entry, "identity") == here:
+                return _parse(_entry(entry, "machine"))
+    except ValueError as error:
+        _say(f"{cache_file()} is not used: {error}")
     return None
 
 
 def _kept() -> list[Any]:
-    """The entries of the file, whatever they are; none where there is no file, or it is not one of ours."""
+    """The entries of the file, whatever they are; none where there is no file. Raises ValueError if it holds anything else."""
     try:
-        found = json.loads(cache_file().read_text(encoding="utf-8"))["profiles"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        found = json.loads(cache_file().read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    return found if isinstance(found, list) else []
+    except OSError as error:  # and what cannot be written either is said where it is written
+        if error.filename is None:  # there is no home
+            return []
+        raise ValueError(f"it cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError("it is not JSON") from error
+    entries = _entry(found, "profiles")
+    if not isinstance(entries, list):
+        raise ValueError("profiles is no list")
+    return entries
 
 
-def _parse(kept: dict[str, Any]) -> Machine:
-    """Raises TypeError, ValueError or LookupError for anything but a profile of sensible numbers."""
-    card = kept["card"]
-    if card is not None:
-        numbers = [_number(card[key]) for key in ("bytes", "context_bytes")]
-        card = Card(
-            str(card["name"]), int(numbers[0]), _rates(card["rates"]), _number(card["bus_bytes_per_s"]), int(numbers[1])
-        )
-    disk = kept["disk_bytes_per_s"]
+def _parse(kept: Any) -> Machine:
+    """Raises ValueError for anything but a profile of numbers that a machine can have."""
+    card, disk = _entry(kept, "card"), _entry(kept, "disk_bytes_per_s")
     return Machine(
-        _rates(kept["cpu"]), None if disk is None else _number(disk), int(_number(kept["process_bytes"])), card
+        _rates(_entry(kept, "cpu")),
+        None if disk is None else _number(kept, "disk_bytes_per_s"),
+        int(_number(kept, "process_bytes")),
+        None if card is None else _card(card),
     )
 
 
-def _rates(kept: dict[str, Any]) -> Rates:
-    speeds = [_number(kept[key]) for key in ("read_bytes_per_s", "flops_per_s")]
-    return Rates(*speeds, *(_number(kept[key], allow_zero=True) for key in ("layer_s", "feature_s")))
+def _card(kept: Any) -> Card:
+    name = _entry(kept, "name")
+    if not isinstance(name, str) or not name.isprintable():
+        raise ValueError(f"name is {_shown(name)}, expected a GPU's")
+    sizes = {key: int(_number(kept, key)) for key in ("bytes", "context_bytes")}
+    return Card(name, rates=_rates(_entry(kept, "rates")), bus_bytes_per_s=_number(kept, "bus_bytes_per_s"), **sizes)
 
 
-def _number(value: Any, allow_zero: bool = False) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{value!r} is not a number")
-    if not math.isfinite(value) or value < 0 or (value == 0 and not allow_zero):
-        raise ValueError(f"{value!r} is no rate")
+def _rates(kept: Any) -> Rates:
+    known = {key: _number(kept, key) for key in ("read_bytes_per_s", "flops_per_s", "layer_s", "feature_s")}
+    plain = _entry(kept, "plain_flops_per_s")
+    return Rates(**known, plain_flops_per_s=None if plain is None else _number(kept, "plain_flops_per_s"))
+
+
+def _number(kept: Any, key: str) -> float:
+    value, (low, high) = _entry(kept, key), SENSIBLE[key]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise ValueError(f"{key} is {_shown(value)}, expected {low:.3g} to {high:.3g}")
     return value
+
+
+def _entry(kept: Any, key: str) -> Any:
+    if not isinstance(kept, dict) or key not in kept:
+        raise ValueError(f"{_shown(kept)} has no {key}")
+    return kept[key]
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 40 else f"{text[:36]} …"
 
 
 def _keep(here: dict[str, Any], found: Machine) -> None:
     """Write the profile beside those of other identities, whole or not at all; a folder that cannot be written is said once."""
-    others = [entry for entry in _kept() if isinstance(entry, dict) and entry.get("identity") != here]
-    text = (
-        json.dumps({"profiles": [{"identity": here, "machine": asdict(found)}, *others][:MOST_KEPT]}, indent=2) + "\n"
-    )
+    others: list[Any] = []
+    with suppress(ValueError):  # a file that is not one of ours is replaced
+        others = [entry for entry in _kept() if isinstance(entry, dict) and entry.get("identity") != here]
+    profiles = [{"identity": here, "machine": asdict(found)}, *others][:MOST_KEPT]
+    text = json.dumps({"profiles": profiles}, indent=2) + "\n"
     partial = None
     try:
         target = cache_file()
@@ -167,12 +211,14 @@ def _keep(here: dict[str, Any], found: Machine) -> None:
         if partial is not None:
             with suppress(OSError):
                 partial.unlink(missing_ok=True)
-        _say_unkept(str(error.strerror or error))
+        reason = error.strerror or error
+        _say(f"the machine's measured speed cannot be kept, so it is measured every time: {reason}")
 
 
 @cache
-def _say_unkept(reason: str) -> None:
-    warnings.warn(f"the machine's measured speed cannot be kept, so it is measured every time: {reason}", stacklevel=4)
+def _say(text: str) -> None:
+    """Warn of something once."""
+    warnings.warn(text, stacklevel=4)
 
 
 def _measured(progress: Progress) -> Machine:
@@ -194,21 +240,29 @@ def measure_rates(device: torch.device, progress: Progress = lambda done, total:
     """Rates of a device in int4 layers of groups of 128: of one large layer and of many small ones.
 
     A straight line through the two gives the seconds for each byte and those of a layer beside them at one token, and at
-    many tokens the seconds for each operation and those of a feature beside them.
+    many tokens the seconds for each operation and those of a feature beside them. One plain layer gives the operations a second
+    of those.
     """
     free = free_memory()[1] if device.type == "cpu" else free_gpu(device.index or 0)[1]
     large = LARGE_ON_LITTLE if free is not None and free < LITTLE else LARGE
     one, many = [], []
+
+    def prefill_s(layers: Layers) -> float:
+        """Seconds of a token in a layer, among many."""
+        return _seconds(lambda: layers.prefill(MANY), device) / layers.count / MANY
+
     with torch.inference_mode():
         for step, (hidden, count) in enumerate((large, SMALL)):
             layers = Layers(device, hidden, count)
             one.append((layers.nbytes / count, _seconds(layers.decode(), device) / count))
-            prefill_s = _seconds(lambda layers=layers: layers.prefill(MANY), device) / count  # type: ignore[misc]
-            many.append((2 * layers.weights / hidden, prefill_s / MANY / hidden))
+            many.append((2 * layers.weights / hidden, prefill_s(layers) / hidden))
             del layers
             progress(step + 1, 2)
+        plain = Layers(device, *PLAIN, DENSE)
+        plain_s = prefill_s(plain)
     (byte_s, layer_s), (operation_s, feature_s) = _line(*one), _line(*many)
-    return Rates(1 / byte_s, 1 / operation_s, layer_s, feature_s)
+    products_s = max(plain_s - feature_s * PLAIN[0], 0.5 * plain_s)  # most of it, whatever noise says
+    return Rates(1 / byte_s, 1 / operation_s, layer_s, feature_s, 2 * plain.weights / products_s)
 
 
 def _line(large: tuple[float, float], small: tuple[float, float]) -> tuple[float, float]:
@@ -219,20 +273,20 @@ def _line(large: tuple[float, float], small: tuple[float, float]) -> tuple[float
 
 
 class Layers:
-    """Layers of random int4 weights on a device, and passes through them."""
+    """Layers of random weights on a device, and passes through them."""
 
-    def __init__(self, device: torch.device, hidden: int, count: int) -> None:
+    def __init__(self, device: torch.device, hidden: int, count: int, format: Format = INT4) -> None:
         config = GPTNeoXConfig(
             hidden_size=hidden,
             intermediate_size=4 * hidden,
             num_attention_heads=hidden // 96 if hidden % 96 == 0 else hidden // 128,
             num_hidden_layers=count,
         )
-        format = GroupInt(4, 128)
         with device:
             self.layers = [GPTNeoXLayer(config, i, lambda name: format) for i in range(count)]
         for layer in self.layers:
             _fill(layer)
+        self.count = count
         self.weights = sum(m.in_features * m.out_features for m in self.layers[0].modules() if isinstance(m, Linear))
         self.nbytes = sum(t.nbytes for layer in self.layers for t in (*layer.parameters(), *layer.buffers()))
         self.ops = dispatch.choose(device)
@@ -273,6 +327,8 @@ def _fill(layer: GPTNeoXLayer) -> None:
             tensor.random_(-(1 << 31), 1 << 31)
         elif name.endswith("weight_scale"):
             tensor.uniform_(0.5, 1.5).mul_(0.2 * (tensor.shape[1] * 128) ** -0.5)
+        elif tensor.dim() == 2:
+            tensor.uniform_(-1, 1).mul_(tensor.shape[1] ** -0.5)
         elif name.endswith("bias"):
             tensor.zero_()
         else:  # gains of norms; and weight_shape, which nothing reads while running
@@ -413,21 +469,27 @@ def _resident(status: str) -> dict[str, int] | None:
     return {kind: int(kib) << 10 for kind, kib in found.items()} if len(found) == 3 else None
 
 
-def budgets(machine: Machine) -> tuple[int, int | None]:
-    """What this process may take of host memory and of the GPU in all: what it holds, and what is free now but a margin.
+def budgets(
+    here: Machine, cpu_bytes: int | None = None, gpu_bytes: int | None = None, gpu: int | None = 0
+) -> tuple[int, int | None]:
+    """What this process may take of host memory and of the GPU number `gpu` in all.
 
-    The GPU's is None where the machine has none. Raises ArgumentError where the system does not say what is free.
+    That is as given, or else what it holds and what is free now but a margin. None for the GPU's where `gpu` is None or the
+    machine has none. Raises ArgumentError where the system does not say what is free.
     """
-    free = free_memory()[1]
-    if free is None:
-        raise ArgumentError("this system does not say how much memory is free; give the budget")
-    held = _own_memory()
-    own = held["Anon"] + held["Shmem"] if held else 0  # memory of files counts as free already
-    host = max(0, free + own - HOST_MARGIN)
-    if machine.card is None or not torch.cuda.is_available():
-        return host, None
-    gpu = free_gpu()[1] + machine.card.context_bytes + torch.cuda.memory_reserved()  # asking has made the context
-    return host, max(0, gpu - GPU_MARGIN)
+    if cpu_bytes is None:
+        free = free_memory()[1]
+        if free is None:
+            raise ArgumentError("this system does not say how much memory is free; give the budget")
+        held = _own_memory()
+        own = held["Anon"] + held["Shmem"] if held else 0  # memory of files counts as free already
+        cpu_bytes = max(0, free + own - HOST_MARGIN)
+    if gpu is None or here.card is None:
+        return cpu_bytes, None
+    if gpu_bytes is None and torch.cuda.is_available():
+        held_there = here.card.context_bytes + torch.cuda.memory_reserved(gpu)  # asking has made the context
+        gpu_bytes = max(0, free_gpu(gpu)[1] + held_there - GPU_MARGIN)
+    return cpu_bytes, gpu_bytes
 
 
 def resident() -> int | None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import difflib
+import gc
 import mmap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +25,7 @@ from .run import Placement
 
 NOMINAL = Rates(20e9, 3e11, 0.0)  # of a processor that was not measured; nothing but a prediction depends on it
 PROCESS_GROWTH = 16 << 20  # what binding the kernels adds to a process
+PLANNED: WeakSet[Any] = WeakSet()  # models of this process that were placed by a plan
 
 
 @dataclass(frozen=True)
@@ -71,18 +75,18 @@ class Decision:
 # What is asked for ------------------------------------------------------------------------------------------------------
 
 
-def device_of(asked: Any) -> torch.device:
+def device_of(asked: Any, who: str = "device_map is") -> torch.device:
     """A device as callers name it. Raises ArgumentError for one that is not there, or that nothing here runs on."""
     try:
         device = torch.device(f"cuda:{asked}" if isinstance(asked, int) else "cpu" if asked is None else asked)
     except (RuntimeError, TypeError):
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
-        raise ArgumentError(f"device_map is {asked!r}, expected 'auto', 'cpu', 'cuda' or 'cuda:N'")
+        raise ArgumentError(f"{who} {asked!r}, expected 'auto', 'cpu', 'cuda' or 'cuda:N'")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ArgumentError(f"device_map is {asked!r}, but torch sees no CUDA device here; use 'cpu' or 'auto'")
+        raise ArgumentError(f"{who} {asked!r}, but torch sees no CUDA device here; use 'cpu' or 'auto'")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ArgumentError(f"device_map is {asked!r}, but there are {torch.cuda.device_count()} CUDA devices")
+        raise ArgumentError(f"{who} {asked!r}, but there are {torch.cuda.device_count()} CUDA devices")
     return device
 
 
@@ -92,11 +96,14 @@ def check(wish: Wish) -> None:
         _devices(wish.device_map)
     elif wish.device_map != "auto":
         device_of(wish.device_map)
-    if wish.max_memory is not None and (wish.device_map is None or isinstance(wish.device_map, Mapping)):
+    planned = wish.device_map is not None and not isinstance(wish.device_map, Mapping)
+    if wish.max_memory is not None and not planned:
         raise ArgumentError("max_memory limits device_map='auto', 'cpu' or 'cuda'; pass both or neither")
-    for key in wish.max_memory or {}:
-        if key != "cpu" and not isinstance(key, int):
-            device_of(key)
+    if wish.context is not None and not planned:
+        raise ArgumentError("context is what device_map='auto' plans memory for; pass both or neither")
+    for key, limit in (wish.max_memory or {}).items():
+        if key != "cpu" and limit:  # nothing of a GPU can be had anywhere
+            device_of(key, "max_memory names")
 
 
 def _devices(asked: Mapping[str, Any]) -> dict[str, str | torch.device]:
@@ -125,38 +132,45 @@ def _numbered(device: torch.device) -> torch.device:
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
-def decide(wish: Wish, sizes: Sizes, heads: list[str], prefix: str = "gpt_neox.") -> Decision:
+def decide(
+    wish: Wish, sizes: Sizes, heads: list[str], prefix: str = "gpt_neox.", not_on_disk: str | None = None
+) -> Decision:
     """Where a model goes. heads: names of its output layers; prefix: of its other parts.
 
-    Raises ArgumentError where it fits nowhere, saying by how much and what would help.
+    not_on_disk: why its layers cannot stay in their files, None where they can. Raises ArgumentError where the model fits
+    nowhere, saying by how much and what would help.
     """
     if isinstance(wish.device_map, Mapping):
-        return _by_map(wish, sizes, heads, prefix)
+        return _by_map(wish, sizes, heads, prefix, not_on_disk)
     if wish.device_map == "auto" or wish.max_memory is not None:
-        return _by_plan(wish, sizes)
+        return _by_plan(wish, sizes, not_on_disk)
     return Decision(device_of(wish.device_map), None, wish.kv or "fp16", wish.head or "fp16")
 
 
 # By plan ----------------------------------------------------------------------------------------------------------------
 
 
-def _by_plan(wish: Wish, sizes: Sizes) -> Decision:
+def _by_plan(wish: Wish, sizes: Sizes, not_on_disk: str | None) -> Decision:
     device, limits = _gpu_of(wish), dict(wish.max_memory or {})
     here = known_machine(measure=device is not None)
-    cpu_bytes, gpu_bytes = machine.budgets(here) if device is not None or "cpu" not in limits else (0, None)
-    if device is None:
-        gpu_bytes = None
-    else:
-        gpu_bytes = next((n for key, n in limits.items() if key in _names_of(device)), gpu_bytes)
+    limit = next((n for key, n in limits.items() if device is not None and key in _names_of(device)), None)
+    cpu_bytes, gpu_bytes = machine.budgets(here, limits.get("cpu"), limit, None if device is None else device.index)
     request = Request(
-        wish.context or sizes.context, limits.get("cpu", cpu_bytes), gpu_bytes, kv=wish.kv, head=wish.head
+        context=wish.context or sizes.context,
+        cpu_bytes=cpu_bytes,
+        gpu_bytes=gpu_bytes,
+        kv=wish.kv,
+        head=wish.head,
+        disk=not_on_disk is None,
     )
     found = plan(sizes, here, request)
     if found.level == NO:
+        beside = " with the models loaded before" if PLANNED else ""
+        reason = f"; layers cannot stay on the disk: {not_on_disk}" if not_on_disk else ""
         advice = f"; {', or '.join(found.advice)}" if found.advice else ""
         raise ArgumentError(
-            f"the model does not fit: {found.short_by / 2**20:.0f} MiB of CPU memory are missing, the process alone takes "
-            f"{here.process_bytes / 2**20:.0f}{advice}"
+            f"the model does not fit: {found.short_by / 2**20:.0f} MiB of CPU memory are missing, the process{beside} "
+            f"alone takes {here.process_bytes / 2**20:.0f}{reason}{advice}"
         )
     placement = None
     if found.gpu_layers or found.disk_layers:
@@ -168,9 +182,7 @@ def _by_plan(wish: Wish, sizes: Sizes) -> Decision:
             found.pages,
         )
     where = device if device is not None and found.gpu_layers else torch.device("cpu")
-    most = None
-    if limits.keys() - {"cpu"} and gpu_bytes is not None and here.card is not None:
-        most = gpu_bytes - here.card.context_bytes
+    most = limit - here.card.context_bytes if limit is not None and here.card is not None else None
     return Decision(where, placement, found.kv, found.head, found, most)
 
 
@@ -184,29 +196,45 @@ def _gpu_of(wish: Wish) -> torch.device | None:
 
 
 def _names_of(device: torch.device) -> tuple[Any, ...]:
-    """What max_memory may call a GPU."""
-    return device.index or 0, f"cuda:{device.index or 0}", *(("cuda",) if not device.index else ())
+    """What max_memory may call the GPU in use."""
+    return device.index or 0, f"cuda:{device.index or 0}", "cuda"
 
 
 def known_machine(measure: bool) -> Machine:
-    """This machine with this process: as measured before, or now if `measure`; else with nominal rates."""
+    """This machine with this process: as measured before, or now if `measure`; else with nominal rates.
+
+    What the process holds already, and what models that were planned before may come to hold, counts as the process's own.
+    """
     found = machine.profile(measure=False)
     if found is None and measure:
         found = machine.profile()
     own = machine.resident()
     process = own + PROCESS_GROWTH if own is not None else machine.PROCESS_BYTES
+    if PLANNED:
+        gc.collect()  # a model that nobody refers to may still be in a cycle
+    planned = [model.plan.totals for model in PLANNED if model.plan is not None]
+    process = max(process, *(totals["cpu"] for totals in planned), 0)
     if found is None:
         return Machine(NOMINAL, None, process, None)
     card = found.card
-    if card is not None and torch.cuda.is_initialized():  # what this process has there already counts as its context
-        card = replace(card, context_bytes=card.context_bytes + torch.cuda.memory_reserved())
+    if card is not None and torch.cuda.is_initialized():
+        taken = card.context_bytes + torch.cuda.memory_reserved()
+        card = replace(card, context_bytes=max(taken, *(totals["gpu"] for totals in planned), 0))
     return replace(found, process_bytes=max(process, found.process_bytes), card=card)
+
+
+def remember(model: Any) -> None:
+    """Models that are planned from now on share the memory with this one; the caches of earlier ones stay as planned."""
+    for earlier in PLANNED:
+        if earlier.plan is not None:
+            earlier.cache_pages = earlier.plan.pages
+    PLANNED.add(model)
 
 
 # By map -----------------------------------------------------------------------------------------------------------------
 
 
-def _by_map(wish: Wish, sizes: Sizes, heads: list[str], prefix: str) -> Decision:
+def _by_map(wish: Wish, sizes: Sizes, heads: list[str], prefix: str, not_on_disk: str | None) -> Decision:
     """A place for every part from a map as accelerate writes them: a module's name stands for all that is in it."""
     devices, count = _devices(wish.device_map), len(sizes.layers)
     names = [f"{prefix}embed_in", *(f"{prefix}layers.{i}" for i in range(count)), f"{prefix}final_layer_norm", *heads]
@@ -220,12 +248,18 @@ def _by_map(wish: Wish, sizes: Sizes, heads: list[str], prefix: str) -> Decision
         tiers.append(where if isinstance(where, str) else "gpu" if where.type == "cuda" else "cpu")
         unused.discard(key)
     if unused:
+        near = difflib.get_close_matches(wrong := min(unused), names, 1)
+        parts = [names[0], f"{names[1]} to {names[count]}", *names[count + 1 :]]
         raise ArgumentError(
-            f"device_map names {min(unused)!r}, which is no part of this model; parts are {', '.join(names)}"
+            f"device_map names {wrong!r}, which is no part of this model; "
+            + (f"nearest is {near[0]!r}; " if near else "")
+            + f"parts are {', '.join(parts)}"
         )
     embedding, layers, ends = tiers[0], tuple(tiers[1 : count + 1]), set(tiers[count + 1 :])
     if "disk" in {embedding, *ends}:
         raise ArgumentError("device_map: only layers can be on the disk; give the embedding and the head a device")
+    if "disk" in layers and not_on_disk is not None:
+        raise ArgumentError(f"device_map: layers cannot stay on the disk: {not_on_disk}")
     if len(ends) > 1:
         raise ArgumentError("device_map: the final norm goes where the head is; give both the same device")
     kv, head = wish.kv or "fp16", wish.head or "fp16"

@@ -29,7 +29,8 @@ MAX_PASS = 4096  # longest pass, in tokens, for which streaming is considered
 # Scratch memory of a pass, in numbers for each of its tokens: times the hidden and the inner size. The CPU's are measured.
 SCRATCH = {"cpu": (4.0, 1.6), "gpu": (8.0, 2.5)}
 ITEMSIZE = {"cpu": 4, "gpu": 2}  # of activations
-DECODED_SLICE = 64 << 20  # bytes of a weight written out for cuBLAS at a time
+DECODED_SLICE = 64 << 20  # bytes of a weight written out for cuBLAS, or as float32 for torch's product, at a time
+TORCH_PRODUCT = 32 << 20  # what torch's product takes on the CPU beside two of those slices; measured
 CUBLAS_WORKSPACE = 32 << 20
 STAGING_SHARE = 0.5  # of the speed at which memory is read, for copying into a pinned slot: it is read and written
 
@@ -48,8 +49,9 @@ class Sizes:
 
     layers: the stored tensors of each layer. head, small_head: the head in the model's dtype and the int8 one, None where
     there is none. embedding: of a table of its own, even if `tied` says that the 16-bit head is the same tensor. rest: final
-    norm and rotary tables. weights: numbers in the linear layers of one layer. kv_fp16, kv_int8: KV cache of one token in
-    one layer.
+    norm and rotary tables. weights: numbers in the linear layers of one layer. decoded: numbers in the largest of those that
+    the CPU writes out as float32 for many tokens, the plain ones; 0 where all are quantized. kv_fp16, kv_int8: KV cache of one
+    token in one layer.
     """
 
     layers: tuple[int, ...]
@@ -58,6 +60,7 @@ class Sizes:
     small_head: int | None
     rest: int
     weights: int
+    decoded: int
     kv_fp16: int
     kv_int8: int
     hidden: int
@@ -101,11 +104,17 @@ def sizes_of(
     def layer(index: int) -> int:
         total = 2 * 2 * hidden * itemsize  # two norms, gain and bias
         for name, (out, columns, bias) in linears_of(config).items():
-            full = f"gpt_neox.layers.{index}.{name}"
+            full = _full(index, name)
             total += _weight_bytes(full, out, columns, packing(full), scale_bytes, itemsize) + bias * out * itemsize
         return total
 
     same = not callable(bits)
+    plain = {
+        n
+        for i in range(1 if same else config.num_hidden_layers)
+        for n in linears_of(config)
+        if packing(_full(i, n)) is None
+    }
     first = layer(0)
     groups = next((g for g in GROUP_SIZES if hidden % g == 0), None) if small_head else None
     return Sizes(
@@ -117,6 +126,7 @@ def sizes_of(
         else None,
         rest=2 * hidden * itemsize + config.max_position_embeddings * config.rotary_dim * 4,
         weights=sum(out * columns for out, columns, _ in linears_of(config).values()),
+        decoded=max((out * columns for n, (out, columns, _) in linears_of(config).items() if n in plain), default=0),
         kv_fp16=2 * hidden * itemsize,
         kv_int8=2 * hidden + 2 * 2 * config.num_attention_heads,  # a 16-bit scale for each head's key and value
         hidden=hidden,
@@ -125,6 +135,10 @@ def sizes_of(
         context=config.max_position_embeddings,
         tied=config.tie_word_embeddings,
     )
+
+
+def _full(layer: int, name: str) -> str:
+    return f"gpt_neox.layers.{layer}.{name}"
 
 
 def linears_of(config: GPTNeoXConfig) -> dict[str, tuple[int, int, bool]]:
@@ -171,13 +185,15 @@ class Rates:
 
     read_bytes_per_s: stored weights multiplied by one token; flops_per_s: operations (two for each weight and token) of
     hundreds of tokens; layer_s: seconds that a layer costs beside its bytes; feature_s: seconds that a token costs in a layer
-    beside its products, for each hidden feature: norms, attention over some hundred tokens, and the like.
+    beside its products, for each hidden feature: norms, attention over some hundred tokens, and the like. plain_flops_per_s:
+    operations with weights that are not quantized; None: as many.
     """
 
     read_bytes_per_s: float
     flops_per_s: float
     layer_s: float
     feature_s: float = 0.0
+    plain_flops_per_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -230,6 +246,7 @@ class Request:
 
     context: tokens that each of `sequences` may hold. kv, head: "fp16" (the model's own dtype) or "int8"; None lets the plan
     choose. gpu_bytes counts the driver's context too, None: no GPU; cpu_bytes counts the process and mapped weights too.
+    disk: whether layers may stay on the disk.
     """
 
     context: int
@@ -238,6 +255,7 @@ class Request:
     sequences: int = 1
     kv: str | None = None
     head: str | None = None
+    disk: bool = True
 
     def __post_init__(self) -> None:
         for name in ("context", "sequences"):
@@ -394,7 +412,10 @@ class Plan:
         tokens = min(CHUNK, self.context * self.sequences)
         hidden, inner = SCRATCH[tier]
         numbers = (hidden * self.sizes.hidden + inner * self.sizes.inner) * tokens
-        return math.ceil(numbers * ITEMSIZE[tier]) + self.sequences * self.sizes.vocabulary * 4  # logits are float32
+        logits = self.sequences * self.sizes.vocabulary * 4  # float32
+        written_out = tier == "cpu" and self.sizes.decoded
+        decoded = TORCH_PRODUCT + 2 * min(4 * self.sizes.decoded, DECODED_SLICE) if written_out else 0
+        return math.ceil(numbers * ITEMSIZE[tier]) + logits + decoded
 
     # Time -------------------------------------------------------------------------------------------------------------
 
@@ -465,7 +486,8 @@ class Plan:
 
 def _layer_s(rates: Rates, stored: int, sizes: Sizes, tokens: int) -> float:
     beside = rates.feature_s * sizes.hidden * tokens + rates.layer_s
-    return max(stored / rates.read_bytes_per_s, 2 * sizes.weights * tokens / rates.flops_per_s) + beside
+    flops_per_s = (sizes.decoded and rates.plain_flops_per_s) or rates.flops_per_s
+    return max(stored / rates.read_bytes_per_s, 2 * sizes.weights * tokens / flops_per_s) + beside
 
 
 def _per_s(tokens: int, seconds: float) -> float | None:
@@ -522,7 +544,7 @@ def _placements(sizes: Sizes, machine: Machine, request: Request, kv: str, head:
 
     def with_disk(gpu_layers: int) -> Iterator[Plan]:
         yield (none := place(gpu_layers))
-        if none.fits or gpu_layers == count:
+        if none.fits or gpu_layers == count or not request.disk:
             return
         some = range(1, count - gpu_layers + 1)  # from one layer on, each more takes less memory
         first = bisect_left(some, -request.cpu_bytes, key=lambda n: -place(gpu_layers, n).totals["cpu"])
@@ -560,11 +582,11 @@ def _advice(best: Plan) -> Iterator[str]:
     for option in SMALLER:
         possible = option == "kv" or sizes.small_head is not None
         if getattr(request, option) == "fp16" and possible and (text := gain(**{option: "int8"})):
-            yield f"--{option} int8 {text}"
+            yield f"an {SMALLER[option]} ({option}) {text}"
     pages = range(-(-request.context // PAGE) - 1, request.context // (4 * PAGE), -1)  # less than a quarter is no help
     enough = bisect_left(pages, True, key=lambda n: gain(context=n * PAGE) is not None)
     if enough < len(pages):
-        yield f"--context {pages[enough] * PAGE} {gain(context=pages[enough] * PAGE)}"
+        yield f"a context of {pages[enough] * PAGE} {gain(context=pages[enough] * PAGE)}"
     for tier, wanted in dict.fromkeys(_wanted(best)):
         more = wanted - getattr(request, f"{tier}_bytes")
         if more > 0 and (text := gain(**{f"{tier}_bytes": wanted})):

@@ -72,7 +72,7 @@ class Image:
         for name, tensor in layer.state_dict().items():
             self.pieces.append(Piece(name, tensor, self.nbytes, (origins or {}).get(name)))
             self.nbytes += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-        self._shell = hollow(layer)
+        self._layer = layer
 
     def put(self, slot: Tensor, files: Files) -> None:
         """Bring the layer into memory of the host, (at least nbytes,) uint8. Raises CheckpointError where a file fails."""
@@ -82,12 +82,13 @@ class Image:
         files.read([(piece.origin, piece.bytes_in(slot)) for piece in self.pieces if piece.origin is not None])
 
     def layer(self, slot: Tensor, index: int) -> GPTNeoXLayer:
-        """The layer with its tensors in a slot and its cache under `index`: the same object each time, so one at a time."""
+        """The layer as it is now, with its tensors in a slot and its cache under `index`."""
+        twin = hollow(self._layer)
         for piece in self.pieces:
-            install(self._shell, piece.name, piece.view(slot))
-        assert isinstance(self._shell, GPTNeoXLayer)
-        self._shell.index = index
-        return self._shell
+            install(twin, piece.name, piece.view(slot))
+        assert isinstance(twin, GPTNeoXLayer)
+        twin.index = index
+        return twin
 
 
 def hollow(module: nn.Module) -> nn.Module:

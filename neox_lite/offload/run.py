@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -98,8 +98,8 @@ class Runner:
                 kept = sum(piece.tensor.nbytes for piece in images[i].pieces if piece.origin is None)
                 if kept > images[i].nbytes / 10:
                     raise ArgumentError(
-                        f"layer {i} is to stay on the disk, but {kept / 1e6:.0f} MB of it differ from what its file holds; "
-                        "leave dtype and quantization out, or quantize the model first"
+                        f"layer {i} is on the disk, but its weights differ from what its file holds; those there cannot be "
+                        "changed: load the model with more memory for that"
                     )
             elif tier == "cpu" and uploads:
                 images[i] = Image(self.layers[i])
@@ -141,11 +141,12 @@ class Runner:
         upload = placement.stream_from is not None and tokens >= placement.stream_from
         passing = [i for i, tier in enumerate(placement.layers) if tier == "disk" or (upload and tier == "cpu")]
         at = side_of(placement.embedding)
-        with self._passing(passing, pool, batch, upload) as following:
+        with ExitStack() as stack:
+            following = stack.enter_context(self._passing(passing, pool, batch, upload)) if passing else None
             for first, last, tier in stretches(placement.layers):
                 to = "gpu" if upload else side_of(tier)
                 x, at = self._moved(x, at, to), to
-                if first in passing:
+                if following is not None and first in passing:
                     for _ in range(first, last):
                         with following() as lent:
                             x = self._through([lent.layer], at, x, lent.pool, lent.batch, each)
@@ -182,9 +183,6 @@ class Runner:
     def _passing(
         self, order: Sequence[int], pool: PagePool, batch: Batch, upload: bool
     ) -> Iterator[Callable[[], AbstractContextManager[Lent]]]:
-        if not order:
-            yield lambda: nullcontext(Lent(self.layers[0], pool, batch))  # never called
-            return
         assert self._ring is not None
         with self._lock, self._ring.passing(order, pool, batch, upload) as following:
             yield following
