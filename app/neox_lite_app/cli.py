@@ -185,6 +185,28 @@ def build_parser() -> argparse.ArgumentParser:
     drafts.add_argument("--lookup", action="store_true", help="guess ahead from the prompt, for text that repeats it")
     _add_running(sub, revision=True)
 
+    sub = command("serve", "server", "chat page in the browser, and an OpenAI-compatible API")
+    sub.add_argument("model", metavar="MODEL", nargs="?", help="default: none; one is chosen on the page")
+    sub.add_argument("--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1: this machine only)")
+    sub.add_argument("--port", type=_integer(0, 65535), default=7860, help="0 for any that is free (default 7860)")
+    sub.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help="who does not send it is refused; auto makes one up (default: NEOX_LITE_API_KEY's)",
+    )
+    sub.add_argument(
+        "--allowed-host", action="append", default=[], metavar="NAME", help="a further name of this server"
+    )
+    sub.add_argument("--no-page", dest="page", action="store_false", help="the API alone, without gradio")
+    sub.add_argument("--form", help="prompt form of chats, as dolly (default: the model's own)")
+    sub.add_argument("--max-sequences", type=_positive, metavar="N", default=64, help="generated together (default 64)")
+    sub.add_argument("--queue", type=_count, metavar="N", default=256, help="that wait at most (default 256)")
+    sub.add_argument(
+        "--idle-unload", type=_positive, metavar="SECONDS", help="return the memory after so long without use"
+    )
+    sub.add_argument("--context", type=_positive, metavar="N", help="tokens to provide for (default: the model's own)")
+    _add_running(sub, revision=True, json=False)
+
     sub = command("perplexity", "evaluate", "perplexity of a model on a text")
     sub.add_argument("model", metavar="MODEL")
     _add_text(sub)
@@ -239,7 +261,7 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=_positive, metavar="N", default=512, help="tokens a window (default 512)")
 
 
-def _add_running(parser: argparse.ArgumentParser, revision: bool = False, head: bool = True) -> None:
+def _add_running(parser: argparse.ArgumentParser, revision: bool = False, head: bool = True, json: bool = True) -> None:
     """What every command that runs a model takes."""
     if revision:
         parser.add_argument("--revision", help="branch, tag or commit of a hub id")
@@ -254,7 +276,8 @@ def _add_running(parser: argparse.ArgumentParser, revision: bool = False, head: 
     parser.add_argument("--warm", action="store_true", help="read all weights from the disk before starting")
     if head:
         _add_head(parser)
-    _add_json(parser)
+    if json:
+        _add_json(parser)
 
 
 def _add_memory(parser: argparse.ArgumentParser) -> None:

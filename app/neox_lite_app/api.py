@@ -1,0 +1,471 @@
+"""The OpenAI-compatible API as Starlette routes over one engine. Knows nothing of keys, hosts and origins: see guard.py."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import secrets
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from neox_lite.errors import ContextLengthError, NeoxLiteError
+from neox_lite.version import __version__
+
+from . import fields
+from .answers import Chats, Choice, Completions, Envelope, Scored, Tokens, event, usage
+from .engine import Busy, Engine, Job, NotLoaded, Step, Ticket
+from .fields import RequestError, Wanted
+from .grammar import Grammar, Vocabulary
+from .prompt_forms import Reader, form_of
+
+if TYPE_CHECKING:
+    from .metrics import Metrics
+
+KEEP_ALIVE_S = 10.0  # silence after which a comment is sent, so that nobody between takes the connection for dead
+CLOSED = 499  # nginx's number for a request whose client has gone
+EVENT_STREAM = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-store"),
+    (b"x-accel-buffering", b"no"),  # for nginx, which would hold it back
+]
+T = TypeVar("T")
+
+
+class Prompt(NamedTuple):
+    ids: list[int]
+    text: str | None  # as echo shows it
+
+
+class Api:
+    """Routes and what they share. form: a prompt form's name that goes before the recognized one."""
+
+    def __init__(self, engine: Engine, metrics: Metrics | None = None, form: str | None = None) -> None:
+        self._engine, self._metrics, self._form = engine, metrics, form
+        self._started = int(time.time())
+        self._work = ThreadPoolExecutor(2, "api")  # tokenizing a megabyte or building a grammar takes a second
+        self._model: _Model | None = None
+
+    def app(self) -> Starlette:
+        def get(path: str, endpoint: Callable[[Request], Awaitable[Response]]) -> Route:
+            return Route(path, endpoint, methods=["GET"])
+
+        routes = [
+            get("/health", self.health),
+            get("/metrics", self.show_metrics),
+            get("/v1/models", self.models),
+            get("/v1/models/{id:path}", self.model),
+            Route("/v1/completions", self.completions, methods=["POST"]),
+            Route("/v1/chat/completions", self.chat, methods=["POST"]),
+            Route("/v1/{rest:path}", _nothing, methods=["GET", "POST", "PUT", "PATCH", "DELETE"]),
+        ]
+        return Starlette(
+            routes=routes, exception_handlers={NeoxLiteError: _failed, HTTPException: _failed, Exception: _failed}
+        )
+
+    # Routes -----------------------------------------------------------------------------------------------------------
+
+    async def health(self, request: Request) -> Response:
+        """Whether a request would be answered now."""
+        status = self._engine.status()
+        well = status.state in ("ready", "idle")
+        body = {"status": status.state, "active": status.active, "waiting": status.waiting}
+        return JSONResponse(body, 200 if well else 503, {"cache-control": "no-store"})
+
+    async def show_metrics(self, request: Request) -> Response:
+        if self._metrics is None:
+            raise RequestError("metrics need prometheus-client: pip install 'neox-lite[page]'", status=501)
+        from .metrics import CONTENT_TYPE
+
+        return Response(self._metrics.text(), headers={"content-type": CONTENT_TYPE})
+
+    async def models(self, request: Request) -> Response:
+        name = self._engine.name
+        return JSONResponse({"object": "list", "data": [] if name is None else [self._describe(name)]})
+
+    async def model(self, request: Request) -> Response:
+        return JSONResponse(self._describe(self._check_model(request.path_params["id"])))
+
+    def _describe(self, name: str) -> dict[str, Any]:
+        about = {"id": _short(name), "object": "model", "created": self._started, "owned_by": "neox-lite"}
+        with contextlib.suppress(NotLoaded):  # just then unloaded
+            about["max_model_len"] = self._engine.context
+        return about
+
+    async def completions(self, request: Request) -> Response:
+        wanted = fields.completion(await _body(request))
+        name = self._check_model(wanted.model)
+        model = self._current(name)
+        prompts = [await self._aside(model.prompt, prompt) for prompt in wanted.prompts]
+        return await self._answer(request, wanted, prompts, Completions(model.tokens), model, wanted.options)
+
+    async def chat(self, request: Request) -> Response:
+        wanted = fields.chat(await _body(request))
+        name = self._check_model(wanted.model)
+        model = self._current(name)
+        ids, options = await self._aside(model.chat, wanted)
+        return await self._answer(request, wanted, [Prompt(ids, None)], Chats(model.tokens), model, options)
+
+    def _check_model(self, asked: str | None) -> str:
+        """The loaded model's name. Raises NotLoaded, or RequestError where another is asked for."""
+        name = self._engine.name
+        if name is None:
+            raise NotLoaded("no model is loaded; choose one on the Model tab, or start with neox-lite serve MODEL")
+        if asked in (None, "", name, _short(name)):
+            return name
+        raise RequestError(
+            f"the model {asked[:200]!r} is not here; this server has {_short(name)!r}", "model", "model_not_found", 404
+        )
+
+    def _current(self, name: str) -> _Model:
+        """What is derived from the loaded model, made anew when that is another."""
+        if self._model is None or self._model.tokenizer is not self._engine.tokenizer or self._model.name != name:
+            self._model = _Model(name, self._engine, self._form)
+        return self._model
+
+    async def _aside(self, function: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._work, function, *args)
+
+    # From jobs to answers ---------------------------------------------------------------------------------------------
+
+    async def _answer(
+        self,
+        request: Request,
+        wanted: Wanted,
+        prompts: Sequence[Prompt],
+        shapes: Completions | Chats,
+        model: _Model,
+        options: Any,
+    ) -> Response:
+        grammars: list[Grammar] = []
+        if wanted.constraint is not None:
+            grammar = await self._aside(model.grammar, wanted.constraint, options)
+            grammars = [grammar.copy() for _ in range(len(prompts) * wanted.n)]
+        client = f"api {request.client.host if request.client else ''} {wanted.user}"
+        jobs = _jobs(wanted, prompts, options, grammars, client)
+        tickets = self._submit(jobs)
+        choices = [
+            Choice(
+                index,
+                ticket,
+                model.tokenizer,
+                prompts[index // wanted.n].text if wanted.echo else None,
+                wanted.top,
+                model.reader(wanted) if wanted.messages else None,
+            )
+            for index, ticket in enumerate(tickets)
+        ]
+        exchange = _Exchange(
+            choices, shapes, Envelope(shapes, model.id, model.fingerprint), wanted, grammars, self._metrics
+        )
+        return _Stream(exchange) if wanted.stream else await exchange.whole(request)
+
+    def _submit(self, jobs: Sequence[Job]) -> list[Ticket]:
+        """All of a request's jobs, or none."""
+        tickets: list[Ticket] = []
+        try:
+            for job in jobs:
+                tickets.append(self._engine.submit(job))
+        except BaseException:
+            for ticket in tickets:
+                ticket.cancel()
+            raise
+        return tickets
+
+
+class _Model:
+    """What requests need of the loaded model beside the engine."""
+
+    def __init__(self, name: str, engine: Engine, form: str | None) -> None:
+        self.name, self.id = name, _short(name)
+        self.tokenizer = engine.tokenizer
+        self.tokens = Tokens(self.tokenizer)
+        self._vocabulary_size = engine.config.vocab_size
+        self._start = engine.generation_config.bos_token_id
+        ends = engine.generation_config.eos_token_id
+        self._ends = [ends] if isinstance(ends, int) else list(ends or [])
+        self._form = form_of(name, self.tokenizer, form)
+        self._vocabularies: dict[tuple[int, ...], Vocabulary] = {}
+        identity = json.dumps([__version__, name, vars(engine.config)], default=str)
+        self.fingerprint = "fp_" + hashlib.sha256(identity.encode()).hexdigest()[:12]
+
+    def prompt(self, given: str | list[int]) -> Prompt:
+        """Ids of a text or as they are; an empty one starts with the model's own start."""
+        ids = self.tokenizer(given).input_ids if isinstance(given, str) else given
+        if unknown := next((i for i in ids if i >= self._vocabulary_size), None):
+            raise RequestError(
+                f"prompt has the token id {unknown}, but this model's ids end at {self._vocabulary_size - 1}", "prompt"
+            )
+        text = given if isinstance(given, str) else self.tokenizer.decode(given)
+        if not ids and self._start is None:
+            raise RequestError("prompt is empty, and this model names no token to start from", "prompt")
+        return Prompt(ids or [self._start], text)
+
+    def chat(self, wanted: Wanted) -> tuple[list[int], dict[str, Any]]:
+        """Ids of the messages in the model's prompt form, and the options with the form's own ends."""
+        messages, answer = (
+            (wanted.messages[:-1], wanted.messages[-1]["content"]) if wanted.go_on else (wanted.messages, None)
+        )
+        ids = self._form.encode(self.tokenizer, messages, open_answer=answer)
+        options = dict(wanted.options)
+        if "eos_token_id" not in options:
+            options["eos_token_id"] = [*self._ends, *self._form.stop_ids(self.tokenizer)]
+        if wanted.constraint is None:  # in JSON, a form's stop string may be part of a text
+            options["stop_strings"] = [*options["stop_strings"], *self._form.stops]
+        return ids, options
+
+    def reader(self, wanted: Wanted) -> Reader | None:
+        """What tidies an answer in the model's prompt form; text of a grammar is as it is."""
+        answer = wanted.messages[-1]["content"] if wanted.go_on else None
+        return None if wanted.constraint is not None else self._form.reader(answer)
+
+    def grammar(self, constraint: fields.Constraint, options: Any) -> Grammar:
+        ends = tuple(options.get("eos_token_id", self._ends))
+        if ends not in self._vocabularies:
+            self._vocabularies[ends] = Vocabulary(self.tokenizer, self._vocabulary_size, ends)
+        return Grammar(self._vocabularies[ends], constraint)
+
+
+def _jobs(
+    wanted: Wanted, prompts: Sequence[Prompt], options: Any, grammars: Sequence[Grammar], client: str
+) -> list[Job]:
+    """One job for each choice. Of one seed, the first choice is what it is alone, and the others differ."""
+    seed = secrets.randbits(63) if wanted.seed is None else wanted.seed
+    prompt_scores = wanted.top if wanted.echo else None
+    jobs = []
+    for number in range(len(prompts) * wanted.n):
+        own = {**options, "max_new_tokens": wanted.max_tokens}
+        if own["do_sample"]:
+            own["seed"] = (seed + number % wanted.n * 0x9E3779B97F4A7C15) % 2**64
+        if grammars:
+            own["logits_processor"] = [grammars[number]]
+        jobs.append(Job(prompts[number // wanted.n].ids, own, client, wanted.top, prompt_scores))
+    return jobs
+
+
+class _Steps:
+    """The steps of several tickets in the order in which they come; it cancels the tickets when the client goes, or we do."""
+
+    def __init__(self, choices: Sequence[Choice], receive: Receive, metrics: Metrics | None) -> None:
+        self._choices, self._receive, self._metrics = choices, receive, metrics
+        self._queue: asyncio.Queue[tuple[Choice, Step] | Exception | None] = asyncio.Queue()
+        self._silent = True
+
+    async def __aenter__(self) -> _Steps:
+        work = [*map(self._follow, self._choices), self._watch(), self._tick()]
+        self._tasks = [asyncio.create_task(each) for each in work]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for choice in self._choices:
+            choice.ticket.cancel()
+        for task in self._tasks:
+            task.cancel()
+
+    async def next(self) -> tuple[Choice, Step] | None:
+        """The next step; None after some silence. Raises ClientGone."""
+        item = await self._queue.get()
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+    async def _follow(self, choice: Choice) -> None:
+        last = None
+        try:
+            async for step in choice.ticket:
+                self._silent = False
+                if self._metrics is not None and step.token is not None:
+                    last = self._metrics.token(choice.ticket, last)
+                self._queue.put_nowait((choice, step))
+        except Exception as error:
+            self._queue.put_nowait(error)
+
+    async def _watch(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        for choice in self._choices:
+            choice.ticket.cancel()  # now, not when the reader comes to it
+        self._queue.put_nowait(ClientGone())
+
+    async def _tick(self) -> None:
+        while True:
+            self._silent = True
+            await asyncio.sleep(KEEP_ALIVE_S)
+            if self._silent:
+                self._queue.put_nowait(None)
+
+
+class ClientGone(Exception):
+    """The connection was closed before the answer was there."""
+
+
+class _Exchange:
+    """One request on its way from tickets to an answer."""
+
+    def __init__(
+        self,
+        choices: Sequence[Choice],
+        shapes: Completions | Chats,
+        envelope: Envelope,
+        wanted: Wanted,
+        grammars: Sequence[Grammar],
+        metrics: Metrics | None,
+    ) -> None:
+        self._choices, self._shapes, self._envelope, self._wanted = choices, shapes, envelope, wanted
+        self._grammars, self._metrics = grammars, metrics
+
+    async def whole(self, request: Request) -> Response:
+        """Everything in one piece."""
+        texts: list[list[str]] = [[] for _ in self._choices]
+        scored: list[list[Any]] = [[] for _ in self._choices]
+        try:
+            async for choice, text, found in self._pieces(request.receive):
+                if choice is not None:
+                    texts[choice.index].append(text)
+                    scored[choice.index] += found
+        except ClientGone:
+            return Response(status_code=CLOSED)
+        shown = [
+            self._shapes.choice(c.index, "".join(text), found if c.top is not None else None, c.finish_reason)
+            for c, text, found in zip(self._choices, texts, scored, strict=True)
+        ]
+        return JSONResponse(self._envelope.whole(shown, usage(self._choices, self._wanted.n)))
+
+    async def events(self, receive: Receive) -> AsyncGenerator[bytes, None]:
+        """Server-sent events. An error is raised where it comes first, and is an event later."""
+        chunk = self._envelope.chunks(self._wanted.include_usage)
+        begun, opened = False, set[int]()
+        try:
+            async with contextlib.aclosing(self._pieces(receive)) as pieces:
+                async for choice, text, found in pieces:
+                    begun = True
+                    if choice is None:
+                        yield b": still working\n\n"
+                        continue
+                    if choice.index not in opened and (opening := self._shapes.opening(choice.index)):
+                        yield chunk([opening])
+                    opened.add(choice.index)
+                    if text or found or choice.finish_reason:
+                        scored = found if choice.top is not None else None
+                        yield chunk([self._shapes.delta(choice.index, text, scored, choice.finish_reason)])
+        except NeoxLiteError as error:
+            if not begun:
+                raise
+            yield event(_error_body(error))
+            return
+        if self._wanted.include_usage:
+            yield self._envelope.usage(usage(self._choices, self._wanted.n))
+        yield b"data: [DONE]\n\n"
+
+    async def _pieces(self, receive: Receive) -> AsyncGenerator[tuple[Choice | None, str, Scored], None]:
+        """(choice, text, tokens to report) of each step; (None, "", []) after some silence."""
+        running = {choice.index for choice in self._choices}
+        async with _Steps(self._choices, receive, self._metrics) as steps:
+            while running:
+                item = await steps.next()
+                if item is None:
+                    yield None, "", []
+                    continue
+                choice, step = item
+                self._check(choice, step)
+                if step.finish_reason is not None:
+                    running.discard(choice.index)
+                yield choice, *choice.take(step)
+
+    def _check(self, choice: Choice, step: Step) -> None:
+        """Raises NeoxLiteError for an answer that ended otherwise than it should."""
+        if step.finish_reason == "error":
+            raise RequestError(step.error or "the engine failed", None, "engine_error", 503, "server_error")
+        if step.finish_reason == "cancelled":
+            raise RequestError("the model was unloaded; ask again", None, "model_not_loaded", 503, "server_error")
+        if step.finish_reason and self._grammars and (error := self._grammars[choice.index].error):
+            param = self._wanted.constraint.param if self._wanted.constraint else None
+            raise RequestError(f"{param}: given up while the answer was written: {error}", param)
+
+
+class _Stream(Response):
+    """Server-sent events as a response that begins with the first of them, so that an error before it has its own status."""
+
+    def __init__(self, exchange: _Exchange) -> None:
+        self._exchange = exchange
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with contextlib.aclosing(self._exchange.events(receive)) as events:
+            try:
+                part: bytes | None = await anext(events)
+            except ClientGone:
+                await Response(status_code=CLOSED)(scope, receive, send)
+                return
+            except NeoxLiteError as error:
+                await (await _failed(None, error))(scope, receive, send)
+                return
+            await send({"type": "http.response.start", "status": 200, "headers": EVENT_STREAM})
+            with contextlib.suppress(ClientGone):
+                while part is not None:
+                    await send({"type": "http.response.body", "body": part, "more_body": True})
+                    part = await anext(events, None)
+            await send({"type": "http.response.body", "body": b""})
+
+
+# Bodies and errors ----------------------------------------------------------------------------------------------------
+
+
+async def _body(request: Request) -> dict[str, Any]:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise RequestError(f"the body's Content-Type is {kind[:100]!r}, expected application/json", status=415)
+    return fields.read_json(await request.body())
+
+
+def _short(name: str) -> str:
+    """What clients call a model: of a folder, its last part; a hub id as it is."""
+    path = name.rstrip("/\\")
+    is_id = path.count("/") == 1 and not path.startswith((".", "/", "~"))
+    return path if is_id else path.replace("\\", "/").rpartition("/")[2] or name
+
+
+async def _nothing(request: Request) -> Response:
+    raise RequestError(f"there is nothing at {request.url.path[:200]!r}", None, "not_found", 404)
+
+
+def _error_of(error: Exception) -> RequestError:
+    """Any error in the API's terms."""
+    match error:
+        case RequestError():
+            return error
+        case Busy():
+            return RequestError(str(error), None, "rate_limit_exceeded", 429, "rate_limit_error")
+        case NotLoaded():
+            return RequestError(str(error), None, "model_not_loaded", 503, "server_error")
+        case ContextLengthError():
+            return RequestError(str(error), None, "context_length_exceeded")
+        case HTTPException():
+            return RequestError(str(error.detail), status=error.status_code)
+        case NeoxLiteError() as bad if isinstance(bad, ValueError | NotImplementedError):
+            return RequestError(str(bad))
+        case NeoxLiteError():
+            return RequestError(str(error), None, "engine_error", 503, "server_error")
+    return RequestError("the server failed; its terminal says where", None, "internal_error", 500, "server_error")
+
+
+def _error_body(error: Exception) -> dict[str, Any]:
+    known = _error_of(error)
+    return {"error": {"message": str(known), "type": known.type, "param": known.param, "code": known.code}}
+
+
+async def _failed(request: Request | None, error: Exception) -> Response:
+    known = _error_of(error)
+    headers = dict(getattr(error, "headers", None) or {})
+    if known.status in (429, 503):
+        headers["retry-after"] = "1"
+    return JSONResponse(_error_body(error), known.status, headers)

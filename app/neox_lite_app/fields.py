@@ -1,0 +1,550 @@
+"""Bodies of OpenAI-compatible requests -> checked values under the engine's names. Knows no HTTP, no engine and no model.
+
+Every field has a type and bounds, and whatever is wrong is said with the field's name. What other programs send beside the
+fields of the API stands in four tables below, each entry with the program that sends it; anything else is refused by name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import reprlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from neox_lite.errors import NeoxLiteError
+
+MAX_DEPTH = 100  # of arrays and objects in a body
+MAX_STOPS = 16
+MAX_ANSWERS = 128  # prompts times n
+MAX_MESSAGES = 4096
+MAX_BIASES = 1024
+MAX_SCHEMA = 1 << 16  # characters of a JSON schema
+MAX_REGEX = 1 << 12
+MAX_TOP = 20  # likeliest tokens beside each token
+DEFAULT_MAX_TOKENS = 16  # of /v1/completions, as OpenAI's
+
+Check = Callable[[str, Any], Any]
+
+
+class RequestError(NeoxLiteError):
+    """A request that cannot be answered, in OpenAI's terms: HTTP status, the field at fault, and a code for programs."""
+
+    def __init__(
+        self,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        status: int = 400,
+        type: str = "invalid_request_error",
+    ) -> None:
+        super().__init__(message)
+        self.param, self.code, self.status, self.type = param, code, status, type
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """What the text of an answer must be. kind: "json" (text is a JSON schema) or "regex"; param: the field that asked."""
+
+    kind: str
+    text: str
+    param: str
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A request's fields, checked. options: those of the engine's Job that come from the request alone."""
+
+    model: str | None
+    options: Mapping[str, Any]
+    max_tokens: int | None
+    n: int
+    seed: int | None
+    stream: bool
+    include_usage: bool
+    top: int | None  # None, or how many likeliest tokens to report beside each
+    user: str
+    constraint: Constraint | None
+    prompts: Sequence[str | list[int]] = ()  # of /v1/completions
+    echo: bool = False
+    messages: Sequence[Mapping[str, str]] = ()  # of /v1/chat/completions: role and content
+    go_on: bool = False  # the last message is the beginning of the answer
+
+
+# Checks ---------------------------------------------------------------------------------------------------------------
+
+
+def _wrong(name: str, value: Any, expected: str) -> NoReturn:
+    raise RequestError(f"{name} is {reprlib.repr(value)}, expected {expected}", name)
+
+
+def integer(low: int, high: int) -> Check:
+    def check(name: str, value: Any) -> int:
+        if type(value) is not int or not low <= value <= high:
+            _wrong(name, value, f"an integer from {low} to {high}")
+        return value
+
+    return check
+
+
+def number(low: float, high: float) -> Check:
+    def check(name: str, value: Any) -> float:
+        if type(value) not in (int, float) or not low <= value <= high:  # NaN is not
+            _wrong(name, value, f"a number from {low:g} to {high:g}")
+        return float(value)
+
+    return check
+
+
+def text(longest: int, empty: bool = True) -> Check:
+    def check(name: str, value: Any) -> str:
+        if not isinstance(value, str):
+            _wrong(name, value, "a string")
+        if len(value) > longest or not (value or empty):
+            raise RequestError(f"{name} has {len(value)} characters, expected {0 if empty else 1} to {longest}", name)
+        return value
+
+    return check
+
+
+def flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        _wrong(name, value, "true or false")
+    return value
+
+
+def array(each: Check, most: int, least: int = 0) -> Check:
+    def check(name: str, value: Any) -> list[Any]:
+        if not isinstance(value, list):
+            _wrong(name, value, "an array")
+        if not least <= len(value) <= most:
+            raise RequestError(f"{name} has {len(value)} entries, expected {least} to {most}", name)
+        return [each(f"{name}[{index}]", entry) for index, entry in enumerate(value)]
+
+    return check
+
+
+def one_or_more(each: Check, most: int) -> Check:
+    several = array(each, most)
+    return lambda name, value: several(name, value) if isinstance(value, list) else [each(name, value)]
+
+
+def fields(known: Mapping[str, Check]) -> Check:
+    """An object with these fields only."""
+
+    def check(name: str, value: Any) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            _wrong(name, value, "an object")
+        found = {}
+        for key, entry in value.items():
+            if key not in known:
+                raise RequestError(f"{name}.{reprlib.repr(key)[1:-1]} is unknown{_nearest(key, known)}", name)
+            if entry is not None:
+                found[key] = known[key](f"{name}.{key}", entry)
+        return found
+
+    return check
+
+
+def _nearest(name: str, known: Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(name[:64], known, 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _token_ids(name: str, value: Any) -> list[int]:
+    if not isinstance(value, list) or not all(type(i) is int and 0 <= i < 2**31 for i in value):
+        _wrong(name, value, "a string or an array of token ids")
+    return value
+
+
+def _prompts(name: str, value: Any) -> list[str | list[int]]:
+    """A string, ids, or an array of either."""
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list) or not value:
+        _wrong(name, value, "a string, an array of strings, token ids, or an array of arrays of them")
+    if all(type(entry) is int for entry in value):
+        return [_token_ids(name, value)]
+    if len(value) > MAX_ANSWERS:
+        raise RequestError(f"{name} has {len(value)} entries, expected at most {MAX_ANSWERS}", name)
+    return [e if isinstance(e, str) else _token_ids(f"{name}[{i}]", e) for i, e in enumerate(value)]
+
+
+def _biases(name: str, value: Any) -> dict[int, float]:
+    if not isinstance(value, dict) or len(value) > MAX_BIASES:
+        _wrong(name, value, f"an object of at most {MAX_BIASES} token ids and numbers")
+    amount, found = number(-100, 100), {}
+    for key, bias in value.items():
+        if not (key.isascii() and key.isdigit() and len(key) <= 10):
+            raise RequestError(f"{name} has the key {reprlib.repr(key)}, expected a token id", name)
+        found[int(key)] = amount(f"{name}.{key}", bias)
+    return found
+
+
+def _schema(name: str, value: Any) -> str:
+    if not isinstance(value, dict | bool | str):
+        _wrong(name, value, "a JSON schema")
+    written = value if isinstance(value, str) else json.dumps(value)
+    if len(written) > MAX_SCHEMA:
+        raise RequestError(f"{name} has {len(written)} characters, expected at most {MAX_SCHEMA}", name)
+    return written
+
+
+_JSON_SCHEMA = fields({"name": text(256), "description": text(8192), "schema": _schema, "strict": flag})
+
+
+def _response_format(name: str, value: Any) -> Constraint | None:
+    known = {"type": text(64), "json_schema": _JSON_SCHEMA}
+    given = fields(known)(name, value)
+    match given.get("type"):
+        case "text":
+            return None
+        case "json_object":
+            return Constraint("json", '{"type":"object"}', name)
+        case "json_schema":
+            if "schema" not in given.get("json_schema", {}):
+                raise RequestError(f"{name}.json_schema.schema is missing", f"{name}.json_schema.schema")
+            return Constraint("json", given["json_schema"]["schema"], f"{name}.json_schema.schema")
+    _wrong(f"{name}.type", given.get("type"), '"text", "json_object" or "json_schema"')
+
+
+def _content(name: str, value: Any) -> str:
+    """A message's text: a string, or parts of type text."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or len(value) > MAX_MESSAGES:
+        _wrong(name, value, "a string or an array of parts of type text")
+    texts = []
+    for index, part in enumerate(value):
+        where = f"{name}[{index}]"
+        kind = part.get("type") if isinstance(part, dict) else part
+        if kind not in ("text", "input_text"):
+            raise RequestError(f"{where}.type is {reprlib.repr(kind)}; these models read text only", f"{where}.type")
+        texts.append(text(1 << 20)(f"{where}.text", part.get("text")))
+    return "".join(texts)
+
+
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+# Beside role and content. OpenAI's own client sends back what it got: refusal, annotations, empty calls; reasoning: Open WebUI.
+_BESIDE = {"name", "refusal", "annotations", "audio", "tool_calls", "function_call", "reasoning", "reasoning_content"}
+
+
+def _message(name: str, value: Any) -> dict[str, str]:
+    if not isinstance(value, dict):
+        _wrong(name, value, "an object with role and content")
+    role = value.get("role")
+    if not isinstance(role, str) or role not in _ROLES:
+        hint = "; tools are not supported" if role in ("tool", "function") else ""
+        raise RequestError(
+            f"{name}.role is {reprlib.repr(role)}, expected system, developer, user or assistant{hint}", f"{name}.role"
+        )
+    for key in value.keys() - {"role", "content"}:
+        if key not in _BESIDE:
+            raise RequestError(
+                f"{name}.{reprlib.repr(key)[1:-1]} is unknown{_nearest(key, dict.fromkeys(_BESIDE))}", name
+            )
+        if key in ("tool_calls", "function_call", "audio") and value[key]:
+            raise RequestError(f"{name}.{key}: tools and audio are not supported; leave it out", f"{name}.{key}")
+    content = value.get("content")
+    if content is None and role != "assistant":
+        raise RequestError(f"{name}.content is missing", f"{name}.content")
+    return {"role": _ROLES[role], "content": "" if content is None else _content(f"{name}.content", content)}
+
+
+# The fields -----------------------------------------------------------------------------------------------------------
+
+# Sampling: the API's name -> the engine's, and the check.
+SAMPLING: dict[str, tuple[str, Check]] = {
+    "temperature": ("temperature", number(0, 100)),
+    "top_p": ("top_p", number(0, 1)),
+    "top_k": ("top_k", integer(-1, 1_000_000)),  # 0 and -1: all
+    "min_p": ("min_p", number(0, 1)),
+    "typical_p": ("typical_p", number(0, 1)),
+    "frequency_penalty": ("frequency_penalty", number(-2, 2)),
+    "presence_penalty": ("presence_penalty", number(-2, 2)),
+    "repetition_penalty": ("repetition_penalty", number(0.01, 100)),
+    "no_repeat_ngram_size": ("no_repeat_ngram_size", integer(0, 1000)),
+    "logit_bias": ("logit_bias", _biases),
+    "min_tokens": ("min_new_tokens", integer(0, 10**9)),
+}
+WHEN_SAMPLED = ("temperature", "top_p", "top_k", "min_p", "typical_p")  # without effect at temperature 0
+
+COMMON: dict[str, Check] = {
+    **{name: check for name, (_, check) in SAMPLING.items()},
+    "model": text(1024),
+    "max_tokens": integer(0, 10**9),
+    "n": integer(1, MAX_ANSWERS),
+    "stop": one_or_more(text(256, empty=False), MAX_STOPS),
+    "seed": integer(-(2**63), 2**64 - 1),
+    "stream": flag,
+    "stream_options": fields({"include_usage": flag, "include_obfuscation": flag}),
+    "user": text(1024),
+    "ignore_eos": flag,
+    "response_format": _response_format,
+    "regex": text(MAX_REGEX),
+    "guided_regex": text(MAX_REGEX),
+    "guided_json": _schema,
+}
+COMPLETION: dict[str, Check] = {
+    **COMMON,
+    "prompt": _prompts,
+    "echo": flag,
+    "logprobs": integer(0, MAX_TOP),
+    "best_of": integer(1, MAX_ANSWERS),
+    "suffix": text(1 << 20),
+}
+CHAT: dict[str, Check] = {
+    **COMMON,
+    "messages": array(_message, MAX_MESSAGES, least=1),
+    "max_completion_tokens": integer(0, 10**9),
+    "logprobs": flag,
+    "top_logprobs": integer(0, MAX_TOP),
+    "continue_final_message": flag,  # vLLM's names
+    "add_generation_prompt": flag,
+}
+
+# Fields of other programs. Who sends them: ST is SillyTavern (text completion: "ooba" or "vllm"), OWUI is Open WebUI.
+# Anything goes, because nothing here depends on it:
+HARMLESS: dict[str, str] = {
+    **dict.fromkeys(("store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key"), "openai client"),
+    **dict.fromkeys(("prompt_cache_retention", "parallel_tool_calls", "verbosity"), "openai client"),
+    **dict.fromkeys(("reasoning_effort", "include_reasoning"), "OWUI, ST: there is no separate reasoning here"),
+    **dict.fromkeys(("chat_id", "session_id", "id", "keep_alive"), "OWUI"),
+    "prediction": "Continue: a hint for speed",
+    **dict.fromkeys(("api_type", "api_server"), "ST: its own settings"),
+    **dict.fromkeys(("truncation_length", "num_ctx"), "ST: it has cut the prompt itself"),
+    **dict.fromkeys(
+        ("add_bos_token", "spaces_between_special_tokens"), "ST: this family's tokenizers have no use for them"
+    ),
+    **dict.fromkeys(("length_penalty", "early_stopping"), "ST: of beams, which num_beams would start"),
+    **dict.fromkeys(("mirostat_tau", "mirostat_eta"), "ST: of mirostat_mode"),
+    **dict.fromkeys(
+        ("dry_base", "dry_allowed_length", "dry_penalty_last_n", "dry_sequence_breakers"), "ST: of dry_multiplier"
+    ),
+    **dict.fromkeys(
+        ("dynatemp_low", "dynatemp_high", "dynatemp_range", "dynatemp_exponent"), "ST: of dynamic_temperature"
+    ),
+    **dict.fromkeys(("smoothing_curve", "xtc_threshold", "negative_prompt"), "ST: of what is off below"),
+    **dict.fromkeys(("rep_pen_slope", "repetition_decay", "adaptive_decay", "min_keep"), "ST: likewise"),
+    **dict.fromkeys(
+        ("temperature_last", "sampler_priority", "sampler_order", "samplers"), "ST: the order here is fixed"
+    ),
+    **dict.fromkeys(("speculative_ngram", "n_probs"), "ST: for other servers"),
+    **dict.fromkeys(("guided_decoding_backend", "guided_whitespace_pattern"), "ST, vllm: here there is one backend"),
+}
+# Taken with the value that means "off", for what is not supported otherwise:
+OFF_ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
+    "tools": (([],), "openai client, OWUI"),
+    "functions": (([],), "openai client"),
+    "tool_choice": (("none", "auto"), "openai client"),
+    "function_call": (("none", "auto"), "openai client"),
+    "modalities": ((["text"],), "openai client"),
+    "use_beam_search": ((False,), "ST"),
+    "num_beams": ((1,), "ST"),
+    "mirostat_mode": ((0,), "ST"),
+    "mirostat": ((0,), "ST"),
+    "dry_multiplier": ((0,), "ST"),
+    "xtc_probability": ((0,), "ST"),
+    "smoothing_factor": ((0,), "ST"),
+    "dynamic_temperature": ((False,), "ST"),
+    "guidance_scale": ((1,), "ST"),
+    "penalty_alpha": ((0,), "ST"),
+    "epsilon_cutoff": ((0,), "ST"),
+    "eta_cutoff": ((0,), "ST"),
+    "encoder_repetition_penalty": ((1,), "ST"),
+    "top_a": ((0,), "ST"),
+    "tfs": ((1,), "ST"),
+    "skew": ((0,), "ST"),
+    "nsigma": ((0,), "ST"),
+    "top_n_sigma": ((0,), "ST"),
+    "adaptive_target": ((-0.01, 0, -1), "ST"),
+    "max_tokens_second": ((0,), "ST"),
+    "min_length": ((0,), "ST"),
+    "ban_eos_token": ((False,), "ST; ignore_eos does it"),
+    "do_sample": ((True,), "ST; temperature 0 is greedy"),
+    "skip_special_tokens": ((True,), "ST"),
+    "include_stop_str_in_output": ((False,), "ST"),
+    "stop_token_ids": (([],), "ST"),
+    "custom_token_bans": (("", []), "ST; logit_bias does it"),
+    "banned_strings": (([],), "ST"),
+    "grammar_string": (("",), "ST; guided_json and guided_regex do it"),
+    "guided_grammar": (("",), "ST, vllm; guided_json and guided_regex do it"),
+    "guided_choice": (([],), "ST, vllm; guided_regex does it"),
+    "json_schema": (({},), "ST; guided_json does it"),
+    "rep_pen_range": ((0,), "ST"),
+    "repetition_penalty_range": ((0,), "ST"),
+    "repeat_last_n": ((0,), "ST"),
+}
+# ST says the same again under the names of other servers; one that stands alone, or says something else, is not ignored:
+REPEATED: dict[str, str] = {
+    "max_new_tokens": "max_tokens",
+    "n_predict": "max_tokens",
+    "num_predict": "max_tokens",
+    "typical": "typical_p",
+    "rep_pen": "repetition_penalty",
+    "repeat_penalty": "repetition_penalty",
+    "sampler_seed": "seed",
+    "stopping_strings": "stop",
+}
+
+
+# From bytes to Wanted -------------------------------------------------------------------------------------------------
+
+
+def read_json(raw: bytes) -> dict[str, Any]:
+    """A body as an object of bounded depth, of Unicode text and finite numbers."""
+
+    def finite(word: str) -> float:
+        if not math.isfinite(value := float(word)):
+            raise ValueError(f"the number {reprlib.repr(word)} is not finite")
+        return value
+
+    try:
+        body = json.loads(raw.decode("utf-8"), parse_float=finite, parse_constant=finite)
+        _check_nesting(body)
+    except RecursionError:
+        raise RequestError(f"the body is nested deeper than {MAX_DEPTH} levels") from None
+    except ValueError as error:  # not UTF-8, not JSON, or a number of thousands of digits
+        raise RequestError(f"the body is not JSON in UTF-8: {error}") from None
+    if not isinstance(body, dict):
+        raise RequestError(f"the body is {reprlib.repr(body)}, expected a JSON object")
+    return body
+
+
+def _check_nesting(body: Any) -> None:
+    """Raises ValueError for what is too deep, and for lone surrogates, which no response could carry."""
+    level: list[Any] = [body]
+    for _ in range(MAX_DEPTH + 1):
+        texts = [value for value in level if isinstance(value, str)]
+        texts += [key for value in level if isinstance(value, dict) for key in value]
+        "".join(texts).encode()
+        level = [
+            inner
+            for value in level
+            if isinstance(value, dict | list)
+            for inner in (value.values() if isinstance(value, dict) else value)
+        ]
+        if not level:
+            return
+    raise RecursionError
+
+
+def _check(body: Mapping[str, Any], known: Mapping[str, Check]) -> dict[str, Any]:
+    found = {}
+    for name, value in body.items():
+        if value is None or name in HARMLESS:
+            continue
+        if name in known:
+            found[name] = known[name](name, value)
+        elif name in OFF_ONLY:
+            off, _ = OFF_ONLY[name]
+            if value not in off:
+                raise RequestError(f"{name} is not supported; leave it out, or send {json.dumps(off[0])}", name)
+        elif name in REPEATED:
+            if value != body.get(REPEATED[name]):
+                raise RequestError(f"{name} is read only where it repeats {REPEATED[name]}; send that", name)
+        else:
+            shown = reprlib.repr(name)[1:-1]
+            raise RequestError(f"{shown} is unknown{_nearest(name, known)}", shown, "unknown_parameter")
+    return found
+
+
+def completion(body: Mapping[str, Any]) -> Wanted:
+    """What a body of POST /v1/completions asks for."""
+    given = _check(body, COMPLETION)
+    if "prompt" not in given:
+        raise RequestError("prompt is missing", "prompt")
+    if given.get("suffix"):
+        raise RequestError(
+            "suffix: these models were not trained to fill in; send the text before it as prompt", "suffix"
+        )
+    if given.get("best_of", given.get("n", 1)) != given.get("n", 1):
+        raise RequestError("best_of is not supported; ask for n with logprobs, and choose", "best_of")
+    prompts = given["prompt"]
+    _count_answers(len(prompts), given, "prompt")
+    max_tokens = given.get("max_tokens", DEFAULT_MAX_TOKENS)
+    return Wanted(
+        **_common(given),
+        max_tokens=max_tokens,
+        top=given.get("logprobs"),
+        prompts=prompts,
+        echo=given.get("echo", False),
+    )
+
+
+def chat(body: Mapping[str, Any]) -> Wanted:
+    """What a body of POST /v1/chat/completions asks for; max_tokens None: to the end of the context."""
+    given = _check(body, CHAT)
+    if "messages" not in given:
+        raise RequestError("messages is missing", "messages")
+    if "top_logprobs" in given and not given.get("logprobs"):
+        raise RequestError("top_logprobs needs logprobs: true", "top_logprobs")
+    if given.get("max_tokens", limit := given.get("max_completion_tokens")) != limit is not None:
+        raise RequestError("max_tokens and max_completion_tokens differ; send one of them", "max_completion_tokens")
+    _count_answers(1, given, "n")
+    go_on = given.get("continue_final_message", False)
+    if go_on and given["messages"][-1]["role"] != "assistant":
+        raise RequestError("continue_final_message needs a last message of the assistant", "continue_final_message")
+    if given.get("add_generation_prompt", not go_on) == go_on:
+        raise RequestError(
+            "add_generation_prompt and continue_final_message are opposites here", "add_generation_prompt"
+        )
+    top = given.get("top_logprobs", 0) if given.get("logprobs") else None
+    max_tokens = given.get("max_tokens", limit)
+    return Wanted(**_common(given), max_tokens=max_tokens, top=top, messages=given["messages"], go_on=go_on)
+
+
+def _count_answers(prompts: int, given: Mapping[str, Any], param: str) -> None:
+    answers = prompts * given.get("n", 1)
+    if answers > MAX_ANSWERS:
+        raise RequestError(
+            f"{prompts} prompts and n {given.get('n', 1)} are {answers} answers, at most {MAX_ANSWERS}", param
+        )
+
+
+def _common(given: Mapping[str, Any]) -> dict[str, Any]:
+    stream_options = given.get("stream_options", {})
+    if stream_options and not given.get("stream"):
+        raise RequestError("stream_options needs stream: true", "stream_options")
+    return {
+        "model": given.get("model"),
+        "options": _options(given),
+        "n": given.get("n", 1),
+        "seed": given.get("seed"),
+        "stream": given.get("stream", False),
+        "include_usage": stream_options.get("include_usage", False),
+        "user": given.get("user", ""),
+        "constraint": _constraint(given),
+    }
+
+
+def _options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """OpenAI's defaults (temperature 1, everything kept) and what the request says, under the engine's names."""
+    wanted = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, **given}
+    sampled = wanted["temperature"] > 0
+    options = {
+        ours: wanted[name]
+        for name, (ours, _) in SAMPLING.items()
+        if name in wanted and (sampled or name not in WHEN_SAMPLED)
+    }
+    options |= {"do_sample": sampled, "stop_strings": given.get("stop", [])}
+    if options.get("top_k") == -1:
+        options["top_k"] = 0
+    if given.get("ignore_eos"):
+        options["eos_token_id"] = []
+    return options
+
+
+def _constraint(given: Mapping[str, Any]) -> Constraint | None:
+    found = [given["response_format"]] if given.get("response_format") else []
+    found += [Constraint("regex", given[name], name) for name in ("regex", "guided_regex") if name in given]
+    found += [Constraint("json", given["guided_json"], "guided_json")] if "guided_json" in given else []
+    if len(found) > 1:
+        raise RequestError(
+            f"{found[0].param} and {found[1].param} exclude each other; send one of them", found[1].param
+        )
+    if found and given.get("ignore_eos"):
+        raise RequestError(f"ignore_eos and {found[0].param} exclude each other; send one of them", "ignore_eos")
+    return found[0] if found else None
