@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 from tokenizers import decoders
 
 from neox_lite import GPTNeoXTokenizerFast
+from neox_lite.sampling import Score
 from neox_lite.tokenizer import StreamDecoder, token_bytes
 
-from .engine import Score, Step, Ticket
+from .engine import Step, Ticket
 from .prompt_forms import Reader
 
 LEAST = -9999.0  # JSON has no -Infinity; OpenAI writes this

@@ -239,17 +239,16 @@ class _Model:
 def _jobs(
     wanted: Wanted, prompts: Sequence[Prompt], options: Any, grammars: Sequence[Grammar], client: str
 ) -> list[Job]:
-    """One job for each choice. Of one seed, the first choice is what it is alone, and the others differ."""
-    seed = secrets.randbits(63) if wanted.seed is None else wanted.seed
+    """One job for each choice; of one seed, the choices are different samples."""
+    own = {**options, "max_new_tokens": wanted.max_tokens}
+    if own["do_sample"]:
+        own["seed"] = (secrets.randbits(63) if wanted.seed is None else wanted.seed) % 2**64
     prompt_scores = wanted.top if wanted.echo else None
     jobs = []
     for number in range(len(prompts) * wanted.n):
-        own = {**options, "max_new_tokens": wanted.max_tokens}
-        if own["do_sample"]:
-            own["seed"] = (seed + number % wanted.n * 0x9E3779B97F4A7C15) % 2**64
-        if grammars:
-            own["logits_processor"] = [grammars[number]]
-        jobs.append(Job(prompts[number // wanted.n].ids, own, client, wanted.top, prompt_scores))
+        constrained = {"logits_processor": [grammars[number]]} if grammars else {}
+        ids, stream = prompts[number // wanted.n].ids, number % wanted.n
+        jobs.append(Job(ids, own | constrained, client, wanted.top, prompt_scores, stream))
     return jobs
 
 
