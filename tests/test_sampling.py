@@ -12,14 +12,19 @@ from transformers.generation import logits_process
 from neox_lite.errors import ArgumentError, NeoxLiteError
 from neox_lite.sampling import (
     Sampling,
+    add_bias,
     candidates,
     choose,
+    forbid_repeats,
     gumbel,
     min_p,
+    penalize_frequency,
     penalize_repetition,
     philox4x32,
+    score,
     top_k,
     top_p,
+    typical_p,
 )
 
 HISTORY = torch.tensor([3, 7, 7, 60, 3])
@@ -98,6 +103,59 @@ def test_repetition_penalty_is_transformers(penalty, seed):
 
 
 @pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("mass", [0.01, 0.3, 0.9, 0.999])
+def test_typical_p_is_transformers(mass, seed):
+    logits = logits_with_ties(seed)
+    expected = logits_process.TypicalLogitsWarper(mass)(None, logits[None])[0]
+    same(kept(logits, typical_p(logits.numpy(), mass)), expected)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 9])
+def test_no_repeated_ngrams_are_transformers(n):
+    generator = torch.Generator().manual_seed(n)
+    for length in (1, 2, 3, 8, 40, 300):
+        history = torch.randint(0, 4, (length,), generator=generator)
+        expected = logits_process.NoRepeatNGramLogitsProcessor(n)(history[None], torch.zeros(1, 64))[0]
+        same(forbid_repeats(history, torch.zeros(64), n), expected)
+
+
+def test_a_bias_is_transformers_sequence_bias_of_single_ids():
+    logits, biases = logits_with_ties(0), {5: 2.5, 60: -100.0, 7: 0.25}
+    peer = logits_process.SequenceBiasLogitsProcessor({(i,): bias for i, bias in biases.items()})
+    found = add_bias(logits, torch.tensor(list(biases)), torch.tensor(list(biases.values())))
+    same(found, peer(HISTORY[None], logits[None])[0])
+
+
+def test_frequency_and_presence_are_openais_over_new_tokens_alone():
+    """mu[j] - c[j] * frequency - (c[j] > 0) * presence, c counting what was said, not what was asked."""
+    logits = torch.randn(64, generator=torch.Generator().manual_seed(0))
+    steps = Sampling(frequency_penalty=0.5, presence_penalty=-1.25).processors(prompt=2)
+    (found,) = [step(HISTORY, logits) for step in steps]  # the new tokens are 7, 60 and 3
+    expected = logits.clone()
+    expected[[7, 60, 3]] -= 0.5 - 1.25
+    same(found, expected)
+    counted = penalize_frequency(torch.tensor([9, 9, 4]), logits, 2.0, 0.5)
+    assert (logits - counted)[[9, 4, 3]].tolist() == pytest.approx([4.5, 2.5, 0.0], abs=1e-6)
+    same(penalize_frequency(HISTORY[:0], logits, 2.0, 0.5), logits)
+
+
+def test_penalties_come_in_order_bias_repetition_frequency_ngrams_then_the_callers():
+    def own(history: Tensor, logits: Tensor) -> Tensor:
+        return logits * 2
+
+    sampling = Sampling(
+        logit_bias={3: 4.0}, repetition_penalty=2.0, presence_penalty=1.0, no_repeat_ngram_size=2, frequency_penalty=0.5
+    )
+    logits = torch.ones(64)
+    for step in sampling.processors([own], prompt=4):
+        logits = step(HISTORY, logits)
+    assert logits[3] == ((1 + 4) / 2 - 1.5) * 2
+    assert logits[7] == float("-inf")  # 3 was followed by 7 before
+    assert logits[60] == 1 / 2 * 2  # it is the prompt's, not new
+    assert logits[5] == 2
+
+
+@pytest.mark.parametrize("seed", range(10))
 def test_all_processors_together_are_transformers_in_its_order(seed):
     sampling = Sampling(do_sample=True, temperature=0.7, top_k=30, top_p=0.9, min_p=0.05, repetition_penalty=1.3)
     logits = expected = logits_with_ties(seed)
@@ -126,8 +184,11 @@ def test_defaults_and_off_values_do_nothing():
 def test_processors_leave_the_models_logits_alone():
     logits = logits_with_ties(0)
     before = logits.clone()
-    sampling = Sampling(do_sample=True, temperature=0.5, top_k=9, top_p=0.5, min_p=0.1, repetition_penalty=2.0)
+    penalties = {"frequency_penalty": 1.0, "presence_penalty": 1.0, "no_repeat_ngram_size": 2, "logit_bias": {5: 1.0}}
+    filters = {"top_k": 9, "top_p": 0.5, "min_p": 0.1, "typical_p": 0.9}
+    sampling = Sampling(do_sample=True, temperature=0.5, repetition_penalty=2.0, **filters, **penalties)
     choose(logits, HISTORY, 0, sampling, sampling.processors())
+    score(logits, 5, 3, torch.tensor([1]))
     assert torch.equal(logits, before)
 
 
@@ -138,7 +199,11 @@ def test_processors_leave_the_models_logits_alone():
         "top_k": [-1, 2**31],
         "top_p": [-0.1, 1.1, math.nan],
         "min_p": [-0.1, 1.1, math.nan],
+        "typical_p": [-0.1, 1.1, math.nan],
         "repetition_penalty": [0.0, -1.0, math.nan, math.inf],
+        "frequency_penalty": [-2.1, 2.1, math.nan],
+        "presence_penalty": [-2.1, 2.1, math.nan],
+        "no_repeat_ngram_size": [-1, 2**31],
         "seed": [-1, 2**64],
     }.items(),
 )
@@ -146,6 +211,35 @@ def test_a_value_out_of_bounds_is_refused_by_name(name, values):
     for value in values:
         with pytest.raises(ArgumentError, match=rf"^{name} is .*, expected .* to "):
             Sampling(**{name: value})
+
+
+@pytest.mark.parametrize("bias", [{-1: 0.0}, {5: 100.5}, {5: math.nan}], ids=str)
+def test_a_bias_out_of_bounds_is_refused_by_name(bias):
+    with pytest.raises(ArgumentError, match=r"^logit_bias: .*, expected "):
+        Sampling(logit_bias=bias)
+
+
+def plain_top_p(values: np.ndarray, p: float) -> np.ndarray:
+    """By definition: sort everything, drop from the least likely on while all of them reach no more than 1 - p."""
+    weights = np.exp(values - values.max())
+    order = weights.argsort(kind="stable")
+    kept = weights[order].cumsum(dtype=np.float64) > (1 - p) * weights.sum(dtype=np.float64)
+    kept[-1] = True
+    return np.sort(order[kept])
+
+
+def test_large_vocabularies_keep_what_the_definitions_say():
+    """Where ids are left out without being sorted, before the exact rule: peaked and flat, with ties and without."""
+    generator = np.random.default_rng(0)
+    for i in range(60):
+        n = int(generator.integers(1, 50_000))
+        values = (generator.normal(size=n) * generator.choice([0.1, 1, 3, 10])).astype(np.float32)
+        values = values.round(1) if i % 2 else values
+        for k in (1, 7, 50, 3000):
+            expected = np.flatnonzero(values >= np.sort(values)[-min(k, n)])
+            assert np.array_equal(top_k(values, k), expected)
+        for p in (0.0, 0.1, 0.5, 0.95, 0.9999999):
+            assert np.array_equal(top_p(values, p), plain_top_p(values, p)), (n, p)
 
 
 # Random numbers -------------------------------------------------------------------------------------------------------
@@ -297,3 +391,29 @@ def test_nothing_to_choose_from_is_an_error_not_a_token(sampling, value):
     if not value < 0:  # a single NaN or infinity spoils a softmax
         with pytest.raises(NeoxLiteError, match="no id can be chosen"):
             choose(logits, torch.empty(0, dtype=torch.long), 0, sampling, sampling.processors())
+
+
+# Log-probabilities ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("likeliest", [0, 1, 5, 60, 64, 100])
+def test_a_score_is_log_softmax_and_its_largest(likeliest):
+    logits = logits_with_ties(2)
+    expected = logits.log_softmax(-1)
+    found = score(logits, 17, likeliest)
+    assert found.logprob == pytest.approx(float(expected[17]), abs=1e-5)
+    best = [x for x in expected.sort(descending=True).values[:likeliest].tolist() if x > -math.inf]
+    assert len(found.top) == len(best)
+    assert [logprob for _, logprob in found.top] == pytest.approx(best, abs=1e-5)
+    assert all(logprob == pytest.approx(float(expected[i]), abs=1e-5) for i, logprob in found.top)
+
+
+def test_a_score_leaves_out_ids_that_do_not_exist():
+    logits = torch.tensor([0.0, 1.0, 9.0, 9.5])
+    found = score(logits, 1, 4, torch.tensor([2, 3]))
+    assert found.logprob == pytest.approx(float(logits[:2].log_softmax(-1)[1]))
+    assert [i for i, _ in found.top] == [1, 0]
+
+
+def test_ties_in_a_score_are_told_in_the_order_of_their_ids_and_no_more_than_asked_for():
+    assert [i for i, _ in score(torch.zeros(1000), 3, 4).top] == [0, 1, 2, 3]

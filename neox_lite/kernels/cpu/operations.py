@@ -29,7 +29,7 @@ from .target import Target, host
 TILES_FROM = 5  # int8 activations: from here on, transposed words serve all tokens
 MANY = 13  # from here on, two vectors of rows at a time
 EXACT_ROWS = 8  # float32 activations: up to here, from the words; above, decoded weights and torch's product
-DENSE_ROWS = 8  # plain matrices likewise
+DENSE_ROWS = 64  # plain matrices: above, what it takes to make them float32 for torch pays off
 
 
 @dataclass(frozen=True)
