@@ -93,6 +93,7 @@ class Row:
 
     def __post_init__(self) -> None:
         self._ids = torch.tensor([*self.prompt, *[0] * self.limit])
+        self._places = self._ids.numpy()  # the same memory, where a number is written faster
         self.forget_scores()
 
     @property
@@ -111,7 +112,7 @@ class Row:
         return self.prompt_scores is not None and len(self.scored) < len(self.prompt)
 
     def append(self, token: int) -> None:
-        self._ids[self.length] = token
+        self._places[self.length] = token
         self.tokens.append(token)
 
     def choose(self, logits: Tensor) -> None:

@@ -198,13 +198,14 @@ class Scheduler:
         """Whether a row can be read to its end beside the others, with a page for each that will need one."""
         if self._pool.limit is None or not self.rows:
             return True
-        held, growing = set(sequence.pages), 0
+        held, needed = set(sequence.pages), -(-(row.length + 1) // PAGE) - sequence.length // PAGE
         for other in self.rows:
             assert other.sequence is not None
             held |= set(other.sequence.pages)
-            growing += len(other.prompt) + other.limit > PAGE * len(other.sequence.pages)
-        needed = -(-(row.length + 1) // PAGE) - sequence.length // PAGE
-        return len(held) + needed + growing <= self._pool.limit
+            pages = max(len(other.sequence.pages), -(-other.length // PAGE))
+            needed += pages - len(other.sequence.pages)
+            needed += len(other.prompt) + other.limit > PAGE * pages
+        return len(held) + needed <= self._pool.limit
 
     def _put_back(self, row: Row) -> None:
         """Let a row wait for pages; it is read again then."""

@@ -1,0 +1,455 @@
+"""What the scheduler promises: rows come and go between passes, and none of their tokens depends on what else runs.
+
+Where passes are looked at, a scripted model notes them; no test depends on how fast the machine is.
+"""
+
+import random
+from collections import Counter
+
+import pytest
+import torch
+from peers import pair, random_ids
+from torch import Tensor
+
+from neox_lite.cache import PAGE, Batch, PagePool, PrefixCache
+from neox_lite.errors import CacheError
+from neox_lite.options import Options
+from neox_lite.row import Row
+from neox_lite.sampling import Sampling
+from neox_lite.scheduler import LEAST_TOKENS, SCORED_TOKENS, ReadingPace, Scheduler
+from neox_lite.stepper import PREFILL_TOKENS
+
+VOCABULARY = 50
+
+
+class Scripted:
+    """A Stepper that says (last token + tokens so far) % 50, and notes how many tokens of each sequence its passes take.
+
+    A pass takes cost(tokens) seconds of its own clock; fails(pass number) says what it raises.
+    """
+
+    def __init__(self, limit=None, cost=lambda tokens: 0.0, fails=lambda number: None) -> None:
+        self.cost, self.fails, self.now, self.passes = cost, fails, 0.0, []
+        self.pool = PagePool(1, 1, torch.float32, [torch.device("cpu")], 0, limit)
+
+    def new_pool(self, pages: int = 0, limit: int | None = None) -> PagePool:
+        return self.pool
+
+    def step(self, pool, sequences, tokens, every=False) -> Tensor:
+        starts = [s.length for s in sequences]
+        batch = Batch.reserve(pool, sequences, [len(t) for t in tokens])
+        self.passes.append([len(t) for t in tokens])
+        if (error := self.fails(len(self.passes))) is not None:
+            raise error
+        batch.commit()
+        self.now += self.cost(sum(map(len, tokens)))
+        out = []
+        for start, new in zip(starts, tokens, strict=True):
+            places = range(len(new)) if every else [len(new) - 1]
+            out += [says(new[i], start + i + 1) for i in places]
+        return torch.stack(out)
+
+
+def says(token: int, place: int) -> Tensor:
+    logits = torch.zeros(VOCABULARY)
+    logits[(token + place) % VOCABULARY] = 9.0
+    return logits
+
+
+def expected(prompt: list[int], count: int) -> list[int]:
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append((ids[-1] + len(ids)) % VOCABULARY)
+    return ids[len(prompt) :]
+
+
+def scheduler_of(model: Scripted, budget: int = 0, pace: bool = False) -> Scheduler:
+    own = ReadingPace(1.0, lambda: model.now) if pace else None
+    return Scheduler(model, PrefixCache(model.pool, budget), pace=own)
+
+
+def run(scheduler: Scheduler, passes: int | None = None) -> list[list[Row]]:
+    """All that is yielded, until nothing is left or for so many passes."""
+    found: list[list[Row]] = []
+    while scheduler.busy and passes != 0:
+        found += scheduler.step()
+        passes = None if passes is None else passes - 1
+    return found
+
+
+def used(model: Scripted) -> int:
+    return model.pool.pages - model.pool.free_pages
+
+
+# The same tokens, whatever else runs ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Exact: its float32 sums differ in their order alone between passes."""
+    return pair(tmp_path_factory.mktemp("model"), max_position_embeddings=1024)[0]
+
+
+class Counting(Scheduler):
+    """Counts what happened."""
+
+    def __init__(self, *given, **options) -> None:
+        super().__init__(*given, **options)
+        self.seen = Counter()
+
+    def _put_back(self, row: Row) -> None:
+        self.seen["put back"] += 1
+        super()._put_back(row)
+
+
+def test_30_random_schedules_give_every_row_the_tokens_it_gets_alone(model):
+    """Arrivals, cancels, preemptions, shared beginnings, scores; rows with penalties, filters and seeds of their own."""
+    seen = Counter()
+    for seed in range(30):
+        choice = random.Random(seed)
+        limit = choice.choice([None, 4, 5])
+        pace = ReadingPace(1.0, lambda: 0.0)
+        pace.took = lambda tokens, seconds, pace=pace, choice=choice: setattr(pace, "tokens", choice.randint(16, 200))
+        scheduler = Counting(model, PrefixCache(model.new_pool(0, limit), choice.choice([0, 4])), pace=pace)
+        trunk = random_ids(1, 300, seed=seed)[0].tolist()
+        todo = [random_row(choice, trunk, i) for i in range(choice.randint(3, 10))]
+        rows = list(todo)
+        while todo or scheduler.busy:
+            while todo and choice.random() < 0.3:
+                scheduler.add(todo.pop())
+            if choice.random() < 0.01 and scheduler.rows:
+                scheduler.cancel(choice.choice(scheduler.rows))
+            if choice.random() < 0.01 and scheduler.waiting:
+                scheduler.cancel(choice.choice(scheduler.waiting))
+            if choice.random() < 0.03 and scheduler.rows:
+                scheduler._put_back(scheduler.rows[-1])  # more often than the pool alone asks for it
+            for changed in scheduler.step():
+                seen["tokens"] += len(changed)
+        for row in rows:
+            check_alone(model, row)
+            seen[row.finish_reason] += 1
+        assert scheduler._pool.pages - scheduler._pool.free_pages == scheduler._prefixes.pages
+        seen += scheduler.seen
+    assert min(seen[name] for name in ("put back", "cancelled", "length", "stop")) >= 10, seen
+
+
+def random_row(choice: random.Random, trunk: list[int], number: int) -> Row:
+    own = random_ids(1, 80, seed=number + 1000)[0].tolist()
+    prompt = trunk[: choice.choice([0, 1, 60, 130, 256])] + own[: choice.randint(1, 80)]
+    prompt = choice.choice([prompt, trunk[:200]])  # now and then the same
+    sampling = Sampling(
+        do_sample=choice.random() < 0.7,
+        seed=choice.randrange(2**64),
+        top_p=choice.choice([1.0, 0.9]),
+        temperature=choice.choice([0.7, 1.3]),
+        repetition_penalty=choice.choice([1.0, 1.3]),
+        frequency_penalty=choice.choice([0.0, 0.7]),
+        no_repeat_ngram_size=choice.choice([0, 3]),
+    )
+    options = Options(
+        sampling=sampling,
+        eos_token_id=choice.choice([(), tuple(range(0, 131, 40))]),
+        min_new_tokens=choice.choice([0, 9]),
+    )
+    scores = choice.choice([None, None, 3])
+    return Row(prompt, choice.choice([1, 20, 60, 140]), choice.randint(0, 2), options=options, prompt_scores=scores)
+
+
+def check_alone(model, row: Row) -> None:
+    """A row's tokens, up to where it was cancelled, and its scores."""
+    alone = Row(row.prompt, row.limit, row.stream, options=row.options)
+    run(scheduler := Scheduler(model, PrefixCache(model.new_pool(), 0)))
+    scheduler.add(alone)
+    run(scheduler)
+    assert row.tokens == alone.tokens[: len(row.tokens)]
+    if row.finish_reason != "cancelled":
+        assert (row.tokens, row.finish_reason) == (alone.tokens, alone.finish_reason)
+        if row.prompt_scores is not None:
+            check_scores(model, row)
+
+
+def check_scores(model, row: Row) -> None:
+    logs = model(torch.tensor([row.prompt])).logits[0].log_softmax(-1)
+    own = logs[range(len(row.prompt) - 1), row.prompt[1:]].tolist()
+    assert row.scored[0] == (None, ())
+    assert [score.logprob for score in row.scored[1:]] == pytest.approx(own, abs=1e-3)
+    for score, line in zip(row.scored[1:], logs, strict=False):
+        assert [logprob for _, logprob in score.top] == pytest.approx(
+            line.topk(row.prompt_scores).values.tolist(), abs=1e-3
+        )
+
+
+# Reading beside answering ---------------------------------------------------------------------------------------------
+
+
+def test_rows_that_are_answered_get_a_token_in_every_pass_while_a_long_prompt_is_read():
+    model = Scripted(cost=lambda tokens: 0.01 * tokens)  # 100 tokens a second; a pass may take one
+    scheduler = scheduler_of(model, pace=True)
+    short = [Row([i + 5], 60, 0) for i in range(3)]
+    for row in short:
+        scheduler.add(row)
+    run(scheduler, 2)
+    scheduler.add(long := Row([1] * 700, 5, 0))
+    before = len(model.passes)
+    while not long.tokens:
+        tokens = [len(row.tokens) for row in short]
+        run(scheduler, 1)
+        assert [len(row.tokens) for row in short] == [n + 1 for n in tokens]
+    read = [sum(lengths[3:]) for lengths in model.passes[before:]]
+    assert sum(read) == 700
+    assert max(read) <= 110 and min(read[1:-1]) >= 90  # what fits into a second, after a first guess
+    run(scheduler)
+    assert [row.tokens for row in [*short, long]] == [expected(row.prompt, row.limit) for row in [*short, long]]
+
+
+def test_prompts_are_read_in_large_pieces_while_nobody_is_answered():
+    model = Scripted(cost=lambda tokens: 0.01 * tokens)
+    scheduler = scheduler_of(model, pace=True)
+    for i, length in enumerate((700, 400, 5)):
+        scheduler.add(Row([i + 1] * length, 1, 0))
+    run(scheduler)
+    assert [sum(lengths) for lengths in model.passes][:1] == [PREFILL_TOKENS]
+    assert sum(map(sum, model.passes)) == 1105
+
+
+def test_the_pace_finds_what_fits_into_a_pass_and_follows_it():
+    for base, slope, fits in (
+        (0.0, 0.001, 250),
+        (0.1, 0.001, 150),
+        (0.2, 0.01, LEAST_TOKENS),
+        (0.0, 1e-5, PREFILL_TOKENS),
+    ):
+        pace = ReadingPace(0.25)
+        for _ in range(60):
+            pace.took(pace.tokens, base + slope * pace.tokens)
+        assert abs(pace.tokens - fits) <= 2
+
+
+def test_the_pace_grows_at_most_twofold_and_a_short_rest_does_not_shrink_it():
+    pace = ReadingPace(1.0)
+    pace.took(64, 1e-6)
+    assert pace.tokens == 128
+    pace.took(3, 0.9)  # nearly all of it went into the others' tokens
+    assert pace.tokens == 128
+    pace.took(3, 2.0)
+    assert pace.tokens == LEAST_TOKENS
+    pace.took(512, 0.0)  # a clock that stands still
+    assert pace.tokens == PREFILL_TOKENS
+
+
+# Beginnings in common -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [0, 50])
+def test_equal_prompts_are_read_once_and_answered_together(budget):
+    model = Scripted()
+    scheduler = scheduler_of(model, budget)
+    rows = [Row([1] * 600, 3, i) for i in range(4)]
+    for row in rows:
+        scheduler.add(row)
+    first = run(scheduler, 2)
+    assert model.passes == [[512], [88]] and first == [rows]
+    run(scheduler)
+    assert model.passes[2:] == [[1] * 4] * 2
+    assert [row.reused for row in rows] == [0, 600, 600, 600]
+
+
+def test_a_common_beginning_of_a_page_is_read_once_and_a_shorter_one_is_not_waited_for():
+    trunk = [7] * (2 * PAGE)
+    for length, passes in ((2 * PAGE, [[258], [1, 2, 2]]), (PAGE - 1, [[129] * 3])):
+        model = Scripted()
+        scheduler = scheduler_of(model)
+        rows = [Row([*trunk[:length], i, i], 2, 0) for i in range(3)]
+        for row in rows:
+            scheduler.add(row)
+        run(scheduler, len(passes))
+        assert model.passes == passes
+        run(scheduler)
+        assert [row.tokens for row in rows] == [expected(row.prompt, 2) for row in rows]
+
+
+def test_who_waits_for_another_to_read_goes_on_when_that_one_is_cancelled():
+    model = Scripted()
+    scheduler = scheduler_of(model)
+    first, second = Row([1] * 600, 3, 0), Row([1] * 600, 3, 1)
+    scheduler.add(first), scheduler.add(second)
+    run(scheduler, 1)
+    scheduler.cancel(first)
+    run(scheduler)
+    assert second.tokens == expected(second.prompt, 3) and first.tokens == []
+
+
+def test_a_prompt_that_begins_like_a_row_at_work_takes_its_pages():
+    model = Scripted()
+    scheduler = scheduler_of(model)
+    scheduler.add(first := Row([1] * 300, 50, 0))
+    run(scheduler, 5)
+    scheduler.add(second := Row([1] * 300 + first.tokens[:3] + [9], 2, 0))
+    pages = used(model)
+    run(scheduler, 1)
+    assert second.reused == 303 and model.passes[-1] == [1, 1]
+    assert used(model) == pages + 1
+    run(scheduler)
+    assert first.tokens == expected(first.prompt, 50)
+
+
+def test_the_next_turn_of_a_conversation_reads_what_is_new():
+    model = Scripted()
+    scheduler = scheduler_of(model, budget=20)
+    scheduler.add(first := Row([1] * 300, 20, 0))
+    run(scheduler)
+    scheduler.add(second := Row([1] * 300 + first.tokens + [3, 4, 5], 2, 0))
+    run(scheduler, 1)
+    assert second.reused == 319 and model.passes[-1] == [4]  # the last token was chosen, but never read
+
+
+# Scores of prompts ----------------------------------------------------------------------------------------------------
+
+
+def test_prompts_that_are_scored_are_read_whole_and_in_small_pieces():
+    model = Scripted()
+    scheduler = scheduler_of(model, budget=20)
+    scheduler.add(Row([1] * 300, 1, 0))
+    run(scheduler)
+    rows = [Row([1] * 300, 1, 0, prompt_scores=2), Row([2] * 30, 4, 0)]
+    for row in rows:
+        scheduler.add(row)
+    model.passes.clear()
+    run(scheduler)
+    read = [lengths for lengths in model.passes if max(lengths) > 1]
+    assert read == [[SCORED_TOKENS], [SCORED_TOKENS], [44], [1, 30]] or read == [[128], [128], [44], [30]]
+    assert len(rows[0].scored) == 300 and rows[1].tokens == expected(rows[1].prompt, 4)
+
+
+def test_a_row_that_wants_scores_alone_ends_without_a_token():
+    model = Scripted()
+    scheduler = scheduler_of(model)
+    scheduler.add(row := Row([1, 2, 4, 7], 0, 0, prompt_scores=1))
+    scheduler.add(one := Row([1], 0, 0, prompt_scores=1))
+    scheduler.add(nothing := Row([1, 2], 0, 0))
+    assert nothing.finish_reason == one.finish_reason == "length"  # nothing comes before a first token
+    assert run(scheduler) == [[row]]
+    assert row.finish_reason == "length" and row.tokens == []
+    assert [score.top[0][0] for score in row.scored[1:]] == [2, 4, 7]  # what the script says
+    assert used(model) == 0
+
+
+# Where the cache is full ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [0, 4])
+def test_the_youngest_row_gives_way_and_goes_on_later_with_the_same_tokens(budget):
+    model = Scripted(limit=4)
+    scheduler = Counting(model, PrefixCache(model.pool, budget))
+    rows = [Row([i + 1] * 100, 200, 0) for i in range(3)]  # three pages each in the end
+    for row in rows:
+        scheduler.add(row)
+    ended: list[Row] = []
+    while scheduler.busy:
+        ended += [row for changed in scheduler.step() for row in changed if row.finish_reason]
+    assert ended == rows
+    assert [row.tokens for row in rows] == [expected(row.prompt, 200) for row in rows]
+    assert 1 <= scheduler.seen["put back"] <= 3
+    assert used(model) == scheduler._prefixes.pages
+
+
+def test_no_row_is_admitted_before_all_of_it_fits():
+    """Read again and again in vain, prompts would cost more passes than they have tokens."""
+    model = Scripted(limit=10)
+    scheduler = scheduler_of(model)
+    rows = [Row([i + 1] * 700, 120, 0) for i in range(4)]  # seven pages each
+    for row in rows:
+        scheduler.add(row)
+    run(scheduler)
+    assert all(row.finish_reason == "length" for row in rows)
+    assert sum(sum(lengths) for lengths in model.passes) == 4 * (700 + 119)
+
+
+def test_a_row_that_does_not_fit_alone_ends_with_an_error_and_the_others_go_on():
+    model = Scripted(limit=3)
+    scheduler = scheduler_of(model)
+    rows = [Row([1] * 200, 10, 0), Row([2] * 500, 10, 0), Row([3] * 200, 300, 0), Row([4] * 10, 10, 0)]
+    for row in rows:
+        scheduler.add(row)
+    run(scheduler)
+    assert [row.finish_reason for row in rows] == ["length", "error", "error", "length"]
+    assert all(isinstance(row.error, CacheError) for row in rows[1:3])
+    assert rows[2].tokens == expected(rows[2].prompt, 3 * PAGE - 200 + 1)  # as far as it goes
+    assert used(model) == 0
+
+
+def test_kept_prefixes_make_room_before_anybody_gives_way():
+    model = Scripted(limit=4)
+    scheduler = Counting(model, PrefixCache(model.pool, 4))
+    for i in range(6):
+        scheduler.add(Row([i + 1] * 300, 3, 0))
+        run(scheduler)
+    assert scheduler.seen["put back"] == 0 and used(model) == 3
+
+
+# Ends -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_cancelled_row_frees_its_pages_at_once_wherever_it_is():
+    model = Scripted()
+    scheduler = scheduler_of(model)
+    rows = [Row([1] * 20, 50, 0), Row([2] * 900, 50, 0), Row([2] * 900, 50, 1)]
+    for row in rows:
+        scheduler.add(row)
+    run(scheduler, 1)
+    answered, read, waiting = rows
+    assert answered.tokens and not read.tokens and waiting.sequence is None
+    before = used(model)
+    scheduler.cancel(waiting)
+    assert used(model) == before
+    scheduler.cancel(read)
+    assert used(model) == 1
+    scheduler.cancel(answered)
+    scheduler.cancel(answered)  # harmless
+    assert used(model) == 0 and not scheduler.busy
+    assert {row.finish_reason for row in rows} == {"cancelled"}
+
+
+def test_a_failing_pass_ends_its_rows_and_nothing_else():
+    boom = MemoryError("boom")
+    model = Scripted(fails=lambda number: boom if number == 3 else None)
+    scheduler = scheduler_of(model, budget=20)
+    scheduler.add(Row([9] * 200, 1, 0))
+    run(scheduler)
+    assert scheduler._prefixes.pages == 2
+    rows = [Row([1], 9, 0), Row([2], 9, 0)]
+    for row in rows:
+        scheduler.add(row)
+    run(scheduler)
+    assert [(row.finish_reason, row.error, len(row.tokens)) for row in rows] == [("error", boom, 1)] * 2
+    assert used(model) == 0 and not scheduler.busy  # what was kept shares pages with what may be half written
+    scheduler.add(after := Row([9] * 200, 3, 0))
+    run(scheduler)
+    assert after.tokens == expected(after.prompt, 3)
+
+
+def test_a_processor_that_fails_ends_its_own_row():
+    def fail(ids: Tensor, logits: Tensor) -> Tensor:
+        if ids.shape[1] == 4:
+            raise ValueError("grammar")
+        return logits
+
+    model = Scripted()
+    scheduler = scheduler_of(model)
+    rows = [Row([1], 9, 0, options=Options(logits_processor=(fail,))), Row([2], 9, 0)]
+    for row in rows:
+        scheduler.add(row)
+    run(scheduler)
+    assert rows[0].finish_reason == "error" and str(rows[0].error) == "grammar" and len(rows[0].tokens) == 3
+    assert rows[1].tokens == expected([2], 9)
+    assert used(model) == 0
+
+
+def test_every_row_is_told_once_for_each_token_and_its_end():
+    model = Scripted()
+    scheduler = scheduler_of(model)
+    rows = [Row([i + 1] * (i + 1), 5 + i, 0) for i in range(5)]
+    for row in rows:
+        scheduler.add(row)
+    told = Counter(row for changed in run(scheduler) for row in changed)
+    assert [told[row] for row in rows] == [row.limit for row in rows]
