@@ -8,7 +8,7 @@ import hashlib
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -16,7 +16,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import Mount, Route
 from starlette.types import Receive, Scope, Send
 
 from neox_lite.errors import ContextLengthError, NeoxLiteError
@@ -57,20 +57,19 @@ class Api:
         self._model: _Model | None = None
 
     def app(self) -> Starlette:
-        def get(path: str, endpoint: Callable[[Request], Awaitable[Response]]) -> Route:
-            return Route(path, endpoint, methods=["GET"])
-
+        v1 = [
+            Route("/models", self.models, methods=["GET"]),
+            Route("/models/{id:path}", self.model, methods=["GET"]),
+            Route("/completions", self.completions, methods=["POST"]),
+            Route("/chat/completions", self.chat, methods=["POST"]),
+        ]
         routes = [
-            get("/health", self.health),
-            get("/metrics", self.show_metrics),
-            get("/v1/models", self.models),
-            get("/v1/models/{id:path}", self.model),
-            Route("/v1/completions", self.completions, methods=["POST"]),
-            Route("/v1/chat/completions", self.chat, methods=["POST"]),
-            Route("/v1/{rest:path}", _nothing, methods=["GET", "POST", "PUT", "PATCH", "DELETE"]),
+            Route("/health", self.health, methods=["GET"]),
+            Route("/metrics", self.show_metrics, methods=["GET"]),
+            Mount("/v1", routes=v1),
         ]
         return Starlette(
-            routes=routes, exception_handlers={NeoxLiteError: _failed, HTTPException: _failed, Exception: _failed}
+            routes=routes, exception_handlers=dict.fromkeys((NeoxLiteError, HTTPException, Exception), _failed)
         )
 
     # Routes -----------------------------------------------------------------------------------------------------------
@@ -433,10 +432,6 @@ def _short(name: str) -> str:
     return path if is_id else path.replace("\\", "/").rpartition("/")[2] or name
 
 
-async def _nothing(request: Request) -> Response:
-    raise RequestError(f"there is nothing at {request.url.path[:200]!r}", None, "not_found", 404)
-
-
 def _error_of(error: Exception) -> RequestError:
     """Any error in the API's terms."""
     match error:
@@ -449,7 +444,7 @@ def _error_of(error: Exception) -> RequestError:
         case ContextLengthError():
             return RequestError(str(error), None, "context_length_exceeded")
         case HTTPException():
-            return RequestError(str(error.detail), status=error.status_code)
+            return RequestError(f"{error.detail}: see docs/api.md for what there is", status=error.status_code)
         case NeoxLiteError() as bad if isinstance(bad, ValueError | NotImplementedError):
             return RequestError(str(bad))
         case NeoxLiteError():

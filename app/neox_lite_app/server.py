@@ -25,7 +25,8 @@ from .running import load, note
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
-    from .guard import Guard
+    from .guard import Guard, Hosts
+    from .keys import Keys
 
 KEY_VARIABLE = "NEOX_LITE_API_KEY"
 DRAIN_S = 30.0  # that running answers may take after the first Ctrl-C
@@ -52,14 +53,16 @@ def serve(args: argparse.Namespace) -> int:
     with contextlib.closing(engine), contextlib.closing(listener):
         if args.model is not None:
             engine.load(args.model, lambda: load(args.model, args, args.head))
-        guard, app = build(engine, hosts, Keys(key) if key else None, args)
+        guard, app = build(engine, hosts, Keys(key) if key else None, args.page, args.form)
         if args.api_key == "auto":
             note(f"API key, shown this once: {key}")
         return _run(app, guard, engine, listener, args.host)
 
 
-def build(engine: Engine, hosts: Any, keys: Any, args: argparse.Namespace) -> tuple[Guard, ASGIApp]:
-    """The whole application: counting requests, guard, API, page."""
+def build(
+    engine: Engine, hosts: Hosts, keys: Keys | None = None, page: bool = True, form: str | None = None
+) -> tuple[Guard, ASGIApp]:
+    """The guard, and the whole application: what counts requests, the guard, API and page. form: a prompt form's name."""
     from .api import Api
     from .guard import Guard
 
@@ -68,10 +71,10 @@ def build(engine: Engine, hosts: Any, keys: Any, args: argparse.Namespace) -> tu
         from .metrics import Metrics
 
         metrics = Metrics(engine)
-    app: Any = Api(engine, metrics, args.form).app()
-    if args.page:
-        _mount_page(app, engine, args)
-    guard = Guard(app, hosts, keys, page=args.page)
+    app: Any = Api(engine, metrics, form).app()
+    if page:
+        _mount_page(app, engine)
+    guard = Guard(app, hosts, keys, page)
     return guard, metrics.counting(guard) if metrics is not None else guard
 
 
@@ -98,7 +101,7 @@ def _key(given: str | None) -> str | None:
 # The page -------------------------------------------------------------------------------------------------------------
 
 
-def _mount_page(app: Any, engine: Engine, args: argparse.Namespace) -> None:
+def _mount_page(app: Any, engine: Engine) -> None:
     for name in [name for name in os.environ if name.startswith("GRADIO_")]:
         del os.environ[name]  # sharing, file serving, server-side rendering: nothing of it from the environment
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -108,7 +111,7 @@ def _mount_page(app: Any, engine: Engine, args: argparse.Namespace) -> None:
 
     gradio.mount_gradio_app(
         app,
-        build_page(engine, args),
+        build_page(engine),
         path="",
         footer_links=[],
         run_history=False,

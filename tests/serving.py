@@ -1,0 +1,87 @@
+"""A server of the demo model for tests: in a thread with a real port, and single requests straight into an application."""
+
+import asyncio
+import contextlib
+import json
+import socket
+import threading
+
+import uvicorn
+
+from neox_lite import GPTNeoXForCausalLM
+from neox_lite_app.demo import FOLDER as DEMO
+from neox_lite_app.engine import Engine
+from neox_lite_app.guard import Hosts
+from neox_lite_app.server import build
+
+
+@contextlib.contextmanager
+def demo_engine(**options):
+    engine = Engine(**options)
+    with contextlib.closing(engine):
+        engine.load(str(DEMO), lambda: GPTNeoXForCausalLM.from_pretrained(DEMO, device_map="cpu"))
+        yield engine
+
+
+def application(engine, keys=None, hosts=None, **options):
+    return build(engine, hosts or Hosts(), keys, page=False, **options)[1]
+
+
+@contextlib.contextmanager
+def serving(app):
+    """The address of the application behind a real server."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        config = uvicorn.Config(app, http="h11", ws="none", log_level="critical", lifespan="off")
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = server.force_exit = True
+            thread.join()
+
+
+class Reply:
+    def __init__(self, messages):
+        start = next(m for m in messages if m["type"] == "http.response.start")
+        self.status = start["status"]
+        self.headers = {name.decode(): value.decode("latin-1") for name, value in start["headers"]}
+        self.body = b"".join(m.get("body", b"") for m in messages if m["type"] == "http.response.body")
+
+    def json(self):
+        return json.loads(self.body)
+
+
+async def ask(app, method, path, body=b"", headers=(), client="127.0.0.1", parts=None):
+    """One request straight into an ASGI application. parts: the body in several messages."""
+    given = {name.lower().encode(): str(value).encode("latin-1") for name, value in dict(headers).items()}
+    lines = list(({b"host": b"127.0.0.1:7860"} | given).items())
+    path, _, query = path.partition("?")
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": method,
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": query.encode(),
+        "root_path": "",
+        "headers": lines,
+        "client": (client, 1),
+        "server": ("127.0.0.1", 7860),
+    }
+    waiting = [body] if parts is None else list(parts)
+    sent = []
+
+    async def receive():
+        if not waiting:
+            await asyncio.Event().wait()
+        return {"type": "http.request", "body": waiting.pop(0), "more_body": bool(waiting)}
+
+    async def send(message):
+        sent.append(message)
+
+    await app(scope, receive, send)
+    return Reply(sent)
