@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from llguidance import LLTokenizer
     from torch import Tensor
 
-WHITESPACE = r"[ \n\t]{1,24}"  # between JSON's tokens; without a limit, a small model may write newlines to the end
+# Between JSON's tokens, what formatters write: a space, or a new line and its indent. Without a limit, small models go on with
+# new lines to the end of the context.
+WHITESPACE = r"( |\n( {0,16}|\t{0,8}))"
 LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 500_000,
     "step_lexer_fuel": 100_000,

@@ -1,0 +1,193 @@
+"""Text that must be JSON of a schema or match a regex does, whatever is drawn; what cannot be used is refused in time."""
+
+import json
+import re
+
+import pytest
+import torch
+
+pytest.importorskip("llguidance", reason="needs pip install '.[page]'")
+
+from neox_lite import GPTNeoXForCausalLM
+from neox_lite_app.demo import FOLDER as DEMO
+from neox_lite_app.fields import Constraint, RequestError
+from neox_lite_app.grammar import Grammar, Vocabulary
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "minLength": 1, "maxLength": 12},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        "role": {"enum": ["king", "queen", "fool"]},
+        "friends": {"type": "array", "items": {"type": "boolean"}, "minItems": 1, "maxItems": 3},
+    },
+    "required": ["name", "age", "role", "friends"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return GPTNeoXForCausalLM.from_pretrained(DEMO, device_map="cpu")
+
+
+@pytest.fixture(scope="module")
+def vocabulary(model):
+    return Vocabulary(model.tokenizer, model.config.vocab_size, [model.tokenizer.eos_token_id])
+
+
+def constraint(kind, value):
+    return Constraint(kind, value if isinstance(value, str) else json.dumps(value), kind)
+
+
+def sample(model, vocabulary, wanted, seed, most=200, **options):
+    processor = Grammar(vocabulary, wanted)
+    given = {"max_new_tokens": most, "do_sample": True, "temperature": 1.5, "top_k": 0, "seed": seed, **options}
+    events = list(model.stream("KING:\n", logits_processor=[processor], **given))
+    return "".join(event.text for event in events), events[-1].finish_reason, processor
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_whatever_is_drawn_is_json_of_the_schema(model, vocabulary, seed):
+    text, reason, _ = sample(model, vocabulary, constraint("json", PERSON), seed, most=400)
+    value = json.loads(text)
+    assert reason == "stop" and list(value) == ["name", "age", "role", "friends"]
+    assert 1 <= len(value["name"]) <= 12 and type(value["age"]) is int and 0 <= value["age"] <= 120
+    assert value["role"] in ("king", "queen", "fool")
+    assert 1 <= len(value["friends"]) <= 3 and all(type(friend) is bool for friend in value["friends"])
+
+
+@pytest.mark.parametrize(
+    "regex", ["[0-9]{4}-(0[1-9]|1[0-2])", "(yes|no)", "é漢😀+x", "[A-Z][a-z]{2,9}( [A-Z][a-z]{2,9})?\\.", "(a|b)*c"]
+)
+def test_whatever_is_drawn_matches_the_regex(model, vocabulary, regex):
+    for seed in range(5):
+        text, reason, _ = sample(model, vocabulary, constraint("regex", regex), seed)
+        assert reason == "length" or re.fullmatch(regex, text)
+        assert reason == "stop" or "*" in regex or "+" in regex
+
+
+def test_the_text_ends_exactly_where_it_is_complete(model, vocabulary):
+    grammar = Grammar(vocabulary, constraint("regex", "ab?"))
+    (a,), (b,) = (model.tokenizer(letter).input_ids for letter in "ab")
+    eos, prompt, logits = model.tokenizer.eos_token_id, [5, 6], torch.zeros(1, model.config.vocab_size)
+
+    def allowed(ids):
+        return set(grammar(torch.tensor([ids]), logits)[0].isfinite().nonzero().flatten().tolist())
+
+    assert a in allowed(prompt) and not {b, eos} & allowed(prompt)
+    assert allowed([*prompt, a]) == {b, eos}
+    assert allowed([*prompt, a, b]) == {eos}
+
+
+def test_it_follows_a_sequence_that_is_taken_back(model, vocabulary):
+    grammar = Grammar(vocabulary, constraint("regex", "abc"))
+    a, b, c = (model.tokenizer(letter).input_ids[0] for letter in "abc")
+    logits = torch.zeros(1, model.config.vocab_size)
+    first = grammar(torch.tensor([[5]]), logits)
+    grammar(torch.tensor([[5, a, b]]), logits)
+    assert bool(grammar(torch.tensor([[5, a, b, c]]), logits)[0, model.tokenizer.eos_token_id].isfinite())
+    assert bool(grammar(torch.tensor([[5, a, b]]), logits)[0, c].isfinite())
+    assert torch.equal(grammar(torch.tensor([[5]]), logits), first)
+
+
+def test_copies_go_their_own_way(model, vocabulary):
+    first = Grammar(vocabulary, constraint("regex", "ab"))
+    second, logits = first.copy(), torch.zeros(1, model.config.vocab_size)
+    a = model.tokenizer("a").input_ids[0]
+    begin = first(torch.tensor([[5]]), logits)
+    first(torch.tensor([[5, a]]), logits)
+    assert torch.equal(second(torch.tensor([[5, 6]]), logits), begin)
+
+
+def test_a_greedy_answer_is_bound_too(model, vocabulary):
+    processor = Grammar(vocabulary, constraint("json", PERSON))
+    text = "".join(event.text for event in model.stream("KING:\n", logits_processor=[processor], max_new_tokens=200))
+    assert json.loads(text)["role"] in ("king", "queen", "fool")
+
+
+def deep(levels):
+    schema = {"type": "string"}
+    for _ in range(levels):
+        schema = {"type": "object", "properties": {"a": schema}, "required": ["a"]}
+    return schema
+
+
+UNUSABLE = [
+    *[
+        ("json", schema)
+        for schema in ("{", "5", "[]", "null", '"x"', "", {"type": "banana"}, {"enum": []}, "false", {"$ref": "#"})
+    ],
+    *[("json", {"$ref": ref}) for ref in ("http://127.0.0.1:1/x", "file:///etc/passwd", "#/nowhere", "../x", 5)],
+    *[("json", {"type": "array", "uniqueItems": True}), ("json", {"type": "string", "pattern": "("})],
+    (
+        "json",
+        {"allOf": [{"anyOf": [{"properties": {f"a{i}{j}": {"type": "string"}}} for j in range(4)]} for i in range(12)]},
+    ),
+    *[("regex", regex) for regex in ("[", "(?=a)b", "\\b", "(?P<n>a)\\1", "a{5,2}", "*", "\\p{Nowhere}")],
+]
+HEAVY = [
+    ("json", deep(40)),
+    ("json", {"enum": [f"value {i}" for i in range(4000)]}),
+    ("json", {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(1500)}}),
+    (
+        "json",
+        {
+            "anyOf": [
+                {"type": "object", "properties": {f"p{i}": {"type": "string"}}, "required": [f"p{i}"]}
+                for i in range(600)
+            ]
+        },
+    ),
+    ("json", {"type": "array", "items": {"type": "string", "minLength": 1000}, "minItems": 10**5, "maxItems": 10**6}),
+    ("json", {"$defs": {"n": {"type": "object", "properties": {"c": {"$ref": "#/$defs/n"}}}}, "$ref": "#/$defs/n"}),
+    (
+        "json",
+        {
+            "type": "object",
+            "properties": {f"p{i}": {"type": "string", "pattern": "^([a-z]+[0-9]*)+x{1,100}$"} for i in range(300)},
+        },
+    ),
+    *[
+        ("regex", regex)
+        for regex in ("(a{1000}){1000}", "((((a{10}){10}){10}){10}){10}", "(.*a){20}", ".*" * 200, "(x+x+)+y")
+    ],
+    *[
+        ("regex", regex)
+        for regex in ("(?:a?){500}a{500}", ".{0,2000}b.{0,2000}", "(a|b)*a(a|b){18}", "(.{0,50}a.{0,50}){30}")
+    ],
+]
+
+
+@pytest.mark.parametrize(("kind", "value"), UNUSABLE, ids=lambda v: repr(v)[:40])
+def test_what_cannot_be_used_is_refused_in_one_line(vocabulary, kind, value):
+    with pytest.raises(RequestError) as error:
+        Grammar(vocabulary, constraint(kind, value))
+    assert error.value.status == 400 and error.value.param == kind
+    assert str(error.value).startswith(f"{kind}: ") and "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize(("kind", "value"), HEAVY, ids=lambda v: repr(v)[:40])
+def test_a_heavy_grammar_is_refused_or_works_or_is_given_up_but_never_hangs(model, vocabulary, kind, value):
+    try:
+        _, reason, processor = sample(model, vocabulary, constraint(kind, value), 1, most=40)
+    except RequestError:
+        return
+    assert reason == "length" or processor.error or reason == "stop"
+
+
+def test_a_grammar_that_is_given_up_ends_the_text_and_says_why(model, vocabulary):
+    _, reason, processor = sample(model, vocabulary, constraint("regex", "(a{1000}){1000}"), 1, most=40)
+    assert reason == "stop" and "too many" in processor.error
+
+
+def test_options_that_exclude_all_that_may_come_are_said(model, vocabulary):
+    text, reason, processor = sample(
+        model, vocabulary, constraint("regex", "aaaaaaaaaaaaaaaaaaaa"), 1, no_repeat_ngram_size=1
+    )
+    assert reason == "stop" and "exclude" in processor.error and len(text) < 20
+
+
+def test_a_model_without_an_end_of_text_is_refused(model):
+    with pytest.raises(RequestError, match="no token that ends a text"):
+        Vocabulary(model.tokenizer, model.config.vocab_size, [])

@@ -1,0 +1,607 @@
+"""What a hostile page in a browser, a stranger in the network and a slow client try, and what they get."""
+
+import asyncio
+import json
+
+import pytest
+from serving import ask
+
+pytest.importorskip("starlette", reason="needs pip install '.[page]'")
+
+from starlette.responses import PlainTextResponse
+
+from neox_lite_app import keys as keys_module
+from neox_lite_app.guard import Guard, Hosts
+from neox_lite_app.keys import GUESSES, MOST_ADDRESSES, MOST_SESSIONS, SESSION_S, WINDOW_S, Keys
+
+KEY = "correct-horse-battery"
+JSON = {"content-type": "application/json"}
+
+
+class Inside:
+    """An application that counts who reaches it, and answers foreign sites as Gradio does."""
+
+    def __init__(self):
+        self.reached, self.bodies, self.websockets = [], [], 0
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] == "websocket":
+            self.websockets += 1
+            return
+        self.reached.append(scope["path"])
+        message = await receive()
+        self.bodies.append(message.get("body"))
+        headers = {
+            "access-control-allow-origin": "*",
+            "Access-Control-Allow-Credentials": "true",
+            "x-frame-options": "ALLOW",
+        }
+        await PlainTextResponse("inside", headers=headers)(scope, receive, send)
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+def request(guard, method="GET", path="/", **options):
+    return asyncio.run(ask(guard, method, path, **options))
+
+
+def guarded(hosts=None, key=None, clock=None, **options):
+    inside = Inside()
+    keys = None if key is None else Keys(key, clock or Clock())
+    return Guard(inside, hosts or Hosts(), keys, **options), inside
+
+
+# Host -----------------------------------------------------------------------------------------------------------------
+
+LOOPBACK_HOSTS = ("127.0.0.1", "127.0.0.1:7860", "localhost:7860", "LOCALHOST:7860", "LocalHost", "[::1]:7860", "[::1]")
+FOREIGN_HOSTS = (
+    *("evil.example", "evil.example:7860", "127.0.0.1.evil.example", "localhost.evil.example", "evil-localhost"),
+    *(
+        "localhost.",
+        "localhost.:7860",
+        "127.0.0.1.",
+        "127.0.0.1@evil.example",
+        "evil.example@127.0.0.1",
+        "user:pass@localhost",
+    ),
+    *(
+        "",
+        " ",
+        "127.0.0.1:",
+        "127.0.0.1:abc",
+        "127.0.0.1:99999",
+        "127.0.0.1:7860:7860",
+        "127.0.0.1:-1",
+        "127.0.0.1:\uff17860",
+    ),
+    *(
+        "127.1",
+        "2130706433",
+        "0x7f.0.0.1",
+        "0177.0.0.1",
+        "127.0.0.2",
+        "0.0.0.0",
+        "[::]",
+        "::1",
+        "[::1",
+        "::1]",
+        "[::ffff:127.0.0.1]",
+    ),
+    *(
+        "127.0.0.1/evil",
+        "127.0.0.1, evil.example",
+        "127.0.0.1 evil",
+        "127.0.0.1\tx",
+        "localhost#x",
+        "http://localhost",
+        "ⓛocalhost",
+    ),
+    *("192.168.1.5:7860", "8.8.8.8", "localhost%00.evil.example", "local\x00host"),
+)
+
+
+@pytest.mark.parametrize("host", LOOPBACK_HOSTS)
+def test_names_of_this_machine_are_let_in(host):
+    guard, _ = guarded()
+    assert request(guard, headers={"host": host}).status == 200
+
+
+@pytest.mark.parametrize("host", FOREIGN_HOSTS)
+def test_any_other_host_is_refused(host):
+    guard, inside = guarded()
+    reply = request(guard, headers={"host": host.encode().decode("latin-1")})
+    assert reply.status == 400 and reply.json()["error"]["code"] == "invalid_host" and inside.reached == []
+
+
+def test_a_missing_or_double_host_is_refused():
+    guard, inside = guarded()
+    for lines in ([], [(b"host", b"localhost"), (b"host", b"evil.example")], [(b"host", b"localhost")] * 2):
+        scope = {"type": "http", "method": "GET", "path": "/", "headers": lines, "client": ("127.0.0.1", 1)}
+        sent = []
+
+        async def send(message, sent=sent):
+            sent.append(message)
+
+        asyncio.run(guard(scope, None, send))
+        assert sent[0]["status"] == 400
+    assert inside.reached == []
+
+
+def test_bound_to_one_address_that_one_is_a_name_too():
+    guard, _ = guarded(Hosts("192.168.1.5", ["Chat.Home"]))
+    assert [
+        request(guard, headers={"host": host}).status for host in ("192.168.1.5:7860", "chat.home", "localhost")
+    ] == [200] * 3
+    assert [request(guard, headers={"host": host}).status for host in ("192.168.1.6", "home", "x.chat.home")] == [
+        400
+    ] * 3
+
+
+@pytest.mark.parametrize("bound", ["0.0.0.0", "::"])
+def test_bound_to_all_addresses_every_address_but_no_foreign_name_is_let_in(bound):
+    guard, _ = guarded(Hosts(bound))
+    for host in ("192.168.1.5:7860", "[fe80::1]:7860", "10.0.0.1", "localhost"):
+        assert request(guard, headers={"host": host}).status == 200
+    for host in ("evil.example", "192.168.1.5.evil.example", "10.1", "1.2.3", "[::g]", "[1.2.3.4.5]"):
+        assert request(guard, headers={"host": host}).status == 400
+
+
+@pytest.mark.parametrize(
+    ("bound", "loopback"), [("127.0.0.1", True), ("localhost", True), ("::1", True), ("127.0.0.9", True)]
+)
+def test_loopback_addresses_are_known(bound, loopback):
+    assert Hosts(bound).loopback is loopback
+    assert not any(
+        Hosts(other).loopback for other in ("0.0.0.0", "::", "192.168.1.5", "my.machine", "localhost.evil.example")
+    )
+
+
+# Origin ---------------------------------------------------------------------------------------------------------------
+
+FOREIGN_ORIGINS = (
+    *(
+        "null",
+        "http://evil.example",
+        "https://evil.example",
+        "http://127.0.0.1:8000",
+        "http://127.0.0.1",
+        "http://localhost:7860",
+    ),
+    *(
+        "http://127.0.0.1:7860.evil.example",
+        "http://evil.example:7860",
+        "http://127.0.0.1:7860@evil.example",
+        "",
+        "127.0.0.1:7860",
+    ),
+    *(
+        "file://",
+        "chrome-extension://x",
+        "http://127.0.0.1:78600",
+        "http://127.0.0.1:7860/",
+        "http://127.0.0.1:7860 http://x",
+    ),
+)
+
+
+@pytest.mark.parametrize("origin", FOREIGN_ORIGINS)
+@pytest.mark.parametrize("method", ["POST", "GET", "OPTIONS", "DELETE"])
+def test_requests_of_other_sites_are_refused(origin, method):
+    guard, inside = guarded()
+    reply = request(guard, method, "/v1/completions", headers={"origin": origin, **JSON})
+    assert reply.status == 403 and reply.json()["error"]["code"] == "foreign_origin" and inside.reached == []
+
+
+@pytest.mark.parametrize(
+    ("host", "origin"),
+    [
+        ("127.0.0.1:7860", "http://127.0.0.1:7860"),
+        ("LOCALHOST:7860", "http://localhost:7860"),
+        ("[::1]:7860", "http://[::1]:7860"),
+        ("localhost", "http://localhost"),
+        ("localhost:80", "http://localhost"),
+        ("localhost:443", "https://localhost"),
+        ("localhost:8443", "https://localhost:8443"),
+    ],
+)
+def test_our_own_pages_are_let_in(host, origin):
+    guard, _ = guarded()
+    assert request(guard, "POST", "/gradio_api/queue/join", headers={"host": host, "origin": origin}).status == 200
+
+
+def test_a_second_origin_header_does_not_hide_a_foreign_one():
+    guard, inside = guarded()
+    lines = [(b"host", b"localhost"), (b"origin", b"http://localhost"), (b"origin", b"http://evil.example")]
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": lines, "client": ("127.0.0.1", 1)}
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(guard(scope, None, send))
+    assert sent[0]["status"] == 403 and inside.reached == []
+
+
+@pytest.mark.parametrize("site", ["cross-site", "same-site", "strange"])
+def test_what_the_browser_calls_foreign_is_refused_also_without_an_origin(site):
+    guard, inside = guarded()
+    for method, mode in (("POST", "navigate"), ("POST", "no-cors"), ("GET", "no-cors"), ("GET", "cors"), ("GET", None)):
+        headers = {"sec-fetch-site": site} | ({"sec-fetch-mode": mode} if mode else {})
+        assert request(guard, method, "/v1/models", headers=headers).status == 403
+    assert inside.reached == []
+
+
+def test_a_link_from_elsewhere_may_be_followed():
+    guard, _ = guarded()
+    headers = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate", "sec-fetch-dest": "document"}
+    assert request(guard, headers=headers).status == 200
+    for site in ("same-origin", "none"):
+        assert request(guard, "POST", "/v1/completions", headers={"sec-fetch-site": site}).status == 200
+
+
+def websocket(guard, **headers):
+    lines = {"host": "127.0.0.1:7860", **headers}
+    path = lines.pop("path", "/")
+    raw = [(name.encode(), value.encode()) for name, value in lines.items()]
+    scope = {"type": "websocket", "path": path, "headers": raw, "client": ("127.0.0.1", 1)}
+    sent = []
+
+    async def receive():
+        return {"type": "websocket.connect"}
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(guard(scope, receive, send))
+    return sent
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"host": "evil.example"},
+        {"origin": "null"},
+        {"origin": "http://evil.example"},
+        {"sec-fetch-site": "cross-site"},
+        {"path": "/x"},
+    ],
+    ids=str,
+)
+def test_websockets_of_other_sites_are_closed_before_they_open(headers):
+    guard, inside = guarded()
+    assert websocket(guard, **headers) == [{"type": "websocket.close", "code": 1008}] and inside.websockets == 0
+
+
+def test_a_websocket_needs_the_session_where_there_is_a_key():
+    guard, inside = guarded(key=KEY)
+    assert websocket(guard)[0]["type"] == "websocket.close" and inside.websockets == 0
+    websocket(guard, cookie=f"neox_lite_session={guard.keys.new_session()}")
+    assert inside.websockets == 1
+
+
+# Headers of answers ---------------------------------------------------------------------------------------------------
+
+
+def test_answers_carry_security_headers_and_open_nothing_to_other_sites():
+    guard, _ = guarded()
+    for reply in (request(guard), request(guard, path="/nothing"), request(guard, headers={"host": "evil.example"})):
+        assert "frame-ancestors 'none'" in reply.headers["content-security-policy"]
+        assert "default-src 'self'" in reply.headers["content-security-policy"]
+        assert reply.headers["x-content-type-options"] == "nosniff"
+        assert reply.headers["x-frame-options"] == "DENY"
+        assert reply.headers["referrer-policy"] == "same-origin"
+        assert not any(name.lower().startswith("access-control") for name in reply.headers)
+
+
+# Paths ----------------------------------------------------------------------------------------------------------------
+
+NEEDED = (
+    *(
+        "/",
+        "/config",
+        "/theme.css",
+        "/static/img/logo.svg",
+        "/assets/index-1.js",
+        "/gradio_api/info",
+        "/gradio_api/heartbeat/abc1",
+    ),
+    *(
+        "/gradio_api/queue/join",
+        "/gradio_api/queue/data",
+        "/v1/models",
+        "/v1/x/y",
+        "/health",
+        "/metrics",
+        "/favicon.ico",
+    ),
+)
+REFUSED = (
+    *(
+        "/gradio_api/file=/etc/passwd",
+        "/file=/etc/passwd",
+        "/gradio_api/file/etc/passwd",
+        "/file/x",
+        "/proxy=http://evil.example",
+    ),
+    *(
+        "/gradio_api/proxy=http://evil.example",
+        "/upload",
+        "/gradio_api/upload",
+        "/gradio_api/upload_progress",
+        "//file=/etc/passwd",
+    ),
+    *(
+        "/gradio_api//file=/etc/passwd",
+        "/gradio_api/../file=/etc/passwd",
+        "/gradio_api/stream/x",
+        "/gradio_api/component_server",
+    ),
+    *(
+        "/gradio_api/run/predict",
+        "/gradio_api/api/x",
+        "/gradio_api/call/x",
+        "/gradio_api/runs",
+        "/gradio_api/vibe-edit",
+        "/monitoring",
+    ),
+    *(
+        "/gradio_api/dev/reload",
+        "/gradio_api/deep_link",
+        "/gradio_api/process_recording",
+        "/gradio_api/mcp/sse",
+        "/custom_component/x",
+    ),
+    *(
+        "/docs",
+        "/openapi.json",
+        "/gradio_api/openapi.json",
+        "/logout",
+        "/token",
+        "/user",
+        "/FILE=/etc/passwd",
+        "/\nfile=x",
+        "/v1\n",
+    ),
+    *("/config/../file=x", "/gradio_api/heartbeat/x/../../file=y", "/static\n/x", "/gradio_api/queue/join\n"),
+)
+
+
+@pytest.mark.parametrize("path", NEEDED)
+def test_the_page_and_the_api_are_served(path):
+    guard, _ = guarded()
+    assert request(guard, path=path).status == 200
+
+
+@pytest.mark.parametrize("path", REFUSED)
+def test_files_uploads_and_all_else_of_gradio_do_not_exist(path):
+    guard, inside = guarded()
+    for method in ("GET", "POST", "HEAD"):
+        assert request(guard, method, path).status == 404
+    assert inside.reached == []
+
+
+def test_without_a_page_there_is_the_api_alone():
+    guard, _ = guarded(page=False)
+    assert request(guard, path="/").status == request(guard, path="/config").status == 404
+    assert request(guard, path="/v1/models").status == 200
+
+
+# The key --------------------------------------------------------------------------------------------------------------
+
+
+def bearer(key):
+    return {"authorization": f"Bearer {key}"}
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in (*NEEDED, *REFUSED, "/login/", "//login", "/health/") if path != "/health"]
+)
+def test_without_the_key_every_route_is_denied(path):
+    guard, inside = guarded(key=KEY)
+    for method in ("GET", "POST", "OPTIONS"):
+        if (method, path) == ("POST", "/logout"):
+            continue
+        reply = request(guard, method, path)
+        assert reply.status == 401 and reply.json()["error"]["code"] == "invalid_api_key"
+        assert reply.headers["www-authenticate"] == "Bearer"
+    assert inside.reached == []
+
+
+def test_health_needs_no_key():
+    guard, inside = guarded(key=KEY)
+    assert request(guard, path="/health").status == 200 and inside.reached == ["/health"]
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "Bearer wrong",
+        "Bearer",
+        "Bearer ",
+        f"Basic {KEY}",
+        KEY,
+        f"Bearer {KEY}x",
+        f"Bearer {KEY[:-1]}",
+        f"Bearer {KEY.upper()}",
+    ],
+)
+def test_a_wrong_key_is_denied(header):
+    guard, inside = guarded(key=KEY)
+    assert request(guard, path="/v1/models", headers={"authorization": header}).status == 401 and inside.reached == []
+
+
+def test_the_key_opens_everything_there_is():
+    guard, _ = guarded(key=KEY)
+    assert request(guard, path="/v1/models", headers=bearer(KEY)).status == 200
+    assert request(guard, path="/v1/models", headers={"authorization": f"bearer {KEY} "}).status == 200
+    assert request(guard, path="/gradio_api/file=/etc/passwd", headers=bearer(KEY)).status == 404
+
+
+def test_the_key_does_not_help_a_foreign_site():
+    guard, inside = guarded(key=KEY)
+    assert (
+        request(guard, "POST", "/v1/completions", headers=bearer(KEY) | {"origin": "http://evil.example"}).status == 403
+    )
+    assert request(guard, headers=bearer(KEY) | {"host": "evil.example"}).status == 400 and inside.reached == []
+
+
+def login(guard, key, **options):
+    return request(guard, "POST", "/login", body=f"key={key}".encode(), **options)
+
+
+def test_a_browser_is_led_to_the_login_and_gets_a_session():
+    guard, inside = guarded(key=KEY)
+    reply = request(guard, headers={"accept": "text/html,*/*"})
+    assert reply.status == 303 and reply.headers["location"] == "/login"
+    page = request(guard, path="/login")
+    assert page.status == 200 and b'name="key"' in page.body and inside.reached == []
+    reply = login(guard, KEY)
+    cookie = reply.headers["set-cookie"]
+    assert reply.status == 303 and reply.headers["location"] == "/"
+    assert {"HttpOnly", "SameSite=Strict", "Path=/"} <= set(cookie.split("; ")) and KEY not in cookie
+    session = {"cookie": f"theme=dark; {cookie.partition(';')[0]}"}
+    assert request(guard, headers=session).status == 200
+    assert request(guard, "POST", "/logout", headers=session).status == 303
+    assert request(guard, headers=session).status == 401
+
+
+def test_a_wrong_login_says_so_and_sets_no_cookie():
+    guard, _ = guarded(key=KEY)
+    for key in ("wrong", "", "%00", "é", "a" * 5000):
+        reply = login(guard, key)
+        assert reply.status == 401 and "set-cookie" not in reply.headers and b"not the key" in reply.body
+    assert request(guard, "PUT", "/login").status == 405
+
+
+@pytest.mark.parametrize("token", ["", "x", KEY, "../..", "é".encode().decode("latin-1")])
+def test_a_made_up_session_is_none(token):
+    guard, _ = guarded(key=KEY)
+    assert request(guard, headers={"cookie": f"neox_lite_session={token}"}).status == 401
+
+
+def test_a_foreign_page_cannot_log_a_browser_in():
+    guard, _ = guarded(key=KEY)
+    assert login(guard, KEY, headers={"origin": "null"}).status == 403
+    assert login(guard, KEY, headers={"origin": "http://evil.example"}).status == 403
+
+
+def test_sessions_end_and_their_number_is_bounded():
+    clock = Clock()
+    keys = Keys(KEY, clock)
+    first = keys.new_session()
+    tokens = [keys.new_session() for _ in range(MOST_SESSIONS)]
+    assert not keys.know_session(first) and keys.know_session(tokens[0]) and len(set(tokens)) == MOST_SESSIONS
+    clock.now += SESSION_S + 1
+    assert not keys.know_session(tokens[-1])
+
+
+@pytest.mark.parametrize("how", ["login", "bearer"])
+def test_guessing_is_slowed_down(how):
+    clock = Clock()
+    guard, _ = guarded(key=KEY, clock=clock)
+
+    def guess(key, client="10.0.0.7"):
+        if how == "login":
+            return login(guard, key, client=client)
+        return request(guard, path="/v1/models", headers=bearer(key), client=client)
+
+    assert [guess(f"guess{i}").status for i in range(GUESSES)] == [401] * GUESSES
+    late = guess("another")
+    assert late.status == 429 and 0 < int(late.headers["retry-after"]) <= WINDOW_S
+    assert guess(KEY).status == 429  # or the right one would tell itself from the wrong ones
+    assert guess(KEY, "10.0.0.8").status in (200, 303)
+    clock.now += WINDOW_S + 1
+    assert guess(KEY).status in (200, 303)
+
+
+def test_one_program_with_an_old_key_does_not_lock_others_out():
+    guard, _ = guarded(key=KEY)
+    for _ in range(5 * GUESSES):
+        assert request(guard, path="/v1/models", headers=bearer("old-key")).status == 401
+    assert request(guard, path="/v1/models", headers=bearer(KEY)).status == 200
+
+
+def test_the_page_stays_open_while_guesses_are_refused():
+    guard, _ = guarded(key=KEY)
+    cookie = {"cookie": f"neox_lite_session={guard.keys.new_session()}"}
+    for i in range(GUESSES + 1):
+        login(guard, f"guess{i}")
+    assert login(guard, KEY).status == 429 and request(guard, headers=cookie).status == 200
+
+
+def test_a_guesser_with_a_whole_ipv6_network_is_one():
+    keys = Keys(KEY, Clock())
+    for i in range(GUESSES):
+        keys.check(f"guess{i}", f"2001:db8::{i:x}")
+    assert keys.blocked_s("2001:db8::ffff") and not keys.blocked_s("2001:db8:0:1::1")
+
+
+def test_memory_of_guesses_is_bounded():
+    keys = Keys(KEY, Clock())
+    for i in range(MOST_ADDRESSES + 50):
+        keys.check("x", f"10.{i >> 16}.{i >> 8 & 255}.{i & 255}")
+    assert len(keys._wrong) <= MOST_ADDRESSES
+
+
+def test_keys_are_compared_in_constant_time(monkeypatch):
+    calls = []
+    real = keys_module.secrets.compare_digest
+    monkeypatch.setattr(
+        keys_module.secrets, "compare_digest", lambda a, b: calls.append((len(a), len(b))) or real(a, b)
+    )
+    assert not Keys(KEY).check("x", "::1") and Keys(KEY).check(KEY, "::1")
+    assert calls == [(32, 32)] * 2  # digests, so that not even the length is told
+
+
+# Bodies ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_body_comes_through_in_one_piece():
+    guard, inside = guarded()
+    assert request(guard, "POST", "/v1/completions", parts=[b"ab", b"", b"cd"]).status == 200
+    assert inside.bodies == [b"abcd"]
+
+
+@pytest.mark.parametrize("length", ["1048577", "99999999999999999999", "-1", "abc", "1e3", ""])
+def test_a_body_that_is_announced_too_large_is_not_read(length):
+    guard, inside = guarded()
+    reply = request(guard, "POST", "/v1/completions", headers={"content-length": length or "x"})
+    assert reply.status == 413 and inside.reached == [] and reply.headers["connection"] == "close"
+
+
+def test_a_body_in_pieces_ends_at_the_limit():
+    guard, inside = guarded(max_body=1000)
+    parts = [b"x" * 100] * 1000
+    assert request(guard, "POST", "/v1/completions", parts=parts).status == 413 and inside.reached == []
+    assert request(guard, "POST", "/v1/completions", parts=[b"x" * 100] * 10).status == 200
+    assert request(guard, "POST", "/v1/completions", parts=[b"x" * 100] * 10 + [b"x"]).status == 413
+
+
+def test_a_login_is_bounded_too():
+    guard, _ = guarded(key=KEY, max_body=1000)
+    assert login(guard, "x" * 2000).status == 413
+
+
+def test_a_body_that_does_not_come_is_given_up():
+    guard, inside = guarded(body_timeout_s=0.05)
+    reply = request(guard, "POST", "/v1/completions", parts=[])
+    assert reply.status == 408 and inside.reached == []
+
+
+def test_a_server_that_is_closing_takes_nothing_new():
+    guard, inside = guarded()
+    guard.closing = True
+    reply = request(guard, path="/v1/models")
+    assert reply.status == 503 and reply.headers["connection"] == "close" and inside.reached == []
+
+
+def test_every_refusal_is_in_openais_form():
+    guard, _ = guarded(key=KEY)
+    for options in ({"headers": {"host": "evil.example"}}, {"headers": {"origin": "null"}}, {}):
+        error = json.loads(request(guard, path="/v1/models", **options).body)["error"]
+        assert set(error) == {"message", "type", "param", "code"}
