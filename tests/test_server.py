@@ -1,0 +1,315 @@
+"""neox-lite serve as a process: when the port opens, what it prints, how it ends, and what it needs."""
+
+import argparse
+import contextlib
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("uvicorn", reason="needs pip install '.[page]'")
+
+from neox_lite.errors import ArgumentError, UnsupportedError
+from neox_lite_app import server
+from neox_lite_app.cli import build_parser, main
+from neox_lite_app.demo import FOLDER as DEMO
+from neox_lite_app.server import KEY_VARIABLE
+
+ROOT = Path(__file__).parents[1]
+PATHS = os.pathsep.join(str(ROOT / room) for room in (".", "quant", "app"))
+LONG = 60  # seconds that nothing here takes, unless it hangs
+posix = pytest.mark.skipif(os.name != "posix", reason="signals as on Unix")
+
+
+class Serving:
+    """The command in a process of its own, once its port is open."""
+
+    def __init__(self, *words, **environment):
+        command = [sys.executable, "-m", "neox_lite_app", "serve", *map(str, words)]
+        environment = {**os.environ, "PYTHONPATH": PATHS, "HF_HUB_OFFLINE": "1", **environment}
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
+        self.line = self.process.stdout.readline()
+        found = re.search(r"http://(127\.0\.0\.1|\[::1\]):(\d+)", self.line)
+        if found is None:
+            raise AssertionError(self.process.communicate())
+        self.host, self.port = found[1].strip("[]"), int(found[2])
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.communicate()
+
+    def ask(self, method, path, body=None, **headers):
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=LONG)
+        raw = None if body is None else json.dumps(body)
+        connection.request(method, path, raw, {"content-type": "application/json", **headers})
+        return connection.getresponse()
+
+    def end(self, *signals):
+        for each in signals:
+            self.process.send_signal(each)
+        out, err = self.process.communicate(timeout=LONG)
+        return self.process.returncode, out, err
+
+
+def serve_demo(*words, **environment):
+    return Serving(DEMO, "--no-page", "--port", 0, "--device", "cpu", *words, **environment)
+
+
+def answer(serving, tokens, stream=True, n=1):
+    body = {"prompt": "KING:\n", "max_tokens": tokens, "stream": stream, "ignore_eos": True, "n": n}
+    return serving.ask("POST", "/v1/completions", body)
+
+
+# Start ----------------------------------------------------------------------------------------------------------------
+
+
+def test_it_prints_one_line_when_it_can_be_used():
+    with serve_demo() as serving:
+        assert serving.ask("GET", "/health").status == 200
+        assert json.load(answer(serving, 4, stream=False))["usage"]["completion_tokens"] == 4
+        code, out, err = serving.end(signal.SIGTERM)
+        assert code == 0 and out == "" and "Traceback" not in err
+
+
+def test_connections_are_refused_until_everything_is_ready(monkeypatch, capsys):
+    """While the model is loaded the port is ours, but closed."""
+    seen = []
+
+    def load(name, args, head):
+        (port,) = taken
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port))
+        seen.append(port)
+        raise ArgumentError("enough")
+
+    taken, bind = [], server._bind
+
+    def binding(host, port):
+        listener = bind(host, port)
+        taken.append(listener.getsockname()[1])
+        return listener
+
+    monkeypatch.setattr(server, "load", load)
+    monkeypatch.setattr(server, "_bind", binding)
+    assert main(["serve", str(DEMO), "--no-page", "--port", "0"]) == 1
+    assert seen == taken and capsys.readouterr().err == "neox-lite: error: enough\n"
+
+
+def test_without_a_model_it_serves_and_says_so():
+    with Serving("--no-page", "--port", 0) as serving:
+        assert serving.ask("GET", "/health").status == 503
+        assert json.load(answer(serving, 1))["error"]["code"] == "model_not_loaded"
+
+
+def test_a_port_that_is_taken_is_said_with_another(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert main(["serve", "--no-page", "--port", str(port)]) == 1
+    error = capsys.readouterr().err
+    assert f"--port {port} on 127.0.0.1 is taken" in error and error.count("\n") == 1
+    offered = int(re.search(r"try --port (\d+)", error)[1])
+    assert offered != port
+    socket.create_server(("127.0.0.1", offered)).close()
+
+
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "203.0.113.7", "999.1.1.1"])
+def test_an_address_that_is_not_ours_is_one_line(capsys, host):
+    assert main(["serve", "--no-page", "--host", host, "--api-key", "k" * 20]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"neox-lite: error: --host {host}") and error.count("\n") == 1
+
+
+def test_a_missing_model_is_one_line_and_no_port(capsys, tmp_path):
+    assert main(["serve", str(tmp_path / "nothing"), "--no-page", "--port", "0"]) == 1
+    out = capsys.readouterr()
+    assert out.out == "" and out.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("page", "missing"), [(True, "gradio"), (True, "starlette"), (False, "uvicorn")])
+def test_what_is_not_installed_is_said(monkeypatch, page, missing):
+    found = server.find_spec
+    monkeypatch.setattr(server, "find_spec", lambda name: None if name == missing else found(name))
+    with pytest.raises(UnsupportedError, match=rf"needs {missing}.*pip install 'neox-lite\[page\]'") as error:
+        server._check_packages(page)
+    assert ("--no-page" in str(error.value)) == (missing == "gradio")
+
+
+def test_the_api_alone_needs_no_gradio():
+    code = (
+        "import sys; sys.modules['gradio'] = sys.modules['prometheus_client'] = sys.modules['llguidance'] = None\n"
+        "import importlib.util; real = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda n, *a: real(n, *a) if sys.modules.get(n, 1) is not None else None\n"
+        "from neox_lite_app.engine import Engine; from neox_lite_app.guard import Hosts\n"
+        "from neox_lite_app.server import build\n"
+        "engine = Engine(); build(engine, Hosts(), page=False); engine.close(); print('built')"
+    )
+    environment = {**os.environ, "PYTHONPATH": PATHS}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=LONG)
+    assert done.stdout == "built\n", done.stderr
+
+
+def test_wrong_usage_is_seen_before_anything_is_imported():
+    for words in (
+        ["--port", "65536"],
+        ["--port", "-1"],
+        ["--queue", "-1"],
+        ["--max-sequences", "0"],
+        ["--idle-unload", "0"],
+    ):
+        with pytest.raises(SystemExit) as error:
+            build_parser().parse_args(["serve", *words])
+        assert error.value.code == 2
+
+
+# Hosts and keys -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5"])
+def test_an_open_host_needs_a_key(capsys, host, monkeypatch):
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    assert main(["serve", "--no-page", "--host", host]) == 1
+    assert "--api-key" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["", "two words", "schlüssel", "tab\tkey"])
+def test_a_key_that_no_header_can_carry_is_refused(key):
+    with pytest.raises(ArgumentError, match="API key"):
+        server._key(key)
+
+
+def test_the_key_of_the_environment_counts_and_the_flag_goes_before_it(monkeypatch):
+    monkeypatch.setenv(KEY_VARIABLE, "from-the-environment")
+    assert server._key(None) == "from-the-environment" and server._key("flag") == "flag"
+    made = {server._key("auto") for _ in range(3)}
+    assert len(made) == 3 and all(len(key) >= 32 for key in made)
+    monkeypatch.delenv(KEY_VARIABLE)
+    assert server._key(None) is None
+
+
+@posix
+def test_with_a_key_in_the_environment_it_is_asked_for_and_not_shown():
+    with serve_demo("--host", "127.0.0.1", **{KEY_VARIABLE: "home-network-key"}) as serving:
+        assert serving.ask("GET", "/v1/models").status == 401
+        assert serving.ask("GET", "/v1/models", authorization="Bearer home-network-key").status == 200
+        assert serving.ask("GET", "/health").status == 200
+        shown = subprocess.run(
+            ["ps", "-o", "args", "-p", str(serving.process.pid)], capture_output=True, text=True
+        ).stdout
+        _, out, err = serving.end(signal.SIGTERM)
+        assert "home-network-key" not in shown + serving.line + out + err
+
+
+def test_a_made_up_key_is_printed_once():
+    with Serving("--no-page", "--port", 0, "--api-key", "auto") as serving:
+        assert serving.ask("GET", "/v1/models").status == 401
+        _, _, err = serving.end(signal.SIGTERM)
+        assert len(re.findall("API key, shown this once: ", err)) == 1
+
+
+def test_other_hosts_and_origins_are_refused_by_the_real_server():
+    with Serving("--no-page", "--port", 0, "--allowed-host", "chat.home") as serving:
+        assert serving.ask("GET", "/v1/models", host="evil.example").status == 400
+        assert serving.ask("GET", "/v1/models", host="chat.home").status == 200
+        assert serving.ask("POST", "/v1/completions", {}, origin="http://evil.example").status == 403
+        assert serving.ask("POST", "/v1/completions", {}, origin="null").status == 403
+        reply = serving.ask("GET", "/v1/models")
+        assert reply.getheader("server") is None and "default-src" in reply.getheader("content-security-policy")
+
+
+def test_a_body_in_chunks_ends_at_the_limit_of_the_real_server():
+    with Serving("--no-page", "--port", 0) as serving, socket.create_connection((serving.host, serving.port)) as raw:
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost:{serving.port}\r\ntransfer-encoding: chunked\r\n\r\n"
+        raw.sendall(head.encode())
+        try:
+            for _ in range(64):
+                raw.sendall(b"8000\r\n" + b"x" * 0x8000 + b"\r\n")
+        except (BrokenPipeError, ConnectionResetError):  # it has hung up already
+            return
+        assert raw.recv(1 << 16).startswith(b"HTTP/1.1 413")
+
+
+# End ------------------------------------------------------------------------------------------------------------------
+
+
+@posix
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_idle_server_ends_at_once_and_in_order(number):
+    with serve_demo() as serving:
+        waiting = socket.create_connection(
+            (serving.host, serving.port)
+        )  # a connection that stays open is no reason to stay
+        code, _, err = serving.end(number)
+        assert code == 0 and "Traceback" not in err
+        waiting.close()
+
+
+def closing(serving):
+    """Wait until the signal has arrived: nothing new is taken."""
+    with contextlib.suppress(ConnectionError):
+        while serving.ask("GET", "/health").status != 503:
+            pass
+
+
+@posix
+def test_a_running_answer_is_finished_and_nothing_new_is_taken():
+    with serve_demo() as serving:
+        reply = answer(serving, 450)
+        reply.read(1)
+        serving.process.send_signal(signal.SIGTERM)
+        closing(serving)
+        text = reply.read().decode()
+        assert text.endswith("data: [DONE]\n\n") and '"finish_reason":"length"' in text
+        code, _, err = serving.end()
+        assert code == 0 and "Traceback" not in err
+
+
+@posix
+def test_a_second_signal_ends_it_without_waiting():
+    with serve_demo() as serving:
+        reply = answer(serving, 480, n=64)
+        reply.read(1)
+        serving.process.send_signal(signal.SIGINT)
+        closing(serving)
+        code, _, err = serving.end(signal.SIGINT)
+        assert code == 130 and "Traceback" not in err
+        with pytest.raises(http.client.IncompleteRead):
+            reply.read()
+
+
+def test_idle_unload_gives_the_memory_back_and_the_next_request_works():
+    with serve_demo("--idle-unload", 1) as serving:
+        assert answer(serving, 1, stream=False).status == 200
+        state = None
+        while state != "idle":
+            state = json.load(serving.ask("GET", "/health"))["status"]
+        assert answer(serving, 1, stream=False).status == 200
+
+
+def test_the_command_hands_over_its_options(monkeypatch):
+    seen = {}
+
+    class Engine:
+        def __init__(self, **options):
+            seen.update(options)
+
+        def close(self):
+            seen["closed"] = True
+
+    monkeypatch.setattr(server, "Engine", Engine)
+    monkeypatch.setattr(server, "_run", lambda *_: 0)
+    words = ["--max-sequences", "3", "--queue", "5", "--idle-unload", "60", "--no-page", "--port", "0"]
+    args = build_parser().parse_args(["serve", *words])
+    assert isinstance(args, argparse.Namespace) and server.serve(args) == 0
+    assert seen == {"sequences": 3, "waiting": 5, "idle_s": 60, "closed": True}
