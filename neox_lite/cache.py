@@ -68,6 +68,11 @@ class PagePool:
         return len(self._free)
 
     @property
+    def page_bytes(self) -> int:
+        """Of one page in all layers."""
+        return sum(s.shape[1:].numel() * s.element_size() for s in (*self.storage, *self.scales))
+
+    @property
     def nbytes(self) -> int:
         return sum(s.nbytes for s in (*self.storage, *self.scales))
 

@@ -182,14 +182,16 @@ class GenerationMixin:
         return self.cache_pages
 
     @contextmanager
-    def lend(self: Any, pages: int, contexts: int = 1) -> Iterator[Lasting]:
+    def lend(self: Any, pages: int, keep_bytes: int = 0) -> Iterator[Lasting]:
         """The lasting cache, or one for this call alone where another has it.
 
-        pages: what the call needs at most. contexts: of how many the pages are to stay, where memory is not limited.
+        pages: what the call needs at most. keep_bytes: of pages that may stay, where a context's are fewer.
         """
         limit, context = self.cache_pages, -(-self.config.max_position_embeddings // PAGE)
         size = self.first_pages or limit or min(pages, NEW_POOL_PAGES)
-        stay = contexts * self.first_pages if self.first_pages else limit or contexts * context
+        stay = self.first_pages or limit or context
+        if keep_bytes:
+            stay = max(stay, keep_bytes // self.new_pool().page_bytes)
         if limit is not None:
             size, stay = min(size, limit), min(stay, limit)
         key, lasting = (limit, self.first_pages, self._cache_key()), self._lasting

@@ -13,8 +13,8 @@ import queue
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXTokenizerFast
-from neox_lite.cache import PAGE
+from neox_lite.cache import PrefixCache
 from neox_lite.errors import ArgumentError, NeoxLiteError
 from neox_lite.generation import GenerationConfig, Options
 from neox_lite.offload import machine
@@ -32,10 +32,16 @@ from neox_lite.row import Row, StopText, check_ids
 from neox_lite.sampling import Score
 from neox_lite.scheduler import ReadingPace, Scheduler
 
-KEPT_CONTEXTS = 4  # whose pages stay for later prompts that begin alike, where memory is not limited
+KEPT_BYTES = 2 << 30  # of pages that stay for later prompts that begin alike; one context's where that is more
 RATE_SECONDS = 5.0  # over which tokens a second are counted
 COUNT_SECONDS = 0.25  # between looks at how full the cache is
-NOT_OFFERED = ("num_return_sequences", "streamer", "assistant_model", "prompt_lookup_num_tokens")
+NOT_OFFERED = (
+    "num_return_sequences",
+    "streamer",
+    "assistant_model",
+    "num_assistant_tokens",
+    "prompt_lookup_num_tokens",
+)
 
 
 class Busy(NeoxLiteError):
@@ -90,38 +96,57 @@ class Ticket:
         self.last_s: float | None = None
         self._row, self._cancel = row, cancel
         self._steps: queue.SimpleQueue[Step] = queue.SimpleQueue()
-        self._wake: Callable[[], object] | None = None  # tells an event loop that there are steps
+        self._over = False  # the last step was read
+        self._listener: Listener | None = None
 
     def cancel(self) -> None:
         """End it at the next pass; harmless when it has ended."""
         self._cancel(self)
 
     def __iter__(self) -> Iterator[Step]:
-        while True:
-            yield (step := self._steps.get())
-            if step.finish_reason is not None:
-                return
+        while not self._over:
+            yield self._read()
 
     async def __aiter__(self) -> AsyncIterator[Step]:
-        loop, come = asyncio.get_running_loop(), asyncio.Event()
-        self._wake = lambda: loop.call_soon_threadsafe(come.set)
-        while True:
+        come = asyncio.Event()
+        self._listener = asyncio.get_running_loop(), come
+        while not self._over:
             come.clear()
-            while not self._steps.empty():
-                yield (step := self._steps.get())
-                if step.finish_reason is not None:
-                    return
-            await come.wait()
+            while not self._over and not self._steps.empty():
+                yield self._read()
+            if not self._over:
+                await come.wait()
+
+    def _read(self) -> Step:
+        step = self._steps.get()
+        self._over = step.finish_reason is not None
+        return step
 
     def _put(self, step: Step) -> None:
+        """Add a step; who listens is still to be told."""
         self.last_s = time.monotonic()
         self.first_s = self.first_s or self.last_s
         self._steps.put(step)
-        if (wake := self._wake) is not None:
-            try:
-                wake()
-            except RuntimeError:  # the loop is closed: nobody listens any more
-                self._wake = None
+
+
+Listener = tuple[asyncio.AbstractEventLoop, asyncio.Event]  # an event loop, and what is set there when there are steps
+
+
+def tell(tickets: Iterable[Ticket]) -> None:
+    """Wake the event loops that wait for steps of these tickets, each once: every call may cost the lock of the interpreter."""
+    events: dict[asyncio.AbstractEventLoop, list[asyncio.Event]] = {}
+    for ticket in tickets:
+        if ticket._listener is not None:
+            loop, come = ticket._listener
+            events.setdefault(loop, []).append(come)
+    for loop, of_loop in events.items():
+        with suppress(RuntimeError):  # the loop is closed: nobody listens any more
+            loop.call_soon_threadsafe(set_all, of_loop)
+
+
+def set_all(events: Iterable[asyncio.Event]) -> None:
+    for event in events:
+        event.set()
 
 
 class Turns:
@@ -196,7 +221,7 @@ class Known:
         """What the scheduler is to run. Raises what is wrong with the job."""
         given = dict(job.options)
         for name in NOT_OFFERED:
-            if given.get(name) not in (None, 1):
+            if given.get(name) not in ((None, 1) if name == "num_return_sequences" else (None,)):
                 raise ArgumentError(f"{name} is not offered here; submit a job for each sequence, or call generate()")
         prompt = self._prompt(job.prompt)
         if given.get("max_new_tokens") is None and given.get("max_length") is None:
@@ -247,6 +272,8 @@ class Engine:
         self._serving = False  # the thread is at the model
         self._used_s = time.monotonic()  # when it last was
         self._scheduler: Scheduler | None = None
+        self._pace = ReadingPace()
+        self._short = False  # memory ran out: the pool is to go when nothing runs
         self._rates: deque[tuple[float, int]] = deque()  # when tokens came, and how many
         self._cached_tokens, self._counted_s = 0, 0.0
         self._thread = threading.Thread(target=self._work, name="neox-lite engine", daemon=True)
@@ -262,6 +289,8 @@ class Engine:
         """Replace the model by what `load` returns; what runs is cancelled first. Raises what `load` raises; then nothing is
         loaded."""
         with self._halting():
+            if self._closed:
+                raise NotLoaded("the engine is closed; make a new one")
             self._let_go("loading", name)
             try:
                 model = load()
@@ -271,6 +300,7 @@ class Engine:
                 raise
             with self._changed:
                 self._model, self._known, self._state = model, known, "ready"
+                self._pace = ReadingPace()
                 self._used_s = time.monotonic()
 
     def unload(self) -> None:
@@ -335,7 +365,8 @@ class Engine:
             return known
         if self._state == "loading":
             raise NotLoaded(f"{self._name} is being loaded; try again in a moment")
-        raise NotLoaded("no model is loaded; choose one on the Model tab, or start with neox-lite serve MODEL")
+        why = f" ({self._fault})" if self._fault else ""
+        raise NotLoaded(f"no model is loaded{why}; choose one on the Model tab, or start with neox-lite serve MODEL")
 
     # Jobs -------------------------------------------------------------------------------------------------------------
 
@@ -376,12 +407,16 @@ class Engine:
         with self._changed:
             if self._queue.remove(ticket):
                 ticket._put(Step("", None, "cancelled"))
+                tell([ticket])
             elif ticket._row in self._running:
                 self._cancelled.append(ticket)
 
     def _end_queue(self, step: Step) -> None:
+        ended = []
         while len(self._queue):
-            self._queue.get()._put(step)
+            ended.append(self._queue.get())
+            ended[-1]._put(step)
+        tell(ended)
 
     # The thread -------------------------------------------------------------------------------------------------------
 
@@ -422,18 +457,20 @@ class Engine:
         """Run jobs until there are none."""
         if (model := self._ready_model()) is None:
             return
-        context = -(-self.context // PAGE)
-        with model.lend(2 * KEPT_CONTEXTS * context, KEPT_CONTEXTS) as lasting:
-            scheduler = Scheduler(model, lasting.prefixes, pace=ReadingPace())
-            self._scheduler = scheduler
+        with model.lend(0, KEPT_BYTES) as lasting:
+            self._scheduler = scheduler = Scheduler(model, lasting.prefixes, pace=self._pace)
             try:
                 while self._take_jobs(scheduler):
                     for changed in scheduler.step():
                         self._deliver(changed)
-                    self._count(lasting.prefixes.tokens, scheduler)
+                    self._count(lasting.prefixes, scheduler.rows)
             finally:
                 scheduler.close()
-                self._cached_tokens = lasting.prefixes.tokens()
+                self._count(lasting.prefixes, [])
+        if self._short:
+            self._short = False
+            model.forget()
+            return_memory()
 
     def _ready_model(self) -> GPTNeoXForCausalLM | None:
         """The model, loaded again where it is idle; None, and the jobs have ended, where that fails."""
@@ -455,62 +492,71 @@ class Engine:
             cancelled, self._cancelled = self._cancelled, []
             if self._halted:
                 cancelled = list(self._running.values())
+            cancelled = [ticket for ticket in cancelled if ticket._row in self._running]
             for ticket in cancelled:
                 scheduler.cancel(ticket._row)
                 self._end(ticket, Step("", None, "cancelled"))
+            tell(cancelled)
             while not self._halted and len(self._queue) and len(self._running) < self._sequences:
                 ticket = self._queue.get()
                 self._running[ticket._row] = ticket
                 scheduler.add(ticket._row)
                 if ticket._row.finish_reason:  # it asked for nothing
                     self._end(ticket, Step("", None, ticket._row.finish_reason))
+                    tell([ticket])
         return scheduler.busy
 
     def _deliver(self, changed: list[Row]) -> None:
         """Hand out what rows got."""
-        self._rates.append((time.monotonic(), len(changed)))
-        for row in changed:
-            ticket, reason = self._running[row], row.finish_reason
+        tickets = [self._running[row] for row in changed]
+        with self._changed:
+            self._rates.append((time.monotonic(), len(changed)))
+        for row, ticket in zip(changed, tickets, strict=True):
             if ticket.first_s is None:
                 ticket.prompt_scores = row.scored if row.prompt_scores is not None else []
                 ticket.reused_tokens = row.reused or 0
-            if row.error is not None:
-                self._end(ticket, Step("", None, "error", None, self._fault_of(row.error)))
-                row.error = None  # its traceback holds on to tensors
-                continue
-            step = Step(row.piece, row.tokens[-1], reason, row.score) if row.tokens else Step("", None, reason)
-            if reason is None:
+            step = self._step_of(row)
+            if step.finish_reason is None:
                 ticket._put(step)
             else:
-                self._fault = None
                 self._end(ticket, step)
+        tell(tickets)
+
+    def _step_of(self, row: Row) -> Step:
+        """What a row got last."""
+        if row.error is not None:
+            error, row.error = row.error, None  # its traceback holds on to tensors
+            if not isinstance(error, NeoxLiteError):  # what a user could not cause is a fault of the engine
+                self._fault = sentence(error)
+                self._short = self._short or is_short_of_memory(error)
+            return Step("", None, "error", None, sentence(error))
+        if row.finish_reason is not None:
+            self._fault = None
+        if not row.tokens:
+            return Step("", None, row.finish_reason)
+        return Step(row.piece, row.tokens[-1], row.finish_reason, row.score)
 
     def _end(self, ticket: Ticket, step: Step) -> None:
         with self._changed:
             if self._running.pop(ticket._row, None) is not None:
                 ticket._put(step)
 
-    def _count(self, tokens: Callable[[Any], int], scheduler: Scheduler) -> None:
-        """See how full the cache is, now and then."""
+    def _count(self, prefixes: PrefixCache, rows: Sequence[Row]) -> None:
+        """See how full the cache is: now and then, and when there is nothing to do."""
         now = time.monotonic()
-        if now - self._counted_s > COUNT_SECONDS:
+        if not rows or now - self._counted_s > COUNT_SECONDS:
             self._counted_s = now
-            self._cached_tokens = tokens([row.sequence for row in scheduler.rows if row.sequence is not None])
-
-    def _fault_of(self, error: Exception) -> str:
-        """The sentence for an error that ended a job; what a user could not cause is a fault of the engine."""
-        if not isinstance(error, NeoxLiteError):
-            self._fault = sentence(error)
-            return_memory()
-        return sentence(error)
+            self._cached_tokens = prefixes.tokens(row.sequence for row in rows if row.sequence is not None)
 
     def _fail(self, error: Exception) -> None:
         """End all jobs with an error."""
         with self._changed:
             self._fault = sentence(error)
             step = Step("", None, "error", None, self._fault)
-            for ticket in list(self._running.values()):
+            ended = list(self._running.values())
+            for ticket in ended:
                 self._end(ticket, step)
+            tell(ended)
             self._end_queue(step)
             if self._model is not None:
                 self._model.forget()
@@ -522,11 +568,17 @@ def sentence(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, NeoxLiteError):
         return text
-    if isinstance(error, MemoryError) or "out of memory" in text.lower() or ("alloc" in text and "memory" in text):
+    if is_short_of_memory(error):
         return "memory ran out; try again with shorter or fewer texts at a time, or load the model with a smaller --context"
     return (
         f"the engine failed with {type(error).__name__}: {text[:300] or 'no word'}; try again, or load the model again"
     )
+
+
+def is_short_of_memory(error: BaseException) -> bool:
+    """As Python, torch's CUDA and torch's CPU allocator say it."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or ("alloc" in text and "memory" in text)
 
 
 def return_memory() -> None:
