@@ -164,26 +164,26 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("model", metavar="MODEL")
     sub.add_argument("--prompt", required=True, help="the text to continue; - reads it from stdin")
     sub.add_argument("--max-new-tokens", type=_count, metavar="N", help="default: to the end of the context")
-    sub.add_argument(
-        "--temperature", type=float, metavar="T", help="0 for greedy (default: generation_config.json's, else greedy)"
-    )
-    sub.add_argument("--top-k", type=_count, metavar="K", help="keep the k likeliest tokens; 0 for all")
-    sub.add_argument("--top-p", type=float, metavar="P", help="keep the likeliest tokens up to this probability")
-    sub.add_argument(
-        "--min-p", type=float, metavar="P", help="drop tokens below this share of the likeliest one's probability"
-    )
-    sub.add_argument("--repetition-penalty", type=float, metavar="R", help="above 1 makes seen tokens less likely")
-    sub.add_argument("--seed", type=_count, metavar="S", help="makes sampling repeatable")
-    sub.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be given several times")
-    sub.add_argument(
-        "--context", type=_positive, metavar="N", help="prompt and new tokens together, at most the model's own"
-    )
+    _add_sampling(sub, help="0 for greedy (default: generation_config.json's, else greedy)")
+    _add_context(sub)
     drafts = sub.add_mutually_exclusive_group()
     drafts.add_argument(
         "--draft", metavar="MODEL", help="a smaller model with the same tokenizer guesses ahead: the same text, sooner"
     )
     drafts.add_argument("--lookup", action="store_true", help="guess ahead from the prompt, for text that repeats it")
     _add_running(sub, revision=True)
+
+    sub = command("chat", "chat", "talk with a model in the terminal")
+    sub.add_argument("model", metavar="MODEL")
+    sub.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
+    sub.add_argument("--form", metavar="NAME", help="prompt form (default: the model's own; docs/chat.md lists them)")
+    sub.add_argument("--resume", action="store_true", help="go on with the newest saved conversation")
+    sub.add_argument(
+        "--max-new-tokens", type=_positive, metavar="N", help="of an answer (default: what the context leaves)"
+    )
+    _add_sampling(sub, 0.8, "0 for greedy (default 0.8)")
+    _add_context(sub)
+    _add_running(sub, revision=True, json=False)
 
     sub = command("serve", "server", "chat page in the browser, and an OpenAI-compatible API")
     sub.add_argument("model", metavar="MODEL", nargs="?", help="default: none; one is chosen on the page")
@@ -259,6 +259,33 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 def _add_text(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text to score")
     parser.add_argument("--context", type=_positive, metavar="N", default=512, help="tokens a window (default 512)")
+
+
+def _add_sampling(parser: argparse.ArgumentParser, temperature: float | None = None, help: str = "") -> None:
+    """How tokens are drawn, for every command that generates text: a flag for each of sampling's numbers."""
+    parser.add_argument("--temperature", type=float, metavar="T", default=temperature, help=help)
+    parser.add_argument("--top-k", type=_count, metavar="K", help="keep the k likeliest tokens; 0 for all")
+    parser.add_argument("--top-p", type=float, metavar="P", help="keep the likeliest tokens up to this probability")
+    parser.add_argument("--min-p", type=float, metavar="P", help="drop tokens below this share of the likeliest one's")
+    parser.add_argument(
+        "--typical-p", type=float, metavar="P", help="keep the tokens of usual surprise up to this probability"
+    )
+    parser.add_argument("--repetition-penalty", type=float, metavar="R", help="above 1 makes seen tokens less likely")
+    parser.add_argument("--frequency-penalty", type=float, metavar="F", help="likewise with each time, from 0 to 2")
+    parser.add_argument("--presence-penalty", type=float, metavar="F", help="likewise once for all times, from 0 to 2")
+    parser.add_argument(
+        "--no-repeat-ngram-size", type=_count, metavar="N", help="no N tokens come twice in the same order"
+    )
+    parser.add_argument("--seed", type=_count, metavar="S", help="makes sampling repeatable")
+    parser.add_argument(
+        "--stop", action="append", metavar="TEXT", help="end before this text; may be given several times"
+    )
+
+
+def _add_context(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--context", type=_positive, metavar="N", help="prompt and new tokens together, at most the model's own"
+    )
 
 
 def _add_running(parser: argparse.ArgumentParser, revision: bool = False, head: bool = True, json: bool = True) -> None:

@@ -12,7 +12,7 @@ from neox_lite.generation import Clock, Options
 from neox_lite.speculative import LONGEST
 from neox_lite.tokenizer import check_text
 
-from .running import load, note, print_json, read_text
+from .running import DRAWS, load, note, print_json, read_text, sampling
 
 
 def generate(args: argparse.Namespace) -> None:
@@ -25,7 +25,7 @@ def generate(args: argparse.Namespace) -> None:
     ids, options["max_new_tokens"] = _lengths(model, prompt, args)
     options["do_sample"] = bool(model.generation_config.do_sample) if args.temperature is None else args.temperature > 0
     if not options["do_sample"]:
-        idle = [name for name in ("top_k", "top_p", "min_p", "seed") if options.pop(name) is not None]
+        idle = [name for name in DRAWS if options.pop(name) is not None and name != "temperature"]
         if idle:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
             note(f"neox-lite: warning: {flags} without effect in greedy decoding; add --temperature 0.8")
@@ -62,9 +62,7 @@ def _draft(args: argparse.Namespace) -> GPTNeoXForCausalLM:
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
     """What the flags say under the names of `generate`; None where they say nothing."""
-    sampling = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-    given = {name: getattr(args, name) for name in sampling}
-    return {**given, "stop_strings": args.stop, "prompt_lookup_num_tokens": LONGEST if args.lookup else None}
+    return {**sampling(args), "stop_strings": args.stop, "prompt_lookup_num_tokens": LONGEST if args.lookup else None}
 
 
 def _lengths(model: GPTNeoXForCausalLM, prompt: str, args: argparse.Namespace) -> tuple[list[int], int]:

@@ -19,9 +19,11 @@ from neox_lite import GPTNeoXForCausalLM
 from neox_lite.errors import ArgumentError
 from neox_lite.offload import machine
 from neox_lite.offload.place import device_of
+from neox_lite.sampling import BOUNDS
 from neox_lite.saving import parse_bytes
 
 BUSY = 0.3  # load average from which on measurements suffer
+DRAWS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed")  # without effect in greedy decoding
 
 
 def load(name: str, args: argparse.Namespace, head: str | None = None, **options: Any) -> GPTNeoXForCausalLM:
@@ -76,6 +78,11 @@ def warn_if_busy() -> float | None:
     if load is not None and load > BUSY:
         note(f"neox-lite: warning: this machine is busy (load {load:.1f}); figures may be low")
     return load
+
+
+def sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """What the sampling flags say, under the names of `generate`; None where they say nothing."""
+    return {name: getattr(args, name) for name in BOUNDS}
 
 
 def default_threads() -> int:
