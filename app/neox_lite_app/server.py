@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from neox_lite.errors import ArgumentError, UnsupportedError
 
@@ -53,16 +53,23 @@ def serve(args: argparse.Namespace) -> int:
     with contextlib.closing(engine), contextlib.closing(listener):
         if args.model is not None:
             engine.load(args.model, lambda: load(args.model, args, args.head))
-        guard, app = build(engine, hosts, Keys(key) if key else None, args.page, args.form)
+        guard, app = build(engine, hosts, Keys(key) if key else None, args.page and args, args.form)
         if args.api_key == "auto":
             note(f"API key, shown this once: {key}")
         return _run(app, guard, engine, listener, args.host)
 
 
 def build(
-    engine: Engine, hosts: Hosts, keys: Keys | None = None, page: bool = True, form: str | None = None
+    engine: Engine,
+    hosts: Hosts,
+    keys: Keys | None = None,
+    page: argparse.Namespace | Literal[False] = False,
+    form: str | None = None,
 ) -> tuple[Guard, ASGIApp]:
-    """The guard, and the whole application: what counts requests, the guard, API and page. form: a prompt form's name."""
+    """The guard, and the whole application: what counts requests, the guard, API and page.
+
+    page: the arguments of `serve`, by which the page loads models, or False for none. form: a prompt form's name.
+    """
     from .api import Api
     from .guard import Guard
 
@@ -73,8 +80,8 @@ def build(
         metrics = Metrics(engine)
     app: Any = Api(engine, metrics, form).app()
     if page:
-        _mount_page(app, engine)
-    guard = Guard(app, hosts, keys, page)
+        _mount_page(app, engine, page)
+    guard = Guard(app, hosts, keys, page is not False)
     return guard, metrics.counting(guard) if metrics is not None else guard
 
 
@@ -101,18 +108,19 @@ def _key(given: str | None) -> str | None:
 # The page -------------------------------------------------------------------------------------------------------------
 
 
-def _mount_page(app: Any, engine: Engine) -> None:
+def _mount_page(app: Any, engine: Engine, args: argparse.Namespace) -> None:
     for name in [name for name in os.environ if name.startswith("GRADIO_")]:
         del os.environ[name]  # sharing, file serving, server-side rendering: nothing of it from the environment
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
     import gradio
 
-    from .page import build_page
+    from .page import build_page, looks
 
     gradio.mount_gradio_app(
         app,
-        build_page(engine),
+        build_page(engine, args),
         path="",
+        **looks(),
         footer_links=[],
         run_history=False,
         ssr_mode=False,

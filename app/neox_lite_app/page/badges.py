@@ -1,0 +1,104 @@
+"""What the plan says of each model on this machine, in a few words. Reckoned in a thread, so that no page waits for it."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from itertools import product
+from typing import Any
+
+from neox_lite.errors import NeoxLiteError
+from neox_lite.offload.plan import CPU, DISK, GPU, MIXED
+
+from ..engine import Engine
+from ..family import FAMILY
+from ..plan import WHERE, Model, Place, make_plan
+from ..plan import speed as speed_of
+from ..running import size
+from .events import sentence, unforeseen
+
+FORMATS = ("int4", "int8")
+FRESH_S = 60.0  # for so long free memory counts as what it was
+LEVELS = {GPU: ("gpu", "GPU"), MIXED: ("offload", "GPU + CPU"), CPU: ("cpu", "CPU"), DISK: ("disk", "from disk")}
+Badge = dict[str, Any]
+log = logging.getLogger(__name__)
+
+
+class Badges:
+    """Plans of the family and of local models. version counts up when there are new ones."""
+
+    def __init__(self, engine: Engine, args: argparse.Namespace) -> None:
+        self.engine, self.version = engine, 0
+        self._args = argparse.Namespace(**{**vars(args), "card": None, "revision": None, "format": None})
+        self._found: dict[tuple[str, str], Badge] = {}  # of a model and a format, "" for its own
+        self._lock = threading.Lock()
+        self._busy, self._when = False, float("-inf")
+
+    def of(self, model: str, format: str = "") -> Badge | None:
+        """None while it is being reckoned."""
+        return self._found.get((model, format))
+
+    def refresh(self, folders: Mapping[str, str | None]) -> None:
+        """Reckon in a thread what is not known, and all of it where memory may have changed.
+
+        folders: each with "fp16" where it is a plain checkpoint, that would run as it is, else None.
+        """
+        with self._lock:
+            known = all((folder, "") in self._found for folder in folders)
+            if self._busy or (known and time.monotonic() < self._when + FRESH_S):
+                return
+            self._busy = True
+        threading.Thread(target=self._reckon, args=(dict(folders),), name="neox-lite badges", daemon=True).start()
+
+    def _reckon(self, folders: dict[str, str | None]) -> None:
+        found: dict[tuple[str, str], Badge] = {}
+        try:
+            place = self._place()
+            for folder, format in folders.items():
+                own = argparse.Namespace(**{**vars(self._args), "format": format})
+                found[folder, ""] = self._badge(place, partial(Model.of, folder, own))
+            for member, form in product(FAMILY, FORMATS):
+                found[member.id, form] = self._badge(place, partial(Model.quantized, member.config(), form))
+        except Exception as error:  # measuring the machine may fail in any way, and the page does without
+            log.warning("no plans for the Model tab: %s", error)
+            problem = {"error": sentence(error) if isinstance(error, NeoxLiteError) else unforeseen(error)}
+            names = [(folder, "") for folder in folders] + [(m.id, f) for m, f in product(FAMILY, FORMATS)]
+            found = dict.fromkeys(names, problem)
+        with self._lock:
+            self._found, self._when, self._busy = found, time.monotonic(), False
+            self.version += 1
+
+    def _place(self) -> Place:
+        """This machine; what the loaded model holds of it counts as free, for another one would take its place."""
+        place = Place.of(self._args)
+        memory = self.engine.status().memory
+        held = {tier: memory.get(f"weights_{tier}", 0) + memory.get(f"cache_{tier}", 0) for tier in ("gpu", "cpu")}
+        gpu_bytes = None if place.gpu_bytes is None else place.gpu_bytes + held["gpu"]
+        return replace(place, gpu_bytes=gpu_bytes, cpu_bytes=place.cpu_bytes + memory.get("cache_cpu", 0))
+
+    def _badge(self, place: Place, model: Callable[[], Model]) -> Badge:
+        try:
+            found = model()
+            plan = make_plan(found.sizes, place.machine, place.request(self._args, self._context(found)))
+        except NeoxLiteError as error:
+            return {"error": sentence(error)}
+        total = size(found.sizes.total)
+        if not plan.fits:
+            short = f"does not fit: {size(plan.short_by)} of memory short"
+            return {"level": "no", "text": f"does not fit, {total}", "rate": "", "sentence": short}
+        level, name = LEVELS[plan.level]
+        rate = plan.decode_tokens_per_s
+        words = (
+            f"{found.format}, runs {WHERE[plan.level]} in {size(sum(plan.totals.values()))}, predicted {speed_of(rate)}"
+        )
+        short_rate = "" if rate is None else f"~{rate:.0f} tok/s" if rate >= 10 else f"~{rate:.1f} tok/s"
+        text = f"{'fits ' if level in ('gpu', 'cpu') else ''}{name}, {total}"
+        return {"level": level, "text": text, "rate": short_rate, "sentence": words}
+
+    def _context(self, model: Model) -> int:
+        return min(self._args.context or model.sizes.context, model.sizes.context)

@@ -1,0 +1,175 @@
+"""The Chat: what a browser asks of a conversation, answers as they stream, and all of it kept in the Store."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from neox_lite.errors import ArgumentError, NeoxLiteError
+
+from ..conversation import Conversation, Fit, Message, Store, fit
+from ..engine import Engine, Job, Step, Ticket
+from ..prompt_forms import Form, form_of
+from .events import Running, sentence
+from .stream import Feed, Meter, batches
+
+ENDS = {"length": "cut at the limit", "cancelled": "stopped", "error": "broken off"}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What an answer depends on besides the conversation: of the form, the settings and the tab that asks."""
+
+    options: dict[str, Any]
+    form: str | None
+    session: str
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation as the model is given it."""
+
+    ids: list[int]
+    form: Form
+    fitted: Fit
+
+
+class Chat:
+    """Conversations and answers, without the page."""
+
+    def __init__(self, engine: Engine, store: Store, running: Running) -> None:
+        self.engine, self.store, self.running = engine, store, running
+
+    # What the browser shows -------------------------------------------------------------------------------------------
+
+    def view(self, conversation: Conversation, live: str | None = None) -> dict[str, Any]:
+        """A conversation's path for the part `transcript`. live: the answer that is streaming in."""
+        path = conversation.path()
+        dropped = next((int(m.details.get("dropped", 0)) for m in reversed(path) if m.role == "assistant"), 0)
+        return {
+            "id": conversation.id,
+            "title": conversation.label,
+            "turns": [self._turn(conversation, message) for message in path],
+            "live": live,
+            "dropped": dropped,
+            "dropped_note": Fit([], dropped, 0).marker,
+            "drawn": secrets.token_hex(4),  # what looks the same is drawn anew all the same: an edit may be open
+        }
+
+    def _turn(self, conversation: Conversation, message: Message) -> dict[str, Any]:
+        details, note = message.details, ""
+        if message.role == "assistant":
+            count, end = details.get("tokens"), ENDS.get(str(details.get("end")), "")
+            note = " · ".join(filter(None, [f"{count} tokens" if count else "", end]))
+        place = conversation.place(message.id)
+        return {"id": message.id, "role": message.role, "text": message.text, "place": place, "note": note}
+
+    def entries(self, current: str) -> dict[str, Any]:
+        """The list for the part `conversations`."""
+        listed = [{"id": e.id, "title": e.title, "updated": e.updated, "problem": e.problem} for e in self.store.list()]
+        return {"entries": listed, "current": current}
+
+    def load(self, id: str) -> Conversation:
+        """The conversation that a page shows; one that was never saved is a new one."""
+        if not id or not (self.store.folder / f"{id}.json").is_file():
+            return Conversation()
+        return self.store.load(id)
+
+    # Answers ----------------------------------------------------------------------------------------------------------
+
+    def prompt(self, conversation: Conversation, answer: Message, asked: Asked) -> Prompt:
+        """What stands before an answer, and what is written of it; the oldest turns dropped until there is room for more."""
+        tokenizer, context = self.engine.tokenizer, self.engine.context
+        form = form_of(self.engine.name or "", tokenizer, asked.form)
+        system, begun = conversation.system or None, answer.text or None
+        most = min(asked.options.get("max_new_tokens", context // 4), context // 2)
+        messages = conversation.chat(answer.parent)
+        fitted = fit(messages, context - most, lambda some: len(form.encode(tokenizer, some, system, begun)))
+        return Prompt(form.encode(tokenizer, fitted.messages, system, begun), form, fitted)
+
+    def raw(self, conversation: Conversation, asked: Asked) -> tuple[str, str]:
+        """The prompt of the conversation's last answer, or of the one that would come next, and a sentence about it."""
+        last = conversation.last
+        if last is None:
+            raise ArgumentError("there is no prompt yet; write a message first")
+        blank = Message("", "assistant", "", last.id if last.role == "user" else last.parent)
+        prompt = self.prompt(conversation, blank, asked)
+        text: str = self.engine.tokenizer.decode(prompt.ids, skip_special_tokens=False)
+        note = f"{len(prompt.ids):,} of {self.engine.context:,} tokens, written as {prompt.form.title}."
+        return text, " ".join(
+            filter(None, [note, prompt.fitted.marker and sentence(NeoxLiteError(prompt.fitted.marker))])
+        )
+
+    def submit(self, prompt: Prompt, asked: Asked) -> Ticket:
+        tokenizer, options = self.engine.tokenizer, dict(asked.options)
+        options["stop"] = [*prompt.form.stops, *options.get("stop", [])]
+        options["eos_token_id"] = prompt.form.stop_ids(tokenizer)
+        if "max_new_tokens" in options:
+            options["max_new_tokens"] = min(options["max_new_tokens"], self.engine.context - len(prompt.ids))
+        return self.engine.submit(Job(prompt.ids, options, client=asked.session))
+
+    async def answer(self, conversation: Conversation, answer: Message, asked: Asked) -> AsyncGenerator[str, None]:
+        """The growing text of a feed that writes an answer, or more of one; kept in the Store however that ends.
+
+        What is refused is refused before the conversation is saved: an error leaves it as it was.
+        """
+        prompt = await asyncio.to_thread(self.prompt, conversation, answer, asked)
+        ticket = self.submit(prompt, asked)
+        self.running.start(asked.session, "chat", ticket)
+        writing = _Writing(answer, prompt, Meter(ticket, self.engine.context))
+        feed = Feed(id=secrets.token_hex(8))
+        try:
+            self.store.save(conversation)
+            yield feed.value
+            async with aclosing(batches(ticket)) as steps_of:
+                async for steps in steps_of:
+                    yield feed.add(**writing.take(steps))
+        finally:
+            ticket.cancel()
+            self.running.end(asked.session, "chat", ticket)
+            self.keep(conversation.id, writing.message)
+
+    def keep(self, id: str, message: Message) -> None:
+        """Write an answer into its conversation as that is by now: another tab may have changed it meanwhile."""
+        conversation = self.store.load(id)
+        conversation.messages[conversation[message.id].id] = message
+        self.store.save(conversation)
+
+
+@dataclass
+class _Writing:
+    """An answer as it comes."""
+
+    answer: Message
+    prompt: Prompt
+    meter: Meter
+    end: str = "cancelled"
+    parts: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.reader = self.prompt.form.reader(self.answer.text or None)
+        self.before = int(self.answer.details.get("tokens", 0))
+
+    def take(self, steps: list[Step]) -> dict[str, Any]:
+        """The line of a feed that some steps make."""
+        self.meter.count(steps)
+        last = steps[-1]
+        text = "".join(self.reader.put(step.text) for step in steps)
+        line: dict[str, Any] = {"meter": self.meter.figures}
+        if last.finish_reason is not None:
+            text += self.reader.end(last.finish_reason)
+            self.end = line["end"] = last.finish_reason
+            if last.error is not None:
+                line["error"] = sentence(NeoxLiteError(last.error))
+        self.parts.append(text)
+        return {**line, "text": text}
+
+    @property
+    def message(self) -> Message:
+        details = {**self.answer.details, "tokens": self.before + self.meter.tokens, "end": self.end}
+        details["dropped"] = self.prompt.fitted.dropped
+        return replace(self.answer, text=self.answer.text + "".join(self.parts), details=details)

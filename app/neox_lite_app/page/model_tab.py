@@ -1,0 +1,148 @@
+"""The Model tab and the status strip: what can be loaded, what is, and what the engine does."""
+
+from __future__ import annotations
+
+import argparse
+import secrets
+from collections.abc import AsyncGenerator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from neox_lite.errors import ArgumentError, NeoxLiteError
+
+from ..demo import FOLDER as DEMO
+from ..engine import Engine
+from ..family import FAMILY, Member
+from ..places import data_folder
+from ..prompt_forms import form_of
+from .badges import Badges
+from .components import Part
+from .events import Update, in_sentences, text_of
+from .work import Work
+
+TIERS = ("gpu", "cpu", "disk")
+LONGEST = 4096  # characters of a folder's path
+
+
+@dataclass(frozen=True)
+class Local:
+    """A model on this computer. plain: a checkpoint that can be quantized; problem: why it cannot be loaded."""
+
+    id: str
+    name: str
+    about: str
+    plain: bool = False
+    problem: str = ""
+
+
+class Tab:
+    """Event handlers, as Gradio calls them, of the Model tab and the status strip."""
+
+    def __init__(self, engine: Engine, args: argparse.Namespace, effects: Part) -> None:
+        self.engine, self.args, self.effects = engine, args, effects
+        self.work, self.badges = Work(engine, args), Badges(engine, args)
+
+    def build(self) -> None:
+        self.models = Part("models", None, ("list", "start", "quantize", "cancel", "unload", "dismiss"))
+
+    def build_status(self) -> None:
+        self.status = Part("status", None, ("poll",))
+        told_of = in_sentences(self.effects)
+        quiet: Any = {"show_progress": "hidden", "api_visibility": "private"}
+        shown = [self.status, self.models, self.effects]
+        self.models.list(told_of(self.list), None, shown, **quiet)
+        self.status.poll(told_of(self.poll), None, shown, **quiet)
+        for name in ("start", "quantize", "cancel", "unload", "dismiss"):
+            getattr(self.models, name)(told_of(self._doing(getattr(self, name))), None, shown, **quiet)
+
+    # What the browser shows -------------------------------------------------------------------------------------------
+
+    async def poll(self) -> AsyncGenerator[Update, None]:
+        yield {self.status: self.figures()}
+
+    async def list(self) -> AsyncGenerator[Update, None]:
+        models = local_models(self.args.model)
+        self.badges.refresh({model.id: "fp16" if model.plain else None for model in models if not model.problem})
+        shelf = [{**asdict(m), "demo": m.id == str(DEMO), "plan": self.badges.of(m.id)} for m in models]
+        yield {self.models: {"shelf": shelf, "family": [self._member(member) for member in FAMILY]}}
+
+    def _member(self, member: Member) -> dict[str, Any]:
+        about = (
+            f"{member.id.partition('/')[0]} · {member.layers} layers of {member.hidden:,} · context {member.context:,}"
+        )
+        plans = {format: self.badges.of(member.id, format) for format in ("int4", "int8")}
+        return {"id": member.id, "name": member.name, "about": about, "plans": plans}
+
+    def figures(self) -> dict[str, Any]:
+        """The engine's status and the work under way, for the part `status`."""
+        status, task = self.engine.status(), self.work.task
+        memory = {
+            tier: status.memory.get(f"weights_{tier}", 0) + status.memory.get(f"cache_{tier}", 0) for tier in TIERS
+        }
+        known: dict[str, Any] = {}
+        if status.state in ("ready", "idle") and status.name is not None:
+            known = self._known(status.name)
+        return {
+            "state": status.state,
+            "name": Path(status.name).name.replace("_", " ") if status.name else None,
+            "active": status.active,
+            "waiting": status.waiting,
+            "memory": memory,
+            "fault": status.fault,
+            "task": task.figures if task is not None else None,
+            "version": self.badges.version,
+            "beat": secrets.token_hex(4),  # what has not changed says so too: the server is alive
+            **known,
+        }
+
+    def _known(self, name: str) -> dict[str, Any]:
+        try:
+            base = form_of(name, self.engine.tokenizer, self.args.form).name in ("dialogue", "completion")
+            return {"base": base, "context": self.engine.context, "about": self.work.about.get(name, "")}
+        except NeoxLiteError:  # unloaded meanwhile, or without a tokenizer, which is said where one is needed
+            return {}
+
+    # What it does -----------------------------------------------------------------------------------------------------
+
+    def _doing(self, do: Any) -> Any:
+        async def handler(event: gr.EventData) -> AsyncGenerator[Update, None]:
+            do(event)
+            yield {self.status: self.figures()}
+
+        return handler
+
+    def start(self, event: gr.EventData) -> None:
+        self.work.load(_model(event))
+
+    def quantize(self, event: gr.EventData) -> None:
+        format = text_of(event, "format")
+        if format not in ("int4", "int8"):
+            raise ArgumentError(f"format is {format[:20]!r}, expected int4 or int8")
+        self.work.quantize(_model(event), format)
+
+    def cancel(self, event: gr.EventData) -> None:
+        self.work.cancel()
+
+    def unload(self, event: gr.EventData) -> None:
+        self.engine.unload()
+
+    def dismiss(self, event: gr.EventData) -> None:
+        self.work.dismiss()
+
+
+def _model(event: gr.EventData) -> str:
+    model = text_of(event, "model")
+    if not model or len(model) > LONGEST or not model.isprintable():
+        raise ArgumentError("name a folder, or a hub id such as EleutherAI/pythia-70m")
+    return model
+
+
+def local_models(given: str | None) -> list[Local]:
+    """The demo, the model that `serve` was given, and the user's own."""
+    own = data_folder("models")
+    folders = sorted(f for f in own.iterdir() if (f / "config.json").is_file()) if own.is_dir() else []
+    found = [Local(str(DEMO), "Shakespeare demo", "Bundled: 8 MB, a base model that writes plays")]
+    return found + [Local(str(folder), folder.name, "") for folder in folders]

@@ -1,0 +1,121 @@
+"""The sampling controls: their table, their presets, and from what a form holds to the options of `generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from neox_lite.errors import ArgumentError
+
+from .components import Part
+
+
+@dataclass(frozen=True)
+class Field:
+    """A number that `generate` takes under this name. neutral: the value that changes nothing; it is then left out."""
+
+    name: str
+    label: str
+    low: float
+    high: float
+    step: float
+    neutral: float
+    hint: str
+
+
+FIELDS = (
+    Field("temperature", "Temperature", 0, 2, 0.05, 1, "Higher is more surprising; 0 always takes the likeliest token"),
+    Field("top_k", "Top-k", 0, 200, 1, 0, "Only the k likeliest tokens; 0 keeps all"),
+    Field("top_p", "Top-p", 0, 1, 0.01, 1, "The likeliest tokens that together reach p; 1 keeps all"),
+    Field("min_p", "Min-p", 0, 1, 0.01, 0, "Tokens at least this share as likely as the best one; 0 keeps all"),
+    Field("typical_p", "Typical-p", 0.01, 1, 0.01, 1, "Tokens about as surprising as expected; 1 keeps all"),
+    Field(
+        "repetition_penalty", "Repetition penalty", 0.5, 2, 0.01, 1, "Above 1 makes tokens that were there less likely"
+    ),
+    Field("frequency_penalty", "Frequency penalty", -2, 2, 0.05, 0, "Lowers a token for each time it was generated"),
+    Field("presence_penalty", "Presence penalty", -2, 2, 0.05, 0, "Lowers a token once it was generated"),
+    Field("no_repeat_ngram_size", "No-repeat n-gram", 0, 10, 1, 0, "No run of so many tokens comes twice; 0 is off"),
+)
+LIMIT = Field("max_new_tokens", "Max new tokens", 0, 4096, 1, 0, "0 goes on to the end of the context")
+TEXTS = {
+    "seed": ("Seed", "A number makes an answer repeatable; empty is random"),
+    "stop": ("Stop strings", "One in each line; \\n stands for a line break"),
+    "logit_bias": ("Logit bias", "id:bias in each line, as in 42:-5"),
+}
+NEUTRAL = {field.name: field.neutral for field in FIELDS}
+PRESETS = {
+    "Precise": {"temperature": 0.3, "top_p": 0.9, "repetition_penalty": 1.05},
+    "Balanced": {"temperature": 0.8, "top_p": 0.95, "repetition_penalty": 1.05},
+    "Creative": {"temperature": 1.1, "min_p": 0.05},
+    "Greedy": {"temperature": 0.0},
+}
+DEFAULT = {**NEUTRAL, **PRESETS["Balanced"], "max_new_tokens": 256, "seed": "", "stop": "", "logit_bias": ""}
+MOST_STOPS, MOST_BIASES, LONGEST = 16, 300, 200  # stop strings, biased ids, characters of a stop string
+SEEDS = 2**63
+
+
+def settings_part() -> Part:
+    """The panel; its value holds what `options_of` reads."""
+    fields = [asdict(field) for field in (*FIELDS, LIMIT)]
+    presets = {name: {**NEUTRAL, **values} for name, values in PRESETS.items()}
+    return Part("settings", dict(DEFAULT), fields=fields, texts=TEXTS, presets=presets)
+
+
+def options_of(values: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The options of `generate`, without those that change nothing, so that none is refused that nobody asked for."""
+    values = values or {}
+    numbers = {field.name: _number(field, values.get(field.name, field.neutral)) for field in (*FIELDS, LIMIT)}
+    options: dict[str, Any] = {field.name: numbers[field.name] for field in FIELDS if numbers[field.name] != field.neutral}
+    options["do_sample"] = numbers["temperature"] > 0
+    options["top_k"] = numbers["top_k"]  # left out, it would be 50
+    if not options["do_sample"]:
+        options.pop("temperature", None)
+    if numbers["max_new_tokens"]:
+        options["max_new_tokens"] = numbers["max_new_tokens"]
+    readers = {"seed": _seed, "stop": _stops, "logit_bias": _biases}
+    for name, read in readers.items():
+        if text := str(values.get(name) or "").strip("\n" if name == "stop" else None):
+            options[name] = read(text)
+    return options
+
+
+def _number(field: Field, value: Any) -> float | int:
+    """A control's value within its bounds, whole where its step is."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ArgumentError(f"{field.label} is {value!r}, expected a number from {field.low} to {field.high}") from None
+    if not field.low <= number <= field.high:
+        raise ArgumentError(f"{field.label} is {number:g}, expected {field.low} to {field.high}")
+    return round(number) if field.step == 1 else number
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= SEEDS:
+        raise ArgumentError(
+            f"Seed is {text[:40]!r}, expected a whole number from 0 to 2^63 - 1, or nothing for a random one"
+        )
+    return int(text)
+
+
+def _stops(text: str) -> list[str]:
+    stops = [line.replace("\\n", "\n") for line in text.splitlines() if line]
+    if len(stops) > MOST_STOPS or max(map(len, stops)) > LONGEST:
+        raise ArgumentError(f"Stop strings: at most {MOST_STOPS} lines of at most {LONGEST} characters")
+    return stops
+
+
+def _biases(text: str) -> dict[int, float]:
+    biases: dict[int, float] = {}
+    for line in text.replace(",", "\n").splitlines():
+        if not line.strip():
+            continue
+        try:
+            id, bias = line.split(":")
+            biases[int(id)] = float(bias)
+        except ValueError:
+            raise ArgumentError(f"Logit bias: {line[:40]!r} is not of the form id:bias, as in 42:-5") from None
+    if len(biases) > MOST_BIASES:
+        raise ArgumentError(f"Logit bias: {len(biases)} ids, at most {MOST_BIASES}")
+    return biases

@@ -1,0 +1,106 @@
+"""From a ticket of the engine to what the browser is sent: an append-only text of JSON lines. Knows no page and no Gradio.
+
+Gradio sends a browser only what a generator's text grew by, so an update costs the same however long the answer is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from neox_lite import GPTNeoXTokenizerFast
+from neox_lite.tokenizer import StreamDecoder
+
+from ..engine import Score, Step, Ticket
+
+SECONDS = 0.1  # between two updates, at least
+ALTERNATIVES = 5  # likeliest tokens that are shown beside the one that was chosen
+
+
+async def batches(ticket: Ticket, seconds: float = SECONDS) -> AsyncGenerator[list[Step], None]:
+    """A ticket's steps as they come, those within `seconds` together. Closed early, the job is cancelled."""
+    loop, steps = asyncio.get_running_loop(), aiter(ticket)
+    coming: asyncio.Future[Step] = asyncio.ensure_future(anext(steps))
+    sent, batch = -math.inf, list[Step]()
+    try:
+        while not batch or batch[-1].finish_reason is None:
+            wait = max(0.0, sent + seconds - loop.time()) if batch else None
+            await asyncio.wait({coming}, timeout=wait)
+            if coming.done():
+                batch.append(coming.result())
+                if batch[-1].finish_reason is None:
+                    coming = asyncio.ensure_future(anext(steps))
+            if batch and (batch[-1].finish_reason is not None or loop.time() >= sent + seconds):
+                yield batch
+                if batch[-1].finish_reason is not None:
+                    return
+                sent, batch = loop.time(), []
+    finally:
+        ticket.cancel()
+        coming.cancel()
+
+
+class Feed:
+    """What one answer sends, growing at its end only. value: the whole of it so far."""
+
+    def __init__(self, **first: Any) -> None:
+        self.value = ""
+        self.add(**first)
+
+    def add(self, **line: Any) -> str:
+        self.value += json.dumps(line, separators=(",", ":")) + "\n"
+        return self.value
+
+
+class Meter:
+    """What the status strip says of a job: time to its first token, tokens a second, tokens of the context."""
+
+    def __init__(self, ticket: Ticket, context: int) -> None:
+        self.ticket, self.context, self.tokens = ticket, context, 0
+
+    def count(self, steps: list[Step]) -> None:
+        self.tokens += sum(step.token is not None for step in steps)
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        ticket, used = self.ticket, len(self.ticket.job.prompt) + self.tokens
+        if ticket.first_s is None or ticket.last_s is None:
+            return {"used": used, "context": self.context}
+        after, seconds = self.tokens - 1, ticket.last_s - ticket.first_s
+        return {
+            "used": used,
+            "context": self.context,
+            "tokens": self.tokens,
+            "first": round(ticket.first_s - ticket.submitted_s, 3),
+            "rate": round(after / seconds, 1) if after > 0 and seconds > 0 else None,
+            "reused": ticket.reused_tokens,
+        }
+
+
+class Spans:
+    """Tokens with their probabilities as [text, probability, [[text, probability], …]], those of one character together."""
+
+    def __init__(self, tokenizer: GPTNeoXTokenizerFast) -> None:
+        self.tokenizer, self.decoder = tokenizer, StreamDecoder(tokenizer, skip_special_tokens=True)
+        self.open: Score | None = None  # of the first token of a character that is not complete
+
+    def add(self, token: int, score: Score | None) -> list[list[Any]]:
+        """The span that a token completes; none inside a character."""
+        first = self.open or score
+        if self.open and score and self.open.logprob is not None and score.logprob is not None:
+            first = Score(self.open.logprob + score.logprob, self.open.top)
+        if not (text := self.decoder.put(token)):
+            self.open = first
+            return []
+        self.open = None
+        if first is None or first.logprob is None:
+            return [[text, None, []]]
+        top = [[self.tokenizer.decode([id]), _share(logprob)] for id, logprob in first.top]
+        return [[text, _share(first.logprob), top]]
+
+
+def _share(logprob: float) -> float:
+    return float(f"{math.exp(min(0.0, logprob)):.3g}")
