@@ -16,12 +16,13 @@ import pytest
 from neox_lite import GPTNeoXForCausalLM
 from neox_lite.errors import ArgumentError, ContextLengthError
 from neox_lite.sampling import BOUNDS
-from neox_lite_app.chat import COMMANDS, Terminal, printable
+from neox_lite_app.chat import COMMANDS, Terminal
 from neox_lite_app.cli import build_parser
 from neox_lite_app.conversation import Conversation, Store, read_file
 from neox_lite_app.demo import FOLDER as DEMO
 from neox_lite_app.engine import Engine
 from neox_lite_app.prompt_forms import FORMS
+from neox_lite_app.running import printable
 from neox_lite_app.session import Session
 
 pty, fcntl, termios = (pytest.importorskip(name) for name in ("pty", "fcntl", "termios"))

@@ -10,7 +10,6 @@ import contextlib
 import difflib
 import json
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +24,7 @@ from .conversation import Conversation, Fit, Store, read_file
 from .engine import Engine, Ticket
 from .places import data_folder
 from .prompt_forms import form_named, form_of
-from .running import load, note, sampling
+from .running import load, note, printable, sampling
 from .session import Session
 
 try:
@@ -52,7 +51,6 @@ COMMANDS = {
     "raw": ("", "the prompt as the model sees it"),
     "exit": ("", "leave; so does Ctrl-D, and Ctrl-C where nothing is typed"),
 }
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def chat(args: argparse.Namespace) -> None:
@@ -384,11 +382,6 @@ class Terminal:
     def _save_quietly(self) -> None:
         if self._session.store is not None:
             self._session.store.save(self._session.conversation)
-
-
-def printable(text: str) -> str:
-    """Control characters as \\x1b and the like, but for line breaks and tabs."""
-    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def _number(text: str) -> Any:

@@ -241,6 +241,10 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--revision", help="branch, tag or commit of a hub id")
     _add_json(sub)
 
+    sub = command("list", "shelf", "models on this machine", "show")
+    sub.add_argument("folders", metavar="DIR", nargs="*", help="look there too: a model, or a folder of models")
+    _add_json(sub)
+
     sub = command("info", "inspect_model", "what a model is: architecture, format, sizes")
     sub.add_argument("model", metavar="MODEL")
     sub.add_argument("--revision", help="branch, tag or commit of a hub id")

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -23,6 +24,7 @@ from neox_lite.sampling import BOUNDS
 from neox_lite.saving import parse_bytes
 
 BUSY = 0.3  # load average from which on measurements suffer
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 DRAWS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed")  # without effect in greedy decoding
 
 
@@ -166,6 +168,11 @@ def fold(line: str, width: int | None, hang: int = 0) -> list[str]:
 def note(text: str) -> None:
     """A line for people, on stderr."""
     print(text, file=sys.stderr)
+
+
+def printable(text: str) -> str:
+    """Control characters as \\x1b and the like, but for line breaks and tabs."""
+    return CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def print_json(value: dict[str, Any]) -> None:
