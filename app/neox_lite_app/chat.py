@@ -10,6 +10,7 @@ import contextlib
 import difflib
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -315,7 +316,7 @@ class Terminal:
         self._tell(f"system text: {self._session.conversation.system or 'none (the prompt form may have its own)'}")
 
     def _save(self, name: str) -> None:
-        path, talk = Path(name).expanduser(), self._session.conversation
+        path, talk = _path(name), self._session.conversation
         text = talk.to_markdown() if path.suffix.lower() == ".md" else talk.to_json()
         try:
             with path.open("x", encoding="utf-8", newline="") as file:
@@ -327,12 +328,13 @@ class Terminal:
         self._tell(f"saved as {path}")
 
     def _load(self, name: str) -> None:
-        if name.isdecimal() and 0 < int(name) <= len(self._listed):
-            self._session.conversation = self._store.load(self._listed[int(name) - 1])
-        elif name.isdecimal() and not Path(name).exists():
+        number = int(name) if re.fullmatch("[0-9]{1,5}", name) else 0
+        if 0 < number <= len(self._listed):
+            self._session.conversation = self._store.load(self._listed[number - 1])
+        elif number and not _path(name).exists():
             raise ArgumentError(f"/load {name}: no such number; /list shows them")
         else:
-            self._session.conversation = read_file(Path(name).expanduser())
+            self._session.conversation = read_file(_path(name))
         self._show_again()
 
     def _list(self, _: str) -> None:
@@ -382,6 +384,13 @@ class Terminal:
     def _save_quietly(self) -> None:
         if self._session.store is not None:
             self._session.store.save(self._session.conversation)
+
+
+def _path(name: str) -> Path:
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        raise ArgumentError(f"{name}: there is no such user; give the whole path") from None
 
 
 def _number(text: str) -> Any:
