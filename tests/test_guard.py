@@ -589,8 +589,8 @@ def test_a_login_is_bounded_too():
 
 def test_a_body_that_does_not_come_is_given_up():
     guard, inside = guarded(body_timeout_s=0.05)
-    reply = request(guard, "POST", "/v1/completions", parts=[])
-    assert reply.status == 408 and inside.reached == []
+    waiting = asyncio.wait_for(ask(guard, "POST", "/v1/completions", parts=[]), 20)
+    assert asyncio.run(waiting).status == 408 and inside.reached == []
 
 
 def test_a_server_that_is_closing_takes_nothing_new():
