@@ -70,5 +70,5 @@ def test_the_limits_that_it_names_are_those_of_the_code():
 def test_every_field_stands_in_it():
     known = fields.COMPLETION.keys() | fields.CHAT.keys() | {"include_usage"}
     assert [
-        name for name in sorted(known - {"add_generation_prompt", "model"}) if not re.search(f"`{name}[`.]", TEXT)
+        name for name in sorted(known - {"add_generation_prompt", "model"}) if not re.search(f"[`.]{name}[`.]", TEXT)
     ] == []

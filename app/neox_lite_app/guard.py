@@ -111,6 +111,7 @@ class Guard:
         self.app, self.hosts, self.keys, self.page = app, hosts, keys, page
         self.max_body, self.body_timeout_s = max_body, body_timeout_s
         self.closing = False  # refuse what is new, on connections that are still open
+        self.answering = 0  # requests to the API, whose answers have not ended
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -126,7 +127,12 @@ class Guard:
             receive = await self._whole_body(scope, receive)
         except Refusal as refusal:
             return await _refuse(refusal, send)
-        return await self.app(scope, receive, send)
+        ours = scope["path"].startswith("/v1/")
+        self.answering += ours
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self.answering -= ours
 
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Nothing here is served over websockets; what may come from elsewhere does not even learn that."""

@@ -12,14 +12,16 @@ _PAGE = """\
 <title>neox-lite: key</title>
 <style>
   :root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }
-  body { min-height: 100vh; margin: 0; display: grid; place-items: center }
+  body { min-height: 100vh; margin: 0; display: grid; place-items: center;
+         background: light-dark(#f7f7f4, #131618); color: light-dark(#1d2124, #e4e7e9) }
   form { width: min(20rem, 86vw); display: grid; gap: .75rem }
   h1 { font-size: 1.25rem; margin: 0 }
   p { margin: 0 }
   input, button { font: inherit; padding: .6rem .75rem; border-radius: .5rem; border: 1px solid #767676 }
-  button { background: #1d4ed8; border-color: #1d4ed8; color: #fff; cursor: pointer }
-  :focus-visible { outline: 3px solid #60a5fa; outline-offset: 2px }
-  [role=alert] { color: light-dark(#b00020, #ff8a80) }
+  input { background: light-dark(#ffffff, #1a1e21); color: inherit }
+  button { background: #1f6b58; border-color: #1f6b58; color: #fff; cursor: pointer }
+  :focus-visible { outline: 3px solid light-dark(#1f6b58, #79c9b2); outline-offset: 2px }
+  [role=alert] { color: light-dark(#93231b, #ffb4ad) }
 </style>
 <form method="post" action="/login">
   <h1>neox-lite</h1>

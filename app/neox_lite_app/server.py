@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 KEY_VARIABLE = "NEOX_LITE_API_KEY"
 DRAIN_S = 30.0  # that running answers may take after the first Ctrl-C
-LAST_BYTES_S = 1  # after the last of them; pages keep their connections open without end
+LAST_BYTES_S = 0.2  # for the page to show the last of them
 BACKLOG = 512
 MOST_CONNECTIONS = 1024
 
@@ -210,11 +210,12 @@ def _run(app: ASGIApp, guard: Guard, engine: Engine, listener: socket.socket, ho
             for server in self.servers:
                 server.close()
             deadline = time.monotonic() + DRAIN_S
-            while _busy(engine) and not self.force_exit and time.monotonic() < deadline:
+            while _busy(engine, guard) and not self.force_exit and time.monotonic() < deadline:
                 await asyncio.sleep(0.05)
-            logging.getLogger("uvicorn.error").setLevel(
-                logging.CRITICAL
-            )  # it would report the pages that are still open
+            await asyncio.sleep(LAST_BYTES_S)
+            for connection in list(self.server_state.connections):
+                connection.transport.close()  # pages keep theirs open without end
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # it would report what was cut off
             await super().shutdown(list(sockets or []))
 
     config = uvicorn.Config(
@@ -222,13 +223,13 @@ def _run(app: ASGIApp, guard: Guard, engine: Engine, listener: socket.socket, ho
         http="h11",
         ws="none",
         loop="asyncio",
-        log_level="warning",
+        log_level="error",
         access_log=False,
         proxy_headers=False,  # whoever sends X-Forwarded-For would choose the address that wrong keys count against
         server_header=False,
         backlog=BACKLOG,
         limit_concurrency=MOST_CONNECTIONS,
-        timeout_graceful_shutdown=LAST_BYTES_S,
+        timeout_graceful_shutdown=1,
     )
     server = Server(config)
     try:
@@ -238,6 +239,6 @@ def _run(app: ASGIApp, guard: Guard, engine: Engine, listener: socket.socket, ho
     return 130 if server.force_exit else 0
 
 
-def _busy(engine: Engine) -> bool:
+def _busy(engine: Engine, guard: Guard) -> bool:
     status = engine.status()
-    return status.active > 0 or status.waiting > 0
+    return guard.answering > 0 or status.active > 0 or status.waiting > 0
