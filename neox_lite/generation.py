@@ -153,6 +153,7 @@ class GenerationMixin:
             self.tokenizer = _own_tokenizer(tokenizer)
         config = given.pop("generation_config", None)
         options = Options.parse(as_dict(self.generation_config), as_dict(config), given)
+        options.warn_of_what_is_without_effect(given)
         if options.assistant_model is not None:
             self._check_draft(options.assistant_model)
         return options

@@ -156,12 +156,15 @@ class Options:
             raise ArgumentError(
                 "num_return_sequences above 1 needs do_sample=True and a temperature: greedy sequences are all the same"
             )
-        for name in ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed"):
-            if not sampling.do_sample and layers[-1].get(name) not in (None, 0, getattr(Sampling, name)):
-                warnings.warn(f"{name} is without effect, because do_sample is not set", stacklevel=5)
-        if layers[-1].get("max_length") is not None and options.max_new_tokens is not None:
-            warnings.warn("max_length is without effect, because max_new_tokens is set", stacklevel=5)
         return options
+
+    def warn_of_what_is_without_effect(self, given: Mapping[str, Any]) -> None:
+        """Of a script's own options; those who call it stand three calls above the script."""
+        for name in ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed"):
+            if not self.sampling.do_sample and given.get(name) not in (None, 0, getattr(Sampling, name)):
+                warnings.warn(f"{name} is without effect, because do_sample is not set", stacklevel=5)
+        if given.get("max_length") is not None and self.max_new_tokens is not None:
+            warnings.warn("max_length is without effect, because max_new_tokens is set", stacklevel=5)
 
     def new_tokens(self, prompt_tokens: int, context: int) -> int:
         """How many tokens may follow a prompt. Raises ContextLengthError when they do not fit."""
