@@ -213,6 +213,7 @@ def test_a_piped_line_that_is_not_utf8_ends_with_one_sentence(piped):
 )
 def test_a_wrong_flag_is_one_sentence(piped, words, message):
     code, out, err = piped("x\n", *words)
+    assert ("backend" in err) == (words[1:] == ["template"])  # all else is known before loading
     assert code == 1 and out == "" and message in err.splitlines()[-1] and "Traceback" not in err
 
 

@@ -126,6 +126,10 @@ def test_what_cannot_be_saved_is_refused_when_it_is_said(talk, monkeypatch):
     with pytest.raises(ConversationError, match="4 messages, the most"):
         talk.append("user", "five")
     assert texts(talk) == ["one", "1", "two", "2"]
+    talk.system = "\ud800"
+    with pytest.raises(ConversationError, match="system text holds half a character"):
+        talk.to_json()
+    talk.system = ""
     talk.extend("x" * MAX_BYTES)
     with pytest.raises(ConversationError, match=f"more than the {MAX_BYTES}"):
         talk.to_json()

@@ -24,7 +24,7 @@ from neox_lite.sampling import BOUNDS
 from .conversation import Conversation, Fit, Store, read_file
 from .engine import Engine, Ticket
 from .places import data_folder
-from .prompt_forms import form_named, form_of
+from .prompt_forms import check_name, form_named, form_of
 from .running import load, note, printable, sampling
 from .session import Session
 
@@ -57,7 +57,9 @@ COMMANDS = {
 def chat(args: argparse.Namespace) -> None:
     settings = {**sampling(args), "max_new_tokens": args.max_new_tokens, "stop": args.stop}
     settings = {name: value for name, value in settings.items() if value is not None}
-    check_settings(settings)
+    check_settings(settings)  # bad values are refused before minutes of loading
+    if args.form is not None:
+        check_name(args.form)
     typed = sys.stdin is not None and sys.stdin.isatty()
     store = Store()
     conversation = _newest(store) if args.resume else Conversation()
@@ -78,7 +80,7 @@ def chat(args: argparse.Namespace) -> None:
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
-    """Refuse bad values before minutes of loading."""
+    """Refuse bad values."""
     Options.parse({**settings, "do_sample": True})
 
 

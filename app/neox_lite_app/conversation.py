@@ -187,7 +187,8 @@ class Conversation:
     # JSON ----------------------------------------------------------------------------------------------------------
 
     def to_json(self) -> str:
-        """All of it. Raises ConversationError where it has grown too large to be read again."""
+        """All of it. Raises ConversationError where it could not be read again, being too large for instance."""
+        _text(self.system, "the system text")
         about = {"schema": SCHEMA, "version": VERSION, **{name: getattr(self, name) for name in _ABOUT}}
         text = json.dumps({**about, "messages": [_as_json(m) for m in self.messages.values()]}, ensure_ascii=False)
         return _sized(text + "\n", "the conversation")

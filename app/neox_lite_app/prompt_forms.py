@@ -339,11 +339,14 @@ def form_of(name_or_folder: str, tokenizer: GPTNeoXTokenizerFast, choice: str | 
 
 def form_named(name: str, tokenizer: GPTNeoXTokenizerFast) -> Form:
     """A form by its name in `names`."""
-    if name == TEMPLATE:
-        return TemplateForm.of(tokenizer)
-    if name not in FORMS:
-        raise ArgumentError(f"prompt form: found {name!r}, expected one of {', '.join([*FORMS, TEMPLATE])}")
-    return FORMS[name]
+    check_name(name)
+    return TemplateForm.of(tokenizer) if name == TEMPLATE else FORMS[name]
+
+
+def check_name(name: str) -> None:
+    """Refuse what is no form's name, also before there is a tokenizer."""
+    if name not in (*FORMS, TEMPLATE):
+        raise ArgumentError(f"prompt form: found {name[:100]!r}, expected one of {', '.join([*FORMS, TEMPLATE])}")
 
 
 def names(tokenizer: GPTNeoXTokenizerFast | None = None) -> list[tuple[str, str]]:
