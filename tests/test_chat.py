@@ -408,6 +408,7 @@ def test_the_history_outlives_the_session_and_edit_brings_the_text_back(terminal
     screen.expect("> remember me")
     screen.type(" well\n")
     screen.expect(STATUS)
+    screen.expect("> ")
     screen.type("\x04")
     assert screen.end() == 0
     (conversation,) = saved(environment)
