@@ -329,13 +329,21 @@ def test_nothing_is_dropped_while_all_fits():
 
 @pytest.mark.parametrize("answered", [False, True])
 @pytest.mark.parametrize("room", [9, 10, 16, 17, 150, 283, 284])
-def test_the_fewest_oldest_turns_are_dropped(room, answered):
+def test_the_oldest_turns_are_dropped_until_the_rest_fits(room, answered):
     messages = chat(40, answered=answered)
     found = fit(messages, room, words)
     assert found.tokens == words(found.messages) <= room
     assert list(found.messages) == messages[found.dropped :] and found.messages[0]["role"] == "user"
     if found.dropped:
-        assert words(messages[found.dropped - 2 :]) > room and str(found.dropped) in found.marker
+        assert str(found.dropped) in found.marker
+        assert room < 150 or found.tokens > 0.7 * room  # not many more than must be
+
+
+def test_what_is_dropped_is_the_same_for_several_turns():
+    """Prompts that begin alike are computed once, so the beginning must not move with every turn."""
+    dropped = [fit(chat(turns), 150, words).dropped for turns in range(40, 100)]
+    assert dropped == sorted(dropped) and dropped[0] > 0
+    assert len(set(dropped)) <= 60 / 4 and len(set(dropped)) > 5
 
 
 def test_a_last_message_that_is_too_long_alone_is_refused_with_the_numbers():

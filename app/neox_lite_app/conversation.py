@@ -310,13 +310,15 @@ def fit(messages: Chat, room: int, count: Callable[[Chat], int]) -> Fit:
     """Drop the oldest whole turns (a user's message and its answer) until the prompt takes at most `room` tokens.
 
     messages: of alternating roles, a user's first. count: tokens of the whole prompt made of them, the system text included.
-    The last turn always stays: where it alone is too long, ContextLengthError says so with the numbers.
+    Some turns go together, so that the next prompts begin like this one, and what is in the KV cache serves them. The last turn
+    always stays: where it alone is too long, ContextLengthError says so with the numbers.
     """
     tokens = count(messages)
     if tokens <= room:
         return Fit(messages, 0, tokens)
-    few, many = 1, max(0, len(messages) - 1) // 2  # turns to drop
-    last = tokens = count(messages[2 * many :])
+    steps = _steps(messages, room)
+    few, many = 0, len(steps) - 1
+    last = tokens = count(messages[2 * steps[many] :])
     if last > room:
         raise ContextLengthError(
             f"the last message takes {last} tokens with the system text, and the context leaves room for {max(room, 0)}; "
@@ -324,11 +326,25 @@ def fit(messages: Chat, room: int, count: Callable[[Chat], int]) -> Fit:
         )
     while few < many:  # `many` is known to be enough
         middle = (few + many) // 2
-        if (found := count(messages[2 * middle :])) <= room:
+        if (found := count(messages[2 * steps[middle] :])) <= room:
             many, tokens = middle, found
         else:
             few = middle + 1
-    return Fit(messages[2 * many :], 2 * many, tokens)
+    return Fit(messages[2 * steps[many] :], 2 * steps[many], tokens)
+
+
+def _steps(messages: Chat, room: int) -> list[int]:
+    """How many turns may be dropped: whenever they hold as many bytes more as there is room for tokens, and all but the last.
+
+    A token has three or four bytes, so that is a quarter of the context or so, and the same turns whatever is said later.
+    """
+    turns, size, steps = max(0, len(messages) - 1) // 2, 0, []
+    for turn in range(1, turns):
+        full = size // max(room, 1)
+        size += sum(len(message["content"].encode()) for message in messages[2 * turn - 2 : 2 * turn])
+        if size // max(room, 1) > full:
+            steps.append(turn)
+    return [*steps, turns]
 
 
 # Saved conversations ---------------------------------------------------------------------------------------------------
