@@ -138,6 +138,8 @@ def test_scores_are_the_models_own_log_probabilities(shared):
     for i, score in enumerate(scores[1:]):
         assert score.logprob == pytest.approx(float(logs[i, ids[i + 1]]), abs=0.05)  # activations of 8 bits
         assert len(score.top) == (2 if i + 1 < len(prompt) else 3)
+    spoilt = shared.submit(Job(prompt, options | {"logits_processor": lambda ids, logits: logits.zero_()}, scores=3))
+    assert next(iter(spoilt)).score.top == steps[0].score.top  # whatever is done to the logits afterwards
     plain = list(shared.submit(Job(prompt, options)))
     assert [s.token for s in plain] == [s.token for s in steps] and {s.score for s in plain} == {None}
     echo = shared.submit(Job(prompt, {"max_new_tokens": 0}, prompt_scores=0))
@@ -533,8 +535,10 @@ def test_an_error_that_ends_a_pass_is_told_as_a_fault_until_a_job_ends_well(engi
         raise RuntimeError("CUDA error: an illegal memory access was encountered\nsecond line")
 
     monkeypatch.setattr(engine._model, "step", fail)
-    ends = [list(ticket)[-1] for ticket in [engine.submit(Job([9, i])) for i in range(3)]]
+    tickets = [engine.submit(Job([9, i])) for i in range(3)]
+    ends = [list(ticket)[-1] for ticket in tickets]
     assert {end.finish_reason for end in ends} == {"error"}
+    assert {ticket._row.error for ticket in tickets} == {None}  # its traceback would hold on to tensors
     assert "the engine failed with RuntimeError: CUDA error: an illegal memory access" in ends[0].error
     assert engine.status().fault == ends[0].error
     monkeypatch.undo()
@@ -553,6 +557,7 @@ def test_a_fault_of_the_engine_itself_ends_all_jobs_and_it_goes_on(engine, monke
     ends = [list(ticket)[-1] for ticket in tickets]
     assert {end.finish_reason for end in ends} == {"error"} and "KeyError" in ends[0].error
     wait_until(lambda: not engine._serving)
+    assert engine._model._lasting is None  # who knows what state it was in
     tickets[0].cancel()
     monkeypatch.undo()
     assert list(engine.submit(Job([9], {"max_new_tokens": 3})))[-1].error is None

@@ -241,17 +241,18 @@ def test_the_pace_grows_at_most_twofold_and_a_short_rest_does_not_shrink_it():
 
 
 @pytest.mark.parametrize("budget", [0, 50])
-def test_equal_prompts_are_read_once_and_answered_together(budget):
+@pytest.mark.parametrize(("length", "read"), [(600, [[512], [88]]), (20, [[20]]), (1, [[1]])])
+def test_equal_prompts_are_read_once_and_answered_together(length, read, budget):
     model = Scripted()
     scheduler = scheduler_of(model, budget)
-    rows = [Row([1] * 600, 3, i) for i in range(4)]
+    rows = [Row([1] * length, 3, i) for i in range(4)]
     for row in rows:
         scheduler.add(row)
-    first = run(scheduler, 2)
-    assert model.passes == [[512], [88]] and first == [rows]
+    first = run(scheduler, len(read))
+    assert model.passes == read and first == [rows]
     run(scheduler)
-    assert model.passes[2:] == [[1] * 4] * 2
-    assert [row.reused for row in rows] == [0, 600, 600, 600]
+    assert model.passes[len(read) :] == [[1] * 4] * 2
+    assert [row.reused for row in rows] == [0, *[length] * 3]
 
 
 def test_a_common_beginning_of_a_page_is_read_once_and_a_shorter_one_is_not_waited_for():
@@ -319,6 +320,18 @@ def test_prompts_that_are_scored_are_read_whole_and_in_small_pieces():
     read = [lengths for lengths in model.passes if max(lengths) > 1]
     assert read == [[SCORED_TOKENS], [SCORED_TOKENS], [44], [1, 30]] or read == [[128], [128], [44], [30]]
     assert len(rows[0].scored) == 300 and rows[1].tokens == expected(rows[1].prompt, 4)
+
+
+def test_a_row_that_gives_way_while_its_prompt_is_scored_is_scored_from_the_start():
+    model = Scripted()
+    scheduler = scheduler_of(model, budget=20)
+    scheduler.add(row := Row([i % 7 for i in range(300)], 2, 0, prompt_scores=1))
+    run(scheduler, 2)
+    assert len(row.scored) == 2 * SCORED_TOKENS + 1
+    scheduler._put_back(row)
+    run(scheduler)
+    said = [(token + place + 1) % VOCABULARY for place, token in enumerate(row.prompt[:-1])]
+    assert [score.top[0][0] for score in row.scored[1:]] == said and len(row.tokens) == 2
 
 
 def test_a_row_that_wants_scores_alone_ends_without_a_token():
