@@ -441,6 +441,10 @@ BOTH = [
     *[("response_format", {"type": "text", "other": 1})],
     *[("regex", value) for value in ("(", "x" * 5000, 5, "(?=a)b")],
     *[("guided_json", value) for value in ({"type": "banana"}, "{", 5, [], {"$ref": "http://localhost/x"}, "5")],
+    *[
+        ("guided_json", value)
+        for value in ("[" * 9000, "[" * 200 + "]" * 200, '"\\ud800"', "NaN", "9" * 5000, '{"a":1e999}')
+    ],
     *[("tools", value) for value in ([{"type": "function"}], {}, "x")],
     *[("tool_choice", value) for value in ("required", {"type": "function"})],
     *[("mirostat_mode", 2), ("num_beams", 4), ("dry_multiplier", 0.8), ("guidance_scale", 1.5), ("tfs", 0.9)],

@@ -124,6 +124,7 @@ UNUSABLE = [
         "json",
         {"allOf": [{"anyOf": [{"properties": {f"a{i}{j}": {"type": "string"}}} for j in range(4)]} for i in range(12)]},
     ),
+    *[("json", {"type": "integer", "multipleOf": step}) for step in (True, 0, "2", [2])],
     *[("regex", regex) for regex in ("[", "(?=a)b", "\\b", "(?P<n>a)\\1", "a{5,2}", "*", "\\p{Nowhere}")],
 ]
 HEAVY = [
@@ -165,6 +166,26 @@ def test_what_cannot_be_used_is_refused_in_one_line(vocabulary, kind, value):
         Grammar(vocabulary, constraint(kind, value))
     assert error.value.status == 400 and error.value.param == kind
     assert str(error.value).startswith(f"{kind}: ") and "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [[10_007], [-10_007], [99_999_989], [7, 11, 13], [0.25, 11], [1e-300, 1], [10**300], [0.001, 3], [999, 1000]],
+    ids=str,
+)
+def test_steps_that_would_take_minutes_are_refused(vocabulary, steps):
+    schema = {
+        "anyOf": [{"type": "object", "properties": {"multipleOf": {"type": "number", "multipleOf": s}}} for s in steps]
+    }
+    with pytest.raises(RequestError, match="multipleOf takes too long"):
+        Grammar(vocabulary, constraint("json", schema))
+
+
+@pytest.mark.parametrize("steps", [[7], [0.01], [0.25], [2, 3, 5], [1000], [5, 10, 100]], ids=str)
+def test_usual_steps_are_kept(model, vocabulary, steps):
+    schema = {"type": "number", "minimum": 0, "maximum": 999, "allOf": [{"multipleOf": step} for step in steps]}
+    text, reason, _ = sample(model, vocabulary, constraint("json", schema), 3)
+    assert reason == "length" or all(abs(float(text) / step - round(float(text) / step)) < 1e-6 for step in steps)
 
 
 @pytest.mark.parametrize(("kind", "value"), HEAVY, ids=lambda v: repr(v)[:40])

@@ -593,6 +593,24 @@ def test_a_body_that_does_not_come_is_given_up():
     assert asyncio.run(waiting).status == 408 and inside.reached == []
 
 
+def test_who_leaves_in_the_middle_of_a_body_is_forgotten():
+    guard, inside = guarded()
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/x",
+        "headers": [(b"host", b"localhost")],
+        "client": ("::1", 1),
+    }
+    messages = [{"type": "http.request", "body": b"x", "more_body": True}, {"type": "http.disconnect"}]
+
+    async def receive():
+        return messages.pop(0)
+
+    asyncio.run(guard(scope, receive, None))
+    assert inside.reached == [] and messages == []
+
+
 def test_a_server_that_is_closing_takes_nothing_new():
     guard, inside = guarded()
     guard.closing = True

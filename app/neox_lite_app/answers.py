@@ -7,6 +7,7 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from tokenizers import decoders
@@ -18,6 +19,7 @@ from neox_lite.tokenizer import StreamDecoder, token_bytes
 from .engine import Step, Ticket
 from .prompt_forms import Reader
 
+KNOWN_TOKENS = 1 << 16
 LEAST = -9999.0  # JSON has no -Infinity; OpenAI writes this
 
 
@@ -27,14 +29,16 @@ class Tokens:
     def __init__(self, tokenizer: GPTNeoXTokenizerFast) -> None:
         self._tokenizer = tokenizer
         self._byte_level = isinstance(tokenizer.backend_tokenizer.decoder, decoders.ByteLevel)
+        self.bytes = lru_cache(KNOWN_TOKENS)(self._bytes)  # the likeliest tokens come again and again
+        self.text = lru_cache(KNOWN_TOKENS)(self._text)
 
-    def bytes(self, token: int) -> bytes:
+    def _bytes(self, token: int) -> bytes:
         name = self._tokenizer.convert_ids_to_tokens(token)
         if name is None:  # the model's vocabulary is padded
             return b""
         return token_bytes(name) if self._byte_level else self._tokenizer.decode([token]).encode()
 
-    def text(self, token: int) -> str:
+    def _text(self, token: int) -> str:
         """Its text; for a part of a character OpenAI's notation of bytes."""
         raw = self.bytes(token)
         try:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -167,7 +167,7 @@ class Api:
         exchange = _Exchange(
             choices, shapes, Envelope(shapes, model.id, model.fingerprint), wanted, grammars, self._metrics
         )
-        return _Stream(exchange) if wanted.stream else await exchange.whole(request)
+        return _Stream(exchange) if wanted.stream else await exchange.whole(request, self._aside)
 
     def _submit(self, jobs: Sequence[Job]) -> list[Ticket]:
         """All of a request's jobs, or none."""
@@ -322,10 +322,10 @@ class _Exchange:
         self._choices, self._shapes, self._envelope, self._wanted = choices, shapes, envelope, wanted
         self._grammars, self._metrics = grammars, metrics
 
-    async def whole(self, request: Request) -> Response:
-        """Everything in one piece."""
+    async def whole(self, request: Request, aside: Callable[..., Awaitable[Response]]) -> Response:
+        """Everything in one piece. aside: runs a function beside the event loop; a batch of scored prompts takes seconds."""
         texts: list[list[str]] = [[] for _ in self._choices]
-        scored: list[list[Any]] = [[] for _ in self._choices]
+        scored: list[Scored] = [[] for _ in self._choices]
         try:
             async for choice, text, found in self._pieces(request.receive):
                 if choice is not None:
@@ -333,6 +333,9 @@ class _Exchange:
                     scored[choice.index] += found
         except ClientGone:
             return Response(status_code=CLOSED)
+        return await aside(self._render, texts, scored)
+
+    def _render(self, texts: Sequence[Sequence[str]], scored: Sequence[Scored]) -> Response:
         shown = [
             self._shapes.choice(c.index, "".join(text), found if c.top is not None else None, c.finish_reason)
             for c, text, found in zip(self._choices, texts, scored, strict=True)

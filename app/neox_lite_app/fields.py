@@ -184,8 +184,14 @@ def _biases(name: str, value: Any) -> dict[int, float]:
 
 
 def _schema(name: str, value: Any) -> str:
+    """A schema, also one that is written as a string, as JSON."""
     if not isinstance(value, dict | bool | str):
         _wrong(name, value, "a JSON schema")
+    if isinstance(value, str) and len(value) <= MAX_SCHEMA:
+        try:
+            value = _loads(value)
+        except ValueError as error:
+            raise RequestError(f"{name} is not JSON: {error}", name) from None
     written = value if isinstance(value, str) else json.dumps(value)
     if len(written) > MAX_SCHEMA:
         raise RequestError(f"{name} has {len(written)} characters, expected at most {MAX_SCHEMA}", name)
@@ -395,6 +401,17 @@ REPEATED: dict[str, str] = {
 
 def read_json(raw: bytes) -> dict[str, Any]:
     """A body as an object of bounded depth, of Unicode text and finite numbers."""
+    try:
+        body = _loads(raw.decode("utf-8"))
+    except ValueError as error:
+        raise RequestError(f"the body is not JSON in UTF-8: {error}") from None
+    if not isinstance(body, dict):
+        raise RequestError(f"the body is {reprlib.repr(body)}, expected a JSON object")
+    return body
+
+
+def _loads(text: str) -> Any:
+    """Raises ValueError for what is not JSON or is nested too deep, for numbers without end, and for lone surrogates."""
 
     def finite(word: str) -> float:
         if not math.isfinite(value := float(word)):
@@ -402,19 +419,15 @@ def read_json(raw: bytes) -> dict[str, Any]:
         return value
 
     try:
-        body = json.loads(raw.decode("utf-8"), parse_float=finite, parse_constant=finite)
-        _check_nesting(body)
+        value = json.loads(text, parse_float=finite, parse_constant=finite)
+        _check_nesting(value)
     except RecursionError:
-        raise RequestError(f"the body is nested deeper than {MAX_DEPTH} levels") from None
-    except ValueError as error:  # not UTF-8, not JSON, or a number of thousands of digits
-        raise RequestError(f"the body is not JSON in UTF-8: {error}") from None
-    if not isinstance(body, dict):
-        raise RequestError(f"the body is {reprlib.repr(body)}, expected a JSON object")
-    return body
+        raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels") from None
+    return value
 
 
 def _check_nesting(body: Any) -> None:
-    """Raises ValueError for what is too deep, and for lone surrogates, which no response could carry."""
+    """Raises RecursionError for what is too deep, and ValueError for lone surrogates, which no response could carry."""
     level: list[Any] = [body]
     for _ in range(MAX_DEPTH + 1):
         texts = [value for value in level if isinstance(value, str)]

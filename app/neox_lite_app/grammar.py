@@ -6,7 +6,10 @@ because every mask is computed between two tokens of all sequences.
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Sequence
+from decimal import Decimal
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +33,7 @@ LIMITS: dict[str, Any] = {
     "max_grammar_size": 100_000,
     "verbose_errors": False,
 }
+MOST_REMAINDERS = 1000  # that the multipleOf of a schema make together; nothing else bounds what they cost
 
 
 class Vocabulary:
@@ -72,6 +76,7 @@ class Grammar:
             if constraint.kind == "regex":
                 grammar = LLMatcher.grammar_from_regex(constraint.text)
             else:
+                _check_multiples(constraint)
                 grammar = LLMatcher.grammar_from_json_schema(
                     constraint.text, overrides={"whitespace_pattern": WHITESPACE}
                 )
@@ -120,6 +125,26 @@ class Grammar:
         return np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little").astype(bool)
 
 
+def _check_multiples(constraint: Constraint) -> None:
+    """Raises RequestError for multipleOf values that are too large, alone or by their least common multiple."""
+    values, found = [json.loads(constraint.text)], list[Decimal]()
+    while values:
+        value = values.pop()
+        if isinstance(value, dict):
+            step = value.get("multipleOf")
+            if isinstance(step, int | float) and not isinstance(step, bool):
+                found.append(abs(Decimal(str(step))))
+        values += value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    digits = [step.as_tuple().exponent for step in found]
+    decimals = -min([0, *(digit for digit in digits if isinstance(digit, int))])
+    if math.lcm(*(int(step.scaleb(decimals)) for step in found)) > MOST_REMAINDERS:
+        raise RequestError(
+            f"{constraint.param}: multipleOf takes too long; all values of it, without their decimal points, may have a least "
+            f"common multiple of at most {MOST_REMAINDERS}",
+            constraint.param,
+        )
+
+
 def _line(error: object) -> str:
-    """The first line of a message of theirs, shortened."""
-    return next(iter(str(error).strip().splitlines()), "unusable")[:300]
+    """A message of theirs as one line, shortened."""
+    return " ".join(str(error).removesuffix("<non-verbose/>").split())[:300] or "unusable"

@@ -68,6 +68,10 @@ class Refusal(Exception):
         self.status, self.message, self.code, self.headers = status, message, code, tuple(headers)
 
 
+class _Gone(Exception):
+    """The client has gone before its request was whole."""
+
+
 class Hosts:
     """The names under which this server is reached.
 
@@ -125,6 +129,8 @@ class Guard:
                 return None
             self._check_path(scope)
             receive = await self._whole_body(scope, receive)
+        except _Gone:
+            return None
         except Refusal as refusal:
             return await _refuse(refusal, send)
         ours = scope["path"].startswith("/v1/")
@@ -204,7 +210,7 @@ class Guard:
             return await _html(send, 200, login_page())
         if scope["method"] != "POST":
             raise Refusal(405, "the login takes GET and POST", headers=[("allow", "GET, POST")])
-        body = (await (await self._whole_body(scope, receive))()).get("body", b"")
+        body = (await (await self._whole_body(scope, receive))())["body"]
         given = parse_qs(body.decode("utf-8", "replace"), max_num_fields=8).get("key", [""])[0]
         try:
             known = _try_key(keys, given, scope)
@@ -224,15 +230,14 @@ class Guard:
             raise too_large
         parts: list[bytes] = []
         size = 0
-        message: Message = {}
 
         async def read() -> None:
-            nonlocal size, message
+            nonlocal size
             more = True
             while more:
                 message = await receive()
                 if message["type"] == "http.disconnect":
-                    return
+                    raise _Gone
                 parts.append(message.get("body", b""))
                 size += len(parts[-1])
                 if size > self.max_body:
@@ -245,9 +250,7 @@ class Guard:
             raise Refusal(
                 408, f"the body did not arrive within {self.body_timeout_s:g} s", headers=[("connection", "close")]
             ) from None
-        waiting = [
-            message if message["type"] == "http.disconnect" else {"type": "http.request", "body": b"".join(parts)}
-        ]
+        waiting: list[Message] = [{"type": "http.request", "body": b"".join(parts)}]
 
         async def replay() -> Message:
             return waiting.pop() if waiting else await receive()
