@@ -125,6 +125,7 @@ UNUSABLE = [
         {"allOf": [{"anyOf": [{"properties": {f"a{i}{j}": {"type": "string"}}} for j in range(4)]} for i in range(12)]},
     ),
     *[("json", {"type": "integer", "multipleOf": step}) for step in (True, 0, "2", [2])],
+    *[("json", {"const": "x" * 5000}), ("json", {"type": "string", "pattern": "x?" * 3000})],
     *[("regex", regex) for regex in ("[", "(?=a)b", "\\b", "(?P<n>a)\\1", "a{5,2}", "*", "\\p{Nowhere}")],
 ]
 HEAVY = [

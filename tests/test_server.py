@@ -20,6 +20,7 @@ from neox_lite.errors import ArgumentError, UnsupportedError
 from neox_lite_app import server
 from neox_lite_app.cli import build_parser, main
 from neox_lite_app.demo import FOLDER as DEMO
+from neox_lite_app.guard import PAGE
 from neox_lite_app.server import KEY_VARIABLE
 
 ROOT = Path(__file__).parents[1]
@@ -238,6 +239,62 @@ def test_a_body_in_chunks_ends_at_the_limit_of_the_real_server():
         except (BrokenPipeError, ConnectionResetError):  # it has hung up already
             return
         assert raw.recv(1 << 16).startswith(b"HTTP/1.1 413")
+
+
+# The page -------------------------------------------------------------------------------------------------------------
+
+
+def serve_page(**environment):
+    pytest.importorskip("gradio", reason="needs pip install '.[page]'")
+    return Serving(DEMO, "--port", 0, "--device", "cpu", **environment)
+
+
+def test_the_page_is_served_and_what_the_environment_says_of_gradio_is_ignored(tmp_path):
+    secret = tmp_path / "secret.txt"
+    secret.write_text("secret")
+    hostile = {"GRADIO_SHARE": "True", "GRADIO_ALLOWED_PATHS": "/", "GRADIO_VIBE_MODE": "1", "GRADIO_ROOT_PATH": "/x"}
+    hostile |= {"GRADIO_ANALYTICS_ENABLED": "True", "GRADIO_MCP_SERVER": "True", "GRADIO_SSR_MODE": "True"}
+    with serve_page(**hostile) as serving:
+        reply = serving.ask("GET", "/")
+        page = reply.read().decode()
+        assert reply.status == 200 and '"title":"neox-lite"' in page
+        config = json.load(serving.ask("GET", "/config"))
+        assert config["root"] == f"http://127.0.0.1:{serving.port}" and not config.get("mcp_server")
+        assert config["vibe_mode"] is config["analytics_enabled"] is False
+        for path in ("/gradio_api/file=", "/file=", "/gradio_api/proxy=http://"):
+            assert serving.ask("GET", f"{path}{secret}").status == 404
+        assert serving.ask("POST", "/gradio_api/upload", {}).status == 404
+        assert serving.ask("POST", "/gradio_api/vibe-edit", {}).status == 404
+
+
+def test_of_gradios_routes_only_those_of_a_page_are_let_through():
+    pytest.importorskip("gradio", reason="needs pip install '.[page]'")
+    code = (
+        "import gradio, json; from fastapi import FastAPI\n"
+        "page = gradio.mount_gradio_app(FastAPI(), gradio.Blocks(), '').routes[-1].app\n"
+        "inner = [getattr(r, 'original_router', None) for r in page.routes]\n"  # newer FastAPIs keep routers as they are
+        "print(json.dumps([r.path for r in [*page.routes, *(r for i in inner if i for r in i.routes)] if hasattr(r, 'path')]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=LONG)
+    routes = json.loads(done.stdout.splitlines()[-1])
+    assert len(routes) > 50 and any("file=" in route for route in routes)
+    let = {route for route in routes if PAGE.fullmatch(re.sub("{[^}]*}", "x", route))}
+    assert {route.rstrip("/") for route in let} <= {
+        *("", "/config", "/theme.css", "/robots.txt", "/manifest.json", "/favicon.ico"),
+        *("/static/{path:path}", "/assets/{path:path}", "/svelte/{path:path}"),
+        *("/gradio_api/info", "/gradio_api/theme.css", "/gradio_api/startup-events", "/gradio_api/app_id"),
+        *("/gradio_api/heartbeat/{session_hash}", "/gradio_api/queue/join", "/gradio_api/queue/data"),
+        *("/gradio_api/cancel", "/gradio_api/reset"),
+    }
+
+
+@posix
+def test_a_page_that_is_open_does_not_hold_the_server():
+    with serve_page() as serving:
+        beat = serving.ask("GET", "/gradio_api/heartbeat/abc")
+        assert beat.status == 200
+        code, _, err = serving.end(signal.SIGTERM)
+        assert code == 0 and "Traceback" not in err
 
 
 # End ------------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from neox_lite import GPTNeoXTokenizerFast
 
-from .fields import Constraint, RequestError
+from .fields import MAX_REGEX, Constraint, RequestError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -76,7 +76,7 @@ class Grammar:
             if constraint.kind == "regex":
                 grammar = LLMatcher.grammar_from_regex(constraint.text)
             else:
-                _check_multiples(constraint)
+                _check_schema(constraint)
                 grammar = LLMatcher.grammar_from_json_schema(
                     constraint.text, overrides={"whitespace_pattern": WHITESPACE}
                 )
@@ -125,19 +125,25 @@ class Grammar:
         return np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little").astype(bool)
 
 
-def _check_multiples(constraint: Constraint) -> None:
-    """Raises RequestError for multipleOf values that are too large, alone or by their least common multiple."""
-    values, found = [json.loads(constraint.text)], list[Decimal]()
+def _check_schema(constraint: Constraint) -> None:
+    """Raises RequestError for what llguidance's own limits do not bound: long texts, and multipleOf values that are large
+    alone or by their least common multiple."""
+    values, steps = [json.loads(constraint.text)], list[Decimal]()
     while values:
         value = values.pop()
+        if isinstance(value, str) and len(value) > MAX_REGEX:
+            raise RequestError(
+                f"{constraint.param}: one of its texts has {len(value)} characters, expected at most {MAX_REGEX}",
+                constraint.param,
+            )
         if isinstance(value, dict):
             step = value.get("multipleOf")
             if isinstance(step, int | float) and not isinstance(step, bool):
-                found.append(abs(Decimal(str(step))))
+                steps.append(abs(Decimal(str(step))))
         values += value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
-    digits = [step.as_tuple().exponent for step in found]
+    digits = [step.as_tuple().exponent for step in steps]
     decimals = -min([0, *(digit for digit in digits if isinstance(digit, int))])
-    if math.lcm(*(int(step.scaleb(decimals)) for step in found)) > MOST_REMAINDERS:
+    if math.lcm(*(int(step.scaleb(decimals)) for step in steps)) > MOST_REMAINDERS:
         raise RequestError(
             f"{constraint.param}: multipleOf takes too long; all values of it, without their decimal points, may have a least "
             f"common multiple of at most {MOST_REMAINDERS}",
