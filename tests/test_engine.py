@@ -16,8 +16,10 @@ import pytest
 import torch
 
 from neox_lite import GPTNeoXForCausalLM
+from neox_lite.cache import PagePool
 from neox_lite.errors import ArgumentError, CacheError, ContextLengthError, UnsupportedError
 from neox_lite.kernels import dispatch
+from neox_lite.row import Row
 from neox_lite_app.demo import FOLDER as DEMO
 from neox_lite_app.engine import Busy, Engine, Job, NotLoaded, Step, Ticket, sentence
 
@@ -598,15 +600,11 @@ def test_sentences_are_one_line_and_name_what_failed():
 
 
 def test_memory_returns_to_where_it_was(shared):
-    """500 jobs of all kinds later, nothing more refers to rows, tickets, sequences or pools."""
-    from neox_lite.cache import PagePool
-    from neox_lite.cache import Sequence as CachedSequence
-    from neox_lite.row import Row
+    """500 jobs of all kinds later, nothing more refers to rows, tickets or pools."""
 
     def count() -> Counter:
         gc.collect()
-        kinds = (Row, Ticket, PagePool, CachedSequence)
-        return Counter(type(thing).__name__ for thing in gc.get_objects() if type(thing) in kinds)
+        return Counter(type(thing) for thing in gc.get_objects() if type(thing) in (Row, Ticket, PagePool))
 
     choice, wanted = random.Random(1), {"max_new_tokens": 4}
     list(shared.submit(Job([5], wanted)))
