@@ -518,6 +518,9 @@ def test_the_nearest_name_is_offered(url):
         b'{"prompt": "\\ud800"}',
         b'{"\\ud800": 1}',
         b'{"prompt": ["\\udfff"]}',
+        b'{"prompt": "x", "user": "\\ud800"}',
+        b'{"prompt": "x", "metadata": [NaN]}',
+        b'{"prompt": "x", "metadata": [-1e999]}',
         b'{"prompt": "x", "temperature": NaN}',
         b'{"prompt": "x", "temperature": Infinity}',
         b'{"prompt": "x", "temperature": 1e999}',
@@ -647,15 +650,38 @@ def test_who_leaves_stops_the_work_within_a_token(engine, url):
     assert len(seen) < 240
 
 
+def test_who_leaves_is_counted_as_such(engine):
+    app, gone = application(engine), asyncio.Event()
+    body = json.dumps({"prompt": PROMPT, "max_tokens": 400, "ignore_eos": True}).encode()
+
+    async def leave():
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "client": ("::1", 1)}
+        scope["headers"] = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+        messages = [{"type": "http.request", "body": body}, {"type": "http.disconnect"}]
+        sent = []
+
+        async def receive():
+            return messages.pop(0) if messages else await gone.wait()
+
+        async def send(message):
+            sent.append(message)
+
+        await app(scope, receive, send)
+        return sent[0]["status"]
+
+    assert asyncio.run(leave()) == api.CLOSED and idle(engine)
+
+
 def test_a_full_queue_answers_429_and_recovers():
     with demo_engine(sequences=1, waiting=1) as engine, serving(application(engine)) as url:
         body = {"prompt": PROMPT, "max_tokens": 400, "stream": True, "ignore_eos": True}
         with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as first:
             next(first.iter_bytes())
-            reply = post(url, "/v1/completions", {"prompt": [PROMPT] * 4, "max_tokens": 2})
+            reply = post(url, "/v1/completions", {"prompt": [PROMPT] * 4, "max_tokens": 400})
             assert reply.status_code == 429 and reply.json()["error"]["code"] == "rate_limit_exceeded"
             assert int(reply.headers["retry-after"]) >= 1
-        assert idle(engine)  # what fitted of the refused request was taken back
+            assert engine.status().waiting == 0  # what fitted of the refused request was taken back
+        assert idle(engine)
         assert post(url, "/v1/completions", {"prompt": PROMPT, "max_tokens": 2}).status_code == 200
 
 

@@ -313,7 +313,7 @@ def test_an_idle_server_ends_at_once_and_in_order(number):
 
 
 def closing(serving):
-    """Wait until the signal has arrived: nothing new is taken."""
+    """Wait until the signal has arrived."""
     with contextlib.suppress(ConnectionError):
         while serving.ask("GET", "/health").status != 503:
             pass
@@ -322,12 +322,20 @@ def closing(serving):
 @posix
 def test_a_running_answer_is_finished_and_nothing_new_is_taken():
     with serve_demo() as serving:
-        reply = answer(serving, 450)
+        kept = http.client.HTTPConnection(serving.host, serving.port, timeout=LONG)  # it stays open
+        reply = answer(serving, 450, n=16)
         reply.read(1)
         serving.process.send_signal(signal.SIGTERM)
+        status = 200
+        while status == 200:
+            kept.request("GET", "/health")
+            response = kept.getresponse()
+            response.read()
+            status = response.status
+        assert status == 503
         closing(serving)
         text = reply.read().decode()
-        assert text.endswith("data: [DONE]\n\n") and '"finish_reason":"length"' in text
+        assert text.endswith("data: [DONE]\n\n") and text.count('"finish_reason":"length"') == 16
         code, _, err = serving.end()
         assert code == 0 and "Traceback" not in err
 

@@ -291,8 +291,6 @@ class _Steps:
     async def _watch(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
-        for choice in self._choices:
-            choice.ticket.cancel()  # now, not when the reader comes to it
         self._queue.put_nowait(ClientGone())
 
     async def _tick(self) -> None:
