@@ -28,10 +28,10 @@ def application(engine, keys=None, hosts=None, **options):
 
 
 @contextlib.contextmanager
-def serving(app):
-    """The address of the application behind a real server."""
+def serving(app, lifespan="off"):
+    """The address of the application behind a real server. lifespan: "on" for the page, whose queue starts by it."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        config = uvicorn.Config(app, http="h11", ws="none", log_level="critical", lifespan="off")
+        config = uvicorn.Config(app, http="h11", ws="none", log_level="critical", lifespan=lifespan)
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()

@@ -9,7 +9,7 @@ import gradio as gr
 from ..conversation import Store
 from ..engine import Engine
 from . import chat_tab, model_tab, notebook
-from .components import Part
+from .components import part
 from .events import Running
 from .settings import settings_part
 from .style import looks
@@ -21,10 +21,10 @@ def build_page(engine: Engine, args: argparse.Namespace, store: Store | None = N
     """The page over an engine, to be mounted with `looks()`. args: those of `neox-lite serve`."""
     running = Running()
     with gr.Blocks(title="neox-lite", analytics_enabled=False, fill_height=True) as page:
-        effects = Part("effects")
+        effects = part("effects")
         models = model_tab.Tab(engine, args, effects)
         chats = chat_tab.Tab(engine, store or Store(), running, args.form, effects)
-        Part("header")
+        part("header")
         with gr.Row(elem_id="nx-stage"):
             with gr.Column(elem_id="nx-view-model", elem_classes="nx-view"):
                 models.build()

@@ -24,7 +24,12 @@ from .events import sentence, unforeseen
 
 FORMATS = ("int4", "int8")
 FRESH_S = 60.0  # for so long free memory counts as what it was
-LEVELS = {GPU: ("gpu", "GPU"), MIXED: ("offload", "GPU + CPU"), CPU: ("cpu", "CPU"), DISK: ("disk", "from disk")}
+LEVELS = {  # the badge's colour, and where the model would run
+    GPU: ("fits", "fits the GPU"),
+    MIXED: ("offload", "GPU + CPU"),
+    CPU: ("fits", "fits the CPU"),
+    DISK: ("disk", "from the disk"),
+}
 Badge = dict[str, Any]
 log = logging.getLogger(__name__)
 
@@ -89,16 +94,15 @@ class Badges:
             return {"error": sentence(error)}
         total = size(found.sizes.total)
         if not plan.fits:
-            short = f"does not fit: {size(plan.short_by)} of memory short"
-            return {"level": "no", "text": f"does not fit, {total}", "rate": "", "sentence": short}
-        level, name = LEVELS[plan.level]
+            short = f"{found.format} does not fit: {size(plan.short_by)} of memory short"
+            return {"level": "no", "text": f"does not fit · {total}", "rate": "", "sentence": short}
+        level, where = LEVELS[plan.level]
         rate = plan.decode_tokens_per_s
         words = (
             f"{found.format}, runs {WHERE[plan.level]} in {size(sum(plan.totals.values()))}, predicted {speed_of(rate)}"
         )
-        short_rate = "" if rate is None else f"~{rate:.0f} tok/s" if rate >= 10 else f"~{rate:.1f} tok/s"
-        text = f"{'fits ' if level in ('gpu', 'cpu') else ''}{name}, {total}"
-        return {"level": level, "text": text, "rate": short_rate, "sentence": words}
+        short_rate = "" if rate is None else f"~{rate:.{0 if rate >= 10 else 1}f} tokens/s"
+        return {"level": level, "text": f"{where} · {total}", "rate": short_rate, "sentence": words}
 
     def _context(self, model: Model) -> int:
         return min(self._args.context or model.sizes.context, model.sizes.context)

@@ -14,7 +14,7 @@ from ..conversation import Conversation, Message, Store, imported
 from ..engine import Engine
 from ..prompt_forms import names
 from .chat import Asked, Chat
-from .components import Part
+from .components import part
 from .events import Running, Update, effect, in_sentences, text_of, told
 from .settings import options_of
 
@@ -50,18 +50,18 @@ def edit(conversation: Conversation, event: gr.EventData) -> Message | None:
 class Tab:
     """Event handlers, as Gradio calls them. Each yields new values of parts; nothing of a browser tab is kept between two."""
 
-    def __init__(self, engine: Engine, store: Store, running: Running, form: str | None, effects: Part) -> None:
+    def __init__(self, engine: Engine, store: Store, running: Running, form: str | None, effects: gr.HTML) -> None:
         self.chat, self.store, self.default_form, self.effects = Chat(engine, store, running), store, form, effects
         self.running = running
 
     def build(self) -> None:
         """Lay the tab out."""
         with gr.Row(elem_id="nx-chat"):
-            self.conversations = Part(
+            self.conversations = part(
                 "conversations", {"entries": [], "current": ""}, ("open", "new", "rename", "delete", "import")
             )
             with gr.Column(elem_id="nx-talk"):
-                self.transcript = Part(
+                self.transcript = part(
                     "transcript", None, ("regenerate", "edit", "continue", "switch", "branch", "export", "raw")
                 )
                 with gr.Accordion("System text and prompt form", open=False, elem_id="nx-system"):
@@ -74,11 +74,11 @@ class Tab:
                     )
                     forms = [("Automatic: the model's own", AUTO), *names()]
                     self.form = gr.Dropdown(forms, value=AUTO, label="Prompt form", elem_id="nx-form", filterable=False)
-                self.composer = Part("composer", None, ("send", "stop"))
-        self.feed = Part("chat-feed")
+                self.composer = part("composer", None, ("send", "stop"))
+        self.feed = part("chat-feed")
         self.current = gr.Textbox(visible=False)  # the id of the conversation shown
 
-    def wire(self, page: gr.Blocks, settings: Part) -> None:
+    def wire(self, page: gr.Blocks, settings: gr.HTML) -> None:
         """Say which event goes where."""
         shown = [self.conversations, self.transcript, self.system, self.composer, self.feed, self.current, self.effects]
         about = [self.current, self.system]
@@ -164,7 +164,9 @@ class Tab:
     async def new(self, id: str, system: str, event: gr.EventData, request: gr.Request) -> AsyncGenerator[Update, None]:
         yield self._go(Conversation(), request)
 
-    async def open(self, id: str, system: str, event: gr.EventData, request: gr.Request) -> AsyncGenerator[Update, None]:
+    async def open(
+        self, id: str, system: str, event: gr.EventData, request: gr.Request
+    ) -> AsyncGenerator[Update, None]:
         yield self._go(self.store.load(text_of(event, "id")), request)
 
     async def switch(self, id: str, system: str, event: gr.EventData) -> AsyncGenerator[Update, None]:
@@ -173,7 +175,9 @@ class Tab:
         self.store.save(conversation)
         yield self._show(conversation)
 
-    async def branch(self, id: str, system: str, event: gr.EventData, request: gr.Request) -> AsyncGenerator[Update, None]:
+    async def branch(
+        self, id: str, system: str, event: gr.EventData, request: gr.Request
+    ) -> AsyncGenerator[Update, None]:
         conversation = self._load(id, system).branch(text_of(event, "id"))
         self.store.save(conversation)
         yield self._go(conversation, request)
@@ -182,7 +186,9 @@ class Tab:
         self.store.rename(text_of(event, "id"), text_of(event, "title"))
         yield self._show(self._load(id, system))
 
-    async def delete(self, id: str, system: str, event: gr.EventData, request: gr.Request) -> AsyncGenerator[Update, None]:
+    async def delete(
+        self, id: str, system: str, event: gr.EventData, request: gr.Request
+    ) -> AsyncGenerator[Update, None]:
         gone = text_of(event, "id")
         if gone == id:
             self.running.stop(request.session_hash or "", "chat")
@@ -206,7 +212,9 @@ class Tab:
         kind = ("md", "text/markdown") if markdown else ("json", "application/json")
         yield {self.effects: effect("download", name=f"{name}.{kind[0]}", type=kind[1], text=text)}
 
-    async def import_(self, id: str, system: str, event: gr.EventData, request: gr.Request) -> AsyncGenerator[Update, None]:
+    async def import_(
+        self, id: str, system: str, event: gr.EventData, request: gr.Request
+    ) -> AsyncGenerator[Update, None]:
         conversation = imported(text_of(event, "text"), text_of(event, "name")[:200])
         self.store.save(conversation)
         yield self._go(conversation, request)

@@ -12,24 +12,18 @@ from typing import Any
 import gradio as gr
 
 
-class Part(gr.HTML):
-    """A part of the page. kind: the function of `neox.parts` that runs it; emits: the events it sends to Python."""
+def part(kind: str, value: Any = None, emits: tuple[str, ...] = (), **props: Any) -> gr.HTML:
+    """A part of the page. kind: the function of `neox.parts` that runs it; emits: its events; props: fixed values it reads.
 
-    def __init__(
-        self,
-        kind: str,
-        value: Any = None,
-        emits: tuple[str, ...] = (),
-        **props: Any,
-    ) -> None:
-        """props: fixed values that it reads."""
-        super().__init__(
-            value=value,
-            html_template="",
-            # Gradio wires up an event where its quoted name stands in this text.
-            js_on_load=f"neox.mount({json.dumps(kind)}, element, props, trigger, watch, {json.dumps(emits)})",
-            apply_default_css=False,
-            elem_id=f"nx-{kind}",
-            elem_classes=["nx"],
-            **props,
-        )
+    Traps: a subclass would make Gradio write a stub file beside this one; events named "load" and "unload" come by themselves.
+    """
+    return gr.HTML(
+        value=value,
+        html_template="",
+        # Gradio listens to an event where its quoted name stands in this text.
+        js_on_load=f"neox.mount({json.dumps(kind)}, element, props, trigger, watch, {json.dumps(emits)})",
+        apply_default_css=False,
+        elem_id=f"nx-{kind}",
+        elem_classes=["nx"],
+        **props,
+    )

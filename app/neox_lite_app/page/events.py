@@ -14,7 +14,6 @@ import gradio as gr
 from neox_lite.errors import ArgumentError, NeoxLiteError
 
 from ..engine import Ticket
-from .components import Part
 
 Update = dict[Any, Any]  # component -> its new value; others stay as they are
 Handler = Callable[..., AsyncGenerator[Update, None]]
@@ -26,7 +25,7 @@ def effect(do: str, **what: Any) -> dict[str, Any]:
     return {"do": do, "id": secrets.token_hex(8), **what}
 
 
-def in_sentences(effects: Part) -> Callable[[Handler], Handler]:
+def in_sentences(effects: gr.HTML) -> Callable[[Handler], Handler]:
     """Errors of a handler become notices on the page; those that nobody foresaw are logged whole."""
 
     def around(handler: Handler) -> Handler:

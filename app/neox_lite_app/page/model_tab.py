@@ -19,9 +19,9 @@ from ..family import FAMILY, Member
 from ..places import data_folder
 from ..prompt_forms import form_of
 from .badges import Badges
-from .components import Part
+from .components import part
 from .events import Update, in_sentences, text_of
-from .work import Work
+from .work import DEMO_NAME, Work, name_of
 
 TIERS = ("gpu", "cpu", "disk")
 LONGEST = 4096  # characters of a folder's path
@@ -41,21 +41,21 @@ class Local:
 class Tab:
     """Event handlers, as Gradio calls them, of the Model tab and the status strip."""
 
-    def __init__(self, engine: Engine, args: argparse.Namespace, effects: Part) -> None:
+    def __init__(self, engine: Engine, args: argparse.Namespace, effects: gr.HTML) -> None:
         self.engine, self.args, self.effects = engine, args, effects
         self.work, self.badges = Work(engine, args), Badges(engine, args)
 
     def build(self) -> None:
-        self.models = Part("models", None, ("list", "start", "quantize", "cancel", "unload", "dismiss"))
+        self.models = part("models", None, ("list", "start", "quantize", "cancel", "release", "dismiss"))
 
     def build_status(self) -> None:
-        self.status = Part("status", None, ("poll",))
+        self.status = part("status", None, ("poll",))
         told_of = in_sentences(self.effects)
         quiet: Any = {"show_progress": "hidden", "api_visibility": "private"}
         shown = [self.status, self.models, self.effects]
         self.models.list(told_of(self.list), None, shown, **quiet)
         self.status.poll(told_of(self.poll), None, shown, **quiet)
-        for name in ("start", "quantize", "cancel", "unload", "dismiss"):
+        for name in ("start", "quantize", "cancel", "release", "dismiss"):
             getattr(self.models, name)(told_of(self._doing(getattr(self, name))), None, shown, **quiet)
 
     # What the browser shows -------------------------------------------------------------------------------------------
@@ -87,7 +87,7 @@ class Tab:
             known = self._known(status.name)
         return {
             "state": status.state,
-            "name": Path(status.name).name.replace("_", " ") if status.name else None,
+            "name": name_of(status.name) if status.name else None,
             "active": status.active,
             "waiting": status.waiting,
             "memory": memory,
@@ -126,7 +126,7 @@ class Tab:
     def cancel(self, event: gr.EventData) -> None:
         self.work.cancel()
 
-    def unload(self, event: gr.EventData) -> None:
+    def release(self, event: gr.EventData) -> None:
         self.engine.unload()
 
     def dismiss(self, event: gr.EventData) -> None:
@@ -144,5 +144,5 @@ def local_models(given: str | None) -> list[Local]:
     """The demo, the model that `serve` was given, and the user's own."""
     own = data_folder("models")
     folders = sorted(f for f in own.iterdir() if (f / "config.json").is_file()) if own.is_dir() else []
-    found = [Local(str(DEMO), "Shakespeare demo", "Bundled: 8 MB, a base model that writes plays")]
+    found = [Local(str(DEMO), DEMO_NAME, "Bundled with neox-lite: a base model of 8 MB that writes plays", plain=True)]
     return found + [Local(str(folder), folder.name, "") for folder in folders]

@@ -13,7 +13,7 @@ import gradio as gr
 from neox_lite.errors import NeoxLiteError
 
 from ..engine import Engine, Job
-from .components import Part
+from .components import part
 from .events import Running, Update, in_sentences, sentence, text_of, told
 from .settings import options_of
 from .stream import ALTERNATIVES, Feed, Meter, Spans, batches
@@ -24,20 +24,22 @@ MOST_SCORED = 100_000  # characters of a text that is scored
 class Book(NamedTuple):
     """The tab's parts."""
 
-    page: Part
-    feed: Part
+    page: gr.HTML
+    feed: gr.HTML
 
 
 def build() -> Book:
     """Lay the tab out."""
-    return Book(Part("notebook", emits=("complete", "score", "stop")), Part("notebook-feed"))
+    return Book(part("notebook", emits=("complete", "score", "stop")), part("notebook-feed"))
 
 
-def wire(engine: Engine, book: Book, settings: Part, effects: Part, running: Running) -> None:
+def wire(engine: Engine, book: Book, settings: gr.HTML, effects: gr.HTML, running: Running) -> None:
     """Say which event goes where."""
     page, feed = book
 
-    async def complete(values: dict[str, Any], event: gr.EventData, request: gr.Request) -> AsyncGenerator[Update, None]:
+    async def complete(
+        values: dict[str, Any], event: gr.EventData, request: gr.Request
+    ) -> AsyncGenerator[Update, None]:
         text, scores = text_of(event, "text"), bool(told(event).get("scores"))
         answer = _complete(engine, running, text, values, scores, request.session_hash or "")
         async with aclosing(_ended(answer)) as values_of_feed:

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import gradio as gr
+
 from neox_lite.errors import ArgumentError
 
-from .components import Part
+from .components import part
 
 
 @dataclass(frozen=True)
@@ -55,18 +57,20 @@ MOST_STOPS, MOST_BIASES, LONGEST = 16, 300, 200  # stop strings, biased ids, cha
 SEEDS = 2**63
 
 
-def settings_part() -> Part:
+def settings_part() -> gr.HTML:
     """The panel; its value holds what `options_of` reads."""
     fields = [asdict(field) for field in (*FIELDS, LIMIT)]
     presets = {name: {**NEUTRAL, **values} for name, values in PRESETS.items()}
-    return Part("settings", dict(DEFAULT), fields=fields, texts=TEXTS, presets=presets)
+    return part("settings", dict(DEFAULT), fields=fields, texts=TEXTS, presets=presets)
 
 
 def options_of(values: Mapping[str, Any] | None) -> dict[str, Any]:
     """The options of `generate`, without those that change nothing, so that none is refused that nobody asked for."""
     values = values or {}
     numbers = {field.name: _number(field, values.get(field.name, field.neutral)) for field in (*FIELDS, LIMIT)}
-    options: dict[str, Any] = {field.name: numbers[field.name] for field in FIELDS if numbers[field.name] != field.neutral}
+    options: dict[str, Any] = {
+        field.name: numbers[field.name] for field in FIELDS if numbers[field.name] != field.neutral
+    }
     options["do_sample"] = numbers["temperature"] > 0
     options["top_k"] = numbers["top_k"]  # left out, it would be 50
     if not options["do_sample"]:

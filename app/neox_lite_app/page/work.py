@@ -14,13 +14,20 @@ from typing import Any
 from neox_lite import GPTNeoXForCausalLM
 from neox_lite.errors import NeoxLiteError
 
+from ..demo import FOLDER as DEMO
 from ..engine import Busy, Engine
 from ..places import data_folder
 from ..plan import Model, largest_group
 from ..running import describe, load
 from .events import sentence, unforeseen
 
+DEMO_NAME = "Shakespeare demo"
 log = logging.getLogger(__name__)
+
+
+def name_of(model: str) -> str:
+    """What people call a folder or hub id."""
+    return DEMO_NAME if model == str(DEMO) else Path(model).name
 
 
 class Cancelled(NeoxLiteError):
@@ -69,11 +76,11 @@ class Work:
 
     def load(self, model: str) -> None:
         """Start to load a folder or hub id."""
-        self._start("load", f"Loading {Path(model).name}", lambda task: self._load(model, task))
+        self._start("load", f"Loading {name_of(model)}", lambda task: self._load(model, task))
 
     def quantize(self, source: str, format: str) -> None:
         """Start to quantize a folder or hub id into a folder among the user's models."""
-        title = f"Quantizing {Path(source).name} to {format}"
+        title = f"Quantizing {name_of(source)} to {format}"
         self._start("quantize", title, lambda task: self._quantize(source, format, task))
 
     def cancel(self) -> None:

@@ -54,14 +54,14 @@ neox.parts.models = (element, props, trigger, watch) => {
       h("div", { class: "what" }, h("p", { class: "muted" }, status.state === "idle" ? "Asleep: its memory is free, the next message wakes it" : "Loaded"),
         h("h2", {}, status.name), h("p", { class: "muted" }, status.about || "")),
       h("div", { class: "do" }, action("Chat", () => neox.go("chat"), !status.base), action("Notebook", () => neox.go("notebook"), status.base),
-        action("Unload", () => trigger("unload", {}))))]
+        action("Unload", () => trigger("release", {}))))]
       : [h("section", { class: "hello" }, h("h2", {}, "Choose a model"),
         h("p", {}, "Start with the demo: it is here already, tiny, and runs on anything. Everything stays on this computer."))]));
   };
 
   let shown = "", version = null, ended = "";
   const drawTask = (task) => {
-    if (!task) return work.replaceChildren();
+    if (!task || (task.kind === "load" && task.state === "done")) return work.replaceChildren();
     const share = task.total ? task.done / task.total : null;
     const bar = h("progress", { max: "1", "aria-label": task.title, ...(share === null ? {} : { value: String(share) }) });
     const amount = share === null ? "" : `${Math.floor(share * 100)} %, ${neox.bytes(task.done)} of ${neox.bytes(task.total)}`;

@@ -187,17 +187,22 @@ neox.parts.notebook = (element, props, trigger) => {
       h("div", { class: other === text ? "row chosen" : "row" }, h("code", {}, visible(other)),
         h("span", { class: "meter", "aria-hidden": "true", style: `--share: ${p}` }), h("b", {}, percent(p)))));
     alternatives.hidden = false;
+    place(chip);
+  };
+  const place = (chip) => {
     const [box, size] = [chip.getBoundingClientRect(), alternatives.getBoundingClientRect()];
     alternatives.style.left = `${Math.max(8, Math.min(box.left, window.innerWidth - size.width - 8))}px`;
     alternatives.style.top = `${box.bottom + size.height + 12 > window.innerHeight ? box.top - size.height - 6 : box.bottom + 6}px`;
   };
-  const chipOf = (event) => event.target.closest?.(".token");
-  tokens.addEventListener("mouseover", (event) => chipOf(event)?.span && reveal(chipOf(event)));
-  tokens.addEventListener("mouseleave", hide);
-  tokens.addEventListener("focusin", (event) => chipOf(event)?.span && reveal(chipOf(event)));
+  /** Away from the mouse, what has the focus counts. */
+  const settle = () => (chipAt(document.activeElement)?.span ? reveal(document.activeElement) : hide());
+  const chipAt = (node) => node.closest?.(".tokens .token");
+  tokens.addEventListener("mouseover", (event) => chipAt(event.target)?.span && reveal(chipAt(event.target)));
+  tokens.addEventListener("mouseleave", settle);
+  tokens.addEventListener("focusin", settle);
   tokens.addEventListener("focusout", hide);
-  tokens.addEventListener("scroll", hide);
-  tokens.addEventListener("click", (event) => chipOf(event)?.focus());
+  tokens.addEventListener("scroll", () => tokens.querySelector(".shown") && place(tokens.querySelector(".shown")));
+  tokens.addEventListener("click", (event) => chipAt(event.target)?.focus({ preventScroll: true }));
   tokens.addEventListener("keydown", (event) => {
     const all = [...tokens.querySelectorAll(".token")];
     const at = all.indexOf(document.activeElement);

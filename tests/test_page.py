@@ -1,0 +1,981 @@
+"""The page in a real browser over the demo model: what people do there, by mouse, by keyboard and on a phone.
+
+NEOX_LITE_SCREENSHOTS=1 writes the pictures of docs/page.md anew.
+"""
+
+import asyncio
+import json
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+pytest.importorskip("gradio", reason="needs pip install '.[page]'")
+playwright = pytest.importorskip("playwright.sync_api", reason="needs pip install '.[test]'")
+expect = playwright.expect
+expect.set_options(timeout=30_000)  # nothing here takes so long, unless it hangs
+
+from serving import serving
+
+from neox_lite import GPTNeoXForCausalLM
+from neox_lite.errors import ArgumentError
+from neox_lite_app import engine as engines
+from neox_lite_app.cli import build_parser
+from neox_lite_app.conversation import Conversation, Store
+from neox_lite_app.demo import FOLDER as DEMO
+from neox_lite_app.engine import Engine, Step
+from neox_lite_app.guard import Hosts
+from neox_lite_app.page import chat
+from neox_lite_app.page.settings import DEFAULT, FIELDS, PRESETS, options_of
+from neox_lite_app.page.stream import Feed, batches
+from neox_lite_app.server import build
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+PICTURES = Path(__file__).parents[1] / "docs" / "images" if os.environ.get("NEOX_LITE_SCREENSHOTS") else None
+WIDE, PHONE = {"width": 1360, "height": 860}, {"width": 390, "height": 844}
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("no chromium in PATH")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """The user's own folder, for all tests of this file."""
+    folder = tmp_path_factory.mktemp("data")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NEOX_LITE_DATA", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def engine():
+    engine = Engine()
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def site(data, engine):
+    args = build_parser().parse_args(["serve", "--device", "cpu"])
+    with serving(build(engine, Hosts(), page=args)[1], lifespan="on") as address:
+        yield address
+
+
+@pytest.fixture
+def demo(engine):
+    """The demo is loaded, and nothing runs."""
+    if engine.name != str(DEMO):
+        engine.load(str(DEMO), lambda: GPTNeoXForCausalLM.from_pretrained(DEMO, device_map="cpu"))
+    return engine
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """Tokens come one by one, as those of a large model do."""
+    put = engines.Ticket._put
+
+    def later(ticket, step):
+        time.sleep(0.02)
+        put(ticket, step)
+
+    monkeypatch.setattr(engines.Ticket, "_put", later)
+
+
+@pytest.fixture
+def open_page(browser, site):
+    """Opens the page in a browser that remembers nothing; at the end nothing may have failed or gone elsewhere."""
+    contexts, wrong = [], []
+
+    def open(size=WIDE, view=None, context=None, **options):
+        if context is None:
+            context = browser.new_context(viewport=size, **options)
+            contexts.append(context)
+        page = context.new_page()
+        page.on("pageerror", lambda error: wrong.append(f"error: {error}"))
+        page.on("console", lambda m: m.type == "error" and wrong.append(f"console: {m.text}"))
+        page.on("request", lambda r: is_foreign(r.url, site) and wrong.append(f"request: {r.url}"))
+        page.goto(site)
+        expect(page.locator(".strip .model")).not_to_be_empty()
+        if view is not None:
+            page.get_by_role("tab", name=view).click()
+        return page
+
+    yield open
+    for context in contexts:
+        context.close()
+    assert not wrong
+
+
+def is_foreign(url, site):
+    return urlsplit(url).scheme not in ("data", "blob") and urlsplit(url).netloc != urlsplit(site).netloc
+
+
+def shoot(page, name):
+    if PICTURES is not None:
+        PICTURES.mkdir(exist_ok=True)
+        page.mouse.move(0, 0)
+        page.screenshot(path=PICTURES / f"{name}.png", animations="disabled")
+
+
+# What people do in it ----------------------------------------------------------------------------------------------------
+
+
+def field(page, label):
+    return page.locator("#nx-settings").get_by_label(label, exact=True)
+
+
+def at_most(page, tokens, preset="Greedy"):
+    """Answers of a few tokens; the settings of a browser count from its next event on."""
+    page.get_by_role("button", name=preset, exact=True).click()
+    field(page, "Max new tokens").fill(str(tokens))
+    page.wait_for_timeout(250)  # the panel hands its values over a moment after the last key
+
+
+def say(page, text):
+    page.get_by_label("Message", exact=True).fill(text)
+    page.keyboard.press("Enter")
+
+
+def turns(page, role=None):
+    return page.locator(f".turn.{role}" if role else ".turn")
+
+
+def answered(page, count):
+    """`count` answers are there and the last is complete."""
+    expect(turns(page, "assistant")).to_have_count(count)
+    expect(page.locator(".turn.live")).to_have_count(0)
+    expect(turns(page, "assistant").last.locator(".turn-tools")).to_be_visible()
+
+
+def ask(page, text, count):
+    say(page, text)
+    answered(page, count)
+
+
+def text_of(page, role, which=-1):
+    return turns(page, role).nth(which).locator(".body").inner_text()
+
+
+def tool(page, name, turn=None):
+    return (turn or turns(page, "assistant").last).get_by_role("button", name=name, exact=True)
+
+
+def notice(page):
+    return page.get_by_role("alert").locator("p")
+
+
+def chat_page(open_page, tokens=12, **options):
+    page = open_page(view="Chat", **options)
+    at_most(page, tokens)
+    return page
+
+
+# First run, models ----------------------------------------------------------------------------------------------------
+
+
+def test_from_nothing_to_an_answer_in_three_clicks(open_page, engine):
+    engine.unload()
+    page = open_page()
+    expect(page.get_by_role("heading", name="Choose a model")).to_be_visible()
+    expect(page.locator(".card.demo .badge")).to_contain_text("fits")  # the plan has been made
+    shoot(page, "first-run")
+    page.get_by_role("button", name="Start the demo").click()
+    expect(page.get_by_role("tab", name="Notebook")).to_have_attribute("aria-selected", "true")  # a base model
+    page.get_by_role("textbox", name="Text").fill("KING RICHARD III:\n")
+    page.get_by_role("button", name="Complete").click()
+    expect(page.get_by_role("button", name="Undo")).to_be_enabled()
+    assert len(page.get_by_role("textbox", name="Text").input_value()) > 100
+
+
+def test_the_model_tab_tells_what_fits_and_unloads(open_page, demo):
+    page = open_page()
+    rows = page.locator(".family .row")
+    expect(rows).to_have_count(23)
+    expect(rows.first.locator(".badge").first).to_contain_text("fits")
+    expect(rows.filter(has_text="gpt-neox-20b").locator(".badge").first).to_contain_text("GiB")
+    expect(page.locator(".loaded")).to_contain_text("Shakespeare demo")
+    shoot(page, "model")
+    page.get_by_role("button", name="Unload").click()
+    expect(page.get_by_role("heading", name="Choose a model")).to_be_visible()
+    assert demo.status().state == "empty"
+
+
+def test_a_model_is_quantized_with_progress_and_loaded(open_page, data):
+    page = open_page()
+    page.get_by_role("button", name="Quantize Shakespeare demo to int4").click()
+    page.get_by_role("button", name="Load it").click()
+    expect(page.locator(".strip .model")).to_contain_text("demo_model-int4")
+    expect(page.get_by_role("tab", name="Notebook")).to_have_attribute("aria-selected", "true")
+    assert (data / "models" / "demo_model-int4" / "config.json").is_file()
+    page.get_by_role("tab", name="Model").click()
+    expect(page.locator(".card").filter(has_text="demo_model-int4")).to_be_visible()
+
+
+def test_loading_can_be_called_off(open_page, engine, monkeypatch):
+    engine.unload()
+    gate = engines.threading.Event()
+
+    def wait(model, progress):
+        while not gate.wait(0.01):
+            progress(1, 4)
+
+    monkeypatch.setattr(GPTNeoXForCausalLM, "warm", wait)
+    page = open_page()
+    page.get_by_role("button", name="Start the demo").click()
+    expect(page.locator(".work progress")).to_have_attribute("value", "0.25")
+    page.get_by_role("button", name="Cancel").click()
+    expect(page.locator(".work")).to_contain_text("Called off")
+    assert engine.status().state == "empty"
+
+
+def test_what_cannot_be_loaded_is_said_in_a_sentence(open_page, tmp_path):
+    page = open_page()
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    page.get_by_label("Folder or hub id").fill(str(tmp_path))
+    page.get_by_role("button", name="Load", exact=True).click()
+    expect(page.locator(".work.failed .problem")).to_contain_text("llama")
+    shoot(page, "error")
+    assert "Traceback" not in page.locator("body").inner_text()
+
+
+# Chat ----------------------------------------------------------------------------------------------------
+
+
+def test_an_answer_streams_in_and_is_kept(open_page, demo, data):
+    page = chat_page(open_page)
+    expect(page.locator(".welcome")).to_contain_text("base model")
+    ask(page, "Who are you?", 1)
+    assert text_of(page, "user") == "Who are you?" and text_of(page, "assistant")
+    (entry,) = [e for e in Store().list() if e.title == "Who are you?"]
+    kept = Store(data / "conversations").load(entry.id)
+    assert [m.role for m in kept.path()] == ["user", "assistant"]
+    assert kept.last.text.split() == text_of(page, "assistant").split()
+
+
+def test_stop_ends_an_answer_and_keeps_what_there_is(open_page, demo, slow):
+    page = chat_page(open_page, 400)
+    say(page, "Tell me a long story")
+    expect(page.locator(".turn.live .body p").first).not_to_be_empty()
+    page.get_by_role("button", name="Stop", exact=True).click()
+    answered(page, 1)
+    expect(turns(page, "assistant").last).to_contain_text("stopped")
+    assert demo.status().active == 0
+
+
+def test_another_answer_stands_beside_the_first(open_page, demo):
+    page = chat_page(open_page)
+    at_most(page, 12, "Creative")
+    ask(page, "Speak", 1)
+    first = text_of(page, "assistant")
+    tool(page, "Regenerate").click()
+    expect(page.locator(".siblings")).to_contain_text("2/2")
+    answered(page, 1)
+    second = text_of(page, "assistant")
+    tool(page, "Previous version").click()
+    expect(page.locator(".siblings")).to_contain_text("1/2")
+    assert text_of(page, "assistant") == first != second
+    expect(tool(page, "Previous version")).to_be_disabled()
+
+
+def test_an_edited_message_is_answered_anew(open_page, demo):
+    page = chat_page(open_page)
+    ask(page, "One", 1)
+    mine = turns(page, "user").last
+    mine.hover()
+    tool(page, "Edit", mine).click()
+    page.get_by_label("Edit the message").fill("Two")
+    page.keyboard.press("Enter")
+    expect(turns(page, "user").last.locator(".siblings")).to_contain_text("2/2")
+    answered(page, 1)
+    assert text_of(page, "user") == "Two"
+
+
+def test_an_edited_answer_is_kept_as_written(open_page, demo):
+    page = chat_page(open_page)
+    ask(page, "One", 1)
+    tool(page, "Edit").click()
+    page.get_by_label("Edit the message").fill("My own words")
+    page.get_by_role("button", name="Save").click()
+    expect(turns(page, "assistant").last.locator(".body")).to_have_text("My own words")
+    expect(page.locator(".siblings")).to_contain_text("2/2")
+
+
+def test_an_answer_goes_on_where_it_ended(open_page, demo):
+    page = chat_page(open_page)
+    ask(page, "Speak", 1)
+    before = text_of(page, "assistant")
+    tool(page, "Continue").click()
+    expect(turns(page, "assistant").last).to_contain_text("24 tokens")
+    assert text_of(page, "assistant").startswith(before) and len(text_of(page, "assistant")) > len(before)
+
+
+def test_a_branch_is_a_conversation_of_its_own(open_page, demo):
+    page = chat_page(open_page)
+    ask(page, "First", 1)
+    ask(page, "Second", 2)
+    tool(page, "Branch into a new conversation", turns(page, "assistant").first).click()
+    expect(turns(page)).to_have_count(2)
+    expect(page.locator(".conversation-title")).to_have_text("First (branch)")
+    page.locator(".conversations .title", has_text=re.compile("^First(?! \\(branch)")).click()
+    expect(turns(page)).to_have_count(4)
+
+
+def test_conversations_are_renamed_found_and_deleted(open_page, demo):
+    page = chat_page(open_page, 4)
+    ask(page, "A rose by any other name", 1)
+    here = page.locator(".conversations .here")
+    here.get_by_role("button", name="Rename").click()
+    page.get_by_role("dialog").get_by_role("textbox").fill("Roses")
+    page.keyboard.press("Enter")
+    expect(here.locator(".title span")).to_have_text("Roses")
+    page.get_by_label("Search conversations").fill("rOSe")
+    expect(page.locator(".conversations .title")).to_have_count(1)
+    here.get_by_role("button", name="Delete").click()
+    page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+    expect(turns(page)).to_have_count(0)
+    assert "Roses" not in [entry.title for entry in Store().list()]
+
+
+@pytest.mark.parametrize(("item", "ending"), [("Export as JSON", ".json"), ("Export as Markdown", ".md")])
+def test_what_is_exported_can_be_imported(open_page, demo, item, ending):
+    page = chat_page(open_page, 4)
+    ask(page, f"Keep this {ending}", 1)
+    page.get_by_label("Export", exact=True).click()
+    with page.expect_download() as saving:
+        page.get_by_role("button", name=item).click()
+    file = saving.value
+    assert file.suggested_filename.endswith(ending)
+    page.get_by_role("button", name="New conversation").click()
+    expect(turns(page)).to_have_count(0)
+    with page.expect_file_chooser() as choosing:
+        page.get_by_role("button", name="Import a conversation").click()
+    choosing.value.set_files({"name": f"kept{ending}", "mimeType": "text/plain", "buffer": file.path().read_bytes()})
+    expect(turns(page)).to_have_count(2)
+    assert text_of(page, "user") == f"Keep this {ending}"
+
+
+def test_a_file_that_is_no_conversation_is_refused_in_a_sentence(open_page):
+    page = open_page(view="Chat")
+    with page.expect_file_chooser() as choosing:
+        page.get_by_role("button", name="Import a conversation").click()
+    choosing.value.set_files({"name": "list.md", "mimeType": "text/plain", "buffer": b"eggs, flour"})
+    expect(notice(page)).to_contain_text("list.md: not a conversation")
+
+
+def test_a_reload_brings_the_conversation_back(open_page, demo):
+    page = chat_page(open_page)
+    ask(page, "Do not forget me", 1)
+    answer = text_of(page, "assistant")
+    page.reload()
+    expect(turns(page)).to_have_count(2)
+    page.get_by_role("tab", name="Chat").click()
+    assert text_of(page, "assistant") == answer
+    expect(field(page, "Max new tokens")).to_have_value("12")  # and the settings
+
+
+def test_two_tabs_talk_at_once_and_never_mix(open_page, demo, slow):
+    one, two = chat_page(open_page, 40), chat_page(open_page, 40)
+    say(one, "I am one")
+    say(two, "I am two")
+    answered(one, 1)
+    answered(two, 1)
+    assert (text_of(one, "user"), text_of(two, "user")) == ("I am one", "I am two")
+    assert turns(one).count() == turns(two).count() == 2
+
+
+def test_a_closed_tab_ends_its_answer_and_keeps_what_there_is(open_page, demo, slow):
+    page = chat_page(open_page, 450)
+    say(page, "I shall leave in the middle")
+    expect(page.locator(".turn.live .body p").first).not_to_be_empty()
+    page.close()
+    deadline = time.monotonic() + 30
+    while demo.status().active and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert demo.status().active == 0
+    while time.monotonic() < deadline:
+        (entry,) = [e for e in Store().list() if e.title == "I shall leave in the middle"]
+        last = Store().load(entry.id).last
+        if last.text:
+            break
+        time.sleep(0.05)
+    assert last.text and last.details["tokens"] < 450
+
+
+def test_the_oldest_turns_are_dropped_and_marked(open_page, demo):
+    conversation = Conversation(title="Forty turns")
+    for number in range(40):
+        conversation.append("user", f"What is the number {number} that I think of just now?")
+        conversation.append("assistant", "I cannot know that, my good lord.")
+    Store().save(conversation)
+    page = chat_page(open_page)
+    page.locator(".conversations .title", has_text="Forty turns").click()
+    expect(turns(page)).to_have_count(80)
+    ask(page, "And now?", 41)
+    marker = page.locator(".dropped")
+    expect(marker).to_have_text(re.compile(r"context full: the oldest \d+ messages are no longer sent"))
+    assert marker.evaluate("node => node.previousElementSibling.classList.contains('old')")
+    assert not marker.evaluate("node => node.nextElementSibling.classList.contains('old')")
+    marker.scroll_into_view_if_needed()
+    shoot(page, "context-full")
+
+
+def test_the_raw_prompt_shows_the_form_and_the_system_text(open_page, demo):
+    page = chat_page(open_page)
+    page.get_by_role("button", name="System text and prompt form").click()
+    page.get_by_label("System text", exact=True).fill("Speak like a king.")
+    ask(page, "Who art thou?", 1)
+    page.get_by_role("button", name="Raw prompt").click()
+    raw = page.locator(".nx-dialog .raw")
+    expect(raw).to_have_text("Speak like a king.\n\nUser: Who art thou?\nAssistant:")
+    page.keyboard.press("Escape")
+    expect(raw).to_have_count(0)
+    page.reload()
+    page.get_by_role("tab", name="Chat").click()
+    page.get_by_role("button", name="System text and prompt form").click()
+    expect(page.get_by_label("System text", exact=True)).to_have_value("Speak like a king.")
+
+
+def test_what_could_not_be_sent_stands_in_the_box_again(open_page, engine):
+    engine.unload()
+    page = open_page(view="Chat")
+    say(page, "Is anybody there?")
+    expect(notice(page)).to_contain_text("No model is loaded")
+    expect(page.get_by_label("Message", exact=True)).to_have_value("Is anybody there?")
+    expect(turns(page)).to_have_count(0)
+
+
+def test_a_message_longer_than_the_context_is_refused_with_the_numbers(open_page, demo):
+    page = chat_page(open_page)
+    say(page, "all the world is a stage " * 200)
+    expect(notice(page)).to_contain_text(re.compile(r"last message takes \d+ tokens"))
+
+
+# Output of the model is text --------------------------------------------------------------------------------------------------
+
+PAYLOADS = (
+    "<script>window.hacked = 1</script>",
+    "<img src=x onerror=\"window.hacked = 1\">",
+    "<img src=\"http://evil.example/pixel.png\">",
+    "![pixel](http://evil.example/pixel.png)",
+    "![x](x \"onerror=window.hacked=1\")",
+    "[click](javascript:window.hacked=1)",
+    "[click](JaVaScRiPt&colon;window.hacked=1)",
+    "<a href=\"javascript:window.hacked=1\">click</a>",
+    "<svg onload=\"window.hacked=1\"></svg>",
+    "<svg><script>window.hacked=1</script></svg>",
+    "<iframe srcdoc=\"<script>parent.hacked=1</script>\"></iframe>",
+    "<details open ontoggle=\"window.hacked=1\">x</details>",
+    "<body onload=\"window.hacked=1\">",
+    "<style>@import 'http://evil.example/a.css';</style>",
+    "<link rel=stylesheet href=\"http://evil.example/a.css\">",
+    "<meta http-equiv=refresh content=\"0;url=http://evil.example\">",
+    "<math><mtext></mtext><mglyph><style><img src=x onerror=window.hacked=1>",
+    "```html\n<img src=x onerror=window.hacked=1>\n```",
+    "`<img src=x onerror=window.hacked=1>` **<b onclick=window.hacked=1>b</b>**",
+    "${window.hacked=1} {{constructor.constructor('window.hacked=1')()}}",
+    "<video src=\"http://evil.example/v\" onerror=window.hacked=1 autoplay>",
+    "</textarea></template><script>window.hacked=1</script>",
+    "- <object data=\"http://evil.example/o\"></object>\n1. <embed src=\"http://evil.example/e\">",
+    "http://evil.example/auto www.evil.example",
+)  # fmt: skip
+
+
+def inert(page):
+    page.wait_for_timeout(300)
+    assert page.evaluate("window.hacked") is None
+    kinds = "img, script, iframe, a, style, link, meta, object, embed, video, details, math, b"
+    return page.locator(".turn .body").locator(kinds).count() == 0
+
+
+def test_payloads_in_a_saved_conversation_stay_text(open_page, demo):
+    conversation = Conversation(title="<img src=x onerror=window.hacked=1>")
+    for payload in PAYLOADS:
+        conversation.append("user", payload)
+        conversation.append("assistant", payload)
+    conversation.system = PAYLOADS[0]
+    Store().save(conversation)
+    page = open_page(view="Chat")
+    page.locator(".conversations .title", has_text="<img src=x").click()
+    expect(turns(page)).to_have_count(2 * len(PAYLOADS))
+    assert inert(page)
+    assert text_of(page, "assistant", 0) == PAYLOADS[0] and text_of(page, "user", 1) == PAYLOADS[1]
+
+
+def test_payloads_that_stream_in_stay_text(open_page, demo, monkeypatch):
+    text = "\n\n".join(PAYLOADS)
+
+    async def hostile(ticket):
+        for start in range(0, len(text), 7):
+            yield [Step(text[start : start + 7], 5)]
+            await asyncio.sleep(0.001)
+        yield [Step("", None, "stop")]
+
+    monkeypatch.setattr(chat, "batches", hostile)
+    page = chat_page(open_page)
+    ask(page, "Attack me", 1)
+    assert inert(page)
+    assert "<script>window.hacked = 1</script>" in text_of(page, "assistant")
+
+
+def test_markdown_is_shown_and_streamed_like_the_whole(open_page, demo):
+    text = "# Title\nfirst *line*\nsecond **line**\n\n- a `b`\n- c\n\n1. one\n2. two\n\n```python\nx = '*a*'\n```\n> said\nend"
+    page = open_page(view="Chat")
+    whole, streamed = page.evaluate(
+        """text => [[text], [...text]].map(pieces => {
+            const place = document.createElement("div"), prose = new neox.Prose(place);
+            for (const piece of pieces) prose.add(piece);
+            prose.end();
+            return place.innerHTML;
+        })""",
+        text,
+    )
+    assert whole == streamed
+    for part in (
+        "<h3>Title</h3>",
+        "<em>line</em>\n",
+        "<li>a <code>b</code></li>",
+        "<pre>x = '*a*'</pre>",
+        '<ol start="1">',
+    ):
+        assert part in whole
+
+
+# Notebook ----------------------------------------------------------------------------------------------------
+
+
+def notebook_page(open_page, text, tokens=20, **options):
+    page = open_page(view="Notebook", **options)
+    at_most(page, tokens)
+    page.get_by_role("textbox", name="Text").fill(text)
+    return page
+
+
+def completed(page):
+    expect(page.locator("#nx-view-notebook[data-busy]")).to_have_count(0)
+    return page.locator("#nx-text").input_value()
+
+
+def test_a_text_is_completed_and_taken_back(open_page, demo):
+    page = notebook_page(open_page, "KING HENRY:\n")
+    page.get_by_role("button", name="Complete").click()
+    expect(page.get_by_role("button", name="Undo")).to_be_enabled()
+    once = completed(page)
+    assert once.startswith("KING HENRY:\n") and len(once) > 20
+    page.get_by_role("button", name="Complete").click()
+    expect(page.locator("#nx-text")).not_to_have_value(once)
+    assert completed(page).startswith(once)
+    page.get_by_role("button", name="Undo").click()
+    page.get_by_role("button", name="Undo").click()
+    expect(page.get_by_role("textbox", name="Text")).to_have_value("KING HENRY:\n")
+    expect(page.get_by_role("button", name="Undo")).to_be_disabled()
+
+
+def test_a_text_is_completed_at_the_cursor(open_page, demo):
+    page = notebook_page(open_page, "KING HENRY:\n\nTHE END")
+    page.locator("#nx-text").evaluate("node => node.setSelectionRange(12, 12)")
+    page.get_by_role("button", name="At cursor").click()
+    expect(page.get_by_role("button", name="Undo")).to_be_enabled()
+    text = completed(page)
+    assert text.startswith("KING HENRY:\n") and text.endswith("\nTHE END") and len(text) > 40
+
+
+def test_a_completion_is_stopped_by_escape(open_page, demo, slow):
+    page = notebook_page(open_page, "Once", 400)
+    page.get_by_role("textbox", name="Text").press("Control+Enter")
+    expect(page.locator("#nx-text")).not_to_have_value("Once")
+    page.keyboard.press("Escape")
+    assert len(completed(page)) < 1000
+    assert demo.status().active == 0
+
+
+def test_probabilities_and_alternatives_are_shown_by_mouse_and_keyboard(open_page, demo):
+    page = notebook_page(open_page, "KING RICHARD III:\n", 60)
+    page.get_by_role("switch", name="Probabilities").check()
+    page.get_by_role("button", name="Complete").click()
+    completed(page)
+    tokens = page.locator(".tokens .token")
+    expect(tokens).to_have_count(60)
+    shown = page.get_by_role("tooltip")
+    tokens.nth(10).hover()
+    expect(shown).to_be_visible()
+    shares = [float(t.strip("<% \n")) for t in shown.locator("b").all_inner_texts()]
+    assert shares[:5] == sorted(shares[:5], reverse=True) and sum(shares[:5]) <= 101
+    tokens.first.focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    expect(tokens.nth(2)).to_be_focused()
+    expect(tokens.nth(2)).to_have_attribute("aria-describedby", "nx-alternatives")
+    tokens.nth(4).focus()
+    shoot(page, "notebook")
+    assert "".join(tokens.all_text_contents()) == page.locator("#nx-text").input_value().removeprefix(
+        "KING RICHARD III:\n"
+    )
+
+
+def test_a_text_of_ones_own_is_scored(open_page, demo):
+    page = notebook_page(open_page, "To be, or not to be")
+    page.get_by_role("button", name="Score text").click()
+    tokens = page.locator(".tokens .token")
+    expect(tokens.first).to_be_visible()
+    assert "".join(tokens.all_text_contents()) == "To be, or not to be"
+    expect(tokens.first).to_have_class(re.compile("unknown"))  # nothing stands before it
+    page.get_by_role("switch", name="Probabilities").uncheck()
+    page.get_by_role("textbox", name="Text").fill("To be, or so")
+    page.get_by_role("switch", name="Probabilities").check()
+    expect(page.locator(".tokens")).to_have_text("To be, or so")  # an edit ends what was known
+
+
+def test_the_notebook_survives_a_reload(open_page, demo):
+    page = notebook_page(open_page, "A text of mine")
+    page.reload()
+    page.get_by_role("tab", name="Notebook").click()
+    expect(page.get_by_role("textbox", name="Text")).to_have_value("A text of mine")
+
+
+def test_what_the_engine_refuses_is_said_and_the_text_stays(open_page, demo):
+    page = notebook_page(open_page, "Once")
+    page.get_by_text("Repetition, stop strings, bias").click()
+    field(page, "Logit bias").fill("99999:5")
+    page.wait_for_timeout(250)
+    page.get_by_role("button", name="Complete").click()
+    expect(notice(page)).to_contain_text("99999")
+    expect(page.get_by_role("textbox", name="Text")).to_have_value("Once")
+    expect(page.get_by_role("button", name="Complete")).to_be_enabled()
+
+
+# Settings ----------------------------------------------------------------------------------------------------
+
+
+def test_presets_set_the_controls_and_show_which_one_holds(open_page, demo):
+    page = open_page(view="Chat")
+    for name, values in PRESETS.items():
+        page.get_by_role("button", name=name, exact=True).click()
+        for control in FIELDS[:4]:
+            wanted = values.get(control.name, control.neutral)
+            assert float(field(page, control.label).input_value()) == wanted
+        expect(page.get_by_role("button", name=name, exact=True)).to_have_attribute("aria-pressed", "true")
+    field(page, "Temperature").fill("0.55")
+    expect(page.locator(".preset[aria-pressed=true]")).to_have_count(0)
+
+
+def test_a_seed_makes_an_answer_repeatable(open_page, demo):
+    page = open_page(view="Notebook")
+    at_most(page, 30, "Creative")
+    field(page, "Seed").fill("7")
+    page.wait_for_timeout(250)
+    texts = []
+    for _ in range(2):
+        page.get_by_role("textbox", name="Text").fill("KING:\n")
+        page.get_by_role("button", name="Complete").click()
+        expect(page.locator("#nx-text")).not_to_have_value("KING:\n")
+        texts.append(completed(page))
+    assert texts[0] == texts[1]
+
+
+def test_options_leave_out_what_changes_nothing():
+    neutral = {field.name: field.neutral for field in FIELDS}
+    assert options_of(neutral) == {"do_sample": True, "top_k": 0}
+    assert options_of({"temperature": 0}) == {"do_sample": False, "top_k": 0}
+    given = {**DEFAULT, "stop": "\\n\\n\nEND", "logit_bias": "5:-1, 7:2.5", "seed": "3"}
+    options = options_of(given)
+    assert options["stop"] == ["\n\n", "END"] and options["logit_bias"] == {5: -1.0, 7: 2.5} and options["seed"] == 3
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"temperature": "hot"}, "Temperature is 'hot'"),
+        ({"top_p": 7}, "Top-p is 7"),
+        ({"min_p": float("nan")}, "Min-p is nan"),
+        ({"top_k": 1e400}, "Top-k is inf"),
+        ({"seed": "-1"}, "Seed"),
+        ({"seed": "9" * 40}, "Seed"),
+        ({"logit_bias": "a:b"}, "Logit bias"),
+        ({"stop": "x" * 1000}, "Stop strings"),
+        ({"max_new_tokens": []}, "Max new tokens"),
+    ],
+)
+def test_a_wrong_setting_is_named(values, words):
+    with pytest.raises(ArgumentError, match=re.escape(words)):
+        options_of(values)
+
+
+# Looks and ways ----------------------------------------------------------------------------------------------------
+
+
+def widest(page):
+    """How far anything reaches beyond the window's right edge, in pixels."""
+    return page.evaluate(
+        """() => Math.max(0, ...[...document.querySelectorAll("body *")]
+            .filter(e => e.checkVisibility({visibilityProperty: true}) && !e.closest(".offscreen, .raw, pre"))
+            .map(e => Math.round(e.getBoundingClientRect().right - window.innerWidth)))"""
+    )
+
+
+def test_nothing_overflows_on_a_phone(open_page, demo):
+    page = open_page(PHONE, has_touch=True, is_mobile=True)
+    expect(page.locator(".family .badge").first).not_to_have_class(re.compile("waiting"))
+    assert widest(page) == 0
+    shoot(page, "phone-model")
+    page.get_by_role("tab", name="Chat").click()
+    page.get_by_role("button", name="Sampling settings").click()
+    at_most(page, 40)
+    expect(page.locator("#nx-settings")).to_be_in_viewport()
+    page.get_by_role("button", name="Close settings").click()
+    ask(page, "a-very-long-word-" * 20, 1)
+    assert widest(page) == 0
+    box = page.locator(".composer").bounding_box()
+    assert box["y"] + box["height"] > PHONE["height"] - 80  # it sticks to the bottom
+    expect(page.get_by_role("button", name="Send")).to_be_in_viewport()
+    page.get_by_role("button", name="Conversations").click()
+    expect(page.get_by_role("button", name="New conversation")).to_be_in_viewport()
+    page.get_by_role("button", name="New conversation").click()
+    ask(page, "What news, my lord?", 1)
+    shoot(page, "phone-chat")
+    page.get_by_role("tab", name="Notebook").click()
+    page.get_by_role("textbox", name="Text").fill("word " * 300)
+    assert widest(page) == 0
+    for name in ("Complete", "At cursor", "Undo", "Score text"):
+        expect(page.get_by_role("button", name=name)).to_be_in_viewport()
+
+
+def test_the_keyboard_alone_is_enough(open_page, demo, slow):
+    page = open_page()
+    page.keyboard.press("Control+Shift+Digit2")
+    expect(page.get_by_label("Message", exact=True)).to_be_focused()
+    page.keyboard.type("first line")
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.type("second line")
+    page.keyboard.press("Enter")
+    expect(page.locator(".turn.live .body p").first).not_to_be_empty()
+    assert text_of(page, "user") == "first line\nsecond line"
+    page.keyboard.press("Escape")
+    answered(page, 1)
+    page.keyboard.press("Control+Shift+Enter")
+    expect(page.locator(".turn.live")).to_have_count(1)
+    page.keyboard.press("Escape")
+    expect(page.locator(".siblings")).to_contain_text("2/2")
+    page.keyboard.press("Control+Shift+KeyL")
+    expect(turns(page)).to_have_count(0)
+    page.keyboard.press("Control+Shift+Digit1")
+    page.get_by_role("tab", name="Model").focus()
+    page.keyboard.press("ArrowRight")
+    expect(page.get_by_role("tab", name="Chat")).to_have_attribute("aria-selected", "true")
+    page.get_by_role("tab", name="Chat").focus()
+    page.keyboard.press("?")
+    expect(page.get_by_role("dialog", name="Help")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("dialog")).to_have_count(0)
+
+
+def test_tab_reaches_every_control_and_shows_where_it_is(open_page, demo, data):
+    shutil.rmtree(data / "conversations", ignore_errors=True)
+    page = chat_page(open_page, 4)
+    ask(page, "Hello", 1)
+    page.evaluate("document.activeElement.blur()")
+    reached, rings = set(), set()
+    for _ in range(70):
+        page.keyboard.press("Tab")
+        name, ring = page.evaluate(
+            """() => {
+                const e = document.activeElement, box = e.closest(".composer") || e, style = getComputedStyle(e);
+                const ring = style.outlineStyle !== "none" || getComputedStyle(box).boxShadow !== "none";
+                return [e.ariaLabel || e.labels?.[0]?.textContent || e.textContent, ring];
+            }"""
+        )
+        reached.add(name.strip())
+        rings.add(ring)
+    wanted = {
+        "Message",
+        "Send",
+        "Regenerate",
+        "Continue",
+        "Edit",
+        "Copy",
+        "New conversation",
+        "Temperature",
+        "Seed",
+        "Precise",
+    }
+    assert wanted <= reached
+    assert rings == {True}
+
+
+def test_dark_and_light_follow_the_system_and_the_switch(open_page, demo):
+    def background(page):
+        return page.evaluate("getComputedStyle(document.body).backgroundColor")
+
+    dark, light = chat_page(open_page, 90, color_scheme="dark"), chat_page(open_page, 90, color_scheme="light")
+    assert background(dark) != background(light)
+    ask(dark, "Shall I compare thee to a summer's day?", 1)
+    ask(light, "Shall I compare thee to a summer's day?", 1)
+    shoot(dark, "chat-dark")
+    shoot(light, "chat")
+    light.get_by_role("button", name="Dark colours").click()
+    assert background(light) == background(dark)
+    light.reload()
+    expect(light.get_by_role("button", name="Light colours")).to_be_visible()
+    dark.get_by_role("tab", name="Model").click()
+    expect(dark.locator(".family .badge").first).not_to_have_class(re.compile("waiting"))
+    shoot(dark, "model-dark")
+
+
+CONTRAST = """() => {
+    const rgb = c => { const x = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
+        x.fillStyle = c; x.fillRect(0, 0, 1, 1); return [...x.getImageData(0, 0, 1, 1).data]; };
+    const light = ([r, g, b]) => [r, g, b].map(v => v / 255).map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+        .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+    const behind = e => { for (; e; e = e.parentElement) { const c = rgb(getComputedStyle(e).backgroundColor); if (c[3] === 255) return c; }
+        return [255, 255, 255]; };
+    const faint = e => { let o = 1; for (; e; e = e.parentElement) o *= Number(getComputedStyle(e).opacity); return o; };
+    const found = [];
+    const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    while (walker.nextNode()) {
+        const e = walker.currentNode.parentElement;
+        if (!walker.currentNode.data.trim() || !e.checkVisibility({opacityProperty: true, visibilityProperty: true})) continue;
+        if (e.closest(":disabled, .offscreen, script, style")) continue;
+        const back = behind(e), o = faint(e), ink = rgb(getComputedStyle(e).color).map((v, i) => v * o + back[i] * (1 - o));
+        const [a, b] = [light(ink), light(back)].sort((x, y) => y - x), ratio = (a + 0.05) / (b + 0.05);
+        if (ratio < 4.5) found.push(`${ratio.toFixed(2)} ${walker.currentNode.data.trim().slice(0, 40)}`);
+    }
+    return [...new Set(found)];
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_all_text_is_readable_against_what_is_behind_it(open_page, demo, scheme):
+    page = chat_page(open_page, 12, color_scheme=scheme)
+    ask(page, "Who is there?", 1)
+    page.get_by_role("button", name="System text and prompt form").click()
+    assert page.evaluate(CONTRAST) == []
+    page.get_by_role("tab", name="Model").click()
+    expect(page.locator(".family .badge").first).not_to_have_class(re.compile("waiting"))
+    assert page.evaluate(CONTRAST) == []
+    page.get_by_role("tab", name="Notebook").click()
+    page.get_by_role("textbox", name="Text").fill("KING:\n")
+    page.get_by_role("switch", name="Probabilities").check()
+    page.get_by_role("button", name="Complete").click()
+    completed(page)
+    page.locator(".tokens .token").nth(3).focus()
+    assert page.evaluate(CONTRAST) == []
+
+
+def test_every_control_has_a_name(open_page, demo):
+    page = chat_page(open_page, 4)
+    ask(page, "Hello", 1)
+    nameless = page.evaluate(
+        """() => [...document.querySelectorAll("button, input:not([aria-hidden=true]), textarea, select, summary, [role]")]
+            .filter(e => e.checkVisibility() && !(e.ariaLabel || e.labels?.length || e.textContent.trim()
+                || e.getAttribute("aria-labelledby") || ["alert", "presentation", "status"].includes(e.role)))
+            .map(e => e.outerHTML.slice(0, 120))"""
+    )
+    assert nameless == []
+
+
+# How much is sent ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def long_demo(engine, tmp_path):
+    """The demo with room for 4096 tokens: what it writes beyond its own 512 makes no sense, and need not."""
+    folder = tmp_path / "long-demo"
+    shutil.copytree(DEMO, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 4096}))
+    engine.load(str(folder), lambda: GPTNeoXForCausalLM.from_pretrained(folder, device_map="cpu"))
+    yield engine
+    engine.unload()
+
+
+@pytest.mark.parametrize("view", ["Chat", "Notebook"])
+def test_an_update_costs_the_same_at_2000_tokens(open_page, long_demo, monkeypatch, view):
+    put = engines.Ticket._put
+    monkeypatch.setattr(engines.Ticket, "_put", lambda t, s: (time.sleep(0.002), put(t, s))[1])
+    page = open_page(view=view)
+    at_most(page, 2100, "Creative")
+    streams, sizes = set(), []
+    devtools = page.context.new_cdp_session(page)
+    devtools.on(
+        "Network.requestWillBeSent", lambda e: "/queue/data" in e["request"]["url"] and streams.add(e["requestId"])
+    )
+    devtools.on("Network.dataReceived", lambda e: e["requestId"] in streams and sizes.append(e["dataLength"]))
+    devtools.send("Network.enable")
+    if view == "Chat":
+        page.get_by_role("button", name="System text and prompt form").click()
+        page.get_by_label("Prompt form").click()
+        page.get_by_role("option", name=re.compile("The text itself")).click()
+        ask(page, "KING:\n", 1)
+        text = text_of(page, "assistant")
+    else:
+        page.get_by_role("switch", name="Probabilities").check()
+        page.get_by_role("textbox", name="Text").fill("KING:\n")
+        page.get_by_role("button", name="Complete").click()
+        expect(page.get_by_role("button", name="Undo")).to_be_enabled()
+        text = completed(page)
+    assert len(text) > 3000
+    updates = [size for size in sizes if size > 150]
+    assert len(updates) > 20  # it did stream
+    early, late = updates[3:8], updates[-8:-3]
+    assert max(late) < 2 * max(early), updates
+
+
+class Ready:
+    """A ticket whose steps are all there at once."""
+
+    def __init__(self, count):
+        self.steps = [Step("a", 5) for _ in range(count)] + [Step("", None, "stop")]
+        self.cancelled = False
+
+    async def __aiter__(self):
+        for step in self.steps:
+            yield step
+
+    def cancel(self):
+        self.cancelled = True
+
+
+def test_tokens_that_come_fast_are_sent_together():
+    async def sent():
+        return [batch async for batch in batches(Ready(5000))]
+
+    found = asyncio.run(sent())
+    assert sum(map(len, found)) == 5001 and len(found) < 100
+
+
+def test_a_stream_that_is_given_up_cancels_its_job():
+    ticket = Ready(5000)
+
+    async def begin():
+        steps = batches(ticket)
+        await anext(steps)
+        await steps.aclose()
+
+    asyncio.run(begin())
+    assert ticket.cancelled
+
+
+def test_a_feed_grows_at_its_end_only():
+    feed = Feed(id="x")
+    before = feed.value
+    after = feed.add(text="a\nb", meter=None)
+    assert after.startswith(before) and [json.loads(line) for line in after.splitlines()][1]["text"] == "a\nb"
