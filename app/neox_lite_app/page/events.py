@@ -47,9 +47,11 @@ def in_sentences(effects: gr.HTML) -> Callable[[Handler], Handler]:
 
 
 def sentence(error: BaseException) -> str:
-    """An error of ours as people read it: a capital, a full stop, no line breaks."""
+    """An error of ours as people read it: a capital, if it begins with a word and no name, a full stop, no line breaks."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
+    word = text.partition(" ")[0]
+    start = word.capitalize() if word.isalpha() and word.islower() else word
+    return start + text[len(word) :] + ("" if text.endswith((".", "!", "?")) else ".")
 
 
 def unforeseen(error: BaseException) -> str:

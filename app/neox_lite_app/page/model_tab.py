@@ -6,7 +6,6 @@ import argparse
 import secrets
 from collections.abc import AsyncGenerator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import gradio as gr

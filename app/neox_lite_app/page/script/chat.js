@@ -49,7 +49,7 @@ neox.parts.conversations = (element, props, trigger, watch) => {
 };
 /** The conversation that this browser tab showed last, or else the one that any did. */
 neox.arrive = () => neox.recall("conversation", sessionStorage) || neox.recall("conversation") || "";
-neox.toggleIfNarrow = (panel) => document.body.classList.contains(`show-${panel}`) && neox.toggle(panel, false);
+neox.toggleIfNarrow = (panel) => neox.isOpen(panel) && neox.toggle(panel, false);
 
 // Turns ---------------------------------------------------------------------------------------------------------------
 

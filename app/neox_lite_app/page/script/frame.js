@@ -69,14 +69,17 @@ neox.parts.header = (element) => {
   neox.go("model");
 };
 
-/** Side panels: beside the text on a wide window, over it on a narrow one. */
+/** Side panels: beside the text on a wide window, over it on a narrow one.
+ *  Their classes are the stage's, for within @media Gradio lets no rule reach above its own container. */
+const stage = () => document.getElementById("nx-stage").classList;
+neox.isOpen = (panel) => stage().contains(`show-${panel}`);
 const WIDE = { settings: "(min-width: 1100px)", conversations: "(min-width: 820px)" };
 neox.toggle = (panel, on) => {
   const wide = window.matchMedia(WIDE[panel]).matches;
   const name = wide ? `hide-${panel}` : `show-${panel}`;
-  const shown = wide ? !document.body.classList.contains(name) : document.body.classList.contains(name);
+  const shown = wide ? !stage().contains(name) : stage().contains(name);
   const show = on ?? !shown;
-  document.body.classList.toggle(name, wide ? !show : show);
+  stage().toggle(name, wide ? !show : show);
   const place = document.getElementById(`nx-${panel}`);
   if (show && !wide) place.querySelector("button, input")?.focus();
   if (!show && place.contains(document.activeElement)) document.getElementById(`nx-open-${panel}`)?.focus();
@@ -87,7 +90,7 @@ document.addEventListener("keydown", (event) => {
   const chord = (event.ctrlKey || event.metaKey) && event.shiftKey;
   const typing = event.target.matches?.("input, textarea, select");
   if (event.key === "Escape") {
-    const open = ["settings", "conversations"].find((p) => document.body.classList.contains(`show-${p}`));
+    const open = ["settings", "conversations"].find(neox.isOpen);
     if (open) neox.toggle(open, false);
     else if (neox.isBusy(neox.view)) neox.emit("stop", neox.view);
   } else if (event.key === "?" && !typing) neox.help();
@@ -102,7 +105,7 @@ document.addEventListener("keydown", (event) => {
 document.addEventListener("click", (event) => {
   for (const panel of ["settings", "conversations"]) {
     const inside = event.target.closest?.(`#nx-${panel}, #nx-open-${panel}, dialog`);
-    if (!inside && document.body.classList.contains(`show-${panel}`)) neox.toggle(panel, false);
+    if (!inside && neox.isOpen(panel)) neox.toggle(panel, false);
   }
 });
 
