@@ -1,6 +1,6 @@
 """The page in a real browser over the demo model: what people do there, by mouse, by keyboard and on a phone.
 
-NEOX_LITE_SCREENSHOTS=1 writes the pictures of docs/page.md anew.
+Run with -m page. NEOX_LITE_SCREENSHOTS=1 writes pictures to docs/images.
 """
 
 import asyncio
@@ -35,6 +35,7 @@ from neox_lite_app.page.settings import DEFAULT, FIELDS, PRESETS, options_of
 from neox_lite_app.page.stream import Feed, batches
 from neox_lite_app.server import build
 
+pytestmark = pytest.mark.page
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = [
     "--no-sandbox",
