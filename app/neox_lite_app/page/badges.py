@@ -25,10 +25,10 @@ from .events import sentence, unforeseen
 FORMATS = ("int4", "int8")
 FRESH_S = 60.0  # for so long free memory counts as what it was
 LEVELS = {  # the badge's colour, and where the model would run
-    GPU: ("fits", "fits the GPU"),
+    GPU: ("fits", "fits GPU"),
     MIXED: ("offload", "GPU + CPU"),
-    CPU: ("fits", "fits the CPU"),
-    DISK: ("disk", "from the disk"),
+    CPU: ("fits", "fits CPU"),
+    DISK: ("disk", "from disk"),
 }
 Badge = dict[str, Any]
 log = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ class Badges:
         words = (
             f"{found.format}, runs {WHERE[plan.level]} in {size(sum(plan.totals.values()))}, predicted {speed_of(rate)}"
         )
-        short_rate = "" if rate is None else f"~{rate:.{0 if rate >= 10 else 1}f} tokens/s"
+        short_rate = "" if rate is None else f"~{rate:.{0 if rate >= 10 else 1}f} tok/s"
         return {"level": level, "text": f"{where} · {total}", "rate": short_rate, "sentence": words}
 
     def _context(self, model: Model) -> int:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import secrets
 from collections.abc import AsyncGenerator
-from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -15,26 +16,16 @@ from neox_lite.errors import ArgumentError, NeoxLiteError
 from ..demo import FOLDER as DEMO
 from ..engine import Engine
 from ..family import FAMILY, Member
-from ..places import data_folder
 from ..prompt_forms import form_of
-from .badges import Badges
+from ..running import amount
+from ..shelf import LocalModel, local_models
+from .badges import FORMATS, Badges
 from .components import part
-from .events import Update, in_sentences, text_of
+from .events import Update, in_sentences, sentence, text_of
 from .work import DEMO_NAME, Work, name_of
 
 TIERS = ("gpu", "cpu", "disk")
 LONGEST = 4096  # characters of a folder's path
-
-
-@dataclass(frozen=True)
-class Local:
-    """A model on this computer. plain: a checkpoint that can be quantized; problem: why it cannot be loaded."""
-
-    id: str
-    name: str
-    about: str
-    plain: bool = False
-    problem: str = ""
 
 
 class Tab:
@@ -63,16 +54,17 @@ class Tab:
         yield {self.status: self.figures()}
 
     async def list(self) -> AsyncGenerator[Update, None]:
-        models = local_models(self.args.model)
-        self.badges.refresh({model.id: "fp16" if model.plain else None for model in models if not model.problem})
-        shelf = [{**asdict(m), "demo": m.id == str(DEMO), "plan": self.badges.of(m.id)} for m in models]
+        found = await asyncio.to_thread(local_models)
+        models = [DEMO_CARD, *(on_shelf(model) for model in found if Path(model.path) != DEMO)]
+        self.badges.refresh({m["id"]: "fp16" if m["plain"] else None for m in models if not m["problem"]})
+        shelf = [{**m, "demo": m is DEMO_CARD, "plan": self.badges.of(m["id"])} for m in models]
         yield {self.models: {"shelf": shelf, "family": [self._member(member) for member in FAMILY]}}
 
     def _member(self, member: Member) -> dict[str, Any]:
         about = (
             f"{member.id.partition('/')[0]} · {member.layers} layers of {member.hidden:,} · context {member.context:,}"
         )
-        plans = {format: self.badges.of(member.id, format) for format in ("int4", "int8")}
+        plans = {format: self.badges.of(member.id, format) for format in FORMATS}
         return {"id": member.id, "name": member.name, "about": about, "plans": plans}
 
     def figures(self) -> dict[str, Any]:
@@ -100,7 +92,11 @@ class Tab:
     def _known(self, name: str) -> dict[str, Any]:
         try:
             base = form_of(name, self.engine.tokenizer, self.args.form).name in ("dialogue", "completion")
-            return {"base": base, "context": self.engine.context, "about": self.work.about.get(name, "")}
+            return {
+                "base": base,
+                "context": self.engine.context,
+                "about": self.work.about.get(name, f"context {self.engine.context:,}"),
+            }
         except NeoxLiteError:  # unloaded meanwhile, or without a tokenizer, which is said where one is needed
             return {}
 
@@ -118,7 +114,7 @@ class Tab:
 
     def quantize(self, event: gr.EventData) -> None:
         format = text_of(event, "format")
-        if format not in ("int4", "int8"):
+        if format not in FORMATS:
             raise ArgumentError(f"format is {format[:20]!r}, expected int4 or int8")
         self.work.quantize(_model(event), format)
 
@@ -139,9 +135,24 @@ def _model(event: gr.EventData) -> str:
     return model
 
 
-def local_models(given: str | None) -> list[Local]:
-    """The demo, the model that `serve` was given, and the user's own."""
-    own = data_folder("models")
-    folders = sorted(f for f in own.iterdir() if (f / "config.json").is_file()) if own.is_dir() else []
-    found = [Local(str(DEMO), DEMO_NAME, "Bundled with neox-lite: a base model of 8 MB that writes plays", plain=True)]
-    return found + [Local(str(folder), folder.name, "") for folder in folders]
+def on_shelf(model: LocalModel) -> dict[str, Any]:
+    """A model of this computer for the part `models`. plain: a checkpoint that can be quantized."""
+    plain = model.format is not None and model.format.split()[0] not in FORMATS
+    known = [f"{amount(model.parameters)} parameters" if model.parameters else None, model.format]
+    known += [
+        amount(model.bytes, "B") if model.bytes else None,
+        {"hub": "fetched", "quantized": "kept"}.get(model.where),
+    ]
+    id = model.name if model.where == "hub" and model.revision is None else model.path
+    about = " · ".join(filter(None, known))
+    problem = sentence(NeoxLiteError(model.problem)) if model.problem else ""
+    return {"id": id, "name": name_of(model.name), "about": about, "plain": plain, "problem": problem}
+
+
+DEMO_CARD = {
+    "id": str(DEMO),
+    "name": DEMO_NAME,
+    "about": "Bundled with neox-lite: a base model of 8 MB that writes plays",
+    "plain": True,
+    "problem": "",
+}

@@ -40,7 +40,8 @@ def looks() -> dict[str, Any]:
     """What `gradio.mount_gradio_app` is to be given beside the page."""
     scripts = "\n".join((HERE / "script" / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS)
     css = (HERE / "page.css").read_text(encoding="utf-8")
-    return {"theme": theme(), "css": css, "head": f"<script>(() => {{\n{scripts}\n}})();</script>"}
+    # Not as Gradio's own css: that would be given to it twice, with other weights, and within @media only once.
+    return {"theme": theme(), "head": f"<style>{css}</style><script>(() => {{\n{scripts}\n}})();</script>"}
 
 
 def theme() -> gr.themes.Base:

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 def name_of(model: str) -> str:
     """What people call a folder or hub id."""
-    return DEMO_NAME if model == str(DEMO) else Path(model).name
+    return DEMO_NAME if Path(model).absolute() == DEMO else Path(model).name
 
 
 class Cancelled(NeoxLiteError):

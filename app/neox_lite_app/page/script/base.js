@@ -208,7 +208,10 @@ neox.parts.effects = (element, props, trigger, watch) => {
     prompt: ({ text, note }) =>
       neox.dialog("Raw prompt", h("p", { class: "muted" }, note), h("pre", { tabindex: "0", class: "raw" }, text)),
   };
-  watch("value", () => props.value && effects[props.value.do](props.value));
+  watch("value", () => {
+    effects[props.value.do](props.value);
+    neox.emit("arrived"); // or it never will
+  });
 };
 
 neox.bytes = (count) => {

@@ -4,11 +4,12 @@
 neox.parts.conversations = (element, props, trigger, watch) => {
   const search = h("input", { type: "search", placeholder: "Search", "aria-label": "Search conversations", input: () => draw() });
   const list = h("ul", { class: "conversations" });
+  const move = (name, data) => { moving = true; trigger(name, data); };
   const pick = async () => {
     const file = await neox.pick(".json,.md,.markdown,application/json,text/markdown");
     if (!file) return;
     if (file.size > 900000) neox.notice(`${file.name}: ${neox.bytes(file.size)}, more than the 0.9 MB that the page can import.`);
-    else trigger("import", { name: file.name, text: await file.text() });
+    else move("import", { name: file.name, text: await file.text() });
   };
   element.append(
     h("div", { class: "panel-head" }, h("h2", {}, "Conversations"),
@@ -36,17 +37,20 @@ neox.parts.conversations = (element, props, trigger, watch) => {
       const here = entry.id === props.value.current;
       return h("li", { class: here ? "here" : "" },
         h("button", { type: "button", class: "title", "aria-current": here ? "true" : null, title: entry.problem || entry.title,
-          click: () => { neox.toggleIfNarrow("conversations"); trigger("open", { id: entry.id }); } },
+          click: () => { neox.toggleIfNarrow("conversations"); move("open", { id: entry.id }); } },
           h("span", {}, entry.title), h("small", {}, entry.problem ? "cannot be read" : when(entry.updated))),
         !entry.problem && neox.tool("edit", `Rename ${entry.title}`, () => rename(entry)),
         neox.tool("trash", `Delete ${entry.title}`, () => remove(entry)));
     }));
     if (!entries.length) list.append(h("li", { class: "muted" }, words.length ? "No conversation has these words in its title" : "Your conversations will be kept here"));
   };
-  neox.on("new", () => { neox.go("chat"); neox.toggleIfNarrow("conversations"); trigger("new", {}); });
+  neox.on("new", () => { neox.go("chat"); neox.toggleIfNarrow("conversations"); move("new", {}); });
   watch("value", () => draw());
   draw();
 };
+/** Whether another conversation has been asked for: until it is here, nothing is sent into the one before. */
+let moving = true; // at first, the one that is remembered
+neox.on("arrived", () => { moving = false; });
 /** The conversation that this browser tab showed last, or else the one that any did. */
 neox.arrive = () => neox.recall("conversation", sessionStorage) || neox.recall("conversation") || "";
 neox.toggleIfNarrow = (panel) => neox.isOpen(panel) && neox.toggle(panel, false);
@@ -153,6 +157,7 @@ neox.parts.transcript = (element, props, trigger, watch) => {
       neox.remember("conversation", value.id);
     }
     end();
+    if (value.id) neox.emit("arrived");
   };
   const welcome = () => {
     const ready = ["ready", "idle"].includes(neox.status?.state);
@@ -198,6 +203,7 @@ neox.parts.composer = (element, props, trigger, watch) => {
   element.append(h("div", { class: "composer" }, area, send, stop));
   const go = () => {
     const text = area.value;
+    if (moving) return document.addEventListener("neox:arrived", go, { once: true });
     if (!text.trim() || neox.isBusy("chat")) return;
     neox.notice("");
     area.value = "";

@@ -69,17 +69,15 @@ neox.parts.header = (element) => {
   neox.go("model");
 };
 
-/** Side panels: beside the text on a wide window, over it on a narrow one.
- *  Their classes are the stage's, for within @media Gradio lets no rule reach above its own container. */
-const stage = () => document.getElementById("nx-stage").classList;
-neox.isOpen = (panel) => stage().contains(`show-${panel}`);
+/** Side panels: beside the text on a wide window, over it on a narrow one. */
+neox.isOpen = (panel) => document.body.classList.contains(`show-${panel}`);
 const WIDE = { settings: "(min-width: 1100px)", conversations: "(min-width: 820px)" };
 neox.toggle = (panel, on) => {
   const wide = window.matchMedia(WIDE[panel]).matches;
   const name = wide ? `hide-${panel}` : `show-${panel}`;
-  const shown = wide ? !stage().contains(name) : stage().contains(name);
+  const shown = document.body.classList.contains(name) !== wide;
   const show = on ?? !shown;
-  stage().toggle(name, wide ? !show : show);
+  document.body.classList.toggle(name, show !== wide);
   const place = document.getElementById(`nx-${panel}`);
   if (show && !wide) place.querySelector("button, input")?.focus();
   if (!show && place.contains(document.activeElement)) document.getElementById(`nx-open-${panel}`)?.focus();
