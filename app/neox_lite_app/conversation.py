@@ -395,6 +395,9 @@ class Store:
             raise ConversationError(f"{path}: holds the conversation {conversation.id}; name the file after it")
         return conversation
 
+    def __contains__(self, id: str) -> bool:
+        return self._path(id).is_file()
+
     def list(self) -> list[Entry]:
         """All of them, newest first; a file that cannot be read stands last, with its problem, and stays as it is."""
         try:

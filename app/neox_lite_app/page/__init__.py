@@ -32,10 +32,10 @@ def build_page(engine: Engine, args: argparse.Namespace, store: Store | None = N
                 chats.build()
             with gr.Column(elem_id="nx-view-notebook", elem_classes="nx-view"):
                 book = notebook.build()
-            settings = settings_part()
+            settings_part()
         models.build_status()
-        chats.wire(page, settings)
-        notebook.wire(engine, book, settings, effects, running)
+        chats.wire()
+        notebook.wire(engine, book, effects, running)
 
         def leave(request: gr.Request) -> None:
             running.leave(request.session_hash or "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import secrets
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -43,21 +44,28 @@ class Chat:
 
     def __init__(self, engine: Engine, store: Store, running: Running) -> None:
         self.engine, self.store, self.running = engine, store, running
+        self._numbers = itertools.count()
 
     # What the browser shows -------------------------------------------------------------------------------------------
 
-    def view(self, conversation: Conversation, live: str | None = None) -> dict[str, Any]:
-        """A conversation's path for the part `transcript`. live: the answer that is streaming in."""
+    def view(self, conversation: Conversation, asked: str, live: str | None = None) -> dict[str, Any]:
+        """A conversation's path for the part `transcript`.
+
+        asked: the conversation that the tab showed when it asked; by now it may show another, and then ignores this.
+        live: the answer that is streaming in.
+        """
         path = conversation.path()
         dropped = next((int(m.details.get("dropped", 0)) for m in reversed(path) if m.role == "assistant"), 0)
         return {
             "id": conversation.id,
+            "asked": asked,
             "title": conversation.label,
+            "system": conversation.system,
             "turns": [self._turn(conversation, message) for message in path],
             "live": live,
             "dropped": dropped,
             "dropped_note": Fit([], dropped, 0).marker,
-            "drawn": secrets.token_hex(4),  # what looks the same is drawn anew all the same: an edit may be open
+            "number": next(self._numbers),  # Gradio passes on only what differs
         }
 
     def _turn(self, conversation: Conversation, message: Message) -> dict[str, Any]:
@@ -68,16 +76,13 @@ class Chat:
         place = conversation.place(message.id)
         return {"id": message.id, "role": message.role, "text": message.text, "place": place, "note": note}
 
-    def entries(self, current: str) -> dict[str, Any]:
+    def entries(self) -> list[dict[str, Any]]:
         """The list for the part `conversations`."""
-        listed = [{"id": e.id, "title": e.title, "updated": e.updated, "problem": e.problem} for e in self.store.list()]
-        return {"entries": listed, "current": current}
+        return [{"id": e.id, "title": e.title, "updated": e.updated, "problem": e.problem} for e in self.store.list()]
 
     def load(self, id: str) -> Conversation:
-        """The conversation that a page shows; one that was never saved is a new one."""
-        if not id or not (self.store.folder / f"{id}.json").is_file():
-            return Conversation()
-        return self.store.load(id)
+        """A saved conversation, or a new one of this id, which the browser chose."""
+        return self.store.load(id) if id in self.store else Conversation(id=id)
 
     # Answers ----------------------------------------------------------------------------------------------------------
 
@@ -119,9 +124,9 @@ class Chat:
         """
         prompt = await asyncio.to_thread(self.prompt, conversation, answer, asked)
         ticket = self.submit(prompt, asked)
-        self.running.start(asked.session, "chat", ticket)
+        self.running.start(asked.session, "chat", ticket, answer.id)
         writing = _Writing(answer, prompt, Meter(ticket, self.engine.context))
-        feed = Feed(id=secrets.token_hex(8))
+        feed = Feed(id=secrets.token_hex(8), answer=answer.id)
         try:
             self.store.save(conversation)
             yield feed.value
@@ -134,7 +139,9 @@ class Chat:
             self.keep(conversation.id, writing.message)
 
     def keep(self, id: str, message: Message) -> None:
-        """Write an answer into its conversation as that is by now: another tab may have changed it meanwhile."""
+        """Write an answer into its conversation as that is by now: another tab may have changed or deleted it meanwhile."""
+        if id not in self.store:
+            return
         conversation = self.store.load(id)
         conversation.messages[conversation[message.id].id] = message
         self.store.save(conversation)

@@ -1,10 +1,12 @@
-"""The Chat tab: its parts, and what each of their events does to a conversation."""
+"""The Chat tab: its parts, and what each of their events does to a conversation.
+
+A browser tab says in each event which conversation it shows; the ids of new ones are its own, so it never waits for one.
+"""
 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from typing import Any
 
 import gradio as gr
 
@@ -15,40 +17,38 @@ from ..engine import Engine
 from ..prompt_forms import names
 from .chat import Asked, Chat
 from .components import part
-from .events import Running, Update, effect, in_sentences, text_of, told
+from .events import Handler, Running, Said, Update, effect, listen
 from .settings import options_of
 
 AUTO = "auto"  # the prompt form that the model is known by
 MOST_SENT = 500_000  # characters of a message or system text
-Change = Callable[
-    [Conversation, gr.EventData], Message
-]  # changes a conversation and says which answer is to be written
+Change = Callable[[Conversation, Said], Message | None]  # changes a conversation and says which answer is to be written
 
 
-def send(conversation: Conversation, event: gr.EventData) -> Message:
-    conversation.append("user", text_of(event, "text"))
+def send(conversation: Conversation, said: Said) -> Message:
+    conversation.append("user", said.text("text"))
     return conversation.append("assistant")
 
 
-def regenerate(conversation: Conversation, event: gr.EventData) -> Message:
-    return conversation.regenerate(text_of(event, "id"))
+def regenerate(conversation: Conversation, said: Said) -> Message:
+    return conversation.regenerate(said.text("id"))
 
 
-def resume(conversation: Conversation, event: gr.EventData) -> Message:
+def resume(conversation: Conversation, said: Said) -> Message:
     last = conversation.last
-    if last is None or last.id != text_of(event, "id") or last.role != "assistant":
+    if last is None or last.id != said.text("id") or last.role != "assistant":
         raise ArgumentError("only the newest answer can be continued")
     return last
 
 
-def edit(conversation: Conversation, event: gr.EventData) -> Message | None:
+def edit(conversation: Conversation, said: Said) -> Message | None:
     """An edited message of the user's is answered anew; an edited answer stays as it was written."""
-    changed = conversation.edit(text_of(event, "id"), text_of(event, "text"))
+    changed = conversation.edit(said.text("id"), said.text("text"))
     return conversation.append("assistant") if changed.role == "user" else None
 
 
 class Tab:
-    """Event handlers, as Gradio calls them. Each yields new values of parts; nothing of a browser tab is kept between two."""
+    """Event handlers. Each yields new values of parts."""
 
     def __init__(self, engine: Engine, store: Store, running: Running, form: str | None, effects: gr.HTML) -> None:
         self.chat, self.store, self.default_form, self.effects = Chat(engine, store, running), store, form, effects
@@ -56,189 +56,144 @@ class Tab:
 
     def build(self) -> None:
         """Lay the tab out."""
+        forms = [("Automatic: the model's own", AUTO), *names()]
         with gr.Row(elem_id="nx-chat"):
-            self.conversations = part(
-                "conversations", {"entries": [], "current": ""}, ("open", "new", "rename", "delete", "import")
-            )
+            self.conversations = part("conversations", [], ("open", "rename", "delete", "import"))
             with gr.Column(elem_id="nx-talk"):
                 self.transcript = part(
                     "transcript", None, ("regenerate", "edit", "continue", "switch", "branch", "export", "raw")
                 )
-                with gr.Accordion("System text and prompt form", open=False, elem_id="nx-system"):
-                    self.system = gr.Textbox(
-                        label="System text",
-                        info="Stands before the conversation, where the prompt form has a place for it",
-                        lines=2,
-                        max_lines=8,
-                        elem_id="nx-system-text",
-                    )
-                    forms = [("Automatic: the model's own", AUTO), *names()]
-                    self.form = gr.Dropdown(forms, value=AUTO, label="Prompt form", elem_id="nx-form", filterable=False)
+                self.about = part("about", None, ("keep",), forms=forms)
                 self.composer = part("composer", None, ("send", "stop"))
         self.feed = part("chat-feed")
-        self.current = gr.Textbox(visible=False)  # the id of the conversation shown
 
-    def wire(self, page: gr.Blocks, settings: gr.HTML) -> None:
+    def wire(self) -> None:
         """Say which event goes where."""
-        shown = [self.conversations, self.transcript, self.system, self.composer, self.feed, self.current, self.effects]
-        about = [self.current, self.system]
-        quiet: Any = {"show_progress": "hidden", "api_visibility": "private"}
-        told_of = in_sentences(self.effects)
-        asks = [*about, self.form, settings]
-        for listen, change in (
-            (self.composer.send, send),
-            (self.transcript.regenerate, regenerate),
-            (getattr(self.transcript, "continue"), resume),
-            (self.transcript.edit, edit),
-        ):
-            listen(told_of(self._answering(change)), asks, shown, **quiet)
-        for listen, handler in (
-            (self.transcript.switch, self.switch),
-            (self.transcript.branch, self.branch),
-            (self.transcript.export, self.export),
-            (self.conversations.new, self.new),
-            (self.conversations.open, self.open),
-            (self.conversations.rename, self.rename),
-            (self.conversations.delete, self.delete),
-            (getattr(self.conversations, "import"), self.import_),
-            (self.system.blur, self.keep_system),
-        ):
-            listen(told_of(handler), about, shown, **quiet)
-        self.transcript.raw(told_of(self.raw), asks, shown, **quiet)
-        self.composer.stop(self.stop, None, None, **quiet)
-        page.load(told_of(self.arrive), self.current, shown, js="() => neox.arrive()", **quiet)
+        shown = [self.conversations, self.transcript, self.composer, self.feed]
+        handlers: dict[gr.HTML, dict[str, Handler]] = {
+            self.composer: {"send": self._answering(send), "stop": self.stop},
+            self.transcript: {
+                "regenerate": self._answering(regenerate),
+                "edit": self._answering(edit),
+                "continue": self._answering(resume),
+                "switch": self.switch,
+                "branch": self.branch,
+                "export": self.export,
+                "raw": self.raw,
+            },
+            self.conversations: {
+                "open": self.open,
+                "rename": self.rename,
+                "delete": self.delete,
+                "import": self.import_,
+            },
+            self.about: {"keep": self.keep},
+        }
+        for place, events in handlers.items():
+            for name, handler in events.items():
+                listen(getattr(place, name), handler, shown, self.effects)
 
     # Answers ----------------------------------------------------------------------------------------------------------
 
-    def _answering(self, change: Callable[[Conversation, gr.EventData], Message | None]) -> Any:
+    def _answering(self, change: Change) -> Handler:
         """The handler of an event that asks for an answer."""
 
-        async def handler(
-            id: str, system: str, form: str, values: dict[str, Any], event: gr.EventData, request: gr.Request
-        ) -> AsyncGenerator[Update, None]:
-            conversation = self._load(id, system)
-            back = {"text": told(event).get("text")} if change is send else None
+        async def handler(said: Said) -> AsyncGenerator[Update, None]:
+            refused = True
             try:
-                answer = change(conversation, event)
+                conversation = self._load(said)
+                answer = change(conversation, said)
                 if answer is None:
                     self.store.save(conversation)
-                    yield self._show(conversation)
-                    return
-                asked = self._asked(form, values, request)
-                async with aclosing(self.chat.answer(conversation, answer, asked)) as feed:
-                    first = True
-                    async for value in feed:
-                        back = None
-                        shown = self._show(conversation, live=answer.id) if first else {}
-                        yield {**shown, self.feed: value}
-                        first = False
-            except BaseException:
-                if back is not None:  # what could not be sent stands in the box again
-                    yield {self.composer: {**back, "id": effect("")["id"]}}
+                else:
+                    async with aclosing(self.chat.answer(conversation, answer, self._asked(said))) as feed:
+                        async for value in feed:
+                            yield {**(self._show(conversation, said) if refused else {}), self.feed: value}
+                            refused = False
+            except Exception:
+                if refused:  # what could not be sent stands in the box again
+                    yield {self.composer: effect("back", text=said.data.get("text") if change is send else None)}
                 raise
-            if self.running.shown(asked.session) in (None, conversation.id):
-                yield self._show(self.store.load(conversation.id))
+            yield self._show(self.chat.load(conversation.id), said)
 
         return handler
 
-    def _asked(self, form: str, values: dict[str, Any], request: gr.Request) -> Asked:
-        chosen = self.default_form if form == AUTO else form
-        return Asked(options_of(values), chosen, request.session_hash or "")
+    def _asked(self, said: Said) -> Asked:
+        form = said.text("form")
+        return Asked(options_of(said.settings), self.default_form if form == AUTO else form, said.session)
 
-    def stop(self, request: gr.Request) -> None:
-        self.running.stop(request.session_hash or "", "chat")
+    async def stop(self, said: Said) -> AsyncGenerator[Update, None]:
+        self.running.stop(said.session, "chat")
+        yield {}
 
-    async def raw(
-        self, id: str, system: str, form: str, values: dict[str, Any], event: gr.EventData, request: gr.Request
-    ) -> AsyncGenerator[Update, None]:
+    async def raw(self, said: Said) -> AsyncGenerator[Update, None]:
         """What the model is given, to the letter."""
-        text, note = self.chat.raw(self._load(id, system), self._asked(form, values, request))
+        text, note = self.chat.raw(self._load(said), self._asked(said))
         yield {self.effects: effect("prompt", text=text, note=note)}
 
     # Conversations ----------------------------------------------------------------------------------------------------
 
-    async def arrive(self, id: str, request: gr.Request) -> AsyncGenerator[Update, None]:
-        """A page was opened: the conversation that it had shown, if that is still there."""
-        yield self._show(self._load(id, None))
+    async def open(self, said: Said) -> AsyncGenerator[Update, None]:
+        """Another conversation, or a new one; an answer that streams into the last one ends."""
+        conversation = self.chat.load(said.text("conversation"))
+        if self.running.written(said.session, "chat") not in conversation.messages:
+            self.running.stop(said.session, "chat")
+        yield self._show(conversation, said)
 
-    async def new(self, id: str, system: str, event: gr.EventData, request: gr.Request) -> AsyncGenerator[Update, None]:
-        yield self._go(Conversation(), request)
-
-    async def open(
-        self, id: str, system: str, event: gr.EventData, request: gr.Request
-    ) -> AsyncGenerator[Update, None]:
-        yield self._go(self.store.load(text_of(event, "id")), request)
-
-    async def switch(self, id: str, system: str, event: gr.EventData) -> AsyncGenerator[Update, None]:
-        conversation = self._load(id, system)
-        conversation.switch(text_of(event, "id"), -1 if told(event).get("step") == -1 else 1)
+    async def switch(self, said: Said) -> AsyncGenerator[Update, None]:
+        conversation = self._load(said)
+        conversation.switch(said.text("id"), -1 if said.data.get("step") == -1 else 1)
         self.store.save(conversation)
-        yield self._show(conversation)
+        yield self._show(conversation, said)
 
-    async def branch(
-        self, id: str, system: str, event: gr.EventData, request: gr.Request
-    ) -> AsyncGenerator[Update, None]:
-        conversation = self._load(id, system).branch(text_of(event, "id"))
+    async def branch(self, said: Said) -> AsyncGenerator[Update, None]:
+        conversation = self._load(said).branch(said.text("id"))
         self.store.save(conversation)
-        yield self._go(conversation, request)
+        yield self._show(conversation, said)
 
-    async def rename(self, id: str, system: str, event: gr.EventData) -> AsyncGenerator[Update, None]:
-        self.store.rename(text_of(event, "id"), text_of(event, "title"))
-        yield self._show(self._load(id, system))
+    async def rename(self, said: Said) -> AsyncGenerator[Update, None]:
+        self.store.rename(said.text("id"), said.text("title"))
+        yield self._show(self._load(said), said)
 
-    async def delete(
-        self, id: str, system: str, event: gr.EventData, request: gr.Request
-    ) -> AsyncGenerator[Update, None]:
-        gone = text_of(event, "id")
-        if gone == id:
-            self.running.stop(request.session_hash or "", "chat")
-        self.store.delete(gone)
-        yield self._go(Conversation(), request) if gone == id else {self.conversations: self.chat.entries(id)}
+    async def delete(self, said: Said) -> AsyncGenerator[Update, None]:
+        self.store.delete(said.text("id"))
+        yield {self.conversations: self.chat.entries()}
 
-    async def keep_system(self, id: str, system: str, request: gr.Request) -> AsyncGenerator[Update, None]:
+    async def keep(self, said: Said) -> AsyncGenerator[Update, None]:
         """A system text is kept as soon as it is left, in a conversation that has been saved."""
-        conversation = self._load(id, None)
-        if conversation.messages and conversation.system != system:
-            self.store.save(self._load(id, system))
+        if said.text("conversation") in self.store:
+            self.store.save(self._load(said))
         yield {}
 
-    async def export(self, id: str, system: str, event: gr.EventData) -> AsyncGenerator[Update, None]:
-        conversation = self._load(id, system)
+    async def export(self, said: Said) -> AsyncGenerator[Update, None]:
+        conversation = self._load(said)
         if not conversation.messages:
             raise ArgumentError("there is nothing to export yet; write a message first")
-        markdown = told(event).get("kind") == "markdown"
+        markdown = said.data.get("kind") == "markdown"
         text = conversation.to_markdown() if markdown else conversation.to_json()
         name = "".join(c if c.isalnum() else "-" for c in conversation.label)[:60].strip("-") or "conversation"
         kind = ("md", "text/markdown") if markdown else ("json", "application/json")
         yield {self.effects: effect("download", name=f"{name}.{kind[0]}", type=kind[1], text=text)}
 
-    async def import_(
-        self, id: str, system: str, event: gr.EventData, request: gr.Request
-    ) -> AsyncGenerator[Update, None]:
-        conversation = imported(text_of(event, "text"), text_of(event, "name")[:200])
+    async def import_(self, said: Said) -> AsyncGenerator[Update, None]:
+        conversation = imported(said.text("text"), said.text("name")[:200])
         self.store.save(conversation)
-        yield self._go(conversation, request)
+        yield self._show(conversation, said)
 
-    def _load(self, id: str, system: str | None) -> Conversation:
-        """The conversation that a page shows, with the system text as it stands in the page."""
-        conversation = self.chat.load(id)
-        if system is not None:
-            if len(system) > MOST_SENT:
-                raise ArgumentError(f"the system text has {len(system):,} characters; at most {MOST_SENT:,}")
-            conversation.system = system
+    def _load(self, said: Said) -> Conversation:
+        """The conversation that the tab shows, with the system text as it stands there, once the tab knows it."""
+        conversation = self.chat.load(said.text("conversation"))
+        if said.data.get("system") is not None:
+            conversation.system = said.text("system")
+            if len(conversation.system) > MOST_SENT:
+                raise ArgumentError(
+                    f"the system text has {len(conversation.system):,} characters; at most {MOST_SENT:,}"
+                )
         return conversation
 
-    def _go(self, conversation: Conversation, request: gr.Request) -> Update:
-        """Show another conversation; an answer that streams into the last one ends."""
-        session = request.session_hash or ""
-        self.running.stop(session, "chat")
-        self.running.show(session, conversation.id)
-        return self._show(conversation)
-
-    def _show(self, conversation: Conversation, live: str | None = None) -> Update:
+    def _show(self, conversation: Conversation, said: Said) -> Update:
+        live = self.running.written(said.session, "chat")
         return {
-            self.transcript: self.chat.view(conversation, live),
-            self.conversations: self.chat.entries(conversation.id),
-            self.system: conversation.system,
-            self.current: conversation.id,
+            self.transcript: self.chat.view(conversation, said.text("conversation"), live),
+            self.conversations: self.chat.entries(),
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from ..running import amount
 from ..shelf import LocalModel, local_models
 from .badges import FORMATS, Badges
 from .components import part
-from .events import Update, in_sentences, sentence, text_of
+from .events import Handler, Said, Update, listen, sentence
 from .work import DEMO_NAME, Work, name_of
 
 TIERS = ("gpu", "cpu", "disk")
@@ -40,20 +40,18 @@ class Tab:
 
     def build_status(self) -> None:
         self.status = part("status", None, ("poll",))
-        told_of = in_sentences(self.effects)
-        quiet: Any = {"show_progress": "hidden", "api_visibility": "private"}
-        shown = [self.status, self.models, self.effects]
-        self.models.list(told_of(self.list), None, shown, **quiet)
-        self.status.poll(told_of(self.poll), None, shown, **quiet)
+        shown = [self.status, self.models]
+        listen(self.models.list, self.list, shown, self.effects)
+        listen(self.status.poll, self.poll, shown, self.effects)
         for name in ("start", "quantize", "cancel", "release", "dismiss"):
-            getattr(self.models, name)(told_of(self._doing(getattr(self, name))), None, shown, **quiet)
+            listen(getattr(self.models, name), self._doing(getattr(self, name)), shown, self.effects)
 
     # What the browser shows -------------------------------------------------------------------------------------------
 
-    async def poll(self) -> AsyncGenerator[Update, None]:
+    async def poll(self, said: Said) -> AsyncGenerator[Update, None]:
         yield {self.status: self.figures()}
 
-    async def list(self) -> AsyncGenerator[Update, None]:
+    async def list(self, said: Said) -> AsyncGenerator[Update, None]:
         found = await asyncio.to_thread(local_models)
         models = [DEMO_CARD, *(on_shelf(model) for model in found if Path(model.path) != DEMO)]
         self.badges.refresh({m["id"]: "fp16" if m["plain"] else None for m in models if not m["problem"]})
@@ -102,34 +100,34 @@ class Tab:
 
     # What it does -----------------------------------------------------------------------------------------------------
 
-    def _doing(self, do: Any) -> Any:
-        async def handler(event: gr.EventData) -> AsyncGenerator[Update, None]:
-            do(event)
+    def _doing(self, do: Callable[[Said], None]) -> Handler:
+        async def handler(said: Said) -> AsyncGenerator[Update, None]:
+            do(said)
             yield {self.status: self.figures()}
 
         return handler
 
-    def start(self, event: gr.EventData) -> None:
-        self.work.load(_model(event))
+    def start(self, said: Said) -> None:
+        self.work.load(_model(said))
 
-    def quantize(self, event: gr.EventData) -> None:
-        format = text_of(event, "format")
+    def quantize(self, said: Said) -> None:
+        format = said.text("format")
         if format not in FORMATS:
             raise ArgumentError(f"format is {format[:20]!r}, expected int4 or int8")
-        self.work.quantize(_model(event), format)
+        self.work.quantize(_model(said), format)
 
-    def cancel(self, event: gr.EventData) -> None:
+    def cancel(self, said: Said) -> None:
         self.work.cancel()
 
-    def release(self, event: gr.EventData) -> None:
+    def release(self, said: Said) -> None:
         self.engine.unload()
 
-    def dismiss(self, event: gr.EventData) -> None:
+    def dismiss(self, said: Said) -> None:
         self.work.dismiss()
 
 
-def _model(event: gr.EventData) -> str:
-    model = text_of(event, "model")
+def _model(said: Said) -> str:
+    model = said.text("model")
     if not model or len(model) > LONGEST or not model.isprintable():
         raise ArgumentError("name a folder, or a hub id such as EleutherAI/pythia-70m")
     return model

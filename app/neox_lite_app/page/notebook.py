@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from neox_lite.errors import NeoxLiteError
 
 from ..engine import Engine, Job
 from .components import part
-from .events import Running, Update, in_sentences, sentence, text_of, told
+from .events import Handler, Running, Said, Update, listen, sentence
 from .settings import options_of
 from .stream import ALTERNATIVES, Feed, Meter, Spans, batches
 
@@ -33,34 +33,25 @@ def build() -> Book:
     return Book(part("notebook", emits=("complete", "score", "stop")), part("notebook-feed"))
 
 
-def wire(engine: Engine, book: Book, settings: gr.HTML, effects: gr.HTML, running: Running) -> None:
+def wire(engine: Engine, book: Book, effects: gr.HTML, running: Running) -> None:
     """Say which event goes where."""
     page, feed = book
 
-    async def complete(
-        values: dict[str, Any], event: gr.EventData, request: gr.Request
-    ) -> AsyncGenerator[Update, None]:
-        text, scores = text_of(event, "text"), bool(told(event).get("scores"))
-        answer = _complete(engine, running, text, values, scores, request.session_hash or "")
-        async with aclosing(_ended(answer)) as values_of_feed:
-            async for value in values_of_feed:
-                yield {feed: value}
+    def feeding(lines: Callable[[Said], AsyncGenerator[dict[str, Any], None]]) -> Handler:
+        async def handler(said: Said) -> AsyncGenerator[Update, None]:
+            async with aclosing(_ended(lines(said))) as values:
+                async for value in values:
+                    yield {feed: value}
 
-    async def score(event: gr.EventData, request: gr.Request) -> AsyncGenerator[Update, None]:
-        async with aclosing(
-            _ended(_score(engine, text_of(event, "text"), request.session_hash or ""))
-        ) as values_of_feed:
-            async for value in values_of_feed:
-                yield {feed: value}
+        return handler
 
-    def stop(request: gr.Request) -> None:
-        running.stop(request.session_hash or "", "notebook")
+    async def stop(said: Said) -> AsyncGenerator[Update, None]:
+        running.stop(said.session, "notebook")
+        yield {}
 
-    quiet: Any = {"show_progress": "hidden", "api_visibility": "private"}
-    told_of = in_sentences(effects)
-    page.complete(told_of(complete), [settings], [feed, effects], **quiet)
-    page.score(told_of(score), None, [feed, effects], **quiet)
-    page.stop(stop, None, None, **quiet)
+    listen(page.complete, feeding(lambda said: _complete(engine, running, said)), [feed], effects)
+    listen(page.score, feeding(lambda said: _score(engine, said)), [feed], effects)
+    listen(page.stop, stop, [feed], effects)
 
 
 async def _ended(answer: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[str, None]:
@@ -72,13 +63,15 @@ async def _ended(answer: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator
                 yield feed.add(**line)
     except NeoxLiteError as error:
         yield feed.add(error=sentence(error), end="error")
+    except Exception:
+        yield feed.add(end="error")
+        raise
 
 
-async def _complete(
-    engine: Engine, running: Running, text: str, values: dict[str, Any], scores: bool, session: str
-) -> AsyncGenerator[dict[str, Any], None]:
+async def _complete(engine: Engine, running: Running, said: Said) -> AsyncGenerator[dict[str, Any], None]:
     """The lines of a feed that continue a text."""
-    options, tokenizer, context = options_of(values), engine.tokenizer, engine.context
+    text, scores, session = said.text("text"), bool(said.data.get("scores")), said.session
+    options, tokenizer, context = options_of(said.settings), engine.tokenizer, engine.context
     ids: list[int] = await asyncio.to_thread(lambda: list(tokenizer(text).input_ids))
     new = min(options.get("max_new_tokens", context // 4), context // 2)
     if len(ids) > context - new:
@@ -108,8 +101,9 @@ async def _complete(
         running.end(session, "notebook", ticket)
 
 
-async def _score(engine: Engine, text: str, session: str) -> AsyncGenerator[dict[str, Any], None]:
+async def _score(engine: Engine, said: Said) -> AsyncGenerator[dict[str, Any], None]:
     """One line with the probabilities of a text's own tokens."""
+    text = said.text("text")
     if len(text) > MOST_SCORED:
         yield {
             "error": f"The text has {len(text):,} characters; at most {MOST_SCORED:,} can be scored.",
@@ -122,7 +116,7 @@ async def _score(engine: Engine, text: str, session: str) -> AsyncGenerator[dict
         problem = f"The text has {len(ids):,} tokens; 1 to {context - 1:,} can be scored."
         yield {"error": problem, "end": "error"}
         return
-    ticket = engine.submit(Job(ids, {"max_new_tokens": 1}, client=session, prompt_scores=ALTERNATIVES))
+    ticket = engine.submit(Job(ids, {"max_new_tokens": 1}, client=said.session, prompt_scores=ALTERNATIVES))
     async with aclosing(batches(ticket)) as steps_of:
         async for steps in steps_of:
             if steps[-1].error is not None:

@@ -58,10 +58,10 @@ SEEDS = 2**63
 
 
 def settings_part() -> gr.HTML:
-    """The panel; its value holds what `options_of` reads."""
+    """The panel; events that ask for tokens hold what `options_of` reads."""
     fields = [asdict(field) for field in (*FIELDS, LIMIT)]
     presets = {name: {**NEUTRAL, **values} for name, values in PRESETS.items()}
-    return part("settings", dict(DEFAULT), fields=fields, texts=TEXTS, presets=presets)
+    return part("settings", initial=dict(DEFAULT), fields=fields, texts=TEXTS, presets=presets)
 
 
 def options_of(values: Mapping[str, Any] | None) -> dict[str, Any]:

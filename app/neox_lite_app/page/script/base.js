@@ -72,23 +72,23 @@ neox.isBusy = (name) => busy.has(name);
 neox.emit = (name, detail) => document.dispatchEvent(new CustomEvent(`neox:${name}`, { detail }));
 neox.on = (name, listener) => document.addEventListener(`neox:${name}`, (event) => listener(event.detail));
 
-/** The lines of an answer as they come: Gradio hands over the whole text each time, of which only the end is new. */
+/** The lines of an answer as they come: Gradio hands over the whole text each time, of which only the end is new.
+ *  The first line says which answer it is; two may come at once, when one that was left still ends. */
 for (const name of ["chat", "notebook"]) {
   neox.parts[`${name}-feed`] = (element, props, trigger, watch) => {
-    let seen = 0, start = "";
-    const read = () => {
+    const seen = new Map(); // first line -> characters read
+    watch("value", () => {
       const text = props.value || "";
-      const head = text.slice(0, text.indexOf("\n") + 1); // each answer's first line is its own
-      if (head !== start) [seen, start] = [0, head];
-      const lines = text.slice(seen).split("\n");
-      seen = text.length - lines.pop().length;
+      const head = text.slice(0, text.indexOf("\n") + 1);
+      if (!head) return;
+      const lines = text.slice(seen.get(head) ?? 0).split("\n");
+      seen.set(head, text.length - lines.pop().length);
       for (const line of lines) {
         const news = JSON.parse(line);
         if (news.meter) neox.emit("meter", news.meter);
-        neox.feeds[name](news);
+        neox.feeds[name](news, JSON.parse(head));
       }
-    };
-    watch("value", read);
+    });
   };
 }
 
@@ -208,10 +208,7 @@ neox.parts.effects = (element, props, trigger, watch) => {
     prompt: ({ text, note }) =>
       neox.dialog("Raw prompt", h("p", { class: "muted" }, note), h("pre", { tabindex: "0", class: "raw" }, text)),
   };
-  watch("value", () => {
-    effects[props.value.do](props.value);
-    neox.emit("arrived"); // or it never will
-  });
+  watch("value", () => effects[props.value.do](props.value));
 };
 
 neox.bytes = (count) => {

@@ -1,15 +1,31 @@
 // The chat: the list of conversations, the turns of one, the answer that streams in, and the box to write in.
 "use strict";
 
+/** The conversation that this browser tab shows. system: null until the server has told it. */
+const shown = { id: "", system: null, form: "auto" };
+/** What every event of the chat says. */
+const said = (more = {}) => ({ conversation: shown.id, system: shown.system, form: shown.form, settings: neox.settings(), ...more });
+const show = (id, system) => {
+  Object.assign(shown, { id, system });
+  neox.remember("conversation", id, sessionStorage);
+  neox.remember("conversation", id);
+  neox.emit("shown");
+};
+/** Ids of new conversations are made here: they can be written into before the server has heard of them. */
+const unused = () => [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
+
 neox.parts.conversations = (element, props, trigger, watch) => {
   const search = h("input", { type: "search", placeholder: "Search", "aria-label": "Search conversations", input: () => draw() });
   const list = h("ul", { class: "conversations" });
-  const move = (name, data) => { moving = true; trigger(name, data); };
+  const open = (id, system) => {
+    show(id, system);
+    trigger("open", { conversation: id });
+  };
   const pick = async () => {
     const file = await neox.pick(".json,.md,.markdown,application/json,text/markdown");
     if (!file) return;
     if (file.size > 900000) neox.notice(`${file.name}: ${neox.bytes(file.size)}, more than the 0.9 MB that the page can import.`);
-    else move("import", { name: file.name, text: await file.text() });
+    else trigger("import", said({ name: file.name, text: await file.text() }));
   };
   element.append(
     h("div", { class: "panel-head" }, h("h2", {}, "Conversations"),
@@ -20,10 +36,12 @@ neox.parts.conversations = (element, props, trigger, watch) => {
   );
   const rename = async (entry) => {
     const title = await neox.ask("Rename the conversation", { value: entry.title, action: "Rename" });
-    if (title !== null) trigger("rename", { id: entry.id, title });
+    if (title !== null) trigger("rename", said({ id: entry.id, title }));
   };
   const remove = async (entry) => {
-    if (await neox.ask(`Delete “${entry.title}”?`, { action: "Delete" })) trigger("delete", { id: entry.id });
+    if (!(await neox.ask(`Delete “${entry.title}”?`, { action: "Delete" }))) return;
+    trigger("delete", said({ id: entry.id }));
+    if (entry.id === shown.id) open(unused(), "");
   };
   const when = (iso) => {
     const date = new Date(iso);
@@ -32,37 +50,34 @@ neox.parts.conversations = (element, props, trigger, watch) => {
   };
   const draw = () => {
     const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
-    const entries = (props.value?.entries || []).filter((entry) => words.every((w) => entry.title.toLowerCase().includes(w)));
+    const entries = props.value.filter((entry) => words.every((w) => entry.title.toLowerCase().includes(w)));
     list.replaceChildren(...entries.map((entry) => {
-      const here = entry.id === props.value.current;
+      const here = entry.id === shown.id;
       return h("li", { class: here ? "here" : "" },
         h("button", { type: "button", class: "title", "aria-current": here ? "true" : null, title: entry.problem || entry.title,
-          click: () => { neox.toggleIfNarrow("conversations"); move("open", { id: entry.id }); } },
+          click: () => { neox.toggleIfNarrow("conversations"); open(entry.id, null); } },
           h("span", {}, entry.title), h("small", {}, entry.problem ? "cannot be read" : when(entry.updated))),
         !entry.problem && neox.tool("edit", `Rename ${entry.title}`, () => rename(entry)),
         neox.tool("trash", `Delete ${entry.title}`, () => remove(entry)));
     }));
     if (!entries.length) list.append(h("li", { class: "muted" }, words.length ? "No conversation has these words in its title" : "Your conversations will be kept here"));
   };
-  neox.on("new", () => { neox.go("chat"); neox.toggleIfNarrow("conversations"); move("new", {}); });
-  watch("value", () => draw());
-  draw();
+  neox.on("new", () => { neox.go("chat"); neox.toggleIfNarrow("conversations"); open(unused(), ""); });
+  neox.on("shown", draw);
+  watch("value", draw);
+  // The one that this browser tab showed last, or else the one that any did.
+  open(neox.recall("conversation", sessionStorage) || neox.recall("conversation") || unused(), null);
 };
-/** Whether another conversation has been asked for: until it is here, nothing is sent into the one before. */
-let moving = true; // at first, the one that is remembered
-neox.on("arrived", () => { moving = false; });
-/** The conversation that this browser tab showed last, or else the one that any did. */
-neox.arrive = () => neox.recall("conversation", sessionStorage) || neox.recall("conversation") || "";
 neox.toggleIfNarrow = (panel) => neox.isOpen(panel) && neox.toggle(panel, false);
 
 // Turns ---------------------------------------------------------------------------------------------------------------
 
 neox.parts.transcript = (element, props, trigger, watch) => {
   const turns = h("div", { class: "turns", role: "log", "aria-label": "Conversation", "aria-live": "off" });
-  const said = h("div", { class: "offscreen", "aria-live": "polite" });
+  const aloud = h("div", { class: "offscreen", "aria-live": "polite" });
   const foot = h("button", { type: "button", class: "to-end", hidden: true, click: () => end(true) }, "↓ Newest");
   const title = h("h2", { class: "conversation-title" });
-  const exportAs = (kind) => trigger("export", { kind });
+  const exportAs = (kind) => trigger("export", said({ kind }));
   const menu = h("details", { class: "menu" },
     h("summary", { class: "tool", "aria-label": "Export", title: "Export" }, neox.icon("save")),
     h("div", { class: "sheet" },
@@ -73,8 +88,8 @@ neox.parts.transcript = (element, props, trigger, watch) => {
   element.append(
     h("div", { class: "chat-head" },
       neox.tool("list", "Conversations", () => neox.toggle("conversations"), { id: "nx-open-conversations" }),
-      title, neox.tool("code", "Raw prompt", () => trigger("raw", {})), menu),
-    scroll, foot, said);
+      title, neox.tool("code", "Raw prompt", () => trigger("raw", said())), menu),
+    scroll, foot, aloud);
 
   // Stay at the end while it grows, unless the reader has scrolled up.
   let following = true;
@@ -84,7 +99,20 @@ neox.parts.transcript = (element, props, trigger, watch) => {
     foot.hidden = following;
   });
 
-  const act = (name, id, more = {}) => { if (!neox.isBusy("chat")) { following = true; trigger(name, { id, ...more }); } };
+  let view = { turns: [] }; // the conversation as the server told it last
+  let asked = null; // what the server has not taken yet: {text} of a message, {} of another wish
+  let live = null; // the answer that streams in
+  let halting = false; // it is to be stopped as soon as there is one
+  const coming = new Map(); // answer -> what has streamed in of it
+
+  const act = (name, id, more = {}) => {
+    if (neox.isBusy("chat")) return;
+    following = true;
+    trigger(name, said({ id, ...more }));
+    if (name === "switch" || name === "branch") return;
+    asked = {};
+    neox.setBusy("chat", true);
+  };
 
   const edit = (turn, box) => {
     const area = h("textarea", { class: "edit", "aria-label": "Edit the message", rows: "1" });
@@ -127,37 +155,34 @@ neox.parts.transcript = (element, props, trigger, watch) => {
       turn.note && h("span", { class: "muted note" }, turn.note));
   };
 
-  let live = null; // the answer that streams in
   const draw = () => {
-    const value = props.value || { turns: [] };
-    title.textContent = value.title || "";
+    title.textContent = view.turns.length ? view.title : "";
     live = null;
     const nodes = [];
-    value.turns.forEach((turn, i) => {
-      if (value.dropped && i === value.dropped) nodes.push(h("p", { class: "dropped", role: "note" }, value.dropped_note));
+    const waiting = asked?.text ? [{ role: "user", text: asked.text }, { role: "assistant", text: "" }] : [];
+    [...view.turns, ...waiting].forEach((turn, i) => {
+      if (view.dropped && i === view.dropped) nodes.push(h("p", { class: "dropped", role: "note" }, view.dropped_note));
       const body = h("div", { class: "body" });
-      const box = h("article", { class: `turn ${turn.role}${i < value.dropped ? " old" : ""}`, "aria-label": turn.role === "user" ? "You" : value.model || "Answer" }, body);
+      const box = h("article", { class: `turn ${turn.role}${i < view.dropped ? " old" : ""}`, "aria-label": turn.role === "user" ? "You" : "Answer" }, body);
+      const streams = turn.role === "assistant" && turn.id === (waiting.length ? undefined : view.live);
       if (turn.role === "user") body.textContent = turn.text;
       else {
         const prose = new neox.Prose(body);
-        prose.add(turn.text);
-        if (turn.id === value.live) {
-          live = { turn, prose, box };
-          box.classList.add("live");
-        } else prose.end();
+        prose.add(turn.text + (streams ? coming.get(turn.id) || "" : ""));
+        if (streams) box.classList.add("live");
+        else prose.end();
+        if (streams && turn.id) live = { id: turn.id, prose };
       }
-      if (turn.id !== value.live) box.append(tools(turn, body, i === value.turns.length - 1));
+      if (turn.id && !streams) box.append(tools(turn, body, i === view.turns.length - 1));
       nodes.push(box);
     });
     if (!nodes.length) nodes.push(welcome());
     turns.replaceChildren(...nodes);
-    neox.setBusy("chat", live !== null);
-    if (value.id) {
-      neox.remember("conversation", value.id, sessionStorage);
-      neox.remember("conversation", value.id);
-    }
+    if (!live) coming.clear();
+    neox.setBusy("chat", Boolean(live || asked));
+    if (live && halting) neox.emit("stop", "chat");
+    halting &&= Boolean(asked);
     end();
-    if (value.id) neox.emit("arrived");
   };
   const welcome = () => {
     const ready = ["ready", "idle"].includes(neox.status?.state);
@@ -167,27 +192,41 @@ neox.parts.transcript = (element, props, trigger, watch) => {
         : h("button", { type: "button", class: "button primary", click: () => neox.go("model") }, "Choose a model"));
   };
 
-  neox.feeds.chat = (news) => {
-    if (news.text && live) {
-      live.turn.text += news.text;
-      live.prose.add(news.text);
-      end();
+  neox.feeds.chat = (news, { answer }) => {
+    if (news.text) {
+      coming.set(answer, (coming.get(answer) || "") + news.text);
+      if (live?.id === answer) {
+        live.prose.add(news.text);
+        end();
+      }
     }
-    if (news.state && live) live.box.dataset.state = news.state;
     if (news.error) neox.notice(news.error);
-    if (news.end) said.textContent = live ? live.turn.text.slice(0, 1000) : "";
+    if (news.end && live?.id === answer) aloud.textContent = (coming.get(answer) || "").slice(0, 1000);
   };
-  let shown = "";
+  let model = "";
   neox.on("status", (status) => {
     const key = `${status.state} ${status.name} ${status.base}`;
-    if (key !== shown && !props.value?.turns?.length) draw();
-    shown = key;
+    if (key !== model && !view.turns.length) draw();
+    model = key;
   });
   neox.on("again", () => {
-    const last = props.value?.turns?.at(-1);
+    const last = view.turns.at(-1);
     if (last) act("regenerate", last.id);
   });
-  watch("value", draw);
+  neox.on("stop", (place) => { halting = place === "chat" && !live; });
+  neox.on("asked", (message) => { asked = message; following = true; draw(); });
+  neox.on("shown", () => {
+    if (view.id === shown.id) return;
+    [view, asked, following] = [{ id: shown.id, turns: [] }, null, true];
+    draw();
+  });
+  watch("value", () => {
+    const value = props.value;
+    if (value.asked !== shown.id) return; // another conversation is shown by now
+    [view, asked] = [value, null];
+    show(value.id, value.system);
+    draw();
+  });
   draw();
 };
 
@@ -196,19 +235,35 @@ const fitHeight = (area, most) => {
   area.style.height = `${Math.min(area.scrollHeight + 2, most)}px`;
 };
 
+/** The system text and the prompt form. */
+neox.parts.about = (element, props, trigger) => {
+  const area = h("textarea", { id: "nx-system-text", rows: "2", "aria-describedby": "nx-system-hint",
+    input: () => { shown.system = area.value; fitHeight(area, 200); }, change: () => trigger("keep", said()) });
+  const form = h("select", { id: "nx-form", change: () => { shown.form = form.value; } },
+    ...props.forms.map(([label, value]) => h("option", { value }, label)));
+  element.append(h("details", { class: "about", toggle: () => fitHeight(area, 200) }, h("summary", {}, "System text and prompt form"),
+    h("div", { class: "field text" }, h("label", { for: area.id }, "System text"), area,
+      h("small", { id: "nx-system-hint" }, "Stands before the conversation, where the prompt form has a place for it")),
+    h("div", { class: "field text" }, h("label", { for: form.id }, "Prompt form"), form)));
+  neox.on("shown", () => { if (shown.system !== area.value) area.value = shown.system ?? ""; });
+};
+
 neox.parts.composer = (element, props, trigger, watch) => {
   const area = h("textarea", { rows: "1", placeholder: "Message", "aria-label": "Message", id: "nx-message" });
   const send = h("button", { type: "button", class: "send", "aria-label": "Send", title: "Send (Enter)", click: () => go() }, neox.icon("send"));
-  const stop = h("button", { type: "button", class: "stop", "aria-label": "Stop", title: "Stop (Esc)", click: () => trigger("stop", {}) }, neox.icon("stop"));
+  const stop = h("button", { type: "button", class: "stop", "aria-label": "Stop", title: "Stop (Esc)", click: () => neox.emit("stop", "chat") }, neox.icon("stop"));
   element.append(h("div", { class: "composer" }, area, send, stop));
+  const write = (text) => {
+    area.value = text;
+    fitHeight(area, 200);
+  };
   const go = () => {
     const text = area.value;
-    if (moving) return document.addEventListener("neox:arrived", go, { once: true });
     if (!text.trim() || neox.isBusy("chat")) return;
     neox.notice("");
-    area.value = "";
-    fitHeight(area, 200);
-    trigger("send", { text });
+    write("");
+    trigger("send", said({ text }));
+    neox.emit("asked", { text });
   };
   area.addEventListener("input", () => fitHeight(area, 200));
   area.addEventListener("keydown", (event) => {
@@ -217,11 +272,11 @@ neox.parts.composer = (element, props, trigger, watch) => {
       go();
     }
   });
-  neox.on("stop", (view) => view === "chat" && trigger("stop", {}));
+  neox.on("stop", (view) => view === "chat" && trigger("stop", said()));
+  neox.on("lost", () => neox.emit("asked", null));
   neox.on("view", (view) => view === "chat" && setTimeout(() => area.focus({ preventScroll: true })));
-  // What could not be sent comes back.
-  watch("value", () => {
-    if (props.value?.text && !area.value) area.value = props.value.text;
-    fitHeight(area, 200);
+  watch("value", () => { // what could not be sent comes back
+    neox.emit("asked", null);
+    if (props.value.text && !area.value) write(props.value.text);
   });
 };

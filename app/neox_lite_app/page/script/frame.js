@@ -151,6 +151,7 @@ neox.parts.status = (element, props, trigger, watch) => {
   };
   const lost = () => {
     element.classList.add("lost");
+    neox.emit("lost");
     model.replaceChildren(h("span", { class: "dot failed" }), "No answer from neox-lite; is it still running?");
   };
   watch("value", () => {

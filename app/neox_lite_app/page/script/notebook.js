@@ -49,7 +49,7 @@ neox.parts.notebook = (element, props, trigger) => {
     now = { at, mode };
     neox.setBusy("notebook", true);
     area.readOnly = true;
-    trigger(mode === "score" ? "score" : "complete", { text: area.value.slice(0, at), scores: show.checked || mode === "score" });
+    trigger(mode === "score" ? "score" : "complete", { text: area.value.slice(0, at), scores: show.checked || mode === "score", settings: neox.settings() });
   };
   const back = () => {
     const before = history.pop();

@@ -3,17 +3,13 @@
 
 neox.parts.settings = (element, props) => {
   const inputs = {};
-  let timer = null;
 
   const keep = () => {
-    clearTimeout(timer);
-    timer = setTimeout(() => {
-      props.value = values();
-      neox.remember("settings", JSON.stringify(props.value));
-    }, 120);
+    neox.remember("settings", JSON.stringify(values()));
     mark();
   };
-  const values = () =>
+  /** What every event that asks for tokens says. */
+  const values = neox.settings = () =>
     Object.fromEntries(Object.entries(inputs).map(([name, input]) => [name, input.type === "number" ? Number(input.value) : input.value]));
 
   const number = (field) => {
@@ -62,14 +58,12 @@ neox.parts.settings = (element, props) => {
       number(props.fields.at(-1)), ...main.map(number), text(["seed", props.texts.seed]),
       h("details", {}, h("summary", {}, "Repetition, stop strings, bias"),
         ...rest.map(number), text(["stop", props.texts.stop]), text(["logit_bias", props.texts.logit_bias]))),
-    h("button", { type: "button", class: "button quiet", click: () => { set(initial); keep(); } }, "Reset all"),
+    h("button", { type: "button", class: "button quiet", click: () => { set(props.initial); keep(); } }, "Reset all"),
   );
-  const initial = { ...props.value };
-  set(initial);
+  set(props.initial);
   try {
     set(JSON.parse(neox.recall("settings")) || {});
   } catch { /* not ours */ }
-  props.value = values();
   neox.on("view", (view) => { document.body.classList.toggle("no-settings", view === "model"); });
   document.body.classList.toggle("no-settings", neox.view === "model");
 };
