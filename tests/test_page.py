@@ -30,7 +30,7 @@ from neox_lite_app.conversation import Conversation, Store
 from neox_lite_app.demo import FOLDER as DEMO
 from neox_lite_app.engine import Engine, Step
 from neox_lite_app.guard import Hosts
-from neox_lite_app.page import chat
+from neox_lite_app.page import chat, chat_tab
 from neox_lite_app.page.settings import DEFAULT, FIELDS, PRESETS, options_of
 from neox_lite_app.page.stream import Feed, batches
 from neox_lite_app.server import build
@@ -126,6 +126,8 @@ def open_page(browser, site):
 
     yield open
     for context in contexts:
+        for page in context.pages:
+            wrong.extend(f"toast: {text}" for text in page.locator(".toast-body").all_inner_texts())
         context.close()
     assert not wrong
 
@@ -361,6 +363,7 @@ def test_conversations_are_renamed_found_and_deleted(open_page, demo):
     here.get_by_role("button", name="Delete").click()
     page.get_by_role("dialog").get_by_role("button", name="Delete").click()
     expect(turns(page)).to_have_count(0)
+    expect(page.locator(".conversations .title")).to_have_count(0)
     assert "Roses" not in [entry.title for entry in Store().list()]
 
 
@@ -476,6 +479,101 @@ def test_a_message_longer_than_the_context_is_refused_with_the_numbers(open_page
     page = chat_page(open_page)
     say(page, "all the world is a stage " * 200)
     expect(notice(page)).to_contain_text(re.compile(r"last message takes \d+ tokens"))
+
+
+@pytest.fixture
+def late(engine, monkeypatch):
+    """The server takes its time to open a conversation, and to begin an answer."""
+    opened, prompted = chat_tab.Tab.open, chat.Chat.prompt
+
+    async def open(tab, said):
+        await asyncio.sleep(0.4)
+        async for update in opened(tab, said):
+            yield update
+
+    monkeypatch.setattr(chat_tab.Tab, "open", open)
+    monkeypatch.setattr(chat.Chat, "prompt", lambda *given: (time.sleep(0.4), prompted(*given))[1])
+
+
+def test_a_message_goes_into_the_conversation_on_the_screen(open_page, demo, late):
+    page = chat_page(open_page, 4)
+    ask(page, "Into the first", 1)
+    page.get_by_role("button", name="New conversation", exact=True).click()
+    say(page, "Into the second")
+    expect(turns(page, "user")).to_have_text("Into the second")  # before the server has heard of it
+    answered(page, 1)
+    page.locator(".conversations .title", has_text="Into the first").click()
+    say(page, "Into the first again")
+    answered(page, 2)
+    assert [text_of(page, "user", which) for which in (0, 1)] == ["Into the first", "Into the first again"]
+    second = next(e for e in Store().list() if e.title == "Into the second")
+    assert second.messages == 2
+
+
+def test_the_system_text_stays_with_its_conversation(open_page, demo, late):
+    page = chat_page(open_page, 4)
+    page.get_by_text("System text and prompt form").click()
+    page.get_by_label("System text", exact=True).fill("You are the first")
+    ask(page, "First of two", 1)
+    page.get_by_role("button", name="New conversation", exact=True).click()
+    ask(page, "Second of two", 1)
+    expect(page.get_by_label("System text", exact=True)).to_have_value("")
+    page.locator(".conversations .title", has_text="First of two").click()
+    say(page, "On with it")  # its system text is not here yet
+    answered(page, 2)
+    systems = {e.title: Store().load(e.id).system for e in Store().list()}
+    assert systems["First of two"] == "You are the first" and systems["Second of two"] == ""
+
+
+def test_an_answer_that_has_not_begun_can_be_stopped(open_page, demo, slow, late):
+    page = chat_page(open_page, 400)
+    say(page, "Never mind")
+    page.keyboard.press("Escape")
+    answered(page, 1)
+    expect(turns(page, "assistant").last).to_contain_text("stopped")
+
+
+def test_what_streams_survives_that_the_conversation_is_drawn_anew(open_page, demo, slow):
+    page = chat_page(open_page, 300)
+    say(page, "Tell me more")
+    expect(page.locator(".turn.live .body p").first).not_to_be_empty()
+    here = page.locator(".conversations .here")
+    here.get_by_role("button", name="Rename").click()
+    page.get_by_role("dialog").get_by_role("textbox").fill("A long tale")
+    page.keyboard.press("Enter")
+    expect(here.locator(".title span")).to_have_text("A long tale")
+    begun = page.locator(".turn.live .body").inner_text()
+    assert begun
+    page.get_by_role("button", name="Stop", exact=True).click()
+    answered(page, 1)
+    assert text_of(page, "assistant").startswith(begun)
+    (entry,) = [e for e in Store().list() if e.title == "A long tale"]
+    assert Store().load(entry.id).last.text.split() == text_of(page, "assistant").split()
+
+
+def test_a_conversation_that_is_left_keeps_what_was_written_and_disturbs_no_other(open_page, demo, slow):
+    page = chat_page(open_page, 400)
+    say(page, "I am left behind")
+    expect(page.locator(".turn.live .body p").first).not_to_be_empty()
+    page.get_by_role("button", name="New conversation", exact=True).click()
+    at_most(page, 20)
+    ask(page, "I am the next", 1)
+    expect(turns(page, "assistant").last).to_contain_text("20 tokens")
+    page.locator(".conversations .title", has_text="I am left behind").click()
+    expect(turns(page, "assistant").last).to_contain_text("stopped")
+    assert text_of(page, "assistant")
+
+
+def test_a_conversation_is_deleted_while_it_is_answered(open_page, demo, slow):
+    page = chat_page(open_page, 400)
+    say(page, "Delete me in the middle")
+    expect(page.locator(".turn.live .body p").first).not_to_be_empty()
+    page.get_by_role("button", name="Delete Delete me in the middle").click()
+    page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+    expect(turns(page)).to_have_count(0)
+    at_most(page, 4)
+    ask(page, "All the same", 1)
+    assert "Delete me in the middle" not in [entry.title for entry in Store().list()]
 
 
 # Output of the model is text --------------------------------------------------------------------------------------------------

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import secrets
+import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -44,7 +44,6 @@ class Chat:
 
     def __init__(self, engine: Engine, store: Store, running: Running) -> None:
         self.engine, self.store, self.running = engine, store, running
-        self._numbers = itertools.count()
 
     # What the browser shows -------------------------------------------------------------------------------------------
 
@@ -65,7 +64,7 @@ class Chat:
             "live": live,
             "dropped": dropped,
             "dropped_note": Fit([], dropped, 0).marker,
-            "number": next(self._numbers),  # Gradio passes on only what differs
+            "read": time.monotonic(),  # answers to two events may overtake each other
         }
 
     def _turn(self, conversation: Conversation, message: Message) -> dict[str, Any]:
@@ -76,9 +75,10 @@ class Chat:
         place = conversation.place(message.id)
         return {"id": message.id, "role": message.role, "text": message.text, "place": place, "note": note}
 
-    def entries(self) -> list[dict[str, Any]]:
+    def entries(self) -> dict[str, Any]:
         """The list for the part `conversations`."""
-        return [{"id": e.id, "title": e.title, "updated": e.updated, "problem": e.problem} for e in self.store.list()]
+        listed = [{"id": e.id, "title": e.title, "updated": e.updated, "problem": e.problem} for e in self.store.list()]
+        return {"entries": listed, "read": time.monotonic()}
 
     def load(self, id: str) -> Conversation:
         """A saved conversation, or a new one of this id, which the browser chose."""

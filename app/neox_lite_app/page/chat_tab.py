@@ -58,7 +58,7 @@ class Tab:
         """Lay the tab out."""
         forms = [("Automatic: the model's own", AUTO), *names()]
         with gr.Row(elem_id="nx-chat"):
-            self.conversations = part("conversations", [], ("open", "rename", "delete", "import"))
+            self.conversations = part("conversations", None, ("open", "rename", "delete", "import"))
             with gr.Column(elem_id="nx-talk"):
                 self.transcript = part(
                     "transcript", None, ("regenerate", "edit", "continue", "switch", "branch", "export", "raw")

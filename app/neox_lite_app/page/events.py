@@ -53,7 +53,7 @@ def listen(event: Any, handler: Handler, shown: list[gr.HTML], effects: gr.HTML)
         try:
             async with aclosing(handler(said)) as updates:
                 async for update in updates:
-                    yield update
+                    yield update or gr.skip()
         except NeoxLiteError as error:
             yield {effects: effect("notice", text=sentence(error))}
         except Exception as error:  # those that nobody foresaw

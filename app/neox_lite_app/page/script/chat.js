@@ -17,6 +17,7 @@ const unused = () => [...crypto.getRandomValues(new Uint8Array(16))].map((byte) 
 neox.parts.conversations = (element, props, trigger, watch) => {
   const search = h("input", { type: "search", placeholder: "Search", "aria-label": "Search conversations", input: () => draw() });
   const list = h("ul", { class: "conversations" });
+  let listed = { entries: [], read: 0 };
   const open = (id, system) => {
     show(id, system);
     trigger("open", { conversation: id });
@@ -50,7 +51,7 @@ neox.parts.conversations = (element, props, trigger, watch) => {
   };
   const draw = () => {
     const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
-    const entries = props.value.filter((entry) => words.every((w) => entry.title.toLowerCase().includes(w)));
+    const entries = listed.entries.filter((entry) => words.every((w) => entry.title.toLowerCase().includes(w)));
     list.replaceChildren(...entries.map((entry) => {
       const here = entry.id === shown.id;
       return h("li", { class: here ? "here" : "" },
@@ -64,7 +65,11 @@ neox.parts.conversations = (element, props, trigger, watch) => {
   };
   neox.on("new", () => { neox.go("chat"); neox.toggleIfNarrow("conversations"); open(unused(), ""); });
   neox.on("shown", draw);
-  watch("value", draw);
+  watch("value", () => {
+    if (props.value.read < listed.read) return;
+    listed = props.value;
+    draw();
+  });
   // The one that this browser tab showed last, or else the one that any did.
   open(neox.recall("conversation", sessionStorage) || neox.recall("conversation") || unused(), null);
 };
@@ -223,6 +228,7 @@ neox.parts.transcript = (element, props, trigger, watch) => {
   watch("value", () => {
     const value = props.value;
     if (value.asked !== shown.id) return; // another conversation is shown by now
+    if (value.id === view.id && value.read < view.read) return;
     [view, asked] = [value, null];
     show(value.id, value.system);
     draw();
