@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
+import os
 import random
 import re
 import statistics
@@ -101,14 +103,29 @@ async def pages(url: str, count: int, ends: float, counts: Counter[str]) -> None
             page = await (await browser.new_context()).new_page()
             await page.goto(url)
             await page.get_by_role("tab", name="Chat").click()
-            message = page.get_by_role("textbox", name="Message")
-            while time.monotonic() < ends:
+            message, stop = (
+                page.get_by_label("Message", exact=True),
+                page.get_by_role("button", name="Stop", exact=True),
+            )
+            for turn in itertools.count():
+                if time.monotonic() >= ends:
+                    break
+                if turn % 8 == 0:
+                    await page.get_by_role("button", name="New conversation", exact=True).click()
                 await message.fill(f"Speak, sir number {number}!")
                 await message.press("Enter")
                 counts["messages on pages"] += 1
                 await page.wait_for_timeout(4000)
-                await page.keyboard.press("Escape")
-                await page.wait_for_timeout(1000)
+                if await stop.is_visible():
+                    await message.press("Escape")
+                    counts["answers stopped on pages"] += 1
+                await stop.wait_for(state="hidden")
+                asked = await page.locator(".turn.user .body").all_inner_texts()
+                answers = await page.locator(".turn.assistant .body").all_inner_texts()
+                strange = [text for text in asked if text != f"Speak, sir number {number}!"]
+                counts["turns of another page"] += len(strange) + (len(asked) != turn % 8 + 1)
+                counts["empty answers on pages"] += answers.count("")
+            counts["notices on pages"] += await page.locator(".notice, .toast-body").count()
             await page.context.close()
 
         await asyncio.gather(*(tab(number) for number in range(count)))
@@ -138,6 +155,7 @@ async def soak(server: Server, args: argparse.Namespace) -> dict[str, Any]:
 @contextmanager
 def served(with_page: bool, scratch: Path) -> Iterator[Server]:
     port = free_port()
+    os.environ["NEOX_LITE_DATA"] = str(scratch / "data")  # conversations of the pages
     command = [sys.executable, "-m", "neox_lite_app", "serve", str(DEMO), "--port", str(port), "--device", "cpu"]
     command += [] if with_page else ["--no-page"]
     with running("neox-lite", command, port, scratch / "server.log") as server:

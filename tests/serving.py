@@ -28,15 +28,15 @@ def application(engine, keys=None, hosts=None, **options):
 
 
 @contextlib.contextmanager
-def serving(app, lifespan="off"):
+def serving(app, host="127.0.0.1", lifespan="off"):
     """The address of the application behind a real server. lifespan: "on" for the page, whose queue starts by it."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    with socket.create_server((host, 0)) as listener:
         config = uvicorn.Config(app, http="h11", ws="none", log_level="critical", lifespan=lifespan)
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+            yield f"http://{host}:{listener.getsockname()[1]}"
         finally:
             server.should_exit = server.force_exit = True
             thread.join()

@@ -124,7 +124,8 @@ def _side(model: GPTNeoXForCausalLM, side: str) -> str:
     if side == "gpu":
         device = model.accelerator.device if model.accelerator is not None else model.device
         return f"{device} ({name} backend)"
-    return f"the CPU ({name} backend, {torch.get_num_threads()} threads)"
+    threads = torch.get_num_threads()
+    return f"the CPU ({name} backend, {threads} thread{'s' if threads > 1 else ''})"
 
 
 def format_name(model: GPTNeoXForCausalLM) -> str:
