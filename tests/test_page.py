@@ -538,6 +538,9 @@ def test_a_message_goes_into_the_conversation_on_the_screen(open_page, demo, lat
     page.get_by_role("button", name="New conversation", exact=True).click()
     say(page, "Into the second")
     expect(turns(page, "user")).to_have_text("Into the second")  # before the server has heard of it
+    expect(page.get_by_role("button", name="Stop", exact=True)).to_be_visible()
+    page.wait_for_timeout(500)  # the opened conversation is here by now
+    expect(turns(page, "user")).to_have_text("Into the second")
     answered(page, 1)
     page.locator(".conversations .title", has_text="Into the first").click()
     say(page, "Into the first again")

@@ -47,17 +47,12 @@ class Chat:
 
     # What the browser shows -------------------------------------------------------------------------------------------
 
-    def view(self, conversation: Conversation, asked: str, live: str | None = None) -> dict[str, Any]:
-        """A conversation's path for the part `transcript`.
-
-        asked: the conversation that the tab showed when it asked; by now it may show another, and then ignores this.
-        live: the answer that is streaming in.
-        """
+    def view(self, conversation: Conversation, live: str | None = None) -> dict[str, Any]:
+        """A conversation's path for the part `transcript`. live: the answer that is streaming in."""
         path = conversation.path()
         dropped = next((int(m.details.get("dropped", 0)) for m in reversed(path) if m.role == "assistant"), 0)
         return {
             "id": conversation.id,
-            "asked": asked,
             "title": conversation.label,
             "system": conversation.system,
             "turns": [self._turn(conversation, message) for message in path],

@@ -112,7 +112,8 @@ class Tab:
                             refused = False
             except Exception:
                 if refused:  # what could not be sent stands in the box again
-                    yield {self.composer: effect("back", text=said.data.get("text") if change is send else None)}
+                    text = said.data.get("text") if change is send else None
+                    yield {self.composer: effect("back", text=text, wish=said.data.get("wish"))}
                 raise
             yield self._show(self.chat.load(conversation.id), said)
 
@@ -192,8 +193,7 @@ class Tab:
         return conversation
 
     def _show(self, conversation: Conversation, said: Said) -> Update:
-        live = self.running.written(said.session, "chat")
-        return {
-            self.transcript: self.chat.view(conversation, said.text("conversation"), live),
-            self.conversations: self.chat.entries(),
-        }
+        """What is there now, for a tab that asked for it when it showed said's conversation, by a wish of that name."""
+        view = self.chat.view(conversation, live=self.running.written(said.session, "chat"))
+        view |= {"asked": said.text("conversation"), "wish": said.data.get("wish")}
+        return {self.transcript: view, self.conversations: self.chat.entries()}

@@ -104,8 +104,8 @@ neox.parts.transcript = (element, props, trigger, watch) => {
     foot.hidden = following;
   });
 
-  let view = { turns: [] }; // the conversation as the server told it last
-  let asked = null; // what the server has not taken yet: {text} of a message, {} of another wish
+  let view = { turns: [], read: 0 }; // the conversation as the server told it last
+  let asked = null; // a wish that the server has not answered yet: {wish, text of a message}
   let live = null; // the answer that streams in
   let halting = false; // it is to be stopped as soon as there is one
   const coming = new Map(); // answer -> what has streamed in of it
@@ -113,9 +113,10 @@ neox.parts.transcript = (element, props, trigger, watch) => {
   const act = (name, id, more = {}) => {
     if (neox.isBusy("chat")) return;
     following = true;
-    trigger(name, said({ id, ...more }));
+    const wish = unused();
+    trigger(name, said({ id, wish, ...more }));
     if (name === "switch" || name === "branch") return;
-    asked = {};
+    asked = { wish };
     neox.setBusy("chat", true);
   };
 
@@ -220,17 +221,20 @@ neox.parts.transcript = (element, props, trigger, watch) => {
   });
   neox.on("stop", (place) => { halting = place === "chat" && !live; });
   neox.on("asked", (message) => { asked = message; following = true; draw(); });
+  neox.on("refused", (wish) => { if (asked?.wish === wish) { asked = null; draw(); } });
   neox.on("shown", () => {
     if (view.id === shown.id) return;
-    [view, asked, following] = [{ id: shown.id, turns: [] }, null, true];
+    [view, asked, following] = [{ id: shown.id, turns: [], read: 0 }, null, true];
     draw();
   });
   watch("value", () => {
     const value = props.value;
     if (value.asked !== shown.id) return; // another conversation is shown by now
-    if (value.id === view.id && value.read < view.read) return;
-    [view, asked] = [value, null];
-    show(value.id, value.system);
+    if (asked?.wish === value.wish) asked = null;
+    if (value.id !== view.id || value.read >= view.read) {
+      view = value;
+      show(value.id, value.system);
+    }
     draw();
   });
   draw();
@@ -268,8 +272,9 @@ neox.parts.composer = (element, props, trigger, watch) => {
     if (!text.trim() || neox.isBusy("chat")) return;
     neox.notice("");
     write("");
-    trigger("send", said({ text }));
-    neox.emit("asked", { text });
+    const wish = unused();
+    trigger("send", said({ text, wish }));
+    neox.emit("asked", { text, wish });
   };
   area.addEventListener("input", () => fitHeight(area, 200));
   area.addEventListener("keydown", (event) => {
@@ -282,7 +287,7 @@ neox.parts.composer = (element, props, trigger, watch) => {
   neox.on("lost", () => neox.emit("asked", null));
   neox.on("view", (view) => view === "chat" && setTimeout(() => area.focus({ preventScroll: true })));
   watch("value", () => { // what could not be sent comes back
-    neox.emit("asked", null);
+    neox.emit("refused", props.value.wish);
     if (props.value.text && !area.value) write(props.value.text);
   });
 };
