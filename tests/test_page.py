@@ -1141,7 +1141,7 @@ def test_a_stream_that_is_given_up_cancels_its_job():
 
 
 def test_a_feed_grows_at_its_end_only():
-    feed = Feed(id="x")
+    feed = Feed()
     before = feed.value
-    after = feed.add(text="a\nb", meter=None)
-    assert after.startswith(before) and [json.loads(line) for line in after.splitlines()][1]["text"] == "a\nb"
+    after = feed.add({"answer": {"text": "a\nb"}})
+    assert after.startswith(before) and json.loads(after.splitlines()[1]) == {"answer": {"text": "a\nb"}}

@@ -21,9 +21,8 @@ def build_page(engine: Engine, args: argparse.Namespace, store: Store | None = N
     """The page over an engine, to be mounted with `looks()`. args: those of `neox-lite serve`."""
     running = Running()
     with gr.Blocks(title="neox-lite", analytics_enabled=False, fill_height=True) as page:
-        effects = part("effects")
-        models = model_tab.Tab(engine, args, effects)
-        chats = chat_tab.Tab(engine, store or Store(), running, args.form, effects)
+        models = model_tab.Tab(engine, args)
+        chats = chat_tab.Tab(engine, store or Store(), running, args.form)
         part("header")
         with gr.Row(elem_id="nx-stage"):
             with gr.Column(elem_id="nx-view-model", elem_classes="nx-view"):
@@ -35,7 +34,7 @@ def build_page(engine: Engine, args: argparse.Namespace, store: Store | None = N
             settings_part()
         models.build_status()
         chats.wire()
-        notebook.wire(engine, book, effects, running)
+        notebook.wire(engine, book, running)
 
         def leave(request: gr.Request) -> None:
             running.leave(request.session_hash or "")

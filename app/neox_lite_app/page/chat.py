@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -15,8 +14,8 @@ from neox_lite.errors import ArgumentError, NeoxLiteError
 from ..conversation import Conversation, Fit, Message, Store, fit
 from ..engine import Engine, Job, Step, Ticket
 from ..prompt_forms import Form, form_of
-from .events import Running, sentence
-from .stream import Feed, Meter, batches
+from .events import Running, Told, sentence
+from .stream import Meter, batches
 
 ENDS = {"length": "cut at the limit", "cancelled": "stopped", "error": "broken off"}
 
@@ -112,8 +111,8 @@ class Chat:
             options["max_new_tokens"] = min(options["max_new_tokens"], self.engine.context - len(prompt.ids))
         return self.engine.submit(Job(prompt.ids, options, client=asked.session))
 
-    async def answer(self, conversation: Conversation, answer: Message, asked: Asked) -> AsyncGenerator[str, None]:
-        """The growing text of a feed that writes an answer, or more of one; kept in the Store however that ends.
+    async def answer(self, conversation: Conversation, answer: Message, asked: Asked) -> AsyncGenerator[Told, None]:
+        """The news of an answer, or of more of one; kept in the Store however that ends. The first come when it is submitted.
 
         What is refused is refused before the conversation is saved: an error leaves it as it was.
         """
@@ -121,13 +120,12 @@ class Chat:
         ticket = self.submit(prompt, asked)
         self.running.start(asked.session, "chat", ticket, answer.id)
         writing = _Writing(answer, prompt, Meter(ticket, self.engine.context))
-        feed = Feed(id=secrets.token_hex(8), answer=answer.id)
         try:
             self.store.save(conversation)
-            yield feed.value
+            yield {}
             async with aclosing(batches(ticket)) as steps_of:
                 async for steps in steps_of:
-                    yield feed.add(**writing.take(steps))
+                    yield writing.take(steps)
         finally:
             ticket.cancel()
             self.running.end(asked.session, "chat", ticket)
@@ -156,19 +154,19 @@ class _Writing:
         self.reader = self.prompt.form.reader(self.answer.text or None)
         self.before = int(self.answer.details.get("tokens", 0))
 
-    def take(self, steps: list[Step]) -> dict[str, Any]:
-        """The line of a feed that some steps make."""
+    def take(self, steps: list[Step]) -> Told:
+        """The news that some steps make."""
         self.meter.count(steps)
         last = steps[-1]
         text = "".join(self.reader.put(step.text) for step in steps)
-        line: dict[str, Any] = {"meter": self.meter.figures}
+        told: Told = {"meter": self.meter.figures}
         if last.finish_reason is not None:
             text += self.reader.end(last.finish_reason)
-            self.end = line["end"] = last.finish_reason
+            self.end = last.finish_reason
             if last.error is not None:
-                line["error"] = sentence(NeoxLiteError(last.error))
+                told["notice"] = sentence(NeoxLiteError(last.error))
         self.parts.append(text)
-        return {**line, "text": text}
+        return {**told, "answer": {"id": self.answer.id, "text": text, "end": last.finish_reason}}
 
     @property
     def message(self) -> Message:

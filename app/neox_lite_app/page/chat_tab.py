@@ -17,7 +17,7 @@ from ..engine import Engine
 from ..prompt_forms import names
 from .chat import Asked, Chat
 from .components import part
-from .events import Handler, Running, Said, Update, effect, listen
+from .events import Handler, Running, Said, Told, listen
 from .settings import options_of
 
 AUTO = "auto"  # the prompt form that the model is known by
@@ -48,28 +48,25 @@ def edit(conversation: Conversation, said: Said) -> Message | None:
 
 
 class Tab:
-    """Event handlers. Each yields new values of parts."""
+    """Event handlers."""
 
-    def __init__(self, engine: Engine, store: Store, running: Running, form: str | None, effects: gr.HTML) -> None:
-        self.chat, self.store, self.default_form, self.effects = Chat(engine, store, running), store, form, effects
-        self.running = running
+    def __init__(self, engine: Engine, store: Store, running: Running, form: str | None) -> None:
+        self.chat, self.store, self.running, self.default_form = Chat(engine, store, running), store, running, form
 
     def build(self) -> None:
         """Lay the tab out."""
         forms = [("Automatic: the model's own", AUTO), *names()]
         with gr.Row(elem_id="nx-chat"):
-            self.conversations = part("conversations", None, ("open", "rename", "delete", "import"))
+            self.conversations = part("conversations", ("open", "rename", "delete", "import"))
             with gr.Column(elem_id="nx-talk"):
                 self.transcript = part(
-                    "transcript", None, ("regenerate", "edit", "continue", "switch", "branch", "export", "raw")
+                    "transcript", ("regenerate", "edit", "continue", "switch", "branch", "export", "raw")
                 )
-                self.about = part("about", None, ("keep",), forms=forms)
-                self.composer = part("composer", None, ("send", "stop"))
-        self.feed = part("chat-feed")
+                self.about = part("about", ("keep",), forms=forms)
+                self.composer = part("composer", ("send", "stop"))
 
     def wire(self) -> None:
         """Say which event goes where."""
-        shown = [self.conversations, self.transcript, self.composer, self.feed]
         handlers: dict[gr.HTML, dict[str, Handler]] = {
             self.composer: {"send": self._answering(send), "stop": self.stop},
             self.transcript: {
@@ -91,29 +88,29 @@ class Tab:
         }
         for place, events in handlers.items():
             for name, handler in events.items():
-                listen(getattr(place, name), handler, shown, self.effects)
+                listen(place, name, handler)
 
     # Answers ----------------------------------------------------------------------------------------------------------
 
     def _answering(self, change: Change) -> Handler:
         """The handler of an event that asks for an answer."""
 
-        async def handler(said: Said) -> AsyncGenerator[Update, None]:
-            refused = True
+        async def handler(said: Said) -> AsyncGenerator[Told, None]:
+            taken = False
             try:
                 conversation = self._load(said)
                 answer = change(conversation, said)
                 if answer is None:
                     self.store.save(conversation)
                 else:
-                    async with aclosing(self.chat.answer(conversation, answer, self._asked(said))) as feed:
-                        async for value in feed:
-                            yield {**(self._show(conversation, said) if refused else {}), self.feed: value}
-                            refused = False
+                    async with aclosing(self.chat.answer(conversation, answer, self._asked(said))) as news:
+                        async for told in news:
+                            yield told if taken else self._show(conversation, said)
+                            taken = True
             except Exception:
-                if refused:  # what could not be sent stands in the box again
+                if not taken:  # what could not be sent stands in the box again
                     text = said.data.get("text") if change is send else None
-                    yield {self.composer: effect("back", text=text, wish=said.data.get("wish"))}
+                    yield {"refused": {"wish": said.data.get("wish"), "text": text}}
                 raise
             yield self._show(self.chat.load(conversation.id), said)
 
@@ -123,50 +120,50 @@ class Tab:
         form = said.text("form")
         return Asked(options_of(said.settings), self.default_form if form == AUTO else form, said.session)
 
-    async def stop(self, said: Said) -> AsyncGenerator[Update, None]:
+    async def stop(self, said: Said) -> AsyncGenerator[Told, None]:
         self.running.stop(said.session, "chat")
         yield {}
 
-    async def raw(self, said: Said) -> AsyncGenerator[Update, None]:
+    async def raw(self, said: Said) -> AsyncGenerator[Told, None]:
         """What the model is given, to the letter."""
         text, note = self.chat.raw(self._load(said), self._asked(said))
-        yield {self.effects: effect("prompt", text=text, note=note)}
+        yield {"prompt": {"text": text, "note": note}}
 
     # Conversations ----------------------------------------------------------------------------------------------------
 
-    async def open(self, said: Said) -> AsyncGenerator[Update, None]:
+    async def open(self, said: Said) -> AsyncGenerator[Told, None]:
         """Another conversation, or a new one; an answer that streams into the last one ends."""
         conversation = self.chat.load(said.text("conversation"))
         if self.running.written(said.session, "chat") not in conversation.messages:
             self.running.stop(said.session, "chat")
         yield self._show(conversation, said)
 
-    async def switch(self, said: Said) -> AsyncGenerator[Update, None]:
+    async def switch(self, said: Said) -> AsyncGenerator[Told, None]:
         conversation = self._load(said)
         conversation.switch(said.text("id"), -1 if said.data.get("step") == -1 else 1)
         self.store.save(conversation)
         yield self._show(conversation, said)
 
-    async def branch(self, said: Said) -> AsyncGenerator[Update, None]:
+    async def branch(self, said: Said) -> AsyncGenerator[Told, None]:
         conversation = self._load(said).branch(said.text("id"))
         self.store.save(conversation)
         yield self._show(conversation, said)
 
-    async def rename(self, said: Said) -> AsyncGenerator[Update, None]:
+    async def rename(self, said: Said) -> AsyncGenerator[Told, None]:
         self.store.rename(said.text("id"), said.text("title"))
         yield self._show(self._load(said), said)
 
-    async def delete(self, said: Said) -> AsyncGenerator[Update, None]:
+    async def delete(self, said: Said) -> AsyncGenerator[Told, None]:
         self.store.delete(said.text("id"))
-        yield {self.conversations: self.chat.entries()}
+        yield {"conversations": self.chat.entries()}
 
-    async def keep(self, said: Said) -> AsyncGenerator[Update, None]:
+    async def keep(self, said: Said) -> AsyncGenerator[Told, None]:
         """A system text is kept as soon as it is left, in a conversation that has been saved."""
         if said.text("conversation") in self.store:
             self.store.save(self._load(said))
         yield {}
 
-    async def export(self, said: Said) -> AsyncGenerator[Update, None]:
+    async def export(self, said: Said) -> AsyncGenerator[Told, None]:
         conversation = self._load(said)
         if not conversation.messages:
             raise ArgumentError("there is nothing to export yet; write a message first")
@@ -174,9 +171,9 @@ class Tab:
         text = conversation.to_markdown() if markdown else conversation.to_json()
         name = "".join(c if c.isalnum() else "-" for c in conversation.label)[:60].strip("-") or "conversation"
         kind = ("md", "text/markdown") if markdown else ("json", "application/json")
-        yield {self.effects: effect("download", name=f"{name}.{kind[0]}", type=kind[1], text=text)}
+        yield {"download": {"name": f"{name}.{kind[0]}", "type": kind[1], "text": text}}
 
-    async def import_(self, said: Said) -> AsyncGenerator[Update, None]:
+    async def import_(self, said: Said) -> AsyncGenerator[Told, None]:
         conversation = imported(said.text("text"), said.text("name")[:200])
         self.store.save(conversation)
         yield self._show(conversation, said)
@@ -192,8 +189,8 @@ class Tab:
                 )
         return conversation
 
-    def _show(self, conversation: Conversation, said: Said) -> Update:
+    def _show(self, conversation: Conversation, said: Said) -> Told:
         """What is there now, for a tab that asked for it when it showed said's conversation, by a wish of that name."""
         view = self.chat.view(conversation, live=self.running.written(said.session, "chat"))
         view |= {"asked": said.text("conversation"), "wish": said.data.get("wish")}
-        return {self.transcript: view, self.conversations: self.chat.entries()}
+        return {"transcript": view, "conversations": self.chat.entries()}

@@ -12,18 +12,18 @@ from typing import Any
 import gradio as gr
 
 
-def part(kind: str, value: Any = None, emits: tuple[str, ...] = (), **props: Any) -> gr.HTML:
+def part(kind: str, emits: tuple[str, ...] = (), name: str = "", **props: Any) -> gr.HTML:
     """A part of the page. kind: the function of `neox.parts` that runs it; emits: its events; props: fixed values it reads.
 
+    name: of its element, where several parts are of one kind.
     Traps: a subclass would make Gradio write a stub file beside this one; events named "load" and "unload" come by themselves.
     """
     return gr.HTML(
-        value=value,
         html_template="",
         # Gradio listens to an event where its quoted name stands in this text.
         js_on_load=f"neox.mount({json.dumps(kind)}, element, props, trigger, watch, {json.dumps(emits)})",
         apply_default_css=False,
-        elem_id=f"nx-{kind}",
-        elem_classes=["nx"],
+        elem_id=f"nx-{name or kind}",
+        elem_classes=["nx", f"nx-{kind}"],
         **props,
     )

@@ -6,7 +6,6 @@ All that a handler depends on comes with its event, as JSON that a part made: no
 from __future__ import annotations
 
 import logging
-import secrets
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -17,8 +16,9 @@ import gradio as gr
 from neox_lite.errors import ArgumentError, NeoxLiteError
 
 from ..engine import Ticket
+from .components import part
+from .stream import Feed
 
-Update = dict[Any, Any]  # component -> its new value; others stay as they are
 log = logging.getLogger(__name__)
 
 
@@ -42,31 +42,33 @@ class Said:
         return value if isinstance(value, dict) else {}
 
 
-Handler = Callable[[Said], AsyncGenerator[Update, None]]
+Told = dict[str, Any]  # what the browser is told: news of each kind, as JSON
+Handler = Callable[[Said], AsyncGenerator[Told, None]]
 
 
-def listen(event: Any, handler: Handler, shown: list[gr.HTML], effects: gr.HTML) -> None:
-    """Answer an event of a part with a handler's values for the parts `shown`; its errors become notices on the page."""
+def listen(place: gr.HTML, event: str, handler: Handler) -> None:
+    """Answer an event of a part; errors become notices on the page.
 
-    async def run(sent: gr.EventData, request: gr.Request) -> AsyncGenerator[Update, None]:
-        said = Said(sent._data if isinstance(sent._data, dict) else {}, request.session_hash or "")
+    Each event has a part of its own for its answers, for two reasons. Of several values that a part is given between two
+    frames Gradio shows the last; and each part beside that a handler could write to would cost it a millisecond an update.
+    """
+    reply = part("reply", name=f"{place.elem_id}-{event}")
+
+    async def run(sent: gr.EventData, request: gr.Request) -> AsyncGenerator[str, None]:
+        said, feed = Said(sent._data if isinstance(sent._data, dict) else {}, request.session_hash or ""), Feed()
         try:
-            async with aclosing(handler(said)) as updates:
-                async for update in updates:
-                    yield update or gr.skip()
+            async with aclosing(handler(said)) as news:
+                async for told in news:
+                    yield feed.add(told)
         except NeoxLiteError as error:
-            yield {effects: effect("notice", text=sentence(error))}
+            yield feed.add({"notice": sentence(error)})
         except Exception as error:  # those that nobody foresaw
             log.exception("the page could not handle an event")
-            yield {effects: effect("notice", text=unforeseen(error))}
+            yield feed.add({"notice": unforeseen(error)})
 
     # By itself Gradio drops what comes while an earlier event of the same kind is being answered.
-    event(run, None, [*shown, effects], show_progress="hidden", api_visibility="private", trigger_mode="multiple")
-
-
-def effect(do: str, **what: Any) -> dict[str, Any]:
-    """Something that the browser is to do once, as the value of the part `effects`."""
-    return {"do": do, "id": secrets.token_hex(8), **what}
+    options: Any = {"show_progress": "hidden", "api_visibility": "private", "trigger_mode": "multiple"}
+    getattr(place, event)(run, None, [reply], **options)
 
 
 def sentence(error: BaseException) -> str:

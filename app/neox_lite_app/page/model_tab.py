@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import secrets
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any
-
-import gradio as gr
 
 from neox_lite.errors import ArgumentError, NeoxLiteError
 
@@ -21,7 +18,7 @@ from ..running import amount
 from ..shelf import LocalModel, local_models
 from .badges import FORMATS, Badges
 from .components import part
-from .events import Handler, Said, Update, listen, sentence
+from .events import Handler, Said, Told, listen, sentence
 from .work import DEMO_NAME, Work, name_of
 
 TIERS = ("gpu", "cpu", "disk")
@@ -31,32 +28,31 @@ LONGEST = 4096  # characters of a folder's path
 class Tab:
     """Event handlers, as Gradio calls them, of the Model tab and the status strip."""
 
-    def __init__(self, engine: Engine, args: argparse.Namespace, effects: gr.HTML) -> None:
-        self.engine, self.args, self.effects = engine, args, effects
+    def __init__(self, engine: Engine, args: argparse.Namespace) -> None:
+        self.engine, self.args = engine, args
         self.work, self.badges = Work(engine, args), Badges(engine, args)
 
     def build(self) -> None:
-        self.models = part("models", None, ("list", "start", "quantize", "cancel", "release", "dismiss"))
+        self.models = part("models", ("list", "start", "quantize", "cancel", "release", "dismiss"))
 
     def build_status(self) -> None:
-        self.status = part("status", None, ("poll",))
-        shown = [self.status, self.models]
-        listen(self.models.list, self.list, shown, self.effects)
-        listen(self.status.poll, self.poll, shown, self.effects)
+        self.status = part("status", ("poll",))
+        listen(self.models, "list", self.list)
+        listen(self.status, "poll", self.poll)
         for name in ("start", "quantize", "cancel", "release", "dismiss"):
-            listen(getattr(self.models, name), self._doing(getattr(self, name)), shown, self.effects)
+            listen(self.models, name, self._doing(getattr(self, name)))
 
     # What the browser shows -------------------------------------------------------------------------------------------
 
-    async def poll(self, said: Said) -> AsyncGenerator[Update, None]:
-        yield {self.status: self.figures()}
+    async def poll(self, said: Said) -> AsyncGenerator[Told, None]:
+        yield {"status": self.figures()}
 
-    async def list(self, said: Said) -> AsyncGenerator[Update, None]:
+    async def list(self, said: Said) -> AsyncGenerator[Told, None]:
         found = await asyncio.to_thread(local_models)
         models = [DEMO_CARD, *(on_shelf(model) for model in found if Path(model.path) != DEMO)]
         self.badges.refresh({m["id"]: "fp16" if m["plain"] else None for m in models if not m["problem"]})
         shelf = [{**m, "demo": m is DEMO_CARD, "plan": self.badges.of(m["id"])} for m in models]
-        yield {self.models: {"shelf": shelf, "family": [self._member(member) for member in FAMILY]}}
+        yield {"models": {"shelf": shelf, "family": [self._member(member) for member in FAMILY]}}
 
     def _member(self, member: Member) -> dict[str, Any]:
         about = (
@@ -83,7 +79,6 @@ class Tab:
             "fault": status.fault,
             "task": task.figures if task is not None else None,
             "version": self.badges.version,
-            "beat": secrets.token_hex(4),  # what has not changed says so too: the server is alive
             **known,
         }
 
@@ -101,9 +96,9 @@ class Tab:
     # What it does -----------------------------------------------------------------------------------------------------
 
     def _doing(self, do: Callable[[Said], None]) -> Handler:
-        async def handler(said: Said) -> AsyncGenerator[Update, None]:
+        async def handler(said: Said) -> AsyncGenerator[Told, None]:
             do(said)
-            yield {self.status: self.figures()}
+            yield {"status": self.figures()}
 
         return handler
 

@@ -3,81 +3,72 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any, NamedTuple
+from typing import Any
 
 import gradio as gr
 
-from neox_lite.errors import NeoxLiteError
+from neox_lite.errors import ArgumentError, NeoxLiteError
 
 from ..engine import Engine, Job
 from .components import part
-from .events import Handler, Running, Said, Update, listen, sentence
+from .events import Running, Said, Told, listen, sentence
 from .settings import options_of
-from .stream import ALTERNATIVES, Feed, Meter, Spans, batches
+from .stream import ALTERNATIVES, Meter, Spans, batches
 
 MOST_SCORED = 100_000  # characters of a text that is scored
 
 
-class Book(NamedTuple):
-    """The tab's parts."""
-
-    page: gr.HTML
-    feed: gr.HTML
-
-
-def build() -> Book:
+def build() -> gr.HTML:
     """Lay the tab out."""
-    return Book(part("notebook", emits=("complete", "score", "stop")), part("notebook-feed"))
+    return part("notebook", ("complete", "score", "stop"))
 
 
-def wire(engine: Engine, book: Book, effects: gr.HTML, running: Running) -> None:
+def wire(engine: Engine, page: gr.HTML, running: Running) -> None:
     """Say which event goes where."""
-    page, feed = book
 
-    def feeding(lines: Callable[[Said], AsyncGenerator[dict[str, Any], None]]) -> Handler:
-        async def handler(said: Said) -> AsyncGenerator[Update, None]:
-            async with aclosing(_ended(lines(said))) as values:
-                async for value in values:
-                    yield {feed: value}
+    async def complete(said: Said) -> AsyncGenerator[Told, None]:
+        async with aclosing(_ended(_complete(engine, running, said))) as news:
+            async for told in news:
+                yield told
 
-        return handler
+    async def score(said: Said) -> AsyncGenerator[Told, None]:
+        async with aclosing(_ended(_score(engine, said))) as news:
+            async for told in news:
+                yield told
 
-    async def stop(said: Said) -> AsyncGenerator[Update, None]:
+    async def stop(said: Said) -> AsyncGenerator[Told, None]:
         running.stop(said.session, "notebook")
         yield {}
 
-    listen(page.complete, feeding(lambda said: _complete(engine, running, said)), [feed], effects)
-    listen(page.score, feeding(lambda said: _score(engine, said)), [feed], effects)
-    listen(page.stop, stop, [feed], effects)
+    listen(page, "complete", complete)
+    listen(page, "score", score)
+    listen(page, "stop", stop)
 
 
-async def _ended(answer: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[str, None]:
-    """The texts of a feed; one that breaks off ends with its error, so that the browser never waits for more."""
-    feed = Feed(id=secrets.token_hex(8))
+async def _ended(news: AsyncGenerator[Told, None]) -> AsyncGenerator[Told, None]:
+    """News that end also where they break off, so that the browser never waits for more."""
     try:
-        async with aclosing(answer) as lines:
-            async for line in lines:
-                yield feed.add(**line)
-    except NeoxLiteError as error:
-        yield feed.add(error=sentence(error), end="error")
+        async with aclosing(news) as found:
+            async for told in found:
+                yield told
     except Exception:
-        yield feed.add(end="error")
+        yield {"completion": {"end": "error"}}
         raise
 
 
-async def _complete(engine: Engine, running: Running, said: Said) -> AsyncGenerator[dict[str, Any], None]:
-    """The lines of a feed that continue a text."""
+async def _complete(engine: Engine, running: Running, said: Said) -> AsyncGenerator[Told, None]:
+    """The news of a text that goes on."""
     text, scores, session = said.text("text"), bool(said.data.get("scores")), said.session
     options, tokenizer, context = options_of(said.settings), engine.tokenizer, engine.context
     ids: list[int] = await asyncio.to_thread(lambda: list(tokenizer(text).input_ids))
     new = min(options.get("max_new_tokens", context // 4), context // 2)
     if len(ids) > context - new:
         ids = ids[new - context :]
-        note = f"The text is longer than the context of {context:,} tokens: the model sees its last {len(ids):,}."
-        yield {"error": note}
+        yield {
+            "notice": f"The text is longer than the context of {context:,} tokens: the model sees its last {len(ids):,}."
+        }
     if "max_new_tokens" in options:
         options["max_new_tokens"] = min(options["max_new_tokens"], context - len(ids))
     ticket = engine.submit(Job(ids, options, client=session, scores=ALTERNATIVES if scores else None))
@@ -87,41 +78,29 @@ async def _complete(engine: Engine, running: Running, said: Said) -> AsyncGenera
         async with aclosing(batches(ticket)) as steps_of:
             async for steps in steps_of:
                 meter.count(steps)
-                line: dict[str, Any] = {"text": "".join(step.text for step in steps), "meter": meter.figures}
+                last, chosen = steps[-1], [(step.token, step.score) for step in steps if step.token is not None]
+                completion: dict[str, Any] = {"text": "".join(step.text for step in steps), "end": last.finish_reason}
                 if scores:
-                    line["spans"] = [
-                        s for step in steps if step.token is not None for s in spans.add(step.token, step.score)
-                    ]
-                if (last := steps[-1]).finish_reason is not None:
-                    line["end"] = last.finish_reason
-                    if last.error is not None:
-                        line["error"] = sentence(NeoxLiteError(last.error))
-                yield line
+                    completion["spans"] = [span for token, score in chosen for span in spans.add(token, score)]
+                notice = {"notice": sentence(NeoxLiteError(last.error))} if last.error is not None else {}
+                yield {"completion": completion, "meter": meter.figures, **notice}
     finally:
         running.end(session, "notebook", ticket)
 
 
-async def _score(engine: Engine, said: Said) -> AsyncGenerator[dict[str, Any], None]:
-    """One line with the probabilities of a text's own tokens."""
-    text = said.text("text")
+async def _score(engine: Engine, said: Said) -> AsyncGenerator[Told, None]:
+    """The probabilities of a text's own tokens."""
+    text, tokenizer, context = said.text("text"), engine.tokenizer, engine.context
     if len(text) > MOST_SCORED:
-        yield {
-            "error": f"The text has {len(text):,} characters; at most {MOST_SCORED:,} can be scored.",
-            "end": "error",
-        }
-        return
-    tokenizer, context = engine.tokenizer, engine.context
+        raise ArgumentError(f"the text has {len(text):,} characters; at most {MOST_SCORED:,} can be scored")
     ids: list[int] = await asyncio.to_thread(lambda: list(tokenizer(text).input_ids))
     if not 0 < len(ids) < context:
-        problem = f"The text has {len(ids):,} tokens; 1 to {context - 1:,} can be scored."
-        yield {"error": problem, "end": "error"}
-        return
+        raise ArgumentError(f"the text has {len(ids):,} tokens; 1 to {context - 1:,} can be scored")
     ticket = engine.submit(Job(ids, {"max_new_tokens": 1}, client=said.session, prompt_scores=ALTERNATIVES))
     async with aclosing(batches(ticket)) as steps_of:
         async for steps in steps_of:
             if steps[-1].error is not None:
-                yield {"error": sentence(NeoxLiteError(steps[-1].error)), "end": "error"}
-                return
+                raise NeoxLiteError(steps[-1].error)
     spans = Spans(tokenizer)
     scored = [span for id, score in zip(ids, ticket.prompt_scores, strict=True) for span in spans.add(id, score)]
-    yield {"spans": scored, "end": "stop"}
+    yield {"completion": {"spans": scored, "end": "stop"}}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import secrets
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -44,14 +45,13 @@ async def batches(ticket: Ticket, seconds: float = SECONDS) -> AsyncGenerator[li
 
 
 class Feed:
-    """What one answer sends, growing at its end only. value: the whole of it so far."""
+    """What the browser is told in answer to one event, growing at its end only. value: the whole of it so far."""
 
-    def __init__(self, **first: Any) -> None:
-        self.value = ""
-        self.add(**first)
+    def __init__(self) -> None:
+        self.value = json.dumps({"event": secrets.token_hex(8)}) + "\n"
 
-    def add(self, **line: Any) -> str:
-        self.value += json.dumps(line, separators=(",", ":")) + "\n"
+    def add(self, told: dict[str, Any]) -> str:
+        self.value += json.dumps(told, separators=(",", ":")) + "\n"
         return self.value
 
 

@@ -1,6 +1,6 @@
 // What every part of the page uses: elements from text nodes only, the parts' registry, dialogs, notices, views and theme.
 "use strict";
-const neox = { parts: {}, feeds: {} };
+const neox = { parts: {} };
 window.neox = neox;
 
 // Elements ------------------------------------------------------------------------------------------------------------
@@ -72,25 +72,22 @@ neox.isBusy = (name) => busy.has(name);
 neox.emit = (name, detail) => document.dispatchEvent(new CustomEvent(`neox:${name}`, { detail }));
 neox.on = (name, listener) => document.addEventListener(`neox:${name}`, (event) => listener(event.detail));
 
-/** The lines of an answer as they come: Gradio hands over the whole text each time, of which only the end is new.
- *  The first line says which answer it is; two may come at once, when one that was left still ends. */
-for (const name of ["chat", "notebook"]) {
-  neox.parts[`${name}-feed`] = (element, props, trigger, watch) => {
-    const seen = new Map(); // first line -> characters read
-    watch("value", () => {
-      const text = props.value || "";
-      const head = text.slice(0, text.indexOf("\n") + 1);
-      if (!head) return;
-      const lines = text.slice(seen.get(head) ?? 0).split("\n");
-      seen.set(head, text.length - lines.pop().length);
-      for (const line of lines) {
-        const news = JSON.parse(line);
-        if (news.meter) neox.emit("meter", news.meter);
-        neox.feeds[name](news, JSON.parse(head));
-      }
-    });
-  };
-}
+/** What the server says in answer to an event: lines of JSON, news by their kinds. Gradio hands over the whole text each
+ *  time, of which only the end is new; its first line is another one for each event, as two may be answered at once. */
+neox.parts.reply = (element, props, trigger, watch) => {
+  const seen = new Map(); // first line -> characters read
+  watch("value", () => {
+    const text = props.value;
+    const first = text.slice(0, text.indexOf("\n") + 1);
+    const lines = text.slice(seen.get(first) ?? first.length).split("\n");
+    seen.set(first, text.length - lines.pop().length);
+    for (const line of lines) {
+      for (const [kind, news] of Object.entries(JSON.parse(line))) neox.emit(`told:${kind}`, news);
+    }
+  });
+};
+/** Listen to news of one kind. */
+neox.told = (kind, listener) => neox.on(`told:${kind}`, listener);
 
 // Views, theme, storage -----------------------------------------------------------------------------------------------
 
@@ -200,16 +197,10 @@ neox.pick = (accept) =>
     input.click();
   });
 
-/** What Python asks of the browser, once each. */
-neox.parts.effects = (element, props, trigger, watch) => {
-  const effects = {
-    notice: ({ text }) => neox.notice(text),
-    download: ({ name, type, text }) => neox.download(name, type, text),
-    prompt: ({ text, note }) =>
-      neox.dialog("Raw prompt", h("p", { class: "muted" }, note), h("pre", { tabindex: "0", class: "raw" }, text)),
-  };
-  watch("value", () => effects[props.value.do](props.value));
-};
+neox.told("notice", neox.notice);
+neox.told("download", ({ name, type, text }) => neox.download(name, type, text));
+neox.told("prompt", ({ text, note }) =>
+  neox.dialog("Raw prompt", h("p", { class: "muted" }, note), h("pre", { tabindex: "0", class: "raw" }, text)));
 
 neox.bytes = (count) => {
   if (count >= 2 ** 30) return `${(count / 2 ** 30).toFixed(1)} GiB`;

@@ -14,7 +14,7 @@ const show = (id, system) => {
 /** Ids of new conversations are made here: they can be written into before the server has heard of them. */
 const unused = () => [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
 
-neox.parts.conversations = (element, props, trigger, watch) => {
+neox.parts.conversations = (element, props, trigger) => {
   const search = h("input", { type: "search", placeholder: "Search", "aria-label": "Search conversations", input: () => draw() });
   const list = h("ul", { class: "conversations" });
   let listed = { entries: [], read: 0 };
@@ -65,9 +65,9 @@ neox.parts.conversations = (element, props, trigger, watch) => {
   };
   neox.on("new", () => { neox.go("chat"); neox.toggleIfNarrow("conversations"); open(unused(), ""); });
   neox.on("shown", draw);
-  watch("value", () => {
-    if (props.value.read < listed.read) return;
-    listed = props.value;
+  neox.told("conversations", (found) => {
+    if (found.read < listed.read) return;
+    listed = found;
     draw();
   });
   // The one that this browser tab showed last, or else the one that any did.
@@ -77,7 +77,7 @@ neox.toggleIfNarrow = (panel) => neox.isOpen(panel) && neox.toggle(panel, false)
 
 // Turns ---------------------------------------------------------------------------------------------------------------
 
-neox.parts.transcript = (element, props, trigger, watch) => {
+neox.parts.transcript = (element, props, trigger) => {
   const turns = h("div", { class: "turns", role: "log", "aria-label": "Conversation", "aria-live": "off" });
   const aloud = h("div", { class: "offscreen", "aria-live": "polite" });
   const foot = h("button", { type: "button", class: "to-end", hidden: true, click: () => end(true) }, "↓ Newest");
@@ -198,17 +198,13 @@ neox.parts.transcript = (element, props, trigger, watch) => {
         : h("button", { type: "button", class: "button primary", click: () => neox.go("model") }, "Choose a model"));
   };
 
-  neox.feeds.chat = (news, { answer }) => {
-    if (news.text) {
-      coming.set(answer, (coming.get(answer) || "") + news.text);
-      if (live?.id === answer) {
-        live.prose.add(news.text);
-        end();
-      }
-    }
-    if (news.error) neox.notice(news.error);
-    if (news.end && live?.id === answer) aloud.textContent = (coming.get(answer) || "").slice(0, 1000);
-  };
+  neox.told("answer", ({ id, text, end: ended }) => {
+    coming.set(id, (coming.get(id) || "") + text);
+    if (live?.id !== id) return;
+    live.prose.add(text);
+    end();
+    if (ended) aloud.textContent = coming.get(id).slice(0, 1000);
+  });
   let model = "";
   neox.on("status", (status) => {
     const key = `${status.state} ${status.name} ${status.base}`;
@@ -221,14 +217,13 @@ neox.parts.transcript = (element, props, trigger, watch) => {
   });
   neox.on("stop", (place) => { halting = place === "chat" && !live; });
   neox.on("asked", (message) => { asked = message; following = true; draw(); });
-  neox.on("refused", (wish) => { if (asked?.wish === wish) { asked = null; draw(); } });
+  neox.told("refused", ({ wish }) => { if (asked?.wish === wish) { asked = null; draw(); } });
   neox.on("shown", () => {
     if (view.id === shown.id) return;
     [view, asked, following] = [{ id: shown.id, turns: [], read: 0 }, null, true];
     draw();
   });
-  watch("value", () => {
-    const value = props.value;
+  neox.told("transcript", (value) => {
     if (value.asked !== shown.id) return; // another conversation is shown by now
     if (asked?.wish === value.wish) asked = null;
     if (value.id !== view.id || value.read >= view.read) {
@@ -258,7 +253,7 @@ neox.parts.about = (element, props, trigger) => {
   neox.on("shown", () => { if (shown.system !== area.value) area.value = shown.system ?? ""; });
 };
 
-neox.parts.composer = (element, props, trigger, watch) => {
+neox.parts.composer = (element, props, trigger) => {
   const area = h("textarea", { rows: "1", placeholder: "Message", "aria-label": "Message", id: "nx-message" });
   const send = h("button", { type: "button", class: "send", "aria-label": "Send", title: "Send (Enter)", click: () => go() }, neox.icon("send"));
   const stop = h("button", { type: "button", class: "stop", "aria-label": "Stop", title: "Stop (Esc)", click: () => neox.emit("stop", "chat") }, neox.icon("stop"));
@@ -286,8 +281,5 @@ neox.parts.composer = (element, props, trigger, watch) => {
   neox.on("stop", (view) => view === "chat" && trigger("stop", said()));
   neox.on("lost", () => neox.emit("asked", null));
   neox.on("view", (view) => view === "chat" && setTimeout(() => area.focus({ preventScroll: true })));
-  watch("value", () => { // what could not be sent comes back
-    neox.emit("refused", props.value.wish);
-    if (props.value.text && !area.value) write(props.value.text);
-  });
+  neox.told("refused", ({ text }) => { if (text && !area.value) write(text); }); // what could not be sent comes back
 };

@@ -113,7 +113,7 @@ const STATES = {
   empty: "No model", loading: "Loading", ready: "Ready", idle: "Asleep, wakes with the next message", failed: "Failed",
 };
 
-neox.parts.status = (element, props, trigger, watch) => {
+neox.parts.status = (element, props, trigger) => {
   const item = (name, label) => {
     const value = h("b", {}, "–");
     return { value, name, element: h("span", { class: `item ${name}`, title: label }, h("i", {}, label), value) };
@@ -134,7 +134,7 @@ neox.parts.status = (element, props, trigger, watch) => {
     queue.value.textContent = `${status.active} running, ${status.waiting} waiting`;
     if (!used.value.dataset.mine && status.context) used.value.textContent = `0 of ${status.context.toLocaleString("en")}`;
   };
-  neox.on("meter", (meter) => {
+  neox.told("meter", (meter) => {
     used.value.dataset.mine = "yes";
     used.value.textContent = `${meter.used.toLocaleString("en")} of ${meter.context.toLocaleString("en")}`;
     used.element.classList.toggle("full", meter.used > 0.9 * meter.context);
@@ -154,8 +154,7 @@ neox.parts.status = (element, props, trigger, watch) => {
     neox.emit("lost");
     model.replaceChildren(h("span", { class: "dot failed" }), "No answer from neox-lite; is it still running?");
   };
-  watch("value", () => {
-    const status = props.value;
+  neox.told("status", (status) => {
     clearTimeout(missing);
     missing = null;
     element.classList.remove("lost");

@@ -1,7 +1,7 @@
 // The Model tab: what is loaded, the bundled demo, models on this computer and the family, with what the plan says of each.
 "use strict";
 
-neox.parts.models = (element, props, trigger, watch) => {
+neox.parts.models = (element, props, trigger) => {
   const loaded = h("div", {}), work = h("div", { "aria-live": "polite" }), shelf = h("div"), family = h("div");
   const path = h("input", { type: "text", id: "nx-path", placeholder: "/path/to/folder or owner/model", "aria-label": "Folder or hub id", spellcheck: "false", autocomplete: "off" });
   element.append(h("div", { class: "models" },
@@ -87,9 +87,9 @@ neox.parts.models = (element, props, trigger, watch) => {
     version = fresh;
     trigger("list", {});
   });
-  watch("value", () => {
-    drawShelf(props.value.shelf);
-    drawFamily(props.value.family);
+  neox.told("models", ({ shelf: models, family: members }) => {
+    drawShelf(models);
+    drawFamily(members);
   });
   neox.on("view", (view) => { if (view === "model") { version = null; neox.poll?.(); } });
 };

@@ -79,12 +79,11 @@ neox.parts.notebook = (element, props, trigger) => {
     if (show.checked) append(spans);
   };
 
-  neox.feeds.notebook = (news) => {
+  neox.told("completion", (news) => {
     if (!now) return;
     now.begin ??= now.at;
     if (news.text) put(news.text);
     if (news.spans) scored(news.spans);
-    if (news.error) neox.notice(news.error);
     if (news.end) {
       const { mode, at, begin } = now;
       if (mode !== "score" && at === begin) history.pop();
@@ -93,14 +92,14 @@ neox.parts.notebook = (element, props, trigger) => {
       area.readOnly = false;
       undo.disabled = !history.length;
       keep();
-      if (mode === "score" && !news.error) show.checked = true;
+      if (mode === "score" && news.end !== "error") show.checked = true;
       view();
       if (!show.checked) {
         area.focus({ preventScroll: true });
         area.setSelectionRange(at, at);
       }
     }
-  };
+  });
 
   // An edit ends what is known of the text behind it.
   let last = area.value;
