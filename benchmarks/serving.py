@@ -69,6 +69,7 @@ def free_port() -> int:
 def running(name: str, command: list[str], port: int, log: Path) -> Iterator[Server]:
     """A server in a process group of its own, once it answers."""
     paths = os.pathsep.join(str(ROOT / room) for room in (".", "app", "quant"))
+    log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as out:
         process = subprocess.Popen(
             command, stdout=out, stderr=out, start_new_session=True, env={**os.environ, "PYTHONPATH": paths}

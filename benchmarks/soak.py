@@ -119,7 +119,7 @@ async def pages(url: str, count: int, ends: float, counts: Counter[str]) -> None
                 if await stop.is_visible():
                     await message.press("Escape")
                     counts["answers stopped on pages"] += 1
-                await stop.wait_for(state="hidden")
+                await stop.wait_for(state="hidden", timeout=180_000)  # the browsers have their part in the load
                 asked = await page.locator(".turn.user .body").all_inner_texts()
                 strange = [text for text in asked if text != f"Speak, sir number {number}!"]
                 counts["turns of another page"] += len(strange) + (len(asked) != turn % 8 + 1)
