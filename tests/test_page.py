@@ -823,6 +823,14 @@ def test_presets_set_the_controls_and_show_which_one_holds(open_page, demo):
     expect(page.locator(".preset[aria-pressed=true]")).to_have_count(0)
 
 
+def test_an_emptied_control_is_named_and_not_taken_for_zero(open_page, demo):
+    page = chat_page(open_page)
+    field(page, "Temperature").fill("")
+    say(page, "How hot?")
+    expect(notice(page)).to_contain_text("Temperature is empty")
+    expect(page.get_by_label("Message", exact=True)).to_have_value("How hot?")
+
+
 def test_a_seed_makes_an_answer_repeatable(open_page, demo):
     page = open_page(view="Notebook")
     at_most(page, 30, "Creative")
@@ -842,6 +850,7 @@ def test_options_leave_out_what_changes_nothing():
     assert options_of({"temperature": 0}) == {"do_sample": False, "top_k": 0}
     given = {**DEFAULT, "stop": "\\n\\n\nEND", "logit_bias": "5:-1, 7:2.5", "seed": "3"}
     options = options_of(given)
+    assert options_of({"stop": "\u2028"})["stop"] == []
     assert options["stop"] == ["\n\n", "END"] and options["logit_bias"] == {5: -1.0, 7: 2.5} and options["seed"] == 3
 
 
@@ -849,11 +858,13 @@ def test_options_leave_out_what_changes_nothing():
     ("values", "words"),
     [
         ({"temperature": "hot"}, "Temperature is 'hot'"),
+        ({"temperature": ""}, "Temperature is empty"),
         ({"top_p": 7}, "Top-p is 7"),
         ({"min_p": float("nan")}, "Min-p is nan"),
         ({"top_k": 1e400}, "Top-k is inf"),
         ({"seed": "-1"}, "Seed"),
         ({"seed": "9" * 40}, "Seed"),
+        ({"seed": "9" * 5000}, "Seed"),
         ({"logit_bias": "a:b"}, "Logit bias"),
         ({"stop": "x" * 1000}, "Stop strings"),
         ({"max_new_tokens": []}, "Max new tokens"),
