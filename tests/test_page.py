@@ -145,7 +145,8 @@ def own_address():
 
 def is_left(text):
     """What Gradio says of a stream whose page is reloaded or closed."""
-    return "BodyStreamBuffer was aborted" in text or text == "Unexpected error Connection errored out. "
+    aborted = "BodyStreamBuffer was aborted" in text or "signal is aborted without reason" in text
+    return aborted or text == "Unexpected error Connection errored out. "
 
 
 def is_foreign(url, site):
@@ -438,6 +439,36 @@ def test_a_reload_brings_the_conversation_back(open_page, demo):
     page.get_by_role("tab", name="Chat").click()
     assert text_of(page, "assistant") == answer
     expect(field(page, "Max new tokens")).to_have_value("12")  # and the settings
+
+
+RUBBISH = """for (const [key, value] of Object.entries({settings: '{"temperature": "x", "toString": 1}', conversation: "rubbish",
+theme: "?", notebook: ""})) { localStorage["neox-lite." + key] = sessionStorage["neox-lite." + key] = value; }"""
+NO_STORAGE = """for (const name of ["localStorage", "sessionStorage"])
+Object.defineProperty(window, name, { get() { throw new DOMException("denied", "SecurityError"); } });"""
+
+
+@pytest.mark.parametrize("storage", [RUBBISH, NO_STORAGE], ids=["rubbish", "none"])
+def test_a_browser_that_remembers_rubbish_or_nothing_can_talk(open_page, demo, storage):
+    page = chat_page(open_page, 4, before=lambda page: page.add_init_script(storage))
+    ask(page, "Is this kept?", 1)
+    expect(page.locator(".conversations .here")).to_contain_text("Is this kept?")
+
+
+def test_a_conversation_that_cannot_be_read_is_said_and_the_others_are_there(open_page, demo, data):
+    page = chat_page(open_page, 4)
+    ask(page, "The one that is well", 1)
+    page.get_by_role("button", name="New conversation", exact=True).click()
+    ask(page, "The one that breaks", 1)
+    (entry,) = [e for e in Store().list() if e.title == "The one that breaks"]
+    broken = data / "conversations" / f"{entry.id}.json"
+    broken.write_bytes(broken.read_bytes()[:40])
+    page.reload()
+    expect(notice(page)).to_contain_text(broken.name)
+    page.get_by_role("tab", name="Chat").click()
+    expect(page.locator(".conversations .here")).to_contain_text("cannot be read")
+    page.locator(".conversations .title", has_text="The one that is well").click()
+    ask(page, "Still well", 2)
+    broken.unlink()
 
 
 def test_two_tabs_talk_at_once_and_never_mix(open_page, demo, slow):

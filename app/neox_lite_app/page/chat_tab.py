@@ -133,6 +133,7 @@ class Tab:
 
     async def open(self, said: Said) -> AsyncGenerator[Told, None]:
         """Another conversation, or a new one; an answer that streams into the last one ends."""
+        yield {"conversations": self.chat.entries()}  # also where this one cannot be read
         conversation = self.chat.load(said.text("conversation"))
         if self.running.written(said.session, "chat") not in conversation.messages:
             self.running.stop(said.session, "chat")

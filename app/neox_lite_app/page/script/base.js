@@ -101,11 +101,11 @@ neox.go = (view) => {
 };
 
 /** What this browser remembers; without storage (private windows) it forgets, and all else works. */
-neox.recall = (key, store = localStorage) => {
-  try { return store.getItem(`neox-lite.${key}`); } catch { return null; }
+neox.recall = (key, store = "localStorage") => {
+  try { return window[store].getItem(`neox-lite.${key}`); } catch { return null; }
 };
-neox.remember = (key, value, store = localStorage) => {
-  try { store.setItem(`neox-lite.${key}`, value); } catch { /* no storage here */ }
+neox.remember = (key, value, store = "localStorage") => {
+  try { window[store].setItem(`neox-lite.${key}`, value); } catch { /* no storage here */ }
 };
 
 const dark = window.matchMedia("(prefers-color-scheme: dark)");

@@ -7,7 +7,7 @@ const shown = { id: "", system: null, form: "auto" };
 const said = (more = {}) => ({ conversation: shown.id, system: shown.system, form: shown.form, settings: neox.settings(), ...more });
 const show = (id, system) => {
   Object.assign(shown, { id, system });
-  neox.remember("conversation", id, sessionStorage);
+  neox.remember("conversation", id, "sessionStorage");
   neox.remember("conversation", id);
   neox.emit("shown");
 };
@@ -71,7 +71,8 @@ neox.parts.conversations = (element, props, trigger) => {
     draw();
   });
   // The one that this browser tab showed last, or else the one that any did.
-  open(neox.recall("conversation", sessionStorage) || neox.recall("conversation") || unused(), null);
+  const remembered = [neox.recall("conversation", "sessionStorage"), neox.recall("conversation")];
+  open(remembered.find((id) => /^[0-9a-f]{32}$/.test(id)) || unused(), null);
 };
 neox.toggleIfNarrow = (panel) => neox.isOpen(panel) && neox.toggle(panel, false);
 
