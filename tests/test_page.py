@@ -549,6 +549,22 @@ def test_a_message_longer_than_the_context_is_refused_with_the_numbers(open_page
     expect(notice(page)).to_contain_text(re.compile(r"last message takes \d+ tokens"))
 
 
+def test_more_than_can_be_sent_is_said_and_nothing_waits_for_it(open_page, demo):
+    page = chat_page(open_page, 4)
+    huge = "a b " * 300_000
+    page.get_by_label("Message", exact=True).evaluate("(box, text) => { box.value = text; }", huge)
+    page.get_by_role("button", name="Send", exact=True).click()
+    expect(notice(page)).to_contain_text("more than the 1 MB")
+    assert page.get_by_label("Message", exact=True).input_value() == huge
+    ask(page, "Shorter", 1)
+    page.get_by_role("tab", name="Notebook").click()
+    page.get_by_role("textbox", name="Text").evaluate("(box, text) => { box.value = text; }", huge)
+    page.get_by_role("button", name="Complete").click()
+    expect(notice(page)).to_contain_text("more than the 1 MB")
+    expect(page.get_by_role("button", name="Complete")).to_be_visible()
+    expect(page.get_by_role("textbox", name="Text")).to_be_editable()
+
+
 @pytest.fixture
 def late(engine, monkeypatch):
     """The server takes its time to open a conversation, and to begin an answer."""

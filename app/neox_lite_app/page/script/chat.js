@@ -115,7 +115,7 @@ neox.parts.transcript = (element, props, trigger) => {
     if (neox.isBusy("chat")) return;
     following = true;
     const wish = unused();
-    trigger(name, said({ id, wish, ...more }));
+    if (!trigger(name, said({ id, wish, ...more }))) return;
     if (name === "switch" || name === "branch") return;
     asked = { wish };
     neox.setBusy("chat", true);
@@ -267,9 +267,9 @@ neox.parts.composer = (element, props, trigger) => {
     const text = area.value;
     if (!text.trim() || neox.isBusy("chat")) return;
     neox.notice("");
-    write("");
     const wish = unused();
-    trigger("send", said({ text, wish }));
+    if (!trigger("send", said({ text, wish }))) return;
+    write("");
     neox.emit("asked", { text, wish });
   };
   area.addEventListener("input", () => fitHeight(area, 200));

@@ -42,6 +42,8 @@ neox.parts.notebook = (element, props, trigger) => {
     if (neox.isBusy("notebook")) return;
     neox.notice("");
     const at = mode === "cursor" ? area.selectionStart : area.value.length;
+    const text = area.value.slice(0, at);
+    if (!trigger(mode === "score" ? "score" : "complete", { text, scores: show.checked || mode === "score", settings: neox.settings() })) return;
     if (mode !== "score") {
       history.push({ text: area.value, runs });
       history = history.slice(-50);
@@ -49,7 +51,6 @@ neox.parts.notebook = (element, props, trigger) => {
     now = { at, mode };
     neox.setBusy("notebook", true);
     area.readOnly = true;
-    trigger(mode === "score" ? "score" : "complete", { text: area.value.slice(0, at), scores: show.checked || mode === "score", settings: neox.settings() });
   };
   const back = () => {
     const before = history.pop();
