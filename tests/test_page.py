@@ -27,7 +27,7 @@ from neox_lite import GPTNeoXForCausalLM
 from neox_lite.errors import ArgumentError
 from neox_lite_app import engine as engines
 from neox_lite_app.cli import build_parser
-from neox_lite_app.conversation import Conversation, Store
+from neox_lite_app.conversation import Conversation, ConversationError, Store
 from neox_lite_app.demo import FOLDER as DEMO
 from neox_lite_app.engine import Engine, Step
 from neox_lite_app.guard import Hosts
@@ -387,6 +387,15 @@ def test_a_branch_is_a_conversation_of_its_own(open_page, demo):
     expect(turns(page)).to_have_count(4)
 
 
+def test_a_double_click_makes_one_branch(open_page, demo):
+    page = chat_page(open_page, 4)
+    ask(page, "Branch me", 1)
+    tool(page, "Branch into a new conversation", turns(page, "assistant").first).dblclick()
+    expect(page.locator(".conversation-title")).to_have_text("Branch me (branch)")
+    ask(page, "Here", 2)
+    assert [e.title for e in Store().list()].count("Branch me (branch)") == 1
+
+
 def test_conversations_are_renamed_found_and_deleted(open_page, demo):
     page = chat_page(open_page, 4)
     ask(page, "A rose by any other name", 1)
@@ -541,6 +550,42 @@ def test_what_could_not_be_sent_stands_in_the_box_again(open_page, engine):
     expect(notice(page)).to_contain_text("No model is loaded")
     expect(page.get_by_label("Message", exact=True)).to_have_value("Is anybody there?")
     expect(turns(page)).to_have_count(0)
+
+
+def test_an_edit_outlives_an_answer_and_a_refusal(open_page, demo, slow):
+    page = chat_page(open_page, 30)
+    say(page, "One")
+    mine = turns(page, "user").last
+    mine.hover()
+    tool(page, "Edit", mine).click()
+    edit = page.get_by_label("Edit the message")
+    edit.fill("all the world is a stage " * 200)
+    answered(page, 1)
+    expect(edit).to_have_value(re.compile("all the world"))
+    edit.press("Enter")
+    expect(notice(page)).to_contain_text(re.compile(r"last message takes \d+ tokens"))
+    expect(edit).to_have_value(re.compile("all the world"))
+    edit.fill("Two")
+    edit.press("Enter")
+    expect(turns(page, "user").last.locator(".siblings")).to_contain_text("2/2")
+    answered(page, 1)
+    expect(edit).to_have_count(0)
+    assert text_of(page, "user") == "Two"
+
+
+def test_an_answer_that_cannot_be_kept_is_shown_and_ends(open_page, demo, slow, monkeypatch):
+    def full(store, conversation):
+        raise ConversationError("the disk is full; free some space")
+
+    page = chat_page(open_page, 30)
+    say(page, "Write on a full disk")
+    expect(page.locator(".turn.live .body p").first).not_to_be_empty()
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "save", full)
+        expect(notice(page)).to_contain_text("The disk is full")
+        answered(page, 1)
+        assert text_of(page, "assistant")
+    ask(page, "There is room again", 2)
 
 
 def test_a_message_longer_than_the_context_is_refused_with_the_numbers(open_page, demo):
