@@ -32,7 +32,7 @@ from neox_lite_app.demo import FOLDER as DEMO
 from neox_lite_app.engine import Engine, Step
 from neox_lite_app.guard import Hosts
 from neox_lite_app.keys import Keys
-from neox_lite_app.page import chat, chat_tab
+from neox_lite_app.page import chat, chat_tab, notebook
 from neox_lite_app.page.settings import DEFAULT, FIELDS, PRESETS, options_of
 from neox_lite_app.page.stream import Feed, batches
 from neox_lite_app.server import build
@@ -478,6 +478,50 @@ def test_a_conversation_that_cannot_be_read_is_said_and_the_others_are_there(ope
     page.locator(".conversations .title", has_text="The one that is well").click()
     ask(page, "Still well", 2)
     broken.unlink()
+
+
+def test_a_reload_keeps_what_is_being_written(open_page, demo, slow):
+    page = chat_page(open_page, 400)
+    page.get_by_label("Message", exact=True).fill("Half a mess")
+    page.reload()
+    expect(page.get_by_role("tab", name="Chat")).to_have_attribute("aria-selected", "true")
+    expect(page.get_by_label("Message", exact=True)).to_have_value("Half a mess")
+    page.get_by_role("tab", name="Notebook").click()
+    text = page.get_by_role("textbox", name="Text")
+    text.fill("KING:\n")
+    page.get_by_role("button", name="Complete").click()
+    expect(text).not_to_have_value("KING:\n")
+    page.reload()
+    expect(text).to_have_value(re.compile("KING:\n.+"))
+    expect(text).to_be_editable()
+
+
+def test_a_server_that_is_gone_leaves_the_text_to_its_writer(open_page, demo, monkeypatch):
+    """Its polls are not answered; a page whose connection breaks is reloaded by Gradio as soon as there is one again."""
+    gate = asyncio.Event()
+
+    async def silent(*given):
+        await gate.wait()
+        yield {}
+
+    page = chat_page(open_page, 4)
+    ask(page, "Hello", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(chat.Chat, "answer", silent)
+        say(page, "Into the void")
+        expect(turns(page, "user")).to_have_count(2)
+        page.evaluate("document.dispatchEvent(new CustomEvent('neox:lost'))")
+        expect(turns(page, "user")).to_have_count(1)
+        expect(page.get_by_label("Message", exact=True)).to_have_value("Into the void")
+    page.get_by_role("tab", name="Notebook").click()
+    with monkeypatch.context() as patch:
+        patch.setattr(notebook, "_complete", silent)
+        page.get_by_role("textbox", name="Text").fill("KING:\n")
+        page.get_by_role("button", name="Complete").click()
+        expect(page.get_by_role("textbox", name="Text")).not_to_be_editable()
+        page.evaluate("document.dispatchEvent(new CustomEvent('neox:lost'))")
+        expect(page.get_by_role("textbox", name="Text")).to_be_editable()
+        expect(page.get_by_role("button", name="Complete")).to_be_visible()
 
 
 def test_two_tabs_talk_at_once_and_never_mix(open_page, demo, slow):

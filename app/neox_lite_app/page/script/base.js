@@ -102,6 +102,7 @@ neox.VIEWS = VIEWS;
 neox.view = "model";
 neox.go = (view) => {
   neox.view = view;
+  neox.remember("view", view, "sessionStorage");
   document.body.dataset.view = view;
   neox.emit("view", view);
 };

@@ -266,7 +266,9 @@ neox.parts.composer = (element, props, trigger) => {
   const send = h("button", { type: "button", class: "send", "aria-label": "Send", title: "Send (Enter)", click: () => go() }, neox.icon("send"));
   const stop = h("button", { type: "button", class: "stop", "aria-label": "Stop", title: "Stop (Esc)", click: () => neox.emit("stop", "chat") }, neox.icon("stop"));
   element.append(h("div", { class: "composer" }, area, send, stop));
-  let sent = null; // the last message
+  let sent = null; // the message that the server has not answered yet: {text, wish}
+  const keep = () => neox.remember("draft", together(), "sessionStorage");
+  const together = () => [sent?.text, area.value].filter(Boolean).join("\n");
   const write = (text) => {
     area.value = text;
     fitHeight(area, 200);
@@ -279,9 +281,10 @@ neox.parts.composer = (element, props, trigger) => {
     if (!trigger("send", said({ text, wish }))) return;
     write("");
     sent = { text, wish };
+    keep();
     neox.emit("asked", sent);
   };
-  area.addEventListener("input", () => fitHeight(area, 200));
+  area.addEventListener("input", () => { fitHeight(area, 200); keep(); });
   area.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && !event.shiftKey && !event.ctrlKey && !event.metaKey && !event.isComposing) {
       event.preventDefault();
@@ -289,8 +292,19 @@ neox.parts.composer = (element, props, trigger) => {
     }
   });
   neox.on("stop", (view) => view === "chat" && trigger("stop", said()));
-  neox.on("lost", () => neox.emit("asked", null));
+  neox.on("lost", () => { back(); neox.emit("asked", null); });
   neox.on("view", (view) => view === "chat" && setTimeout(() => area.focus({ preventScroll: true })));
-  // What could not be sent stands in the box again, before what was written there meanwhile.
-  neox.told("refused", ({ wish }) => { if (sent?.wish === wish) write([sent.text, area.value].filter(Boolean).join("\n")); });
+  // What could not be sent stands in the box again, before what was written there meanwhile; a reload keeps it.
+  const back = () => {
+    write(together());
+    sent = null;
+    keep();
+  };
+  neox.told("refused", ({ wish }) => { if (sent?.wish === wish) back(); });
+  neox.told("transcript", ({ wish }) => {
+    if (sent?.wish !== wish) return;
+    sent = null;
+    keep();
+  });
+  write(neox.recall("draft", "sessionStorage") || "");
 };

@@ -66,7 +66,8 @@ neox.parts.header = (element) => {
   document.body.append(h("div", { id: "nx-notice-place", role: "alert" }));
   document.documentElement.lang = "en";
   neox.theme();
-  neox.go("model");
+  const view = neox.recall("view", "sessionStorage");
+  neox.go(Object.keys(neox.VIEWS).includes(view) ? view : "model");
 };
 
 /** Side panels: beside the text on a wide window, over it on a narrow one. */

@@ -35,6 +35,7 @@ neox.parts.notebook = (element, props, trigger) => {
 
   const keep = () => neox.remember("notebook", area.value);
   area.value = neox.recall("notebook") || "";
+  window.addEventListener("pagehide", keep); // in the middle of a completion
 
   // Completing ----------------------------------------------------------------------------------------------------------
 
@@ -127,6 +128,7 @@ neox.parts.notebook = (element, props, trigger) => {
     run(event.shiftKey ? "cursor" : "end");
   });
   neox.on("stop", (name) => name === "notebook" && trigger("stop", {}));
+  neox.on("lost", () => { trigger("stop", {}); neox.emit("told:completion", { end: "error" }); });
 
   // Probabilities -------------------------------------------------------------------------------------------------------
 
