@@ -180,9 +180,11 @@ class Options:
         else:
             wanted = max(min(DEFAULT_NEW_TOKENS, context - prompt_tokens), 1)
         if prompt_tokens + wanted > context:
+            room = context - prompt_tokens
+            instead = f" or ask for at most {room} new token{'s' if room > 1 else ''}" if room > 0 else ""
             raise ContextLengthError(
                 f"{prompt_tokens} prompt tokens and {wanted} new ones are {prompt_tokens + wanted}, more than the context of "
-                f"{context} tokens; shorten the prompt or ask for at most {max(0, context - prompt_tokens)} new tokens"
+                f"{context} tokens; shorten the prompt{instead}"
             )
         return wanted
 

@@ -253,6 +253,16 @@ def test_a_model_is_quantized_with_progress_and_loaded(open_page, data):
     expect(page.locator(".card").filter(has_text="demo_model-int4")).to_be_visible()
 
 
+def test_a_folder_without_a_tokenizer_is_not_offered(open_page, data):
+    shutil.copytree(DEMO, data / "models" / "no-words")
+    (data / "models" / "no-words" / "tokenizer.json").unlink()
+    page = open_page()
+    card = page.locator(".card").filter(has_text="no-words")
+    expect(card.locator(".problem")).to_contain_text("no tokenizer.json")
+    expect(card.get_by_role("button", name="Load")).to_have_count(0)
+    shutil.rmtree(data / "models" / "no-words")
+
+
 def test_loading_can_be_called_off(open_page, engine, monkeypatch):
     engine.unload()
     gate = engines.threading.Event()

@@ -138,7 +138,8 @@ def on_shelf(model: LocalModel) -> dict[str, Any]:
     ]
     id = model.name if model.where == "hub" and model.revision is None else model.path
     about = " · ".join(filter(None, known))
-    problem = sentence(NeoxLiteError(model.problem)) if model.problem else ""
+    problem = model.problem or ("" if model.tokenizer else "it has no tokenizer.json; copy its checkpoint's into it")
+    problem = sentence(NeoxLiteError(problem)) if problem else ""
     return {"id": id, "name": name_of(model.name), "about": about, "plain": plain, "problem": problem}
 
 
