@@ -460,8 +460,10 @@ def test_a_reload_brings_the_conversation_back(open_page, demo):
     expect(field(page, "Max new tokens")).to_have_value("12")  # and the settings
 
 
-RUBBISH = """for (const [key, value] of Object.entries({settings: '{"temperature": "x", "toString": 1}', conversation: "rubbish",
-theme: "?", notebook: ""})) { localStorage["neox-lite." + key] = sessionStorage["neox-lite." + key] = value; }"""
+RUBBISH = """
+const rubbish = {settings: '{"temperature": "x", "toString": 1}', conversation: "rubbish", theme: "?", notebook: ""};
+for (const [key, value] of Object.entries(rubbish)) localStorage["neox-lite." + key] = sessionStorage["neox-lite." + key] = value;
+"""
 NO_STORAGE = """for (const name of ["localStorage", "sessionStorage"])
 Object.defineProperty(window, name, { get() { throw new DOMException("denied", "SecurityError"); } });"""
 
