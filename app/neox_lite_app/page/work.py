@@ -95,6 +95,8 @@ class Work:
     def _start(self, kind: str, title: str, do: Callable[[Task], None]) -> None:
         with self._lock:
             if self.task is not None and self.task.state == "running":
+                if self.task.title == title:  # a double click
+                    return
                 raise Busy(f"{self.task.title} is still running; wait for it, or cancel it")
             self.task = task = Task(next(self._numbers), kind, title)
         threading.Thread(target=self._run, args=(task, do), name=f"neox-lite {kind}", daemon=True).start()

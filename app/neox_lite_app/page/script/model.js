@@ -59,18 +59,28 @@ neox.parts.models = (element, props, trigger) => {
         h("p", {}, "Start with the demo: it is here already, tiny, and runs on anything. Everything stays on this computer."))]));
   };
 
-  let shown = "", version = null, ended = "";
+  let shown = "", drawn = "", version = null, ended = "";
+  const bar = h("progress", { max: "1" }), amount = h("span", { class: "muted" });
   const drawTask = (task) => {
-    if (!task || (task.kind === "load" && task.state === "done")) return work.replaceChildren();
-    const share = task.total ? task.done / task.total : null;
-    const bar = h("progress", { max: "1", "aria-label": task.title, ...(share === null ? {} : { value: String(share) }) });
-    const amount = share === null ? "" : `${Math.floor(share * 100)} %, ${neox.bytes(task.done)} of ${neox.bytes(task.total)}`;
-    work.replaceChildren(h("section", { class: `work ${task.state}` },
-      h("div", { class: "line" }, h("h3", {}, task.title), h("span", { class: "muted" }, task.running ? amount : ""),
-        task.running && action(task.cancelled ? "Cancelling…" : "Cancel", () => trigger("cancel", {})),
-        task.state === "done" && task.kind === "quantize" && action("Load it", () => start("start", task.result), true),
-        !task.running && neox.tool("close", "Dismiss", () => trigger("dismiss", {}))),
-      task.running && bar, task.message && h("p", { class: task.state === "failed" ? "problem" : "muted" }, task.message)));
+    if (!task || (task.kind === "load" && task.state === "done")) {
+      drawn = "";
+      return neox.replace(work, [], document.getElementById("nx-tab-model"));
+    }
+    const key = JSON.stringify([task.number, task.state, task.cancelled]);
+    if (key !== drawn) { // a button that was drawn anew under the pointer would not be clicked
+      drawn = key;
+      bar.setAttribute("aria-label", task.title);
+      const end = task.running ? action(task.cancelled ? "Cancelling…" : "Cancel", () => trigger("cancel", {}))
+        : neox.tool("close", "Dismiss", () => trigger("dismiss", {}));
+      end.name = "end";
+      neox.replace(work, [h("section", { class: `work ${task.state}`, "data-key": "" },
+        h("div", { class: "line" }, h("h3", {}, task.title), task.running && amount,
+          task.state === "done" && task.kind === "quantize" && action("Load it", () => start("start", task.result), true), end),
+        task.running && bar, task.message && h("p", { class: task.state === "failed" ? "problem" : "muted" }, task.message))]);
+    }
+    if (task.total) bar.value = task.done / task.total;
+    else bar.removeAttribute("value");
+    amount.textContent = task.total ? `${Math.floor(100 * bar.value)} %, ${neox.bytes(task.done)} of ${neox.bytes(task.total)}` : "";
   };
   neox.on("status", (status) => {
     const key = JSON.stringify([status.state, status.name, status.about, status.base]);
