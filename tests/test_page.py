@@ -35,6 +35,7 @@ from neox_lite_app.keys import Keys
 from neox_lite_app.page import chat, chat_tab, notebook
 from neox_lite_app.page.settings import DEFAULT, FIELDS, PRESETS, options_of
 from neox_lite_app.page.stream import Feed, batches
+from neox_lite_app.page.work import Work
 from neox_lite_app.server import build
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -283,6 +284,17 @@ def test_a_double_click_loads_once_and_complains_of_nothing(open_page, engine):
     expect(notice(page)).to_have_count(0)
 
 
+def test_a_cancel_that_comes_too_late_leaves_the_model_able_to_wake(engine):
+    work = Work(engine, build_parser().parse_args(["serve", "--device", "cpu"]))
+    work.load(str(DEMO))
+    task, deadline = work.task, time.monotonic() + 60
+    while task.state == "running" and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert task.state == "done"
+    work.cancel()
+    task.progress(1, 1)  # as when the engine loads it again
+
+
 def test_what_cannot_be_loaded_is_said_in_a_sentence(open_page, tmp_path):
     page = open_page()
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
@@ -463,8 +475,9 @@ def test_a_reload_brings_the_conversation_back(open_page, demo):
     expect(field(page, "Max new tokens")).to_have_value("12")  # and the settings
 
 
-RUBBISH = """for (const [key, value] of Object.entries({settings: '{"temperature": "x", "toString": 1}', conversation: "rubbish",
-theme: "?", notebook: ""})) { localStorage["neox-lite." + key] = sessionStorage["neox-lite." + key] = value; }"""
+RUBBISH = """
+for (const [key, value] of Object.entries({ settings: '{"toString": 1}', conversation: "rubbish", theme: "?", view: "x" }))
+localStorage["neox-lite." + key] = sessionStorage["neox-lite." + key] = value;"""
 NO_STORAGE = """for (const name of ["localStorage", "sessionStorage"])
 Object.defineProperty(window, name, { get() { throw new DOMException("denied", "SecurityError"); } });"""
 

@@ -84,7 +84,7 @@ class Work:
         self._start("quantize", title, lambda task: self._quantize(source, format, task))
 
     def cancel(self) -> None:
-        if (task := self.task) is not None:
+        if (task := self.task) is not None and task.state == "running":
             task.cancelled.set()
 
     def dismiss(self) -> None:
