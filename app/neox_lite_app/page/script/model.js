@@ -61,10 +61,11 @@ neox.parts.models = (element, props, trigger) => {
 
   let shown = "", drawn = "", version = null, ended = "";
   const bar = h("progress", { max: "1" }), amount = h("span", { class: "muted" });
+  const home = () => document.getElementById("nx-tab-model"); // of a focus that is left alone
   const drawTask = (task) => {
     if (!task || (task.kind === "load" && task.state === "done")) {
       drawn = "";
-      return neox.replace(work, [], document.getElementById("nx-tab-model"));
+      return neox.replace(work, [], home());
     }
     const key = JSON.stringify([task.number, task.state, task.cancelled]);
     if (key !== drawn) { // a button that was drawn anew under the pointer would not be clicked
@@ -72,11 +73,11 @@ neox.parts.models = (element, props, trigger) => {
       bar.setAttribute("aria-label", task.title);
       const end = task.running ? action(task.cancelled ? "Cancelling…" : "Cancel", () => trigger("cancel", {}))
         : neox.tool("close", "Dismiss", () => trigger("dismiss", {}));
-      end.name = "end";
+      const use = task.state === "done" && task.kind === "quantize" && action("Load it", () => start("start", task.result), true);
+      for (const button of [end, use]) if (button) button.name = "end"; // the focus goes from one to the next
       neox.replace(work, [h("section", { class: `work ${task.state}`, "data-key": "" },
-        h("div", { class: "line" }, h("h3", {}, task.title), task.running && amount,
-          task.state === "done" && task.kind === "quantize" && action("Load it", () => start("start", task.result), true), end),
-        task.running && bar, task.message && h("p", { class: task.state === "failed" ? "problem" : "muted" }, task.message))]);
+        h("div", { class: "line" }, h("h3", {}, task.title), task.running && amount, use, end),
+        task.running && bar, task.message && h("p", { class: task.state === "failed" ? "problem" : "muted" }, task.message))], home());
     }
     if (task.total) bar.value = task.done / task.total;
     else bar.removeAttribute("value");
