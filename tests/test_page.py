@@ -35,6 +35,7 @@ from neox_lite_app.keys import Keys
 from neox_lite_app.page import chat, chat_tab, notebook
 from neox_lite_app.page.settings import DEFAULT, FIELDS, PRESETS, options_of
 from neox_lite_app.page.stream import Feed, batches
+from neox_lite_app.page.work import Work
 from neox_lite_app.server import build
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -275,9 +276,33 @@ def test_loading_can_be_called_off(open_page, engine, monkeypatch):
     page = open_page()
     page.get_by_role("button", name="Start the demo").click()
     expect(page.locator(".work progress")).to_have_attribute("value", "0.25")
-    page.get_by_role("button", name="Cancel").click()
+    cancel = page.get_by_role("button", name="Cancel")
+    cancel.hover()
+    page.mouse.down()
+    page.wait_for_timeout(1000)  # the status is told meanwhile
+    page.mouse.up()
     expect(page.locator(".work")).to_contain_text("Called off")
+    expect(page.get_by_role("button", name="Dismiss")).to_be_focused()
     assert engine.status().state == "empty"
+
+
+def test_a_double_click_loads_once_and_complains_of_nothing(open_page, engine):
+    engine.unload()
+    page = open_page()
+    page.get_by_role("button", name="Start the demo").dblclick()
+    expect(page.get_by_role("tab", name="Notebook")).to_have_attribute("aria-selected", "true")
+    expect(notice(page)).to_have_count(0)
+
+
+def test_a_cancel_that_comes_too_late_leaves_the_model_able_to_wake(engine):
+    work = Work(engine, build_parser().parse_args(["serve", "--device", "cpu"]))
+    work.load(str(DEMO))
+    task, deadline = work.task, time.monotonic() + 60
+    while task.state == "running" and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert task.state == "done"
+    work.cancel()
+    task.progress(1, 1)  # as when the engine loads it again
 
 
 def test_what_cannot_be_loaded_is_said_in_a_sentence(open_page, tmp_path):
@@ -461,9 +486,8 @@ def test_a_reload_brings_the_conversation_back(open_page, demo):
 
 
 RUBBISH = """
-const rubbish = {settings: '{"temperature": "x", "toString": 1}', conversation: "rubbish", theme: "?", notebook: ""};
-for (const [key, value] of Object.entries(rubbish)) localStorage["neox-lite." + key] = sessionStorage["neox-lite." + key] = value;
-"""
+for (const [key, value] of Object.entries({ settings: '{"toString": 1}', conversation: "rubbish", theme: "?", view: "x" }))
+localStorage["neox-lite." + key] = sessionStorage["neox-lite." + key] = value;"""
 NO_STORAGE = """for (const name of ["localStorage", "sessionStorage"])
 Object.defineProperty(window, name, { get() { throw new DOMException("denied", "SecurityError"); } });"""
 
@@ -1061,6 +1085,10 @@ def test_nothing_overflows_on_a_phone(open_page, demo, data):
     assert widest(page) == 0
     for name in ("Complete", "At cursor", "Undo", "Score text"):
         expect(page.get_by_role("button", name=name)).to_be_in_viewport()
+    page.set_viewport_size({"width": 320, "height": 640})
+    assert widest(page) == 0
+    page.get_by_role("tab", name="Chat").click()
+    assert widest(page) == 0
 
 
 def test_the_keyboard_alone_is_enough(open_page, demo, slow):
@@ -1090,6 +1118,30 @@ def test_the_keyboard_alone_is_enough(open_page, demo, slow):
     expect(page.get_by_role("dialog", name="Help")).to_be_visible()
     page.keyboard.press("Escape")
     expect(page.get_by_role("dialog")).to_have_count(0)
+
+
+def test_the_focus_stays_where_it_was(open_page, demo, slow):
+    page = chat_page(open_page, 40)
+    ask(page, "Hold on", 1)
+    for _ in range(2):
+        tool(page, "Regenerate").press("Enter")
+        expect(page.get_by_role("region", name="Conversation")).to_be_focused()  # there are no tools meanwhile
+        answered(page, 1)
+    tool(page, "Previous version").press("Enter")
+    expect(page.locator(".siblings")).to_contain_text("2/3")
+    expect(tool(page, "Previous version")).to_be_focused()
+    tool(page, "Edit").press("Enter")
+    page.keyboard.press("Escape")
+    expect(tool(page, "Edit")).to_be_focused()
+    here = page.locator(".conversations .here")
+    here.get_by_role("button", name="Rename").press("Enter")
+    page.keyboard.type("Held")
+    page.keyboard.press("Enter")
+    expect(here.get_by_role("button", name="Rename Held")).to_be_focused()
+    here.get_by_role("button", name="Delete").press("Enter")
+    page.keyboard.press("Enter")
+    expect(turns(page)).to_have_count(0)
+    expect(page.get_by_role("button", name="New conversation", exact=True)).to_be_focused()
 
 
 def test_tab_reaches_every_control_and_shows_where_it_is(open_page, demo, data):

@@ -84,7 +84,7 @@ class Work:
         self._start("quantize", title, lambda task: self._quantize(source, format, task))
 
     def cancel(self) -> None:
-        if (task := self.task) is not None:
+        if (task := self.task) is not None and task.state == "running":
             task.cancelled.set()
 
     def dismiss(self) -> None:
@@ -95,6 +95,8 @@ class Work:
     def _start(self, kind: str, title: str, do: Callable[[Task], None]) -> None:
         with self._lock:
             if self.task is not None and self.task.state == "running":
+                if self.task.title == title:  # a double click
+                    return
                 raise Busy(f"{self.task.title} is still running; wait for it, or cancel it")
             self.task = task = Task(next(self._numbers), kind, title)
         threading.Thread(target=self._run, args=(task, do), name=f"neox-lite {kind}", daemon=True).start()

@@ -53,7 +53,19 @@ neox.icon = (name) => {
 
 /** A button with an icon; its label is read aloud and shown as a tooltip. */
 neox.tool = (icon, label, click, attributes = {}) =>
-  h("button", { type: "button", class: "tool", "aria-label": label, title: label, click, ...attributes }, neox.icon(icon));
+  h("button", { type: "button", class: "tool", name: icon, "aria-label": label, title: label, click, ...attributes }, neox.icon(icon));
+
+/** New rows in place of the old. What has the focus keeps it, or else the control of its name in the row of its data-key
+ *  gets it; `otherwise` where there is none. */
+neox.replace = (place, rows, otherwise) => {
+  const held = place.contains(document.activeElement) ? document.activeElement : null;
+  const key = held?.closest("[data-key]")?.dataset.key;
+  place.replaceChildren(...rows);
+  if (!held) return;
+  const row = rows.find((row) => row.dataset.key === key);
+  const same = held.isConnected ? held : held.name && row?.querySelector(`[name="${held.name}"]:enabled`);
+  (same || otherwise).focus({ preventScroll: true });
+};
 
 // Parts ---------------------------------------------------------------------------------------------------------------
 

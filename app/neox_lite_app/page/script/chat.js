@@ -17,6 +17,7 @@ const unused = () => [...crypto.getRandomValues(new Uint8Array(16))].map((byte) 
 neox.parts.conversations = (element, props, trigger) => {
   const search = h("input", { type: "search", placeholder: "Search", "aria-label": "Search conversations", input: () => draw() });
   const list = h("ul", { class: "conversations" });
+  const fresh = h("button", { type: "button", class: "button new", id: "nx-new", click: () => neox.emit("new") }, neox.icon("plus"), "New conversation");
   let listed = { entries: [], read: 0 };
   const open = (id, system) => {
     show(id, system);
@@ -32,8 +33,7 @@ neox.parts.conversations = (element, props, trigger) => {
     h("div", { class: "panel-head" }, h("h2", {}, "Conversations"),
       neox.tool("open", "Import a conversation", pick, { id: "nx-import" }),
       neox.tool("close", "Close the list", () => neox.toggle("conversations", false), { class: "tool narrow" })),
-    h("button", { type: "button", class: "button new", id: "nx-new", click: () => neox.emit("new") }, neox.icon("plus"), "New conversation"),
-    search, list,
+    fresh, search, list,
   );
   const rename = async (entry) => {
     const title = await neox.ask("Rename the conversation", { value: entry.title, action: "Rename" });
@@ -52,15 +52,15 @@ neox.parts.conversations = (element, props, trigger) => {
   const draw = () => {
     const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
     const entries = listed.entries.filter((entry) => words.every((w) => entry.title.toLowerCase().includes(w)));
-    list.replaceChildren(...entries.map((entry) => {
+    neox.replace(list, entries.map((entry) => {
       const here = entry.id === shown.id;
-      return h("li", { class: here ? "here" : "" },
-        h("button", { type: "button", class: "title", "aria-current": here ? "true" : null, title: entry.problem || entry.title,
+      return h("li", { class: here ? "here" : "", "data-key": entry.id },
+        h("button", { type: "button", class: "title", name: "title", "aria-current": here ? "true" : null, title: entry.problem || entry.title,
           click: () => { neox.toggleIfNarrow("conversations"); open(entry.id, null); } },
           h("span", {}, entry.title), h("small", {}, entry.problem ? "cannot be read" : when(entry.updated))),
         !entry.problem && neox.tool("edit", `Rename ${entry.title}`, () => rename(entry)),
         neox.tool("trash", `Delete ${entry.title}`, () => remove(entry)));
-    }));
+    }), fresh);
     if (!entries.length) list.append(h("li", { class: "muted" }, words.length ? "No conversation has these words in its title" : "Your conversations will be kept here"));
   };
   neox.on("new", () => { neox.go("chat"); neox.toggleIfNarrow("conversations"); open(unused(), ""); });
@@ -119,6 +119,7 @@ neox.parts.transcript = (element, props, trigger) => {
     if (!trigger(name, said({ id, wish, ...more }))) return;
     if (name === "switch") return;
     asked = { wish, edited: name === "edit" && id };
+    if (document.activeElement.closest(".turn-tools")) scroll.focus({ preventScroll: true }); // they are hidden meanwhile
     neox.setBusy("chat", true);
   };
 
@@ -153,9 +154,9 @@ neox.parts.transcript = (element, props, trigger) => {
     const [at, of] = turn.place;
     return h("div", { class: "turn-tools", role: "group", "aria-label": turn.role === "user" ? "Your message" : "Answer" },
       of > 1 && h("span", { class: "siblings" },
-        h("button", { type: "button", class: "tool", "aria-label": "Previous version", disabled: at === 1, click: () => act("switch", turn.id, { step: -1 }) }, "‹"),
+        h("button", { type: "button", class: "tool", name: "previous", "aria-label": "Previous version", disabled: at === 1, click: () => act("switch", turn.id, { step: -1 }) }, "‹"),
         h("span", { "aria-label": `Version ${at} of ${of}` }, `${at}/${of}`),
-        h("button", { type: "button", class: "tool", "aria-label": "Next version", disabled: at === of, click: () => act("switch", turn.id, { step: 1 }) }, "›")),
+        h("button", { type: "button", class: "tool", name: "next", "aria-label": "Next version", disabled: at === of, click: () => act("switch", turn.id, { step: 1 }) }, "›")),
       copy,
       neox.tool("edit", "Edit", () => edit(turn, box)),
       turn.role === "assistant" && neox.tool("again", "Regenerate", () => act("regenerate", turn.id)),
@@ -173,7 +174,7 @@ neox.parts.transcript = (element, props, trigger) => {
     [...view.turns, ...waiting].forEach((turn, i) => {
       if (view.dropped && i === view.dropped) nodes.push(h("p", { class: "dropped", role: "note" }, view.dropped_note));
       const body = h("div", { class: "body" });
-      const box = h("article", { class: `turn ${turn.role}${i < view.dropped ? " old" : ""}`, "aria-label": turn.role === "user" ? "You" : "Answer" }, body);
+      const box = h("article", { class: `turn ${turn.role}${i < view.dropped ? " old" : ""}`, "data-key": i, "aria-label": turn.role === "user" ? "You" : "Answer" }, body);
       const streams = turn.role === "assistant" && turn.id === (waiting.length ? undefined : view.live);
       if (turn.role === "user") body.textContent = turn.text;
       else {
@@ -188,7 +189,7 @@ neox.parts.transcript = (element, props, trigger) => {
       nodes.push(box);
     });
     if (!nodes.length) nodes.push(welcome());
-    turns.replaceChildren(...nodes);
+    neox.replace(turns, nodes, scroll);
     if (!live) coming.clear();
     neox.setBusy("chat", Boolean(live || asked));
     if (live && halting) neox.emit("stop", "chat");

@@ -59,18 +59,29 @@ neox.parts.models = (element, props, trigger) => {
         h("p", {}, "Start with the demo: it is here already, tiny, and runs on anything. Everything stays on this computer."))]));
   };
 
-  let shown = "", version = null, ended = "";
+  let shown = "", drawn = "", version = null, ended = "";
+  const bar = h("progress", { max: "1" }), amount = h("span", { class: "muted" });
+  const home = () => document.getElementById("nx-tab-model"); // of a focus that is left alone
   const drawTask = (task) => {
-    if (!task || (task.kind === "load" && task.state === "done")) return work.replaceChildren();
-    const share = task.total ? task.done / task.total : null;
-    const bar = h("progress", { max: "1", "aria-label": task.title, ...(share === null ? {} : { value: String(share) }) });
-    const amount = share === null ? "" : `${Math.floor(share * 100)} %, ${neox.bytes(task.done)} of ${neox.bytes(task.total)}`;
-    work.replaceChildren(h("section", { class: `work ${task.state}` },
-      h("div", { class: "line" }, h("h3", {}, task.title), h("span", { class: "muted" }, task.running ? amount : ""),
-        task.running && action(task.cancelled ? "Cancelling…" : "Cancel", () => trigger("cancel", {})),
-        task.state === "done" && task.kind === "quantize" && action("Load it", () => start("start", task.result), true),
-        !task.running && neox.tool("close", "Dismiss", () => trigger("dismiss", {}))),
-      task.running && bar, task.message && h("p", { class: task.state === "failed" ? "problem" : "muted" }, task.message)));
+    if (!task || (task.kind === "load" && task.state === "done")) {
+      drawn = "";
+      return neox.replace(work, [], home());
+    }
+    const key = JSON.stringify([task.number, task.state, task.cancelled]);
+    if (key !== drawn) { // a button that was drawn anew under the pointer would not be clicked
+      drawn = key;
+      bar.setAttribute("aria-label", task.title);
+      const end = task.running ? action(task.cancelled ? "Cancelling…" : "Cancel", () => trigger("cancel", {}))
+        : neox.tool("close", "Dismiss", () => trigger("dismiss", {}));
+      const use = task.state === "done" && task.kind === "quantize" && action("Load it", () => start("start", task.result), true);
+      for (const button of [end, use]) if (button) button.name = "end"; // the focus goes from one to the next
+      neox.replace(work, [h("section", { class: `work ${task.state}`, "data-key": "" },
+        h("div", { class: "line" }, h("h3", {}, task.title), task.running && amount, use, end),
+        task.running && bar, task.message && h("p", { class: task.state === "failed" ? "problem" : "muted" }, task.message))], home());
+    }
+    if (task.total) bar.value = task.done / task.total;
+    else bar.removeAttribute("value");
+    amount.textContent = task.total ? `${Math.floor(100 * bar.value)} %, ${neox.bytes(task.done)} of ${neox.bytes(task.total)}` : "";
   };
   neox.on("status", (status) => {
     const key = JSON.stringify([status.state, status.name, status.about, status.base]);
