@@ -543,5 +543,5 @@ def test_tiles_are_whole_for_every_shape_of_the_family():
         for columns in (hidden, 4 * hidden):
             for bits in (4, 8):
                 words = columns * bits // 32
-                tile = choices.rows((words,), 128 * bits // 32, 1, 2)
-                assert words % (tile.groups * tile.inner) == 0  # no masks in the loop
+                for tile in choices.rows(AMPERE, 4 * hidden, (words,), bits, 128 * bits // 32, 1, "halves").tiles:
+                    assert words % (tile.groups * tile.inner) == 0  # no masks in the loop

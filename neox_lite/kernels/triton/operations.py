@@ -21,7 +21,7 @@ from torch.nn import functional
 from ...cache import PAGE, Batch, PagePool
 from ...formats import Dense, GroupInt, Weight
 from ..backend import Norm
-from . import activations, attention, choices, gemv, matmul
+from . import activations, attention, choices, gemv, matmul, tuning
 from .words import SHIFT
 
 
@@ -84,6 +84,7 @@ TORCH = Way("torch")
 PLAIN_ROWS = 2  # most tokens for which a plain matrix is multiplied by gemv.py, above by cuBLAS
 SLICE_BYTES = 64 << 20  # of a weight written out for cuBLAS at a time
 DECODED = (4, 128)  # rows and words that a program writes out
+PAGES_TO_TIME, TOKENS_TO_TIME = 4, 256  # of a context, and of prompts: with less, attention is all start and end
 FINISHED = 1024  # features that a program of activations.finish takes
 MATH = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
@@ -132,7 +133,7 @@ class BatchTable:
         parts = [functional.pad(t.flatten(), (0, -t.numel() % 4)) for t in (sequences, pages, tokens, blocks)]
         on_device = torch.cat(parts).to(device, non_blocking=True)
         self.sequences, self.pages, self.tokens, self.blocks = on_device.split([len(p) for p in parts])
-        self.count, self.block_count = len(counts), len(starts)
+        self.count, self.block_count, self.queries = len(counts), len(starts), queries
 
 
 class Operations:
@@ -140,9 +141,14 @@ class Operations:
 
     name = "triton"
 
-    def __init__(self, exact: bool, machine: Callable[[torch.device], choices.Machine] = choices.machine) -> None:
-        """machine: what is known of a device."""
-        self.exact, self.machine, self.slice_bytes = exact, machine, SLICE_BYTES
+    def __init__(
+        self,
+        exact: bool,
+        machine: Callable[[torch.device], choices.Machine] = choices.machine,
+        tuned: Callable[[torch.device], tuning.Tuning] = tuning.of,
+    ) -> None:
+        """machine: what is known of a device. tuned: the sizes of kernels there."""
+        self.exact, self.machine, self.tuned, self.slice_bytes = exact, machine, tuned, SLICE_BYTES
         self._batch: tuple[Batch, torch.device, BatchTable] | None = None
         self._scratch = threading.local()  # by device: a thread's products follow one another, two threads' do not
 
@@ -190,7 +196,7 @@ class Operations:
         if not len(qkv):
             return out
         qkv, rotary = qkv.contiguous(), rotary.to(qkv.device).contiguous()
-        table = self._table(batch, qkv.device, dim)
+        table = self._table(batch, qkv.device)
         pool = storage, cache.scales[layer] if cache.scales else None
         piece = max(16, dim & -dim)  # the largest power of two that divides it; tl.dot takes no less than 16
         shape = heads, dim, rotary.shape[2], piece, triton.cdiv(dim, piece)
@@ -201,12 +207,16 @@ class Operations:
             alone = splits == 1
             many = (0,) if alone else (len(qkv), heads, splits)
             parts, stats = torch.empty(*many, dim, device=qkv.device), torch.empty(*many, 2, device=qkv.device)
-            lanes = max(1, 1024 // piece)  # a thread loads 16 bytes of 16-bit numbers
-            _launch(
-                attention.attend_page, (table.count, heads, splits),
-                qkv, rotary, rotary.shape[1], *pool, *pages, table.tokens, scaling, parts, stats, memory(out),
-                *shape, lanes, int8, alone, *_placed(out), num_warps=4,
-            )  # fmt: skip
+
+            def page(tile: choices.Page) -> None:
+                _launch(
+                    attention.attend_page, (table.count, heads, splits),
+                    qkv, rotary, rotary.shape[1], *pool, *pages, table.tokens, scaling, parts, stats, memory(out),
+                    *shape, tile.lanes, int8, alone, *_placed(out), num_warps=tile.warps,
+                )  # fmt: skip
+
+            typical = splits >= PAGES_TO_TIME
+            page(self.tuned(qkv.device).pick(choices.page(piece, int8, qkv.dtype), page if typical else None))
             if not alone:
                 _launch(
                     attention.combine, (len(qkv), heads), parts, stats, splits, memory(out),
@@ -219,12 +229,17 @@ class Operations:
             *shape, int8, num_warps=1,
         )  # fmt: skip
         heads, dim, _, *pieces = shape
-        tile = choices.blocks(self.machine(qkv.device), dim)
-        _launch(
-            attention.attend_block, (table.block_count, heads), q, *pool, *pages, table.blocks, memory(out),
-            heads, dim, *pieces, tile.queries, tile.keys, int8, MATH[qkv.dtype], *_placed(out),
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+
+        def block(tile: choices.Blocks) -> None:
+            _launch(
+                attention.attend_block, (table.block_count, heads), q, *pool, *pages, table.blocks, memory(out),
+                heads, dim, *pieces, table.queries, tile.keys, int8, MATH[qkv.dtype], *_placed(out),
+                num_warps=tile.warps, num_stages=tile.stages,
+            )  # fmt: skip
+
+        typical = len(qkv) >= TOKENS_TO_TIME
+        candidates = choices.blocks(self.machine(qkv.device), dim, int8, qkv.dtype)
+        block(self.tuned(qkv.device).pick(candidates, block if typical else None))
         return out
 
     def sum_linears(
@@ -319,7 +334,6 @@ class Operations:
         acts = [memory(o.acts[0]) for o in outputs]
         outs = [self._out(o) for o in outputs]
         tokens, columns = acts[0].shape
-        tile = choices.rows((way.words(columns),), way.inner, tokens, acts[0].element_size())
         pointers: list[object] = []
         shapes: list[object] = []
         for output, act, out in zip(outputs, acts, outs, strict=True):
@@ -329,40 +343,62 @@ class Operations:
         if len(outputs) == 1:
             pointers += [None, None, None, None, 0, None]
             shapes += [0, None, 1, 1, 1.0]
-        blocks = sum(triton.cdiv(o.size, tile.lanes * tile.rows) for o in outputs)
-        _launch(
-            gemv.multiply_beside, (blocks, triton.cdiv(tokens, tile.tokens)),
-            *pointers, tokens, 1.0 / way.layout.scale, columns, way.bits, way.group, _math(way, acts[0]),
-            tile.tokens, tile.lanes, tile.rows, tile.groups, tile.inner, *shapes, num_warps=tile.warps, maxnreg=tile.registers,
-        )  # fmt: skip
+        math = _math(way, acts[0])
+
+        def launch(tile: choices.Rows) -> None:
+            blocks = sum(triton.cdiv(o.size, tile.lanes * tile.rows) for o in outputs)
+            _launch(
+                gemv.multiply_beside, (blocks, triton.cdiv(tokens, tile.tokens)),
+                *pointers, tokens, 1.0 / way.layout.scale, columns, way.bits, way.group, math,
+                tile.tokens, tile.lanes, tile.rows, tile.groups, tile.inner, *shapes,
+                num_warps=tile.warps, maxnreg=tile.registers,
+            )  # fmt: skip
+
+        size, device = sum(o.size for o in outputs), acts[0].device
+        words = (way.words(columns),)
+        candidates = choices.rows(self.machine(device), size, words, way.bits, way.inner, tokens, math)
+        launch(self.tuned(device).pick(candidates, launch))
         return outs
 
     def _sum(self, way: Way, output: Output) -> Tensor:
         """The sum of one or two products and x, in one launch of gemv.py."""
         acts, out = [memory(a) for a in output.acts], memory(self._out(output))
         columns = [a.shape[1] for a in acts]
-        tile = choices.rows(tuple(map(way.words, columns)), way.inner, output.tokens, acts[0].element_size())
-        grid = triton.cdiv(output.size, tile.lanes * tile.rows), triton.cdiv(output.tokens, tile.tokens)
-        _launch(
-            gemv.multiply_sum, grid,
-            *_sources(way, output), out, output.tokens, 1.0 / way.layout.scale, *[*columns, 0][:2], way.bits, way.group,
-            _math(way, acts[0]), tile.tokens, tile.lanes, tile.rows, tile.groups, tile.inner, output.size,
-            num_warps=tile.warps, maxnreg=tile.registers,
-        )  # fmt: skip
+        math = _math(way, acts[0])
+
+        def launch(tile: choices.Rows) -> None:
+            grid = triton.cdiv(output.size, tile.lanes * tile.rows), triton.cdiv(output.tokens, tile.tokens)
+            _launch(
+                gemv.multiply_sum, grid,
+                *_sources(way, output), out, output.tokens, 1.0 / way.layout.scale, *[*columns, 0][:2], way.bits, way.group,
+                math, tile.tokens, tile.lanes, tile.rows, tile.groups, tile.inner, output.size,
+                num_warps=tile.warps, maxnreg=tile.registers,
+            )  # fmt: skip
+
+        words = tuple(map(way.words, columns))
+        candidates = choices.rows(
+            self.machine(out.device), output.size, words, way.bits, way.inner, output.tokens, math
+        )
+        launch(self.tuned(out.device).pick(candidates, launch))
         return out
 
     def _tiles(self, way: Way, output: Output) -> Act:
         """One or two products by tensor cores, matmul.py."""
         acts, out = [memory(a) for a in output.acts], self._out(output)
-        tile = choices.tiles(output.size, output.tokens, way.bits, acts[0].dtype)
-        grid = triton.cdiv(output.tokens, tile.tokens), triton.cdiv(output.size, tile.rows)
-        _launch(
-            matmul.multiply_tiles, grid,
-            *_sources(way, output), memory(out), output.tokens, *[*(a.shape[1] for a in acts), 0][:2],
-            way.bits, way.group, MATH[acts[0].dtype], tile.rows, tile.tokens, tile.words,
-            output.size, output.activation, *_placed(out)[:2], num_warps=tile.warps, num_stages=tile.stages,
-            maxnreg=tile.registers,
-        )  # fmt: skip
+        columns = [a.shape[1] for a in acts]
+
+        def launch(tile: choices.Tiles) -> None:
+            grid = triton.cdiv(output.tokens, tile.tokens), triton.cdiv(output.size, tile.rows)
+            _launch(
+                matmul.multiply_tiles, grid,
+                *_sources(way, output), memory(out), output.tokens, *[*columns, 0][:2],
+                way.bits, way.group, MATH[acts[0].dtype], tile.rows, tile.tokens, tile.words,
+                output.size, output.activation, *_placed(out)[:2], num_warps=tile.warps, num_stages=tile.stages,
+                maxnreg=tile.registers,
+            )  # fmt: skip
+
+        candidates = choices.tiles(output.size, sum(columns), output.tokens, way.bits, acts[0].dtype)
+        launch(self.tuned(acts[0].device).pick(candidates, launch))
         return out
 
     def _by_torch(self, act: Act, weight: Weight, dtype: torch.dtype) -> Tensor:
@@ -423,11 +459,10 @@ class Operations:
         warps = min(16, max(1, block // 512))
         _launch(activations.write_norms, (len(x),), x, *pointers, x.shape[1], block, *shapes, num_warps=warps)
 
-    def _table(self, batch: Batch, device: torch.device, head_dim: int) -> BatchTable:
+    def _table(self, batch: Batch, device: torch.device) -> BatchTable:
         held = self._batch
         if held is None or held[0] is not batch or held[1] != device:
-            queries = choices.blocks(self.machine(device), head_dim).queries
-            self._batch = held = batch, device, BatchTable(batch, device, queries)
+            self._batch = held = batch, device, BatchTable(batch, device, choices.queries(self.machine(device)))
         return held[2]
 
 
