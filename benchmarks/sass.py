@@ -1,10 +1,10 @@
 """What the compiler makes of the Triton kernels, for cards that need not be there: registers, spills, loads, instructions.
 
-    python benchmarks/sass.py [--cards 75 80 86 89 90 120] [--all] [--out benchmarks/results/sass.json]
+    python benchmarks/sass.py [--cards 75 80 86 89 90 120] [--all] [--candidates] [--out benchmarks/results/sass.json]
 
 A layer of GPT-NeoX-20B and its head run on tensors without memory, once for each number of tokens. Every launch is compiled for
 the card exactly as it would be there (same specialization, same options), not run; its machine code is then counted, and what
-breaks a rule (`broken`) is named. Exits with 1 if anything does.
+breaks a rule (`broken`) is named. Exits with 1 if anything does. --candidates does so with every size that tuning may pick.
 """
 
 from __future__ import annotations
@@ -139,6 +139,16 @@ def recorded(capability: int, found: Callable[[Any, dict[str, Any]], None]) -> I
         yield
     finally:
         JITFunction.run = real
+
+
+@dataclass(frozen=True)
+class Nth:
+    """Picks the candidate of this number, counted round, for every kernel."""
+
+    number: int
+
+    def pick(self, candidates: choices.Candidates[Any], launch: object) -> Any:
+        return candidates.tiles[self.number % len(candidates.tiles)]
 
 
 def step(run: Run, ops: Operations) -> None:
@@ -277,6 +287,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cards", type=int, nargs="+", default=list(CARDS), help="compute capabilities, as 86")
     parser.add_argument("--all", action="store_true", help="every format, dtype and shape, not only the usual ones")
+    parser.add_argument("--candidates", action="store_true", help="every size of tile, not only the shipped ones")
     parser.add_argument("--out", type=Path, help="write a JSON there")
     args = parser.parse_args()
     found: dict[Any, Facts] = {}
@@ -288,8 +299,12 @@ def main() -> int:
                 if id(kernel) not in found:
                     found[id(kernel)] = facts(run.name, card, kernel, given)
 
-            with recorded(card, keep):
-                step(run, Operations(run.exact, lambda device, machine=machine: machine))
+            for number in range(choices.MOST if args.candidates else 1):
+                nth = Nth(number)
+                with recorded(card, keep):
+                    step(
+                        run, Operations(run.exact, lambda device, machine=machine: machine, lambda device, nth=nth: nth)
+                    )
     rows = list(found.values())
     print(table(rows))
     if args.out:

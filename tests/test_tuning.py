@@ -273,6 +273,32 @@ def test_it_says_what_is_used_and_why():
     assert told.startswith("1 timed on this card, kept in ") and told.endswith("others as shipped for RTX 30, A10, A40")
 
 
+def test_doctor_tells_it_and_times_anew_when_it_measures(monkeypatch, capsys):
+    from neox_lite.offload import machine
+    from neox_lite.offload.plan import Machine as Profile
+    from neox_lite.offload.plan import Rates
+    from neox_lite_app import doctor
+    from neox_lite_app.cli import main
+
+    bench, device = Bench(), torch.device("cuda", 0)
+    here = bench.tuning(KNOWN)
+    monkeypatch.setattr(doctor, "cards", lambda: [device])
+    monkeypatch.setattr(tuning, "of", lambda found: here)
+    rates = Profile(Rates(2e10, 3e11, 1e-5, 1e-9, 1e11), None, 400 << 20, None)
+    monkeypatch.setattr(machine, "_measured", lambda progress: here.pick(PAGES, bench.launch) and rates)
+    assert main(["doctor"]) == 0 and bench.launched == []
+    assert "kernels  on cuda:0: all as shipped for RTX 30" in capsys.readouterr().out
+    assert main(["doctor", "--measure", "--json"]) == 0 and len(bench.launched) == 3
+    told = json.loads(capsys.readouterr().out)["gpu_kernels"]["cuda:0"]
+    assert "1 timed on this card" in told["why"] and told["timed"]["page: heads"]["tile"] == {"lanes": 16, "warps": 8}
+
+    def refuse(device):
+        raise ArgumentError("NEOX_LITE_TUNE is 'yes'")
+
+    monkeypatch.setattr(tuning, "of", refuse)
+    assert main(["doctor"]) == 0 and "NEOX_LITE_TUNE is 'yes'" in capsys.readouterr().out
+
+
 def test_the_driver_s_version_is_read_where_the_system_tells_it(monkeypatch, tmp_path):
     tuning.driver.cache_clear()
     text = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release Build  (dvs-builder)\nGCC version: 12"
