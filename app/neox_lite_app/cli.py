@@ -221,7 +221,12 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--prefill", type=_counts, metavar="N,N", default=[128, 512], help="prompts (default 128,512)")
     sub.add_argument("--decode", type=_positive, metavar="N", default=32, help="tokens to time (default 32)")
     sub.add_argument("--batch", type=_counts, metavar="N,N", default=[1, 4, 8], help="sequences (default 1,4,8)")
-    sub.add_argument("--context", type=_count, metavar="N", default=128, help="cached before decoding (default 128)")
+    sub.add_argument(
+        "--context",
+        type=_counts_from_0,
+        metavar="N,N",
+        help="cached before decoding; batches after the first (default 128; on a GPU 0,1024,2048, as far as there is room)",
+    )
     _add_running(sub, revision=True)
 
     sub = command(
@@ -343,12 +348,17 @@ def _integer(low: int, high: int | None = None) -> Callable[[str], int]:
     return parse
 
 
-def _counts(text: str) -> list[int]:
-    """Numbers above 0 between commas, none so large that torch could not count it."""
-    return [_integer(1, 1 << 20)(word) for word in text.split(",")]
+def _numbers(least: int) -> Callable[[str], list[int]]:
+    """Numbers of at least `least` between commas, none so large that torch could not count it."""
+
+    def parse(text: str) -> list[int]:
+        return [_integer(least, 1 << 20)(word) for word in text.split(",")]
+
+    parse.__name__ = "list of numbers"
+    return parse
 
 
-_counts.__name__ = "list of numbers"
+_counts, _counts_from_0 = _numbers(1), _numbers(0)
 _count, _positive = _integer(0), _integer(1)
 _threads = _integer(1, 8 * (os.cpu_count() or 1))  # a few too many are only slow, thousands never end
 

@@ -32,6 +32,7 @@ SHAPES = {
     if m.id.startswith("EleutherAI/") and m.rotary == 0.25
 }
 DTYPE = torch.float16
+CPU = torch.device("cpu")
 BLOCK = 1 << 24  # random words that all weights repeat: 64 MB, made in a moment
 STRIDE = 1_000_003  # each tensor starts elsewhere in the block
 
@@ -87,9 +88,9 @@ class RandomModel:
         every = [*modules, *([self.small_head] if self.small_head is not None else [])]
         return sum(Spec("", *spec).nbytes for module in every for spec in _specs(module).values())
 
-    def build(self, progress: Progress) -> GPTNeoXForCausalLM:
-        """The model in memory; the plan is used up."""
-        model, noise, total, done = self.model, _Noise(), self.nbytes, 0
+    def build(self, progress: Progress, device: torch.device = CPU) -> GPTNeoXForCausalLM:
+        """The model in a device's memory, its rotary table in the host's; the plan is used up."""
+        model, noise, total, done = self.model, _Noise(device), self.nbytes, 0
         if self.small_head is not None:
             model.embed_out = self.small_head
         for module in model.modules():
@@ -144,13 +145,13 @@ def _value(module: nn.Module, key: str, noise: _Noise) -> Tensor:
     """Weights with which activations stay of order one: rows of about unit length, norms the identity, biases zero."""
     kind, shape = _specs(module)[key]
     if key == "bias":
-        return torch.zeros(shape, dtype=kind)
+        return torch.zeros(shape, dtype=kind, device=noise.device)
     if isinstance(module, nn.LayerNorm):
-        return torch.ones(shape, dtype=kind)
+        return torch.ones(shape, dtype=kind, device=noise.device)
     if not isinstance(module, Linear):  # the embedding
         return noise.normal(shape)
     if key in (constants := module.format.constants(module.shape)):
-        return constants[key]
+        return constants[key].to(noise.device)
     if module.format == DENSE:
         return noise.normal(shape).mul_(module.in_features**-0.5)
     assert isinstance(module.format, GroupInt)
@@ -163,12 +164,13 @@ def _value(module: nn.Module, key: str, noise: _Noise) -> Tensor:
 class _Noise:
     """Random numbers as fast as memory is written: blocks made once and repeated."""
 
-    def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(0)
+    def __init__(self, device: torch.device = CPU) -> None:
+        self.device, generator = device, torch.Generator().manual_seed(0)
         self._words = torch.randint(-(1 << 31), 1 << 31, (BLOCK,), dtype=torch.int32, generator=generator)
         self._normal = torch.randn(BLOCK >> 4, generator=generator).to(DTYPE)
         self._scales = (1.5 - torch.rand(BLOCK >> 4, generator=generator)).to(DTYPE)
         self._scales[::2] *= -1  # the mean code is -1/2, which scales of one sign would turn into a bias
+        self._words, self._normal, self._scales = (t.to(device) for t in (self._words, self._normal, self._scales))
         self._start = 0
 
     def words(self, shape: tuple[int, ...]) -> Tensor:
@@ -182,7 +184,7 @@ class _Noise:
         return self._repeated(self._scales, shape)
 
     def _repeated(self, block: Tensor, shape: tuple[int, ...]) -> Tensor:
-        out = torch.empty(shape, dtype=block.dtype)
+        out = torch.empty(shape, dtype=block.dtype, device=block.device)
         flat, done = out.view(-1), 0
         self._start += STRIDE
         at = self._start % len(block)

@@ -57,6 +57,11 @@ class Decision:
         return Cuda(self.device, self.most_bytes) if self.placement is not None and self.device.type == "cuda" else None
 
     @property
+    def everything_there(self) -> bool:
+        """Whether all of the model goes to the device, and no limit was set that counts from what torch holds before."""
+        return self.most_bytes is None and (self.placement is None or self.placement.tiers == {"gpu"})
+
+    @property
     def announcement(self) -> str | None:
         """What a user should know before it happens; None where the whole model is in one memory, as it would be anyway."""
         found = self.plan
