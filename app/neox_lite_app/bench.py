@@ -23,7 +23,7 @@ from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
 from neox_lite.cache import PAGE, Batch, PagePool
 from neox_lite.cache import Sequence as CachedSequence
 from neox_lite.errors import ArgumentError
-from neox_lite.formats import DENSE, Dense, GroupInt, Weight, make_format
+from neox_lite.formats import DENSE, NF4, Dense, GroupInt, Weight, make_format
 from neox_lite.hub import resolve
 from neox_lite.layers import Linear
 from neox_lite.loading import LoadOptions, put
@@ -104,8 +104,8 @@ def load_model(args: argparse.Namespace) -> tuple[GPTNeoXForCausalLM, float]:
 
 def plan_of(config: GPTNeoXConfig, args: argparse.Namespace) -> RandomModel:
     """The random model that --shape, --format, --group-size and --head ask for."""
-    format = Dense() if args.format == "fp16" else make_format(args.format or "int4", args.group_size or 128)
-    assert isinstance(format, Dense | GroupInt)
+    format = Dense() if args.format == "fp16" else make_format(args.format or "int4", args.group_size)
+    assert isinstance(format, Dense | GroupInt | NF4)
     return RandomModel(config, format, args.head == "int8")
 
 

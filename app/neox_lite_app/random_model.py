@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
 from neox_lite.errors import ArgumentError, FormatError
 from neox_lite.folder_writer import Spec
-from neox_lite.formats import DENSE, GROUP_SIZES, Dense, GroupInt, formats_of, quantization_config
+from neox_lite.formats import DENSE, GROUP_SIZES, NF4, Dense, Format, GroupInt, formats_of, quantization_config
+from neox_lite.formats.nf4 import LEVELS
 from neox_lite.formats.weight import Specs
 from neox_lite.layers import Linear
 from neox_lite.offload.place import sizes_in
@@ -63,8 +64,8 @@ class RandomModel:
     small_head: the vocabulary head is int8. Raises FormatError where a format does not suit the shape.
     """
 
-    def __init__(self, config: GPTNeoXConfig, format: Dense | GroupInt, small_head: bool = False) -> None:
-        scheme = quantization_config(format) if isinstance(format, GroupInt) else None
+    def __init__(self, config: GPTNeoXConfig, format: Dense | GroupInt | NF4, small_head: bool = False) -> None:
+        scheme = None if format == DENSE else quantization_config(format)
         self.config = config.copy(quantization_config=scheme)
         with torch.device("meta"):
             self.model = GPTNeoXForCausalLM(self.config)
@@ -138,7 +139,9 @@ def _part(name: str, module: nn.Module, noise: _Noise) -> Part:
         for key in _specs(module):
             yield f"{name}.{key}", _value(module, key, noise), 0
 
-    return Part([Spec(f"{name}.{key}", *spec) for key, spec in _specs(module).items()], rows)
+    format = module.format if isinstance(module, Linear) else DENSE
+    every = _specs(module).items()
+    return Part([Spec(f"{name}.{key}", kind, own, format.file_shape(key, own)) for key, (kind, own) in every], rows)
 
 
 def _value(module: nn.Module, key: str, noise: _Noise) -> Tensor:
@@ -154,11 +157,16 @@ def _value(module: nn.Module, key: str, noise: _Noise) -> Tensor:
         return constants[key].to(noise.device)
     if module.format == DENSE:
         return noise.normal(shape).mul_(module.in_features**-0.5)
-    assert isinstance(module.format, GroupInt)
-    if key == "weight_packed":
-        return noise.words(shape)
-    codes_std = math.sqrt((4.0**module.format.bits - 1) / 12)  # of codes that are all equally frequent
-    return noise.scales(shape).mul_(module.in_features**-0.5 / codes_std)
+    if not kind.is_floating_point:
+        return noise.words((*shape[:-1], shape[-1] * kind.itemsize // 4)).view(kind)
+    return noise.scales(shape).to(kind).mul_(module.in_features**-0.5 / _codes_std(module.format))
+
+
+def _codes_std(format: Format) -> float:
+    """Of codes that are all equally frequent."""
+    if isinstance(format, GroupInt):
+        return math.sqrt((4.0**format.bits - 1) / 12)
+    return math.sqrt(sum(level**2 for level in LEVELS) / len(LEVELS))
 
 
 class _Noise:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ...cache import Batch, PagePool
-from ...formats import Dense, GroupInt, Weight
-from .. import reference
+from ...formats import NF4, Dense, GroupInt, Weight
+from .. import nf4, reference
 from ..backend import Norm
 from . import attention, linear, norm
 from .acts import BLOCK, NATURAL, TILE, Layout
@@ -420,7 +420,8 @@ class Operations:
             return self._address(kernel), program.table(
                 program.keep(matrix), weight.shape[1], tokens, program.keep(act)
             )
-        products = self._eagerly(program, lambda: reference.matmul(act, weight))
+        matmul = nf4.matmul if isinstance(weight.format, NF4) else reference.matmul
+        products = self._eagerly(program, lambda: matmul(act, weight))
         arguments = program.table(program.keep(products), tokens, weight.shape[0])
         return self._address(("given", linear.write_given)), arguments
 
