@@ -53,15 +53,15 @@ def pair(folder: Path, cls: str = "GPTNeoXForCausalLM", seed: int = 0, **config:
     return ours(model, folder), model
 
 
-def opened_by_transformers(folder: Path) -> Any:
+def opened_by_transformers(folder: Path, cls: Any = transformers.AutoModelForCausalLM) -> Any:
     """A quantized folder as transformers opens it, computing in float32. Skips the test where the library for it is missing."""
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     if config["quant_method"] != "bitsandbytes":
         pytest.importorskip("compressed_tensors")
-        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        return cls.from_pretrained(folder, dtype=torch.float32).eval()
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     pytest.importorskip("accelerate", reason="transformers reads nf4 with accelerate only")
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cpu").eval()
+    model = cls.from_pretrained(folder, dtype=torch.float32, device_map="cpu").eval()
     for parameter in model.parameters():
         if parameter.is_floating_point():  # of what a 16-bit folder with nf4 holds, 5.23 casts biases only
             parameter.data = parameter.data.float()

@@ -175,7 +175,7 @@ class NF4(ByRows):
         if not isinstance(state, dict) or state.keys() != known:
             raise FormatError(f"{STATE}: expected an object with {', '.join(sorted(known))}")
         for key, allowed in expected.items():
-            if state[key] not in allowed:
+            if not any(state[key] == value and type(state[key]) is type(value) for value in allowed):  # 64.0 is no size
                 wanted = " or ".join(map(repr, allowed))
                 raise FormatError(f"{STATE}: {key} is {str(state[key])[:60]!r}, expected {wanted}")
         offset = state.get("nested_offset", 0.0)

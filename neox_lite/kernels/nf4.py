@@ -29,7 +29,7 @@ def matmul(act: Tensor, weight: Weight) -> Tensor:
         return reference.matmul(act, weight)
     if act.device.type == "cpu":
         return _by_slices(library, act, weight)
-    return library.matmul_4bit(act, _column(weight.tensors["weight"]).t(), _state(library, weight))
+    return library.matmul_4bit(act, _column(weight.tensors["weight"]).t(), _state(library, weight, act.dtype))
 
 
 @cache
@@ -77,8 +77,8 @@ def _by_slices(library: Any, act: Tensor, weight: Weight) -> Tensor:
     return out
 
 
-def _state(library: Any, weight: Weight) -> Any:
-    """What bitsandbytes wants to know of a weight; nothing is copied."""
+def _state(library: Any, weight: Weight, dtype: torch.dtype) -> Any:
+    """What bitsandbytes wants to know of a weight that it may write out in `dtype`; nothing is copied."""
     assert isinstance(weight.format, NF4)
     kind, tensors, nested = library.functional.QuantState, weight.tensors, None
     if weight.format.double:
@@ -89,7 +89,7 @@ def _state(library: Any, weight: Weight) -> Any:
         tensors[MAP],
         BLOCK,
         "nf4",
-        torch.float16,
+        dtype,
         _offset(weight.format.offset, weight.device) if nested is not None else None,
         nested,
     )
