@@ -119,7 +119,7 @@ def test_products_by_bitsandbytes_are_those_of_the_plain_twin_in_float64(bnb, mo
     wanted = act.double() @ weight.decode().double().T
     for found in (
         nf4.matmul(act, weight),
-        bnb.matmul_4bit(act, weight.tensors["weight"].view(-1, 1).t(), nf4._state(bnb, weight)),
+        bnb.matmul_4bit(act, weight.tensors["weight"].view(-1, 1).t(), nf4._state(bnb, weight, act.dtype)),
     ):
         assert found.shape == wanted.shape and found.dtype == torch.float32
         assert not tokens or relative(found, wanted) < 1e-6  # float32 sums of 128 products
