@@ -108,8 +108,8 @@ class LoadOptions:
     dense tensors, None for the checkpoint's. head: "fp16" for the head as the checkpoint has it, "int8" for the small one of
     a quantized folder. kv: what the KV cache holds, "fp16" for the model's own dtype, "int8" for about half of that. Where
     those two are None, it is "fp16", but for a plan that fits only with "int8". exact: multiply quantized weights with
-    float32 activations, where the CPU's kernels would otherwise round those to 8 bits with a scale per 32. config: used in
-    place of config.json.
+    float32 activations, where the CPU's kernels would otherwise round those to 8 bits with a scale per 32. graph: run decode
+    steps as CUDA graphs where that can be; `model.graph_reason` says why not. config: used in place of config.json.
     """
 
     revision: str | None = None
@@ -121,6 +121,7 @@ class LoadOptions:
     head: str | None = None
     kv: str | None = None
     exact: bool = False
+    graph: bool = True
     config: GPTNeoXConfig | None = None
 
     @classmethod
@@ -161,8 +162,9 @@ class LoadOptions:
             raise ArgumentError(f"head is {given['head']!r}, expected 'fp16' or 'int8'")
         if given.get("kv") not in (None, "fp16", "int8"):
             raise ArgumentError(f"kv is {given['kv']!r}, expected 'fp16' or 'int8'")
-        if not isinstance(given.setdefault("exact", False), bool):
-            raise ArgumentError(f"exact is {given['exact']!r}, expected True or False")
+        for name in ("exact", "graph"):
+            if not isinstance(given.get(name, True), bool):
+                raise ArgumentError(f"{name} is {given[name]!r}, expected True or False")
         if (config := given.get("config")) is not None and not isinstance(config, GPTNeoXConfig):
             if not hasattr(config, "to_dict"):
                 raise ArgumentError(f"config is a {type(config).__name__}, expected a GPTNeoXConfig")
@@ -246,7 +248,7 @@ def from_pretrained(cls: type[GPTNeoXPreTrainedModel], name: str | os.PathLike[s
         _keep_quantized(model, cached)
         if (cached / CONFIG).is_file():  # mapped from there, it takes no memory of its own
             return _from_cache(cls, cached, options, model.source, dtype)
-    model.exact = options.exact
+    model.exact, model.graph = options.exact, options.graph
     put(model, decision)
     return model
 

@@ -437,10 +437,10 @@ def test_attention_writes_where_the_next_weight_reads():
 # The model ------------------------------------------------------------------------------------------------------------
 
 
-def tiny(parallel=True, formats=(), dtype=torch.float32):
+def tiny(parallel=True, formats=(), dtype=torch.float32, layers=2, hidden=64, positions=200, spread=0.1):
     config = GPTNeoXConfig(
-        hidden_size=64, num_attention_heads=2, num_hidden_layers=2, intermediate_size=128, vocab_size=67,
-        max_position_embeddings=200, use_parallel_residual=parallel, initializer_range=0.1,
+        hidden_size=hidden, num_attention_heads=2, num_hidden_layers=layers, intermediate_size=128, vocab_size=67,
+        max_position_embeddings=positions, use_parallel_residual=parallel, initializer_range=spread,
     )  # fmt: skip
     model = GPTNeoXForCausalLM(config).to(dtype)
     for i, block in enumerate(model.gpt_neox.blocks):

@@ -285,6 +285,12 @@ class Operations:
         finally:
             self._local.program = self._local.batch = None
 
+    def decoder(
+        self, step: Callable[[Tensor, PagePool, Batch], Tensor], device: torch.device, vocabulary: int, limit: int
+    ) -> str:
+        """Logits are on the host already, and captured programs run there."""
+        return "the model is on the CPU, where a step is a recorded program"
+
     def _run(self, program: Program) -> None:
         captured = self._local.program
         if captured is None:

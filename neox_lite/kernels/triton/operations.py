@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -21,7 +21,9 @@ from torch.nn import functional
 from ...cache import PAGE, Batch, PagePool
 from ...formats import Dense, GroupInt, Weight
 from ..backend import Norm
-from . import activations, attention, choices, gemv, matmul, tuning
+from . import activations, attention, choices, ends, gemv, interpreted, matmul, tuning
+from .cuda_graph import CudaGraphs
+from .steps import Graphs, Inputs, Steps
 from .words import SHIFT
 
 
@@ -85,7 +87,8 @@ PLAIN_ROWS = 2  # most tokens for which a plain matrix is multiplied by gemv.py,
 SLICE_BYTES = 64 << 20  # of a weight written out for cuBLAS at a time
 DECODED = (4, 128)  # rows and words that a program writes out
 PAGES_TO_TIME, TOKENS_TO_TIME = 4, 256  # of a context, and of prompts: with less, attention is all start and end
-FINISHED = 1024  # features that a program of activations.finish takes
+FINISHED = 1024  # features that a program of activations.finish or ends.embed takes
+LISTED = 4096  # ids that a program of ends.draw looks at together
 MATH = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
@@ -103,6 +106,7 @@ class Output:
     consumer: Weight | None = None
     x: Tensor | None = None
     dtype: torch.dtype | None = None
+    memory: Tensor | None = None  # for the result; None: new
 
     @property
     def tokens(self) -> int:
@@ -134,6 +138,16 @@ class BatchTable:
         on_device = torch.cat(parts).to(device, non_blocking=True)
         self.sequences, self.pages, self.tokens, self.blocks = on_device.split([len(p) for p in parts])
         self.count, self.block_count, self.queries = len(counts), len(starts), queries
+        self.splits = self.most_pages
+
+
+@dataclass
+class _Local(threading.local):
+    """A thread's own, for another may run another model: the last batch's table, scratch by device, a step being captured."""
+
+    batch: tuple[Batch, torch.device, BatchTable] | None = None
+    scratch: dict[torch.device, Tensor] = field(default_factory=dict)
+    step: Inputs | None = None
 
 
 class Operations:
@@ -146,11 +160,13 @@ class Operations:
         exact: bool,
         machine: Callable[[torch.device], choices.Machine] = choices.machine,
         tuned: Callable[[torch.device], tuning.Tuning] = tuning.of,
+        graphs: Callable[[torch.device], Graphs] | None = None,
     ) -> None:
-        """machine: what is known of a device. tuned: the sizes of kernels there."""
+        """machine: what is known of a device. tuned: the sizes of kernels there. graphs: what captures steps there; None: CUDA,
+        where kernels are compiled."""
         self.exact, self.machine, self.tuned, self.slice_bytes = exact, machine, tuned, SLICE_BYTES
-        self._batch: tuple[Batch, torch.device, BatchTable] | None = None
-        self._scratch = threading.local()  # by device: a thread's products follow one another, two threads' do not
+        self._graphs = graphs or (None if interpreted() else CudaGraphs)
+        self._local = _Local()
 
     def act_dtype(self, weights: torch.dtype, device: torch.device) -> torch.dtype:
         """The weights' own; float32 where the card has no bfloat16, announced."""
@@ -163,7 +179,14 @@ class Operations:
 
     def embed(self, ids: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """ids (tokens,) int64, weight (vocabulary, hidden) -> x (tokens, hidden) in `dtype`."""
-        return functional.embedding(ids.to(weight.device), weight).to(dtype)
+        ids, step, features = ids.to(weight.device), self._local.step, weight.shape[1]
+        x = torch.empty(len(ids), features, dtype=dtype, device=weight.device)
+        if len(ids):
+            _launch(
+                ends.embed, (len(ids), triton.cdiv(features, FINISHED)), ids, ids.stride(0),
+                None if step is None else step.chosen, weight.contiguous(), x, features, FINISHED, num_warps=4,
+            )  # fmt: skip
+        return x
 
     def norms(self, x: Tensor, lns: Sequence[Norm], consumers: Sequence[Weight | None]) -> list[Act]:
         """x (tokens, hidden) -> one LayerNorm of x for each (gain, bias, eps), as its consumer reads it."""
@@ -203,7 +226,7 @@ class Operations:
         int8, scaling = bool(cache.scales), dim**-0.5
         pages = table.sequences, table.pages, table.most_pages
         if table.single:
-            splits = table.most_pages
+            splits = table.splits
             alone = splits == 1
             many = (0,) if alone else (len(qkv), heads, splits)
             parts, stats = torch.empty(*many, dim, device=qkv.device), torch.empty(*many, 2, device=qkv.device)
@@ -223,6 +246,7 @@ class Operations:
                     heads, dim, triton.next_power_of_2(dim), 16, *_placed(out), num_warps=4,
                 )  # fmt: skip
             return out
+        assert isinstance(table, BatchTable)
         q = torch.empty(len(qkv), heads, dim, device=qkv.device)
         _launch(
             attention.append, (len(qkv), heads), qkv, rotary, rotary.shape[1], *pool, table.tokens, scaling, q,
@@ -258,8 +282,9 @@ class Operations:
     def head(self, x: Tensor, rows: Tensor | None, norm: Norm, weight: Weight) -> Tensor:
         """Final norm and vocabulary projection of the chosen rows (None: all) -> (rows, vocabulary) float32 logits."""
         chosen = x if rows is None else x[rows.to(x.device, non_blocking=True)]
-        acts = self.norms(chosen, [norm], [weight])
-        (out,) = self._products([Output(acts, [weight], dtype=torch.float32)])
+        acts, step = self.norms(chosen, [norm], [weight]), self._local.step
+        memory = None if step is None else step.logits
+        (out,) = self._products([Output(acts, [weight], dtype=torch.float32, memory=memory)])
         assert isinstance(out, Tensor)
         return out
 
@@ -270,8 +295,40 @@ class Operations:
         return out
 
     def capture(self, step: Callable[[Tensor], Tensor], ids: Tensor, batch: Batch, limit: int) -> None:
-        """Every step is launched anew."""
+        """Logits alone are no step of a graph: `decoder` has those."""
         return
+
+    def decoder(
+        self, step: Callable[[Tensor, PagePool, Batch], Tensor], device: torch.device, vocabulary: int, limit: int
+    ) -> Steps | str:
+        """Steps as CUDA graphs."""
+        if self._graphs is None:
+            return "kernels run in Triton's interpreter, which knows no CUDA graphs"
+        return Steps(self._step(step), self._graphs(device), device, vocabulary, limit)
+
+    def _step(self, forward: Callable[[Tensor, PagePool, Batch], Tensor]) -> Callable[[PagePool, Inputs], None]:
+        """All of a step, launches and nothing else: from ids to the ids that follow."""
+
+        def run(pool: PagePool, inputs: Inputs) -> None:
+            with self._reading(inputs):
+                logits = forward(inputs.ids, pool, inputs.batch)
+            rows, vocabulary = logits.shape
+            values, ids = torch.empty_like(logits), torch.empty_like(logits, dtype=torch.int32)
+            _launch(
+                ends.draw, (rows,), logits, inputs.excluded, inputs.sequences, attention.SEQUENCE.value, inputs.choices,
+                values, ids, inputs.chosen, vocabulary, min(LISTED, triton.next_power_of_2(vocabulary)), num_warps=16,
+            )  # fmt: skip
+
+        return run
+
+    @contextmanager
+    def _reading(self, inputs: Inputs) -> Iterator[None]:
+        """Take the batch, the tokens before it and the memory of logits from there."""
+        self._local.step = inputs
+        try:
+            yield
+        finally:
+            self._local.step = None
 
     # Products ---------------------------------------------------------------------------------------------------------
 
@@ -299,6 +356,8 @@ class Operations:
         return memory if layout == NATURAL else Laid(layout, memory)
 
     def _out(self, output: Output) -> Act:
+        if output.memory is not None:
+            return output.memory
         like = memory(output.acts[0])
         if output.dtype is not None:
             return torch.empty(output.tokens, output.size, dtype=output.dtype, device=like.device)
@@ -321,7 +380,8 @@ class Operations:
             return self._finished(output, [memory(self._product(o, [w])) for o, w in zip(parts, ways, strict=True)])
         if ways[0].kind == "torch":
             dtype = torch.float32 if len(ways) > 1 else output.dtype or memory(output.acts[0]).dtype
-            products = [self._by_torch(a, w, dtype) for a, w in zip(output.acts, output.weights, strict=True)]
+            into = output.memory if len(ways) == 1 else None
+            products = [self._by_torch(a, w, dtype, into) for a, w in zip(output.acts, output.weights, strict=True)]
             return self._finished(output, products)
         if ways[0].kind == "tiles":
             return self._tiles(ways[0], output)
@@ -401,11 +461,11 @@ class Operations:
         launch(self.tuned(acts[0].device).pick(candidates, launch))
         return out
 
-    def _by_torch(self, act: Act, weight: Weight, dtype: torch.dtype) -> Tensor:
+    def _by_torch(self, act: Act, weight: Weight, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
         """act @ weight.T by cuBLAS; a quantized weight is written out in slices, in memory that is used again and again."""
         assert isinstance(act, Tensor)
         format, (size, columns) = weight.format, weight.shape
-        out = torch.empty(len(act), size, dtype=dtype, device=act.device)
+        out = torch.empty(len(act), size, dtype=dtype, device=act.device) if into is None else into
         if not isinstance(format, GroupInt):
             _mm(act, weight.decode(act.dtype), out)
             return out
@@ -424,9 +484,12 @@ class Operations:
         return out
 
     def _scratch_of(self, like: Tensor, count: int) -> Tensor:
-        mine, nbytes = vars(self._scratch), count * like.element_size()
-        if (held := mine.get(str(like.device))) is None or held.nbytes < nbytes:
-            mine[str(like.device)] = held = torch.empty(nbytes, dtype=torch.uint8, device=like.device)
+        """Memory for so many elements, the same again and again; a graph has its own, which nothing may replace."""
+        if self._local.step is not None:
+            return torch.empty(count, dtype=like.dtype, device=like.device)
+        mine, nbytes = self._local.scratch, count * like.element_size()
+        if (held := mine.get(like.device)) is None or held.nbytes < nbytes:
+            mine[like.device] = held = torch.empty(nbytes, dtype=torch.uint8, device=like.device)
         return held.view(like.dtype)
 
     def _finished(self, output: Output, parts: Sequence[Tensor]) -> Act:
@@ -459,10 +522,12 @@ class Operations:
         warps = min(16, max(1, block // 512))
         _launch(activations.write_norms, (len(x),), x, *pointers, x.shape[1], block, *shapes, num_warps=warps)
 
-    def _table(self, batch: Batch, device: torch.device) -> BatchTable:
-        held = self._batch
+    def _table(self, batch: Batch, device: torch.device) -> BatchTable | Inputs:
+        if self._local.step is not None:
+            return self._local.step
+        held = self._local.batch
         if held is None or held[0] is not batch or held[1] != device:
-            self._batch = held = batch, device, BatchTable(batch, device, choices.queries(self.machine(device)))
+            self._local.batch = held = batch, device, BatchTable(batch, device, choices.queries(self.machine(device)))
         return held[2]
 
 
