@@ -196,4 +196,5 @@ def _compare(first, second):
     for i, ((a, _), (b, _)) in enumerate(zip(first, second, strict=True)):
         for j, (x, y) in enumerate(zip(a, b, strict=True)):
             if x is not y and x != y:
-                raise NotCapturable(f"launch {i}, argument {j} of {a[1]}: {y} where it was {x}")
+                kernel = getattr(a[1], "__name__", a[0])
+                raise NotCapturable(f"launch {i}, argument {j} of {kernel}: {y} where it was {x}")
