@@ -209,7 +209,7 @@ def blocks(machine: Machine, head_dim: int, int8: bool, dtype: torch.dtype) -> C
     else:
         first = Blocks(32, 4 if head_dim <= 128 else 8)
         found = [first, replace(first, warps=12 - first.warps), replace(first, stages=3)]
-        found += [replace(first, keys=64), replace(first, keys=64, warps=8, stages=1)]
+        found += [replace(first, keys=64, warps=8), replace(first, keys=64, warps=8, stages=1)]
     cache = "int8" if int8 else "plain"
     return _candidates("blocks", f"heads of {head_dim}, {cache} cache, {str(dtype).removeprefix('torch.')}", found)
 
