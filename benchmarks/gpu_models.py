@@ -6,7 +6,7 @@ import gc
 import os
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 from unittest import mock
@@ -25,8 +25,6 @@ from neox_lite.offload.place import Wish, decide
 from neox_lite_app import bench
 from neox_lite_app.random_model import RandomModel
 
-WARM_UP = 4  # decode steps that are not counted
-
 
 @dataclass(frozen=True)
 class Lengths:
@@ -37,9 +35,12 @@ class Lengths:
     prompt: int = 512
     steps: int = 24
     generated: int = 64
+    warm_up: int = 4  # steps that are not counted
+    runs: int = 3
+    tuning_s: float = 60
 
 
-SHORT = Lengths((0, 130), (2,), 20, 2, 3)
+SHORT = Lengths((0, 130), (2,), 5, 1, 2, 1, 1, 4)
 
 
 class Models:
@@ -77,7 +78,7 @@ class Models:
     def tuned(self) -> Iterator[dict[str, Any]]:
         """int4 with sizes of kernels timed on this card, and what each choice saves over the shipped one."""
         with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, NEOX_LITE_CACHE=folder):
-            here = tuning.Tuning(self.machine, self.card, self.timer(), "always", limit_s=60)
+            here = tuning.Tuning(self.machine, self.card, self.timer(), "always", self.lengths.tuning_s)
             model = self.model("int4")
             model.ops = watched(True, lambda device: here)
             yield {"engine": "neox-lite", "format": "int4", "sizes": "timed on this card", **self.figures(model)}
@@ -97,14 +98,14 @@ class Models:
     def model(self, format: str) -> GPTNeoXForCausalLM:
         """A random model on the device. Raises FormatError for a format that this version lacks."""
         free_memory(self.device)
-        made = DENSE if format == "fp16" else make_format(format, 128)
+        made = DENSE if format == "fp16" else make_format(format)
         plan = RandomModel(self.config, made, small_head=format != "fp16")
         return plan.build(lambda done, total: None, self.device).to(self.device)
 
     def figures(self, model: GPTNeoXForCausalLM) -> dict[str, Any]:
         reset_peak(self.device)
         rates = {context: self.decode_rate(model, context) for context in self.lengths.contexts}
-        prompt = bench.prefill_s(model, self.lengths.prompt, 3, lambda: None)
+        prompt = bench.prefill_s(model, self.lengths.prompt, self.lengths.runs, lambda: None)
         weights = bench.weight_bytes(model)
         nbytes = weights + self.lengths.contexts[0] * bench.cache_bytes(model)
         return {
@@ -118,7 +119,10 @@ class Models:
 
     def decode_rate(self, model: GPTNeoXForCausalLM, context: int, batch: int = 1) -> float:
         """Steps a second, the host's part and the wait for the token in them."""
-        return rate_of(bench.decode_s(model, batch, context, WARM_UP + self.lengths.steps))
+        return self.rate_of(bench.decode_s(model, batch, context, self.lengths.warm_up + self.lengths.steps))
+
+    def rate_of(self, times: Iterable[float]) -> float:
+        return 1 / statistics.median(list(times)[self.lengths.warm_up :])
 
     def generate_rate(self, model: GPTNeoXForCausalLM) -> float:
         """Greedy tokens a second of `generate` after the first, as a user sees them."""
@@ -135,15 +139,15 @@ class Models:
 
     def capped(self, gib: int) -> Iterator[dict[str, Any]]:
         """int4 within so much of the GPU's memory, the rest of the layers on the CPU; what was predicted stands beside it."""
-        longest = self.lengths.contexts[-1] + WARM_UP + self.lengths.steps
-        plan = RandomModel(self.config, make_format("int4", 128), small_head=True)
+        longest = self.lengths.contexts[-1] + self.lengths.warm_up + self.lengths.steps
+        plan = RandomModel(self.config, make_format("int4"), small_head=True)
         cuda = self.device.type == "cuda"
         wish = Wish("auto", {"cuda": gib << 30}, longest) if cuda else Wish("cpu", context=longest)
         decision = decide(wish, plan.sizes, ["embed_out"])
         model = plan.build(lambda done, total: None)
         put(model, decision)
         rates = {context: self.decode_rate(model, context) for context in self.lengths.contexts}
-        prompt = bench.prefill_s(model, self.lengths.prompt, 3, lambda: None)
+        prompt = bench.prefill_s(model, self.lengths.prompt, self.lengths.runs, lambda: None)
         found, row = model.plan, {"engine": "neox-lite", "format": "int4", "gpu_gib": gib, "kv": model.kv}
         if found is not None:
             row |= {"layers": {tier: found.layers.count(tier) for tier in ("gpu", "cpu", "disk")}}
@@ -168,13 +172,14 @@ class Models:
         free_memory(self.device)
         reset_peak(self.device)
         model = Transformers(self.config, self.device)
-        steps = WARM_UP + self.lengths.steps
-        rates = {context: rate_of(model.decode_s(context, steps)) for context in self.lengths.contexts}
+        steps = self.lengths.warm_up + self.lengths.steps
+        rates = {context: self.rate_of(model.decode_s(context, steps)) for context in self.lengths.contexts}
+        prompt = model.prefill_s(self.lengths.prompt, self.lengths.runs)
         yield {
             "engine": "transformers + bitsandbytes",
             "format": "nf4",
             "tokens_per_s": {str(context): rate for context, rate in rates.items()},
-            "first_token_s": {str(self.lengths.prompt): statistics.median(model.prefill_s(self.lengths.prompt, 3))},
+            "first_token_s": {str(self.lengths.prompt): statistics.median(prompt)},
             **peaks(self.device),
         }
 
@@ -192,10 +197,6 @@ def watched(graph: bool, tuned: Callable[[torch.device], tuning.Tuning] | None =
             return found
 
     return Watched(False) if tuned is None else Watched(False, tuned=tuned)
-
-
-def rate_of(times: Any) -> float:
-    return 1 / statistics.median(list(times)[WARM_UP:])
 
 
 def free_memory(device: torch.device) -> None:

@@ -6,7 +6,6 @@ run here raises; those who call name it with its reason.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -179,7 +178,3 @@ class Transformers:
         token = out.logits[:, -1:].argmax(-1)
         token.item()  # waits for a GPU
         return time.perf_counter() - began, token[:, -1:], out.past_key_values
-
-
-def median_rate(times: list[float], warm_up: int) -> float:
-    return 1 / statistics.median(times[warm_up:])
