@@ -35,6 +35,7 @@ from neox_lite.cache import Batch, PagePool  # noqa: E402
 from neox_lite.formats import DENSE, Weight, make_format  # noqa: E402
 from neox_lite.kernels.triton import choices  # noqa: E402
 from neox_lite.kernels.triton.operations import Operations  # noqa: E402
+from neox_lite.kernels.triton.steps import Inputs, Tables  # noqa: E402
 from neox_lite.layers import GPTNeoXLayer, Linear, Rotary, norm_of  # noqa: E402
 
 CARDS = (75, 80, 86, 89, 90, 120)
@@ -152,7 +153,7 @@ class Nth:
 
 
 def step(run: Run, ops: Operations) -> None:
-    """One layer and the head, on tensors without memory."""
+    """One layer and the two ends, on tensors without memory."""
     config = GPTNeoXConfig(**CONFIGS[run.config], num_hidden_layers=1, max_position_embeddings=4096)
     format, head_format = make_format(run.format, run.group), make_format("int8", 128) if run.head == "int8" else DENSE
     tokens, hidden = run.sequences * run.new, config.hidden_size
@@ -163,14 +164,19 @@ def step(run: Run, ops: Operations) -> None:
         norm = norm_of(torch.nn.LayerNorm(hidden, dtype=run.dtype))
         shape = (config.vocab_size, hidden)
         tensors = {k: torch.empty(s, dtype=d) for k, (d, s) in head_format.specs(shape, run.dtype).items()}
-        x = torch.empty(tokens, hidden, dtype=ops.act_dtype(run.dtype, META))
+        ids, embedding = torch.empty(tokens, dtype=torch.long), torch.empty(shape, dtype=run.dtype)
+    x = ops.embed(ids, embedding, ops.act_dtype(run.dtype, META))
     pool = PagePool(config.num_attention_heads, config.head_dim, run.kv or x.dtype, [META])
     sequences = [pool.new() for _ in range(run.sequences)]
     if run.old:
         Batch.reserve(pool, sequences, [run.old] * run.sequences).commit()
     batch = Batch.reserve(pool, sequences, [run.new] * run.sequences)
     x = layer(x, ops, pool, batch, Rotary(config).table.to(META))
-    ops.head(x[: run.sequences], None, norm, Weight(head_format, shape, tensors))
+    logits = ops.head(x[: run.sequences], None, norm, Weight(head_format, shape, tensors))
+    if run.new == 1:
+        tables = Tables.cut(torch.empty(Tables.bytes_for(1), dtype=torch.uint8, device=META), 1)
+        chosen, excluded = torch.empty_like(ids), torch.empty(len(embedding), dtype=torch.int8, device=META)
+        ops._draw(logits, Inputs(run.sequences, 1, 1, ids, *tables, chosen, excluded, logits))
 
 
 @dataclass

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 CARDS = (75, 80, 86, 89, 90, 120)
 KERNELS = {
     "write_norms", "multiply_beside", "multiply_sum", "attend_page", "combine", "append", "attend_block", "decode", "finish",
-    "multiply_tiles",
+    "multiply_tiles", "embed", "draw",
 }  # fmt: skip
 
 

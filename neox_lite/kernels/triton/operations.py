@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -83,6 +84,14 @@ class Way:
 
 
 TORCH = Way("torch")
+
+
+@cache
+def _coded(kind: Literal["rows", "tiles"], bits: int, group: int, planes: int, shift: int, stored: torch.dtype) -> Way:
+    """Of a quantized weight: one object for each, so that telling two apart costs nothing."""
+    return Way(kind, bits, group, Layout(32 // bits, planes, shift), stored)
+
+
 PLAIN_ROWS = 2  # most tokens for which a plain matrix is multiplied by gemv.py, above by cuBLAS
 SLICE_BYTES = 64 << 20  # of a weight written out for cuBLAS at a time
 DECODED = (4, 128)  # rows and words that a program writes out
@@ -312,14 +321,18 @@ class Operations:
         def run(pool: PagePool, inputs: Inputs) -> None:
             with self._reading(inputs):
                 logits = forward(inputs.ids, pool, inputs.batch)
-            rows, vocabulary = logits.shape
-            values, ids = torch.empty_like(logits), torch.empty_like(logits, dtype=torch.int32)
-            _launch(
-                ends.draw, (rows,), logits, inputs.excluded, inputs.sequences, attention.SEQUENCE.value, inputs.choices,
-                values, ids, inputs.chosen, vocabulary, min(LISTED, triton.next_power_of_2(vocabulary)), num_warps=16,
-            )  # fmt: skip
+            self._draw(logits, inputs)
 
         return run
+
+    def _draw(self, logits: Tensor, inputs: Inputs) -> None:
+        """Choose the ids that follow, from logits (rows, vocabulary)."""
+        rows, vocabulary = logits.shape
+        values, ids = torch.empty_like(logits), torch.empty_like(logits, dtype=torch.int32)
+        _launch(
+            ends.draw, (rows,), logits, inputs.excluded, inputs.sequences, attention.SEQUENCE.value, inputs.choices,
+            values, ids, inputs.chosen, vocabulary, min(LISTED, triton.next_power_of_2(vocabulary)), num_warps=16,
+        )  # fmt: skip
 
     @contextmanager
     def _reading(self, inputs: Inputs) -> Iterator[None]:
@@ -341,12 +354,11 @@ class Operations:
         if not isinstance(format, GroupInt):
             return TORCH
         bits, scale = format.bits, weight.tensors["weight_scale"].dtype
-        codes = 32 // bits
         if tokens <= machine.rows_up_to:
             halves = bits == 4 and like.dtype == torch.float16 and not self.exact
-            return Way("rows", bits, format.group_size, Layout(codes, codes // 2, SHIFT if halves else 0), scale)
+            return _coded("rows", bits, format.group_size, 16 // bits, SHIFT if halves else 0, scale)
         if tokens <= machine.tiles_up_to and like.dtype in machine.tensor_core_dtypes:
-            return Way("tiles", bits, format.group_size, Layout(codes, codes), scale)
+            return _coded("tiles", bits, format.group_size, 32 // bits, 0, scale)
         return TORCH
 
     def _empty(self, consumer: Weight | None, like: Tensor, features: int) -> Act:
@@ -367,15 +379,16 @@ class Operations:
         """Every output; two that agree in all that a kernel must know in one launch."""
         ways = [[self._way(w, memory(o.acts[0])) for w in o.weights] for o in outputs]
         single = all(len(o.acts) == 1 and o.x is None and o.tokens for o in outputs)
-        alike = len({(*w, o.weights[0].shape[1]) for w, o in zip(ways, outputs, strict=True)}) == 1
-        if len(outputs) == 2 and single and alike and ways[0][0].kind == "rows":
-            return self._beside(ways[0][0], outputs)
+        if len(outputs) == 2 and single and ways[0][0].kind == "rows":
+            columns = [o.weights[0].shape[1] for o in outputs]
+            if ways[0] == ways[1] and columns[0] == columns[1]:
+                return self._beside(ways[0][0], outputs)
         return [self._product(o, w) for o, w in zip(outputs, ways, strict=True)]
 
     def _product(self, output: Output, ways: Sequence[Way]) -> Act:
         if not output.tokens:
             return self._out(output)
-        if len(set(ways)) > 1:  # each part its own way
+        if len(ways) == 2 and ways[0] is not ways[1] and ways[0] != ways[1]:  # each part its own way
             parts = [Output([a], [w], dtype=torch.float32) for a, w in zip(output.acts, output.weights, strict=True)]
             return self._finished(output, [memory(self._product(o, [w])) for o, w in zip(parts, ways, strict=True)])
         if ways[0].kind == "torch":
