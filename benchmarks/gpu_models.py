@@ -6,7 +6,7 @@ import gc
 import os
 import statistics
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 from unittest import mock
@@ -54,21 +54,14 @@ class Models:
     def ours(self, format: str) -> Iterator[dict[str, Any]]:
         """Decode steps captured and not, then batches. The head is int8, but for a plain model."""
         model = self.model(format)
+        model.ops = self.ops()
         for graph in (True, False):
-            ops = watched(graph)
-            model.ops = ops
-            figures = self.figures(model)
-            if graph and not ops.captured:
-                yield {
-                    "engine": "neox-lite",
-                    "format": format,
-                    "graph": False,
-                    **figures,
-                    "note": "nothing was captured",
-                }
+            model.graph = graph
+            row = {"engine": "neox-lite", "format": format, **self.figures(model)}
+            yield row
+            if graph and not row["graph"]:  # the other would be the same
                 break
-            yield {"engine": "neox-lite", "format": format, "graph": graph, **figures}
-        model.ops = watched(True)
+        model.graph = True
         for batch in self.lengths.batches:
             if self.clock.late():
                 return
@@ -80,10 +73,14 @@ class Models:
         with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, NEOX_LITE_CACHE=folder):
             here = tuning.Tuning(self.machine, self.card, self.timer(), "always", self.lengths.tuning_s)
             model = self.model("int4")
-            model.ops = watched(True, lambda device: here)
+            model.ops = self.ops(tuned=lambda device: here)
             yield {"engine": "neox-lite", "format": "int4", "sizes": "timed on this card", **self.figures(model)}
             for name, picked in here.kept.items():
                 yield {"table": "choices", "choice": name, **asdict(picked)}
+
+    def ops(self, **options: Any) -> Any:
+        """The triton backend, with its own sizes of kernels where `tuned` is given."""
+        return type(dispatch.load("triton").bind(False))(False, **options)
 
     @property
     def machine(self) -> choices.Machine:
@@ -108,7 +105,10 @@ class Models:
         prompt = bench.prefill_s(model, self.lengths.prompt, self.lengths.runs, lambda: None)
         weights = bench.weight_bytes(model)
         nbytes = weights + self.lengths.contexts[0] * bench.cache_bytes(model)
+        reason = model.graph_reason
         return {
+            "graph": reason is None,
+            **({} if reason is None else {"why_no_graph": reason}),
             "tokens_per_s": {str(context): rate for context, rate in rates.items()},
             "first_token_s": {str(self.lengths.prompt): statistics.median(prompt)},
             "generate_tokens_per_s": self.generate_rate(model),
@@ -182,21 +182,6 @@ class Models:
             "first_token_s": {str(self.lengths.prompt): statistics.median(prompt)},
             **peaks(self.device),
         }
-
-
-def watched(graph: bool, tuned: Callable[[torch.device], tuning.Tuning] | None = None) -> Any:
-    """The triton backend, which captures steps or does not, and says in `captured` whether one was."""
-    kind: Any = type(dispatch.load("triton").bind(False))
-
-    class Watched(kind):  # type: ignore[misc]
-        captured = False
-
-        def capture(self, *given: Any, **options: Any) -> Any:
-            found = super().capture(*given, **options) if graph else None
-            self.captured |= found is not None
-            return found
-
-    return Watched(False) if tuned is None else Watched(False, tuned=tuned)
 
 
 def free_memory(device: torch.device) -> None:

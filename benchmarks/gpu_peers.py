@@ -96,13 +96,14 @@ def substituted(make: Callable[[Weight], Callable[[Tensor], Tensor]]) -> Any:
         def _way(self, weight: Weight, like: Tensor) -> Way:
             return TORCH if theirs(weight) else super()._way(weight, like)
 
-        def _by_torch(self, act: Any, weight: Weight, dtype: torch.dtype) -> Tensor:
+        def _by_torch(self, act: Any, weight: Weight, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
             if not theirs(weight):
-                return super()._by_torch(act, weight, dtype)
+                return super()._by_torch(act, weight, dtype, into)
             key = weight.tensors["weight_packed"].data_ptr()
             if key not in self._made:
                 self._made[key] = make(weight)
-            return self._made[key](act).to(dtype)
+            out = self._made[key](act).to(dtype)
+            return out if into is None else into.copy_(out)
 
     def theirs(weight: Weight) -> bool:
         return isinstance(weight.format, GroupInt) and weight.format.bits == 4
