@@ -2,10 +2,10 @@
 
     python benchmarks/launch_cost.py [--steps 30] [--out benchmarks/results/launch_cost.json]
 
-A model of random shape's tensors, never touched, runs decode steps of the triton backend on the host: what is timed is all that
-Python does up to Triton's own launcher, which is left out, as is what the driver does then. Each figure is the processor's time, the median
-of the fastest quarter of the steps. With a graph the host fills tables, gives two copies and a replay to the device, and reads tokens;
-here the copies are the host's own, and the replay is nothing.
+The model has the shape of a real one and memory that nothing touches; its decode steps by the triton backend run on the host.
+What is timed is all that Python does up to Triton's own launcher: that is left out, as is what the driver does then. Each
+figure is the processor's time, the median of the fastest quarter of the steps. With a graph the host fills tables, gives two
+copies and a replay to the device, and reads tokens; here the copies are the host's own, and the replay is nothing.
 """
 
 from __future__ import annotations

@@ -39,6 +39,7 @@ REFUSED = {
     "head_mask": "heads cannot be masked",
     "encoder_hidden_states": "GPT-NeoX has no cross attention",
 }
+OWN = {"_runner", "_lasting", "_tables", "_addresses"}  # what copies do not share
 ACCEPTED = {"cache_position", "token_type_ids"}  # say nothing that the other arguments do not
 
 
@@ -102,7 +103,8 @@ class GPTNeoXPreTrainedModel(nn.Module):
         self.accelerator: Accelerator | None = None  # what the placement's "gpu" is
         self._runner: Runner | None = None
         self._bound: list[tuple[int, int]] = []  # the tensors that the runner was made for
-        self._held: list[tuple[dict[str, Any], str, int]] = []  # where modules keep those, and their addresses
+        self._tables: list[dict[str, Any]] = []  # in which modules keep those
+        self._addresses: list[int] = []
         super().train(False)
 
     # Loading and saving -----------------------------------------------------------------------------------------------
@@ -217,7 +219,7 @@ class GPTNeoXPreTrainedModel(nn.Module):
         """Copies and pickles bind their own kernels and have their own cache."""
         if self.placement is not None and "disk" in self.placement.layers:
             raise UnsupportedError("a model with layers on the disk cannot be copied or pickled; load it again")
-        return {name: value for name, value in self.__dict__.items() if name not in ("_runner", "_lasting")}
+        return {name: value for name, value in self.__dict__.items() if name not in OWN}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -234,10 +236,11 @@ class GPTNeoXPreTrainedModel(nn.Module):
 
     def _notice_moves(self) -> None:
         """Bind anew where a tensor lies elsewhere than what was captured reads it; one written to in place does not."""
-        for held, name, address in self._held:
-            if (tensor := held.get(name)) is None or tensor.data_ptr() != address:
-                self._unbind()
-                return
+        if self._addresses != self._addresses_now():
+            self._unbind()
+
+    def _addresses_now(self) -> list[int]:
+        return [tensor.data_ptr() for table in self._tables for tensor in table.values() if tensor is not None]
 
     def _refresh(self) -> None:
         """Bind anew where a tensor is not the one that was bound: layers that pass through slots are read from elsewhere."""
@@ -245,7 +248,7 @@ class GPTNeoXPreTrainedModel(nn.Module):
             self._unbind()
 
     def _unbind(self) -> None:
-        self.__dict__.update(_runner=None, _lasting=None, _held=[])
+        self.__dict__.update(_runner=None, _lasting=None, _tables=[], _addresses=[])
 
     def cuda(self: Model, device: int | torch.device | None = None) -> Model:
         if not torch.cuda.is_available():
@@ -291,7 +294,8 @@ class GPTNeoXPreTrainedModel(nn.Module):
         origins = [self.source.origins_in(layer, f"layers.{i}.") for i, layer in enumerate(base.blocks)]
         self._bound = self._weights_key()
         tables = [table for module in self.modules() for table in (module._parameters, module._buffers)]
-        self._held = [(table, name, t.data_ptr()) for table in tables for name, t in table.items() if t is not None]
+        self._tables = [table for table in tables if table]
+        self._addresses = self._addresses_now()
         self._runner = Runner(
             base.blocks, base.rotary.table, self.dtype, placement, self.exact, self.accelerator, origins, ops
         )

@@ -124,7 +124,9 @@ def _side(model: GPTNeoXForCausalLM, side: str) -> str:
     name = model.runner.ops[side].name
     if side == "gpu":
         device = model.accelerator.device if model.accelerator is not None else model.device
-        return f"{device} ({name} backend)"
+        reason = model.graph_reason
+        graphs = "CUDA graphs" if reason is None else f"no CUDA graphs: {reason}"
+        return f"{device} ({name} backend, {graphs})"
     return f"the CPU ({name} backend, {torch.get_num_threads()} threads)"
 
 

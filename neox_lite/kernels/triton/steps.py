@@ -86,7 +86,7 @@ class Inputs:
     batch: ClassVar = Batch((), (), (), torch.empty(0), torch.empty(0), torch.empty(0))  # what is in it, tables say
 
 
-class InTheAir:
+class Launched:
     """A step that was given to the device; its tokens come through memory of the host that later steps use again."""
 
     def __init__(self, graphs: Graphs, lock: threading.RLock, chosen: np.ndarray, count: int) -> None:
@@ -110,7 +110,7 @@ class Seat:
         self.tables = Tables(*(table.numpy() for table in Tables.cut(self.data, pages)))
         self.numbers = self.tables.choices.view(np.float64)
         self.back = graphs.staging(8 * MOST_ROWS).view(torch.int64)
-        self.flight: InTheAir | None = None
+        self.flight: Launched | None = None
 
     def fill(self, batch: Batch, ids: Sequence[int], choices: Sequence[Choice], rows: int) -> None:
         """A batch of one token a sequence, and rows without any up to so many."""
@@ -154,7 +154,7 @@ class Steps:
         self._excluding: Tensor | None = None
         self._logits: dict[int, Tensor] = {}  # by number of rows
         self._captured: PerPool[tuple[int, int], Callable[[], object]] = PerPool(MOST_GRAPHS)
-        self._last: InTheAir | None = None
+        self._last: Launched | None = None
         self._lock = threading.RLock()
 
     def why_not(self, batch: Batch) -> str | None:
@@ -179,7 +179,7 @@ class Steps:
         choices: Sequence[Choice],
         excluded: Tensor | None = None,
         previous: Flight | None = None,
-    ) -> InTheAir:
+    ) -> Launched:
         with self._lock:
             return self._launch(pool, batch, ids, choices, excluded, previous)
 
@@ -191,7 +191,7 @@ class Steps:
         choices: Sequence[Choice],
         excluded: Tensor | None,
         previous: Flight | None,
-    ) -> InTheAir:
+    ) -> Launched:
         rows, pages = self.bucket(batch)
         self._exclude(excluded)
         if previous is not None and previous is not self._last:  # its tokens are not where this step looks for them
@@ -205,7 +205,7 @@ class Steps:
         self._graphs.copy(self._data, seat.data)
         self._captured.get(pool, (rows, pages), lambda: self._capture(pool, rows, pages))()
         self._graphs.copy(seat.back, self._chosen)
-        seat.flight = self._last = InTheAir(self._graphs, self._lock, seat.back.numpy(), len(ids))
+        seat.flight = self._last = Launched(self._graphs, self._lock, seat.back.numpy(), len(ids))
         return self._last
 
     def logits(self, pool: PagePool, batch: Batch, ids: Sequence[int]) -> Tensor:
@@ -227,7 +227,7 @@ class Steps:
         try:
             if rows not in self._logits:
                 with torch.inference_mode(False):
-                    self._logits[rows] = torch.empty(rows, self._vocabulary, device=self._device)
+                    self._logits[rows] = torch.empty(rows, self._vocabulary, dtype=torch.float32, device=self._device)
             tables = Tables.cut(self._data, self._pages)
             inputs = Inputs(
                 rows, pages, self._pages, tables.choices[:rows, ends.GIVEN.value], *tables,
