@@ -63,11 +63,6 @@ class Linear(FixedDtype):
                 self.register_buffer(suffix, tensor)
         self.fixed = () if format == DENSE else tuple(specs)
 
-    def settle(self) -> None:
-        """Take from the tensors what they tell of the format. Raises FormatError where they contradict it."""
-        if self.format != DENSE:
-            self.format = self.format.opened(self._buffers, self.shape)  # type: ignore[arg-type]
-
     @property
     def shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features
@@ -96,8 +91,8 @@ class Linear(FixedDtype):
         super()._load_from_state_dict(state_dict, prefix, *rest)
         missing, unexpected = rest[2:4]
         unexpected[:] = [name for name in unexpected if name.removeprefix(prefix) not in self._buffers]
-        if not any(name.startswith(prefix) for name in missing):
-            self.settle()
+        if self.format != DENSE and not any(name.startswith(prefix) for name in missing):
+            self.format = self.format.opened(self._buffers, self.shape)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, format={self.format}"

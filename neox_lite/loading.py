@@ -424,16 +424,25 @@ class Blueprint:
                 setattr(module, last, value)
                 if value.data_ptr() == mapped.data_ptr():
                     self._note_origin(key, stored, value)
-            if isinstance(module, Linear):
-                self._settle(module, name)
+            if isinstance(module, Linear) and module.format != DENSE:
+                module.format = self._opened(name, module, module._buffers)  # type: ignore[arg-type]
         _initialize_heads(self.model, self.fresh, dtype, self.checkpoint.folder)
         if self.tied:
             self.model.tie_weights()  # type: ignore[operator]
         return self.model
 
-    def _settle(self, module: Linear, name: str) -> None:
+    def check_formats(self) -> None:
+        """Raise CheckpointError where the stored tensors of a quantized weight contradict each other or the config."""
+        for name, module in self.model.named_modules():
+            if isinstance(module, Linear) and module.format != DENSE and not self.is_encoded(module):
+                tensors = {key: self.checkpoint.tensor(self.stored(f"{name}.{key}")) for key in module._buffers}
+                shapes = {key: tuple(tensor.shape) for key, tensor in module._buffers.items() if tensor is not None}
+                laid = {key: module.format.laid(key, tensors[key], shape) for key, shape in shapes.items()}
+                self._opened(name, module, laid)
+
+    def _opened(self, name: str, module: Linear, tensors: Mapping[str, Tensor]) -> Format:
         try:
-            module.settle()
+            return module.format.opened(tensors, module.shape)
         except FormatError as error:
             stored = self.stored(f"{name}.weight").removesuffix("weight")
             raise CheckpointError(f"{self.checkpoint.folder}: {stored}{error}") from error

@@ -19,6 +19,7 @@ from neox_lite.formats import DENSE, NF4, Weight, formats_of, make_format, quant
 from neox_lite.formats.nf4 import ABSMAX, LEVELS, NESTED_ABSMAX, NESTED_MAP, STATE, dynamic_map
 from neox_lite.kernels import nf4
 from neox_lite.offload.place import sizes_in
+from neox_lite_app.cli import main
 from neox_lite_quant import convert
 
 SHAPE = {**TINY, "hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 320}
@@ -532,3 +533,14 @@ def test_gguf_has_no_form_for_nf4(plain, tmp_path):
     with pytest.raises(FormatError, match="GGUF has no type that holds nf4"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         export_gguf(tmp_path / "out", tmp_path / "model.gguf")
+
+
+@both
+def test_verify_reads_a_folder_of_transformers_and_finds_a_table_of_other_levels(tmp_path, capsys, double):
+    folder = by_transformers(tmp_path, double=double)
+    assert main(["verify", str(folder)]) == 0
+    tensors = load_file(folder / "model.safetensors")
+    put("weight.quant_map", spoiled(0.3))(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    assert main(["verify", str(folder)]) == 1
+    assert f"{FIRST}.weight.quant_map: is not the table" in capsys.readouterr().out

@@ -28,9 +28,10 @@ def verify(args: argparse.Namespace) -> int:
     problems: list[str] = []
     try:
         config = GPTNeoXConfig.from_pretrained(folder)
-        ours = config.quantization_config is not None or (folder / MANIFEST).exists()
+        method = (config.quantization_config or {}).get("quant_method")
+        ours = method == "compressed-tensors" or (folder / MANIFEST).exists()
         with Checkpoint.open(folder) as checkpoint:
-            Blueprint(class_of(config), config, checkpoint)
+            Blueprint(class_of(config), config, checkpoint).check_formats()
     except NeoxLiteError as error:
         problems, ours = [str(error)], True
     total = 2 * sum(

@@ -8,7 +8,10 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache, lru_cache
+from threading import Lock
 from types import ModuleType
 from typing import Any
 
@@ -19,6 +22,7 @@ from ..formats import NF4, Weight
 from ..formats.nf4 import ABSMAX, BLOCK, MAP, NESTED_ABSMAX, NESTED_BLOCK, NESTED_MAP
 from . import reference
 
+IMPORTING = Lock()
 SLICE_ELEMENTS = 1 << 20  # weights written out at a time on the CPU, 4 MB: multiplied while they are in its caches
 
 
@@ -38,13 +42,9 @@ def bitsandbytes() -> ModuleType | None:
 
     Its import would, beside a package named kernels, fetch and run code from the hub, or complain that it cannot.
     """
-    logger, others = logging.getLogger("bitsandbytes"), sys.modules.get("kernels", ...)
-    level = logger.level
-    sys.modules["kernels"] = None  # type: ignore[assignment]
-    logger.setLevel(logging.ERROR)
     try:
-        import bitsandbytes
-
+        with IMPORTING, _quietly("bitsandbytes"), _without("kernels"):
+            import bitsandbytes
         return bitsandbytes
     except (ImportError, OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())
@@ -54,11 +54,31 @@ def bitsandbytes() -> ModuleType | None:
             stacklevel=3,
         )
         return None
+
+
+@contextmanager
+def _quietly(name: str) -> Iterator[None]:
+    """Of what a library logs, errors only."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
     finally:
         logger.setLevel(level)
-        del sys.modules["kernels"]
-        if others is not ...:
-            sys.modules["kernels"] = others
+
+
+@contextmanager
+def _without(name: str) -> Iterator[None]:
+    """As if a package were not installed."""
+    found = sys.modules.get(name, ...)
+    sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+        if found is not ...:
+            sys.modules[name] = found
 
 
 def _by_slices(library: Any, act: Tensor, weight: Weight) -> Tensor:
