@@ -124,9 +124,8 @@ class Model:
     def quantized(cls, config: GPTNeoXConfig, format: str, dtype: torch.dtype = torch.float16) -> Model:
         """What `neox-lite quantize` would make of a plain checkpoint in the largest groups that fit: the rest has 16 bits."""
         group = largest_group(config) or GROUP_SIZES[0]  # if none fits, sizes_in says so
-        target, kept = make_format(format, group if format in GROUPED else None), torch.float16
-        if dtype.itemsize == 2:
-            kept = dtype
+        target = make_format(format, group if format in GROUPED else None)
+        kept = dtype if dtype.itemsize == 2 else torch.float16
         sizes = sizes_in(config, lambda name: target, kept, kept, small_head=True)
         return cls(sizes, label(target, format), kept, config, made=True)
 

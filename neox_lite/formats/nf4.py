@@ -83,9 +83,9 @@ class NF4(ByRows):
         return flat.get(key, shape)
 
     def laid(self, key: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-        return (
-            functional.pad(tensor, (0, shape[0] - len(tensor)), value=ord(" ")) if key == STATE else tensor.view(shape)
-        )
+        if key == STATE:
+            return functional.pad(tensor, (0, shape[0] - len(tensor)), value=ord(" "))
+        return tensor.view(shape)
 
     def bits_per_weight(self, dtype: torch.dtype) -> float:
         return 4 + ((8 + 32 / NESTED_BLOCK) if self.double else 32) / BLOCK
@@ -154,7 +154,7 @@ class NF4(ByRows):
 
     def opened(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> NF4:
         """The format with the offset that a file states. Raises FormatError for a file that means something else."""
-        if not torch.allclose(tensors[MAP], _levels(torch.device("cpu")), rtol=0, atol=1e-6):
+        if not torch.allclose(tensors[MAP].cpu(), _levels(torch.device("cpu")), rtol=0, atol=1e-6):
             raise FormatError(f"{MAP}: is not the table of nf4's 16 levels")
         for key in (ABSMAX, NESTED_ABSMAX, NESTED_MAP):
             if key in tensors and tensors[key].is_floating_point() and not torch.isfinite(tensors[key]).all():

@@ -105,7 +105,7 @@ class ByRows:
 
     def opened(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Any:
         for key, expected in self.constants(shape).items():
-            if not torch.equal(tensors[key], expected):
+            if not torch.equal(tensors[key].cpu(), expected):
                 raise FormatError(f"{key}: is {tensors[key].tolist()}, expected {expected.tolist()}")
         return self
 
