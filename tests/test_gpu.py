@@ -157,7 +157,7 @@ class TestGraphs:
         after = torch.cuda.memory_reserved()
         for _ in range(5):
             generated(model, (1, 120, 250), True, max_new_tokens=20)
-        assert after - before < 64 << 20
+        assert after - before < 128 << 20  # of it up to 32 MiB cuBLAS's own
         assert torch.cuda.memory_reserved() <= after
 
     def test_a_weight_that_is_replaced_is_captured_anew(self):

@@ -3,6 +3,8 @@
 Memory that kernels write to is filled with NaN beforehand. Errors are max |error| over the exact result's root mean square.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch.nn import functional
@@ -304,6 +306,15 @@ def test_tables_begin_where_no_kernel_has_to_be_compiled_anew():
         table = operations.BatchTable(Batch.reserve(pool, sequences, counts), DEVICE, 64)
         for part in (table.sequences, table.pages, table.tokens, table.blocks):
             assert part.storage_offset() % 4 == 0
+
+
+def test_a_thread_keeps_the_table_of_its_batch_while_another_works_on_its_own():
+    ops, pool = ops_for(), PagePool(2, 32, torch.float32, [DEVICE])
+    batches = [Batch.reserve(pool, [pool.new()], [count]) for count in (3, 5)]
+    table = ops._table(batches[0], DEVICE)
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(ops._table, batches[1], DEVICE).result() is not table
+    assert ops._table(batches[0], DEVICE) is table
 
 
 def test_no_tokens_are_no_work():

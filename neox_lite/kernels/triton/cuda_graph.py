@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+CAPTURING = threading.Lock()  # torch allows one capture at a time in a process
 
 
 class CudaGraphs:
@@ -14,22 +17,20 @@ class CudaGraphs:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._memory = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)  # memory is shared between captures on the same stream
 
     def capture(self, step: Callable[[], object]) -> Callable[[], object]:
         """Call step once, so that everything is compiled and loaded, then record it -> what runs it again."""
-        here, stream, graph = (
-            torch.cuda.current_stream(self._device),
-            torch.cuda.Stream(self._device),
-            torch.cuda.CUDAGraph(),
-        )
-        stream.wait_stream(here)
-        with torch.cuda.device(self._device):
-            with torch.cuda.stream(stream):
+        graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
+        try:
+            with CAPTURING, torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+                self._stream.wait_stream(here)
                 step()
-            # Other threads may go on using the device: a capture minds its own thread alone.
-            with torch.cuda.graph(graph, self._memory, stream, capture_error_mode="thread_local"):
-                step()
-        here.wait_stream(stream)
+                # Other threads may go on using the device: a capture minds its own thread alone.
+                with torch.cuda.graph(graph, self._memory, self._stream, capture_error_mode="thread_local"):
+                    step()
+        finally:
+            here.wait_stream(self._stream)
         return graph.replay
 
     def staging(self, nbytes: int) -> Tensor:
