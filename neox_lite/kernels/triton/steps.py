@@ -6,12 +6,12 @@ positions, choices and ids lie in one piece of device memory, and a step begins 
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -89,7 +89,7 @@ class Inputs:
 class Launched:
     """A step that was given to the device; its tokens come through memory of the host that later steps use again."""
 
-    def __init__(self, graphs: Graphs, lock: threading.RLock, chosen: np.ndarray, count: int) -> None:
+    def __init__(self, graphs: Graphs, lock: threading.RLock, chosen: Tensor, count: int) -> None:
         self._graphs, self._lock, self._chosen, self._count = graphs, lock, chosen, count
         self._mark = graphs.mark()
         self._tokens: list[int] | None = None
@@ -108,7 +108,7 @@ class Seat:
     def __init__(self, graphs: Graphs, pages: int) -> None:
         self.data = graphs.staging(Tables.bytes_for(pages))
         self.tables = Tables(*(table.numpy() for table in Tables.cut(self.data, pages)))
-        self.numbers = self.tables.choices.view(np.float64)
+        self.numbers = self.tables.choices.view("float64")  # the same memory
         self.back = graphs.staging(8 * MOST_ROWS).view(torch.int64)
         self.flight: Launched | None = None
 
@@ -125,7 +125,7 @@ class Seat:
             tables.pages[i, : len(sequence.pages)] = sequence.pages
             seed = choice.seed - (1 << 64) if choice.seed >> 63 else choice.seed
             tables.choices[i, :4] = id, seed, choice.stream, choice.top_k
-            least = np.log(choice.min_p) if choice.min_p > 0 else -np.inf
+            least = math.log(choice.min_p) if choice.min_p > 0 else -math.inf
             numbers[i, 4:7] = choice.temperature, 1 - choice.top_p, least
 
 
@@ -205,7 +205,7 @@ class Steps:
         self._graphs.copy(self._data, seat.data)
         self._captured.get(pool, (rows, pages), lambda: self._capture(pool, rows, pages))()
         self._graphs.copy(seat.back, self._chosen)
-        seat.flight = self._last = Launched(self._graphs, self._lock, seat.back.numpy(), len(ids))
+        seat.flight = self._last = Launched(self._graphs, self._lock, seat.back, len(ids))
         return self._last
 
     def logits(self, pool: PagePool, batch: Batch, ids: Sequence[int]) -> Tensor:
