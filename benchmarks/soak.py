@@ -122,7 +122,8 @@ async def pages(url: str, count: int, ends: float, counts: Counter[str]) -> None
                 await stop.wait_for(state="hidden", timeout=180_000)  # the browsers have their part in the load
                 asked = await page.locator(".turn.user .body").all_inner_texts()
                 strange = [text for text in asked if text != f"Speak, sir number {number}!"]
-                counts["turns of another page"] += len(strange) + (len(asked) != turn % 8 + 1)
+                counts["turns of another page"] += len(strange)
+                counts["turns lost on pages"] += len(asked) != turn % 8 + 1
             counts["notices on pages"] += await page.locator(".notice, .toast-body").count()
             await page.context.close()
 

@@ -279,7 +279,6 @@ neox.parts.composer = (element, props, trigger) => {
     }
   });
   neox.on("stop", (view) => view === "chat" && trigger("stop", said()));
-  neox.on("lost", () => neox.emit("asked", null));
   neox.on("view", (view) => view === "chat" && setTimeout(() => area.focus({ preventScroll: true })));
   neox.told("refused", ({ text }) => { if (text && !area.value) write(text); }); // what could not be sent comes back
 };

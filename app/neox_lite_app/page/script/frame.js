@@ -151,7 +151,6 @@ neox.parts.status = (element, props, trigger) => {
   };
   const lost = () => {
     element.classList.add("lost");
-    neox.emit("lost");
     model.replaceChildren(h("span", { class: "dot failed" }), "No answer from neox-lite; is it still running?");
   };
   neox.told("status", (status) => {
