@@ -4,6 +4,7 @@ import json
 import math
 import os
 import threading
+import time
 from dataclasses import asdict, replace
 
 import pytest
@@ -53,6 +54,14 @@ def test_a_card_of_a_known_class_takes_what_is_shipped_and_times_nothing():
     bench = Bench()
     assert bench.tuning(KNOWN).pick(PAGES, bench.launch) == Page(8)
     assert bench.launched == bench.said == [] and not kept.folder().exists()
+
+
+def test_a_choice_is_made_once(monkeypatch):
+    bench = Bench()
+    here = bench.tuning(KNOWN)
+    first = here.pick(PAGES, bench.launch)
+    monkeypatch.setattr(here, "_decide", None)  # no launch pays for it again
+    assert here.pick(PAGES, bench.launch) == first
 
 
 def test_an_unknown_card_takes_the_fastest_and_the_next_start_finds_it():
@@ -164,8 +173,9 @@ def test_renewing_times_everything_anew():
 
 
 def test_threads_that_ask_at_once_time_once():
-    bench, found = Bench(), []
+    bench, found, timer = Bench(), [], Bench.timer
     here = bench.tuning()
+    here._timer = lambda launch: time.sleep(0.02) or timer(bench, launch)  # long enough for the others to come
     threads = [threading.Thread(target=lambda: found.append(here.pick(PAGES, bench.launch))) for _ in range(8)]
     for thread in threads:
         thread.start()
