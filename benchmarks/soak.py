@@ -27,6 +27,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -85,10 +87,15 @@ def own_memory(pid: int) -> int:
     return sum(int(kib) << 10 for kib in re.findall(r"^Rss(?:Anon|Shmem):\s*(\d+) kB", status, re.MULTILINE))
 
 
-async def watch(pid: int, ends: float, seen: list[int]) -> None:
-    while time.monotonic() < ends:
-        seen.append(own_memory(pid))
-        await asyncio.sleep(1)
+async def watch(server: Server, ends: float, seen: list[tuple[int, int]]) -> None:
+    """Each second the server's own memory, and how much of that is the KV cache, which grows to its bound by design."""
+    metrics = server.url.removesuffix("/v1") + "/metrics"
+    async with httpx.AsyncClient(timeout=None) as http:
+        while time.monotonic() < ends:
+            text = (await http.get(metrics)).text
+            cache = re.search(r'^neox_lite_memory_bytes{tier="cache_cpu"} (.*)$', text, re.MULTILINE)
+            seen.append((own_memory(server.process.pid), int(float(cache[1])) if cache else 0))
+            await asyncio.sleep(1)
 
 
 async def pages(url: str, count: int, ends: float, counts: Counter[str]) -> None:
@@ -135,19 +142,22 @@ async def soak(server: Server, args: argparse.Namespace) -> dict[str, Any]:
     answers = [await post(server.url, question(number)) for number in range(args.clients)]
     expected = [found["body"]["choices"][0]["text"] for found in answers if found and found["body"]]
     counts: Counter[str] = Counter()
-    seen: list[int] = []
+    seen: list[tuple[int, int]] = []
     ends = time.monotonic() + 60 * args.minutes
     work: list[Any] = [client(server, number, expected, ends, counts) for number in range(args.clients)]
-    work += [watch(server.process.pid, ends, seen)]
+    work += [watch(server, ends, seen)]
     if args.pages:
         work.append(pages(server.url.removesuffix("/v1"), args.pages, ends, counts))
     await asyncio.gather(*work)
     quarter = len(seen) // 4
-    before, after = statistics.median(seen[quarter : 2 * quarter]), statistics.median(seen[-quarter:])
+    parts = {"second_quarter": seen[quarter : 2 * quarter], "last_quarter": seen[-quarter:]}
+    own = {name: statistics.median(all - cache for all, cache in part) for name, part in parts.items()}
     return {
         "counts": dict(counts),
-        "memory_bytes": {"second_quarter": before, "last_quarter": after},
-        "drift": after / before - 1,
+        "memory_without_cache_bytes": own,
+        "cache_bytes": {name: statistics.median(cache for _, cache in part) for name, part in parts.items()},
+        "drift": own["last_quarter"] / own["second_quarter"] - 1,
+        "every_20_s": seen[::20],
     }
 
 

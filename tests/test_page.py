@@ -27,12 +27,12 @@ from neox_lite import GPTNeoXForCausalLM
 from neox_lite.errors import ArgumentError
 from neox_lite_app import engine as engines
 from neox_lite_app.cli import build_parser
-from neox_lite_app.conversation import Conversation, Store
+from neox_lite_app.conversation import Conversation, ConversationError, Store
 from neox_lite_app.demo import FOLDER as DEMO
 from neox_lite_app.engine import Engine, Step
 from neox_lite_app.guard import Hosts
 from neox_lite_app.keys import Keys
-from neox_lite_app.page import chat, chat_tab
+from neox_lite_app.page import chat, chat_tab, notebook
 from neox_lite_app.page.settings import DEFAULT, FIELDS, PRESETS, options_of
 from neox_lite_app.page.stream import Feed, batches
 from neox_lite_app.server import build
@@ -145,7 +145,8 @@ def own_address():
 
 def is_left(text):
     """What Gradio says of a stream whose page is reloaded or closed."""
-    return "BodyStreamBuffer was aborted" in text or text == "Unexpected error Connection errored out. "
+    aborted = "BodyStreamBuffer was aborted" in text or "signal is aborted without reason" in text
+    return aborted or text == "Unexpected error Connection errored out. "
 
 
 def is_foreign(url, site):
@@ -386,6 +387,15 @@ def test_a_branch_is_a_conversation_of_its_own(open_page, demo):
     expect(turns(page)).to_have_count(4)
 
 
+def test_a_double_click_makes_one_branch(open_page, demo):
+    page = chat_page(open_page, 4)
+    ask(page, "Branch me", 1)
+    tool(page, "Branch into a new conversation", turns(page, "assistant").first).dblclick()
+    expect(page.locator(".conversation-title")).to_have_text("Branch me (branch)")
+    ask(page, "Here", 2)
+    assert [e.title for e in Store().list()].count("Branch me (branch)") == 1
+
+
 def test_conversations_are_renamed_found_and_deleted(open_page, demo):
     page = chat_page(open_page, 4)
     ask(page, "A rose by any other name", 1)
@@ -438,6 +448,80 @@ def test_a_reload_brings_the_conversation_back(open_page, demo):
     page.get_by_role("tab", name="Chat").click()
     assert text_of(page, "assistant") == answer
     expect(field(page, "Max new tokens")).to_have_value("12")  # and the settings
+
+
+RUBBISH = """for (const [key, value] of Object.entries({settings: '{"temperature": "x", "toString": 1}', conversation: "rubbish",
+theme: "?", notebook: ""})) { localStorage["neox-lite." + key] = sessionStorage["neox-lite." + key] = value; }"""
+NO_STORAGE = """for (const name of ["localStorage", "sessionStorage"])
+Object.defineProperty(window, name, { get() { throw new DOMException("denied", "SecurityError"); } });"""
+
+
+@pytest.mark.parametrize("storage", [RUBBISH, NO_STORAGE], ids=["rubbish", "none"])
+def test_a_browser_that_remembers_rubbish_or_nothing_can_talk(open_page, demo, storage):
+    page = chat_page(open_page, 4, before=lambda page: page.add_init_script(storage))
+    ask(page, "Is this kept?", 1)
+    expect(page.locator(".conversations .here")).to_contain_text("Is this kept?")
+
+
+def test_a_conversation_that_cannot_be_read_is_said_and_the_others_are_there(open_page, demo, data):
+    page = chat_page(open_page, 4)
+    ask(page, "The one that is well", 1)
+    page.get_by_role("button", name="New conversation", exact=True).click()
+    ask(page, "The one that breaks", 1)
+    (entry,) = [e for e in Store().list() if e.title == "The one that breaks"]
+    broken = data / "conversations" / f"{entry.id}.json"
+    broken.write_bytes(broken.read_bytes()[:40])
+    page.reload()
+    expect(notice(page)).to_contain_text(broken.name)
+    page.get_by_role("tab", name="Chat").click()
+    expect(page.locator(".conversations .here")).to_contain_text("cannot be read")
+    page.locator(".conversations .title", has_text="The one that is well").click()
+    ask(page, "Still well", 2)
+    broken.unlink()
+
+
+def test_a_reload_keeps_what_is_being_written(open_page, demo, slow):
+    page = chat_page(open_page, 400)
+    page.get_by_label("Message", exact=True).fill("Half a mess")
+    page.reload()
+    expect(page.get_by_role("tab", name="Chat")).to_have_attribute("aria-selected", "true")
+    expect(page.get_by_label("Message", exact=True)).to_have_value("Half a mess")
+    page.get_by_role("tab", name="Notebook").click()
+    text = page.get_by_role("textbox", name="Text")
+    text.fill("KING:\n")
+    page.get_by_role("button", name="Complete").click()
+    expect(text).not_to_have_value("KING:\n")
+    page.reload()
+    expect(text).to_have_value(re.compile("KING:\n.+"))
+    expect(text).to_be_editable()
+
+
+def test_a_server_that_is_gone_leaves_the_text_to_its_writer(open_page, demo, monkeypatch):
+    """Its polls are not answered; a page whose connection breaks is reloaded by Gradio as soon as there is one again."""
+    gate = asyncio.Event()
+
+    async def silent(*given):
+        await gate.wait()
+        yield {}
+
+    page = chat_page(open_page, 4)
+    ask(page, "Hello", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(chat.Chat, "answer", silent)
+        say(page, "Into the void")
+        expect(turns(page, "user")).to_have_count(2)
+        page.evaluate("document.dispatchEvent(new CustomEvent('neox:lost'))")
+        expect(turns(page, "user")).to_have_count(1)
+        expect(page.get_by_label("Message", exact=True)).to_have_value("Into the void")
+    page.get_by_role("tab", name="Notebook").click()
+    with monkeypatch.context() as patch:
+        patch.setattr(notebook, "_complete", silent)
+        page.get_by_role("textbox", name="Text").fill("KING:\n")
+        page.get_by_role("button", name="Complete").click()
+        expect(page.get_by_role("textbox", name="Text")).not_to_be_editable()
+        page.evaluate("document.dispatchEvent(new CustomEvent('neox:lost'))")
+        expect(page.get_by_role("textbox", name="Text")).to_be_editable()
+        expect(page.get_by_role("button", name="Complete")).to_be_visible()
 
 
 def test_two_tabs_talk_at_once_and_never_mix(open_page, demo, slow):
@@ -512,10 +596,62 @@ def test_what_could_not_be_sent_stands_in_the_box_again(open_page, engine):
     expect(turns(page)).to_have_count(0)
 
 
+def test_an_edit_outlives_an_answer_and_a_refusal(open_page, demo, slow):
+    page = chat_page(open_page, 30)
+    say(page, "One")
+    mine = turns(page, "user").last
+    mine.hover()
+    tool(page, "Edit", mine).click()
+    edit = page.get_by_label("Edit the message")
+    edit.fill("all the world is a stage " * 200)
+    answered(page, 1)
+    expect(edit).to_have_value(re.compile("all the world"))
+    edit.press("Enter")
+    expect(notice(page)).to_contain_text(re.compile(r"last message takes \d+ tokens"))
+    expect(edit).to_have_value(re.compile("all the world"))
+    edit.fill("Two")
+    edit.press("Enter")
+    expect(turns(page, "user").last.locator(".siblings")).to_contain_text("2/2")
+    answered(page, 1)
+    expect(edit).to_have_count(0)
+    assert text_of(page, "user") == "Two"
+
+
+def test_an_answer_that_cannot_be_kept_is_shown_and_ends(open_page, demo, slow, monkeypatch):
+    def full(store, conversation):
+        raise ConversationError("the disk is full; free some space")
+
+    page = chat_page(open_page, 30)
+    say(page, "Write on a full disk")
+    expect(page.locator(".turn.live .body p").first).not_to_be_empty()
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "save", full)
+        expect(notice(page)).to_contain_text("The disk is full")
+        answered(page, 1)
+        assert text_of(page, "assistant")
+    ask(page, "There is room again", 2)
+
+
 def test_a_message_longer_than_the_context_is_refused_with_the_numbers(open_page, demo):
     page = chat_page(open_page)
     say(page, "all the world is a stage " * 200)
     expect(notice(page)).to_contain_text(re.compile(r"last message takes \d+ tokens"))
+
+
+def test_more_than_can_be_sent_is_said_and_nothing_waits_for_it(open_page, demo):
+    page = chat_page(open_page, 4)
+    huge = "a b " * 300_000
+    page.get_by_label("Message", exact=True).evaluate("(box, text) => { box.value = text; }", huge)
+    page.get_by_role("button", name="Send", exact=True).click()
+    expect(notice(page)).to_contain_text("more than the 1 MB")
+    assert page.get_by_label("Message", exact=True).input_value() == huge
+    ask(page, "Shorter", 1)
+    page.get_by_role("tab", name="Notebook").click()
+    page.get_by_role("textbox", name="Text").evaluate("(box, text) => { box.value = text; }", huge)
+    page.get_by_role("button", name="Complete").click()
+    expect(notice(page)).to_contain_text("more than the 1 MB")
+    expect(page.get_by_role("button", name="Complete")).to_be_visible()
+    expect(page.get_by_role("textbox", name="Text")).to_be_editable()
 
 
 @pytest.fixture
@@ -823,6 +959,14 @@ def test_presets_set_the_controls_and_show_which_one_holds(open_page, demo):
     expect(page.locator(".preset[aria-pressed=true]")).to_have_count(0)
 
 
+def test_an_emptied_control_is_named_and_not_taken_for_zero(open_page, demo):
+    page = chat_page(open_page)
+    field(page, "Temperature").fill("")
+    say(page, "How hot?")
+    expect(notice(page)).to_contain_text("Temperature is empty")
+    expect(page.get_by_label("Message", exact=True)).to_have_value("How hot?")
+
+
 def test_a_seed_makes_an_answer_repeatable(open_page, demo):
     page = open_page(view="Notebook")
     at_most(page, 30, "Creative")
@@ -842,6 +986,7 @@ def test_options_leave_out_what_changes_nothing():
     assert options_of({"temperature": 0}) == {"do_sample": False, "top_k": 0}
     given = {**DEFAULT, "stop": "\\n\\n\nEND", "logit_bias": "5:-1, 7:2.5", "seed": "3"}
     options = options_of(given)
+    assert options_of({"stop": "\u2028"})["stop"] == []
     assert options["stop"] == ["\n\n", "END"] and options["logit_bias"] == {5: -1.0, 7: 2.5} and options["seed"] == 3
 
 
@@ -849,11 +994,13 @@ def test_options_leave_out_what_changes_nothing():
     ("values", "words"),
     [
         ({"temperature": "hot"}, "Temperature is 'hot'"),
+        ({"temperature": ""}, "Temperature is empty"),
         ({"top_p": 7}, "Top-p is 7"),
         ({"min_p": float("nan")}, "Min-p is nan"),
         ({"top_k": 1e400}, "Top-k is inf"),
         ({"seed": "-1"}, "Seed"),
         ({"seed": "9" * 40}, "Seed"),
+        ({"seed": "9" * 5000}, "Seed"),
         ({"logit_bias": "a:b"}, "Logit bias"),
         ({"stop": "x" * 1000}, "Stop strings"),
         ({"max_new_tokens": []}, "Max new tokens"),

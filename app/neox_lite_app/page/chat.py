@@ -129,6 +129,7 @@ class Chat:
         finally:
             ticket.cancel()
             self.running.end(asked.session, "chat", ticket)
+            conversation.messages[answer.id] = writing.message
             self.keep(conversation.id, writing.message)
 
     def keep(self, id: str, message: Message) -> None:

@@ -96,22 +96,20 @@ class Tab:
         """The handler of an event that asks for an answer."""
 
         async def handler(said: Said) -> AsyncGenerator[Told, None]:
-            taken = False
-            try:
-                conversation = self._load(said)
-                answer = change(conversation, said)
-                if answer is None:
-                    self.store.save(conversation)
-                else:
+            conversation = self._load(said)
+            answer, taken = change(conversation, said), False
+            if answer is None:
+                self.store.save(conversation)
+            else:
+                try:
                     async with aclosing(self.chat.answer(conversation, answer, self._asked(said))) as news:
                         async for told in news:
                             yield told if taken else self._show(conversation, said)
                             taken = True
-            except Exception:
-                if not taken:  # what could not be sent stands in the box again
-                    text = said.data.get("text") if change is send else None
-                    yield {"refused": {"wish": said.data.get("wish"), "text": text}}
-                raise
+                except Exception:
+                    if taken:  # what cannot be kept is shown all the same
+                        yield self._show(conversation, said)
+                    raise
             yield self._show(self.chat.load(conversation.id), said)
 
         return handler
@@ -133,6 +131,7 @@ class Tab:
 
     async def open(self, said: Said) -> AsyncGenerator[Told, None]:
         """Another conversation, or a new one; an answer that streams into the last one ends."""
+        yield {"conversations": self.chat.entries()}  # also where this one cannot be read
         conversation = self.chat.load(said.text("conversation"))
         if self.running.written(said.session, "chat") not in conversation.messages:
             self.running.stop(said.session, "chat")

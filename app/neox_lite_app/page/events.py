@@ -60,11 +60,12 @@ def listen(place: gr.HTML, event: str, handler: Handler) -> None:
             async with aclosing(handler(said)) as news:
                 async for told in news:
                     yield feed.add(told)
-        except NeoxLiteError as error:
-            yield feed.add({"notice": sentence(error)})
-        except Exception as error:  # those that nobody foresaw
-            log.exception("the page could not handle an event")
-            yield feed.add({"notice": unforeseen(error)})
+        except Exception as error:
+            foreseen = isinstance(error, NeoxLiteError)
+            if not foreseen:
+                log.exception("the page could not handle an event")
+            notice = sentence(error) if foreseen else unforeseen(error)
+            yield feed.add({"notice": notice, "refused": {"wish": said.data.get("wish")}})
 
     # By itself Gradio drops what comes while an earlier event of the same kind is being answered.
     options: Any = {"show_progress": "hidden", "api_visibility": "private", "trigger_mode": "multiple"}

@@ -89,14 +89,15 @@ def _number(field: Field, value: Any) -> float | int:
     try:
         number = float(value)
     except (TypeError, ValueError):
-        raise ArgumentError(f"{field.label} is {value!r}, expected a number from {field.low} to {field.high}") from None
+        found = "empty" if value == "" else repr(value)
+        raise ArgumentError(f"{field.label} is {found}, expected a number from {field.low} to {field.high}") from None
     if not field.low <= number <= field.high:
         raise ArgumentError(f"{field.label} is {number:g}, expected {field.low} to {field.high}")
     return round(number) if field.step == 1 else number
 
 
 def _seed(text: str) -> int:
-    if not text.isdecimal() or int(text) >= SEEDS:
+    if not text.isdecimal() or len(text) > len(str(SEEDS)) or int(text) >= SEEDS:
         raise ArgumentError(
             f"Seed is {text[:40]!r}, expected a whole number from 0 to 2^63 - 1, or nothing for a random one"
         )
@@ -105,7 +106,7 @@ def _seed(text: str) -> int:
 
 def _stops(text: str) -> list[str]:
     stops = [line.replace("\\n", "\n") for line in text.splitlines() if line]
-    if len(stops) > MOST_STOPS or max(map(len, stops)) > LONGEST:
+    if len(stops) > MOST_STOPS or max(map(len, stops), default=0) > LONGEST:
         raise ArgumentError(f"Stop strings: at most {MOST_STOPS} lines of at most {LONGEST} characters")
     return stops
 

@@ -57,8 +57,14 @@ neox.tool = (icon, label, click, attributes = {}) =>
 
 // Parts ---------------------------------------------------------------------------------------------------------------
 
-/** Start a part in the element that Gradio made for it. */
-neox.mount = (kind, element, props, trigger, watch) => neox.parts[kind](element, props, trigger, watch);
+const MOST_SENT = 1000000; // bytes of an event; with what Gradio writes around them, as many as the server takes
+/** Start a part in the element that Gradio made for it. Its `trigger` tells whether the event is sent, or else why not. */
+neox.mount = (kind, element, props, trigger, watch) => neox.parts[kind](element, props, (event, data) => {
+  const { size } = new Blob([JSON.stringify(data)]);
+  if (size > MOST_SENT) neox.notice(`These are ${neox.bytes(size)} of text, more than the 1 MB that the page can send; shorten it.`);
+  else trigger(event, data);
+  return size <= MOST_SENT;
+}, watch);
 
 const busy = new Set();
 /** Whether this browser's chat or notebook is waiting for an answer; shown by CSS through data-busy. */
@@ -96,16 +102,17 @@ neox.VIEWS = VIEWS;
 neox.view = "model";
 neox.go = (view) => {
   neox.view = view;
+  neox.remember("view", view, "sessionStorage");
   document.body.dataset.view = view;
   neox.emit("view", view);
 };
 
 /** What this browser remembers; without storage (private windows) it forgets, and all else works. */
-neox.recall = (key, store = localStorage) => {
-  try { return store.getItem(`neox-lite.${key}`); } catch { return null; }
+neox.recall = (key, store = "localStorage") => {
+  try { return window[store].getItem(`neox-lite.${key}`); } catch { return null; }
 };
-neox.remember = (key, value, store = localStorage) => {
-  try { store.setItem(`neox-lite.${key}`, value); } catch { /* no storage here */ }
+neox.remember = (key, value, store = "localStorage") => {
+  try { window[store].setItem(`neox-lite.${key}`, value); } catch { /* no storage here */ }
 };
 
 const dark = window.matchMedia("(prefers-color-scheme: dark)");

@@ -7,7 +7,7 @@ const shown = { id: "", system: null, form: "auto" };
 const said = (more = {}) => ({ conversation: shown.id, system: shown.system, form: shown.form, settings: neox.settings(), ...more });
 const show = (id, system) => {
   Object.assign(shown, { id, system });
-  neox.remember("conversation", id, sessionStorage);
+  neox.remember("conversation", id, "sessionStorage");
   neox.remember("conversation", id);
   neox.emit("shown");
 };
@@ -71,7 +71,8 @@ neox.parts.conversations = (element, props, trigger) => {
     draw();
   });
   // The one that this browser tab showed last, or else the one that any did.
-  open(neox.recall("conversation", sessionStorage) || neox.recall("conversation") || unused(), null);
+  const remembered = [neox.recall("conversation", "sessionStorage"), neox.recall("conversation")];
+  open(remembered.find((id) => /^[0-9a-f]{32}$/.test(id)) || unused(), null);
 };
 neox.toggleIfNarrow = (panel) => neox.isOpen(panel) && neox.toggle(panel, false);
 
@@ -105,37 +106,40 @@ neox.parts.transcript = (element, props, trigger) => {
   });
 
   let view = { turns: [], read: 0 }; // the conversation as the server told it last
-  let asked = null; // a wish that the server has not answered yet: {wish, text of a message}
+  let asked = null; // a wish that the server has not answered yet: {wish, text of a message, id of an edited one}
   let live = null; // the answer that streams in
   let halting = false; // it is to be stopped as soon as there is one
   const coming = new Map(); // answer -> what has streamed in of it
+  const edits = new Map(); // message -> the elements in which it is being edited
 
   const act = (name, id, more = {}) => {
     if (neox.isBusy("chat")) return;
     following = true;
     const wish = unused();
-    trigger(name, said({ id, wish, ...more }));
-    if (name === "switch" || name === "branch") return;
-    asked = { wish };
+    if (!trigger(name, said({ id, wish, ...more }))) return;
+    if (name === "switch") return;
+    asked = { wish, edited: name === "edit" && id };
     neox.setBusy("chat", true);
   };
 
   const edit = (turn, box) => {
-    const area = h("textarea", { class: "edit", "aria-label": "Edit the message", rows: "1" });
+    const area = h("textarea", { class: "edit", name: "edit", "aria-label": "Edit the message", rows: "1" });
     area.value = turn.text;
     const done = (keep) => {
       const text = area.value;
-      if (keep && text.trim() && text !== turn.text) act("edit", turn.id, { text });
-      else draw();
+      if (keep && text.trim() && text !== turn.text) return act("edit", turn.id, { text });
+      edits.delete(turn.id);
+      draw();
     };
     area.addEventListener("input", () => fitHeight(area, 400));
     area.addEventListener("keydown", (event) => {
       if (event.key === "Escape") { event.stopPropagation(); done(false); }
       else if (event.key === "Enter" && !event.shiftKey && !event.isComposing && turn.role === "user") { event.preventDefault(); done(true); }
     });
-    box.replaceChildren(area, h("div", { class: "actions" },
+    edits.set(turn.id, [area, h("div", { class: "actions" },
       h("button", { type: "button", class: "button", click: () => done(false) }, "Cancel"),
-      h("button", { type: "button", class: "button primary", click: () => done(true) }, turn.role === "user" ? "Send" : "Save")));
+      h("button", { type: "button", class: "button primary", click: () => done(true) }, turn.role === "user" ? "Send" : "Save"))]);
+    box.replaceChildren(...edits.get(turn.id));
     fitHeight(area, 400);
     area.focus();
   };
@@ -180,6 +184,7 @@ neox.parts.transcript = (element, props, trigger) => {
         if (streams && turn.id) live = { id: turn.id, prose };
       }
       if (turn.id && !streams) box.append(tools(turn, body, i === view.turns.length - 1));
+      if (edits.has(turn.id) && !streams) body.replaceChildren(...edits.get(turn.id));
       nodes.push(box);
     });
     if (!nodes.length) nodes.push(welcome());
@@ -225,7 +230,10 @@ neox.parts.transcript = (element, props, trigger) => {
   });
   neox.told("transcript", (value) => {
     if (value.asked !== shown.id) return; // another conversation is shown by now
-    if (asked?.wish === value.wish) asked = null;
+    if (asked?.wish === value.wish) {
+      edits.delete(asked?.edited);
+      asked = null;
+    }
     if (value.id !== view.id || value.read >= view.read) {
       view = value;
       show(value.id, value.system);
@@ -258,6 +266,9 @@ neox.parts.composer = (element, props, trigger) => {
   const send = h("button", { type: "button", class: "send", "aria-label": "Send", title: "Send (Enter)", click: () => go() }, neox.icon("send"));
   const stop = h("button", { type: "button", class: "stop", "aria-label": "Stop", title: "Stop (Esc)", click: () => neox.emit("stop", "chat") }, neox.icon("stop"));
   element.append(h("div", { class: "composer" }, area, send, stop));
+  let sent = null; // the message that the server has not answered yet: {text, wish}
+  const keep = () => neox.remember("draft", together(), "sessionStorage");
+  const together = () => [sent?.text, area.value].filter(Boolean).join("\n");
   const write = (text) => {
     area.value = text;
     fitHeight(area, 200);
@@ -266,12 +277,14 @@ neox.parts.composer = (element, props, trigger) => {
     const text = area.value;
     if (!text.trim() || neox.isBusy("chat")) return;
     neox.notice("");
-    write("");
     const wish = unused();
-    trigger("send", said({ text, wish }));
-    neox.emit("asked", { text, wish });
+    if (!trigger("send", said({ text, wish }))) return;
+    write("");
+    sent = { text, wish };
+    keep();
+    neox.emit("asked", sent);
   };
-  area.addEventListener("input", () => fitHeight(area, 200));
+  area.addEventListener("input", () => { fitHeight(area, 200); keep(); });
   area.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && !event.shiftKey && !event.ctrlKey && !event.metaKey && !event.isComposing) {
       event.preventDefault();
@@ -279,6 +292,19 @@ neox.parts.composer = (element, props, trigger) => {
     }
   });
   neox.on("stop", (view) => view === "chat" && trigger("stop", said()));
+  neox.on("lost", () => { back(); neox.emit("asked", null); });
   neox.on("view", (view) => view === "chat" && setTimeout(() => area.focus({ preventScroll: true })));
-  neox.told("refused", ({ text }) => { if (text && !area.value) write(text); }); // what could not be sent comes back
+  // What could not be sent stands in the box again, before what was written there meanwhile; a reload keeps it.
+  const back = () => {
+    write(together());
+    sent = null;
+    keep();
+  };
+  neox.told("refused", ({ wish }) => { if (sent?.wish === wish) back(); });
+  neox.told("transcript", ({ wish }) => {
+    if (sent?.wish !== wish) return;
+    sent = null;
+    keep();
+  });
+  write(neox.recall("draft", "sessionStorage") || "");
 };

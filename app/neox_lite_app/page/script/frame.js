@@ -66,7 +66,8 @@ neox.parts.header = (element) => {
   document.body.append(h("div", { id: "nx-notice-place", role: "alert" }));
   document.documentElement.lang = "en";
   neox.theme();
-  neox.go("model");
+  const view = neox.recall("view", "sessionStorage");
+  neox.go(Object.keys(neox.VIEWS).includes(view) ? view : "model");
 };
 
 /** Side panels: beside the text on a wide window, over it on a narrow one. */
@@ -146,12 +147,17 @@ neox.parts.status = (element, props, trigger) => {
   const ask = () => {
     clearTimeout(asking);
     asking = setTimeout(ask, document.hidden ? 15000 : 3000);
-    missing ??= setTimeout(lost, 10000);
+    missing ??= setTimeout(late, 10000);
     trigger("poll", {});
   };
-  const lost = () => {
+  /** No answer for long: a busy server still takes connections, one that is gone does not. */
+  const late = async () => {
+    const gone = await fetch("/health", { signal: AbortSignal.timeout(20000) }).then(() => false, (error) => error.name !== "TimeoutError");
+    if (missing === null) return; // it came meanwhile
+    missing = setTimeout(late, 10000);
     element.classList.add("lost");
-    model.replaceChildren(h("span", { class: "dot failed" }), "No answer from neox-lite; is it still running?");
+    model.replaceChildren(h("span", { class: "dot failed" }), gone ? "No answer from neox-lite; is it still running?" : "neox-lite is slow to answer");
+    if (gone) neox.emit("lost");
   };
   neox.told("status", (status) => {
     clearTimeout(missing);

@@ -35,6 +35,7 @@ neox.parts.notebook = (element, props, trigger) => {
 
   const keep = () => neox.remember("notebook", area.value);
   area.value = neox.recall("notebook") || "";
+  window.addEventListener("pagehide", keep); // in the middle of a completion
 
   // Completing ----------------------------------------------------------------------------------------------------------
 
@@ -42,6 +43,8 @@ neox.parts.notebook = (element, props, trigger) => {
     if (neox.isBusy("notebook")) return;
     neox.notice("");
     const at = mode === "cursor" ? area.selectionStart : area.value.length;
+    const text = area.value.slice(0, at);
+    if (!trigger(mode === "score" ? "score" : "complete", { text, scores: show.checked || mode === "score", settings: neox.settings() })) return;
     if (mode !== "score") {
       history.push({ text: area.value, runs });
       history = history.slice(-50);
@@ -49,7 +52,6 @@ neox.parts.notebook = (element, props, trigger) => {
     now = { at, mode };
     neox.setBusy("notebook", true);
     area.readOnly = true;
-    trigger(mode === "score" ? "score" : "complete", { text: area.value.slice(0, at), scores: show.checked || mode === "score", settings: neox.settings() });
   };
   const back = () => {
     const before = history.pop();
@@ -126,6 +128,7 @@ neox.parts.notebook = (element, props, trigger) => {
     run(event.shiftKey ? "cursor" : "end");
   });
   neox.on("stop", (name) => name === "notebook" && trigger("stop", {}));
+  neox.on("lost", () => { trigger("stop", {}); neox.emit("told:completion", { end: "error" }); });
 
   // Probabilities -------------------------------------------------------------------------------------------------------
 

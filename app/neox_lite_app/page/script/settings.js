@@ -10,7 +10,7 @@ neox.parts.settings = (element, props) => {
   };
   /** What every event that asks for tokens says. */
   const values = neox.settings = () =>
-    Object.fromEntries(Object.entries(inputs).map(([name, input]) => [name, input.type === "number" ? Number(input.value) : input.value]));
+    Object.fromEntries(Object.entries(inputs).map(([name, input]) => [name, input.type === "number" && input.value ? Number(input.value) : input.value]));
 
   const number = (field) => {
     const attributes = { min: field.low, max: field.high, step: field.step };
