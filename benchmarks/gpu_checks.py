@@ -67,6 +67,18 @@ def cases_on_gpu() -> Iterator[Case]:
     yield from (Case("triton", FULL, "greedy", (64, format)) for format in ("int4", "int8"))
 
 
+def cases_first() -> Iterator[Case]:
+    """What a decode step and a prompt of the 20B launch: checked before anything is timed."""
+    for format, counts in (("int4", (1, 2, 16, 64, 300)), ("int8", (1, 16, 300))):
+        yield from (Case("triton", HALF, "product", (format, 128, 6144, tokens, 1024)) for tokens in counts)
+    yield Case("triton", HALF, "product", ("dense", 0, 384, 1, 1024))
+    yield from (Case("triton", HALF, "attention", (96, kv, (5, 150, 127))) for kv in (HALF, torch.int8))
+    yield Case("triton", HALF, "outliers")
+    yield Case("triton", HALF, "norms")
+    yield Case("triton", HALF, "model", (384, 140))
+    yield Case("triton", FULL, "greedy", (64, "int4"))
+
+
 def cases_interpreted() -> Iterator[Case]:
     """One of each kind, small."""
     for format, tokens in (("int4", 1), ("int4", 3), ("int8", 1), ("int8", 260), ("dense", 2)):

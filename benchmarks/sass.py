@@ -1,10 +1,10 @@
 """What the compiler makes of the Triton kernels, for cards that need not be there: registers, spills, loads, instructions.
 
-    python benchmarks/sass.py [--cards 75 80 86 89 90 120] [--all] [--out benchmarks/results/sass.json]
+    python benchmarks/sass.py [--cards 75 80 86 89 90 120] [--all] [--candidates] [--out benchmarks/results/sass.json]
 
 A layer of GPT-NeoX-20B and its head run on tensors without memory, once for each number of tokens. Every launch is compiled for
 the card exactly as it would be there (same specialization, same options), not run; its machine code is then counted, and what
-breaks a rule (`broken`) is named. Exits with 1 if anything does.
+breaks a rule (`broken`) is named. Exits with 1 if anything does. --candidates does so with every size that tuning may pick.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from neox_lite.cache import Batch, PagePool  # noqa: E402
 from neox_lite.formats import DENSE, Weight, make_format  # noqa: E402
 from neox_lite.kernels.triton import choices  # noqa: E402
 from neox_lite.kernels.triton.operations import Operations  # noqa: E402
+from neox_lite.kernels.triton.steps import Inputs, Tables  # noqa: E402
 from neox_lite.layers import GPTNeoXLayer, Linear, Rotary, norm_of  # noqa: E402
 
 CARDS = (75, 80, 86, 89, 90, 120)
@@ -141,8 +142,18 @@ def recorded(capability: int, found: Callable[[Any, dict[str, Any]], None]) -> I
         JITFunction.run = real
 
 
+@dataclass(frozen=True)
+class Nth:
+    """Picks the candidate of this number, counted round, for every kernel."""
+
+    number: int
+
+    def pick(self, candidates: choices.Candidates[Any], launch: object) -> Any:
+        return candidates.tiles[self.number % len(candidates.tiles)]
+
+
 def step(run: Run, ops: Operations) -> None:
-    """One layer and the head, on tensors without memory."""
+    """One layer and the two ends, on tensors without memory."""
     config = GPTNeoXConfig(**CONFIGS[run.config], num_hidden_layers=1, max_position_embeddings=4096)
     format, head_format = make_format(run.format, run.group), make_format("int8", 128) if run.head == "int8" else DENSE
     tokens, hidden = run.sequences * run.new, config.hidden_size
@@ -153,14 +164,19 @@ def step(run: Run, ops: Operations) -> None:
         norm = norm_of(torch.nn.LayerNorm(hidden, dtype=run.dtype))
         shape = (config.vocab_size, hidden)
         tensors = {k: torch.empty(s, dtype=d) for k, (d, s) in head_format.specs(shape, run.dtype).items()}
-        x = torch.empty(tokens, hidden, dtype=ops.act_dtype(run.dtype, META))
+        ids, embedding = torch.empty(tokens, dtype=torch.long), torch.empty(shape, dtype=run.dtype)
+    x = ops.embed(ids, embedding, ops.act_dtype(run.dtype, META))
     pool = PagePool(config.num_attention_heads, config.head_dim, run.kv or x.dtype, [META])
     sequences = [pool.new() for _ in range(run.sequences)]
     if run.old:
         Batch.reserve(pool, sequences, [run.old] * run.sequences).commit()
     batch = Batch.reserve(pool, sequences, [run.new] * run.sequences)
     x = layer(x, ops, pool, batch, Rotary(config).table.to(META))
-    ops.head(x[: run.sequences], None, norm, Weight(head_format, shape, tensors))
+    logits = ops.head(x[: run.sequences], None, norm, Weight(head_format, shape, tensors))
+    if run.new == 1:
+        tables = Tables.cut(torch.empty(Tables.bytes_for(1), dtype=torch.uint8, device=META), 1)
+        chosen, excluded = torch.empty_like(ids), torch.empty(len(embedding), dtype=torch.int8, device=META)
+        ops._draw(logits, Inputs(run.sequences, 1, 1, ids, *tables, chosen, excluded, logits))
 
 
 @dataclass
@@ -277,6 +293,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cards", type=int, nargs="+", default=list(CARDS), help="compute capabilities, as 86")
     parser.add_argument("--all", action="store_true", help="every format, dtype and shape, not only the usual ones")
+    parser.add_argument("--candidates", action="store_true", help="every size of tile, not only the shipped ones")
     parser.add_argument("--out", type=Path, help="write a JSON there")
     args = parser.parse_args()
     found: dict[Any, Facts] = {}
@@ -288,8 +305,12 @@ def main() -> int:
                 if id(kernel) not in found:
                     found[id(kernel)] = facts(run.name, card, kernel, given)
 
-            with recorded(card, keep):
-                step(run, Operations(run.exact, lambda device, machine=machine: machine))
+            for number in range(choices.MOST if args.candidates else 1):
+                nth = Nth(number)
+                with recorded(card, keep):
+                    step(
+                        run, Operations(run.exact, lambda device, machine=machine: machine, lambda device, nth=nth: nth)
+                    )
     rows = list(found.values())
     print(table(rows))
     if args.out:

@@ -43,5 +43,9 @@ class ContextLengthError(NeoxLiteError, ValueError):
     code = "context_length_exceeded"
 
 
+class GraphError(NeoxLiteError, RuntimeError):
+    """A step could not be captured as a CUDA graph; what asks for one runs it launch by launch instead, and says so."""
+
+
 class CacheError(NeoxLiteError, RuntimeError):
     """The KV cache has no page left, or a sequence was used after it was freed."""

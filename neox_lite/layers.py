@@ -50,7 +50,7 @@ class Linear(FixedDtype):
 
     def become(self, format: Format, dtype: torch.dtype | None = None) -> None:
         """Take on a format, with uninitialized tensors in place of those held so far."""
-        for name in [n for n in ("weight", *self._buffers) if n in self._parameters or n in self._buffers]:
+        for name in {"weight", *self._buffers} & {*self._parameters, *self._buffers}:
             delattr(self, name)
         self.format = format
         device = self.bias.device if self.bias is not None else None
@@ -78,6 +78,21 @@ class Linear(FixedDtype):
         """x (..., in) -> (..., out) through a plain product, for use outside the operations."""
         out = x @ self.handle.decode(x.dtype).T
         return out if self.bias is None else out + self.bias.to(x.dtype)
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """As usual, but that names may have dots, as a checkpoint's have."""
+        if "." in name:
+            self._buffers[name] = tensor
+        else:
+            super().register_buffer(name, tensor, persistent)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        """As usual, but that names with a dot are no missing module's, and that tensors may tell more of the format."""
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        missing, unexpected = rest[2:4]
+        unexpected[:] = [name for name in unexpected if name.removeprefix(prefix) not in self._buffers]
+        if self.format != DENSE and not any(name.startswith(prefix) for name in missing):
+            self.format = self.format.opened(self._buffers, self.shape)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, format={self.format}"

@@ -23,7 +23,7 @@ from .checkpoint import Checkpoint
 from .config import FIELDS, GPTNeoXConfig
 from .errors import ArgumentError, CheckpointError, FormatError, NeoxLiteError, UnsupportedError
 from .folder_writer import CONFIG
-from .formats import Format, GroupInt, formats_of, make_format, quantization_config
+from .formats import DENSE, Format, GroupInt, formats_of, make_format, quantization_config
 from .hub import HEAD, resolve
 from .layers import Linear
 from .offload.accelerator import Accelerator
@@ -101,14 +101,15 @@ class LoadOptions:
     """What `from_pretrained` takes.
 
     revision: branch, tag or commit of a hub id. quantization: "int4" or "int8" to quantize a plain checkpoint while loading
-    (groups of 128, method "mse"; kept beside the hub cache for the next time). device_map: None or "cpu", "cuda", "cuda:1";
-    "auto": as much on the GPU as fits, then the CPU, then the disk; or a map from module names to devices and, for layers,
-    "disk". max_memory: {"cuda": "8GiB", "cpu": "16GiB"}, the most that the process may take there, all included; None: what
-    is free. context: tokens that a sequence is planned for, None for the model's own. dtype: of dense tensors, None for the
-    checkpoint's. head: "fp16" for the head as the checkpoint has it, "int8" for the small one of a quantized folder. kv: what
-    the KV cache holds, "fp16" for the model's own dtype, "int8" for about half of that. Where those two are None, it is
-    "fp16", but for a plan that fits only with "int8". exact: multiply quantized weights with float32 activations, where the
-    CPU's kernels would otherwise round those to 8 bits with a scale per 32. config: used in place of config.json.
+    (groups of 128, method "mse"), "nf4" or "nf4-double"; kept beside the hub cache for the next time. device_map: None or
+    "cpu", "cuda", "cuda:1"; "auto": as much on the GPU as fits, then the CPU, then the disk; or a map from module names to
+    devices and, for layers, "disk". max_memory: {"cuda": "8GiB", "cpu": "16GiB"}, the most that the process may take there,
+    all included; None: what is free. context: tokens that a sequence is planned for, None for the model's own. dtype: of
+    dense tensors, None for the checkpoint's. head: "fp16" for the head as the checkpoint has it, "int8" for the small one of
+    a quantized folder. kv: what the KV cache holds, "fp16" for the model's own dtype, "int8" for about half of that. Where
+    those two are None, it is "fp16", but for a plan that fits only with "int8". exact: multiply quantized weights with
+    float32 activations, where the CPU's kernels would otherwise round those to 8 bits with a scale per 32. graph: run decode
+    steps as CUDA graphs where that can be; `model.graph_reason` says why not. config: used in place of config.json.
     """
 
     revision: str | None = None
@@ -120,6 +121,7 @@ class LoadOptions:
     head: str | None = None
     kv: str | None = None
     exact: bool = False
+    graph: bool = True
     config: GPTNeoXConfig | None = None
 
     @classmethod
@@ -160,8 +162,9 @@ class LoadOptions:
             raise ArgumentError(f"head is {given['head']!r}, expected 'fp16' or 'int8'")
         if given.get("kv") not in (None, "fp16", "int8"):
             raise ArgumentError(f"kv is {given['kv']!r}, expected 'fp16' or 'int8'")
-        if not isinstance(given.setdefault("exact", False), bool):
-            raise ArgumentError(f"exact is {given['exact']!r}, expected True or False")
+        for name in ("exact", "graph"):
+            if not isinstance(given.get(name, True), bool):
+                raise ArgumentError(f"{name} is {given[name]!r}, expected True or False")
         if (config := given.get("config")) is not None and not isinstance(config, GPTNeoXConfig):
             if not hasattr(config, "to_dict"):
                 raise ArgumentError(f"config is a {type(config).__name__}, expected a GPTNeoXConfig")
@@ -181,10 +184,16 @@ def _take_bits(given: dict[str, Any]) -> None:
         for name in ("4bit", "8bit")
     }
     if asked is not None and not any(bits.values()):
-        raise UnsupportedError(f"quantization_config of type {type(asked).__name__}: use quantization='int4' or 'int8'")
+        raise UnsupportedError(
+            f"quantization_config of type {type(asked).__name__}: use quantization='int4', 'int8' or 'nf4'"
+        )
     if all(bits.values()):
         raise ArgumentError("load_in_4bit and load_in_8bit exclude each other")
     chosen = "int4" if bits["4bit"] else "int8" if bits["8bit"] else None
+    if chosen == "int4" and getattr(asked, "bnb_4bit_quant_type", None) == "nf4":
+        double = getattr(asked, "bnb_4bit_use_double_quant", False)
+        given["quantization"] = given.get("quantization") or ("nf4-double" if double else "nf4")
+        return
     if chosen is None:
         return
     if given.setdefault("quantization", chosen) != chosen:
@@ -223,7 +232,7 @@ def from_pretrained(cls: type[GPTNeoXPreTrainedModel], name: str | os.PathLike[s
             if (cached / CONFIG).is_file():
                 return _from_cache(cls, cached, options, Source(folder, os.fspath(name), options.revision), dtype)
         config.dtype = str(dtype).removeprefix("torch.")
-        blueprint = Blueprint(cls, config, checkpoint, target)
+        blueprint = Blueprint(cls, config, checkpoint, target, dtype)
         decision = decide(
             options.wish,
             _sizes(blueprint, dtype, folder, options.exact),
@@ -239,7 +248,7 @@ def from_pretrained(cls: type[GPTNeoXPreTrainedModel], name: str | os.PathLike[s
         _keep_quantized(model, cached)
         if (cached / CONFIG).is_file():  # mapped from there, it takes no memory of its own
             return _from_cache(cls, cached, options, model.source, dtype)
-    model.exact = options.exact
+    model.exact, model.graph = options.exact, options.graph
     put(model, decision)
     return model
 
@@ -270,12 +279,11 @@ def _sizes(blueprint: Blueprint, dtype: torch.dtype, folder: Path, exact: bool) 
     return sizes if "embed_out" in blueprint.heads else replace(sizes, head=0, small_head=None)
 
 
-def _target(quantization: str | None, config: GPTNeoXConfig, folder: Path) -> GroupInt | None:
+def _target(quantization: str | None, config: GPTNeoXConfig, folder: Path) -> Format | None:
     """The format to quantize to while loading, or None."""
     if quantization is None:
         return None
     wanted = make_format(quantization)
-    assert isinstance(wanted, GroupInt)
     if config.quantization_config is None:
         return wanted
     stored = formats_of(config.quantization_config)("gpt_neox.layers.0.mlp.dense_h_to_4h")
@@ -292,7 +300,8 @@ def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
 class Blueprint:
     """A class built without memory, what a checkpoint calls each of its tensors, and the proof that all of them fit.
 
-    target: the format that linear layers get from a plain checkpoint; None: the one the config says they have.
+    target: the format that linear layers get from a plain checkpoint; None: the one the config says they have. dtype: what
+    everything else gets with it.
     Raises FormatError or CheckpointError naming what does not fit.
     """
 
@@ -301,7 +310,8 @@ class Blueprint:
         cls: type[GPTNeoXPreTrainedModel],
         config: GPTNeoXConfig,
         checkpoint: Checkpoint,
-        target: GroupInt | None = None,
+        target: Format | None = None,
+        dtype: torch.dtype = torch.float16,
     ) -> None:
         self.checkpoint, self.target = checkpoint, target
         if target is None:
@@ -313,7 +323,7 @@ class Blueprint:
         self.heads = [name for name, module in self.model.named_children() if isinstance(module, Linear)]
         self.prefix = f"{self.model.base_model_prefix}." if self.heads else ""
         if target is not None:
-            config.quantization_config = quantization_config(target, self.heads)
+            config.quantization_config = quantization_config(target, self.heads, dtype)
         self.tied = config.tie_word_embeddings and hasattr(self.model, "embed_out")
         self.fresh: list[str] = []  # task heads that the checkpoint lacks
         self._check()
@@ -343,7 +353,8 @@ class Blueprint:
                 if name in self.heads and name != "embed_out" and stored not in self.checkpoint:
                     self.fresh.append(key)
                 elif not (self.tied and name == "embed_out"):
-                    expected[stored] = tuple(tensor.shape), floating if tensor.is_floating_point() else (tensor.dtype,)
+                    shape = self._file_shape(module, key.removeprefix(f"{name}."), tensor, stored)
+                    expected[stored] = shape, floating if tensor.is_floating_point() else (tensor.dtype,)
         spare = {n for n in self.checkpoint.names() if n.partition(".")[0] in HEADS} - expected.keys()
         copies = spare & {"embed_out.weight", "lm_head.weight"} if "embed_out" in self.heads else set()
         if not self.tied:
@@ -369,6 +380,16 @@ class Blueprint:
             if tensor is not None and not encoded and key not in module._non_persistent_buffers_set:
                 yield dot + key, tensor
 
+    def _file_shape(self, module: nn.Module, key: str, tensor: Tensor, stored: str) -> tuple[int, ...]:
+        """The shape that the checkpoint must state for a tensor."""
+        shape = tuple(tensor.shape)
+        if not isinstance(module, Linear) or self.is_encoded(module):
+            return shape
+        if key in module.format.loose and stored in self.checkpoint:
+            found = self.checkpoint.info(stored).shape
+            return found if len(found) == 1 and found[0] <= shape[0] else shape
+        return module.format.file_shape(key, shape)
+
     def not_on_disk(self, dtype: torch.dtype) -> str | None:
         """Why layers cannot stay in their files; None where these hold their weights as they run."""
         if self.target is not None:
@@ -378,7 +399,7 @@ class Blueprint:
                 info = self.checkpoint.info(self.stored(f"gpt_neox.layers.{name}.{key}"))
                 if info.offset is None:
                     return f"{info.file.name} is no safetensors file; save the model as one, or quantize it"
-                if key == "weight" and info.dtype != dtype:
+                if module.format == DENSE and info.dtype != dtype:
                     stored, wanted = (str(kind).removeprefix("torch.") for kind in (info.dtype, dtype))
                     return f"{info.file.name} holds {stored}, and they are to be {wanted}; pass dtype={stored!r}, or quantize"
         return None
@@ -389,9 +410,9 @@ class Blueprint:
         for name, module in _with_bar(encoded):
             quantize_module(module, self.checkpoint, self.stored(f"{name}.weight"), dtype)
         for name, module in self.model.named_modules():
-            for key, _ in self._own_tensors(name, module):
-                stored, last = self.stored(key), key.rpartition(".")[2]
-                if stored not in self.checkpoint or last not in (*module._parameters, *module._buffers):
+            for key, tensor in self._own_tensors(name, module):
+                stored, last = self.stored(key), key.removeprefix(f"{name}.")
+                if stored not in self.checkpoint or (last == "weight" and self.is_encoded(module)):
                     continue
                 mapped = value = self.checkpoint.tensor(
                     stored, sparse=isinstance(module, nn.Embedding) and not self.tied
@@ -399,14 +420,32 @@ class Blueprint:
                 if last in module._parameters:
                     value = nn.Parameter(_converted(value, dtype, stored), requires_grad=False)
                 elif isinstance(module, Linear):
-                    _check_constant(module, last, value, stored)
+                    value = module.format.laid(last, value, tuple(tensor.shape))
                 setattr(module, last, value)
                 if value.data_ptr() == mapped.data_ptr():
                     self._note_origin(key, stored, value)
+            if isinstance(module, Linear) and module.format != DENSE:
+                module.format = self._opened(name, module, module._buffers)  # type: ignore[arg-type]
         _initialize_heads(self.model, self.fresh, dtype, self.checkpoint.folder)
         if self.tied:
             self.model.tie_weights()  # type: ignore[operator]
         return self.model
+
+    def check_formats(self) -> None:
+        """Raise CheckpointError where the stored tensors of a quantized weight contradict each other or the config."""
+        for name, module in self.model.named_modules():
+            if isinstance(module, Linear) and module.format != DENSE and not self.is_encoded(module):
+                tensors = {key: self.checkpoint.tensor(self.stored(f"{name}.{key}")) for key in module._buffers}
+                shapes = {key: tuple(tensor.shape) for key, tensor in module._buffers.items() if tensor is not None}
+                laid = {key: module.format.laid(key, tensors[key], shape) for key, shape in shapes.items()}
+                self._opened(name, module, laid)
+
+    def _opened(self, name: str, module: Linear, tensors: Mapping[str, Tensor]) -> Format:
+        try:
+            return module.format.opened(tensors, module.shape)
+        except FormatError as error:
+            stored = self.stored(f"{name}.weight").removesuffix("weight")
+            raise CheckpointError(f"{self.checkpoint.folder}: {stored}{error}") from error
 
     def _note_origin(self, name: str, stored: str, tensor: Tensor) -> None:
         info = self.checkpoint.info(stored)
@@ -421,13 +460,6 @@ def _converted(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     if dtype == torch.float16 != value.dtype and bool((converted.isinf() & value.isfinite()).any()):
         raise FormatError(f"{name}: holds values that overflow float16; load it with dtype='bfloat16' or 'float32'")
     return converted
-
-
-def _check_constant(module: Linear, key: str, value: Tensor, name: str) -> None:
-    """What a format stores beside the rows follows from the shape; a file that says otherwise is refused."""
-    expected = module.format.constants(module.shape).get(key)
-    if expected is not None and not torch.equal(value, expected):
-        raise CheckpointError(f"{name}: is {value.tolist()}, expected {expected.tolist()}")
 
 
 def _with_bar(layers: dict[str, Linear]) -> Iterable[tuple[str, Linear]]:
@@ -447,7 +479,6 @@ def quantize_module(module: Linear, checkpoint: Checkpoint, name: str, dtype: to
     for start, part in encode_rows(checkpoint, name, module.format, dtype, module.format.methods[0]):
         for key, rows in part.items():
             tensors[key][start : start + len(rows)] = rows
-    tensors |= module.format.constants(module.shape)
     for key, tensor in tensors.items():
         setattr(module, key, tensor)
 
@@ -455,15 +486,24 @@ def quantize_module(module: Linear, checkpoint: Checkpoint, name: str, dtype: to
 def encode_rows(
     checkpoint: Checkpoint, name: str, format: Format, dtype: torch.dtype, method: str
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """A checkpoint's weight in a format, a bounded number of rows at a time: (first row, suffix -> rows)."""
+    """A checkpoint's weight in a format, a bounded number of rows at a time: (first row, suffix -> rows).
+
+    After the last rows come the tensors that are not made of rows, as row 0.
+    """
     out, columns = checkpoint.info(name).shape
+    kept: dict[str, list[Tensor]] = {key: [] for key in format.late}
     step = max(1, SLICE_ELEMENTS // columns)
     for start in range(0, out, step):
         rows = checkpoint.rows(name, start, min(out, start + step))
         try:
-            yield start, format.encode(rows, dtype, method)
+            part = format.encode(rows, dtype, method)
         except FormatError as error:
             raise FormatError(f"{name}, rows {start} to {start + len(rows) - 1}: {error}") from error
+        for key, parts in kept.items():
+            parts.append(part.pop(key))
+        yield start, part
+    yield 0, format.constants((out, columns), dtype)
+    yield 0, format.finish({key: torch.cat(parts) for key, parts in kept.items()}, (out, columns), dtype)
 
 
 def _initialize_heads(model: GPTNeoXPreTrainedModel, fresh: list[str], dtype: torch.dtype, folder: Path) -> None:

@@ -6,6 +6,7 @@ Padding is dropped on the way in and put back as zeros on the way out. Knows no 
 from __future__ import annotations
 
 import os
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,10 +21,10 @@ from . import loading, saving
 from .cache import Batch, KVCache, PagePool
 from .cache import Sequence as CachedSequence
 from .config import GPTNeoXConfig
-from .errors import ArgumentError, ConfigError, ContextLengthError, UnsupportedError
+from .errors import ArgumentError, ConfigError, ContextLengthError, GraphError, UnsupportedError
 from .formats import DENSE, Format, formats_of
 from .generation import Event, GenerationMixin
-from .kernels.backend import Backend
+from .kernels.backend import Backend, Choice, Decoder, Flight
 from .kernels.captured import MOST_TOKENS
 from .layers import GPTNeoXLayer, Linear, Rotary, norm_of
 from .offload.accelerator import Accelerator
@@ -31,12 +32,14 @@ from .offload.plan import KINDS, Plan
 from .offload.run import Placement, Runner
 
 Model = TypeVar("Model", bound="GPTNeoXPreTrainedModel")
+Result = TypeVar("Result")
 
 REFUSED = {
     "output_attentions": "attention weights are never materialized",
     "head_mask": "heads cannot be masked",
     "encoder_hidden_states": "GPT-NeoX has no cross attention",
 }
+OWN = {"_runner", "_lasting", "_tables", "_addresses"}  # what copies do not share
 ACCEPTED = {"cache_position", "token_type_ids"}  # say nothing that the other arguments do not
 
 
@@ -93,12 +96,15 @@ class GPTNeoXPreTrainedModel(nn.Module):
         self.kv = "fp16"
         self.cache_pages = None
         self.first_pages: int | None = None  # pages that a lasting pool starts with
-        self.exact = False  # whether quantized weights meet float32 activations where a backend could take coarser ones
+        self._exact = False
+        self.graph = True  # run decode steps as CUDA graphs where that can be; see GPTNeoXForCausalLM.graph_reason
         self.placement: Placement | None = None  # None: all parts are where the embedding is
         self.plan: Plan | None = None  # what the loader placed it by, with predicted bytes and times
         self.accelerator: Accelerator | None = None  # what the placement's "gpu" is
         self._runner: Runner | None = None
         self._bound: list[tuple[int, int]] = []  # the tensors that the runner was made for
+        self._tables: list[dict[str, Any]] = []  # in which modules keep those
+        self._addresses: list[int] = []
         super().train(False)
 
     # Loading and saving -----------------------------------------------------------------------------------------------
@@ -147,6 +153,17 @@ class GPTNeoXPreTrainedModel(nn.Module):
         if count is not None and (type(count) is not int or count < 1):
             raise ArgumentError(f"cache_pages is {count!r}, expected a number of pages of at least 1, or None")
         self._cache_pages = count
+
+    @property
+    def exact(self) -> bool:
+        """Whether quantized weights meet float32 activations where a backend could take coarser ones."""
+        return self._exact
+
+    @exact.setter
+    def exact(self, wanted: bool) -> None:
+        if wanted != self._exact:
+            self._exact = wanted
+            self._unbind()
 
     def new_pool(self, pages: int = 0, limit: int | None = None) -> PagePool:
         """An empty KV cache pool for this model's layers, of the kind that `kv` names. limit: None for `cache_pages`."""
@@ -202,7 +219,7 @@ class GPTNeoXPreTrainedModel(nn.Module):
         """Copies and pickles bind their own kernels and have their own cache."""
         if self.placement is not None and "disk" in self.placement.layers:
             raise UnsupportedError("a model with layers on the disk cannot be copied or pickled; load it again")
-        return {name: value for name, value in self.__dict__.items() if name not in ("_runner", "_lasting")}
+        return {name: value for name, value in self.__dict__.items() if name not in OWN}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -217,13 +234,21 @@ class GPTNeoXPreTrainedModel(nn.Module):
         """Changes when a tensor is written to or replaced."""
         return [loading.identity_of(t) for t in (*self.parameters(), *self.buffers())]
 
+    def _notice_moves(self) -> None:
+        """Bind anew where a tensor lies elsewhere than what was captured reads it; one written to in place does not."""
+        if self._addresses != self._addresses_now():
+            self._unbind()
+
+    def _addresses_now(self) -> list[int]:
+        return [tensor.data_ptr() for table in self._tables for tensor in table.values() if tensor is not None]
+
     def _refresh(self) -> None:
         """Bind anew where a tensor is not the one that was bound: layers that pass through slots are read from elsewhere."""
         if self._runner is not None and self._bound != self._weights_key():
             self._unbind()
 
     def _unbind(self) -> None:
-        self.__dict__.update(_runner=None, _lasting=None)
+        self.__dict__.update(_runner=None, _lasting=None, _tables=[], _addresses=[])
 
     def cuda(self: Model, device: int | torch.device | None = None) -> Model:
         if not torch.cuda.is_available():
@@ -268,6 +293,9 @@ class GPTNeoXPreTrainedModel(nn.Module):
         placement = self.placement or Placement.alone("cpu" if self.device.type == "cpu" else "gpu", len(base.layers))
         origins = [self.source.origins_in(layer, f"layers.{i}.") for i, layer in enumerate(base.blocks)]
         self._bound = self._weights_key()
+        tables = [table for module in self.modules() for table in (module._parameters, module._buffers)]
+        self._tables = [table for table in tables if table]
+        self._addresses = self._addresses_now()
         self._runner = Runner(
             base.blocks, base.rotary.table, self.dtype, placement, self.exact, self.accelerator, origins, ops
         )
@@ -590,16 +618,17 @@ class GPTNeoXForCausalLM(_Headed, GenerationMixin):
                     f"{count} tokens after {sequence.length} cached ones do not fit: this model has {limit} positions "
                     "(max_position_embeddings)"
                 )
-        ids = torch.tensor([i for t in tokens for i in t])
+        ids = self._check_ids(torch.tensor([i for t in tokens for i in t]))
         batch = Batch.reserve(pool, sequences, counts)
         single = all(count == 1 for count in counts)
         small = single or (every and len(ids) <= MOST_TOKENS)
-        ids = self._check_ids(ids)
-        logits = (
-            self.runner.whole.run(self._every_token, ids, pool, batch)
-            if small and self.runner.whole is not None
-            else None
-        )
+        logits = None
+        if small:
+            self._notice_moves()
+            if single and (decoder := self._decoder_for(batch)) is not None:
+                logits = self._captured(lambda: decoder.logits(pool, batch, ids.tolist()))
+            if logits is None and self.runner.whole is not None:
+                logits = self.runner.whole.run(self._every_token, ids, pool, batch)
         if logits is None and (single or every):
             logits = self._every_token(ids, pool, batch, small)
         elif logits is None:
@@ -610,9 +639,75 @@ class GPTNeoXForCausalLM(_Headed, GenerationMixin):
         return logits
 
     def _every_token(self, ids: Tensor, pool: PagePool, batch: Batch, small: bool = False) -> Tensor:
-        """ids (tokens,) of a batch's sequences -> logits (tokens, vocabulary)."""
-        x = self.runner(self._embed(ids), pool, batch, small=small)
+        """ids (tokens,) of a batch's sequences, all in the vocabulary -> logits (tokens, vocabulary)."""
+        x = self.runner.first.embed(ids, self.gpt_neox.embed_in.weight, self.compute_dtype)
+        x = self.runner(x, pool, batch, small=small)
         return self.ops.head(x, None, norm_of(self.gpt_neox.final_layer_norm), self.embed_out.handle)
+
+    # Steps as graphs (stepper.Ahead) ------------------------------------------------------------------------------------
+
+    @property
+    def graph_reason(self) -> str | None:
+        """Why decode steps are not CUDA graphs that choose the next tokens themselves; None where they are."""
+        found = self._decoder
+        return found if isinstance(found, str) else None
+
+    @property
+    def _decoder(self) -> Decoder | str:
+        if not self.graph:
+            return "model.graph is off"
+        runner = self.runner
+        if runner.decoder is None:
+            config, device = self.config, self.device
+            if runner.whole is None:
+                runner.decoder = "layers are outside the GPU, and between it and the CPU a step is the host's work"
+            else:
+                runner.decoder = runner.last.decoder(
+                    self._every_token, device, config.vocab_size, config.max_position_embeddings
+                )
+        return runner.decoder
+
+    def _decoder_for(self, batch: Batch) -> Decoder | None:
+        found = self._decoder
+        return None if isinstance(found, str) or found.why_not(batch) is not None else found
+
+    def _captured(self, run: Callable[[], Result]) -> Result | None:
+        """What a step gives that is to be a graph; None, from then on, where it cannot be captured."""
+        try:
+            return run()
+        except GraphError as error:
+            self.runner.decoder = str(error)
+            warnings.warn(f"decode steps run without CUDA graphs, which is slower: {error}", stacklevel=3)
+            return None
+
+    @torch.no_grad()
+    def launch(
+        self,
+        pool: PagePool,
+        sequences: Sequence[CachedSequence],
+        ids: Sequence[int],
+        choices: Sequence[Choice],
+        excluded: Tensor | None = None,
+        previous: Flight | None = None,
+    ) -> Flight | None:
+        """Append an id to each sequence and have the next ones chosen, without waiting for it; see `Decoder.launch`.
+
+        None, with nothing appended, where steps like it are no graphs.
+        """
+        self._notice_moves()
+        if isinstance(self._decoder, str):
+            return None
+        limit = self.config.max_position_embeddings
+        if any(sequence.length >= limit for sequence in sequences):
+            raise ContextLengthError(f"a sequence has {limit} tokens, all positions of this model")
+        self._check_ids(torch.tensor([id for id in ids if id >= 0]))
+        batch = Batch.reserve(pool, sequences, [1] * len(ids))
+        if (decoder := self._decoder_for(batch)) is None:
+            return None
+        flight = self._captured(lambda: decoder.launch(pool, batch, ids, choices, excluded, previous))
+        if flight is not None:
+            batch.commit()
+        return flight
 
     def _cache_key(self) -> Any:
         """What cached keys and values depend on; a weight that was written to or replaced changes it."""

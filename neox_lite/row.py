@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch import Tensor
 from .cache import Sequence as CachedSequence
 from .cache import copied
 from .errors import ArgumentError
+from .kernels.backend import Choice
 from .options import Options
 from .sampling import Processor, Score, choose, exclude, score
 from .tokenizer import GPTNeoXTokenizerFast, StreamDecoder
@@ -122,15 +122,41 @@ class Row:
         token = choose(logits, self.history, self.stream, self.options.sampling, self._steps)
         if self.scores is not None:
             self.score = score(own, token, self.scores, self.missing_ids)
+        self.take(token, logits)
+
+    def take(self, token: int, logits: Tensor | None = None) -> None:
+        """Append a token, and see whether that is the end. logits: that it was chosen from, where `host_reason` is not None."""
         self.append(token)
         self.piece = self.text.put(token) if self.text is not None else ""
         stopped = token in self.options.eos_token_id or (self.text is not None and self.text.stopped)
-        if stopped or any(self._says_stop(criterion, logits) for criterion in self.options.stopping_criteria):
+        if stopped or (logits is not None and self._criteria_stop(logits)):
             self.finish_reason = "stop"
         elif len(self.tokens) >= self.limit:
             self.finish_reason = "length"
         if self.finish_reason and self.text is not None:
             self.piece += self.text.end()
+
+    def host_reason(self, ahead: int = 0) -> str | None:
+        """Why the token after the next `ahead` cannot be chosen where the logits are; None where it can."""
+        options = self.options
+        if self.scores is not None:
+            return "log-probabilities are asked for"
+        if not 0 <= self.stream < 1 << 32:
+            return "the number of its random stream has more than 32 bits"
+        for name in ("logits_processor", "stopping_criteria"):
+            if getattr(options, name):
+                return f"{name} see the logits"
+        if is_early(len(self.prompt), self.length + ahead, options):
+            return "the end of the text is held back"
+        return options.sampling.host_reason
+
+    @cached_property
+    def device_choice(self) -> Choice:
+        """What the device needs to know to choose."""
+        sampling = self.options.sampling
+        if sampling.greedy:
+            return Choice()
+        return Choice(sampling.seed, self.stream, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
 
     def score_prompt(self, logits: Tensor) -> None:
         """Score the next tokens of the prompt, from logits (tokens, vocabulary) after those before them."""
@@ -147,8 +173,9 @@ class Row:
     def _steps(self) -> list[Processor]:
         return processors(self.options, self.missing_ids, len(self.prompt))
 
-    def _says_stop(self, criterion: Callable[[Tensor, Tensor], Any], logits: Tensor) -> bool:
-        return bool(torch.as_tensor(criterion(self.history[None], logits[None])).all())
+    def _criteria_stop(self, logits: Tensor) -> bool:
+        criteria = self.options.stopping_criteria
+        return any(bool(torch.as_tensor(stops(self.history[None], logits[None])).all()) for stops in criteria)
 
 
 def check_ids(prompt: Sequence[int], options: Options, vocabulary: int) -> None:
@@ -171,10 +198,15 @@ def _of_rows(user: Processor) -> Processor:
     return lambda history, logits: user(history[None], logits[None])[0]
 
 
+def is_early(prompt_tokens: int, tokens: int, options: Options) -> bool:
+    """Whether the text must not end after so many tokens."""
+    early = tokens - prompt_tokens < options.min_new_tokens or tokens < options.min_length
+    return early and bool(options.eos_token_id)
+
+
 def hold_back_end(prompt_tokens: int, tokens: int, logits: Tensor, options: Options) -> Tensor:
     """Exclude the end of text from logits (vocabulary,) that follow too few tokens."""
-    early = tokens - prompt_tokens < options.min_new_tokens or tokens < options.min_length
-    if not early or not options.eos_token_id:
+    if not is_early(prompt_tokens, tokens, options):
         return logits
     known = [i for i in options.eos_token_id if i < len(logits)]
     return exclude(logits, torch.tensor(known, dtype=torch.long))

@@ -63,11 +63,15 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Spec:
-    """A tensor that will be written: its final name, dtype and shape."""
+    """A tensor that will be written: its final name, dtype and shape.
+
+    stated: the shape that the file states, where that is another one of as many numbers.
+    """
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    stated: tuple[int, ...] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -330,8 +334,8 @@ def encode_header(specs: Iterable[Spec]) -> tuple[bytes, dict[str, int]]:
     position = 0
     for spec in specs:
         begins[spec.name], end = position, position + spec.nbytes
-        offsets = [position, end]
-        header[spec.name] = {"dtype": DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": offsets}
+        offsets, shape = [position, end], list(spec.shape if spec.stated is None else spec.stated)
+        header[spec.name] = {"dtype": DTYPE_NAMES[spec.dtype], "shape": shape, "data_offsets": offsets}
         position = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     data_start = -(-(8 + len(text)) // DATA_ALIGNMENT) * DATA_ALIGNMENT

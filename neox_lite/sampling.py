@@ -36,6 +36,14 @@ BOUNDS = {
     "no_repeat_ngram_size": (0, 2**31 - 1),
     "seed": (0, 2**64 - 1),
 }
+HOST_ONLY = (
+    "typical_p",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+    "no_repeat_ngram_size",
+    "logit_bias",
+)
 
 
 @dataclass(frozen=True)
@@ -75,6 +83,14 @@ class Sampling:
     @property
     def greedy(self) -> bool:
         return not self.do_sample or self.temperature < COLDEST
+
+    @cached_property
+    def host_reason(self) -> str | None:
+        """Which of these a device that has the logits cannot do; None where it can do all."""
+        for name in HOST_ONLY:
+            if getattr(self, name) != getattr(Sampling, name, {}):
+                return f"{name} is the host's work"
+        return None
 
     def processors(self, between: Sequence[Processor] = (), prompt: int = 0) -> list[Processor]:
         """The steps between logits and choice or draw, in order, for a sequence whose first `prompt` tokens are not new.
@@ -237,14 +253,18 @@ def choose(logits: Tensor, history: Tensor, stream: int, sampling: Sampling, ste
     values = logits.numpy()
     chosen = int(values.argmax())  # of a NaN, if there is one
     if not math.isfinite(values[chosen]):
-        raise NeoxLiteError(
-            "no id can be chosen: the logits hold NaN or infinity, or every id is excluded; run `neox-lite verify` on "
-            "the model, and check logits_processor if you pass one"
-        )
+        raise nothing_to_choose()
     if sampling.greedy:
         return chosen
     ids, values = candidates(values, sampling)
     return int(ids[(values + gumbel(sampling.seed, len(history), stream, ids)).argmax()])
+
+
+def nothing_to_choose() -> NeoxLiteError:
+    return NeoxLiteError(
+        "no id can be chosen: the logits hold NaN or infinity, or every id is excluded; run `neox-lite verify` on "
+        "the model, and check logits_processor if you pass one"
+    )
 
 
 def candidates(values: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:

@@ -14,12 +14,18 @@ from torch import Tensor
 from .config import GPTNeoXConfig
 from .errors import ArgumentError
 from .folder_writer import FolderWriter, Spec, split_into_shards
-from .formats import DENSE
+from .formats import DENSE, Format
 from .hub import COMPANIONS, HEAD
 from .layers import Linear
 
 if TYPE_CHECKING:
     from .model import GPTNeoXPreTrainedModel
+
+
+def specs_of(prefix: str, format: Format, shape: tuple[int, int], dtype: torch.dtype) -> list[Spec]:
+    """The stored tensors of a weight of this (out, in) shape, as a file has them under names with a prefix."""
+    every = format.specs(shape, dtype).items()
+    return [Spec(f"{prefix}{key}", kind, own, format.file_shape(key, own)) for key, (kind, own) in every]
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,12 @@ def save_pretrained(model: GPTNeoXPreTrainedModel, folder: Path, max_shard_size:
         raise ArgumentError("save_pretrained: the model runs with the int8 head; load it with head='fp16' to save it")
     config = model.config.copy(dtype=str(model.dtype).removeprefix("torch."), architectures=[type(model).__name__])
     groups: dict[str, dict[str, Tensor]] = {}
+    stated = {
+        spec.name: spec.stated
+        for name, module in model.named_modules()
+        if isinstance(module, Linear)
+        for spec in specs_of(f"{name}.", module.format, module.shape, model.dtype)
+    }
     for name, tensor in model.state_dict().items():
         if name == "embed_out.weight" and config.tie_word_embeddings:
             continue
@@ -86,15 +98,17 @@ def save_pretrained(model: GPTNeoXPreTrainedModel, folder: Path, max_shard_size:
                 )
             tensor = tensor.float()
         groups.setdefault(name.rpartition(".")[0], {})[name] = tensor
-    parts = [
-        Part([Spec(n, t.dtype, tuple(t.shape)) for n, t in group.items()], lambda group=group: whole(group))  # type: ignore[misc]
-        for group in groups.values()
-    ]
+    parts = [_part(group, stated) for group in groups.values()]
     generation = getattr(model, "generation_config", None)
     companions = {"generation_config.json": generation.to_json_string().encode()} if generation is not None else {}
     write_model(
         folder, config, parts, companions, max_shard_bytes=parse_bytes(max_shard_size), method="save_pretrained"
     )
+
+
+def _part(tensors: Mapping[str, Tensor], stated: Mapping[str, tuple[int, ...] | None]) -> Part:
+    specs = [Spec(name, t.dtype, tuple(t.shape), stated.get(name)) for name, t in tensors.items()]
+    return Part(specs, lambda: whole(tensors))
 
 
 def whole(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, int]]:

@@ -1,7 +1,9 @@
 """Passes of a model over rows that come and go between them. Knows no model class, no text, and nobody who waits for it.
 
 A pass takes one token of every row that is being continued, and beside them the next tokens of prompts still to be read, so
-that reading a long prompt does not halt the others. Draws depend on places alone (`sampling.choose`), so that a row's tokens
+that reading a long prompt does not halt the others. Where a device chooses tokens itself and rows are only continued, a pass is
+always in the air: the next is given to the device before the tokens of the last are read. What it did for a row that has ended
+by then, or has left, is thrown away. Draws depend on places alone (`sampling.choose`), so that a row's tokens
 do not depend on what else runs, nor on whether it had to give way and was read again.
 """
 
@@ -12,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor
@@ -19,9 +22,11 @@ from torch import Tensor
 from .cache import PAGE, Kept, PrefixCache, common_length, copied
 from .cache import Sequence as CachedSequence
 from .errors import CacheError
+from .kernels.backend import Flight
 from .row import Row
+from .sampling import nothing_to_choose
 from .speculative import Drafting
-from .stepper import PREFILL_TOKENS, Stepper
+from .stepper import PREFILL_TOKENS, Ahead, Stepper
 
 LEAST_TOKENS = 16  # of prompts that a pass reads, however long that takes
 SCORED_TOKENS = 128  # of prompts whose every token is scored: each brings logits of the whole vocabulary
@@ -52,6 +57,13 @@ class Ready(NamedTuple):
     draft: Sequence[int] = ()
 
 
+class InTheAir(NamedTuple):
+    """A pass given to the device, and where in it each row is."""
+
+    flight: Flight
+    places: dict[Row, int]
+
+
 class Scheduler:
     """Rows at work and rows that wait, and passes over them.
 
@@ -71,6 +83,8 @@ class Scheduler:
         self.waiting: deque[Row] = deque()
         self._stepper, self._prefixes, self._pool = stepper, prefixes, prefixes.pool
         self._drafting, self._pace = drafting, pace
+        self._ahead = stepper if isinstance(stepper, Ahead) and drafting is None else None
+        self._in_the_air: InTheAir | None = None
         self._added = 0
         self._leaders: dict[Row, tuple[Row, int]] = {}  # whom a waiting row waits for, and until it has read how much
         self._full = False  # no row that waits fits, until another leaves
@@ -103,9 +117,13 @@ class Scheduler:
         """Admit rows and run a pass; yields rows that got a token or ended, as often as that happens to any of them."""
         yield from self._choose(self._admit())
         while self.rows:
-            batch = self._select()
+            rows = list(self.rows)
             try:
-                ready = self._run(batch)
+                landed = self._fly()
+                if landed is None:
+                    batch = self._select()
+                    rows = list(batch)
+                    ready = self._run(batch)
             except CacheError as error:
                 if len(self.rows) > 1:
                     self._put_back(self.rows[-1])
@@ -113,10 +131,14 @@ class Scheduler:
                     yield [self._fail(self.rows[0], error)]
             except Exception as error:
                 self._prefixes.clear()  # they share pages with what may be half written
-                yield [self._fail(row, error) for row in batch]
+                self._in_the_air = None
+                yield [self._fail(row, error) for row in rows]
                 return
             else:
-                yield from self._continue(ready)
+                if landed is None:
+                    yield from self._continue(ready)
+                elif landed:
+                    yield landed
                 return
 
     def _continue(self, ready: list[Ready]) -> Iterator[list[Row]]:
@@ -231,6 +253,8 @@ class Scheduler:
         """Give back what a row holds, to be kept for later prompts that begin alike, or not."""
         if self._drafting is not None:
             self._drafting.drafter.drop(row)
+        if self._in_the_air is not None:
+            self._in_the_air.places.pop(row, None)
         if row.sequence is None:
             return
         if keep:
@@ -301,6 +325,45 @@ class Scheduler:
         else:
             yield
 
+    # Passes in the air ------------------------------------------------------------------------------------------------
+
+    def _fly(self) -> list[Row] | None:
+        """Launch a pass and read the one before -> the rows that got a token; None where the next pass is not for the air."""
+        before = self._in_the_air
+        self._in_the_air = self._launch()
+        if before is not None:
+            tokens = before.flight.tokens()
+            for row, place in before.places.items():
+                self._end_if_done(row, partial(_take, row, tokens[place]))
+            return list(before.places)
+        return None if self._in_the_air is None else []
+
+    def _launch(self) -> InTheAir | None:
+        """The next token of every row that will need one; None where that is not all there is to do."""
+        if self._ahead is None or self._ahead.graph_reason is not None:
+            return None
+        before = self._in_the_air
+        places = before.places if before is not None else {}
+        rows = [row for row in self.rows if len(row.tokens) + (row in places) < row.limit]
+        if not rows or not all(row in places or (row.tokens and unread(row) == 1) for row in rows):
+            return None
+        if any(row.host_reason(row in places) for row in rows) or len({id(row.missing_ids) for row in rows}) > 1:
+            return None
+        sequences = [row.sequence for row in rows if row.sequence is not None]
+        ids = [-1 - places[row] if row in places else row.tokens[-1] for row in rows]
+        choices, excluded = [row.device_choice for row in rows], rows[0].missing_ids
+        try:
+            flight = self._ahead.launch(
+                self._pool, sequences, ids, choices, excluded, None if before is None else before.flight
+            )
+        except CacheError:
+            if before is None:
+                raise
+            return None  # rows that end with what is in the air may make room
+        return None if flight is None else InTheAir(flight, {row: i for i, row in enumerate(rows)})
+
+    # Tokens -----------------------------------------------------------------------------------------------------------
+
     def _choose(self, ready: list[Ready]) -> Iterator[list[Row]]:
         """A token for every row, then the next for those whose draft said the same, and so on; yields who got one or ended."""
         depth = 0
@@ -316,11 +379,15 @@ class Scheduler:
             depth += 1
 
     def _choose_one(self, row: Row, logits: Tensor) -> None:
+        if row.limit:
+            self._end_if_done(row, partial(row.choose, logits))
+        else:
+            row.finish_reason = "length"
+            self._leave(row)
+
+    def _end_if_done(self, row: Row, choose: Callable[[], None]) -> None:
         try:
-            if row.limit:
-                row.choose(logits)
-            else:
-                row.finish_reason = "length"
+            choose()
         except Exception as error:  # of a processor, or of logits that leave no choice: the others go on
             self._fail(row, error)
         else:
@@ -328,8 +395,15 @@ class Scheduler:
                 self._leave(row)
 
 
+def _take(row: Row, token: int) -> None:
+    """What the device has chosen."""
+    if token < 0:
+        raise nothing_to_choose()
+    row.take(token)
+
+
 def unread(row: Row) -> int:
-    """Tokens of a row at work that are not in the cache; less than none where drafts are."""
+    """Tokens of a row at work that are not in the cache; less than none where drafts are, or what the device has chosen."""
     assert row.sequence is not None
     return row.length - row.sequence.length
 

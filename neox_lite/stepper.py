@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as List
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 from .cache import PagePool, Sequence
+from .kernels.backend import Choice, Flight
 
 PREFILL_TOKENS = 512  # tokens of a prompt that go through the model at a time
 
@@ -24,6 +25,28 @@ class Stepper(Protocol):
     def step(
         self, pool: PagePool, sequences: List[Sequence], tokens: List[List[int]], every: bool = False
     ) -> Tensor: ...
+
+
+@runtime_checkable
+class Ahead(Stepper, Protocol):
+    """A stepper on a device that may choose the next tokens itself, so that steps are given to it before the last is read."""
+
+    @property
+    def graph_reason(self) -> str | None:
+        """Why it does not; None where it does."""
+        ...
+
+    def launch(
+        self,
+        pool: PagePool,
+        sequences: List[Sequence],
+        ids: List[int],
+        choices: List[Choice],
+        excluded: Tensor | None = None,
+        previous: Flight | None = None,
+    ) -> Flight | None:
+        """Append an id to each sequence and have the next ones chosen; see `Decoder.launch`. None where it cannot be."""
+        ...
 
 
 def advance(stepper: Stepper, pool: PagePool, sequences: List[Sequence], tokens: List[List[int]]) -> list[Tensor]:

@@ -1,8 +1,10 @@
 """Tiny random models of transformers, the peer that tests compare with, and the same weights opened here."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import Tensor
@@ -49,6 +51,25 @@ def pair(folder: Path, cls: str = "GPTNeoXForCausalLM", seed: int = 0, **config:
     """(ours, peer) with the same weights."""
     model = peer(cls, seed, **config)
     return ours(model, folder), model
+
+
+def opened_by_transformers(folder: Path, cls: Any = transformers.AutoModelForCausalLM) -> Any:
+    """A quantized folder as transformers opens it, computing in float32. Skips the test where the library for it is missing."""
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    if config["quant_method"] != "bitsandbytes":
+        pytest.importorskip("compressed_tensors")
+        return cls.from_pretrained(folder, dtype=torch.float32).eval()
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    pytest.importorskip("accelerate", reason="transformers reads nf4 with accelerate only")
+    model = cls.from_pretrained(folder, dtype=torch.float32, device_map="cpu").eval()
+    for parameter in model.parameters():
+        if parameter.is_floating_point():  # of what a 16-bit folder with nf4 holds, 5.23 casts biases only
+            parameter.data = parameter.data.float()
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.compute_dtype = torch.float32
+            module.support_avx512bf16_for_cpu = False  # where a processor has that, products would be bfloat16
+    return model
 
 
 def random_ids(rows: int, width: int, vocab: int = TINY["vocab_size"], seed: int = 1) -> Tensor:

@@ -210,6 +210,9 @@ class Watched:
     def capture(self, *_):
         return None
 
+    def decoder(self, *_):
+        return "this device is simulated"
+
     def _results(self, out):
         for tensor in out if isinstance(out, list) else [out]:
             if isinstance(tensor, torch.Tensor):

@@ -89,6 +89,54 @@ def test_a_shape_takes_formats_head_and_cache(run, words, expected):
     assert tuple(result[key] for key in ("format", "group_size", "head", "kv")) == expected
 
 
+def test_decoding_is_measured_after_several_contexts_and_batches_after_the_first(run):
+    code, out, err = run(
+        "--shape", "1x128x2", "--context", "0,9,300", "--decode", 2, "--prefill", 3, "--batch", 2, "--device", "cpu", "--json"
+    )  # fmt: skip
+    assert code == 0, err
+    result = json.loads(out)
+    speeds = result["context_decode_tokens_per_s"]
+    assert list(speeds) == ["0", "9", "300"] and all(speed > 0 for speed in speeds.values())
+    assert result["context"] == 0 and result["decode_tokens_per_s"] == speeds["0"]
+    assert result["first_token_s"]["3"] == pytest.approx(3 / result["prefill_tokens_per_s"]["3"])
+    assert [result[key] for key in ("gpu_peak_bytes", "copy_gb_per_s", "copy_share")] == [None] * 3
+    shown = run("--shape", "1x128x2", "--context", "0,9", "--decode", 2, "--prefill", 3, "--batch", 1)[1]
+    assert "after 0 cached tokens" in shown and "decode at 9" in shown
+
+
+@pytest.mark.parametrize(("device", "gpu", "expected"), [("cpu", True, [128]), ("auto", False, [128]),
+    ("auto", True, [0, 1024, 2012]), ("cuda:1", True, [0, 1024, 2012])])  # fmt: skip
+def test_contexts_are_those_of_the_device_as_far_as_the_model_has_room(monkeypatch, device, gpu, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    args = types.SimpleNamespace(context=None, device=device, decode=32, prefill=[8])
+    assert bench.contexts_of(config_of("1x128x2"), args) == expected
+    small = config_of("1x128x2").copy(max_position_embeddings=40)
+    assert bench.contexts_of(small, args) == ([4] if expected == [128] else [0, 4])
+
+
+def test_on_a_gpu_a_step_is_compared_with_a_copy_keys_and_values_counted(monkeypatch):
+    """With the CPU standing in for the card: bytes and shares are real, its driver's count is not."""
+    model = RandomModel(config_of("2x128x2"), make_format("int4", 128)).build(lambda done, total: None)
+    monkeypatch.setattr(bench, "gpu_of", lambda model: torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 5 << 20)
+    monkeypatch.setattr(bench, "context_bytes", lambda: 2 << 20)
+    monkeypatch.setattr(bench, "free_gpu", lambda index: (1 << 23, 1 << 22))
+    monkeypatch.setattr(bench, "copy_gb_per_s", lambda device, nbytes: [nbytes / 1e6])
+    found = bench.card(model, {"context_decode_tokens_per_s": {"0": 100.0, "50": 100.0}})
+    assert found["gpu_peak_bytes"] == 7 << 20 and found["copy_gb_per_s"] == (1 << 20) / 1e6
+    per_token = 2 * 2 * 128 * 2  # layers, keys and values, features, bytes
+    assert bench.cache_bytes(model) == per_token
+    weights = bench.weight_bytes(model) * 100 / 1e9 / found["copy_gb_per_s"]
+    more = 50 * per_token * 100 / 1e9 / found["copy_gb_per_s"]
+    assert found["copy_share"] == {"0": pytest.approx(weights), "50": pytest.approx(weights + more)}
+    nothing = dict.fromkeys(("read_gb_per_s", "weights_read_gb_per_s", "read_method", "bandwidth_share"))
+    assert "of which decode has" in bench.beside(found | nothing)
+
+
+def test_a_copy_is_timed():
+    assert all(rate > 0 for rate in bench.copy_gb_per_s(torch.device("cpu"), 1 << 16, 3))
+
+
 def test_a_folder_is_measured_as_it_is(run):
     result = figures(run, DEMO)
     check_figures(result)
@@ -215,6 +263,13 @@ def test_random_weights_keep_activations_of_order_one(format):
     assert told[-1] == (expected, expected)
     tables = model.gpt_neox.rotary.table.nbytes
     assert model.get_memory_footprint() == expected + tables
+
+
+def test_random_weights_are_made_where_they_are_wanted():
+    plan = RandomModel(config_of("1x128x2"), make_format("int4", 128), small_head=True)
+    model = plan.build(lambda done, total: None, torch.device("meta"))
+    assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {"meta", "cpu"}
+    assert model.gpt_neox.rotary.table.device.type == "cpu"  # moved with the rest
 
 
 @pytest.mark.parametrize("shape", SHAPES)

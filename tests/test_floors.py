@@ -15,6 +15,7 @@ PACKAGES = {"neox_lite": ROOT, "neox_lite_quant": ROOT / "quant", "neox_lite_app
 FLOORS = [
     "neox_lite.version",
     "neox_lite.errors",
+    "neox_lite.kept",
     "neox_lite.hub",
     "neox_lite.config",
     "neox_lite.offload.plan",
@@ -43,7 +44,7 @@ FLOORS = [
 ]
 # The core's third-party imports, and the only ones allowed at the top of a module; others are imported where they are used.
 TOP_LEVEL = {"torch", "tokenizers"}
-LAZY = {"huggingface_hub", "numpy", "tqdm", "safetensors"}
+LAZY = {"huggingface_hub", "numpy", "tqdm", "safetensors", "bitsandbytes"}
 # A backend's insides are imported when it is bound, so they may import what it is made of.
 INSIDES = {"neox_lite.kernels.cpu": {"llvmlite", "numpy"}, "neox_lite.kernels.triton": {"triton"}}
 

@@ -9,18 +9,21 @@ from neox_lite.errors import FormatError, ShapeError
 from neox_lite.formats import (
     FORMATS,
     GROUP_SIZES,
+    GROUPED,
     Dense,
     GroupInt,
     Weight,
     formats_of,
+    label,
     make_format,
     quantization_config,
 )
 from neox_lite.formats.group_int import pack, unpack
 
-every_format = pytest.mark.parametrize(
-    "format", [make_format(n, g) for n in FORMATS for g in GROUP_SIZES], ids=lambda f: f"{f.name}-g{f.group_size}"
-)
+IN_GROUPS = [make_format(name, size) for name in GROUPED for size in GROUP_SIZES]
+OTHERS = [make_format(name) for name in FORMATS if name not in GROUPED]
+every_format = pytest.mark.parametrize("format", IN_GROUPS + OTHERS, ids=lambda f: label(f, "").replace(" ", "-"))
+every_grouped = pytest.mark.parametrize("format", IN_GROUPS, ids=lambda f: label(f, "").replace(" ", "-"))
 every_method = pytest.mark.parametrize("method", ["rtn", "mse"])
 
 
@@ -31,6 +34,19 @@ def gaussian(rows=24, columns=256, seed=0):
 def squared_error(format, weight, method, dtype=torch.float16):
     stored = format.encode(weight, dtype, method)
     return float((format.decode(stored, torch.float32) - weight).square().mean() / weight.square().mean())
+
+
+def stored_whole(format, weight, dtype=torch.float16, method=None):
+    """All stored tensors of a weight, as a folder would hold them."""
+    shape, part = tuple(weight.shape), format.encode(weight, dtype, method or format.methods[0])
+    kept = {key: part.pop(key) for key in format.late}
+    return {**part, **format.constants(shape, dtype), **format.finish(kept, shape, dtype)}
+
+
+def reread(format, weight, dtype=torch.float16, method=None):
+    """What a weight is after it was stored and read."""
+    shape, tensors = tuple(weight.shape), stored_whole(format, weight, dtype, method)
+    return Weight(format.opened(tensors, shape), shape, tensors)
 
 
 # Golden bytes ---------------------------------------------------------------------------------------------------------
@@ -72,16 +88,15 @@ def test_pack_refuses_other_widths_and_broken_words():
 
 
 @every_format
-@every_method
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_encode_gives_what_specs_promise(format, method, dtype):
-    weight = gaussian()
-    stored = format.encode(weight, dtype, method) | format.constants((24, 256))
-    specs = format.specs((24, 256), dtype)
-    assert {k: (t.dtype, tuple(t.shape)) for k, t in stored.items()} == specs
+def test_encode_gives_what_specs_promise(format, dtype):
+    for method in format.methods:
+        stored = stored_whole(format, gaussian(), dtype, method)
+        specs = format.specs((24, 256), dtype)
+        assert {k: (t.dtype, tuple(t.shape)) for k, t in stored.items()} == specs
 
 
-@every_format
+@every_grouped
 @every_method
 def test_every_weight_is_within_its_step_of_the_original(format, method):
     weight = gaussian()
@@ -94,7 +109,7 @@ def test_every_weight_is_within_its_step_of_the_original(format, method):
         assert float((error <= step * 0.5001).float().mean()) > 0.9
 
 
-@every_format
+@every_grouped
 def test_mse_is_never_worse_than_rtn_in_any_group(format):
     weight = gaussian(64, 256) * torch.logspace(-3, 2, 64)[:, None]
     groups = {}
@@ -122,14 +137,14 @@ def test_relative_error_on_gaussian_weights(format, method, bound):
 
 @every_format
 def test_row_slices_give_the_same_bytes_as_the_whole(format):
-    weight = gaussian(32)
-    whole = format.encode(weight, torch.float16, "mse")
-    parts = [format.encode(weight[a : a + 8], torch.float16, "mse") for a in range(0, 32, 8)]
+    weight, method = gaussian(32), format.methods[0]
+    whole = format.encode(weight, torch.float16, method)
+    parts = [format.encode(weight[a : a + 8], torch.float16, method) for a in range(0, 32, 8)]
     for key, tensor in whole.items():
         assert torch.equal(tensor, torch.cat([p[key] for p in parts]))
 
 
-@every_format
+@every_grouped
 def test_codes_are_rounded_against_the_scale_as_stored(format):
     weight, stored = gaussian(), None
     stored = format.encode(weight, torch.bfloat16, "rtn")
@@ -140,14 +155,14 @@ def test_codes_are_rounded_against_the_scale_as_stored(format):
     )
 
 
-@every_format
+@every_grouped
 @every_method
 def test_quantizing_a_decoded_weight_again_changes_nothing_much(format, method):
     once = format.decode(format.encode(gaussian(), torch.float32, method), torch.float32)
     assert squared_error(format, once, method, torch.float32) < 1e-3 / (1 << (2 * format.bits - 8))
 
 
-@every_format
+@every_grouped
 @every_method
 def test_an_all_zero_group_decodes_to_zero_with_a_scale_of_one(format, method):
     weight = gaussian()
@@ -158,11 +173,18 @@ def test_an_all_zero_group_decodes_to_zero_with_a_scale_of_one(format, method):
 
 
 @every_format
-@every_method
-def test_weights_too_small_for_the_scale_become_zero(format, method):
-    stored = format.encode(torch.full((1, 128), 1e-9), torch.float16, method)
-    assert bool(format.decode(stored, torch.float32).isfinite().all())
-    assert float(format.decode(stored, torch.float32).abs().max()) < 1e-6
+def test_a_row_of_zeros_stays_zero(format):
+    weight = gaussian()
+    weight[3] = 0
+    assert bool((reread(format, weight).decode()[3] == 0).all())
+    assert bool((reread(format, torch.zeros(2, 256)).decode() == 0).all())
+
+
+@every_format
+def test_weights_too_small_for_the_scale_become_zero(format):
+    for method in format.methods:
+        decoded = reread(format, torch.full((1, 128), 1e-9), torch.float16, method).decode()
+        assert bool(decoded.isfinite().all()) and float(decoded.abs().max()) < 1e-6
 
 
 @every_format
@@ -171,7 +193,7 @@ def test_values_that_are_not_finite_are_refused(format, bad):
     weight = gaussian()
     weight[5, 7] = bad
     with pytest.raises(FormatError, match="not finite"):
-        format.encode(weight, torch.float16, "mse")
+        format.encode(weight, torch.float16, format.methods[0])
 
 
 @pytest.mark.parametrize("method", ["rtn", "mse"])
@@ -188,7 +210,7 @@ def test_in_features_that_do_not_divide_name_the_group_sizes_that_do():
 
 
 def test_unknown_formats_groups_and_methods_are_named():
-    with pytest.raises(FormatError, match="'int3', expected one of int4, int8"):
+    with pytest.raises(FormatError, match="'int3', expected one of int4, int8, nf4"):
         make_format("int3")
     with pytest.raises(FormatError, match="group_size is 96, expected one of 32, 64, 128"):
         make_format("int4", 96)
@@ -198,16 +220,18 @@ def test_unknown_formats_groups_and_methods_are_named():
 
 @every_format
 def test_weight_decodes_rows_as_the_whole_does(format):
-    stored = format.encode(gaussian(), torch.float16, "rtn") | format.constants((24, 256))
-    weight = Weight(format, (24, 256), stored)
-    assert torch.equal(weight.decode(torch.float32)[5:11], weight.decode(torch.float32, 5, 11))
-    assert weight.nbytes == sum(t.nbytes for t in stored.values())
+    weight = reread(format, gaussian(200, 1024))  # more than one block of nf4's scales
+    for start, stop in ((0, 1), (5, 11), (63, 200), (199, 200)):
+        assert torch.equal(weight.decode()[start:stop], weight.decode(torch.float32, start, stop))
+    assert weight.nbytes == sum(t.nbytes for t in weight.tensors.values())
 
 
 @every_format
 def test_bits_per_weight_count_codes_and_scales(format):
-    stored = format.encode(gaussian(), torch.float16, "rtn")
-    assert format.bits_per_weight(torch.float16) == sum(t.nbytes for t in stored.values()) * 8 / (24 * 256)
+    stored = stored_whole(format, gaussian(64, 256))
+    beside = {*format.constants((64, 256)), *format.loose}
+    counted = sum(t.nbytes for key, t in stored.items() if key not in beside)
+    assert format.bits_per_weight(torch.float16) == counted * 8 / (64 * 256)
 
 
 # quantization_config --------------------------------------------------------------------------------------------------
@@ -253,7 +277,7 @@ def test_schemes_that_are_not_symmetric_groups_are_refused_by_key(key, value):
 
 
 def test_other_quantizers_are_refused_by_name():
-    with pytest.raises(FormatError, match="quant_method is 'gptq', expected 'compressed-tensors'"):
+    with pytest.raises(FormatError, match="quant_method is 'gptq', expected 'compressed-tensors' or 'bitsandbytes'"):
         formats_of({"quant_method": "gptq", "bits": 4})
 
 

@@ -5,13 +5,14 @@ import json
 
 import pytest
 import torch
+from peers import opened_by_transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXForSequenceClassification
 from neox_lite.checkpoint import verify_folder
 from neox_lite.errors import ArgumentError, CheckpointError, FormatError
-from neox_lite.formats import FORMATS
+from neox_lite.formats import FORMATS, GROUPED
 from neox_lite_quant import convert
 
 SHAPE = {
@@ -43,7 +44,13 @@ def source(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module", params=[(f, g, m) for f in FORMATS for g in (32, 128) for m in ("rtn", "mse")], ids=str)
+WAYS = [
+    *((format, size, method) for format in GROUPED for size in (32, 128) for method in ("rtn", "mse")),
+    *((format, None, None) for format in FORMATS if format not in GROUPED),
+]
+
+
+@pytest.fixture(scope="module", params=WAYS, ids=str)
 def quantized(request, source, tmp_path_factory):
     format, group_size, method = request.param
     folder = tmp_path_factory.mktemp("quantized") / "model"
@@ -63,10 +70,8 @@ def test_the_folder_is_whole(quantized):
 
 
 def test_transformers_opens_the_folder_with_equal_logits(quantized):
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("compressed_tensors")
     folder, _ = quantized
-    peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    peer = opened_by_transformers(folder)
     ours = GPTNeoXForCausalLM.from_pretrained(folder, dtype=torch.float32, exact=True)
     with torch.no_grad():
         expected = peer(IDS).logits

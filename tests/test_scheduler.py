@@ -15,7 +15,7 @@ from neox_lite.cache import PAGE, Batch, PagePool, PrefixCache
 from neox_lite.errors import CacheError
 from neox_lite.options import Options
 from neox_lite.row import Row
-from neox_lite.sampling import Sampling
+from neox_lite.sampling import Sampling, choose
 from neox_lite.scheduler import LEAST_TOKENS, SCORED_TOKENS, ReadingPace, Scheduler
 from neox_lite.stepper import PREFILL_TOKENS
 
@@ -102,17 +102,62 @@ class Counting(Scheduler):
         super()._put_back(row)
 
 
-def test_30_random_schedules_give_every_row_the_tokens_it_gets_alone(model):
-    """Arrivals, cancels, preemptions, shared beginnings, scores; rows with penalties, filters and seeds of their own."""
+class Flight:
+    def __init__(self, tokens):
+        self.found, self.read = tokens, False
+
+    def tokens(self):
+        self.read = True
+        return self.found
+
+
+class Flying:
+    """A model on a device that chooses tokens itself, but for now and then."""
+
+    def __init__(self, model, choice: random.Random) -> None:
+        self.model, self.choice, self.seen, self.new_pool, self.step = (
+            model,
+            choice,
+            Counter(),
+            model.new_pool,
+            model.step,
+        )
+
+    @property
+    def graph_reason(self):
+        return "it is tired" if self.choice.random() < 0.1 else None
+
+    def launch(self, pool, sequences, ids, choices, excluded=None, previous=None):
+        if self.choice.random() < 0.05:
+            return None
+        given = [id if id >= 0 else previous.found[-1 - id] for id in ids]
+        self.seen["in the air"] += previous is not None and not previous.read
+        starts = [sequence.length for sequence in sequences]
+        logits = self.model.step(pool, sequences, [[id] for id in given])
+        tokens = []
+        for start, one, logits_ in zip(starts, choices, logits, strict=True):
+            sampling = Sampling(one.temperature > 0, one.temperature, one.top_k, one.top_p, one.min_p, seed=one.seed)
+            tokens.append(choose(logits_, torch.zeros(start + 1), one.stream, sampling, []))
+        self.seen["launched"] += 1
+        return Flight(tokens)
+
+
+@pytest.mark.parametrize("flying", [False, True])
+def test_30_random_schedules_give_every_row_the_tokens_it_gets_alone(model, flying):
+    """Arrivals, cancels, preemptions, shared beginnings, scores; rows with penalties, filters and seeds of their own.
+
+    flying: passes are in the air, and rows are such that a device can choose for them, but for a few.
+    """
     seen = Counter()
     for seed in range(30):
         choice = random.Random(seed)
         limit = choice.choice([None, 4, 5])
         pace = ReadingPace(1.0, lambda: 0.0)
         pace.took = lambda tokens, seconds, pace=pace, choice=choice: setattr(pace, "tokens", choice.randint(16, 200))
-        scheduler = Counting(model, PrefixCache(model.new_pool(0, limit), choice.choice([0, 4])), pace=pace)
+        stepper = Flying(model, choice) if flying else model
+        scheduler = Counting(stepper, PrefixCache(model.new_pool(0, limit), choice.choice([0, 4])), pace=pace)
         trunk = random_ids(1, 300, seed=seed)[0].tolist()
-        todo = [random_row(choice, trunk, i) for i in range(choice.randint(3, 10))]
+        todo = [random_row(choice, trunk, i, flying) for i in range(choice.randint(3, 10))]
         rows = list(todo)
         while todo or scheduler.busy:
             while todo and choice.random() < 0.3:
@@ -129,11 +174,12 @@ def test_30_random_schedules_give_every_row_the_tokens_it_gets_alone(model):
             check_alone(model, row)
             seen[row.finish_reason] += 1
         assert scheduler._pool.pages - scheduler._pool.free_pages == scheduler._prefixes.pages
-        seen += scheduler.seen
+        seen += scheduler.seen + (stepper.seen if flying else Counter())
+    assert not flying or seen["in the air"] > 0.8 * seen["launched"] > 500
     assert min(seen[name] for name in ("put back", "cancelled", "length", "stop")) >= 10, seen
 
 
-def random_row(choice: random.Random, trunk: list[int], number: int) -> Row:
+def random_row(choice: random.Random, trunk: list[int], number: int, plain: bool = False) -> Row:
     own = random_ids(1, 80, seed=number + 1000)[0].tolist()
     prompt = trunk[: choice.choice([0, 1, 60, 130, 256])] + own[: choice.randint(1, 80)]
     prompt = choice.choice([prompt, trunk[:200]])  # now and then the same
@@ -142,9 +188,9 @@ def random_row(choice: random.Random, trunk: list[int], number: int) -> Row:
         seed=choice.randrange(2**64),
         top_p=choice.choice([1.0, 0.9]),
         temperature=choice.choice([0.7, 1.3]),
-        repetition_penalty=choice.choice([1.0, 1.3]),
-        frequency_penalty=choice.choice([0.0, 0.7]),
-        no_repeat_ngram_size=choice.choice([0, 3]),
+        repetition_penalty=choice.choice([1.0, 1.3]) if not plain or choice.random() < 0.1 else 1.0,
+        frequency_penalty=choice.choice([0.0, 0.7]) if not plain else 0.0,
+        no_repeat_ngram_size=choice.choice([0, 3]) if not plain else 0,
     )
     options = Options(
         sampling=sampling,

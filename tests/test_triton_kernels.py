@@ -3,6 +3,8 @@
 Memory that kernels write to is filled with NaN beforehand. Errors are max |error| over the exact result's root mean square.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch.nn import functional
@@ -306,6 +308,15 @@ def test_tables_begin_where_no_kernel_has_to_be_compiled_anew():
             assert part.storage_offset() % 4 == 0
 
 
+def test_a_thread_keeps_the_table_of_its_batch_while_another_works_on_its_own():
+    ops, pool = ops_for(), PagePool(2, 32, torch.float32, [DEVICE])
+    batches = [Batch.reserve(pool, [pool.new()], [count]) for count in (3, 5)]
+    table = ops._table(batches[0], DEVICE)
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(ops._table, batches[1], DEVICE).result() is not table
+    assert ops._table(batches[0], DEVICE) is table
+
+
 def test_no_tokens_are_no_work():
     ops, weight = ops_for(), quantized(4, 32, 24, 64)
     x, norm = (
@@ -437,10 +448,10 @@ def test_attention_writes_where_the_next_weight_reads():
 # The model ------------------------------------------------------------------------------------------------------------
 
 
-def tiny(parallel=True, formats=(), dtype=torch.float32):
+def tiny(parallel=True, formats=(), dtype=torch.float32, layers=2, hidden=64, positions=200, spread=0.1):
     config = GPTNeoXConfig(
-        hidden_size=64, num_attention_heads=2, num_hidden_layers=2, intermediate_size=128, vocab_size=67,
-        max_position_embeddings=200, use_parallel_residual=parallel, initializer_range=0.1,
+        hidden_size=hidden, num_attention_heads=2, num_hidden_layers=layers, intermediate_size=128, vocab_size=67,
+        max_position_embeddings=positions, use_parallel_residual=parallel, initializer_range=spread,
     )  # fmt: skip
     model = GPTNeoXForCausalLM(config).to(dtype)
     for i, block in enumerate(model.gpt_neox.blocks):
@@ -543,5 +554,5 @@ def test_tiles_are_whole_for_every_shape_of_the_family():
         for columns in (hidden, 4 * hidden):
             for bits in (4, 8):
                 words = columns * bits // 32
-                tile = choices.rows((words,), 128 * bits // 32, 1, 2)
-                assert words % (tile.groups * tile.inner) == 0  # no masks in the loop
+                for tile in choices.rows(AMPERE, 4 * hidden, (words,), bits, 128 * bits // 32, 1, "halves").tiles:
+                    assert words % (tile.groups * tile.inner) == 0  # no masks in the loop

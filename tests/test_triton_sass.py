@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 CARDS = (75, 80, 86, 89, 90, 120)
 KERNELS = {
     "write_norms", "multiply_beside", "multiply_sum", "attend_page", "combine", "append", "attend_block", "decode", "finish",
-    "multiply_tiles",
+    "multiply_tiles", "embed", "draw",
 }  # fmt: skip
 
 
@@ -64,6 +64,14 @@ def test_a_decode_step_streams_weights_128_bits_at_a_time_without_a_barrier(comp
 def test_many_tokens_meet_weights_on_tensor_cores(compiled, card):
     for kernel in ("multiply_tiles", "attend_block"):
         assert all(row["tensor_core"] for row in compiled[card, kernel])
+
+
+def test_no_size_that_tuning_may_pick_spills(tmp_path):
+    """On the youngest card, whose compiler spilled first when sizes were chosen."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, str(ROOT / "benchmarks" / "sass.py"), "--cards", "120", "--candidates"]
+    done = subprocess.run(command, env=environment, text=True, capture_output=True, check=False)
+    assert done.returncode == 0 and done.stdout.count("multiply_tiles") > 20, done.stderr
 
 
 def test_the_rules_name_what_they_find(monkeypatch):

@@ -23,11 +23,11 @@ from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
 from neox_lite.cache import PAGE, Batch, PagePool
 from neox_lite.cache import Sequence as CachedSequence
 from neox_lite.errors import ArgumentError
-from neox_lite.formats import DENSE, Dense, GroupInt, Weight, make_format
+from neox_lite.formats import DENSE, NF4, Dense, GroupInt, Weight, make_format
 from neox_lite.hub import resolve
 from neox_lite.layers import Linear
 from neox_lite.loading import LoadOptions, put
-from neox_lite.offload.machine import free_memory
+from neox_lite.offload.machine import context_bytes, free_gpu, free_memory
 from neox_lite.offload.place import Wish, check, decide
 from neox_lite.stepper import PREFILL_TOKENS
 
@@ -41,12 +41,16 @@ BUFFER_BYTES = 2 << 30  # read to measure the machine: many times any cache
 READ_PASSES = 5
 PAIRS, PAIR_STEPS = 5, 4  # readings of memory, and the decode steps before each
 SAMPLE_S = 0.05
+COPY_BYTES, COPY_RUNS = 1 << 30, 20  # on a GPU
 
 
 def bench(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads or default_threads())
     check_options(args)
-    plan = plan_of(args) if args.shape is not None else None
+    config = config_of(args.shape) if args.shape is not None else config_in(args.model, args.revision)
+    args.context = contexts_of(config, args)
+    check(wish_of(args))  # said before gigabytes are written
+    plan = plan_of(config, args) if args.shape is not None else None
     load_average = warn_if_busy()
     if plan is not None and args.scratch is not None:
         write(plan, Path(args.scratch))
@@ -55,7 +59,8 @@ def bench(args: argparse.Namespace) -> None:
         model, load_s = load_model(args) if plan is None else (build(plan, args), None)
         result = {**identity(model, args), "load_s": load_s, **measure(model, args)}
     result |= {"peak_bytes": peak_bytes(model.device), "anonymous_peak_bytes": peak()}
-    result |= bandwidth(model, args.context, min(PAIR_STEPS, args.decode)) | {"load_average": load_average}
+    result |= bandwidth(model, args.context[0], min(PAIR_STEPS, args.decode)) | card(model, result)
+    result["load_average"] = load_average
     if args.json:
         print_json(result)
     else:
@@ -77,12 +82,11 @@ def check_options(args: argparse.Namespace) -> None:
         raise ArgumentError("--scratch is empty, expected a new folder's name")
     if args.warm and shaped and args.scratch is None:
         raise ArgumentError("--warm reads weights from the disk, and --shape makes them in memory; add --scratch DIR")
-    check(wish_of(args))  # said before gigabytes are written
 
 
 def wish_of(args: argparse.Namespace, **changes: Any) -> Wish:
     """What the placement flags ask for, with room for the longest sequence that is measured."""
-    longest = max(*args.prefill, args.context + WARM_UP + args.decode)
+    longest = max(*args.prefill, max(args.context) + WARM_UP + args.decode)
     return replace(LoadOptions.parse({**placing(args), "context": longest}).wish, **changes)
 
 
@@ -90,7 +94,6 @@ def load_model(args: argparse.Namespace) -> tuple[GPTNeoXForCausalLM, float]:
     """MODEL or the folder just written, and the seconds that loading it took, with --warm the reading too."""
     quantization = args.format if args.model and args.format != "fp16" else None
     name = args.model or args.scratch
-    check_lengths(GPTNeoXConfig.from_pretrained(resolve(name, args.revision)), args)
     began = time.perf_counter()
     model = load(name, args, args.head, quantization=quantization, context=wish_of(args).context)
     load_s = time.perf_counter() - began
@@ -99,12 +102,10 @@ def load_model(args: argparse.Namespace) -> tuple[GPTNeoXForCausalLM, float]:
     return model, load_s
 
 
-def plan_of(args: argparse.Namespace) -> RandomModel:
+def plan_of(config: GPTNeoXConfig, args: argparse.Namespace) -> RandomModel:
     """The random model that --shape, --format, --group-size and --head ask for."""
-    format = Dense() if args.format == "fp16" else make_format(args.format or "int4", args.group_size or 128)
-    assert isinstance(format, Dense | GroupInt)
-    config = config_of(args.shape)
-    check_lengths(config, args)
+    format = Dense() if args.format == "fp16" else make_format(args.format or "int4", args.group_size)
+    assert isinstance(format, Dense | GroupInt | NF4)
     return RandomModel(config, format, args.head == "int8")
 
 
@@ -119,16 +120,19 @@ def write(plan: RandomModel, folder: Path) -> None:
 def build(plan: RandomModel, args: argparse.Namespace) -> GPTNeoXForCausalLM:
     """The plan's model in memory, where the placement flags say."""
     decision = decide(wish_of(args, head="fp16"), plan.sizes, ["embed_out"])
+    there = decision.device if decision.everything_there else torch.device("cpu")
     free = free_memory()[1]
-    if free is not None and plan.nbytes > free:
+    if there.type == "cpu" and free is not None and plan.nbytes > free:
         raise ArgumentError(
             f"--shape {args.shape}: the weights take {amount(plan.nbytes, 'B')}, but {amount(free, 'B')} of memory is free; "
             "use --format int4, or --scratch DIR to run them mapped from there"
         )
     with bar("make random weights") as progress:
-        model = plan.build(progress)
+        model = plan.build(progress, there)
     model.exact = args.exact
-    put(model, decision)
+    put(
+        model, replace(decision, placement=None) if there.type == "cuda" else decision
+    )  # nothing is left to place there
     note(f"{args.shape}: {describe(model)}")
     return model
 
@@ -143,16 +147,30 @@ def read_linears(model: GPTNeoXForCausalLM) -> list[Linear]:
     return [*linears(model), model.embed_out]
 
 
-def check_lengths(config: GPTNeoXConfig, args: argparse.Namespace) -> None:
-    """Refuse prompts and sequences that are longer than the model's context."""
+def config_in(model: str, revision: str | None) -> GPTNeoXConfig:
+    return GPTNeoXConfig.from_pretrained(resolve(model, revision))
+
+
+def contexts_of(config: GPTNeoXConfig, args: argparse.Namespace) -> list[int]:
+    """The numbers of cached tokens to decode after: as given, else 128; on a GPU 0, 1024 and 2048, as far as there is room.
+
+    Raises ArgumentError for prompts and sequences that are longer than the model's context.
+    """
     limit = config.max_position_embeddings
     if max(args.prefill) > limit:
         raise ArgumentError(f"--prefill is {max(args.prefill)}, but the model's context is {limit}")
-    if (wanted := args.context + WARM_UP + args.decode) > limit:
+    room = limit - WARM_UP - args.decode
+    if args.context is None:
+        on_gpu = args.device.startswith("cuda") or (args.device == "auto" and torch.cuda.is_available())
+        wanted = [min(n, room) for n in ((0, 1024, 2048) if on_gpu else (128,))]
+    else:
+        wanted = args.context
+    if max(wanted) > room or room < 0:
         raise ArgumentError(
-            f"--context {args.context} and --decode {args.decode} need {wanted} tokens with {WARM_UP} to warm up, but the "
-            f"model's context is {limit}"
+            f"--context {max(wanted)} and --decode {args.decode} need {max(wanted) + WARM_UP + args.decode} tokens with "
+            f"{WARM_UP} to warm up, but the model's context is {limit}"
         )
+    return list(dict.fromkeys(wanted))
 
 
 def identity(model: GPTNeoXForCausalLM, args: argparse.Namespace) -> dict[str, Any]:
@@ -168,7 +186,7 @@ def identity(model: GPTNeoXForCausalLM, args: argparse.Namespace) -> dict[str, A
         "device": str(model.device),
         "backend": model.ops.name,
         "threads": torch.get_num_threads(),
-        "context": args.context,
+        "context": args.context[0],
     }
 
 
@@ -191,8 +209,9 @@ def weight_bytes(model: GPTNeoXForCausalLM) -> int:
 def measure(model: GPTNeoXForCausalLM, args: argparse.Namespace) -> dict[str, Any]:
     """All figures that come from running the model; speeds are medians."""
     batches, left_out = batches_of(model, args)
-    outside_steps = min(OUTSIDE_STEPS, args.decode)
-    total = len(args.prefill) * PREFILL_RUNS + len(batches) * (WARM_UP + args.decode) + WARM_UP + outside_steps
+    first, outside_steps = args.context[0], min(OUTSIDE_STEPS, args.decode)
+    kinds = [*((n, first) for n in batches), *((1, context) for context in args.context[1:])]
+    total = len(args.prefill) * PREFILL_RUNS + len(kinds) * (WARM_UP + args.decode) + WARM_UP + outside_steps
     done = 0
     with bar("measure", "step") as progress:
 
@@ -204,31 +223,33 @@ def measure(model: GPTNeoXForCausalLM, args: argparse.Namespace) -> dict[str, An
         prefill_s(
             model, min(16, *args.prefill), 1, lambda: None
         )  # binds the kernels and brings the weights into memory
-        decodes: dict[int, list[float]] = {n: [] for n in batches}
-        for n, times in decodes.items():
-            for step_s in decode_s(model, n, args.context, WARM_UP + args.decode):
+        decodes: dict[tuple[int, int], list[float]] = {kind: [] for kind in kinds}
+        for (n, context), times in decodes.items():
+            for step_s in decode_s(model, n, context, WARM_UP + args.decode):
                 times.append(step_s)
                 tick()
             del times[:WARM_UP]
-        prefills = {n: prefill_s(model, n, PREFILL_RUNS, tick) for n in args.prefill}
-        outside = outside_share(model, args.context, outside_steps, tick)
-    median = {n: statistics.median(times) for n, times in decodes.items()}
-    fast, slow = quartiles(decodes[1])
+        prefills = {n: statistics.median(prefill_s(model, n, PREFILL_RUNS, tick)) for n in args.prefill}
+        outside = outside_share(model, first, outside_steps, tick)
+    median = {kind: statistics.median(times) for kind, times in decodes.items()}
+    fast, slow = quartiles(decodes[1, first])
     return {
-        "prefill_tokens_per_s": {str(n): n / statistics.median(times) for n, times in prefills.items()},
-        "decode_tokens_per_s": 1 / median[1],
+        "prefill_tokens_per_s": {str(n): n / prefill for n, prefill in prefills.items()},
+        "first_token_s": {str(n): prefill for n, prefill in prefills.items()},
+        "decode_tokens_per_s": 1 / median[1, first],
         "decode_quartiles_tokens_per_s": [1 / slow, 1 / fast],
-        "batch_decode_tokens_per_s": {str(n): n / median[n] for n in batches if n > 1},
+        "context_decode_tokens_per_s": {str(context): 1 / median[1, context] for context in args.context},
+        "batch_decode_tokens_per_s": {str(n): n / median[n, first] for n in batches if n > 1},
         "batches_left_out": left_out,
         "weight_bytes_per_token": weight_bytes(model),
-        "weight_gb_per_s": weight_bytes(model) / median[1] / 1e9,
+        "weight_gb_per_s": weight_bytes(model) / median[1, first] / 1e9,
         "outside_share": outside,
     }
 
 
 def batches_of(model: GPTNeoXForCausalLM, args: argparse.Namespace) -> tuple[list[int], list[int]]:
     """The batch sizes to decode with, and those, said in a line, for whose KV cache the memory budget has no room."""
-    wanted, pages = sorted({1, *args.batch}), pages_for(args.context + WARM_UP + args.decode)
+    wanted, pages = sorted({1, *args.batch}), pages_for(args.context[0] + WARM_UP + args.decode)
     if model.cache_pages is None or wanted[-1] * pages <= model.cache_pages:
         return wanted, []
     most = max(1, model.cache_pages // pages)
@@ -356,11 +377,14 @@ def outside_share(model: GPTNeoXForCausalLM, context: int, steps: int, tick: Cal
 
 
 def bandwidth(model: GPTNeoXForCausalLM, context: int, steps: int) -> dict[str, Any]:
-    """How fast plain code reads a fresh buffer and the model's weights, and decode's share of the former.
+    """On the CPU, how fast plain code reads a fresh buffer and the model's weights, and decode's share of the former.
 
-    Machines that others use too change their speed within seconds, so the share is the median of several, each of so many
-    decode steps and the reading right after them.
+    None where a part of the model is elsewhere. Machines that others use too change their speed within seconds, so the share
+    is the median of several, each of so many decode steps and the reading right after them.
     """
+    keys = ("read_gb_per_s", "read_method", "bandwidth_share", "weights_read_gb_per_s")
+    if model.placement is not None or model.device.type != "cpu":
+        return dict.fromkeys(keys)
     threads = torch.get_num_threads()
     weights = [max(linear.handle.tensors.values(), key=lambda t: t.nbytes) for linear in read_linears(model)]
     buffer_bytes = min(BUFFER_BYTES, (free_memory()[1] or BUFFER_BYTES) // 4) // 8 * 8
@@ -372,12 +396,60 @@ def bandwidth(model: GPTNeoXForCausalLM, context: int, steps: int) -> dict[str, 
     per_read = weight_bytes(model) / buffer_bytes
     with fastest_read(weights, threads) as (read_weights, _):
         weights_s = min(seconds(read_weights) for _ in range(READ_PASSES))
-    return {
-        "read_gb_per_s": buffer_bytes / min(read_s for _, read_s in rounds) / 1e9,
-        "read_method": method,
-        "bandwidth_share": statistics.median(per_read * read_s / step_s for step_s, read_s in rounds),
-        "weights_read_gb_per_s": sum(t.nbytes for t in weights) / weights_s / 1e9,
-    }
+    read_gb_per_s = buffer_bytes / min(read_s for _, read_s in rounds) / 1e9
+    share = statistics.median(per_read * read_s / step_s for step_s, read_s in rounds)
+    return dict(
+        zip(keys, (read_gb_per_s, method, share, sum(t.nbytes for t in weights) / weights_s / 1e9), strict=True)
+    )
+
+
+def card(model: GPTNeoXForCausalLM, result: dict[str, Any]) -> dict[str, Any]:
+    """On a GPU, its memory's most by the driver's count, how fast it copies, and decode's share of that by context.
+
+    A step reads the weights and its sequence's keys and values; the share is None where it reads some of them elsewhere.
+    """
+    gpu = gpu_of(model)
+    if gpu is None:
+        return {"gpu_peak_bytes": None, "copy_gb_per_s": None, "copy_share": None}
+    peak = torch.cuda.max_memory_reserved(gpu) + context_bytes()
+    rate = statistics.median(copy_gb_per_s(gpu, min(COPY_BYTES, free_gpu(gpu.index or 0)[1] // 4)))
+    share = None
+    if model.placement is None or model.placement.tiers == {"gpu"}:
+        steps = {int(n): 1 / speed for n, speed in result["context_decode_tokens_per_s"].items()}
+        nbytes = {n: weight_bytes(model) + n * cache_bytes(model) for n in steps}
+        share = {str(n): nbytes[n] / step_s / 1e9 / rate for n, step_s in steps.items()}
+    return {"gpu_peak_bytes": peak, "copy_gb_per_s": rate, "copy_share": share}
+
+
+def gpu_of(model: GPTNeoXForCausalLM) -> torch.device | None:
+    """The GPU that runs the model or a part of it."""
+    if model.accelerator is not None:
+        return model.accelerator.device
+    return model.device if model.device.type == "cuda" else None
+
+
+def cache_bytes(model: GPTNeoXForCausalLM) -> int:
+    """Of keys and values of a token, in all layers."""
+    pool = model.new_pool(pages=1, limit=1)
+    return sum(t.nbytes for t in (*pool.storage, *pool.scales)) // PAGE
+
+
+def copy_gb_per_s(device: torch.device, nbytes: int, runs: int = COPY_RUNS) -> list[float]:
+    """Rates of copies from a device's memory to the same memory, read and write counted: what a kernel can hope for."""
+    source = torch.ones(nbytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+
+    def copy() -> float:
+        if device.type != "cuda":
+            return seconds(lambda: target.copy_(source))
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        target.copy_(source)
+        end.record()
+        torch.cuda.synchronize(device)
+        return begin.elapsed_time(end) / 1e3
+
+    return [2 * nbytes / copy() / 1e9 for _ in range(runs + 3)][3:]
 
 
 @contextmanager
@@ -477,12 +549,11 @@ def table(result: dict[str, Any]) -> str:
         ("decode", f"{result['decode_tokens_per_s']:.2f} tokens/s ({low:.2f} to {high:.2f} in the middle half)"),
         *((f"decode x{n}", f"{speed:.2f} tokens/s in all") for n, speed in result["batch_decode_tokens_per_s"].items()),
         ("", f"after {result['context']} cached tokens a sequence"),
-        (
-            "weights",
-            f"{result['weight_gb_per_s']:.2f} GB/s read in decode; plain code reads them at "
-            f"{result['weights_read_gb_per_s']:.1f}, and a fresh buffer at {result['read_gb_per_s']:.1f} "
-            f"({result['read_method']}; decode has {result['bandwidth_share']:.0%} of that)",
+        *(
+            (f"decode at {n}", f"{speed:.2f} tokens/s")
+            for n, speed in list(result["context_decode_tokens_per_s"].items())[1:]
         ),
+        ("weights", f"{result['weight_gb_per_s']:.2f} GB/s read in decode" + beside(result)),
         ("outside", "unknown" if outside is None else f"{outside:.2%} of decode time is outside the operations"),
         (
             "memory",
@@ -490,6 +561,22 @@ def table(result: dict[str, Any]) -> str:
             + ("" if anonymous is None else f", {amount(anonymous, 'B')} of it not backed by files"),
         ),
     ]
+    if result["gpu_peak_bytes"] is not None:
+        rows.append(("on the GPU", f"{amount(result['gpu_peak_bytes'], 'B')} at most by the driver's count"))
     if result["load_s"] is not None:
         rows.append(("load", f"{result['load_s']:.2f} s"))
     return "\n".join(f"{name:<13}{text}" for name, text in rows)
+
+
+def beside(result: dict[str, Any]) -> str:
+    """What the memory could do, as the end of a sentence."""
+    if result["read_gb_per_s"] is not None:
+        return (
+            f"; plain code reads them at {result['weights_read_gb_per_s']:.1f}, and a fresh buffer at "
+            f"{result['read_gb_per_s']:.1f} ({result['read_method']}; decode has {result['bandwidth_share']:.0%} of that)"
+        )
+    if result["copy_gb_per_s"] is None:
+        return ""
+    shares = [f"{share:.0%} at {n}" for n, share in (result["copy_share"] or {}).items()]
+    of_that = f", of which decode has {', '.join(shares)}, keys and values counted" if shares else ""
+    return f"; the GPU copies {result['copy_gb_per_s']:.0f} GB/s{of_that}"

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module, metadata
 from typing import Any, NoReturn
 
+QUANTIZED = ("int4", "int8", "nf4", "nf4-double")  # formats.FORMATS, which would import torch
 EPILOG = """\
 MODEL is a folder or a hub id such as EleutherAI/pythia-1.4b. First time here: neox-lite demo
 """
@@ -125,16 +126,23 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=_count, metavar="S", default=1, help="of the sampled passage (default 1)")
     _add_running(sub, head=False)
 
-    sub = command("quantize", "convert", "turn a checkpoint into an int4 or int8 folder")
+    sub = command("quantize", "convert", "turn a checkpoint into an int4, int8 or nf4 folder")
     sub.add_argument("source", metavar="SRC", help="folder or hub id of the checkpoint")
     sub.add_argument(
         "destination", metavar="DST", nargs="?", help="folder to write (default: SRC's name plus the format)"
     )
-    sub.add_argument("--format", choices=("int4", "int8"), default="int4")
     sub.add_argument(
-        "--group-size", type=int, choices=(32, 64, 128), default=128, help="weights per scale (default 128)"
+        "--format",
+        choices=QUANTIZED,
+        default="int4",
+        help="default int4; nf4 and nf4-double, with scales in 8 bits, are bitsandbytes'",
     )
-    sub.add_argument("--method", choices=("mse", "rtn"), default="mse", help="scale search or round to nearest")
+    sub.add_argument(
+        "--group-size", type=int, choices=(32, 64, 128), help="weights per scale (default 128, of nf4 always 64)"
+    )
+    sub.add_argument(
+        "--method", choices=("mse", "rtn"), help="of int4 and int8: scale search (default) or round to nearest"
+    )
     sub.add_argument("--revision", help="branch, tag or commit of a hub id")
     sub.add_argument("--dry-run", action="store_true", help="print the sizes and write nothing")
     _add_json(sub)
@@ -215,13 +223,18 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("bench", "bench", "speed of a model, or of random weights in a shape, beside what this memory gives")
     sub.add_argument("model", metavar="MODEL", nargs="?")
     sub.add_argument("--shape", help="20b, a Pythia such as pythia-1.4b, or LxHxA: layers x hidden size x heads")
-    sub.add_argument("--format", choices=("int4", "int8", "fp16"), help="default: int4 for a shape, MODEL's own")
+    sub.add_argument("--format", choices=("int4", "int8", "nf4", "fp16"), help="default: int4 for a shape, MODEL's own")
     sub.add_argument("--group-size", type=int, choices=(32, 64, 128), help="of a shape, default 128")
     sub.add_argument("--scratch", metavar="DIR", help="write the shape's random model there and run it mapped")
     sub.add_argument("--prefill", type=_counts, metavar="N,N", default=[128, 512], help="prompts (default 128,512)")
     sub.add_argument("--decode", type=_positive, metavar="N", default=32, help="tokens to time (default 32)")
     sub.add_argument("--batch", type=_counts, metavar="N,N", default=[1, 4, 8], help="sequences (default 1,4,8)")
-    sub.add_argument("--context", type=_count, metavar="N", default=128, help="cached before decoding (default 128)")
+    sub.add_argument(
+        "--context",
+        type=_counts_from_0,
+        metavar="N,N",
+        help="cached before decoding; batches after the first (default 128; on a GPU 0,1024,2048, as far as there is room)",
+    )
     _add_running(sub, revision=True)
 
     sub = command(
@@ -231,7 +244,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.epilog = "Exit code 0 says that there is an answer, not that MODEL fits: see fits and short_by in --json."
     sub.add_argument(
         "--format",
-        choices=("int4", "int8", "fp16"),
+        choices=(*QUANTIZED, "fp16"),
         help="of a plain checkpoint: quantized, the default int4, or as it is",
     )
     sub.add_argument("--context", type=_positive, metavar="N", help="tokens to provide for (default: the model's own)")
@@ -343,12 +356,17 @@ def _integer(low: int, high: int | None = None) -> Callable[[str], int]:
     return parse
 
 
-def _counts(text: str) -> list[int]:
-    """Numbers above 0 between commas, none so large that torch could not count it."""
-    return [_integer(1, 1 << 20)(word) for word in text.split(",")]
+def _numbers(least: int) -> Callable[[str], list[int]]:
+    """Numbers of at least `least` between commas, none so large that torch could not count it."""
+
+    def parse(text: str) -> list[int]:
+        return [_integer(least, 1 << 20)(word) for word in text.split(",")]
+
+    parse.__name__ = "list of numbers"
+    return parse
 
 
-_counts.__name__ = "list of numbers"
+_counts, _counts_from_0 = _numbers(1), _numbers(0)
 _count, _positive = _integer(0), _integer(1)
 _threads = _integer(1, 8 * (os.cpu_count() or 1))  # a few too many are only slow, thousands never end
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from neox_lite.formats import label, make_format
 from neox_lite_quant import convert, export_gguf
 
 from .running import amount, bar, note, print_json
 
 
 def quantize(args: argparse.Namespace) -> None:
-    destination = args.destination or f"{Path(args.source).absolute().resolve().name}-{args.format}-g{args.group_size}"
+    name = label(make_format(args.format, args.group_size), args.format)
+    destination = args.destination or f"{Path(args.source).absolute().resolve().name}-{name.replace(' ', '-')}"
     options = {"format": args.format, "group_size": args.group_size, "method": args.method, "revision": args.revision}
     if args.dry_run:
         report = convert(args.source, destination, dry_run=True, **options)
     else:
-        with bar(f"{args.format} g{args.group_size} {args.method}") as progress:
+        with bar(" ".join(filter(None, (name, args.method)))) as progress:
             report = convert(args.source, destination, progress=progress, **options)
     if args.json:
         figures = ("bytes_in", "bytes_out", "seconds", "peak_bytes")

@@ -14,6 +14,7 @@ import torch
 
 from neox_lite.errors import ArgumentError
 from neox_lite.kernels import cpu, dispatch
+from neox_lite.kernels.triton import tuning
 from neox_lite.loading import cache_root
 from neox_lite.offload.machine import cpu_name, free_memory, profile
 from neox_lite.offload.plan import Machine
@@ -36,6 +37,9 @@ PACKAGES = (
 
 def doctor(args: argparse.Namespace) -> None:
     torch.set_num_threads(default_threads())
+    if args.measure:
+        for device in cards()[:1]:  # the one that is measured, which times what it launches
+            tuning.of(device).renew()
     result = examine(measure_machine() if args.measure else measured())
     if args.json:
         print_json(result)
@@ -62,6 +66,7 @@ def examine(rates: Machine | None) -> dict[str, Any]:
         "memory_free_bytes": free,
         "gpus": gpus(),
         "gpu_why_not": None if torch.cuda.is_available() else no_gpu_reason(),
+        "gpu_kernels": sizes(),
         "cpu_kernels": cpu.paths() if cpu.why_not(torch.device("cpu")) is None else {},
         "backends": {where: dispatch.reasons(torch.device(where)) for where in devices()},
         "measured": None if rates is None else asdict(rates),
@@ -73,6 +78,29 @@ def examine(rates: Machine | None) -> dict[str, Any]:
 
 def devices() -> list[str]:
     return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def cards() -> list[torch.device]:
+    """The GPUs that Triton's kernels run on."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    devices = [torch.device("cuda", i) for i in range(count)]
+    return [d for d in devices if dispatch.load("triton").why_not(d) is None]
+
+
+def sizes() -> dict[str, dict[str, Any]]:
+    """Which sizes Triton's kernels take on each GPU, why, and those that were timed there."""
+    found = {}
+    for device in cards():
+        try:
+            here = tuning.of(device)
+        except ArgumentError as error:
+            found[str(device)] = {"why": str(error), "timed": {}}
+        else:
+            found[str(device)] = {
+                "why": here.why(),
+                "timed": {key: asdict(choice) for key, choice in here.kept.items()},
+            }
+    return found
 
 
 def gpus() -> list[dict[str, Any]]:
@@ -144,6 +172,7 @@ def describe(result: dict[str, Any]) -> str:
         lines.append(f"GPU      none: {result['gpu_why_not']}")
     for where, reasons in result["backends"].items():
         lines += _choice(f"backend  on {where}: ", reasons)
+    lines += [f"kernels  on {where}: {found['why']}" for where, found in result["gpu_kernels"].items()]
     lines += _choice("kernels  for this processor: ", result["cpu_kernels"]) if result["cpu_kernels"] else []
     lines.append(f"speed    {speed(result['measured'])}")
     lines.append(f"cache    {result['cache']}, {size(result['cache_free_bytes'])} free on its disk")

@@ -19,6 +19,7 @@ from torch import Tensor
 from neox_lite import GPTNeoXForCausalLM
 from neox_lite.cache import PAGE
 from neox_lite.errors import ArgumentError
+from neox_lite.formats import Weight
 from neox_lite.hub import resolve
 from neox_lite.layers import Linear
 
@@ -108,13 +109,23 @@ def quality_of(
         same += int((wanted.argmax(1) == found.argmax(1)).sum())
         count += len(window) - 1
     linears = [m for m in model.gpt_neox.layers.modules() if isinstance(m, Linear)]
-    stored = sum(m.handle.nbytes for m in linears)
+    stored = sum(_weight_bytes(m.handle) for m in linears)
     weights = sum(m.in_features * m.out_features for m in linears)
-    # weight_shape, two numbers a layer, is bookkeeping and not counted as weight
-    bits = (stored - 16 * sum(m.format.name != "dense" for m in linears)) * 8 / weights
     return Quality(
-        path, format_name(model), bits, math.exp(loss / count), kl / count, same / count, model.get_memory_footprint()
+        path,
+        format_name(model),
+        stored * 8 / weights,
+        math.exp(loss / count),
+        kl / count,
+        same / count,
+        model.get_memory_footprint(),
     )
+
+
+def _weight_bytes(weight: Weight) -> int:
+    """Without what follows from the shape or states it, such as weight_shape: that is bookkeeping."""
+    beside = {*weight.format.constants(weight.shape), *weight.format.loose}
+    return sum(tensor.nbytes for key, tensor in weight.tensors.items() if key not in beside)
 
 
 def compare(args: argparse.Namespace) -> None:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from neox_lite.checkpoint import MANIFEST, Checkpoint, verify_folder
 from neox_lite.config import GPTNeoXConfig
-from neox_lite.errors import ArgumentError, NeoxLiteError
-from neox_lite.formats import formats_of
+from neox_lite.errors import ArgumentError, FormatError, NeoxLiteError
+from neox_lite.formats import FORMATS, formats_of
 from neox_lite.hub import fetch_files, local_folder
 from neox_lite.loading import Blueprint
 from neox_lite.model import class_of
-from neox_lite.offload.plan import FORMAT_BITS, largest_group, parameters, sizes_of
+from neox_lite.offload.plan import parameters, sizes_of
 from neox_lite.tokenizer import GPTNeoXTokenizerFast
 
+from .plan import Model
 from .running import amount, bar, note, print_json
 
 
@@ -26,9 +28,10 @@ def verify(args: argparse.Namespace) -> int:
     problems: list[str] = []
     try:
         config = GPTNeoXConfig.from_pretrained(folder)
-        ours = config.quantization_config is not None or (folder / MANIFEST).exists()
+        method = (config.quantization_config or {}).get("quant_method")
+        ours = method == "compressed-tensors" or (folder / MANIFEST).exists()
         with Checkpoint.open(folder) as checkpoint:
-            Blueprint(class_of(config), config, checkpoint)
+            Blueprint(class_of(config), config, checkpoint).check_formats()
     except NeoxLiteError as error:
         problems, ours = [str(error)], True
     total = 2 * sum(
@@ -89,10 +92,12 @@ def info(args: argparse.Namespace) -> None:
 
 
 def stored_bytes(config: GPTNeoXConfig) -> dict[str, int]:
-    """Bytes of all tensors by format, in the largest groups that fit; formats that suit no group are left out."""
-    group = largest_group(config)
-    sizes = {name: sizes_of(config, bits, group).total for name, bits in FORMAT_BITS.items() if bits and group}
-    return {"float16": sizes_of(config, None).total, **sizes}
+    """Bytes of all tensors by format, in the largest groups that fit; formats that do not suit the shape are left out."""
+    sizes = {"float16": sizes_of(config, None).total}
+    for name in FORMATS:
+        with suppress(FormatError):
+            sizes[name] = Model.quantized(config, name).sizes.total
+    return sizes
 
 
 def known_tokens(folder: Path) -> int | None:

@@ -16,7 +16,7 @@ from neox_lite.checkpoint import Checkpoint
 from neox_lite.config import GPTNeoXConfig
 from neox_lite.errors import ArgumentError, FormatError
 from neox_lite.folder_writer import MANIFEST, read_manifest
-from neox_lite.formats import GroupInt, formats_of
+from neox_lite.formats import GROUPED, formats_of, label, make_format
 from neox_lite.hub import HEAD, fetch_files, local_folder
 from neox_lite.loading import DTYPES
 from neox_lite.offload import machine
@@ -25,7 +25,6 @@ from neox_lite.offload.plan import (
     CARDS,
     CPU,
     DISK,
-    FORMAT_BITS,
     GAINS,
     GPU,
     GROUP_SIZES,
@@ -49,6 +48,7 @@ WIDTH = 100  # of the picture, at most
 LEAST_BAR = 10  # columns; a narrower bar gets a line of its own
 HANG = 10  # columns that stand before every text
 BLOCKS, PLAIN = "█▓▒·", "#=-."  # weights, KV cache, the rest, free; plain where stdout's encoding lacks blocks
+SMALLER_FORMATS: dict[str, tuple[str, ...]] = {"int4": (), **dict.fromkeys(("int8", "nf4", "nf4-double"), ("int4",))}
 WHERE = {GPU: "on the GPU", MIXED: "on the GPU and the CPU", CPU: "on the CPU", DISK: "with layers read from the disk"}
 
 
@@ -108,8 +108,7 @@ class Model:
         else:
             files = read_manifest(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
             formats, small_head = formats_of(config.quantization_config), HEAD in files or (folder / HEAD).is_file()
-            first = formats("gpt_neox.layers.0.mlp.dense_h_to_4h")
-            format = f"{first.name} g{first.group_size}" if isinstance(first, GroupInt) else name_of(dtype)
+            format = label(formats("gpt_neox.layers.0.mlp.dense_h_to_4h"), name_of(dtype))
             if args.format not in (None, format.split()[0]):
                 raise ArgumentError(f"{name}: is quantized already ({format}); leave --format out")
             found = cls(sizes_in(config, formats, dtype, stored.scales, small_head), format, dtype, config)
@@ -124,10 +123,11 @@ class Model:
     @classmethod
     def quantized(cls, config: GPTNeoXConfig, format: str, dtype: torch.dtype = torch.float16) -> Model:
         """What `neox-lite quantize` would make of a plain checkpoint in the largest groups that fit: the rest has 16 bits."""
-        group = largest_group(config) or GROUP_SIZES[0]  # if none fits, sizes_of says so
-        sizes = sizes_of(config, FORMAT_BITS[format], group, small_head=True)
+        group = largest_group(config) or GROUP_SIZES[0]  # if none fits, sizes_in says so
+        target = make_format(format, group if format in GROUPED else None)
         kept = dtype if dtype.itemsize == 2 else torch.float16
-        return cls(sizes, f"{format} g{group}", kept, config, made=True)
+        sizes = sizes_in(config, lambda name: target, kept, kept, small_head=True)
+        return cls(sizes, label(target, format), kept, config, made=True)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -219,7 +219,7 @@ def smaller_format(model: Model, found: Plan) -> Iterator[str]:
     """The advice to quantize further, where that helps."""
     if model.config.quantization_config is not None:
         return
-    for format in {"int4": (), "int8": ("int4",)}.get(model.format.split()[0], ("int8", "int4")):
+    for format in SMALLER_FORMATS.get(model.format.split()[0], ("int8", "int4")):
         with suppress(FormatError):  # rows that no group divides
             request = replace(found.request, disk=True)
             smaller = make_plan(Model.quantized(model.config, format).sizes, found.machine, request)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
 from neox_lite.errors import ArgumentError, FormatError
 from neox_lite.folder_writer import Spec
-from neox_lite.formats import DENSE, GROUP_SIZES, Dense, GroupInt, formats_of, quantization_config
+from neox_lite.formats import DENSE, GROUP_SIZES, NF4, Dense, Format, GroupInt, formats_of, quantization_config
+from neox_lite.formats.nf4 import LEVELS
 from neox_lite.formats.weight import Specs
 from neox_lite.layers import Linear
 from neox_lite.offload.place import sizes_in
@@ -32,6 +33,7 @@ SHAPES = {
     if m.id.startswith("EleutherAI/") and m.rotary == 0.25
 }
 DTYPE = torch.float16
+CPU = torch.device("cpu")
 BLOCK = 1 << 24  # random words that all weights repeat: 64 MB, made in a moment
 STRIDE = 1_000_003  # each tensor starts elsewhere in the block
 
@@ -62,8 +64,8 @@ class RandomModel:
     small_head: the vocabulary head is int8. Raises FormatError where a format does not suit the shape.
     """
 
-    def __init__(self, config: GPTNeoXConfig, format: Dense | GroupInt, small_head: bool = False) -> None:
-        scheme = quantization_config(format) if isinstance(format, GroupInt) else None
+    def __init__(self, config: GPTNeoXConfig, format: Dense | GroupInt | NF4, small_head: bool = False) -> None:
+        scheme = None if format == DENSE else quantization_config(format)
         self.config = config.copy(quantization_config=scheme)
         with torch.device("meta"):
             self.model = GPTNeoXForCausalLM(self.config)
@@ -87,9 +89,9 @@ class RandomModel:
         every = [*modules, *([self.small_head] if self.small_head is not None else [])]
         return sum(Spec("", *spec).nbytes for module in every for spec in _specs(module).values())
 
-    def build(self, progress: Progress) -> GPTNeoXForCausalLM:
-        """The model in memory; the plan is used up."""
-        model, noise, total, done = self.model, _Noise(), self.nbytes, 0
+    def build(self, progress: Progress, device: torch.device = CPU) -> GPTNeoXForCausalLM:
+        """The model in a device's memory, its rotary table in the host's; the plan is used up."""
+        model, noise, total, done = self.model, _Noise(device), self.nbytes, 0
         if self.small_head is not None:
             model.embed_out = self.small_head
         for module in model.modules():
@@ -137,38 +139,46 @@ def _part(name: str, module: nn.Module, noise: _Noise) -> Part:
         for key in _specs(module):
             yield f"{name}.{key}", _value(module, key, noise), 0
 
-    return Part([Spec(f"{name}.{key}", *spec) for key, spec in _specs(module).items()], rows)
+    format = module.format if isinstance(module, Linear) else DENSE
+    every = _specs(module).items()
+    return Part([Spec(f"{name}.{key}", kind, own, format.file_shape(key, own)) for key, (kind, own) in every], rows)
 
 
 def _value(module: nn.Module, key: str, noise: _Noise) -> Tensor:
     """Weights with which activations stay of order one: rows of about unit length, norms the identity, biases zero."""
     kind, shape = _specs(module)[key]
     if key == "bias":
-        return torch.zeros(shape, dtype=kind)
+        return torch.zeros(shape, dtype=kind, device=noise.device)
     if isinstance(module, nn.LayerNorm):
-        return torch.ones(shape, dtype=kind)
+        return torch.ones(shape, dtype=kind, device=noise.device)
     if not isinstance(module, Linear):  # the embedding
         return noise.normal(shape)
     if key in (constants := module.format.constants(module.shape)):
-        return constants[key]
+        return constants[key].to(noise.device)
     if module.format == DENSE:
         return noise.normal(shape).mul_(module.in_features**-0.5)
-    assert isinstance(module.format, GroupInt)
-    if key == "weight_packed":
-        return noise.words(shape)
-    codes_std = math.sqrt((4.0**module.format.bits - 1) / 12)  # of codes that are all equally frequent
-    return noise.scales(shape).mul_(module.in_features**-0.5 / codes_std)
+    if not kind.is_floating_point:
+        return noise.words((*shape[:-1], shape[-1] * kind.itemsize // 4)).view(kind)
+    return noise.scales(shape).to(kind).mul_(module.in_features**-0.5 / _codes_std(module.format))
+
+
+def _codes_std(format: Format) -> float:
+    """Of codes that are all equally frequent."""
+    if isinstance(format, GroupInt):
+        return math.sqrt((4.0**format.bits - 1) / 12)
+    return math.sqrt(sum(level**2 for level in LEVELS) / len(LEVELS))
 
 
 class _Noise:
     """Random numbers as fast as memory is written: blocks made once and repeated."""
 
-    def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(0)
+    def __init__(self, device: torch.device = CPU) -> None:
+        self.device, generator = device, torch.Generator().manual_seed(0)
         self._words = torch.randint(-(1 << 31), 1 << 31, (BLOCK,), dtype=torch.int32, generator=generator)
         self._normal = torch.randn(BLOCK >> 4, generator=generator).to(DTYPE)
         self._scales = (1.5 - torch.rand(BLOCK >> 4, generator=generator)).to(DTYPE)
         self._scales[::2] *= -1  # the mean code is -1/2, which scales of one sign would turn into a bias
+        self._words, self._normal, self._scales = (t.to(device) for t in (self._words, self._normal, self._scales))
         self._start = 0
 
     def words(self, shape: tuple[int, ...]) -> Tensor:
@@ -182,7 +192,7 @@ class _Noise:
         return self._repeated(self._scales, shape)
 
     def _repeated(self, block: Tensor, shape: tuple[int, ...]) -> Tensor:
-        out = torch.empty(shape, dtype=block.dtype)
+        out = torch.empty(shape, dtype=block.dtype, device=block.device)
         flat, done = out.view(-1), 0
         self._start += STRIDE
         at = self._start % len(block)

@@ -18,6 +18,7 @@ import torch
 
 from neox_lite import GPTNeoXForCausalLM
 from neox_lite.errors import ArgumentError
+from neox_lite.formats import label
 from neox_lite.offload import machine
 from neox_lite.offload.place import device_of
 from neox_lite.sampling import BOUNDS
@@ -123,16 +124,16 @@ def _side(model: GPTNeoXForCausalLM, side: str) -> str:
     name = model.runner.ops[side].name
     if side == "gpu":
         device = model.accelerator.device if model.accelerator is not None else model.device
-        return f"{device} ({name} backend)"
+        reason = model.graph_reason
+        graphs = "CUDA graphs" if reason is None else f"no CUDA graphs: {reason}"
+        return f"{device} ({name} backend, {graphs})"
     threads = torch.get_num_threads()
     return f"the CPU ({name} backend, {threads} thread{'s' if threads > 1 else ''})"
 
 
 def format_name(model: GPTNeoXForCausalLM) -> str:
-    """int4 g128, float16, …: how the linear layers are stored."""
-    format = model.gpt_neox.blocks[0].mlp.dense_h_to_4h.format
-    size = getattr(format, "group_size", None)
-    return f"{format.name} g{size}" if size else str(model.dtype).removeprefix("torch.")
+    """int4 g128, nf4, float16, …: how the linear layers are stored."""
+    return label(model.gpt_neox.blocks[0].mlp.dense_h_to_4h.format, str(model.dtype).removeprefix("torch."))
 
 
 def amount(count: float, unit: str = "") -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from neox_lite.config import GPTNeoXConfig, read_json
 from neox_lite.errors import ConfigError, NeoxLiteError
-from neox_lite.formats import formats_of
+from neox_lite.formats import formats_of, label
 from neox_lite.hub import HEAD, WEIGHTS
 from neox_lite.loading import cache_root
 from neox_lite.offload.plan import parameters
@@ -133,13 +133,12 @@ def _model(name: str, folder: Path, where: str, revision: str | None = None) -> 
     except (NeoxLiteError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         return LocalModel(name, str(folder), where, revision, problem=" ".join(str(reason).split())[:300])
-    group = getattr(format, "group_size", None)
     return LocalModel(
         name,
         str(folder),
         where,
         revision,
-        format=f"{format.name} g{group}" if group else str(config.dtype or "as stored"),
+        format=label(format, str(config.dtype or "as stored")),
         bytes=size,
         parameters=parameters(config),
         layers=config.num_hidden_layers,

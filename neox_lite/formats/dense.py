@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .weight import Specs
+from ..errors import FormatError
+from .weight import ByRows, Specs
 
 
 @dataclass(frozen=True)
-class Dense:
+class Dense(ByRows):
     """(out, in) in the checkpoint's floating-point dtype."""
 
     name = "dense"
@@ -27,8 +29,8 @@ class Dense:
     def encode(self, rows: Tensor, dtype: torch.dtype, method: str = "cast") -> dict[str, Tensor]:
         return {"weight": rows.to(dtype)}
 
-    def constants(self, shape: tuple[int, int]) -> dict[str, Tensor]:
-        return {}
+    def scheme(self, dense: list[str], dtype: torch.dtype) -> dict[str, Any]:
+        raise FormatError("plain weights need no quantization_config")
 
     def decode(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         return tensors["weight"].to(dtype)

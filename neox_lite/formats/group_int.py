@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import FormatError, ShapeError
-from .weight import Specs
+from .weight import ByRows, Specs
 
 GROUP_SIZES = (32, 64, 128)
 TILE = 1 << 17  # weights quantized at a time: small enough that every pass over them stays in the CPU's caches
@@ -52,7 +53,7 @@ def _check_bits(bits: int) -> None:
 
 
 @dataclass(frozen=True)
-class GroupInt:
+class GroupInt(ByRows):
     """w[i, j] = code[i, j] * scale[i, j // group_size]; codes of `bits` bits, scales of any sign in `dtype`."""
 
     bits: int
@@ -83,7 +84,25 @@ class GroupInt:
             "weight_shape": (torch.int64, (2,)),
         }
 
-    def constants(self, shape: tuple[int, int]) -> dict[str, Tensor]:
+    def scheme(self, dense: list[str], dtype: torch.dtype) -> dict[str, Any]:
+        weights = {
+            "num_bits": self.bits,
+            "type": "int",
+            "symmetric": True,
+            "strategy": "group",
+            "group_size": self.group_size,
+            "dynamic": False,
+        }
+        group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+        return {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": group},
+            "ignore": dense,
+        }
+
+    def constants(self, shape: tuple[int, int], dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
         return {"weight_shape": torch.tensor(shape, dtype=torch.int64)}
 
     def bits_per_weight(self, dtype: torch.dtype) -> float:

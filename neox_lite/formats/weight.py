@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from ..errors import FormatError
 
 Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -23,20 +25,57 @@ class Format(Protocol):
         """Algorithms that `encode` knows, the default first."""
         ...
 
+    @property
+    def late(self) -> tuple[str, ...]:
+        """What `encode` gives that is not stored, but kept for `finish`."""
+        ...
+
+    @property
+    def loose(self) -> tuple[str, ...]:
+        """Stored tensors, one-dimensional, that may be shorter in a file than `specs` says."""
+        ...
+
     def why_not(self, shape: tuple[int, int]) -> str | None:
         """None when a weight of this (out, in) shape can be stored, else the reason and what to try."""
         ...
 
     def specs(self, shape: tuple[int, int], dtype: torch.dtype) -> Specs:
-        """Suffix -> (dtype, shape) of the stored tensors; all but the last-listed constants have `out` rows."""
+        """Suffix -> (dtype, shape) of the stored tensors as they lie in memory."""
+        ...
+
+    def file_shape(self, key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape that a file states of a stored tensor of this shape: of as many numbers, in the same order."""
+        ...
+
+    def laid(self, key: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """A stored tensor as a file has it -> as it lies in memory, in the shape that `specs` says."""
+        ...
+
+    def scheme(self, dense: list[str], dtype: torch.dtype) -> dict[str, Any]:
+        """config.json's `quantization_config` of a folder in this format, but for the modules named in `dense`."""
         ...
 
     def encode(self, rows: Tensor, dtype: torch.dtype, method: str) -> dict[str, Tensor]:
         """Row slice (n, in) of a weight -> the same rows of each stored tensor."""
         ...
 
-    def constants(self, shape: tuple[int, int]) -> dict[str, Tensor]:
-        """Stored tensors that are not cut by rows."""
+    def constants(self, shape: tuple[int, int], dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
+        """Stored tensors that follow from the shape and the dtype of the plain weight."""
+        ...
+
+    def finish(self, kept: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Tensor]:
+        """What `encode` gave for all rows under the names in `late` -> the stored tensors that only follow from all of it."""
+        ...
+
+    def opened(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Format:
+        """The format of a weight that was read, with what only its tensors tell.
+
+        Raises FormatError, beginning with a suffix, where they contradict the format or the shape.
+        """
+        ...
+
+    def rows(self, tensors: Mapping[str, Tensor], shape: tuple[int, int], start: int, stop: int) -> dict[str, Tensor]:
+        """What `decode` needs of a weight for rows start..stop."""
         ...
 
     def decode(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
@@ -44,6 +83,35 @@ class Format(Protocol):
         ...
 
     def bits_per_weight(self, dtype: torch.dtype) -> float: ...
+
+
+class ByRows:
+    """What holds for formats that keep the rows of a weight apart and lie in a file as in memory."""
+
+    late: tuple[str, ...] = ()
+    loose: tuple[str, ...] = ()
+
+    def file_shape(self, key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape
+
+    def laid(self, key: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return tensor.view(shape)
+
+    def constants(self, shape: tuple[int, int], dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
+        return {}
+
+    def finish(self, kept: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Tensor]:
+        return {}
+
+    def opened(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Any:
+        for key, expected in self.constants(shape).items():
+            if not torch.equal(tensors[key].cpu(), expected):
+                raise FormatError(f"{key}: is {tensors[key].tolist()}, expected {expected.tolist()}")
+        return self
+
+    def rows(self, tensors: Mapping[str, Tensor], shape: tuple[int, int], start: int, stop: int) -> dict[str, Tensor]:
+        constants = self.constants(shape)
+        return {key: tensor if key in constants else tensor[start:stop] for key, tensor in tensors.items()}
 
 
 @dataclass(frozen=True)
@@ -56,9 +124,8 @@ class Weight:
 
     def decode(self, dtype: torch.dtype = torch.float32, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows start..stop as a plain (n, in) matrix."""
-        constants = self.format.constants(self.shape)
-        cut = {k: t if k in constants else t[start:stop] for k, t in self.tensors.items()}
-        return self.format.decode(cut, dtype)
+        rows = self.format.rows(self.tensors, self.shape, start, self.shape[0] if stop is None else stop)
+        return self.format.decode(rows, dtype)
 
     @property
     def device(self) -> torch.device:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,52 @@ class Captured(Protocol):
 
     def replay(self, ids: Tensor, batch: Batch) -> Tensor:
         """ids (tokens,), a batch of as many sequences and tokens as the captured one -> the pass's result, in new memory."""
+        ...
+
+
+class Choice(NamedTuple):
+    """How a token is chosen where the logits are, as `sampling.choose` does. temperature 0: the best id; top_k 0: of all."""
+
+    seed: int = 0
+    stream: int = 0
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+
+class Flight(Protocol):
+    """A step that was given to a device, which may not have done it yet."""
+
+    def tokens(self) -> list[int]:
+        """What was chosen for each of its sequences, waited for; -1 where the logits leave nothing to choose from."""
+        ...
+
+
+class Decoder(Protocol):
+    """Steps of one token a sequence, each one graph on a device that chooses the next tokens itself."""
+
+    def why_not(self, batch: Batch) -> str | None:
+        """Why a batch of one token a sequence cannot be such a step; None where it can."""
+        ...
+
+    def launch(
+        self,
+        pool: PagePool,
+        batch: Batch,
+        ids: Sequence[int],
+        choices: Sequence[Choice],
+        excluded: Tensor | None = None,
+        previous: Flight | None = None,
+    ) -> Flight:
+        """Give a step to the device. ids: of -1 - i is what `previous` chose in its place i, wherever that is by now.
+
+        excluded (n,) int64: ids that are never chosen. Raises GraphError where the step cannot be captured.
+        """
+        ...
+
+    def logits(self, pool: PagePool, batch: Batch, ids: Sequence[int]) -> Tensor:
+        """A step whose tokens the host chooses: logits (sequences, vocabulary) in new memory. Raises as `launch`."""
         ...
 
 
@@ -82,4 +128,10 @@ class Backend(Protocol):
 
         limit: most tokens that a sequence will hold. Nothing is computed before the first replay.
         """
+        ...
+
+    def decoder(
+        self, step: Callable[[Tensor, PagePool, Batch], Tensor], device: torch.device, vocabulary: int, limit: int
+    ) -> Decoder | str:
+        """Steps as graphs, or why there are none. step(ids, pool, batch) -> logits; limit as in `capture`."""
         ...

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Hashable
+from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
@@ -14,15 +13,37 @@ from .backend import Backend, Captured
 
 MOST_TOKENS = 16  # of a pass with several tokens of a sequence, at most, that is captured
 MOST_PASSES = 32  # of a pool and a part of the model; the least recently used one goes first
-NEW = object()  # a shape that nobody has tried to capture
+NEW = object()  # a key that nothing was made for
+
+Key = TypeVar("Key", bound=Hashable)
+Thing = TypeVar("Thing")
 
 
-@dataclass
-class _Shapes:
-    """Captured passes over a pool of so many pages, by (sequences, tokens), the last one used last."""
+class PerPool(Generic[Key, Thing]):
+    """Things that hold while a pool lies where it lies, at most so many for each; the one used last is last."""
 
-    pages: int
-    by_shape: dict[tuple[int, int], Captured | None] = field(default_factory=dict)
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._by_pool: WeakKeyDictionary[PagePool, tuple[int, dict[Key, Thing]]] = WeakKeyDictionary()
+
+    def __len__(self) -> int:
+        return len(self._by_pool)
+
+    def get(self, pool: PagePool, key: Key, make: Callable[[], Thing]) -> Thing:
+        pages, things = self._by_pool.get(pool, (-1, {}))
+        if pages != pool.pages:  # the pool has moved its pages
+            things = {}
+            self._by_pool[pool] = pool.pages, things
+        thing: Any = things.pop(key, NEW)
+        if thing is NEW:
+            thing = make()
+        things[key] = thing
+        for oldest in list(things)[: -self._most]:
+            things.pop(oldest, None)
+        return thing
+
+    def of(self, pool: PagePool) -> dict[Key, Thing]:
+        return self._by_pool.get(pool, (-1, {}))[1]
 
 
 class CapturedPasses:
@@ -31,7 +52,7 @@ class CapturedPasses:
     def __init__(self, ops: Backend, limit: int) -> None:
         """limit: most tokens that a sequence will hold."""
         self._ops, self._limit = ops, limit
-        self._by_pool: WeakKeyDictionary[PagePool, _Shapes] = WeakKeyDictionary()
+        self._captured: PerPool[tuple[int, int], Captured | None] = PerPool(MOST_PASSES)
 
     def run(
         self, function: Callable[[Tensor, PagePool, Batch], Tensor], x: Tensor, pool: PagePool, batch: Batch
@@ -40,30 +61,15 @@ class CapturedPasses:
 
         The function is always the same but for what it is called with.
         """
-        captured = self._captured(function, x, pool, batch)
+        shape, step = (len(batch.sequences), len(x)), lambda x: function(x, pool, batch)
+        captured = self._captured.get(pool, shape, lambda: self._ops.capture(step, x, batch, self._limit))
         return None if captured is None else captured.replay(x, batch)
 
     @property
     def pools(self) -> int:
         """How many something is captured over."""
-        return len(self._by_pool)
+        return len(self._captured)
 
     def shapes(self, pool: PagePool) -> dict[tuple[int, int], Captured | None]:
         """What is captured over a pool, by (sequences, tokens); None for what cannot be."""
-        known = self._by_pool.get(pool)
-        return {} if known is None else known.by_shape
-
-    def _captured(
-        self, function: Callable[[Tensor, PagePool, Batch], Tensor], x: Tensor, pool: PagePool, batch: Batch
-    ) -> Captured | None:
-        known = self._by_pool.get(pool)
-        if known is None or known.pages != pool.pages:  # the pool has moved its pages
-            self._by_pool[pool] = known = _Shapes(pool.pages)
-        shape = len(batch.sequences), len(x)
-        captured: Any = known.by_shape.pop(shape, NEW)
-        if captured is NEW:
-            captured = self._ops.capture(lambda x: function(x, pool, batch), x, batch, self._limit)
-        known.by_shape[shape] = captured
-        for oldest in list(known.by_shape)[:-MOST_PASSES]:
-            known.by_shape.pop(oldest, None)
-        return captured
+        return self._captured.of(pool)

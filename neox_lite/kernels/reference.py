@@ -48,6 +48,13 @@ def capture(step: Callable[[Tensor], Tensor], ids: Tensor, batch: Batch, limit: 
     return
 
 
+def decoder(
+    step: Callable[[Tensor, PagePool, Batch], Tensor], device: torch.device, vocabulary: int, limit: int
+) -> str:
+    """Torch runs every operation anew."""
+    return "the reference backend runs operation by operation"
+
+
 def embed(ids: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """ids (tokens,) int64, weight (vocabulary, hidden) -> x (tokens, hidden) in `dtype`."""
     return functional.embedding(ids.to(weight.device), weight).to(dtype)

@@ -1,20 +1,18 @@
 """What this machine does in a second, measured once and kept, and what memory is free now. Knows no model and no plan.
 
-The profile is measured on random weights through the very operations that a model calls. It lies in
-~/.cache/neox-lite/machine.json (XDG_CACHE_HOME moves it) and counts for as long as `identity()` stays the same.
+The profile is measured on random weights through the very operations that a model calls. It lies in machine.json (where:
+kept.py) and counts for as long as `identity()` stays the same.
 """
 
 from __future__ import annotations
 
 import csv
 import ctypes
-import json
 import os
 import platform
 import re
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -27,10 +25,12 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from .. import kept
 from ..cache import PAGE, Batch, PagePool
 from ..config import GPTNeoXConfig
 from ..errors import ArgumentError
 from ..formats import DENSE, Format, GroupInt
+from ..kept import entry, shown
 from ..kernels import cpu, dispatch
 from ..layers import GPTNeoXLayer, Linear, Rotary
 from ..version import __version__
@@ -39,6 +39,7 @@ from .ring import Files, Origin
 
 Progress = Callable[[int, int], object]  # steps done, steps in all
 
+FILE = "machine.json"
 FORMAT_VERSION = 3
 MOST_KEPT = 8  # profiles: of other thread counts or kernels on the same machine
 INT4 = GroupInt(4, 128)
@@ -113,19 +114,15 @@ def identity() -> dict[str, Any]:
 
 def cache_file() -> Path:
     """Where the profile is kept. Raises OSError where the user has no home."""
-    home = os.environ.get("XDG_CACHE_HOME") or (os.environ.get("LOCALAPPDATA") if os.name == "nt" else None)
-    try:
-        return Path(home or "~/.cache").expanduser() / "neox-lite" / "machine.json"
-    except RuntimeError as error:
-        raise OSError(str(error)) from error
+    return kept.folder() / FILE
 
 
 def _load(here: dict[str, Any]) -> Machine | None:
     """The kept profile of this identity; None where there is none, or where the file makes no sense, which is said once."""
     try:
-        for entry in _kept():
-            if _entry(entry, "identity") == here:
-                return _parse(_entry(entry, "machine"))
+        for one in _kept():
+            if entry(one, "identity") == here:
+                return _parse(entry(one, "machine"))
     except ValueError as error:
         _say(f"{cache_file()} is not used: {error}")
     return None
@@ -133,84 +130,54 @@ def _load(here: dict[str, Any]) -> Machine | None:
 
 def _kept() -> list[Any]:
     """The entries of the file, whatever they are; none where there is no file. Raises ValueError if it holds anything else."""
-    try:
-        found = json.loads(cache_file().read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:  # and what cannot be written either is said where it is written
-        if error.filename is None:  # there is no home
-            return []
-        raise ValueError(f"it cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError("it is not JSON") from error
-    entries = _entry(found, "profiles")
+    found = kept.read(FILE)
+    entries = [] if found is None else entry(found, "profiles")
     if not isinstance(entries, list):
         raise ValueError("profiles is no list")
     return entries
 
 
-def _parse(kept: Any) -> Machine:
+def _parse(found: Any) -> Machine:
     """Raises ValueError for anything but a profile of numbers that a machine can have."""
-    card, disk = _entry(kept, "card"), _entry(kept, "disk_bytes_per_s")
+    card, disk = entry(found, "card"), entry(found, "disk_bytes_per_s")
     return Machine(
-        _rates(_entry(kept, "cpu")),
-        None if disk is None else _number(kept, "disk_bytes_per_s"),
-        int(_number(kept, "process_bytes")),
+        _rates(entry(found, "cpu")),
+        None if disk is None else _number(found, "disk_bytes_per_s"),
+        int(_number(found, "process_bytes")),
         None if card is None else _card(card),
     )
 
 
-def _card(kept: Any) -> Card:
-    name = _entry(kept, "name")
+def _card(found: Any) -> Card:
+    name = entry(found, "name")
     if not isinstance(name, str) or not name.isprintable():
-        raise ValueError(f"name is {_shown(name)}, expected a GPU's")
-    sizes = {key: int(_number(kept, key)) for key in ("bytes", "context_bytes")}
-    return Card(name, rates=_rates(_entry(kept, "rates")), bus_bytes_per_s=_number(kept, "bus_bytes_per_s"), **sizes)
+        raise ValueError(f"name is {shown(name)}, expected a GPU's")
+    sizes = {key: int(_number(found, key)) for key in ("bytes", "context_bytes")}
+    return Card(name, rates=_rates(entry(found, "rates")), bus_bytes_per_s=_number(found, "bus_bytes_per_s"), **sizes)
 
 
-def _rates(kept: Any) -> Rates:
-    known = {key: _number(kept, key) for key in ("read_bytes_per_s", "flops_per_s", "layer_s", "feature_s")}
-    plain = _entry(kept, "plain_flops_per_s")
-    return Rates(**known, plain_flops_per_s=None if plain is None else _number(kept, "plain_flops_per_s"))
+def _rates(found: Any) -> Rates:
+    known = {key: _number(found, key) for key in ("read_bytes_per_s", "flops_per_s", "layer_s", "feature_s")}
+    plain = entry(found, "plain_flops_per_s")
+    return Rates(**known, plain_flops_per_s=None if plain is None else _number(found, "plain_flops_per_s"))
 
 
-def _number(kept: Any, key: str) -> float:
-    value, (low, high) = _entry(kept, key), SENSIBLE[key]
+def _number(found: Any, key: str) -> float:
+    value, (low, high) = entry(found, key), SENSIBLE[key]
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        raise ValueError(f"{key} is {_shown(value)}, expected {low:.3g} to {high:.3g}")
+        raise ValueError(f"{key} is {shown(value)}, expected {low:.3g} to {high:.3g}")
     return value
-
-
-def _entry(kept: Any, key: str) -> Any:
-    if not isinstance(kept, dict) or key not in kept:
-        raise ValueError(f"{_shown(kept)} has no {key}")
-    return kept[key]
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) < 40 else f"{text[:36]} …"
 
 
 def _keep(here: dict[str, Any], found: Machine) -> None:
     """Write the profile beside those of other identities, whole or not at all; a folder that cannot be written is said once."""
     others: list[Any] = []
     with suppress(ValueError):  # a file that is not one of ours is replaced
-        others = [entry for entry in _kept() if isinstance(entry, dict) and entry.get("identity") != here]
+        others = [p for p in _kept() if isinstance(p, dict) and p.get("identity") != here]
     profiles = [{"identity": here, "machine": asdict(found)}, *others][:MOST_KEPT]
-    text = json.dumps({"profiles": profiles}, indent=2) + "\n"
-    partial = None
     try:
-        target = cache_file()
-        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.NamedTemporaryFile("w", dir=target.parent, delete=False, encoding="utf-8") as written:
-            partial = Path(written.name)
-            written.write(text)
-        partial.replace(target)
+        kept.write(FILE, {"profiles": profiles})
     except OSError as error:
-        if partial is not None:
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
         reason = error.strerror or error
         _say(f"the machine's measured speed cannot be kept, so it is measured every time: {reason}")
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import ctypes
 import difflib
 import gc
+import math
 import mmap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
@@ -15,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from ..config import GPTNeoXConfig
-from ..errors import ArgumentError, UnsupportedError
-from ..formats import Format, GroupInt
+from ..errors import ArgumentError, FormatError, UnsupportedError
+from ..formats import DENSE, Format, GroupInt
 from . import machine
 from .accelerator import Accelerator, Cuda
-from .plan import CPU, DISK, GPU, NO, Machine, Plan, Rates, Request, Sizes, plan, sizes_of
+from .plan import CPU, DISK, GPU, NO, Bytes, Machine, Plan, Rates, Request, Sizes, plan, sizes_of
 from .ring import Image, install
 from .run import Placement
 
@@ -55,6 +57,11 @@ class Decision:
 
     def accelerator(self) -> Accelerator | None:
         return Cuda(self.device, self.most_bytes) if self.placement is not None and self.device.type == "cuda" else None
+
+    @property
+    def everything_there(self) -> bool:
+        """Whether all of the model goes to the device, and no limit was set that counts from what torch holds before."""
+        return self.most_bytes is None and (self.placement is None or self.placement.tiers == {"gpu"})
 
     @property
     def announcement(self) -> str | None:
@@ -120,11 +127,19 @@ def sizes_in(
 ) -> Sizes:
     """Bytes of a model's parts with its linear layers in these formats, their scales and plain tensors in these dtypes."""
 
-    def packing(name: str) -> tuple[int, int] | None:
+    def packing(name: str) -> tuple[int, int] | Bytes | None:
         format = formats(name)
-        return (format.bits, format.group_size) if isinstance(format, GroupInt) else None
+        if isinstance(format, GroupInt):
+            return format.bits, format.group_size
+        return None if format == DENSE else partial(_bytes_in, name, format, scales)
 
     return sizes_of(config, packing, 128, scales.itemsize, dtype.itemsize, small_head)
+
+
+def _bytes_in(name: str, format: Format, dtype: torch.dtype, out: int, columns: int) -> int:
+    if (reason := format.why_not((out, columns))) is not None:
+        raise FormatError(f"{name}: {reason}")
+    return sum(math.prod(shape) * kind.itemsize for kind, shape in format.specs((out, columns), dtype).values())
 
 
 def _numbered(device: torch.device) -> torch.device:

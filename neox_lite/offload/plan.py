@@ -35,12 +35,14 @@ CUBLAS_WORKSPACE = 32 << 20
 STAGING_SHARE = 0.5  # of the speed at which memory is read, for copying into a pinned slot: it is read and written
 
 
-FORMAT_BITS = {"int4": 4, "int8": 8, "fp16": None}  # of a weight, by the name that users give; None: plain
 GROUP_SIZES = (128, 64, 32)
 
 # The model ------------------------------------------------------------------------------------------------------------
 
-Packing = Callable[[str], "tuple[int, int] | None"]  # module name -> (bits, group size); None: plain
+Bytes = Callable[
+    [int, int], int
+]  # (out, in) -> bytes of a stored weight that the CPU writes out as float32 in every pass
+Packing = Callable[[str], "tuple[int, int] | Bytes | None"]  # module name -> (bits, group size), or bytes; None: plain
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Sizes:
     there is none. embedding: of a table of its own, even if `tied` says that the 16-bit head is the same tensor. rest: final
     norm and rotary tables. weights: numbers in the linear layers of one layer. decoded: numbers in the largest of those that
     the CPU writes out as float32 for many tokens, the plain ones; 0 where all are quantized. kv_fp16, kv_int8: KV cache of one
-    token in one layer.
+    token in one layer. written: numbers in a layer's linear layers that it writes out even for a single token.
     """
 
     layers: tuple[int, ...]
@@ -68,6 +70,7 @@ class Sizes:
     vocabulary: int
     context: int
     tied: bool
+    written: int = 0
 
     def kv_bytes(self, kv: str) -> int:
         """Bytes a token takes in one layer's KV cache."""
@@ -92,13 +95,14 @@ def sizes_of(
 ) -> Sizes:
     """The sizes of a model whose linear layers hold codes of `bits` bits in groups (None: plain, `itemsize` bytes a weight).
 
-    bits may also be a function from a module's name to (bits, group size) or None. scale_bytes and itemsize are those of a
-    scale and of a plain number; small_head: an int8 head, in the largest groups that fit, lies beside the other one.
+    bits may also be a function from a module's name to (bits, group size), a function of shapes, or None. scale_bytes and
+    itemsize are those of a scale and of a plain number; small_head: an int8 head, in the largest groups that fit, lies beside
+    the other one.
     Raises FormatError for rows that groups do not divide.
     """
     hidden, inner, vocabulary = config.hidden_size, config.intermediate_size, config.vocab_size
 
-    def packing(name: str) -> tuple[int, int] | None:
+    def packing(name: str) -> tuple[int, int] | Bytes | None:
         return bits(name) if callable(bits) else None if bits is None else (bits, group_size)
 
     def layer(index: int) -> int:
@@ -109,12 +113,11 @@ def sizes_of(
         return total
 
     same = not callable(bits)
-    plain = {
-        n
-        for i in range(1 if same else config.num_hidden_layers)
-        for n in linears_of(config)
-        if packing(_full(i, n)) is None
-    }
+    every = [
+        (n, packing(_full(i, n))) for i in range(1 if same else config.num_hidden_layers) for n in linears_of(config)
+    ]
+    plain = {n for n, found in every if found is None}
+    written = {n for n, found in every if callable(found)}
     first = layer(0)
     groups = next((g for g in GROUP_SIZES if hidden % g == 0), None) if small_head else None
     return Sizes(
@@ -126,7 +129,9 @@ def sizes_of(
         else None,
         rest=2 * hidden * itemsize + config.max_position_embeddings * config.rotary_dim * 4,
         weights=sum(out * columns for out, columns, _ in linears_of(config).values()),
-        decoded=max((out * columns for n, (out, columns, _) in linears_of(config).items() if n in plain), default=0),
+        decoded=max(
+            (out * columns for n, (out, columns, _) in linears_of(config).items() if n in plain | written), default=0
+        ),
         kv_fp16=2 * hidden * itemsize,
         kv_int8=2 * hidden + 2 * 2 * config.num_attention_heads,  # a 16-bit scale for each head's key and value
         hidden=hidden,
@@ -134,6 +139,7 @@ def sizes_of(
         vocabulary=vocabulary,
         context=config.max_position_embeddings,
         tied=config.tie_word_embeddings,
+        written=sum(out * columns for n, (out, columns, _) in linears_of(config).items() if n in written),
     )
 
 
@@ -163,9 +169,13 @@ def parameters(config: GPTNeoXConfig) -> int:
     return sum(plain.layers) + plain.head + (0 if plain.tied else plain.embedding) + 2 * config.hidden_size
 
 
-def _weight_bytes(name: str, out: int, columns: int, packing: tuple[int, int] | None, scale: int, item: int) -> int:
+def _weight_bytes(
+    name: str, out: int, columns: int, packing: tuple[int, int] | Bytes | None, scale: int, item: int
+) -> int:
     if packing is None:
         return out * columns * item
+    if callable(packing):
+        return packing(out, columns)
     bits, group = packing
     if columns % group:
         fits = " or ".join(str(g) for g in reversed(GROUP_SIZES) if columns % g == 0)
@@ -458,7 +468,10 @@ class Plan:
 
     def in_place_s(self, stored: int, tokens: int) -> float:
         """Seconds that the CPU takes for a layer of `stored` bytes, weights and cache, in its own memory."""
-        return _layer_s(self.machine.cpu, stored, self.sizes, tokens)
+        through_caches = (
+            4 * self.sizes.written
+        )  # written as float32 at about the speed at which memory is read; measured
+        return _layer_s(self.machine.cpu, max(stored, through_caches), self.sizes, tokens)
 
     def streamed_s(self, stored: int, tokens: int) -> float:
         """Seconds between two layers of `stored` bytes, weights and cache, that go through pinned slots to the GPU."""

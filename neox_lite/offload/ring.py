@@ -102,8 +102,9 @@ def hollow(module: nn.Module) -> nn.Module:
 
 def install(module: nn.Module, name: str, value: Tensor) -> None:
     """Set a parameter or buffer, named as in state_dict."""
-    path, _, key = name.rpartition(".")
-    owner = module.get_submodule(path)
+    owner, key = module, name
+    while (child := owner._modules.get(key.partition(".")[0])) is not None:  # what is left may have dots of its own
+        owner, key = child, key.partition(".")[2]
     setattr(owner, key, nn.Parameter(value, requires_grad=False) if key in owner._parameters else value)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..cache import Batch, PagePool
 from ..errors import ArgumentError
 from ..kernels import dispatch
-from ..kernels.backend import Backend
+from ..kernels.backend import Backend, Decoder
 from ..kernels.captured import CapturedPasses
 from ..layers import GPTNeoXLayer
 from .accelerator import Accelerator
@@ -86,6 +86,9 @@ class Runner:
         context = rotary.shape[1]
         alone = self._ring is None and len(self.ops) == 1
         self.whole = CapturedPasses(self.last, context) if alone else None
+        self.decoder: Decoder | str | None = (
+            None  # steps of `whole` as graphs, or why there are none; None: not asked for
+        )
         self._stretches: dict[tuple[int, int], CapturedPasses] = {}
 
     def _make_ring(self, origins: Sequence[Origins]) -> Ring | None:

@@ -21,7 +21,7 @@ from neox_lite.hub import resolve
 from neox_lite.layers import Linear
 from neox_lite.loading import DTYPES, SLICE_ELEMENTS, Blueprint, encode_rows
 from neox_lite.model import class_of
-from neox_lite.saving import Part, read_companions, write_model
+from neox_lite.saving import Part, read_companions, specs_of, write_model
 
 Progress = Callable[[int, int], None]  # bytes written so far, bytes in all
 
@@ -41,7 +41,7 @@ def convert(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
     format: str = "int4",
-    group_size: int = 128,
+    group_size: int | None = None,
     method: str | None = None,
     revision: str | None = None,
     progress: Progress | None = None,
@@ -53,7 +53,6 @@ def convert(
     """
     began = time.perf_counter()
     target = make_format(format, group_size)
-    assert isinstance(target, GroupInt)
     method = target.methods[0] if method is None else method
     if method not in target.methods:
         raise ArgumentError(f"method is {method!r}, expected one of {', '.join(target.methods)}")
@@ -63,7 +62,7 @@ def convert(
         raise FormatError(f"{folder}: is quantized already; give the checkpoint that it was made from")
     with Checkpoint.open(folder) as checkpoint:
         config, dtype = _target_config(config, checkpoint)
-        blueprint = Blueprint(class_of(config), config, checkpoint, target)
+        blueprint = Blueprint(class_of(config), config, checkpoint, target, dtype)
         if blueprint.fresh:
             raise ArgumentError(
                 f"{folder}: has no {', '.join(blueprint.fresh)}; save the whole model before quantizing it"
@@ -87,7 +86,7 @@ def convert(
                 progress=meter,
                 method=method,
                 format=format,
-                group_size=group_size,
+                group_size=getattr(target, "group_size", None),
                 source_name=Path(os.fspath(source)).name if Path(source).is_dir() else os.fspath(source),
                 source_revision=revision,
             )
@@ -115,8 +114,7 @@ def _part(blueprint: Blueprint, name: str, module: torch.nn.Module, dtype: torch
     specs = [Spec(key, dtype, shape) for key, shape in dense.items()]
     if blueprint.is_encoded(module):
         assert isinstance(module, Linear)
-        encoded = module.format.specs(module.shape, dtype)
-        specs = [Spec(f"{dot}{key}", kind, shape) for key, (kind, shape) in encoded.items()] + specs
+        specs = specs_of(dot, module.format, module.shape, dtype) + specs
     if not specs:
         return None
 
@@ -138,9 +136,6 @@ def _encoded(
     for start, part in encode_rows(checkpoint, stored, format, dtype, method):
         for key, rows in part.items():
             yield f"{dot}{key}", rows, start
-    out, columns = checkpoint.info(stored).shape
-    for key, tensor in format.constants((out, columns)).items():
-        yield f"{dot}{key}", tensor, 0
 
 
 def _cast(checkpoint: Checkpoint, stored: str, name: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, int]]:
@@ -161,7 +156,7 @@ def _head(blueprint: Blueprint, dtype: torch.dtype) -> Part | None:
     if size is None:
         return None
     format, source = GroupInt(8, size), "gpt_neox.embed_in.weight" if blueprint.tied else "embed_out.weight"
-    specs = [Spec(f"embed_out.{k}", kind, shape) for k, (kind, shape) in format.specs(module.shape, dtype).items()]
+    specs = specs_of("embed_out.", format, module.shape, dtype)
     stored = blueprint.stored(source)
     return Part(specs, lambda: _encoded(blueprint.checkpoint, stored, "embed_out.", format, dtype, "mse"))
 

@@ -164,9 +164,13 @@ def _string(text: str) -> bytes:
 
 
 def kind_of(format: Format) -> int:
-    """The ggml type that holds a format's weights exactly (for plain ones: to float16)."""
+    """The ggml type that holds a format's weights exactly (for plain ones: to float16); raises FormatError without one."""
     if isinstance(format, GroupInt):
         return Q4_0 if format.bits == 4 else Q8_0
+    if format != DENSE:
+        raise FormatError(
+            f"GGUF has no type that holds {format.name}; export the checkpoint itself, or an int4 folder of it"
+        )
     return F16
 
 

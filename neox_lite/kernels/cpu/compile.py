@@ -21,6 +21,7 @@ import llvmlite
 import llvmlite.binding as llvm
 from llvmlite import ir
 
+from ... import kept
 from .target import Target
 
 _lock = threading.RLock()
@@ -113,13 +114,10 @@ def _source_hash() -> str:
 
 def cache_folders() -> list[Path]:
     """Where object files are looked for and kept, the first that works first; those that this system can name."""
-    home = (
-        os.environ.get("XDG_CACHE_HOME") or (os.environ.get("LOCALAPPDATA") if os.name == "nt" else None) or "~/.cache"
-    )
     user = getattr(os, "getuid", lambda: "user")()
     folders = []
-    with suppress(RuntimeError):  # there is no home
-        folders.append(Path(home).expanduser() / "neox-lite" / "kernels")
+    with suppress(OSError):  # there is no home
+        folders.append(kept.folder() / "kernels")
     with suppress(OSError):  # nor a folder for temporary files that can be written
         folders.append(Path(tempfile.gettempdir()) / f"neox-lite-kernels-{user}")
     return folders

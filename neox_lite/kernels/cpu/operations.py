@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ...cache import Batch, PagePool
-from ...formats import Dense, GroupInt, Weight
-from .. import reference
+from ...formats import NF4, Dense, GroupInt, Weight
+from .. import nf4, reference
 from ..backend import Norm
 from . import attention, linear, norm
 from .acts import BLOCK, NATURAL, TILE, Layout
@@ -285,6 +285,12 @@ class Operations:
         finally:
             self._local.program = self._local.batch = None
 
+    def decoder(
+        self, step: Callable[[Tensor, PagePool, Batch], Tensor], device: torch.device, vocabulary: int, limit: int
+    ) -> str:
+        """Logits are on the host already, and captured programs run there."""
+        return "the model is on the CPU, where a step is a recorded program"
+
     def _run(self, program: Program) -> None:
         captured = self._local.program
         if captured is None:
@@ -420,7 +426,8 @@ class Operations:
             return self._address(kernel), program.table(
                 program.keep(matrix), weight.shape[1], tokens, program.keep(act)
             )
-        products = self._eagerly(program, lambda: reference.matmul(act, weight))
+        matmul = nf4.matmul if isinstance(weight.format, NF4) else reference.matmul
+        products = self._eagerly(program, lambda: matmul(act, weight))
         arguments = program.table(program.keep(products), tokens, weight.shape[0])
         return self._address(("given", linear.write_given)), arguments
 

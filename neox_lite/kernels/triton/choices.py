@@ -1,13 +1,41 @@
-"""What a card can do, and which size of tile each kernel takes there. Knows no tensor."""
+"""What a card can do, and the sizes of tile that each kernel may take there, the shipped one first. Knows no tensor, no time.
+
+Shipped sizes come from what the compiler makes of them (benchmarks/sass.py) and from arithmetic; docs/gpu.md says which of them
+a card has confirmed. tuning.py picks among the candidates.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Generic, TypeVar
 
 import torch
 
 from . import interpreted
+
+MOST = 6  # candidates of a choice: each is compiled where they are timed
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """A class of cards whose choices need no timing. rows: one after the other of a large product with one token."""
+
+    cards: str
+    rows: int = 2
+
+
+# By compute capability. Four rows take the fewest instructions a weight, of which cards of several TB/s have few to spare, and
+# keep most bytes on their way; with two, programs are shorter and fill a card more evenly.
+SHIPPED = {
+    (7, 5): Shipped("RTX 20, T4"),
+    (8, 0): Shipped("A100, A30"),
+    (8, 6): Shipped("RTX 30, A10, A40"),
+    (8, 9): Shipped("RTX 40, L4, L40"),
+    (9, 0): Shipped("H100, H200", rows=4),
+    (12, 0): Shipped("RTX 50"),
+}
+LARGE = 16384  # outputs of a product that fill any card several times over
 
 
 @dataclass(frozen=True)
@@ -15,6 +43,11 @@ class Machine:
     """The properties of a device that decide between kernels."""
 
     capability: tuple[int, int]
+
+    @property
+    def shipped(self) -> Shipped | None:
+        """The class of the card; None where nothing is shipped for it."""
+        return SHIPPED.get(self.capability)
 
     @property
     def bfloat16(self) -> bool:
@@ -41,6 +74,33 @@ def machine(device: torch.device) -> Machine:
     return Machine((8, 0) if interpreted() else torch.cuda.get_device_capability(device))
 
 
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates(Generic[T]):
+    """Sizes of tile that a kernel may take for a class of shapes, the shipped one first, at most MOST.
+
+    All give the same results but for the order of sums, within the bounds of docs/gpu.md.
+    """
+
+    kernel: str
+    shape: str
+    tiles: tuple[T, ...]
+
+
+def _candidates(kernel: str, shape: str, tiles: list[T]) -> Candidates[T]:
+    return Candidates(kernel, shape, tuple(dict.fromkeys(tiles))[:MOST])
+
+
+def magnitude(count: int) -> int:
+    """The largest power of two up to a count: shapes of about one size share a choice."""
+    return 1 << max(0, count.bit_length() - 1)
+
+
+# Products -------------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Rows:
     """Of gemv.py: tokens of a program, rows side by side, rows one after the other, groups at a time and their words."""
@@ -54,19 +114,37 @@ class Rows:
     registers: int = 128  # most a thread may take; a bound keeps the compiler from spilling to fit more programs
 
 
-def rows(words: tuple[int, ...], inner: int, tokens: int, element_bytes: int) -> Rows:
-    """words: how many a row of each weight of a launch has, `inner` of which share a scale (plain matrices: 1, see below).
+@cache
+def rows(
+    machine: Machine, size: int, words: tuple[int, ...], bits: int, inner: int, tokens: int, math: str
+) -> Candidates[Rows]:
+    """For so many outputs over weights with `words` in a row each, `inner` of which share a scale (plain matrices: bits 0, 1).
 
-    A thread loads 16 bytes of a row at a time, so `at_once` words make a warp read a row each; fewer where rows are short.
+    math: as gemv.add_products has it. A thread loads 16 bytes of a row at a time, so `at_once` words make a warp read a row
+    each; fewer where rows are short.
     """
-    at_once = 256 if inner == 1 else 128
+    at_once = 128 if bits else 256
     across = next((w for w in (at_once, at_once // 2, at_once // 4) if all(n % w == 0 for n in words)), at_once // 4)
-    if inner == 1:  # no scale to share
+    if not bits:  # no scale to share
         inner = across
-    most = 8 if element_bytes == 2 else 4  # activations of a program's tokens are held in registers
+    most = 4 if math == "float32" else 8  # activations of a program's tokens are held in registers
     count = next(n for n in (1, 2, 4, 8) if tokens <= n or n == most)
-    tile = Rows(count, 4 * at_once // across, 2 if count <= 2 else 1, across // inner, inner)
-    return tile if count <= 2 else replace(tile, registers=200)
+    side_by_side, groups = 4 * at_once // across, across // inner
+    if count > 2:
+        tile = Rows(count, side_by_side, 1, groups, inner, registers=200)
+    else:
+        shipped = machine.shipped
+        more = shipped is not None and bits and count == 1 and size >= LARGE
+        tile = Rows(count, side_by_side, shipped.rows if shipped and more else 2, groups, inner)
+    tiles = [tile]
+    tiles += [replace(tile, warps=w, lanes=max(1, tile.lanes * w // 4)) for w in (2, 8)]
+    tiles += [replace(tile, rows=r) for r in (1, 2, 4) if count <= 2]
+    if side_by_side > 1 and all(n % (2 * across) == 0 for n in words):  # two warps a row, where there are few rows
+        wide = replace(tile, inner=2 * inner) if not bits else replace(tile, groups=2 * groups)
+        tiles.append(replace(wide, lanes=side_by_side // 2))
+    what = f"int{bits}, {inner} words a scale" if bits else "plain"
+    shape = f"{what}, {math}, {count} tokens, {magnitude(size)} rows of {magnitude(sum(words))} words"
+    return _candidates("rows", shape, tiles)
 
 
 @dataclass(frozen=True)
@@ -81,32 +159,79 @@ class Tiles:
     registers: int = 128
 
 
-def tiles(size: int, tokens: int, bits: int, dtype: torch.dtype) -> Tiles:
-    """For so many outputs: an iteration takes 128 columns of weights, a group of the usual size.
+@cache
+def tiles(size: int, columns: int, tokens: int, bits: int, dtype: torch.dtype) -> Candidates[Tiles]:
+    """For so many outputs over so many columns: an iteration takes 128 columns of weights, a group of the usual size.
 
     Two warps of many rows share little work and take the fewest instructions a weight; where that leaves a card's
-    processors without work, rows are cut finer.
+    processors without work, rows are cut finer. bfloat16 is made by way of float32, which takes registers.
     """
-    words = 128 * bits // 32
-    if tokens <= 32:
-        return Tiles(64 if size >= 16384 else 32, 16 if tokens <= 16 else 32, words, warps=2, stages=4, registers=160)
-    if tokens > 64 and dtype == torch.float16:
-        return Tiles(128, 64, words, registers=255)
-    return Tiles(64, 64, words, registers=128 if tokens <= 64 else 255)  # bfloat16 is made by way of float32
+    words, half = 128 * bits // 32, dtype == torch.float16
+    band = next((n for n in (16, 32, 64) if tokens <= n), 256)
+    if band <= 32:
+        few = [Tiles(r, band, words, warps=2, stages=4, registers=160) for r in (64, 32)]
+        found = few if size >= LARGE else few[::-1]
+        found += [replace(found[0], stages=3), Tiles(64, band, words, 4, 3, 160), Tiles(128, band, words, 4, 3, 160)]
+    elif band == 64:
+        found = [Tiles(64, 64, words), Tiles(64, 64, words, stages=2), Tiles(128, 64, words, registers=255)]
+        found += [Tiles(64, 32, words, warps=2, stages=4, registers=160), Tiles(128, 64, words, 8)]
+    else:
+        first = [Tiles(128, 64, words, registers=255), Tiles(64, 64, words, registers=255)]
+        found = first if half else first[::-1]
+        found += [replace(found[0], stages=2), Tiles(128, 64, words, 8), Tiles(128, 128, words, 8, 2, 255)]
+    name = str(dtype).removeprefix("torch.")
+    shape = f"int{bits}, {name}, up to {band} tokens, {magnitude(size)} rows of {magnitude(columns)} columns"
+    return _candidates("tiles", shape, found)
+
+
+# Attention ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Of attention.attend_block: tokens that ask, tokens looked at, warps, stages of loads ahead."""
+    """Of attention.attend_block: tokens looked at, warps, stages of loads ahead."""
 
-    queries: int
     keys: int
     warps: int = 4
     stages: int = 2
 
 
-def blocks(machine: Machine, head_dim: int) -> Blocks:
+def queries(machine: Machine) -> int:
+    """Tokens of a sequence that one program of attention.attend_block takes."""
+    return 64 if machine.tensor_core_dtypes else 32
+
+
+@cache
+def blocks(machine: Machine, head_dim: int, int8: bool, dtype: torch.dtype) -> Candidates[Blocks]:
     """Without tensor cores products of tiles take many registers, and so do long heads."""
     if not machine.tensor_core_dtypes:
-        return Blocks(32, 16, warps=8)
-    return Blocks(64, 32, warps=4 if head_dim <= 128 else 8)
+        found = [Blocks(16, 8), Blocks(16, 4), Blocks(32, 8)]
+    else:
+        first = Blocks(32, 4 if head_dim <= 128 else 8)
+        found = [first, replace(first, warps=12 - first.warps), replace(first, stages=3)]
+        found += [replace(first, keys=64, warps=8), replace(first, keys=64, warps=8, stages=1)]
+    cache = "int8" if int8 else "plain"
+    return _candidates("blocks", f"heads of {head_dim}, {cache} cache, {str(dtype).removeprefix('torch.')}", found)
+
+
+@dataclass(frozen=True)
+class Page:
+    """Of attention.attend_page: tokens that threads see side by side, warps."""
+
+    lanes: int
+    warps: int = 4
+
+
+@cache
+def page(piece: int, int8: bool, dtype: torch.dtype) -> Candidates[Page]:
+    """For heads in pieces of so many: a thread of the first loads 16 bytes of 16-bit numbers at a time."""
+    lanes = max(1, 1024 // piece)
+    found = [
+        Page(lanes),
+        Page(max(1, lanes // 2), 2),
+        Page(2 * lanes, 8),
+        Page(2 * lanes, 4),
+        Page(max(1, lanes // 4), 1),
+    ]
+    cache = "int8" if int8 else "plain"
+    return _candidates("page", f"pieces of {piece}, {cache} cache, {str(dtype).removeprefix('torch.')}", found)

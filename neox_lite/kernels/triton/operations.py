@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -21,7 +22,9 @@ from torch.nn import functional
 from ...cache import PAGE, Batch, PagePool
 from ...formats import Dense, GroupInt, Weight
 from ..backend import Norm
-from . import activations, attention, choices, gemv, matmul
+from . import activations, attention, choices, ends, gemv, interpreted, matmul, tuning
+from .cuda_graph import CudaGraphs
+from .steps import Graphs, Inputs, Steps
 from .words import SHIFT
 
 
@@ -81,10 +84,20 @@ class Way:
 
 
 TORCH = Way("torch")
+
+
+@cache
+def _coded(kind: Literal["rows", "tiles"], bits: int, group: int, planes: int, shift: int, stored: torch.dtype) -> Way:
+    """Of a quantized weight: one object for each, so that telling two apart costs nothing."""
+    return Way(kind, bits, group, Layout(32 // bits, planes, shift), stored)
+
+
 PLAIN_ROWS = 2  # most tokens for which a plain matrix is multiplied by gemv.py, above by cuBLAS
 SLICE_BYTES = 64 << 20  # of a weight written out for cuBLAS at a time
 DECODED = (4, 128)  # rows and words that a program writes out
-FINISHED = 1024  # features that a program of activations.finish takes
+PAGES_TO_TIME, TOKENS_TO_TIME = 4, 256  # of a context, and of prompts: with less, attention is all start and end
+FINISHED = 1024  # features that a program of activations.finish or ends.embed takes
+LISTED = 4096  # ids that a program of ends.draw looks at together
 MATH = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
@@ -102,6 +115,7 @@ class Output:
     consumer: Weight | None = None
     x: Tensor | None = None
     dtype: torch.dtype | None = None
+    memory: Tensor | None = None  # for the result; None: new
 
     @property
     def tokens(self) -> int:
@@ -132,7 +146,17 @@ class BatchTable:
         parts = [functional.pad(t.flatten(), (0, -t.numel() % 4)) for t in (sequences, pages, tokens, blocks)]
         on_device = torch.cat(parts).to(device, non_blocking=True)
         self.sequences, self.pages, self.tokens, self.blocks = on_device.split([len(p) for p in parts])
-        self.count, self.block_count = len(counts), len(starts)
+        self.count, self.block_count, self.queries = len(counts), len(starts), queries
+        self.splits = self.most_pages
+
+
+@dataclass
+class _Local(threading.local):
+    """A thread's own, for another may run another model: the last batch's table, scratch by device, a step being captured."""
+
+    batch: tuple[Batch, torch.device, BatchTable] | None = None
+    scratch: dict[torch.device, Tensor] = field(default_factory=dict)
+    step: Inputs | None = None
 
 
 class Operations:
@@ -140,11 +164,18 @@ class Operations:
 
     name = "triton"
 
-    def __init__(self, exact: bool, machine: Callable[[torch.device], choices.Machine] = choices.machine) -> None:
-        """machine: what is known of a device."""
-        self.exact, self.machine, self.slice_bytes = exact, machine, SLICE_BYTES
-        self._batch: tuple[Batch, torch.device, BatchTable] | None = None
-        self._scratch = threading.local()  # by device: a thread's products follow one another, two threads' do not
+    def __init__(
+        self,
+        exact: bool,
+        machine: Callable[[torch.device], choices.Machine] = choices.machine,
+        tuned: Callable[[torch.device], tuning.Tuning] = tuning.of,
+        graphs: Callable[[torch.device], Graphs] | None = None,
+    ) -> None:
+        """machine: what is known of a device. tuned: the sizes of kernels there. graphs: what captures steps there; None: CUDA,
+        where kernels are compiled."""
+        self.exact, self.machine, self.tuned, self.slice_bytes = exact, machine, tuned, SLICE_BYTES
+        self._graphs = graphs or (None if interpreted() else CudaGraphs)
+        self._local = _Local()
 
     def act_dtype(self, weights: torch.dtype, device: torch.device) -> torch.dtype:
         """The weights' own; float32 where the card has no bfloat16, announced."""
@@ -157,7 +188,14 @@ class Operations:
 
     def embed(self, ids: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """ids (tokens,) int64, weight (vocabulary, hidden) -> x (tokens, hidden) in `dtype`."""
-        return functional.embedding(ids.to(weight.device), weight).to(dtype)
+        ids, step, features = ids.to(weight.device), self._local.step, weight.shape[1]
+        x = torch.empty(len(ids), features, dtype=dtype, device=weight.device)
+        if len(ids):
+            _launch(
+                ends.embed, (len(ids), triton.cdiv(features, FINISHED)), ids, ids.stride(0),
+                None if step is None else step.chosen, weight.contiguous(), x, features, FINISHED, num_warps=4,
+            )  # fmt: skip
+        return x
 
     def norms(self, x: Tensor, lns: Sequence[Norm], consumers: Sequence[Weight | None]) -> list[Act]:
         """x (tokens, hidden) -> one LayerNorm of x for each (gain, bias, eps), as its consumer reads it."""
@@ -190,41 +228,51 @@ class Operations:
         if not len(qkv):
             return out
         qkv, rotary = qkv.contiguous(), rotary.to(qkv.device).contiguous()
-        table = self._table(batch, qkv.device, dim)
+        table = self._table(batch, qkv.device)
         pool = storage, cache.scales[layer] if cache.scales else None
         piece = max(16, dim & -dim)  # the largest power of two that divides it; tl.dot takes no less than 16
         shape = heads, dim, rotary.shape[2], piece, triton.cdiv(dim, piece)
         int8, scaling = bool(cache.scales), dim**-0.5
         pages = table.sequences, table.pages, table.most_pages
         if table.single:
-            splits = table.most_pages
+            splits = table.splits
             alone = splits == 1
             many = (0,) if alone else (len(qkv), heads, splits)
             parts, stats = torch.empty(*many, dim, device=qkv.device), torch.empty(*many, 2, device=qkv.device)
-            lanes = max(1, 1024 // piece)  # a thread loads 16 bytes of 16-bit numbers
-            _launch(
-                attention.attend_page, (table.count, heads, splits),
-                qkv, rotary, rotary.shape[1], *pool, *pages, table.tokens, scaling, parts, stats, memory(out),
-                *shape, lanes, int8, alone, *_placed(out), num_warps=4,
-            )  # fmt: skip
+
+            def page(tile: choices.Page) -> None:
+                _launch(
+                    attention.attend_page, (table.count, heads, splits),
+                    qkv, rotary, rotary.shape[1], *pool, *pages, table.tokens, scaling, parts, stats, memory(out),
+                    *shape, tile.lanes, int8, alone, *_placed(out), num_warps=tile.warps,
+                )  # fmt: skip
+
+            typical = splits >= PAGES_TO_TIME
+            page(self.tuned(qkv.device).pick(choices.page(piece, int8, qkv.dtype), page if typical else None))
             if not alone:
                 _launch(
                     attention.combine, (len(qkv), heads), parts, stats, splits, memory(out),
                     heads, dim, triton.next_power_of_2(dim), 16, *_placed(out), num_warps=4,
                 )  # fmt: skip
             return out
+        assert isinstance(table, BatchTable)
         q = torch.empty(len(qkv), heads, dim, device=qkv.device)
         _launch(
             attention.append, (len(qkv), heads), qkv, rotary, rotary.shape[1], *pool, table.tokens, scaling, q,
             *shape, int8, num_warps=1,
         )  # fmt: skip
         heads, dim, _, *pieces = shape
-        tile = choices.blocks(self.machine(qkv.device), dim)
-        _launch(
-            attention.attend_block, (table.block_count, heads), q, *pool, *pages, table.blocks, memory(out),
-            heads, dim, *pieces, tile.queries, tile.keys, int8, MATH[qkv.dtype], *_placed(out),
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+
+        def block(tile: choices.Blocks) -> None:
+            _launch(
+                attention.attend_block, (table.block_count, heads), q, *pool, *pages, table.blocks, memory(out),
+                heads, dim, *pieces, table.queries, tile.keys, int8, MATH[qkv.dtype], *_placed(out),
+                num_warps=tile.warps, num_stages=tile.stages,
+            )  # fmt: skip
+
+        typical = len(qkv) >= TOKENS_TO_TIME
+        candidates = choices.blocks(self.machine(qkv.device), dim, int8, qkv.dtype)
+        block(self.tuned(qkv.device).pick(candidates, block if typical else None))
         return out
 
     def sum_linears(
@@ -243,8 +291,9 @@ class Operations:
     def head(self, x: Tensor, rows: Tensor | None, norm: Norm, weight: Weight) -> Tensor:
         """Final norm and vocabulary projection of the chosen rows (None: all) -> (rows, vocabulary) float32 logits."""
         chosen = x if rows is None else x[rows.to(x.device, non_blocking=True)]
-        acts = self.norms(chosen, [norm], [weight])
-        (out,) = self._products([Output(acts, [weight], dtype=torch.float32)])
+        acts, step = self.norms(chosen, [norm], [weight]), self._local.step
+        memory = None if step is None else step.logits
+        (out,) = self._products([Output(acts, [weight], dtype=torch.float32, memory=memory)])
         assert isinstance(out, Tensor)
         return out
 
@@ -255,8 +304,44 @@ class Operations:
         return out
 
     def capture(self, step: Callable[[Tensor], Tensor], ids: Tensor, batch: Batch, limit: int) -> None:
-        """Every step is launched anew."""
+        """Logits alone are no step of a graph: `decoder` has those."""
         return
+
+    def decoder(
+        self, step: Callable[[Tensor, PagePool, Batch], Tensor], device: torch.device, vocabulary: int, limit: int
+    ) -> Steps | str:
+        """Steps as CUDA graphs."""
+        if self._graphs is None:
+            return "kernels run in Triton's interpreter, which knows no CUDA graphs"
+        return Steps(self._step(step), self._graphs(device), device, vocabulary, limit)
+
+    def _step(self, forward: Callable[[Tensor, PagePool, Batch], Tensor]) -> Callable[[PagePool, Inputs], None]:
+        """All of a step, launches and nothing else: from ids to the ids that follow."""
+
+        def run(pool: PagePool, inputs: Inputs) -> None:
+            with self._reading(inputs):
+                logits = forward(inputs.ids, pool, inputs.batch)
+            self._draw(logits, inputs)
+
+        return run
+
+    def _draw(self, logits: Tensor, inputs: Inputs) -> None:
+        """Choose the ids that follow, from logits (rows, vocabulary)."""
+        rows, vocabulary = logits.shape
+        values, ids = torch.empty_like(logits), torch.empty_like(logits, dtype=torch.int32)
+        _launch(
+            ends.draw, (rows,), logits, inputs.excluded, inputs.sequences, attention.SEQUENCE.value, inputs.choices,
+            values, ids, inputs.chosen, vocabulary, min(LISTED, triton.next_power_of_2(vocabulary)), num_warps=16,
+        )  # fmt: skip
+
+    @contextmanager
+    def _reading(self, inputs: Inputs) -> Iterator[None]:
+        """Take the batch, the tokens before it and the memory of logits from there."""
+        self._local.step = inputs
+        try:
+            yield
+        finally:
+            self._local.step = None
 
     # Products ---------------------------------------------------------------------------------------------------------
 
@@ -269,12 +354,11 @@ class Operations:
         if not isinstance(format, GroupInt):
             return TORCH
         bits, scale = format.bits, weight.tensors["weight_scale"].dtype
-        codes = 32 // bits
         if tokens <= machine.rows_up_to:
             halves = bits == 4 and like.dtype == torch.float16 and not self.exact
-            return Way("rows", bits, format.group_size, Layout(codes, codes // 2, SHIFT if halves else 0), scale)
+            return _coded("rows", bits, format.group_size, 16 // bits, SHIFT if halves else 0, scale)
         if tokens <= machine.tiles_up_to and like.dtype in machine.tensor_core_dtypes:
-            return Way("tiles", bits, format.group_size, Layout(codes, codes), scale)
+            return _coded("tiles", bits, format.group_size, 32 // bits, 0, scale)
         return TORCH
 
     def _empty(self, consumer: Weight | None, like: Tensor, features: int) -> Act:
@@ -284,6 +368,8 @@ class Operations:
         return memory if layout == NATURAL else Laid(layout, memory)
 
     def _out(self, output: Output) -> Act:
+        if output.memory is not None:
+            return output.memory
         like = memory(output.acts[0])
         if output.dtype is not None:
             return torch.empty(output.tokens, output.size, dtype=output.dtype, device=like.device)
@@ -293,20 +379,22 @@ class Operations:
         """Every output; two that agree in all that a kernel must know in one launch."""
         ways = [[self._way(w, memory(o.acts[0])) for w in o.weights] for o in outputs]
         single = all(len(o.acts) == 1 and o.x is None and o.tokens for o in outputs)
-        alike = len({(*w, o.weights[0].shape[1]) for w, o in zip(ways, outputs, strict=True)}) == 1
-        if len(outputs) == 2 and single and alike and ways[0][0].kind == "rows":
-            return self._beside(ways[0][0], outputs)
+        if len(outputs) == 2 and single and ways[0][0].kind == "rows":
+            columns = [o.weights[0].shape[1] for o in outputs]
+            if ways[0] == ways[1] and columns[0] == columns[1]:
+                return self._beside(ways[0][0], outputs)
         return [self._product(o, w) for o, w in zip(outputs, ways, strict=True)]
 
     def _product(self, output: Output, ways: Sequence[Way]) -> Act:
         if not output.tokens:
             return self._out(output)
-        if len(set(ways)) > 1:  # each part its own way
+        if len(ways) == 2 and ways[0] is not ways[1] and ways[0] != ways[1]:  # each part its own way
             parts = [Output([a], [w], dtype=torch.float32) for a, w in zip(output.acts, output.weights, strict=True)]
             return self._finished(output, [memory(self._product(o, [w])) for o, w in zip(parts, ways, strict=True)])
         if ways[0].kind == "torch":
             dtype = torch.float32 if len(ways) > 1 else output.dtype or memory(output.acts[0]).dtype
-            products = [self._by_torch(a, w, dtype) for a, w in zip(output.acts, output.weights, strict=True)]
+            into = output.memory if len(ways) == 1 else None
+            products = [self._by_torch(a, w, dtype, into) for a, w in zip(output.acts, output.weights, strict=True)]
             return self._finished(output, products)
         if ways[0].kind == "tiles":
             return self._tiles(ways[0], output)
@@ -319,7 +407,6 @@ class Operations:
         acts = [memory(o.acts[0]) for o in outputs]
         outs = [self._out(o) for o in outputs]
         tokens, columns = acts[0].shape
-        tile = choices.rows((way.words(columns),), way.inner, tokens, acts[0].element_size())
         pointers: list[object] = []
         shapes: list[object] = []
         for output, act, out in zip(outputs, acts, outs, strict=True):
@@ -329,47 +416,69 @@ class Operations:
         if len(outputs) == 1:
             pointers += [None, None, None, None, 0, None]
             shapes += [0, None, 1, 1, 1.0]
-        blocks = sum(triton.cdiv(o.size, tile.lanes * tile.rows) for o in outputs)
-        _launch(
-            gemv.multiply_beside, (blocks, triton.cdiv(tokens, tile.tokens)),
-            *pointers, tokens, 1.0 / way.layout.scale, columns, way.bits, way.group, _math(way, acts[0]),
-            tile.tokens, tile.lanes, tile.rows, tile.groups, tile.inner, *shapes, num_warps=tile.warps, maxnreg=tile.registers,
-        )  # fmt: skip
+        math = _math(way, acts[0])
+
+        def launch(tile: choices.Rows) -> None:
+            blocks = sum(triton.cdiv(o.size, tile.lanes * tile.rows) for o in outputs)
+            _launch(
+                gemv.multiply_beside, (blocks, triton.cdiv(tokens, tile.tokens)),
+                *pointers, tokens, 1.0 / way.layout.scale, columns, way.bits, way.group, math,
+                tile.tokens, tile.lanes, tile.rows, tile.groups, tile.inner, *shapes,
+                num_warps=tile.warps, maxnreg=tile.registers,
+            )  # fmt: skip
+
+        size, device = sum(o.size for o in outputs), acts[0].device
+        words = (way.words(columns),)
+        candidates = choices.rows(self.machine(device), size, words, way.bits, way.inner, tokens, math)
+        launch(self.tuned(device).pick(candidates, launch))
         return outs
 
     def _sum(self, way: Way, output: Output) -> Tensor:
         """The sum of one or two products and x, in one launch of gemv.py."""
         acts, out = [memory(a) for a in output.acts], memory(self._out(output))
         columns = [a.shape[1] for a in acts]
-        tile = choices.rows(tuple(map(way.words, columns)), way.inner, output.tokens, acts[0].element_size())
-        grid = triton.cdiv(output.size, tile.lanes * tile.rows), triton.cdiv(output.tokens, tile.tokens)
-        _launch(
-            gemv.multiply_sum, grid,
-            *_sources(way, output), out, output.tokens, 1.0 / way.layout.scale, *[*columns, 0][:2], way.bits, way.group,
-            _math(way, acts[0]), tile.tokens, tile.lanes, tile.rows, tile.groups, tile.inner, output.size,
-            num_warps=tile.warps, maxnreg=tile.registers,
-        )  # fmt: skip
+        math = _math(way, acts[0])
+
+        def launch(tile: choices.Rows) -> None:
+            grid = triton.cdiv(output.size, tile.lanes * tile.rows), triton.cdiv(output.tokens, tile.tokens)
+            _launch(
+                gemv.multiply_sum, grid,
+                *_sources(way, output), out, output.tokens, 1.0 / way.layout.scale, *[*columns, 0][:2], way.bits, way.group,
+                math, tile.tokens, tile.lanes, tile.rows, tile.groups, tile.inner, output.size,
+                num_warps=tile.warps, maxnreg=tile.registers,
+            )  # fmt: skip
+
+        words = tuple(map(way.words, columns))
+        candidates = choices.rows(
+            self.machine(out.device), output.size, words, way.bits, way.inner, output.tokens, math
+        )
+        launch(self.tuned(out.device).pick(candidates, launch))
         return out
 
     def _tiles(self, way: Way, output: Output) -> Act:
         """One or two products by tensor cores, matmul.py."""
         acts, out = [memory(a) for a in output.acts], self._out(output)
-        tile = choices.tiles(output.size, output.tokens, way.bits, acts[0].dtype)
-        grid = triton.cdiv(output.tokens, tile.tokens), triton.cdiv(output.size, tile.rows)
-        _launch(
-            matmul.multiply_tiles, grid,
-            *_sources(way, output), memory(out), output.tokens, *[*(a.shape[1] for a in acts), 0][:2],
-            way.bits, way.group, MATH[acts[0].dtype], tile.rows, tile.tokens, tile.words,
-            output.size, output.activation, *_placed(out)[:2], num_warps=tile.warps, num_stages=tile.stages,
-            maxnreg=tile.registers,
-        )  # fmt: skip
+        columns = [a.shape[1] for a in acts]
+
+        def launch(tile: choices.Tiles) -> None:
+            grid = triton.cdiv(output.tokens, tile.tokens), triton.cdiv(output.size, tile.rows)
+            _launch(
+                matmul.multiply_tiles, grid,
+                *_sources(way, output), memory(out), output.tokens, *[*columns, 0][:2],
+                way.bits, way.group, MATH[acts[0].dtype], tile.rows, tile.tokens, tile.words,
+                output.size, output.activation, *_placed(out)[:2], num_warps=tile.warps, num_stages=tile.stages,
+                maxnreg=tile.registers,
+            )  # fmt: skip
+
+        candidates = choices.tiles(output.size, sum(columns), output.tokens, way.bits, acts[0].dtype)
+        launch(self.tuned(acts[0].device).pick(candidates, launch))
         return out
 
-    def _by_torch(self, act: Act, weight: Weight, dtype: torch.dtype) -> Tensor:
+    def _by_torch(self, act: Act, weight: Weight, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
         """act @ weight.T by cuBLAS; a quantized weight is written out in slices, in memory that is used again and again."""
         assert isinstance(act, Tensor)
         format, (size, columns) = weight.format, weight.shape
-        out = torch.empty(len(act), size, dtype=dtype, device=act.device)
+        out = torch.empty(len(act), size, dtype=dtype, device=act.device) if into is None else into
         if not isinstance(format, GroupInt):
             _mm(act, weight.decode(act.dtype), out)
             return out
@@ -388,9 +497,12 @@ class Operations:
         return out
 
     def _scratch_of(self, like: Tensor, count: int) -> Tensor:
-        mine, nbytes = vars(self._scratch), count * like.element_size()
-        if (held := mine.get(str(like.device))) is None or held.nbytes < nbytes:
-            mine[str(like.device)] = held = torch.empty(nbytes, dtype=torch.uint8, device=like.device)
+        """Memory for so many elements, the same again and again; a graph has its own, which nothing may replace."""
+        if self._local.step is not None:
+            return torch.empty(count, dtype=like.dtype, device=like.device)
+        mine, nbytes = self._local.scratch, count * like.element_size()
+        if (held := mine.get(like.device)) is None or held.nbytes < nbytes:
+            mine[like.device] = held = torch.empty(nbytes, dtype=torch.uint8, device=like.device)
         return held.view(like.dtype)
 
     def _finished(self, output: Output, parts: Sequence[Tensor]) -> Act:
@@ -423,11 +535,12 @@ class Operations:
         warps = min(16, max(1, block // 512))
         _launch(activations.write_norms, (len(x),), x, *pointers, x.shape[1], block, *shapes, num_warps=warps)
 
-    def _table(self, batch: Batch, device: torch.device, head_dim: int) -> BatchTable:
-        held = self._batch
+    def _table(self, batch: Batch, device: torch.device) -> BatchTable | Inputs:
+        if self._local.step is not None:
+            return self._local.step
+        held = self._local.batch
         if held is None or held[0] is not batch or held[1] != device:
-            queries = choices.blocks(self.machine(device), head_dim).queries
-            self._batch = held = batch, device, BatchTable(batch, device, queries)
+            self._local.batch = held = batch, device, BatchTable(batch, device, choices.queries(self.machine(device)))
         return held[2]
 
 

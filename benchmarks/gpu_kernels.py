@@ -1,0 +1,311 @@
+"""Kernels one by one: the launches of a decode step, tokens, prompts, attention, sizes of tile. Knows no model.
+
+Times are medians of replays of a CUDA graph over copies of the weights that together exceed four times the L2 cache. GB/s count
+the bytes of weights and scales alone, or of keys and values.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from gpu_peers import PEERS, once_for_each, torch_fp16
+from torch import Tensor
+from torch.nn import functional
+
+from neox_lite.cache import Batch, PagePool
+from neox_lite.formats import DENSE, Weight, make_format
+from neox_lite.kernels.triton import choices
+from neox_lite_app.bench import copy_gb_per_s
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is timed."""
+
+    shapes: dict[str, tuple[int, int]]  # name -> hidden size, heads
+    sweep: tuple[int, ...]
+    prefill: tuple[int, ...]
+    contexts: tuple[int, ...]
+    copy_bytes: int = 1 << 30
+    vocabulary: int = 50432
+
+
+FULL = Sizes(
+    {"gpt-neox-20b": (6144, 64), "pythia-6.9b": (4096, 32), "pythia-1.4b": (2048, 16), "pythia-160m": (768, 12)},
+    (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64),
+    (128, 256, 384, 512, 1024, 2048),
+    (128, 1024, 2048),
+)
+REHEARSAL = Sizes({"small": (128, 2)}, (1, 3), (260,), (10, 130), 1 << 16, 200)
+
+
+# Timing ---------------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Seconds of a call, by CUDA graphs and events on a GPU, by the wall in a rehearsal."""
+
+    def __init__(self, device: torch.device, deadline: float) -> None:
+        self.device, self.deadline = device, deadline
+
+    def late(self) -> bool:
+        return time.monotonic() > self.deadline
+
+    def seconds(self, calls: Sequence[Callable[[], object]]) -> float:
+        """Of one call: `calls` do the same work on different memory, one after the other in a graph."""
+        for call in calls:
+            call()
+        if self.device.type != "cuda":
+            return self.elapsed(calls[0])
+        torch.cuda.synchronize()
+        once = self.elapsed(lambda: [call() for call in calls])
+        repeats = max(1, min(32, round(3e-4 / once)))  # a graph takes so long that launching it does not show
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(repeats):
+                for call in calls:
+                    call()
+        runs = 20 if once * repeats < 5e-3 else 8
+        taken = [self.elapsed(graph.replay) for _ in range(runs + 3)][3:]
+        return statistics.median(taken) / (repeats * len(calls))
+
+    def elapsed(self, work: Callable[[], object]) -> float:
+        if self.device.type != "cuda":
+            start = time.perf_counter()
+            work()
+            return time.perf_counter() - start
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        work()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+
+def copies_for(device: torch.device, nbytes: int) -> int:
+    """How many copies of so many bytes exceed four times the L2 cache, that none is found there when its turn comes again."""
+    if device.type != "cuda":
+        return 1
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return max(1, min(128, -(-4 * cache // nbytes)))
+
+
+# What is timed --------------------------------------------------------------------------------------------------------
+
+
+def weight_of(format: str, rows: int, columns: int, device: torch.device, dtype: torch.dtype = torch.float16) -> Weight:
+    """Random codes and scales, made on the device."""
+    if format == "dense":
+        return Weight(DENSE, (rows, columns), {"weight": torch.randn(rows, columns, device=device, dtype=dtype)})
+    kind = make_format(format, 128)
+    specs = kind.specs((rows, columns), dtype)
+    packed = torch.randint(-(2**31), 2**31 - 1, specs["weight_packed"][1], dtype=torch.int32, device=device)
+    scale = (
+        (torch.rand(specs["weight_scale"][1], device=device) + 0.5).div_(columns**0.5 * 2 ** (kind.bits - 1)).to(dtype)
+    )
+    return Weight(kind, (rows, columns), {"weight_packed": packed, "weight_scale": scale})
+
+
+def read_bytes(*weights: Weight) -> int:
+    return sum(t.nbytes for w in weights for t in w.tensors.values())
+
+
+class Bench:
+    """The measurements of one device, by the triton backend."""
+
+    def __init__(self, clock: Clock, sizes: Sizes, ops: Any) -> None:
+        self.clock, self.sizes, self.ops, self.device = clock, sizes, ops, clock.device
+
+    def rate(self, calls: Sequence[Callable[[], object]], nbytes: int) -> dict[str, float]:
+        seconds = self.clock.seconds(calls)
+        return {"us": seconds * 1e6, "gb_per_s": nbytes / seconds / 1e9}
+
+    def x(self, tokens: int, features: int, dtype: torch.dtype = torch.float16) -> Tensor:
+        return torch.randn(tokens, features, device=self.device, dtype=dtype)
+
+    def moved(self, x: Tensor, weight: Weight) -> Any:
+        """x as the weight reads it; what moving costs belongs to the operation before, and is measured there."""
+        return lay(x, self.ops._way(weight, x).layout)
+
+    def copy(self) -> Iterator[dict[str, float]]:
+        """GB/s of a device-to-device copy, read and write counted: the roof that every kernel is compared with."""
+        rates = copy_gb_per_s(self.device, self.sizes.copy_bytes)
+        yield {"median": statistics.median(rates), "min": min(rates), "max": max(rates)}
+
+    def pairs(self) -> Iterator[dict[str, Any]]:
+        """The two launches of a decode step that read weights: qkv beside h to 4h, dense plus 4h to h; then the head."""
+        for shape, (hidden, _) in self.sizes.shapes.items():
+            for format in ("int4", "int8"):
+                one = weight_of(format, hidden, hidden, self.device)
+                copies = range(copies_for(self.device, 5 * read_bytes(one)))  # the smaller launch reads 5
+                sets = [self.block(format, hidden) for _ in copies]
+                x, residual = self.x(1, hidden), self.x(1, hidden)
+                act = self.moved(x, one)
+                wide = self.moved(self.x(1, 4 * hidden), sets[0][3])
+                for name, calls, nbytes in (
+                    (
+                        "qkv beside h to 4h",
+                        [
+                            lambda w=w: self.ops.linears([act, act], w[:2], [None] * 2, [None, "erf"], [None, w[3]])
+                            for w in sets
+                        ],
+                        read_bytes(*sets[0][:2]),
+                    ),
+                    (
+                        "dense plus 4h to h",
+                        [lambda w=w: self.ops.sum_linears([act, wide], w[2:], [None] * 2, residual) for w in sets],
+                        read_bytes(*sets[0][2:]),
+                    ),
+                ):
+                    yield {"shape": shape, "format": format, "launch": name, **self.rate(calls, nbytes)}
+            for format in ("dense", "int8"):
+                weights = [weight_of(format, self.sizes.vocabulary, hidden, self.device)]
+                more = copies_for(self.device, read_bytes(*weights)) - 1
+                weights += [weight_of(format, self.sizes.vocabulary, hidden, self.device) for _ in range(more)]
+                ones = torch.ones(hidden, device=self.device).half()
+                calls = [lambda w=w: self.ops.head(x, None, (ones, ones, 1e-5), w) for w in weights]
+                yield {
+                    "shape": shape,
+                    "format": format,
+                    "launch": "norm and head",
+                    **self.rate(calls, read_bytes(weights[0])),
+                }
+
+    def block(self, format: str, hidden: int) -> list[Weight]:
+        """qkv, h to 4h, dense, 4h to h."""
+        rows_and_columns = ((3 * hidden, hidden), (4 * hidden, hidden), (hidden, hidden), (hidden, 4 * hidden))
+        return [weight_of(format, *size, self.device) for size in rows_and_columns]
+
+    def tokens(self) -> Iterator[dict[str, Any]]:
+        """One weight, h to 4h of the largest shape, for more and more tokens, beside torch's product of plain matrices."""
+        for format in ("int4", "int8"):
+            weights = self.wide(format)
+            for count in (*self.sizes.sweep, *self.sizes.prefill):
+                x = self.x(count, weights[0].shape[1])
+                for name, make in (("neox-lite", self.ours), ("torch fp16", torch_fp16)):
+                    yield {
+                        "format": format,
+                        "tokens": count,
+                        "engine": name,
+                        **self.against([make(w) for w in weights], x, weights[0]),
+                    }
+
+    def peers(self) -> Iterator[dict[str, Any]]:
+        """The same int4 weight by others, those that take longest to tune last."""
+        weights = self.wide("int4")
+        for name, (make, counts) in PEERS.items():
+            try:
+                calls = [make(w) for w in weights]
+                for count in counts or (*self.sizes.sweep, *self.sizes.prefill):
+                    if self.clock.late():
+                        return
+                    x = self.x(count, weights[0].shape[1])
+                    yield {"format": "int4", "tokens": count, "engine": name, **self.against(calls, x, weights[0])}
+            except Exception as error:  # not installed, or cannot run here: named with its reason
+                yield {"engine": name, "left_out": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
+
+    def wide(self, format: str) -> list[Weight]:
+        hidden = next(iter(self.sizes.shapes.values()))[0]
+        first = weight_of(format, 4 * hidden, hidden, self.device)
+        more = copies_for(self.device, read_bytes(first)) - 1
+        return [first, *(weight_of(format, 4 * hidden, hidden, self.device) for _ in range(more))]
+
+    def against(self, calls: Sequence[Callable[[Tensor], Tensor]], x: Tensor, weight: Weight) -> dict[str, float]:
+        """Microseconds of calls that take turns, and the error of the first, which has this weight."""
+        row = {"us": self.clock.seconds([lambda call=call: call(x) for call in calls]) * 1e6}
+        if len(x) <= 64:
+            exact = x.double() @ weight.decode(torch.float32).double().T
+            row["error_rms"] = float(
+                (calls[0](x).double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+            )
+        return row
+
+    def ours(self, weight: Weight) -> Callable[[Tensor], Tensor]:
+        moved = once_for_each(lambda x: self.moved(x, weight))
+        return lambda x: self.ops.linears([moved(x)], [weight], [None], [None], [None])[0]
+
+    def slices(self) -> Iterator[dict[str, Any]]:
+        """How large a piece of a weight should be written out for cuBLAS at a time, and from how many tokens on."""
+        hidden = next(iter(self.sizes.shapes.values()))[0]
+        weight = weight_of("int4", 4 * hidden, hidden, self.device)
+        plain = weight.decode(torch.float16)
+        whole, kept = 2 * 4 * hidden * hidden, self.ops.slice_bytes
+        machine = self.ops.machine(self.device)
+        tiles = type(self.ops)(False, lambda device: TilesAlways(machine.capability))
+        for count in self.sizes.prefill:
+            x = self.x(count, hidden)
+            row = {"tokens": count, "cublas fp16": self.clock.seconds([lambda x=x: torch.mm(x, plain.T)]) * 1e6}
+            for name, size in (
+                ("8 MB", 8 << 20),
+                ("16 MB", 16 << 20),
+                ("32 MB", 32 << 20),
+                ("64 MB", 64 << 20),
+                ("whole", whole),
+            ):
+                self.ops.slice_bytes = size
+                row[f"written out, {name}"] = (
+                    self.clock.seconds([lambda x=x: self.ops._by_torch(x, weight, x.dtype)]) * 1e6
+                )
+            self.ops.slice_bytes = kept
+            if machine.tensor_core_dtypes:
+                act = lay(x, tiles._way(weight, x).layout)
+                calls = [lambda a=act: tiles.linears([a], [weight], [None], [None], [None])]
+                row["tiles"] = self.clock.seconds(calls) * 1e6
+            yield row
+
+    def attention(self) -> Iterator[dict[str, Any]]:
+        """Decode over a context and a prompt, at each shape's heads; bytes are those of keys and values."""
+        for shape, (hidden, heads) in self.sizes.shapes.items():
+            dim = hidden // heads
+            rotary = torch.randn(2, 4096, max(1, dim // 8), device=self.device)
+            for kv in (torch.float16, torch.int8):
+                for context in self.sizes.contexts:
+                    nbytes = 2 * context * hidden * (2 if kv == torch.float16 else 1)
+                    layers = copies_for(self.device, nbytes)
+                    pool = PagePool(heads, dim, kv, [self.device] * layers)
+                    sequence = pool.new()
+                    Batch.reserve(pool, [sequence], [context]).commit()
+                    for tensor in (*pool.storage, *pool.scales):
+                        tensor.fill_(1)
+                    batch = Batch.reserve(pool, [sequence], [1])
+                    qkv = self.x(1, 3 * hidden)
+                    calls = [lambda i=i: self.ops.attend(qkv, pool, i, batch, rotary, None) for i in range(layers)]
+                    yield {
+                        "shape": shape,
+                        "cache": str(kv)[6:],
+                        "context": context,
+                        "new": 1,
+                        **self.rate(calls, nbytes),
+                    }
+            count = self.sizes.contexts[-1]
+            pool = PagePool(heads, dim, torch.float16, [self.device])
+            batch, qkv = Batch.reserve(pool, [pool.new()], [count]), self.x(count, 3 * hidden)
+            q, k, v = qkv.view(1, count, heads, 3, dim).permute(3, 0, 2, 1, 4)
+            row = {"shape": shape, "cache": "float16", "context": 0, "new": count}
+            row["us"] = (
+                self.clock.seconds([lambda q=qkv, p=pool, b=batch: self.ops.attend(q, p, 0, b, rotary, None)]) * 1e6
+            )
+            sdpa = [lambda q=q, k=k, v=v: functional.scaled_dot_product_attention(q, k, v, is_causal=True)]
+            yield row | {"torch_sdpa_us": self.clock.seconds(sdpa) * 1e6}
+
+
+class TilesAlways(choices.Machine):
+    """A card for which no number of tokens is too large for tiles."""
+
+    tiles_up_to = 1 << 30
+
+
+def lay(x: Tensor, layout: Any) -> Any:
+    """x (tokens, features) moved to where a kernel reads it; words.py has the rule."""
+    from neox_lite.kernels.triton.operations import NATURAL, Laid  # imports triton, which a machine may lack
+
+    if layout == NATURAL:
+        return x
+    features = x.shape[1]
+    split = x.view(len(x), features // layout.codes, layout.codes // layout.planes, layout.planes)
+    return Laid(layout, (split.permute(0, 3, 1, 2).reshape(len(x), features) * layout.scale).contiguous())
