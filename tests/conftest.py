@@ -17,6 +17,7 @@ with contextlib.suppress(ImportError):  # tests that compare with it import it t
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+os.environ.pop("COLUMNS", None)  # pytest-xdist gives its workers a width, by which we would wrap lines
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background would pass on to ignore it
 torch.set_num_threads(1)  # tiny products: on a busy machine waiting for a second thread takes longer than the work
 
