@@ -237,7 +237,6 @@ def test_the_model_tab_tells_what_fits_and_unloads(open_page, demo):
     expect(rows.first.locator(".badge").first).to_contain_text("fits")
     expect(rows.filter(has_text="gpt-neox-20b").locator(".badge").first).to_contain_text("GiB")
     expect(page.locator(".loaded")).to_contain_text("Shakespeare demo")
-    shoot(page, "model")
     page.get_by_role("button", name="Unload").click()
     expect(page.get_by_role("heading", name="Choose a model")).to_be_visible()
     assert demo.status().state == "empty"
@@ -1064,7 +1063,6 @@ def test_nothing_overflows_on_a_phone(open_page, demo, data):
     page = open_page(PHONE, has_touch=True, is_mobile=True)
     expect(page.locator(".family .badge").first).not_to_have_class(re.compile("waiting"))
     assert widest(page) == 0
-    shoot(page, "phone-model")
     page.get_by_role("tab", name="Chat").click()
     page.get_by_role("button", name="Sampling settings").click()
     at_most(page, 40)
@@ -1201,7 +1199,6 @@ def test_dark_and_light_follow_the_system_and_the_switch(open_page, demo, data):
     expect(light.get_by_role("button", name="Light colours")).to_be_visible()
     dark.get_by_role("tab", name="Model").click()
     expect(dark.locator(".family .badge").first).not_to_have_class(re.compile("waiting"))
-    shoot(dark, "model-dark")
 
 
 CONTRAST = """() => {
