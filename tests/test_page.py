@@ -736,6 +736,19 @@ def test_the_system_text_stays_with_its_conversation(open_page, demo, late):
     assert systems["First of two"] == "You are the first" and systems["Second of two"] == ""
 
 
+def test_a_system_text_may_be_written_while_an_answer_comes(open_page, demo, slow):
+    page = chat_page(open_page, 40)
+    page.get_by_text("System text and prompt form").click()
+    say(page, "One moment")
+    expect(page.locator(".turn.live .body p").first).not_to_be_empty()
+    page.get_by_label("System text", exact=True).press_sequentially("You are wise")
+    answered(page, 1)
+    expect(page.get_by_label("System text", exact=True)).to_have_value("You are wise")
+    page.get_by_label("Message", exact=True).focus()
+    page.reload()
+    expect(page.get_by_label("System text", exact=True)).to_have_value("You are wise")
+
+
 def test_an_answer_that_has_not_begun_can_be_stopped(open_page, demo, slow, late):
     page = chat_page(open_page, 400)
     say(page, "Never mind")

@@ -237,7 +237,8 @@ neox.parts.transcript = (element, props, trigger) => {
     }
     if (value.id !== view.id || value.read >= view.read) {
       view = value;
-      show(value.id, value.system);
+      const writing = value.id === shown.id && document.activeElement.id === "nx-system-text";
+      show(value.id, writing ? shown.system : value.system);
     }
     draw();
   });
