@@ -21,6 +21,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -202,7 +203,8 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--context", type=int, help="tokens a sequence may hold, default the model's own")
-    parser.add_argument("--scratch", type=Path, default=Path(), help="for the servers' logs")
+    logs = Path(tempfile.gettempdir()) / "neox-lite-serving"
+    parser.add_argument("--scratch", type=Path, default=logs, help="for the servers' logs")
     parser.add_argument("--out", type=Path, help="JSON to write")
     args = parser.parse_args()
     if args.tokenizer and not (args.neox_lite / "tokenizer.json").exists():

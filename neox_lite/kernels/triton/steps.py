@@ -181,32 +181,21 @@ class Steps:
         previous: Flight | None = None,
     ) -> Launched:
         with self._lock:
-            return self._launch(pool, batch, ids, choices, excluded, previous)
-
-    def _launch(
-        self,
-        pool: PagePool,
-        batch: Batch,
-        ids: Sequence[int],
-        choices: Sequence[Choice],
-        excluded: Tensor | None,
-        previous: Flight | None,
-    ) -> Launched:
-        rows, pages = self.bucket(batch)
-        self._exclude(excluded)
-        if previous is not None and previous is not self._last:  # its tokens are not where this step looks for them
-            found = previous.tokens()
-            ids = [id if id >= 0 else max(0, found[-1 - id]) for id in ids]
-        seat = self._seats[0]
-        self._seats.append(self._seats.pop(0))
-        if seat.flight is not None:
-            seat.flight.tokens()  # read before they are written over
-        seat.fill(batch, ids, choices, rows)
-        self._graphs.copy(self._data, seat.data)
-        self._captured.get(pool, (rows, pages), lambda: self._capture(pool, rows, pages))()
-        self._graphs.copy(seat.back, self._chosen)
-        seat.flight = self._last = Launched(self._graphs, self._lock, seat.back, len(ids))
-        return self._last
+            rows, pages = self.bucket(batch)
+            self._exclude(excluded)
+            if previous is not None and previous is not self._last:  # its tokens are not where this step looks for them
+                found = previous.tokens()
+                ids = [id if id >= 0 else max(0, found[-1 - id]) for id in ids]
+            seat = self._seats[0]
+            self._seats.append(self._seats.pop(0))
+            if seat.flight is not None:
+                seat.flight.tokens()  # read before they are written over
+            seat.fill(batch, ids, choices, rows)
+            self._graphs.copy(self._data, seat.data)
+            self._captured.get(pool, (rows, pages), lambda: self._capture(pool, rows, pages))()
+            self._graphs.copy(seat.back, self._chosen)
+            seat.flight = self._last = Launched(self._graphs, self._lock, seat.back, len(ids))
+            return self._last
 
     def logits(self, pool: PagePool, batch: Batch, ids: Sequence[int]) -> Tensor:
         with self._lock:
