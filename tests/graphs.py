@@ -94,7 +94,7 @@ class Simulated:
 
     def __enter__(self):
         stack = self._stack
-        for name in ("_launch", "_mm"):
+        for name in ("_launch", "_mm", "_nf4"):
             stack.callback(setattr, operations, name, getattr(operations, name))
             setattr(operations, name, self._hook(name, getattr(operations, name)))
         stack.enter_context(_InOrder(self))

@@ -417,6 +417,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(decisions, "PLANNED", WeakSet())
     monkeypatch.setattr(plan, "DECODED_SLICE", 0)
     monkeypatch.setattr(plan, "CUBLAS_WORKSPACE", 0)
+    monkeypatch.setattr(plan, "GRAPHS", 0)
     monkeypatch.setattr(plan, "TORCH_PRODUCT", 0)
     return device
 
@@ -467,7 +468,7 @@ def test_what_a_plan_predicts_is_what_the_device_is_asked_for(folder, gpu, kv, c
         assert 0 <= weights + table * bool(parts) - parts.get("weights", 0) <= rounding
         planned = sum(parts.get(name, 0) for name in ("weights", "cache", "ring"))
         assert planned - table <= device.peak <= planned + 3 * rounding or not parts
-        assert device.peak + parts.get("context", 0) + parts.get("scratch", 0) <= budget + 3 * rounding
+        assert device.peak + sum(parts.get(name, 0) for name in ("context", "scratch", "graphs")) <= budget + 3 * rounding
         seen.add(model.placement.layers.count("gpu") if model.placement else 0)
     assert {0, LAYERS} < seen  # and some between
 

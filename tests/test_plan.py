@@ -337,6 +337,17 @@ def test_plain_layers_have_a_rate_and_scratch_of_their_own():
     assert narrow.parts["cpu"]["scratch"] < (32 << 20) + 2 * 4 * 768 * 3072 + (16 << 20)
 
 
+def test_graphs_of_decode_steps_are_counted_where_the_whole_model_is_on_the_gpu():
+    """Logits for 1, 2, 4 and 8 rows, and 8 rows of ids and values; none between two memories, where no step is a graph."""
+    sizes, here = of_20b(), replace(HOME, card=SMALL_CARD)
+    whole, mixed = (best(sizes, here, Request(512, 32 << 30, size << 30, 5)) for size in (24, 8))
+    assert (whole.level, mixed.level) == (plan.GPU, plan.MIXED)
+    logits, lists = (1 + 2 + 4 + 8) * sizes.vocabulary * 4, 8 * sizes.vocabulary * 8
+    activations = 8 * 2 * (8 * sizes.hidden + 2.5 * sizes.inner)
+    assert whole.parts["gpu"]["graphs"] == (16 << 20) + logits + lists + activations
+    assert mixed.parts["gpu"]["graphs"] == 0
+
+
 def test_there_is_no_crossover_without_both_memories():
     assert best(of_20b(), replace(HOME, card=None), Request(2048, 32 << 30)).crossover_tokens is None
     whole = best(of_20b(), replace(HOME, card=CARDS["RTX 4090"]), Request(2048, 32 << 30, 24 << 30))

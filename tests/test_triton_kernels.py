@@ -463,19 +463,20 @@ def tiny(parallel=True, formats=(), dtype=torch.float32, layers=2, hidden=64, po
         )
         for linear, format in zip(linears, formats[i % len(formats)] if formats else (), strict=bool(formats)):
             if format is not None:
-                stored = format.encode(linear.weight.data, dtype, "rtn") | format.constants(linear.shape)
+                stored = format.encode(linear.weight.data, dtype, format.methods[0]) | format.constants(linear.shape)
                 linear.become(format, dtype)
                 for name, tensor in stored.items():
                     getattr(linear, name).copy_(tensor)
     return model
 
 
-INT4, INT8 = make_format("int4", 32), make_format("int8", 64)
+INT4, INT8, NF4 = make_format("int4", 32), make_format("int8", 64), make_format("nf4")
 MODELS = {
     "dense": {},
     "int4": {"formats": [(INT4,) * 4]},
     "sequential int8": {"parallel": False, "formats": [(INT8,) * 4]},
     "mixed": {"formats": [(INT4, INT8, INT8, INT4), (INT8, None, None, INT4)]},
+    "nf4": {"formats": [(NF4,) * 4]},
 }
 
 

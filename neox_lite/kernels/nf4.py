@@ -23,7 +23,8 @@ from ..formats.nf4 import ABSMAX, BLOCK, MAP, NESTED_ABSMAX, NESTED_BLOCK, NESTE
 from . import reference
 
 IMPORTING = Lock()
-SLICE_ELEMENTS = 1 << 20  # weights written out at a time on the CPU, 4 MB: multiplied while they are in its caches
+SLICE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25}  # weights written out at a time: 4 MB stay in a CPU's caches
+FEW_TOKENS = 4  # up to so many, bitsandbytes multiplies on a GPU without writing weights out
 
 
 def matmul(act: Tensor, weight: Weight) -> Tensor:
@@ -31,7 +32,7 @@ def matmul(act: Tensor, weight: Weight) -> Tensor:
     library = bitsandbytes()
     if library is None or not len(act):
         return reference.matmul(act, weight)
-    if act.device.type == "cpu":
+    if act.device.type == "cpu" or len(act) > FEW_TOKENS:
         return _by_slices(library, act, weight)
     return library.matmul_4bit(act, _column(weight.tensors["weight"]).t(), _state(library, weight, act.dtype))
 
@@ -86,7 +87,7 @@ def _by_slices(library: Any, act: Tensor, weight: Weight) -> Tensor:
     assert isinstance(weight.format, NF4)
     (size, columns), packed, absmax = weight.shape, weight.tensors["weight"], weight.format.scales(weight.tensors)
     out = act.new_empty(len(act), size)
-    step = max(1, SLICE_ELEMENTS // columns)
+    step = max(1, SLICE_ELEMENTS[act.device.type] // columns)
     for first in range(0, size, step):
         last = min(size, first + step)
         state = library.functional.QuantState(

@@ -32,6 +32,8 @@ ITEMSIZE = {"cpu": 4, "gpu": 2}  # of activations
 DECODED_SLICE = 64 << 20  # bytes of a weight written out for cuBLAS, or as float32 for torch's product, at a time
 TORCH_PRODUCT = 32 << 20  # what torch's product takes on the CPU beside two of those slices; measured
 CUBLAS_WORKSPACE = 32 << 20
+GRAPH_ROWS = 64  # sequences of a decode step that is a CUDA graph, at most
+GRAPHS = 16 << 20  # what the driver keeps of the graphs themselves; assumed, not measured
 STAGING_SHARE = 0.5  # of the speed at which memory is read, for copying into a pinned slot: it is read and written
 
 
@@ -358,7 +360,8 @@ class Plan:
 
     @cached_property
     def parts(self) -> dict[str, dict[str, int]]:
-        """Bytes by tier and kind. ring: the slots of layers on their way; process and context: there before any model."""
+        """Bytes by tier and kind. ring: the slots of layers on their way; graphs: decode steps of a model that is on the GPU
+        as a whole; process and context: there before any model."""
         sizes, stop = self.sizes, len(self.sizes.layers) - self.gpu_layers
         kv = self.pages * PAGE * sizes.kv_bytes(self.kv)
         head = sizes.head_bytes(self.head)
@@ -379,6 +382,7 @@ class Plan:
             "cache": self.gpu_layers * kv,
             "ring": ring,
             "scratch": self._scratch_bytes("gpu") + DECODED_SLICE + CUBLAS_WORKSPACE,
+            "graphs": 0 if stop else self._graph_bytes(),
             "context": self.machine.card.context_bytes if self.machine.card else 0,
         }
         disk = {"weights": sum(sizes.layers[: self.disk_layers])}
@@ -418,14 +422,25 @@ class Plan:
         touched = windows * -math.expm1(self.context * self.sequences * math.log1p(-1 / windows)) if windows > 1 else 1
         return min(self.sizes.embedding, math.ceil(touched * WINDOW))
 
-    def _scratch_bytes(self, tier: str) -> int:
-        tokens = min(CHUNK, self.context * self.sequences)
+    def _graph_bytes(self) -> int:
+        """What decode steps keep as CUDA graphs: float32 logits for each power of two of rows, and scratch for the most rows:
+        lists of ids to choose from with their values, activations, and what plain or decoded weights need."""
+        rows = 1 << (min(self.sequences, GRAPH_ROWS) - 1).bit_length()
+        logits = (2 * rows - 1) * self.sizes.vocabulary * 4
+        lists = rows * self.sizes.vocabulary * (4 + 4)
+        products = DECODED_SLICE + CUBLAS_WORKSPACE if self.sizes.decoded else 0
+        return GRAPHS + logits + lists + self._activation_bytes("gpu", rows) + products
+
+    def _activation_bytes(self, tier: str, tokens: int) -> int:
         hidden, inner = SCRATCH[tier]
-        numbers = (hidden * self.sizes.hidden + inner * self.sizes.inner) * tokens
+        return math.ceil((hidden * self.sizes.hidden + inner * self.sizes.inner) * tokens * ITEMSIZE[tier])
+
+    def _scratch_bytes(self, tier: str) -> int:
+        activations = self._activation_bytes(tier, min(CHUNK, self.context * self.sequences))
         logits = self.sequences * self.sizes.vocabulary * 4  # float32
         written_out = tier == "cpu" and self.sizes.decoded
         decoded = TORCH_PRODUCT + 2 * min(4 * self.sizes.decoded, DECODED_SLICE) if written_out else 0
-        return math.ceil(numbers * ITEMSIZE[tier]) + logits + decoded
+        return activations + logits + decoded
 
     # Time -------------------------------------------------------------------------------------------------------------
 

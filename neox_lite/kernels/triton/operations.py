@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...cache import PAGE, Batch, PagePool
-from ...formats import Dense, GroupInt, Weight
+from ...formats import NF4, Dense, GroupInt, Weight
+from .. import nf4
 from ..backend import Norm
 from . import activations, attention, choices, ends, gemv, interpreted, matmul, tuning
 from .cuda_graph import CudaGraphs
@@ -475,10 +476,13 @@ class Operations:
         return out
 
     def _by_torch(self, act: Act, weight: Weight, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
-        """act @ weight.T by cuBLAS; a quantized weight is written out in slices, in memory that is used again and again."""
+        """act @ weight.T by cuBLAS, nf4 by bitsandbytes; integer codes are written out in slices, in memory used again and again."""
         assert isinstance(act, Tensor)
         format, (size, columns) = weight.format, weight.shape
         out = torch.empty(len(act), size, dtype=dtype, device=act.device) if into is None else into
+        if isinstance(format, NF4):
+            _nf4(act, weight, out)
+            return out
         if not isinstance(format, GroupInt):
             _mm(act, weight.decode(act.dtype), out)
             return out
@@ -591,6 +595,11 @@ def _addend(output: Output, i: int) -> tuple[Tensor | None, int]:
         return None, 0
     addend = output.addends[i].contiguous()
     return addend, addend.shape[1] if addend.dim() == 2 else 0
+
+
+def _nf4(x: Tensor, weight: Weight, out: Tensor) -> None:
+    """out = x @ weight.T by bitsandbytes, in x's dtype."""
+    out.copy_(nf4.matmul(x, weight))
 
 
 def _mm(x: Tensor, weight: Tensor, out: Tensor) -> None:
