@@ -476,7 +476,7 @@ class Operations:
         return out
 
     def _by_torch(self, act: Act, weight: Weight, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
-        """act @ weight.T by cuBLAS, nf4 by bitsandbytes; integer codes are written out in slices, in memory used again and again."""
+        """act @ weight.T by cuBLAS, integer codes written out in slices, in memory used again; nf4 by bitsandbytes."""
         assert isinstance(act, Tensor)
         format, (size, columns) = weight.format, weight.shape
         out = torch.empty(len(act), size, dtype=dtype, device=act.device) if into is None else into
