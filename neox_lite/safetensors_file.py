@@ -169,7 +169,7 @@ class SafetensorsFile:
             size = self._stat.st_size
             header, data_start = _read_header(file, size, path)
             self.infos, self.metadata = parse_header(header, data_start, size, path)
-            self._map = _private_map(file.fileno(), size)
+            self._map = private_map(file.fileno(), size)
 
     def read(self, name: str, start: int | None = None, stop: int | None = None) -> Tensor:
         """The tensor, or its rows start..stop of the first dimension, in the stored dtype, without a copy.
@@ -279,7 +279,7 @@ def _naturals(value: Any, where: str) -> tuple[int, ...]:
     return tuple(value)
 
 
-def _private_map(fileno: int, size: int) -> mmap.mmap:
+def private_map(fileno: int, size: int) -> mmap.mmap:
     """Map a file copy-on-write: readable and writable memory whose changes stay in this process."""
     if not hasattr(mmap, "MAP_PRIVATE"):
         return mmap.mmap(fileno, size, access=mmap.ACCESS_COPY)

@@ -157,6 +157,17 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--revision", help="branch, tag or commit of a hub id")
     _add_json(sub)
 
+    sub = command("import", "convert", "turn a GGUF file into a model folder: Q4_0 and Q8_0 exactly", "import_file")
+    sub.add_argument("source", metavar="FILE.gguf")
+    sub.add_argument("destination", metavar="DST", help="folder to write")
+    sub.add_argument(
+        "--dtype", choices=("float16", "bfloat16", "float32"), help="of all that is not quantized (default: the file's)"
+    )
+    sub.add_argument(
+        "--hidden-act", choices=("gelu", "gelu_fast"), help="where the file does not say it: Pythia's, or GPT-NeoX-20B's"
+    )
+    _add_json(sub)
+
     sub = command("verify", "inspect_model", "check a folder: hashes, shapes, finite values")
     sub.add_argument("folder", metavar="DIR")
     _add_json(sub)

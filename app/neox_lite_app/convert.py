@@ -1,4 +1,4 @@
-"""neox-lite quantize and export: the quantizer and the GGUF writer, each with a progress bar."""
+"""neox-lite quantize, export and import: the quantizer, the GGUF writer and its reader, each with a progress bar."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from neox_lite.formats import label, make_format
-from neox_lite_quant import convert, export_gguf
+from neox_lite_quant import Report, convert, export_gguf, import_gguf
 
 from .running import amount, bar, note, print_json
 
@@ -34,7 +34,17 @@ def quantize(args: argparse.Namespace) -> None:
 def export(args: argparse.Namespace) -> None:
     with bar(f"write {args.to}") as progress:
         report = export_gguf(args.model, args.destination, args.head, args.revision, progress)
-    if args.json:
+    _tell(report, args.json)
+
+
+def import_file(args: argparse.Namespace) -> None:
+    with bar("read gguf") as progress:
+        report = import_gguf(args.source, args.destination, args.dtype, args.hidden_act, progress)
+    _tell(report, args.json)
+
+
+def _tell(report: Report, json: bool) -> None:
+    if json:
         figures = ("bytes_in", "bytes_out", "seconds", "peak_bytes")
         print_json({"destination": str(report.destination), **{k: getattr(report, k) for k in figures}})
     else:
