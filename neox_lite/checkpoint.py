@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,9 +24,9 @@ from neox_lite.folder_writer import (
     FolderWriter,
     ShardWriter,
     check_file_name,
+    compare_file,
     read_json,
     read_manifest,
-    sha256_of,
     split_into_shards,
 )
 from neox_lite.safetensors_file import (
@@ -311,7 +311,7 @@ def verify_folder(
         if _exists(folder / MANIFEST):
             listed = read_manifest(folder / MANIFEST)
             for name, entry in listed.items():
-                problems += _compare_file(folder / name, entry, told)
+                problems += compare_file(folder / name, entry, told)
             problems += [f"{folder / name}: not in {MANIFEST}" for name in weights if name not in listed]
         elif needs_manifest:
             problems.append(f"{folder}: no {MANIFEST}, so no hashes to check; neox-lite writes one with every model")
@@ -325,18 +325,6 @@ def verify_folder(
     except CheckpointError as error:
         problems.append(str(error))
     return problems
-
-
-def _compare_file(path: Path, entry: dict[str, Any], told: Callable[[int], object]) -> list[str]:
-    try:
-        size = path.stat().st_size
-        if size != entry["bytes"]:
-            return [f"{path}: {size} bytes, expected {entry['bytes']}"]
-        if sha256_of(path, told) != entry["sha256"]:
-            return [f"{path}: SHA-256 differs from the manifest: the file has changed"]
-    except OSError as error:
-        return [f"{path}: cannot be read: {error.strerror or error}"]
-    return []
 
 
 def _not_finite(checkpoint: Checkpoint, told: Callable[[int], object]) -> list[str]:

@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -476,34 +477,47 @@ def quantize_module(module: Linear, checkpoint: Checkpoint, name: str, dtype: to
     """Fill a module's quantized tensors from the checkpoint's dense weight `name`."""
     specs = module.format.specs(module.shape, dtype)
     tensors = {key: torch.empty(shape, dtype=kind) for key, (kind, shape) in specs.items()}
-    for start, part in encode_rows(checkpoint, name, module.format, dtype, module.format.methods[0]):
+    encoding = Encoding(checkpoint, name, module.format, dtype, module.format.methods[0])
+    for slice in encoding.slices():
+        start, part = slice()
         for key, rows in part.items():
             tensors[key][start : start + len(rows)] = rows
+    tensors |= encoding.rest()
     for key, tensor in tensors.items():
         setattr(module, key, tensor)
 
 
-def encode_rows(
-    checkpoint: Checkpoint, name: str, format: Format, dtype: torch.dtype, method: str
-) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """A checkpoint's weight in a format, a bounded number of rows at a time: (first row, suffix -> rows).
+class Encoding:
+    """A checkpoint's weight on its way into a format, a bounded number of rows at a time."""
 
-    After the last rows come the tensors that are not made of rows, as row 0.
-    """
-    out, columns = checkpoint.info(name).shape
-    kept: dict[str, list[Tensor]] = {key: [] for key in format.late}
-    step = max(1, SLICE_ELEMENTS // columns)
-    for start in range(0, out, step):
-        rows = checkpoint.rows(name, start, min(out, start + step))
+    def __init__(self, checkpoint: Checkpoint, name: str, format: Format, dtype: torch.dtype, method: str) -> None:
+        self.checkpoint, self.name, self.format, self.dtype, self.method = checkpoint, name, format, dtype, method
+        self.shape: tuple[int, int] = checkpoint.info(name).shape  # type: ignore[assignment]
+        self._kept: dict[str, dict[int, Tensor]] = {key: {} for key in format.late}  # suffix -> first row -> rows
+
+    def slices(self) -> Iterator[Callable[[], tuple[int, dict[str, Tensor]]]]:
+        """Calls that give (first row, suffix -> rows), one after another or at once; reading starts when one is asked for."""
+        step = max(1, SLICE_ELEMENTS // self.shape[1])
+        for start in range(0, self.shape[0], step):
+            rows = self.checkpoint.rows(self.name, start, min(self.shape[0], start + step))
+            _read_ahead(rows)
+            yield partial(self._encode, start, rows)
+
+    def _encode(self, start: int, rows: Tensor) -> tuple[int, dict[str, Tensor]]:
         try:
-            part = format.encode(rows, dtype, method)
+            part = self.format.encode(rows, self.dtype, self.method)
         except FormatError as error:
-            raise FormatError(f"{name}, rows {start} to {start + len(rows) - 1}: {error}") from error
-        for key, parts in kept.items():
-            parts.append(part.pop(key))
-        yield start, part
-    yield 0, format.constants((out, columns), dtype)
-    yield 0, format.finish({key: torch.cat(parts) for key, parts in kept.items()}, (out, columns), dtype)
+            raise FormatError(f"{self.name}, rows {start} to {start + len(rows) - 1}: {error}") from error
+        for key, parts in self._kept.items():
+            parts[start] = part.pop(key)
+        return start, part
+
+    def rest(self) -> dict[str, Tensor]:
+        """After all slices: the tensors that are not made of rows."""
+        kept = {key: torch.cat([parts[start] for start in sorted(parts)]) for key, parts in self._kept.items()}
+        self._kept = {key: {} for key in self._kept}
+        constants = self.format.constants(self.shape, self.dtype)
+        return constants | self.format.finish(kept, self.shape, self.dtype)
 
 
 def _initialize_heads(model: GPTNeoXPreTrainedModel, fresh: list[str], dtype: torch.dtype, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXForSequenceClassification
-from neox_lite.checkpoint import verify_folder
+from neox_lite.checkpoint import ShardWriter, verify_folder
 from neox_lite.errors import ArgumentError, CheckpointError, FormatError
 from neox_lite.formats import FORMATS, GROUPED
 from neox_lite_quant import convert
@@ -283,3 +284,83 @@ def test_values_that_cannot_be_stored_are_refused_and_leave_no_folder(tmp_path, 
     with pytest.raises(FormatError, match=message):
         convert(tmp_path / "source", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+# -- a run that is ended, and the next one ------------------------------------------------------------------------------
+
+
+def shard_names(folder):
+    return sorted(p.name for p in folder.glob("*.safetensors"))
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    """Weight files of one module each, so that a tiny model has many."""
+    monkeypatch.setattr(sys.modules["neox_lite_quant.convert"], "SHARD_BYTES", 1)
+
+
+def end_after(monkeypatch, count):
+    """Let the run end before its count-th weight file is opened; returns the names of those opened."""
+    opened, real = [], ShardWriter.__enter__
+
+    def enter(self):
+        if len(opened) == count:
+            raise KeyboardInterrupt
+        opened.append(self.path.name)
+        return real(self)
+
+    monkeypatch.setattr(ShardWriter, "__enter__", enter)
+    return opened
+
+
+def test_a_run_that_was_ended_goes_on_where_it_was_and_ends_in_the_same_bytes(
+    source, tmp_path, monkeypatch, small_shards
+):
+    convert(source, tmp_path / "whole")
+    count = len(shard_names(tmp_path / "whole"))
+    for ended in (1, count // 2, count - 1):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            end_after(patch, ended)
+            convert(source, tmp_path / str(ended))
+        with monkeypatch.context() as patch:
+            opened = end_after(patch, count)
+            convert(source, tmp_path / str(ended))
+        assert len(opened) == count - ended
+        assert digests(tmp_path / str(ended)) == digests(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("other", [{"format": "int8"}, {"group_size": 32}, {"method": "rtn"}, "source"])
+def test_other_options_or_another_source_begin_anew_and_say_so(
+    source, tmp_path, monkeypatch, small_shards, caplog, other
+):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        end_after(patch, 3)
+        convert(source, tmp_path / "out")
+    options = {} if other == "source" else other
+    if other == "source":
+        write_source(tmp_path / "source", initializer_range=0.2)
+        source = tmp_path / "source"
+    convert(source, tmp_path / "out", **options)
+    assert "another source or other options; begun anew" in caplog.text
+    convert(source, tmp_path / "whole", **options)
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+def test_a_weight_file_that_changed_since_is_written_again(source, tmp_path, monkeypatch, small_shards):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        end_after(patch, 3)
+        convert(source, tmp_path / "out")
+    damaged = tmp_path / "out" / shard_names(tmp_path / "out")[1]
+    raw = bytearray(damaged.read_bytes())
+    raw[-1] ^= 1
+    damaged.write_bytes(raw)
+    convert(source, tmp_path / "out")
+    assert verify_folder(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("format", ["int4", "nf4-double"])
+def test_the_number_of_threads_changes_no_byte(source, tmp_path, monkeypatch, format):
+    monkeypatch.setattr("neox_lite.loading.SLICE_ELEMENTS", 2048)
+    for threads in (1, 2, 7):
+        convert(source, tmp_path / str(threads), format=format, threads=threads)
+        assert digests(tmp_path / str(threads)) == digests(tmp_path / "1")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,15 @@ from neox_lite.checkpoint import Checkpoint
 from neox_lite.config import GPTNeoXConfig
 from neox_lite.errors import ArgumentError, FormatError
 from neox_lite.folder_writer import Spec
-from neox_lite.formats import GROUP_SIZES, Format, GroupInt, make_format
+from neox_lite.formats import GROUP_SIZES, GroupInt, make_format
 from neox_lite.hub import resolve
 from neox_lite.layers import Linear
-from neox_lite.loading import DTYPES, SLICE_ELEMENTS, Blueprint, encode_rows
+from neox_lite.loading import DTYPES, SLICE_ELEMENTS, Blueprint, Encoding
 from neox_lite.model import class_of
-from neox_lite.saving import Part, read_companions, specs_of, write_model
+from neox_lite.saving import Part, Rows, Slice, read_companions, specs_of, write_model
+from neox_lite.version import __version__
 
+SHARD_BYTES = 1_000_000_000  # of a weight file: what a run that is ended has to do again at most
 Progress = Callable[[int, int], None]  # bytes written so far, bytes in all
 
 
@@ -46,9 +50,12 @@ def convert(
     revision: str | None = None,
     progress: Progress | None = None,
     dry_run: bool = False,
+    threads: int | None = None,
 ) -> Report:
     """Quantize every linear layer of a checkpoint; embedding, head and norms stay as they are, float32 becomes float16.
 
+    What a run that was ended left in the destination is kept where source and options are the same. threads: that compute,
+    None for torch's number; the result does not depend on it.
     Raises FormatError for a shape or value that the format cannot hold, CheckpointError for a source that is not whole.
     """
     began = time.perf_counter()
@@ -75,6 +82,7 @@ def convert(
         head = _head(blueprint, dtype)
         total = sum(spec.nbytes for part in [*parts, *([head] if head else [])] for spec in part.specs)
         meter = _Meter(progress, total)
+        options = {"method": method, "format": format, "group_size": getattr(target, "group_size", None)}
         if not dry_run:
             write_model(
                 destination,
@@ -82,15 +90,24 @@ def convert(
                 parts,
                 read_companions(folder),
                 head,
+                max_shard_bytes=SHARD_BYTES,
                 source=folder,
                 progress=meter,
-                method=method,
-                format=format,
-                group_size=getattr(target, "group_size", None),
+                threads=torch.get_num_threads() if threads is None else threads,
+                job=_job(checkpoint, config, parts, options),
+                **options,
                 source_name=Path(os.fspath(source)).name if Path(source).is_dir() else os.fspath(source),
                 source_revision=revision,
             )
         return Report(destination, checkpoint.total_bytes, total, time.perf_counter() - began, meter.peak_bytes)
+
+
+def _job(checkpoint: Checkpoint, config: GPTNeoXConfig, parts: Sequence[Part], options: Mapping[str, Any]) -> str:
+    """All that decides the bytes of the weight files, so that only a run of the same job goes on from what is there."""
+    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in checkpoint.files]
+    specs = [spec for part in parts for spec in part.specs]
+    decisive = repr((__version__, SHARD_BYTES, files, config.to_json_string(), specs, sorted(options.items())))
+    return hashlib.sha256(decisive.encode()).hexdigest()
 
 
 def _target_config(config: GPTNeoXConfig, checkpoint: Checkpoint) -> tuple[GPTNeoXConfig, torch.dtype]:
@@ -111,42 +128,53 @@ def _part(blueprint: Blueprint, name: str, module: torch.nn.Module, dtype: torch
         for key, p in module._parameters.items()
         if p is not None and not (blueprint.tied and name == "embed_out")
     }
-    specs = [Spec(key, dtype, shape) for key, shape in dense.items()]
-    if blueprint.is_encoded(module):
-        assert isinstance(module, Linear)
+    specs, encoding = [Spec(key, dtype, shape) for key, shape in dense.items()], None
+    if isinstance(module, Linear) and blueprint.is_encoded(module):
         specs = specs_of(dot, module.format, module.shape, dtype) + specs
+        encoding = Encoding(blueprint.checkpoint, blueprint.stored(f"{dot}weight"), module.format, dtype, method)
     if not specs:
         return None
 
-    def rows() -> Iterator[tuple[str, Tensor, int]]:
-        if isinstance(module, Linear) and blueprint.is_encoded(module):
-            yield from _encoded(
-                blueprint.checkpoint, blueprint.stored(f"{dot}weight"), dot, module.format, dtype, method
-            )
+    def slices() -> Iterator[Slice]:
         for key in dense:
             yield from _cast(blueprint.checkpoint, blueprint.stored(key), key, dtype)
+        if encoding is not None:
+            yield from _encode(encoding, dot)
 
-    return Part(specs, rows)
-
-
-def _encoded(
-    checkpoint: Checkpoint, stored: str, dot: str, format: Format, dtype: torch.dtype, method: str
-) -> Iterator[tuple[str, Tensor, int]]:
-    """A weight's quantized tensors by row slices, under the names they have in the folder."""
-    for start, part in encode_rows(checkpoint, stored, format, dtype, method):
-        for key, rows in part.items():
-            yield f"{dot}{key}", rows, start
+    return Part(specs, lambda: _rest(encoding, dot) if encoding is not None else (), slices)
 
 
-def _cast(checkpoint: Checkpoint, stored: str, name: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, int]]:
-    """A dense tensor by row slices; values that are not finite, or overflow the narrower dtype, are refused."""
+def _encode(encoding: Encoding, dot: str) -> Iterator[Slice]:
+    """A weight's quantized rows, under the names they have in the folder."""
+    for slice in encoding.slices():
+        yield partial(_named, slice, dot)
+
+
+def _named(slice: Callable[[], tuple[int, dict[str, Tensor]]], dot: str) -> Rows:
+    start, part = slice()
+    return [(f"{dot}{key}", rows, start) for key, rows in part.items()]
+
+
+def _rest(encoding: Encoding, dot: str) -> Rows:
+    return [(f"{dot}{key}", tensor, 0) for key, tensor in encoding.rest().items()]
+
+
+def _cast(checkpoint: Checkpoint, stored: str, name: str, dtype: torch.dtype) -> Iterator[Slice]:
+    """A dense tensor by row slices."""
     shape = checkpoint.info(stored).shape
     step = max(1, SLICE_ELEMENTS // max(1, shape[1] if len(shape) > 1 else 1))
     for start in range(0, shape[0], step):
-        values = checkpoint.rows(stored, start, min(shape[0], start + step)).to(dtype)
-        if not torch.isfinite(values).all():
-            raise FormatError(f"{stored}: holds values that are not finite as {str(dtype).removeprefix('torch.')}")
-        yield name, values, start
+        yield partial(
+            _cast_rows, checkpoint.rows(stored, start, min(shape[0], start + step)), stored, name, start, dtype
+        )
+
+
+def _cast_rows(rows: Tensor, stored: str, name: str, start: int, dtype: torch.dtype) -> Rows:
+    """Raises FormatError for values that are not finite, or overflow the narrower dtype."""
+    values = rows.to(dtype)
+    if not torch.isfinite(values).all():
+        raise FormatError(f"{stored}: holds values that are not finite as {str(dtype).removeprefix('torch.')}")
+    return [(name, values, start)]
 
 
 def _head(blueprint: Blueprint, dtype: torch.dtype) -> Part | None:
@@ -158,7 +186,8 @@ def _head(blueprint: Blueprint, dtype: torch.dtype) -> Part | None:
     format, source = GroupInt(8, size), "gpt_neox.embed_in.weight" if blueprint.tied else "embed_out.weight"
     specs = specs_of("embed_out.", format, module.shape, dtype)
     stored = blueprint.stored(source)
-    return Part(specs, lambda: _encoded(blueprint.checkpoint, stored, "embed_out.", format, dtype, "mse"))
+    encoding = Encoding(blueprint.checkpoint, stored, format, dtype, "mse")
+    return Part(specs, lambda: _rest(encoding, "embed_out."), lambda: _encode(encoding, "embed_out."))
 
 
 class _Meter:
