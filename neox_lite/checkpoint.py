@@ -29,6 +29,7 @@ from neox_lite.folder_writer import (
     read_manifest,
     split_into_shards,
 )
+from neox_lite.native_layers import layer_files, open_layers
 from neox_lite.safetensors_file import (
     DTYPE_NAMES,
     SafetensorsFile,
@@ -71,7 +72,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: str | Path) -> "Checkpoint":
-        """Open the one set of weights in a folder: safetensors before .bin, an index before a single file.
+        """Open the one set of weights in a folder: safetensors before .bin before layer files, an index before a single file.
 
         Raises CheckpointError if there is none, or if a file, index or link is malformed, inconsistent or unsafe.
         """
@@ -199,11 +200,15 @@ def _open_weights(folder: Path) -> dict[Path, WeightFile]:
             return _open_indexed(folder, index, suffix, opener)
         if _exists(single):
             return {single: opener(_inside(folder, single.name))}
-    shards = sorted(path.name for path in folder.iterdir() if SHARD_NAME.fullmatch(path.name))
+    listed = sorted(path.name for path in folder.iterdir())
+    if layers := layer_files(listed, folder):
+        return {**open_layers(folder, layers, lambda name: _BinFile(_inside(folder, name)))}
+    shards = [name for name in listed if SHARD_NAME.fullmatch(name)]
     if shards:
         raise CheckpointError(f"{folder}: has {shards[0]} but its index is missing: {INDEX}")
     raise CheckpointError(
-        f"{folder}: no weights; looked for model.safetensors and pytorch_model.bin, each alone or with .index.json"
+        f"{folder}: no weights; looked for EleutherAI's layer files, and for model.safetensors and pytorch_model.bin, each "
+        "alone or with .index.json"
     )
 
 

@@ -360,7 +360,9 @@ class GPTNeoXConfig:
         folder = folder or fetch_files(os.fspath(name), ["config.json"], revision)
         path = folder / "config.json"
         if not path.is_file():
-            raise ConfigError(f"{folder}: no config.json; a model folder holds config.json and its weights")
+            layers = any(folder.glob("layer_00-model_*-model_states.pt"))
+            advice = "; copy that of the same model on the hub beside its layer files" if layers else ""
+            raise ConfigError(f"{folder}: no config.json; a model folder holds config.json and its weights{advice}")
         return cls(**{**_overridden(read_json(path), overrides), "_where": str(path)})
 
     def to_dict(self) -> dict[str, Any]:

@@ -844,7 +844,7 @@ def test_two_writers_cannot_share_a_folder(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="another process is writing"), FolderWriter(tmp_path) as second:
             second.file("tokenizer.json", "[]")
         first.finish("{}")
-    assert verify_folder(tmp_path)[0].endswith("each alone or with .index.json")  # no weights were planned
+    assert verify_folder(tmp_path)[0].endswith("alone or with .index.json")  # no weights were planned
     assert (tmp_path / "tokenizer.json").read_text() == "{}"
 
 
