@@ -26,6 +26,7 @@ from .errors import ArgumentError, CheckpointError, FormatError, NeoxLiteError, 
 from .folder_writer import CONFIG
 from .formats import DENSE, Format, GroupInt, formats_of, make_format, quantization_config
 from .hub import HEAD, resolve
+from .kernels import cpu
 from .layers import Linear
 from .offload.accelerator import Accelerator
 from .offload.place import Decision, Wish, check, decide, let_go, remember, settle, sizes_in
@@ -505,7 +506,7 @@ class Encoding:
 
     def _encode(self, start: int, rows: Tensor) -> tuple[int, dict[str, Tensor]]:
         try:
-            part = self.format.encode(rows, self.dtype, self.method)
+            part = encode(self.format, rows, self.dtype, self.method)
         except FormatError as error:
             raise FormatError(f"{self.name}, rows {start} to {start + len(rows) - 1}: {error}") from error
         for key, parts in self._kept.items():
@@ -518,6 +519,16 @@ class Encoding:
         self._kept = {key: {} for key in self._kept}
         constants = self.format.constants(self.shape, self.dtype)
         return constants | self.format.finish(kept, self.shape, self.dtype)
+
+
+def encode(format: Format, rows: Tensor, dtype: torch.dtype, method: str) -> dict[str, Tensor]:
+    """What format.encode gives, from the CPU's kernel where there is one: the same bits, many times as fast."""
+    if isinstance(format, GroupInt) and cpu.why_not(rows.device) is None:
+        from .kernels.cpu import encode as kernel
+
+        if kernel.why_not(rows) is None:
+            return kernel.encode(format, rows, dtype, method)
+    return format.encode(rows, dtype, method)
 
 
 def _initialize_heads(model: GPTNeoXPreTrainedModel, fresh: list[str], dtype: torch.dtype, folder: Path) -> None:

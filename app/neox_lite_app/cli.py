@@ -164,7 +164,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--dtype", choices=("float16", "bfloat16", "float32"), help="of all that is not quantized (default: the file's)"
     )
     sub.add_argument(
-        "--hidden-act", choices=("gelu", "gelu_fast"), help="where the file does not say it: Pythia's, or GPT-NeoX-20B's"
+        "--hidden-act",
+        choices=("gelu", "gelu_fast"),
+        help="where the file does not say it: Pythia's, or GPT-NeoX-20B's",
     )
     _add_json(sub)
 
