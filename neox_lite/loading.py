@@ -345,6 +345,13 @@ class Blueprint:
         return self.target is not None and isinstance(module, Linear) and module.format == self.target
 
     def _check(self) -> None:
+        if packed := [
+            n for n in self.checkpoint.names() if re.search(r"(embed_in|embed_out|lm_head)\.weight_packed$", n)
+        ]:
+            raise FormatError(
+                f"{self.checkpoint.folder}: {packed[0]}: embedding and head must be plain here; put 'lm_head' and "
+                "'gpt_neox.embed_in' into `ignore` and quantize again, or run neox-lite quantize on the original checkpoint"
+            )
         floating = tuple(DTYPES.values())
         expected: dict[str, tuple[Sequence[int], tuple[torch.dtype, ...] | None]] = {}
         for name, module in self.model.named_modules():

@@ -57,7 +57,7 @@ def open_layers(
     folder: Path, layers: dict[int, list[str]], open_part: Callable[[str], PartFile]
 ) -> dict[Path, MergedLayer]:
     """Every file's path -> the layer that it is a part of. Raises CheckpointError for tensors that are not of this kind."""
-    merged = {}
+    merged: dict[Path, MergedLayer] = {}
     for number, names in layers.items():
         layer = MergedLayer(number, folder / names[0], [open_part(name) for name in names])
         merged |= {folder / name: layer for name in names}
@@ -92,7 +92,8 @@ class MergedLayer:
         return (total / len(found) if _module(theirs) in AVERAGED else total).to(info.dtype)
 
     def _rows(self, name: str, start: int, stop: int) -> Tensor:
-        found, offset = [], 0
+        found: list[Tensor] = []
+        offset = 0
         for part in self._parts:
             count = part.infos[name].shape[0]
             low, high = max(start - offset, 0), min(stop - offset, count)
