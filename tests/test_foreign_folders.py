@@ -28,6 +28,8 @@ SHAPE = {"hidden_size": 128, "intermediate_size": 256}
 INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}
 INT8 = {**INT4, "num_bits": 8, "group_size": 32}
 CHANNEL = {**INT8, "strategy": "channel", "group_size": None}
+ATTENTION, MLP = r"re:.*attention\.(query_key_value|dense)", r"re:.*mlp\.dense"
+LAYERS = r"re:.*\.(dense|query_key_value)"
 TENSOR = {**INT8, "strategy": "tensor", "group_size": None}
 
 
@@ -98,13 +100,13 @@ QKV, DENSE, UP, DOWN = "attention.query_key_value", "attention.dense", "mlp.dens
 @pytest.mark.parametrize(
     ("groups", "ignore", "expected"),
     [
-        ([(["re:.*attention.*"], INT8), (["re:.*mlp.*"], INT4)], ["lm_head"], ["int8", "int8", "int4", "int4"]),
+        ([([ATTENTION], INT8), ([MLP], INT4)], ["lm_head"], ["int8", "int8", "int4", "int4"]),
         ([(["Linear"], INT4)], ["lm_head", "re:.*dense_4h_to_h$"], ["int4", "int4", "int4", "dense"]),
         ([(["Linear"], INT4)], ["lm_head", f"gpt_neox.layers.0.{UP}"], ["int4", "int4", "dense", "int4"]),
         # of several targets, a name comes before patterns, patterns in their alphabetical order, a class last
-        ([(["Linear"], INT4), (["re:.*mlp.*"], INT8)], ["lm_head"], ["int4", "int4", "int8", "int8"]),
-        ([(["re:.*mlp.*"], INT8), (["re:.*dense.*"], INT4)], ["lm_head"], ["dense", "int4", "int4", "int4"]),
-        ([(["re:.*(attention|mlp).*"], INT8), ([f"gpt_neox.layers.0.{QKV}"], INT4)], ["re:lm_head"], ["int4"] + 3 * ["int8"]),
+        ([(["Linear"], INT4), ([MLP], INT8)], ["lm_head"], ["int4", "int4", "int8", "int8"]),
+        ([([MLP], INT8), ([r"re:.*\.dense"], INT4)], ["lm_head"], ["dense", "int4", "int4", "int4"]),
+        ([([LAYERS], INT8), ([f"gpt_neox.layers.0.{QKV}"], INT4)], ["re:lm_head"], ["int4"] + 3 * ["int8"]),
     ],
     ids=["patterns", "ignored-pattern", "ignored-name", "pattern-over-class", "two-patterns", "name-over-pattern"],
 )  # fmt: skip
@@ -186,7 +188,7 @@ def test_columns_in_another_order_are_refused_with_advice(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("targets", "name"), [(["re:.*"], "gpt_neox.embed_in"), (["lm_head", "Linear"], "(embed_out|lm_head)")]
+    ("targets", "name"), [(["gpt_neox.embed_in", "Linear"], "embed_in"), (["lm_head", "Linear"], "(embed_out|lm_head)")]
 )
 def test_a_quantized_embedding_or_head_is_refused_with_advice(tmp_path, targets, name):
     folder = write(tmp_path / "m", [(targets, INT4)], ignore=[] if "lm_head" in targets else ["lm_head"])
@@ -217,7 +219,7 @@ def test_tensors_that_the_config_does_not_announce_are_refused_by_name(tmp_path,
 
 def test_our_own_folder_and_theirs_are_one_form(tmp_path):
     """What we save again of their folder opens there with the same logits."""
-    folder = write(tmp_path / "m", [(["re:.*attention.*"], INT8), (["re:.*mlp.*"], INT4)])
+    folder = write(tmp_path / "m", [([ATTENTION], INT8), ([MLP], INT4)])
     GPTNeoXForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "again")
     ids = random_ids(1, 9)
     wanted, found = (opened_by_transformers(tmp_path / name)(ids).logits for name in ("m", "again"))
