@@ -80,6 +80,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if args.command == "bench" and (args.model is None) == (args.shape is None):
         parser.error("bench takes either MODEL or --shape")
+    if args.command == "serve" and args.engine != "vllm":
+        given = [flag for flag in ("tensor_parallel", "pipeline_parallel", "distributed") if vars(args)[flag]]
+        if given:
+            parser.error(f"--{given[0].replace('_', '-')} is for --engine vllm; the engine here runs on one GPU")
     return args
 
 
@@ -226,6 +230,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--idle-unload", type=_positive, metavar="SECONDS", help="return the memory after so long without use"
     )
     sub.add_argument("--context", type=_positive, metavar="N", help="tokens to provide for (default: the model's own)")
+    _add_engine(sub)
     _add_running(sub, revision=True, json=False)
 
     sub = command("perplexity", "evaluate", "perplexity of a model on a text")
@@ -354,6 +359,20 @@ def _add_head(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--head", choices=("fp16", "int8"), help="vocabulary head of a quantized folder (default: likewise)"
     )
+
+
+def _add_engine(parser: argparse.ArgumentParser) -> None:
+    """What serves: this package, or an installed vLLM, which runs on several GPUs and machines."""
+    parser.add_argument(
+        "--engine",
+        choices=("neox-lite", "vllm"),
+        default="neox-lite",
+        help="vllm: hand the folder to an installed vLLM",
+    )
+    group = parser.add_argument_group("with --engine vllm")
+    group.add_argument("--tensor-parallel", type=_positive, metavar="N", help="GPUs that share each layer")
+    group.add_argument("--pipeline-parallel", type=_positive, metavar="N", help="groups of GPUs that share the layers")
+    group.add_argument("--distributed", choices=("mp", "ray"), help="processes of this machine, or Ray across machines")
 
 
 def _integer(low: int, high: int | None = None) -> Callable[[str], int]:
