@@ -125,9 +125,9 @@ def _fetch(repo_id: str, revision: str | None, choose: Choose) -> Path:
 
     choose is given the names and a reader of small files; it raises HubError if what it needs is not there.
     """
-    _check_id(repo_id, revision)
+    check_id(repo_id, revision)
     try:
-        commit, sizes = _asked(lambda: _model_info(repo_id, revision), repo_id, revision)
+        commit, sizes = asked(lambda: _model_info(repo_id, revision), repo_id, revision)
     except _UnreachableError as error:
         return _from_cache(repo_id, revision, choose, error)
     try:
@@ -143,14 +143,14 @@ def _download(repo_id: str, commit: str, sizes: dict[str, int], choose: Choose) 
     import huggingface_hub as hub
 
     def read(name: str) -> bytes:
-        return Path(_asked(lambda: hub.hf_hub_download(repo_id, name, revision=commit), repo_id, commit)).read_bytes()
+        return Path(asked(lambda: hub.hf_hub_download(repo_id, name, revision=commit), repo_id, commit)).read_bytes()
 
     names = choose(sizes.keys(), read)
     folder = _snapshot(repo_id, commit)
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         _check_space(repo_id, sum(sizes[name] for name in missing))
-        _asked(lambda: hub.snapshot_download(repo_id, revision=commit, allow_patterns=missing), repo_id, commit)
+        asked(lambda: hub.snapshot_download(repo_id, revision=commit, allow_patterns=missing), repo_id, commit)
     lost = [name for name in missing if not (folder / name).is_file()]
     if lost:
         raise HubError(f"{repo_id}: {lost[0]} did not arrive; run again, the download continues where it stopped")
@@ -209,7 +209,7 @@ def _remember(folder: Path, revision: str, commit: str) -> None:
         logger.warning("%s: cannot be written (%s), so %s cannot be found offline", ref, error.strerror, revision)
 
 
-def _check_id(repo_id: str, revision: str | None) -> None:
+def check_id(repo_id: str, revision: str | None) -> None:
     name = r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
     if not re.fullmatch(f"{name}/{name}", repo_id) or ".." in repo_id or "--" in repo_id:
         raise HubError(
@@ -231,7 +231,7 @@ def _check_space(repo_id: str, needed: int) -> None:
 # -- errors -----------------------------------------------------------------------------------------------------------
 
 
-def _asked(call: Callable[[], Any], repo_id: str, revision: str | None) -> Any:
+def asked(call: Callable[[], Any], repo_id: str, revision: str | None) -> Any:
     """Call the hub; turn whatever it raises into one line. What is not about the hub is raised as it is."""
     try:
         return call()

@@ -174,6 +174,19 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_json(sub)
 
+    sub = command("push", "push", "upload a folder to the model hub, with a model card")
+    sub.add_argument("folder", metavar="DIR")
+    sub.add_argument("hub_id", metavar="HUB_ID", help="OWNER/NAME; made if it does not exist")
+    sub.add_argument("--compare", metavar="FILE", help="what `neox-lite compare --json` printed: the card's table")
+    sub.add_argument("--base-model", metavar="HUB_ID", help="of the source (default: what the folder says)")
+    sub.add_argument("--license", metavar="NAME", help="as apache-2.0 (default: that of the base model's card)")
+    sub.add_argument("--private", action="store_true", help="make the repository private")
+    sub.add_argument(
+        "--revision", metavar="BRANCH", help="branch to upload to, made if it does not exist (default main)"
+    )
+    sub.add_argument("--dry-run", action="store_true", help="print the card and the sizes, and upload nothing")
+    _add_json(sub)
+
     sub = command("verify", "inspect_model", "check a folder: hashes, shapes, finite values")
     sub.add_argument("folder", metavar="DIR")
     _add_json(sub)

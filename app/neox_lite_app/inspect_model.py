@@ -22,7 +22,16 @@ from .running import amount, bar, note, print_json
 
 
 def verify(args: argparse.Namespace) -> int:
-    folder = Path(args.folder)
+    problems = problems_of(Path(args.folder))
+    if args.json:
+        print_json({"ok": not problems, "problems": problems})
+    else:
+        print("\n".join(problems) if problems else f"{args.folder}: whole: what was checked is as it should be")
+    return 1 if problems else 0
+
+
+def problems_of(folder: Path) -> list[str]:
+    """What is wrong with a model folder, one line each: its config, the shapes, hashes and values of its weights."""
     if not folder.is_dir():
         raise ArgumentError(f"{folder}: {'is a file; give its folder' if folder.exists() else 'no such folder'}")
     problems: list[str] = []
@@ -49,11 +58,7 @@ def verify(args: argparse.Namespace) -> int:
         progress(total, total)
     if not ours:
         note(f"{folder}: has no {MANIFEST}, so shapes and values were checked, and no hashes")
-    if args.json:
-        print_json({"ok": not problems, "problems": problems})
-    else:
-        print("\n".join(problems) if problems else f"{folder}: whole: what was checked is as it should be")
-    return 1 if problems else 0
+    return problems
 
 
 def info(args: argparse.Namespace) -> None:

@@ -302,7 +302,10 @@ class EventTimer:
         self._device = device
 
     def __call__(self, launch: Callable[[], object]) -> float:
-        with CAPTURING, torch.cuda.device(self._device):  # to wait for a device breaks what another thread captures there
+        with (
+            CAPTURING,
+            torch.cuda.device(self._device),
+        ):  # to wait for a device breaks what another thread captures there
             launch()  # compiles
             cache = torch.cuda.get_device_properties(self._device).L2_cache_size
             other = torch.empty(max(1 << 20, 2 * cache), dtype=torch.uint8, device=self._device)
