@@ -87,6 +87,14 @@ class Checkpoint:
             raise CheckpointError(f"{folder}: cannot be read: {error.strerror or error}") from error
 
     @classmethod
+    def of(cls, folder: Path, files: Mapping[str, WeightFile]) -> "Checkpoint":
+        """Weight files by name that are not in the folder; it holds their index if there are several, which must agree."""
+        index = folder / INDEX
+        if _exists(index):
+            _check_index(index, _read_weight_map(folder, index, ".safetensors"), files)
+        return cls(folder, {folder / name: file for name, file in files.items()})
+
+    @classmethod
     def open_file(cls, folder: str | Path, name: str) -> "Checkpoint":
         """Open one safetensors file of a folder that stands outside of the index, such as neox_lite_head.safetensors."""
         path = _inside(Path(folder), name)
@@ -224,6 +232,12 @@ def _open_indexed(
             f"{folder}: {len(missing)} of {len(names)} weight files are missing: {first_few(missing, 10)}"
         )
     files = {name: opener(_inside(folder, name)) for name in names}
+    _check_index(index, weight_map, files)
+    return {folder / name: file for name, file in files.items()}
+
+
+def _check_index(index: Path, weight_map: Mapping[str, str], files: Mapping[str, WeightFile]) -> None:
+    """Raise CheckpointError unless index and files say the same."""
     seen: dict[str, str] = {}
     problems = []
     for file_name, file in files.items():
@@ -240,7 +254,6 @@ def _open_indexed(
             problems.append(f"{shown(name)} is not in {file_name}, where the index says it is")
     if problems:
         raise CheckpointError(f"{index}: {first_few(problems)}")
-    return {folder / name: file for name, file in files.items()}
 
 
 def _read_weight_map(folder: Path, index: Path, suffix: str) -> dict[str, str]:

@@ -321,8 +321,10 @@ class FolderWriter:
     def __enter__(self) -> "FolderWriter":
         return self
 
-    def shards(self, shards: Sequence[Sequence[Spec]], others: Mapping[str, int] | None = None) -> None:
-        """Say what the weight files will hold, and how many bytes other files will take, by name.
+    def shards(
+        self, shards: Sequence[Sequence[Spec]], others: Mapping[str, int] | None = None, scratch_bytes: int = 0
+    ) -> None:
+        """Say what the weight files will hold, and how many bytes other files will take, by name, and passing ones.
 
         Raises CheckpointError on a duplicate, or if the disk is too full.
         """
@@ -336,9 +338,8 @@ class FolderWriter:
         sizes |= others or {}
         with disk_errors(self.folder):
             free = free_bytes(self.folder) + self._bytes_of(name + PARTIAL for name in sizes)
-            needed = max(
-                sum(sizes.values()) - self._bytes_of(sizes), *sizes.values(), 0
-            )  # beside the old one till the end
+            # a file that replaces another lies beside it till it is whole
+            needed = scratch_bytes + max(sum(sizes.values()) - self._bytes_of(sizes), *sizes.values(), 0)
         if needed > free:
             raise CheckpointError(f"{self.folder}: needs {needed} bytes, {free} are free; choose another folder")
 

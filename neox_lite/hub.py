@@ -11,6 +11,8 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -76,12 +78,87 @@ def fetch_checkpoint(repo_id: str, revision: str | None = None) -> Path:
     """
 
     def choose(listed: Collection[str], read: Callable[[str], bytes]) -> list[str]:
-        if "config.json" not in listed:
-            raise HubError(f"{repo_id}: has no config.json; not a checkpoint that can be loaded")
-        names = [name for name in SMALL_FILES if name in listed]
-        return names + _one_set_of_weights(repo_id, listed, read)
+        small, weights = _checkpoint_files(repo_id, listed, read)
+        return small + weights
 
     return _fetch(repo_id, revision, choose)
+
+
+def _checkpoint_files(
+    repo_id: str, listed: Collection[str], read: Callable[[str], bytes]
+) -> tuple[list[str], list[str]]:
+    """The small files, and one set of weights with its index."""
+    if "config.json" not in listed:
+        raise HubError(f"{repo_id}: has no config.json; not a checkpoint that can be loaded")
+    return [name for name in SMALL_FILES if name in listed], _one_set_of_weights(repo_id, listed, read)
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A checkpoint at one commit: its small files are in folder; its weight files, name -> bytes, are fetched one by one.
+
+    Methods raise HubError.
+    """
+
+    repo_id: str
+    commit: str
+    folder: Path
+    sizes: dict[str, int]
+
+    def read(self, name: str, start: int, stop: int) -> bytes:
+        """Bytes start..stop of a weight file."""
+        return bytes(
+            _asked(partial(_read_range, self.repo_id, self.commit, name, start, stop), self.repo_id, self.commit)
+        )
+
+    def fetch(self, name: str, folder: Path) -> Path:
+        """A weight file, fetched into a folder outside of the cache; goes on where an earlier call stopped."""
+        import huggingface_hub as hub
+
+        download = partial(hub.hf_hub_download, self.repo_id, name, revision=self.commit, local_dir=folder)
+        try:
+            path = Path(_asked(download, self.repo_id, self.commit))
+        except _UnreachableError as error:
+            raise HubError(f"{error}; run again, it goes on where it stopped") from error
+        if (found := path.stat().st_size) != self.sizes[name]:
+            raise HubError(f"{path}: is {found} bytes, expected {self.sizes[name]}; delete it and run again")
+        return path
+
+
+def remote_checkpoint(repo_id: str, revision: str | None = None) -> Remote | None:
+    """A checkpoint on the hub whose weight files can be fetched one at a time.
+
+    None if the hub is away, if the cache has them all, or if they are no safetensors files: then it is `resolve`'s.
+    """
+    _check_id(repo_id, revision)
+    try:
+        commit, sizes = _asked(lambda: _model_info(repo_id, revision), repo_id, revision)
+    except _UnreachableError:
+        return None
+    weights: list[str] = []
+
+    def choose(listed: Collection[str], read: Callable[[str], bytes]) -> list[str]:
+        small, found = _checkpoint_files(repo_id, listed, read)
+        weights.extend(name for name in found if name != HEAD and not name.endswith(".json"))
+        return [*small, *(name for name in found if name.endswith(".json"))]
+
+    folder = _download(repo_id, commit, sizes, choose)
+    if all((folder / name).is_file() for name in weights) or not all(n.endswith(".safetensors") for n in weights):
+        return None
+    return Remote(repo_id, commit, folder, {name: sizes[name] for name in weights})
+
+
+def _read_range(repo_id: str, commit: str, name: str, start: int, stop: int) -> bytes:
+    import huggingface_hub as hub
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    headers = {**build_hf_headers(), "Range": f"bytes={start}-{stop - 1}"}
+    address = hub.hf_hub_url(repo_id, name, revision=commit, endpoint=_endpoint())
+    response = get_session().get(address, headers=headers, timeout=hub.constants.HF_HUB_DOWNLOAD_TIMEOUT)
+    hf_raise_for_status(response)
+    if len(response.content) != stop - start:
+        raise HubError(f"{repo_id}: {_endpoint()} sends {name} only whole; fetch it first, with --keep-source")
+    return response.content
 
 
 def fetch_files(repo_id: str, names: Sequence[str], revision: str | None = None) -> Path:

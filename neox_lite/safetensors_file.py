@@ -167,7 +167,7 @@ class SafetensorsFile:
         with open_regular(path) as file:
             self._stat = os.fstat(file.fileno())
             size = self._stat.st_size
-            header, data_start = _read_header(file, size, path)
+            header, data_start = read_header(file, size, path)
             self.infos, self.metadata = parse_header(header, data_start, size, path)
             self._map = private_map(file.fileno(), size)
 
@@ -207,7 +207,7 @@ class SafetensorsFile:
         )
 
 
-def _read_header(file: Any, size: int, path: Path) -> tuple[bytes, int]:
+def read_header(file: Any, size: int, path: Path) -> tuple[bytes, int]:
     """The header's raw JSON and the byte at which the data starts."""
     if size < 8:
         raise CheckpointError(f"{path}: {size} bytes is too short for a safetensors file; download or convert it again")

@@ -62,11 +62,13 @@ def write_model(
     progress: Callable[[int], object] = lambda count: None,
     threads: int = 1,
     job: str | None = None,
+    scratch_bytes: int = 0,
     **manifest: Any,
 ) -> None:
     """Write a model folder, atomically and in bounded memory, whose bytes do not depend on the number of threads.
 
     progress is told the bytes of each slice written. job: as for FolderWriter; what a run of the same job left is kept.
+    scratch_bytes: what the parts' sources take on the same disk meanwhile.
     """
     order = {"weight_packed": 0, "weight_scale": 1, "weight_shape": 3}  # vector data first, so that it starts aligned
     by_name = {spec.name: part for part in parts for spec in part.specs}
@@ -76,7 +78,7 @@ def write_model(
         others = {name: len(content) for name, content in companions.items()}
         if head is not None:
             others[HEAD] = sum(spec.nbytes for spec in head.specs)
-        out.shards(planned, others)
+        out.shards(planned, others, scratch_bytes)
         for i, shard in enumerate(shards):
             inside = list({id(by_name[spec.name]): by_name[spec.name] for spec in shard}.values())
             _write_file(out, out.shard_name(i), partial(out.shard, i), inside, crew, progress)

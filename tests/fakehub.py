@@ -71,8 +71,9 @@ class FakeHub:
         return commit
 
     def fetched(self) -> list[str]:
-        """The names of the files whose contents were sent, sorted, each once."""
-        downloads = (re.fullmatch(r"/[^/]+/[^/]+/resolve/[^/]+/(.+)", request.path) for request in self.gets())
+        """The names of the files that were sent, to the end, sorted, each once."""
+        whole = (r for r in self.gets() if not r.range or r.range.endswith("-"))
+        downloads = (re.fullmatch(r"/[^/]+/[^/]+/resolve/[^/]+/(.+)", request.path) for request in whole)
         return sorted({match[1] for match in downloads if match})
 
     def gets(self, name: str | None = None) -> list[Request]:
@@ -218,12 +219,12 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(404, b"no file", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
         data = files[name]
         headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
-        wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         if wanted is None:
             return self._send(200, data, headers, name)
-        start = int(wanted[1])
-        headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-        return self._send(206, data[start:], headers, name)
+        start, stop = int(wanted[1]), min(int(wanted[2] or len(data) - 1) + 1, len(data))
+        headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
+        return self._send(206, data[start:stop], headers, "" if wanted[2] else name)  # cut: of downloads only
 
     def _send(self, status: int, body: bytes, headers: dict[str, str] | None = None, name: str = "") -> None:
         self._request.status = status

@@ -6,6 +6,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,12 +20,14 @@ from neox_lite.config import GPTNeoXConfig
 from neox_lite.errors import ArgumentError, FormatError
 from neox_lite.folder_writer import Spec
 from neox_lite.formats import GROUP_SIZES, GroupInt, make_format
-from neox_lite.hub import resolve
+from neox_lite.hub import local_folder, remote_checkpoint, resolve
 from neox_lite.layers import Linear
 from neox_lite.loading import DTYPES, SLICE_ELEMENTS, Blueprint, Encoding
 from neox_lite.model import class_of
 from neox_lite.saving import Part, Rows, Slice, read_companions, specs_of, write_model
 from neox_lite.version import __version__
+
+from .streaming import Stream
 
 SHARD_BYTES = 1_000_000_000  # of a weight file: what a run that is ended has to do again at most
 Progress = Callable[[int, int], None]  # bytes written so far, bytes in all
@@ -51,11 +54,13 @@ def convert(
     progress: Progress | None = None,
     dry_run: bool = False,
     threads: int | None = None,
+    keep_source: bool = False,
 ) -> Report:
     """Quantize every linear layer of a checkpoint; embedding, head and norms stay as they are, float32 becomes float16.
 
     What a run that was ended left in the destination is kept where source and options are the same. threads: that compute,
-    None for torch's number; the result does not depend on it.
+    None for torch's number; the result does not depend on it. Weight files of a hub id that its cache lacks are fetched beside
+    the destination, one after another, and deleted when they have been read; keep_source: fetched into the cache, and kept.
     Raises FormatError for a shape or value that the format cannot hold, CheckpointError for a source that is not whole.
     """
     began = time.perf_counter()
@@ -63,11 +68,12 @@ def convert(
     method = target.methods[0] if method is None else method
     if method not in target.methods:
         raise ArgumentError(f"method is {method!r}, expected one of {', '.join(target.methods)}")
-    folder, destination = resolve(os.fspath(source), revision), Path(destination)
-    config = GPTNeoXConfig.from_pretrained(folder)
-    if config.quantization_config is not None:
-        raise FormatError(f"{folder}: is quantized already; give the checkpoint that it was made from")
-    with Checkpoint.open(folder) as checkpoint:
+    destination = Path(destination)
+    with _opened(os.fspath(source), revision, destination, keep_source) as (checkpoint, stream):
+        folder = checkpoint.folder
+        config = GPTNeoXConfig.from_pretrained(folder)
+        if config.quantization_config is not None:
+            raise FormatError(f"{folder}: is quantized already; give the checkpoint that it was made from")
         config, dtype = _target_config(config, checkpoint)
         blueprint = Blueprint(class_of(config), config, checkpoint, target, dtype)
         if blueprint.fresh:
@@ -77,9 +83,9 @@ def convert(
         parts = [
             part
             for name, module in blueprint.model.named_modules()
-            if (part := _part(blueprint, name, module, dtype, method))
+            if (part := _part(blueprint, name, module, dtype, method, stream))
         ]
-        head = _head(blueprint, dtype)
+        head = _head(blueprint, dtype, stream)
         total = sum(spec.nbytes for part in [*parts, *([head] if head else [])] for spec in part.specs)
         meter = _Meter(progress, total)
         options = {"method": method, "format": format, "group_size": getattr(target, "group_size", None)}
@@ -94,7 +100,8 @@ def convert(
                 source=folder,
                 progress=meter,
                 threads=torch.get_num_threads() if threads is None else threads,
-                job=_job(checkpoint, config, parts, options),
+                job=_job(checkpoint, stream, config, parts, options),
+                scratch_bytes=stream.scratch_bytes if stream is not None else 0,
                 **options,
                 source_name=Path(os.fspath(source)).name if Path(source).is_dir() else os.fspath(source),
                 source_revision=revision,
@@ -102,9 +109,34 @@ def convert(
         return Report(destination, checkpoint.total_bytes, total, time.perf_counter() - began, meter.peak_bytes)
 
 
-def _job(checkpoint: Checkpoint, config: GPTNeoXConfig, parts: Sequence[Part], options: Mapping[str, Any]) -> str:
+@contextmanager
+def _opened(
+    source: str, revision: str | None, destination: Path, keep_source: bool
+) -> Iterator[tuple[Checkpoint, Stream | None]]:
+    """The checkpoint, and what fetches its files one after another, if they come so."""
+    remote = None
+    if local_folder(source, revision) is None and not keep_source:
+        remote = remote_checkpoint(source, revision)
+    if remote is None:
+        with Checkpoint.open(resolve(source, revision)) as checkpoint:
+            yield checkpoint, None
+    else:
+        with Stream(remote, destination.with_name(f"{destination.name}.fetched")) as stream:
+            yield stream.checkpoint, stream
+
+
+def _job(
+    checkpoint: Checkpoint,
+    stream: Stream | None,
+    config: GPTNeoXConfig,
+    parts: Sequence[Part],
+    options: Mapping[str, Any],
+) -> str:
     """All that decides the bytes of the weight files, so that only a run of the same job goes on from what is there."""
-    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in checkpoint.files]
+    if stream is not None:
+        files: Any = (stream.remote.repo_id, stream.remote.commit)
+    else:
+        files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in checkpoint.files]
     specs = [spec for part in parts for spec in part.specs]
     decisive = repr((__version__, SHARD_BYTES, files, config.to_json_string(), specs, sorted(options.items())))
     return hashlib.sha256(decisive.encode()).hexdigest()
@@ -120,7 +152,9 @@ def _target_config(config: GPTNeoXConfig, checkpoint: Checkpoint) -> tuple[GPTNe
     return config.copy(dtype=str(dtype).removeprefix("torch.")), dtype
 
 
-def _part(blueprint: Blueprint, name: str, module: torch.nn.Module, dtype: torch.dtype, method: str) -> Part | None:
+def _part(
+    blueprint: Blueprint, name: str, module: torch.nn.Module, dtype: torch.dtype, method: str, stream: Stream | None
+) -> Part | None:
     """One module's own tensors as they will be written, or None if it has none."""
     dot = f"{name}." if name else ""
     dense = {
@@ -141,7 +175,17 @@ def _part(blueprint: Blueprint, name: str, module: torch.nn.Module, dtype: torch
         if encoding is not None:
             yield from _encode(encoding, dot)
 
-    return Part(specs, lambda: _rest(encoding, dot) if encoding is not None else (), slices)
+    read = [blueprint.stored(key) for key in dense] + ([encoding.name] if encoding is not None else [])
+    rest = partial(_rest, encoding, dot) if encoding is not None else tuple
+    return Part(specs, rest, slices, _expected(stream, read))
+
+
+def _expected(stream: Stream | None, tensors: list[str]) -> Callable[[], object]:
+    """Tell the stream that these will be used, and give what tells it that they have been."""
+    if stream is None:
+        return tuple
+    stream.expect(tensors)
+    return partial(stream.used, tensors)
 
 
 def _encode(encoding: Encoding, dot: str) -> Iterator[Slice]:
@@ -177,7 +221,7 @@ def _cast_rows(rows: Tensor, stored: str, name: str, start: int, dtype: torch.dt
     return [(name, values, start)]
 
 
-def _head(blueprint: Blueprint, dtype: torch.dtype) -> Part | None:
+def _head(blueprint: Blueprint, dtype: torch.dtype, stream: Stream | None) -> Part | None:
     """The int8 head that goes beside the shared one, for GPUs that are short of memory; None where there is no such head."""
     module: Any = getattr(blueprint.model, "embed_out", None)
     size = next((g for g in reversed(GROUP_SIZES) if module is not None and module.in_features % g == 0), None)
@@ -187,7 +231,8 @@ def _head(blueprint: Blueprint, dtype: torch.dtype) -> Part | None:
     specs = specs_of("embed_out.", format, module.shape, dtype)
     stored = blueprint.stored(source)
     encoding = Encoding(blueprint.checkpoint, stored, format, dtype, "mse")
-    return Part(specs, lambda: _rest(encoding, "embed_out."), lambda: _encode(encoding, "embed_out."))
+    slices, rest = partial(_encode, encoding, "embed_out."), partial(_rest, encoding, "embed_out.")
+    return Part(specs, rest, slices, _expected(stream, [stored]))
 
 
 class _Meter:
