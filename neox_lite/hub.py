@@ -108,7 +108,7 @@ class Remote:
     def read(self, name: str, start: int, stop: int) -> bytes:
         """Bytes start..stop of a weight file."""
         return bytes(
-            _asked(partial(_read_range, self.repo_id, self.commit, name, start, stop), self.repo_id, self.commit)
+            asked(partial(_read_range, self.repo_id, self.commit, name, start, stop), self.repo_id, self.commit)
         )
 
     def fetch(self, name: str, folder: Path) -> Path:
@@ -117,7 +117,7 @@ class Remote:
 
         download = partial(hub.hf_hub_download, self.repo_id, name, revision=self.commit, local_dir=folder)
         try:
-            path = Path(_asked(download, self.repo_id, self.commit))
+            path = Path(asked(download, self.repo_id, self.commit))
         except _UnreachableError as error:
             raise HubError(f"{error}; run again, it goes on where it stopped") from error
         if (found := path.stat().st_size) != self.sizes[name]:
@@ -130,9 +130,9 @@ def remote_checkpoint(repo_id: str, revision: str | None = None) -> Remote | Non
 
     None if the hub is away, if the cache has them all, or if they are no safetensors files: then it is `resolve`'s.
     """
-    _check_id(repo_id, revision)
+    check_id(repo_id, revision)
     try:
-        commit, sizes = _asked(lambda: _model_info(repo_id, revision), repo_id, revision)
+        commit, sizes = asked(lambda: _model_info(repo_id, revision), repo_id, revision)
     except _UnreachableError:
         return None
     weights: list[str] = []

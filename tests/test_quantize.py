@@ -231,6 +231,21 @@ def test_a_dry_run_names_the_sizes_and_writes_nothing(source, tmp_path):
     assert report.bytes_out == convert(source, tmp_path / "real").bytes_out < report.bytes_in
 
 
+def test_a_dry_run_tells_a_time_and_memory(source, tmp_path):
+    report = convert(source, tmp_path / "out", dry_run=True, threads=2)
+    assert report.seconds > 0
+    assert report.peak_bytes > convert(source, tmp_path / "out", dry_run=True, threads=1).peak_bytes
+
+
+def test_too_little_memory_is_said_before_anything_is_written(source, tmp_path, monkeypatch):
+    needed = convert(source, tmp_path / "out", dry_run=True, threads=2).peak_bytes
+    monkeypatch.setattr("neox_lite_quant.estimate.free_memory", lambda: (1 << 40, needed - 1))
+    with pytest.raises(ArgumentError, match=f"needs {needed} bytes of memory, {needed - 1} are free"):
+        convert(source, tmp_path / "out", threads=2)
+    assert not (tmp_path / "out").exists()
+    convert(source, tmp_path / "out", threads=1)
+
+
 def test_progress_ends_at_its_total(source, tmp_path):
     seen = []
     convert(source, tmp_path / "out", progress=lambda done, total: seen.append((done, total)))

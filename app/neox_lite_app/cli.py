@@ -148,7 +148,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--method", choices=("mse", "rtn"), help="of int4 and int8: scale search (default) or round to nearest"
     )
     sub.add_argument("--revision", help="branch, tag or commit of a hub id")
-    sub.add_argument("--dry-run", action="store_true", help="print the sizes and write nothing")
+    sub.add_argument(
+        "--keep-source",
+        action="store_true",
+        help="fetch a hub id into the hub cache and keep it there (default: fetch, convert, delete file by file)",
+    )
+    sub.add_argument("--threads", type=_threads, metavar="N", help="CPU threads (default: one for each core)")
+    sub.add_argument("--dry-run", action="store_true", help="print sizes and expected time, and write nothing")
     _add_json(sub)
 
     sub = command("export", "convert", "write a model as a file for another program: GGUF, for llama.cpp")

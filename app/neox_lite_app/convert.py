@@ -8,13 +8,14 @@ from pathlib import Path
 from neox_lite.formats import label, make_format
 from neox_lite_quant import Report, convert, export_gguf, import_gguf
 
-from .running import amount, bar, note, print_json
+from .running import amount, bar, default_threads, note, print_json
 
 
 def quantize(args: argparse.Namespace) -> None:
     name = label(make_format(args.format, args.group_size), args.format)
     destination = args.destination or f"{Path(args.source).absolute().resolve().name}-{name.replace(' ', '-')}"
     options = {"format": args.format, "group_size": args.group_size, "method": args.method, "revision": args.revision}
+    options |= {"threads": args.threads or default_threads(), "keep_source": args.keep_source}
     if args.dry_run:
         report = convert(args.source, destination, dry_run=True, **options)
     else:
@@ -26,7 +27,12 @@ def quantize(args: argparse.Namespace) -> None:
     else:
         verb = "would be" if args.dry_run else "is"
         print(f"{report.destination} {verb} {amount(report.bytes_out, 'B')}, from {amount(report.bytes_in, 'B')}")
-        if not args.dry_run:
+        if args.dry_run:
+            memory = amount(report.peak_bytes, "B")
+            note(
+                f"about {report.seconds:.0f} s, without any download, and at most {memory} of memory beyond mapped files"
+            )
+        else:
             note(f"{report.seconds:.1f} s, at most {amount(report.peak_bytes, 'B')} of memory beyond mapped files")
             note(f"next: neox-lite generate {report.destination} --prompt 'Once upon a time'")
 

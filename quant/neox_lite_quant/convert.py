@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from neox_lite.model import class_of
 from neox_lite.saving import Part, Rows, Slice, read_companions, specs_of, write_model
 from neox_lite.version import __version__
 
+from .estimate import check_memory, predict_seconds
 from .streaming import Stream
 
 SHARD_BYTES = 1_000_000_000  # of a weight file: what a run that is ended has to do again at most
@@ -35,7 +37,7 @@ Progress = Callable[[int, int], None]  # bytes written so far, bytes in all
 
 @dataclass(frozen=True)
 class Report:
-    """What a conversion did (or, dry, would do): sizes of all weights in bytes, wall time, peak memory beyond page cache."""
+    """What a conversion did: sizes of all weights in bytes, wall time, peak memory beyond page cache; dry, a forecast."""
 
     destination: Path
     bytes_in: int
@@ -64,6 +66,8 @@ def convert(
     Raises FormatError for a shape or value that the format cannot hold, CheckpointError for a source that is not whole.
     """
     began = time.perf_counter()
+    threads = torch.get_num_threads() if threads is None else threads
+    needed_memory = check_memory(threads)
     target = make_format(format, group_size)
     method = target.methods[0] if method is None else method
     if method not in target.methods:
@@ -89,23 +93,27 @@ def convert(
         total = sum(spec.nbytes for part in [*parts, *([head] if head else [])] for spec in part.specs)
         meter = _Meter(progress, total)
         options = {"method": method, "format": format, "group_size": getattr(target, "group_size", None)}
-        if not dry_run:
-            write_model(
-                destination,
-                config,
-                parts,
-                read_companions(folder),
-                head,
-                max_shard_bytes=SHARD_BYTES,
-                source=folder,
-                progress=meter,
-                threads=torch.get_num_threads() if threads is None else threads,
-                job=_job(checkpoint, stream, config, parts, options),
-                scratch_bytes=stream.scratch_bytes if stream is not None else 0,
-                **options,
-                source_name=Path(os.fspath(source)).name if Path(source).is_dir() else os.fspath(source),
-                source_revision=revision,
-            )
+        if dry_run:
+            weights = sum(math.prod(m.shape) for m in blueprint.model.modules() if _is_encoded(m, blueprint))
+            file = max(checkpoint.files, key=lambda path: path.stat().st_size) if stream is None else None
+            seconds = predict_seconds(weights, checkpoint.total_bytes, total, threads, target, method, file)
+            return Report(destination, checkpoint.total_bytes, total, seconds, needed_memory)
+        write_model(
+            destination,
+            config,
+            parts,
+            read_companions(folder),
+            head,
+            max_shard_bytes=SHARD_BYTES,
+            source=folder,
+            progress=meter,
+            threads=threads,
+            job=_job(checkpoint, stream, config, parts, options),
+            scratch_bytes=stream.scratch_bytes if stream is not None else 0,
+            **options,
+            source_name=Path(os.fspath(source)).name if Path(source).is_dir() else os.fspath(source),
+            source_revision=revision,
+        )
         return Report(destination, checkpoint.total_bytes, total, time.perf_counter() - began, meter.peak_bytes)
 
 
@@ -121,7 +129,7 @@ def _opened(
         with Checkpoint.open(resolve(source, revision)) as checkpoint:
             yield checkpoint, None
     else:
-        with Stream(remote, destination.with_name(f"{destination.name}.fetched")) as stream:
+        with Stream(remote, Path(f"{destination.absolute()}.fetched")) as stream:
             yield stream.checkpoint, stream
 
 
@@ -163,7 +171,7 @@ def _part(
         if p is not None and not (blueprint.tied and name == "embed_out")
     }
     specs, encoding = [Spec(key, dtype, shape) for key, shape in dense.items()], None
-    if isinstance(module, Linear) and blueprint.is_encoded(module):
+    if _is_encoded(module, blueprint):
         specs = specs_of(dot, module.format, module.shape, dtype) + specs
         encoding = Encoding(blueprint.checkpoint, blueprint.stored(f"{dot}weight"), module.format, dtype, method)
     if not specs:
@@ -178,6 +186,10 @@ def _part(
     read = [blueprint.stored(key) for key in dense] + ([encoding.name] if encoding is not None else [])
     rest = partial(_rest, encoding, dot) if encoding is not None else tuple
     return Part(specs, rest, slices, _expected(stream, read))
+
+
+def _is_encoded(module: torch.nn.Module, blueprint: Blueprint) -> TypeGuard[Linear]:
+    return isinstance(module, Linear) and blueprint.is_encoded(module)
 
 
 def _expected(stream: Stream | None, tensors: list[str]) -> Callable[[], object]:
