@@ -6,11 +6,13 @@ import random
 import struct
 import subprocess
 import sys
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from test_gguf import IDS, Reader, expected, give_tokenizer, write_source
+from test_gguf import IDS, Reader, expected, give_tokenizer, llama_cpp, write_source  # noqa: F401 - a fixture
 from tokenizers import processors
 
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXTokenizerFast
@@ -572,3 +574,25 @@ def test_the_command_writes_the_folder_and_tells_its_size(plain, tmp_path, capsy
     assert told.keys() == {"destination", "bytes_in", "bytes_out", "seconds", "peak_bytes"}
     assert main(["import", str(tmp_path / "none.gguf"), str(tmp_path / "back")]) == 1
     assert capsys.readouterr().err.count("\n") == 1
+
+
+# -- llama.cpp itself -------------------------------------------------------------------------------------------------
+
+
+def test_llama_cpp_chooses_our_greedy_tokens(llama_cpp, tmp_path, monkeypatch):  # noqa: F811
+    """A bounded form of benchmarks/llama_cpp_tokens.py, on the bundled model."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+    import llama_cpp_tokens as script
+
+    prompts = script.demo_prompts(4)
+    convert(script.FOLDER, tmp_path / "int4", format="int4", group_size=32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # llama.cpp's GELU is another
+        plain, int4 = (script.compare(folder, tmp_path, prompts, 24) for folder in (script.FOLDER, tmp_path / "int4"))
+    assert plain["logits_identical_after_round_trip"] and int4["logits_identical_after_round_trip"]
+    assert plain["ways"]["float32 activations, llama.cpp's GELU"]["equal_before_parting"] == 4 * 24
+    for found in (*plain["ways"].values(), *int4["ways"].values()):
+        assert found["same_choice"] >= 0.95 * 4 * 24
+        assert all(
+            p["our_margin"] < 0.1 for p in found["partings"]
+        )  # near ties: llama.cpp rounds activations to 8 bits
