@@ -197,7 +197,8 @@ def test_compare_puts_the_source_first_with_zero_distance(run, int4, heldout):
     source, quantized = json.loads(out)["rows"]
     assert code == 0 and source["kl"] == 0 and source["top1"] == 1 and source["bits_per_weight"] == 16
     assert quantized["kl"] > 0 and quantized["bits_per_weight"] == 4.125 and quantized["bytes"] < source["bytes"]
-    assert set(source) == {"path", "format", "bits_per_weight", "perplexity", "kl", "top1", "bytes"}
+    keys = {"path", "format", "bits_per_weight", "head", "bytes", "perplexity", "kl", "kl_error", "top1"}
+    assert source.keys() == quantized.keys() == keys
 
 
 def test_compare_counts_what_a_smaller_cache_costs(run, heldout):

@@ -197,10 +197,14 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("folder", metavar="DIR")
     _add_json(sub)
 
-    sub = command("compare", "evaluate", "quality of quantized folders against their source on a text")
+    sub = command("compare", "compare", "quality of quantized folders against their source on a text")
     sub.add_argument("source", metavar="SOURCE", help="the checkpoint they were made from")
     sub.add_argument("folders", metavar="DIR", nargs="+")
     sub.add_argument("--windows", type=_positive, metavar="N", help="use the first N windows only")
+    sub.add_argument(
+        "--layers", action="store_true", help="also the errors of weights and hidden states, layer by layer"
+    )
+    sub.add_argument("--plot", metavar="FILE.svg", help="draw KL against bits per weight, and the errors by layer")
     _add_text(sub)
     _add_running(sub)
 

@@ -19,6 +19,7 @@ import torch
 from neox_lite import GPTNeoXForCausalLM
 from neox_lite.errors import ArgumentError
 from neox_lite.formats import label
+from neox_lite.layers import Linear
 from neox_lite.offload import machine
 from neox_lite.offload.place import device_of
 from neox_lite.sampling import BOUNDS
@@ -132,8 +133,10 @@ def _side(model: GPTNeoXForCausalLM, side: str) -> str:
 
 
 def format_name(model: GPTNeoXForCausalLM) -> str:
-    """int4 g128, nf4, float16, …: how the linear layers are stored."""
-    return label(model.gpt_neox.blocks[0].mlp.dense_h_to_4h.format, str(model.dtype).removeprefix("torch."))
+    """int4 g128, nf4, float16, …: how the linear layers are stored; mixed where that differs."""
+    plain = str(model.dtype).removeprefix("torch.")
+    names = {label(m.format, plain) for m in model.gpt_neox.layers.modules() if isinstance(m, Linear)}
+    return names.pop() if len(names) == 1 else "mixed"
 
 
 def amount(count: float, unit: str = "") -> str:
