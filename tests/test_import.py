@@ -243,6 +243,8 @@ GOOD = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": ["a", "b", "ab"
         ({"pre": "llama-bpe"}, "tokenizer.ggml.pre is 'llama-bpe', expected olmo"),
         ({"add_space_prefix": True}, "add_space_prefix is set"),
         ({"eos_token_id": 9}, "eos_token_id is 9, which no token has"),
+        ({"padding_token_id": True}, "pad_token_id is True|padding_token_id is True"),
+        ({"unknown_token_id": [1]}, r"unknown_token_id is \[1\], which no token has"),
         ({"add_bos_token": True}, "make no tokenizer"),
         ({"token_type": [1, 5, 4]}, "make no tokenizer|leaves ids out"),
         ({"whole": "{}"}, "is not a tokenizer.json"),
@@ -253,7 +255,7 @@ def test_vocabularies_that_make_no_sense_are_refused(plain, tmp_path, changes, m
     if "tokenizer.ggml.whole" in changes:
         changes = {"tokenizer.huggingface.json": changes["tokenizer.ggml.whole"]}
     path = rewritten(plain, tmp_path / "m.gguf", {**GOOD, **changes})
-    with pytest.raises(TokenizerError, match=message):
+    with pytest.raises((TokenizerError, ConfigError), match=message):
         import_gguf(path, tmp_path / "back")
     assert not (tmp_path / "back").exists()
 
@@ -352,8 +354,8 @@ def test_an_older_version_and_another_alignment_are_read(plain, tmp_path):
         ({"general.architecture": "llama"}, "general.architecture is llama, expected gptneox"),
         ({"general.architecture": 7}, "general.architecture is 7"),
         ({"gptneox.block_count": None}, "has no gptneox.block_count; convert the checkpoint again"),
-        ({"gptneox.block_count": 3}, "missing: gpt_neox.layers.2"),
-        ({"gptneox.block_count": 1}, "unexpected: gpt_neox.layers.1"),
+        ({"gptneox.block_count": 3}, "block_count is 3, but there are tensors of 2 blocks"),
+        ({"gptneox.block_count": [2]}, "block_count is"),
         ({"gptneox.vocab_size": 132}, r"embed_in.weight is \[131, 128\], expected \[132, 128\]"),
         ({"gptneox.attention.head_count": 3}, "hidden_size 128 is not divisible by num_attention_heads 3"),
         ({"gptneox.attention.head_count": 0}, "num_attention_heads is 0"),

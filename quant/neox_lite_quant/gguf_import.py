@@ -109,6 +109,11 @@ def config_of(file: GgufFile, hidden_act: str | None = None) -> GPTNeoXConfig:
     }
     if missing := [theirs for theirs in sizes.values() if theirs not in found]:
         raise FormatError(f"{file.path}: has no gptneox.{missing[0]}; convert the checkpoint again")
+    blocks = {name.split(".")[1] for name in file.tensors if name.startswith("blk.")}
+    if found["block_count"] != len(blocks):  # also before a model of thousands of blocks is laid out
+        raise FormatError(
+            f"{file.path}: gptneox.block_count is {shown(found['block_count'])}, but there are tensors of {len(blocks)} blocks"
+        )
     names = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
     ids = {ours: file.metadata.get(f"tokenizer.ggml.{theirs}") for ours, theirs in names.items()}
     config = GPTNeoXConfig(

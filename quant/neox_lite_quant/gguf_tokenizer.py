@@ -102,10 +102,12 @@ def tokenizer_files(metadata: Mapping[str, Any], vocab_size: int, where: str) ->
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     for theirs, ours in NAMED.items():
         index = found.get(f"{theirs}_token_id")
-        if index is not None and backend.id_to_token(index) is None:
+        if index is not None and (type(index) is not int or index not in tokens):
             raise TokenizerError(f"{where}: tokenizer.ggml.{theirs}_token_id is {index}, which no token has")
         settings[ours] = None if index is None else backend.id_to_token(index)
     if TEMPLATE in metadata:
+        if not isinstance(metadata[TEMPLATE], str):
+            raise TokenizerError(f"{where}: {TEMPLATE} is no text")
         settings["chat_template"] = metadata[TEMPLATE]
     return {
         "tokenizer.json": backend.to_str(pretty=True).encode(),
