@@ -3,7 +3,8 @@
     python benchmarks/train_other.py --out /tmp/other [--minutes 15]
 
 The text is the .py files at the top of the running Python's standard library, shuffled with a fixed seed so that training
-and held-out parts are alike, 3 MB of them. benchmarks/train_demo.py does the rest; with --minutes the weights depend on the machine.
+and held-out parts are alike, 3 MB of them. benchmarks/train_demo.py does the rest; with --minutes the weights depend on the
+machine's speed.
 """
 
 from __future__ import annotations

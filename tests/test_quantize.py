@@ -272,8 +272,8 @@ def test_bad_sources_are_refused_by_name(source, tmp_path):
     write_source(tmp_path / "odd", hidden_size=96, num_attention_heads=3)
     with pytest.raises(FormatError, match=r"gpt_neox.layers.0.attention.query_key_value: in_features 96 .* try"):
         convert(tmp_path / "odd", tmp_path / "out")
-    with pytest.raises(ArgumentError, match="method is 'gptq'"):
-        convert(source, tmp_path / "out", method="gptq")
+    with pytest.raises(ArgumentError, match="method is 'awq'"):
+        convert(source, tmp_path / "out", method="awq")
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,17 @@ def build_parser() -> argparse.ArgumentParser:
         "--group-size", type=int, choices=(32, 64, 128), help="weights per scale (default 128, of nf4 always 64)"
     )
     sub.add_argument(
-        "--method", choices=("mse", "rtn"), help="of int4 and int8: scale search (default) or round to nearest"
+        "--method",
+        choices=("mse", "rtn", "balance", "gptq"),
+        help="of int4 and int8: scale search (default), round to nearest, scale search on balanced columns, or calibrated",
+    )
+    sub.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help="of gptq: text, or .jsonl with a text a line (default: text that the model writes itself)",
+    )
+    sub.add_argument(
+        "--calibration-windows", type=_positive, metavar="N", help="of gptq: windows of 512 tokens (default 128)"
     )
     sub.add_argument("--revision", help="branch, tag or commit of a hub id")
     sub.add_argument(

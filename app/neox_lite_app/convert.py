@@ -16,18 +16,27 @@ def quantize(args: argparse.Namespace) -> None:
     destination = args.destination or f"{Path(args.source).absolute().resolve().name}-{name.replace(' ', '-')}"
     options = {"format": args.format, "group_size": args.group_size, "method": args.method, "revision": args.revision}
     options |= {"threads": args.threads or default_threads(), "keep_source": args.keep_source}
+    if args.calibration is not None or args.calibration_windows is not None:
+        options |= {"calibration": args.calibration, "calibration_windows": args.calibration_windows}
+    calibrated = args.method == "gptq"
+    if calibrated and not args.dry_run:  # said before anything starts
+        report = convert(args.source, destination, dry_run=True, **options)
+        needs = f"gptq takes about {report.seconds:.0f} s, up to {amount(report.peak_bytes, 'B')} of memory"
+        note(f"{needs}, and {amount(report.scratch_bytes, 'B')} of disk in the folder for a while")
     if args.dry_run:
         report = convert(args.source, destination, dry_run=True, **options)
     else:
-        with bar(" ".join(filter(None, (name, args.method)))) as progress:
+        with bar(" ".join(filter(None, (name, args.method))), "step" if calibrated else "B") as progress:
             report = convert(args.source, destination, progress=progress, **options)
     if args.json:
-        figures = ("bytes_in", "bytes_out", "seconds", "peak_bytes")
+        figures = ("bytes_in", "bytes_out", "seconds", "peak_bytes", "scratch_bytes")
         print_json({"destination": str(report.destination), **{k: getattr(report, k) for k in figures}})
     else:
         verb = "would be" if args.dry_run else "is"
         print(f"{report.destination} {verb} {amount(report.bytes_out, 'B')}, from {amount(report.bytes_in, 'B')}")
         if args.dry_run:
+            if calibrated:
+                note(f"and {amount(report.scratch_bytes, 'B')} of disk in the folder for a while")
             memory = amount(report.peak_bytes, "B")
             note(
                 f"about {report.seconds:.0f} s, without any download, and at most {memory} of memory beyond mapped files"

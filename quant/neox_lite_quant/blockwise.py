@@ -26,6 +26,7 @@ from neox_lite.layers import GPTNeoXLayer, Linear, Rotary
 
 from . import gptq
 
+BASE_BYTES = 200 << 20  # of Python and torch
 BATCH_ELEMENTS = 1 << 25  # of the widest activation of a batch of windows: 128 MB
 # What a block computes in one call of `linears` or `sum_linears`, in order: layers of one stage see finished inputs.
 PARALLEL = (("attention.query_key_value", "mlp.dense_h_to_4h"), ("attention.dense", "mlp.dense_4h_to_h"))
@@ -36,19 +37,49 @@ SEQUENTIAL = tuple((name,) for name in (
 Progress = Callable[[int, int], object]
 
 
-def memory_bytes(config: GPTNeoXConfig) -> int:
-    """What quantizing takes at most beyond mapped files: a block in float32 twice, and one layer's matrices."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    shapes = [(3 * hidden, hidden), (hidden, hidden), (inner, hidden), (hidden, inner)]
+def memory_bytes(config: GPTNeoXConfig, count: int, context: int) -> int:
+    """What quantizing takes at most beyond mapped files: a block in float32 twice, one layer's matrices, activations."""
+    shapes = _shapes(config)
     block = sum(out * columns for out, columns in shapes)
     moments = max(_held(shapes[0]) + _held(shapes[2]), _held(shapes[1]) + _held(shapes[3]))
     work = max(2 * columns * columns + 7 * out * columns for out, columns in shapes)
-    return 4 * (2 * block + moments + work + 6 * BATCH_ELEMENTS)
+    batch = min(count, _windows_together(config, context)) * context * config.intermediate_size
+    return 4 * (2 * block + moments + work + 8 * batch) + BASE_BYTES
 
 
-def scratch_bytes(config: GPTNeoXConfig, windows: Tensor) -> int:
+def scratch_bytes(config: GPTNeoXConfig, count: int, context: int) -> int:
     """Of the file that holds both streams."""
-    return 8 * windows.numel() * config.hidden_size
+    return 8 * count * context * config.hidden_size
+
+
+def operations_of(config: GPTNeoXConfig, count: int, context: int) -> int:
+    """Multiplications and additions: passes of both streams, moments, the original layers' share in them, and solving."""
+    total = 0
+    for out, columns in _shapes(config):
+        total += count * context * (2 * len(stages_of(config)) + 1) * out * columns
+        total += count * context * columns * (columns + out)
+        total += (2 + gptq.SWEEPS) * out * columns * columns + columns**3
+    return 2 * config.num_hidden_layers * total
+
+
+def _shapes(config: GPTNeoXConfig) -> list[tuple[int, int]]:
+    """(out, in) of query_key_value, dense, dense_h_to_4h and dense_4h_to_h."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    return [(3 * hidden, hidden), (hidden, hidden), (inner, hidden), (hidden, inner)]
+
+
+def stages_of(config: GPTNeoXConfig) -> tuple[tuple[str, ...], ...]:
+    return PARALLEL if config.use_parallel_residual else SEQUENTIAL
+
+
+def steps_of(config: GPTNeoXConfig, count: int, context: int) -> int:
+    """Reports of progress for so many windows: of each batch in each pass, and of each layer solved."""
+    batches = -(-count // _windows_together(config, context))
+    return config.num_hidden_layers * (4 + (len(stages_of(config)) + 1) * batches)
+
+
+def _windows_together(config: GPTNeoXConfig, context: int) -> int:
+    return max(1, BATCH_ELEMENTS // (context * config.intermediate_size))
 
 
 def _held(shape: tuple[int, int]) -> int:
@@ -73,16 +104,11 @@ class Blockwise:
         """stored: the checkpoint's name of a tensor. scratch: the folder for a file of `scratch_bytes`, without a name."""
         self._checkpoint, self._config, self._stored = checkpoint, config, stored
         self._format, self._dtype, self._windows, self._progress = format, dtype, windows, progress
-        self._stages = PARALLEL if config.use_parallel_residual else SEQUENTIAL
+        self._stages, self._steps_in_all = stages_of(config), steps_of(config, *windows.shape)
         self._rotary = Rotary(config).table
         self._next, self._steps = 0, 0  # block to be done, and batches and layers done
         self._done: dict[str, dict[str, Tensor]] = {}
         self._open(scratch)
-
-    @property
-    def total(self) -> int:
-        """Steps in all: batches of each stage and of the last pass, and layers solved."""
-        return self._config.num_hidden_layers * (4 + (len(self._stages) + 1) * len(list(self._batches())))
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """weight_packed, weight_scale and bias of the layer of this name. Blocks must be asked for in order."""
@@ -93,11 +119,11 @@ class Blockwise:
         return self._done[name]
 
     def _open(self, scratch: Path) -> None:
-        needed = scratch_bytes(self._config, self._windows)
+        needed = scratch_bytes(self._config, *self._windows.shape)
         if (free := free_bytes(scratch)) < needed:
             raise ArgumentError(
-                f"{scratch}: calibration needs {needed / 1e9:.1f} GB of disk beside the folder for a while, {free / 1e9:.1f} GB "
-                "are free; use fewer --calibration-windows"
+                f"{scratch}: calibration needs {needed / 1e9:.1f} GB of disk for a while, {free / 1e9:.1f} GB are free; "
+                "use fewer --calibration-windows"
             )
         file: Any = tempfile.TemporaryFile(dir=scratch, prefix="neox-lite-calibration-")  # noqa: SIM115
         shape = (2, *self._windows.shape, self._config.hidden_size)
@@ -109,7 +135,7 @@ class Blockwise:
     def _batches(self) -> Iterator[slice]:
         """Windows that go through a block together."""
         count, context = self._windows.shape
-        step = max(1, BATCH_ELEMENTS // (context * self._config.intermediate_size))
+        step = _windows_together(self._config, context)
         return (slice(start, start + step) for start in range(0, count, step))
 
     @torch.no_grad()
@@ -122,9 +148,7 @@ class Blockwise:
                 linear = original.get_submodule(name)
                 assert isinstance(linear, Linear)
                 try:
-                    found = gptq.quantize(
-                        linear.handle.decode(), linear.bias, moments, self._format, self._dtype
-                    )
+                    found = gptq.quantize(linear.handle.decode(), linear.bias, moments, self._format, self._dtype)
                 except FormatError as error:
                     raise FormatError(f"{prefix}{name}: {error}") from error
                 _replace(ours.get_submodule(name), found, self._format, self._dtype)
@@ -154,7 +178,7 @@ class Blockwise:
             wanted, wanted_sum = self._inputs(original, self._streams[0][batch], stage)
             fed, fed_sum = self._inputs(ours, self._streams[1][batch], stage)
             for i, (moments, linear) in enumerate(zip(found, linears, strict=True)):
-                shift = (wanted[i] - fed[i]) @ linear.handle.decode().T  # type: ignore[operator]
+                shift = (wanted[i] - fed[i]) @ linear.handle.decode().T  # type: ignore[union-attr, operator]
                 if fed_sum is not None and i == len(found) - 1:  # the last one makes up for the residual stream, too
                     shift += wanted_sum - fed_sum  # type: ignore[operator]
                 moments.add(fed[i], shift)
@@ -182,7 +206,7 @@ class Blockwise:
 
     def _step(self) -> None:
         self._steps += 1
-        self._progress(self._steps, self.total)
+        self._progress(self._steps, self._steps_in_all)
 
 
 def _replace(module: nn.Module, found: dict[str, Tensor], format: GroupInt, dtype: torch.dtype) -> None:

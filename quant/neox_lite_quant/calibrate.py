@@ -90,7 +90,9 @@ def _texts(path: Path, content: str) -> list[str]:
     kind = path.suffix.lower()
     if kind == ".jsonl":
         lines = content.split("\n")  # not splitlines: JSON strings may hold its other separators
-        return [_text(_json(path, line, f"line {i}"), path, f"line {i}") for i, line in enumerate(lines, 1) if line.strip()]
+        return [
+            _text(_json(path, line, f"line {i}"), path, f"line {i}") for i, line in enumerate(lines, 1) if line.strip()
+        ]
     if kind == ".json":
         entries = _json(path, content, "it")
         if not isinstance(entries, list):

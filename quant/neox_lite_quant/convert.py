@@ -20,7 +20,7 @@ from neox_lite.checkpoint import Checkpoint
 from neox_lite.config import GPTNeoXConfig
 from neox_lite.errors import ArgumentError, FormatError
 from neox_lite.folder_writer import Spec
-from neox_lite.formats import GROUP_SIZES, GroupInt, make_format
+from neox_lite.formats import GROUP_SIZES, Format, GroupInt, make_format
 from neox_lite.hub import local_folder, remote_checkpoint, resolve
 from neox_lite.layers import Linear
 from neox_lite.loading import DTYPES, SLICE_ELEMENTS, Blueprint, Encoding
@@ -28,22 +28,29 @@ from neox_lite.model import class_of
 from neox_lite.saving import Part, Rows, Slice, read_companions, specs_of, write_model
 from neox_lite.version import __version__
 
+from .balance import Balanced
+from .calibrated import Calibrated
 from .estimate import check_memory, predict_seconds
 from .streaming import Stream
 
+HERE = ("balance", "gptq")  # methods that change or look at more than one weight, of int4 and int8
 SHARD_BYTES = 1_000_000_000  # of a weight file: what a run that is ended has to do again at most
-Progress = Callable[[int, int], None]  # bytes written so far, bytes in all
+Progress = Callable[[int, int], None]  # bytes written so far, bytes in all; of gptq, steps
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a conversion did: sizes of all weights in bytes, wall time, peak memory beyond page cache; dry, a forecast."""
+    """What a conversion did: sizes of all weights in bytes, wall time, peak memory beyond page cache; dry, a forecast.
+
+    scratch_bytes: what gptq takes of the disk for a while, else 0.
+    """
 
     destination: Path
     bytes_in: int
     bytes_out: int
     seconds: float
     peak_bytes: int
+    scratch_bytes: int = 0
 
 
 def convert(
@@ -57,22 +64,26 @@ def convert(
     dry_run: bool = False,
     threads: int | None = None,
     keep_source: bool = False,
+    calibration: str | os.PathLike[str] | None = None,
+    calibration_windows: int | None = None,
 ) -> Report:
     """Quantize every linear layer of a checkpoint; embedding, head and norms stay as they are, float32 becomes float16.
 
     What a run that was ended left in the destination is kept where source and options are the same. threads: that compute,
     None for torch's number; the result does not depend on it. Weight files of a hub id that its cache lacks are fetched beside
-    the destination, one after another, and deleted when they have been read; keep_source: fetched into the cache, and kept.
+    the destination, one after another, and deleted when they have been read; keep_source: fetched into the cache, and kept,
+    as "balance" and "gptq" always do. calibration: a text file for "gptq", None for text that the model writes itself.
     Raises FormatError for a shape or value that the format cannot hold, CheckpointError for a source that is not whole.
     """
     began = time.perf_counter()
     threads = torch.get_num_threads() if threads is None else threads
     needed_memory = check_memory(threads)
     target = make_format(format, group_size)
-    method = target.methods[0] if method is None else method
-    if method not in target.methods:
-        raise ArgumentError(f"method is {method!r}, expected one of {', '.join(target.methods)}")
+    method = _method(target, method)
+    if method != "gptq" and (calibration is not None or calibration_windows is not None):
+        raise ArgumentError(f"calibration is for method 'gptq', but the method is {method!r}")
     destination = Path(destination)
+    keep_source = keep_source or (method in HERE and not dry_run)
     with _opened(os.fspath(source), revision, destination, keep_source) as (checkpoint, stream):
         folder = checkpoint.folder
         config = GPTNeoXConfig.from_pretrained(folder)
@@ -84,20 +95,33 @@ def convert(
             raise ArgumentError(
                 f"{folder}: has no {', '.join(blueprint.fresh)}; save the whole model before quantizing it"
             )
+        if method in HERE and stream is None:
+            blueprint.checkpoint = Balanced(checkpoint, config, blueprint.stored, dtype)
+        calibrated = None
+        if method == "gptq":
+            calibrated = Calibrated(blueprint, target, dtype, calibration, calibration_windows)
+        scratch = calibrated.scratch_bytes if calibrated is not None else 0
         parts = [
             part
             for name, module in blueprint.model.named_modules()
-            if (part := _part(blueprint, name, module, dtype, method, stream))
+            if (part := _part(blueprint, name, module, dtype, method, stream, calibrated))
         ]
         head = _head(blueprint, dtype, stream)
         total = sum(spec.nbytes for part in [*parts, *([head] if head else [])] for spec in part.specs)
-        meter = _Meter(progress, total)
+        meter = _Meter(progress if calibrated is None else None, total)
         options = {"method": method, "format": format, "group_size": getattr(target, "group_size", None)}
+        sums: dict[str, int] = {}
         if dry_run:
-            weights = sum(math.prod(m.shape) for m in blueprint.model.modules() if _is_encoded(m, blueprint))
-            file = max(checkpoint.files, key=lambda path: path.stat().st_size) if stream is None else None
-            seconds = predict_seconds(weights, checkpoint.total_bytes, total, threads, target, method, file)
-            return Report(destination, checkpoint.total_bytes, total, seconds, needed_memory)
+            if calibrated is not None:
+                seconds, needed_memory = calibrated.predict_seconds(), calibrated.memory_bytes
+            else:
+                weights = sum(math.prod(m.shape) for m in blueprint.model.modules() if _is_encoded(m, blueprint))
+                file = max(checkpoint.files, key=lambda path: path.stat().st_size) if stream is None else None
+                seconds = predict_seconds(weights, checkpoint.total_bytes, total, threads, target, _way(method), file)
+            return Report(destination, checkpoint.total_bytes, total, seconds, needed_memory, scratch)
+        if calibrated is not None:
+            sums = {"threads": torch.get_num_threads()}  # by which they differ in their last bits
+            options |= calibrated.prepare(destination, partial(_stepped, meter, progress))
         write_model(
             destination,
             config,
@@ -108,13 +132,34 @@ def convert(
             source=folder,
             progress=meter,
             threads=threads,
-            job=_job(checkpoint, stream, config, parts, options),
-            scratch_bytes=stream.scratch_bytes if stream is not None else 0,
+            job=_job(checkpoint, stream, config, parts, options | sums),
+            scratch_bytes=stream.scratch_bytes if stream is not None else scratch,
             **options,
             source_name=Path(os.fspath(source)).name if Path(source).is_dir() else os.fspath(source),
             source_revision=revision,
         )
-        return Report(destination, checkpoint.total_bytes, total, time.perf_counter() - began, meter.peak_bytes)
+        seconds = time.perf_counter() - began
+        return Report(destination, checkpoint.total_bytes, total, seconds, meter.peak_bytes, scratch)
+
+
+def _method(target: Format, method: str | None) -> str:
+    known = target.methods + (HERE if isinstance(target, GroupInt) else ())
+    if method is None:
+        return known[0]
+    if method not in known:
+        raise ArgumentError(f"method is {method!r}, expected one of {', '.join(known)}")
+    return method
+
+
+def _way(method: str) -> str:
+    """How a format encodes rows for a method."""
+    return "mse" if method == "balance" else method
+
+
+def _stepped(meter: _Meter, progress: Progress | None, done: int, total: int) -> None:
+    meter(0)
+    if progress is not None:
+        progress(done, total)
 
 
 @contextmanager
@@ -161,7 +206,13 @@ def _target_config(config: GPTNeoXConfig, checkpoint: Checkpoint) -> tuple[GPTNe
 
 
 def _part(
-    blueprint: Blueprint, name: str, module: torch.nn.Module, dtype: torch.dtype, method: str, stream: Stream | None
+    blueprint: Blueprint,
+    name: str,
+    module: torch.nn.Module,
+    dtype: torch.dtype,
+    method: str,
+    stream: Stream | None,
+    calibrated: Calibrated | None,
 ) -> Part | None:
     """One module's own tensors as they will be written, or None if it has none."""
     dot = f"{name}." if name else ""
@@ -173,7 +224,10 @@ def _part(
     specs, encoding = [Spec(key, dtype, shape) for key, shape in dense.items()], None
     if _is_encoded(module, blueprint):
         specs = specs_of(dot, module.format, module.shape, dtype) + specs
-        encoding = Encoding(blueprint.checkpoint, blueprint.stored(f"{dot}weight"), module.format, dtype, method)
+        if calibrated is not None:
+            return Part(specs, partial(calibrated.rows, name))
+        stored = blueprint.stored(f"{dot}weight")
+        encoding = Encoding(blueprint.checkpoint, stored, module.format, dtype, _way(method))
     if not specs:
         return None
 

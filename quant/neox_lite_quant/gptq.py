@@ -28,8 +28,8 @@ ROWS = 1 << 19  # weights whose scales are searched at a time
 class Moments:
     """Sums over tokens of what a layer's inputs x (tokens, in) are, and of what its outputs should be more than they are.
 
-    second (in, in): x^T x. first (in,): x. shift (out, in): d^T x, and shift_first (out,): d, for d (tokens, out) the outputs of
-    the original model less those of the original layer fed with x.
+    second (in, in): x^T x. first (in,): x. shift (out, in): d^T x, and shift_first (out,): d, for d (tokens, out) the outputs
+    of the original model less those of the original layer fed with x.
     """
 
     second: Tensor
@@ -93,7 +93,7 @@ def damp(second: Tensor, share: float = DAMPING) -> None:
 
 def search_scales(weight: Tensor, importance: Tensor, format: GroupInt, dtype: torch.dtype) -> Tensor:
     """Scales (out, groups) as stored, of least squared error with columns weighted by importance (in,)."""
-    out, columns = weight.shape
+    columns = weight.shape[1]
     importance = importance.view(-1, format.group_size)
     step = max(1, ROWS // columns)
     parts = weight.split(step)
@@ -177,7 +177,9 @@ def descend(
         for group in range(len(steps)):
             own = slice(group * size, (group + 1) * size)
             before = errors[own].clone()
-            _descend_group(target[own], second[own, own], values[own], steps[group], errors[own], pulls[own], format.bits)
+            _descend_group(
+                target[own], second[own, own], values[own], steps[group], errors[own], pulls[own], format.bits
+            )
             _refit(target[own], second[own, own], values[own], steps[group], errors[own], pulls[own], dtype)
             rest = slice((group + 1) * size, None)  # the products of columns that come later in this sweep
             pulls[rest].addmm_(second[rest, own], errors[own] - before)
