@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from .model import GPTNeoXPreTrainedModel
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-SLICE_ELEMENTS = 1 << 23  # weights read and quantized at a time: 32 MB as float32
+SLICE_ELEMENTS = 1 << 22  # weights read and quantized at a time: 16 MB as float32
 WARM_BYTES = 16 << 20  # read between two reports of progress
 READ_AHEAD_BYTES = 128 << 10  # Linux cuts a longer request to the disk's read-ahead, which is at least this
 # Options of transformers that scripts pass, and what stands for them here.
