@@ -97,7 +97,7 @@ class Checkpoint:
     @classmethod
     def open_file(cls, folder: str | Path, name: str) -> "Checkpoint":
         """Open one safetensors file of a folder that stands outside of the index, such as neox_lite_head.safetensors."""
-        path = _inside(Path(folder), name)
+        path = inside(Path(folder), name)
         return cls(Path(folder), {path: SafetensorsFile(path)})
 
     def names(self) -> list[str]:
@@ -183,7 +183,7 @@ def _exists(path: Path) -> bool:
     return path.exists() or path.is_symlink()  # a dangling link is an error to report, not an absent file
 
 
-def _inside(folder: Path, name: str) -> Path:
+def inside(folder: Path, name: str) -> Path:
     """folder/name; raises CheckpointError unless its file truly lies in the folder or in this repo's hub cache."""
     check_file_name(name, folder)
     path, home = folder / name, folder.resolve()
@@ -207,10 +207,10 @@ def _open_weights(folder: Path) -> dict[Path, WeightFile]:
         if _exists(index):
             return _open_indexed(folder, index, suffix, opener)
         if _exists(single):
-            return {single: opener(_inside(folder, single.name))}
+            return {single: opener(inside(folder, single.name))}
     listed = sorted(path.name for path in folder.iterdir())
     if layers := layer_files(listed, folder):
-        return {**open_layers(folder, layers, lambda name: _BinFile(_inside(folder, name)))}
+        return {**open_layers(folder, layers, lambda name: _BinFile(inside(folder, name)))}
     shards = [name for name in listed if SHARD_NAME.fullmatch(name)]
     if shards:
         raise CheckpointError(f"{folder}: has {shards[0]} but its index is missing: {INDEX}")
@@ -231,7 +231,7 @@ def _open_indexed(
         raise CheckpointError(
             f"{folder}: {len(missing)} of {len(names)} weight files are missing: {first_few(missing, 10)}"
         )
-    files = {name: opener(_inside(folder, name)) for name in names}
+    files = {name: opener(inside(folder, name)) for name in names}
     _check_index(index, weight_map, files)
     return {folder / name: file for name, file in files.items()}
 
@@ -258,7 +258,7 @@ def _check_index(index: Path, weight_map: Mapping[str, str], files: Mapping[str,
 
 def _read_weight_map(folder: Path, index: Path, suffix: str) -> dict[str, str]:
     """weight_map of an index file, tensor name -> file name, every file name safe and of the index's kind."""
-    content = read_json(_inside(folder, index.name))
+    content = read_json(inside(folder, index.name))
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: expected an object with a non-empty weight_map")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .errors import CheckpointError
-from .safetensors_file import TensorInfo, first_few, shown
+from .safetensors_file import TensorInfo, shown
 
 FILE_NAME = re.compile(r"layer_([0-9]{2,4})-model_([0-9]{2,4})-model_states\.pt")
 # How the parts of a tensor make the whole.
@@ -43,12 +43,14 @@ def layer_files(names: Iterable[str], where: Path) -> dict[int, list[str]]:
         return {}
     last, parts = max(found)[0], max(part for _, part in found) + 1
     numbers = [0, *range(2, last - 2), last - 1, last]
-    wanted = [(number, part) for number in numbers for part in range(parts)]
-    missing = [f"layer_{n:02}-model_{p:02}-model_states.pt" for n, p in wanted if (n, p) not in found]
-    if missing or len(found) != len(wanted):
+    absent = (
+        f"layer_{n:02}-model_{p:02}-model_states.pt" for n in numbers for p in range(parts) if (n, p) not in found
+    )
+    missing, wanted = next(absent, None), len(numbers) * parts
+    if missing is not None or len(found) != wanted:
         raise CheckpointError(
-            f"{where}: of {len(wanted)} layer files are missing: {first_few(missing) or 'none'}, found {len(found)}; expected "
-            "layer_00, the blocks from layer_02 on without a gap, and the two after a gap of one, each in all its parts"
+            f"{where}: {len(found)} layer files, expected {wanted}; missing: {missing or 'none'}; expected layer_00, the "
+            "blocks from layer_02 on without a gap, and two more after a gap of one, each in all its parts"
         )
     return {number: [found[number, part] for part in range(parts)] for number in numbers}
 
@@ -97,14 +99,20 @@ class MergedLayer:
         for part in self._parts:
             count = part.infos[name].shape[0]
             low, high = max(start - offset, 0), min(stop - offset, count)
-            if low < high or (start == stop and not found):
-                found.append(part.read(name, low, max(low, high)) if low <= count else part.read(name, 0, 0))
+            if low < high:
+                found.append(part.read(name, low, high))
             offset += count
+        found = found or [self._parts[0].read(name, 0, 0)]
         return torch.cat(found) if len(found) > 1 else found[0]
 
     def _merged_info(self, ours: str, name: str) -> TensorInfo:
         """Shape of the whole. Raises CheckpointError if the parts do not go together."""
         first = self._parts[0].infos[name]
+        dimensions = 2 if name.endswith("weight") and _module(name) not in AVERAGED else 1
+        if len(first.shape) != dimensions:
+            raise CheckpointError(
+                f"{first.file}: {shown(name)} is {list(first.shape)}, expected {dimensions} dimensions"
+            )
         infos = [part.infos.get(name) for part in self._parts]
         along = 0 if _is_by_rows(name) else 1 if len(first.shape) == 2 else None
         shape = list(first.shape)

@@ -127,7 +127,7 @@ def test_missing_layers_and_parts_are_refused_by_name(tmp_path):
             Checkpoint.open(tmp_path / "model")
         kept.rename(tmp_path / "model" / name)
     torch.save({}, tmp_path / "model" / "layer_01-model_00-model_states.pt")
-    with pytest.raises(CheckpointError, match="missing: none, found 13"):
+    with pytest.raises(CheckpointError, match="13 layer files, expected 12; missing: none"):
         Checkpoint.open(tmp_path / "model")
 
 
@@ -148,6 +148,20 @@ def test_tensors_of_another_kind_are_refused_by_name(tmp_path):
     torch.save({**stored, "mlp.gate.weight": torch.ones(2)}, path)
     with pytest.raises(CheckpointError, match=r"mlp.gate.weight is not part of GPT-NeoX's layer 02"):
         Checkpoint.open(tmp_path / "model")
+
+
+def test_numbers_out_of_all_proportion_are_refused_at_once(tmp_path):
+    torch.save({}, tmp_path / "layer_9999-model_9999-model_states.pt")
+    with pytest.raises(CheckpointError, match=r"1 layer files, expected 99980000; missing: layer_00-model_00"):
+        Checkpoint.open(tmp_path)
+
+
+def test_a_tensor_of_other_dimensions_is_refused_by_name(tmp_path):
+    write_layers(tmp_path / "model", 1)
+    for wrong in (torch.tensor(1.0), torch.ones(64), torch.ones(2, 2, 2)):
+        torch.save({"final_linear.weight": wrong}, tmp_path / "model" / "layer_07-model_00-model_states.pt")
+        with pytest.raises(CheckpointError, match=r"final_linear.weight is .*, expected 2 dimensions"):
+            Checkpoint.open(tmp_path / "model")
 
 
 class Payload:

@@ -86,6 +86,18 @@ def test_only_the_model_is_uploaded(hub, folder):
     assert not {"notes.txt", "other.safetensors.partial", ".env"} & hub.find("ann/demo-int4", "main")[1].keys()
 
 
+@pytest.mark.parametrize("name", ["generation_config.json", "README.md"])
+def test_a_link_out_of_the_folder_is_not_followed(hub, folder, tmp_path, name):
+    (tmp_path / "secret").write_text("{}")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(tmp_path / "secret")
+    manifest = json.loads((folder / "neox_lite_manifest.json").read_text())
+    manifest["files"].pop(name, None)
+    (folder / "neox_lite_manifest.json").write_text(json.dumps(manifest))
+    _, told = push(hub, folder, "ann/x", code=1)
+    assert "links outside the folder" in error(told) and hub.requests == []
+
+
 def test_the_card_carries_the_measured_table_and_no_paths(hub, folder, tmp_path):
     push(
         hub,

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from neox_lite.checkpoint import Checkpoint
+from neox_lite.checkpoint import Checkpoint, inside
 from neox_lite.errors import ArgumentError, CheckpointError, HubError
 from neox_lite.folder_writer import ANY_WEIGHTS, INDEX
 from neox_lite.hub import HEAD, SMALL_FILES, asked, check_id, fetch_files
@@ -58,7 +58,7 @@ def files_of(folder: Path) -> dict[str, Path]:
             f"{folder}: {others[0]} is a pickle; run neox-lite quantize, and push the folder it writes"
         )
     names = [*SMALL_FILES, INDEX, *(path.name for path in weights), HEAD]
-    return {name: folder / name for name in names if (folder / name).is_file()}
+    return {name: inside(folder, name) for name in names if (folder / name).is_file()}
 
 
 def card_of(args: argparse.Namespace, folder: Path, size: int) -> str:
@@ -66,7 +66,7 @@ def card_of(args: argparse.Namespace, folder: Path, size: int) -> str:
     if (folder / CARD).is_file():
         if args.compare or args.base_model or args.license:
             raise ArgumentError(f"{folder / CARD}: is the card; move it away to have one with the table written")
-        return (folder / CARD).read_text(encoding="utf-8")
+        return inside(folder, CARD).read_text(encoding="utf-8")
     results = Path(args.compare) if args.compare else folder / RESULTS
     rows = read_rows(results) if args.compare or results.is_file() else None
     if rows is None:

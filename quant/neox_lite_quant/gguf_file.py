@@ -232,8 +232,8 @@ class _Header:
 
     def tensors(self, count: int, size: int, alignment: Any) -> dict[str, StoredTensor]:
         """The tensors, each within the file and none over another."""
-        if type(alignment) is not int or not 1 <= alignment <= 1 << 16 or alignment & (alignment - 1):
-            raise self._error(f"general.alignment is {alignment!r}, expected a power of two")
+        if type(alignment) is not int or not 8 <= alignment <= 1 << 16 or alignment & (alignment - 1):
+            raise self._error(f"general.alignment is {alignment!r}, expected a power of two from 8 on")
         listed = [self._tensor() for _ in range(count)]
         if len({name for name, *_ in listed}) != count:
             raise self._error("a tensor stands there twice")

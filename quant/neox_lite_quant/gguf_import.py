@@ -265,10 +265,12 @@ class GgufWeights:
         raw = self.file.rows(entry.theirs)
         permuted = "attn_qkv" in entry.theirs
         raw = raw[places(self.config, first, last)] if permuted else raw[first:last]
-        found = from_blocks(tensor.kind, raw)
-        if entry.key not in found:  # blocks that are wanted as plain numbers
-            found = {"weight": GROUPS[tensor.kind].decode(found, torch.float32)}
-        return found[entry.key].view(last - first, *info.shape[1:])
+        made = from_blocks(tensor.kind, raw)
+        if entry.key in made:
+            values = made[entry.key]()
+        else:  # blocks that are wanted as plain numbers
+            values = GROUPS[tensor.kind].decode({key: make() for key, make in made.items()}, torch.float32)
+        return values.view(last - first, *info.shape[1:])
 
     def _add(self, name: str, theirs: str, key: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         nbytes = math.prod(shape) * dtype.itemsize

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -106,16 +106,20 @@ def _half(values: Tensor) -> Tensor:
     return half
 
 
-def from_blocks(kind: int, raw: Tensor) -> dict[str, Tensor]:
-    """The inverse of `blocks`: (n, bytes) uint8 of a ggml type -> the stored rows of the format that holds it exactly."""
+def from_blocks(kind: int, raw: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """The inverse of `blocks`: (n, bytes) uint8 of a ggml type -> what makes each stored tensor of the exact format."""
     if kind in PLAIN:
-        return {"weight": raw.contiguous().view(PLAIN[kind])}
+        return {"weight": lambda: raw.contiguous().view(PLAIN[kind])}
     block = raw.contiguous().view(len(raw), -1, 18 if kind == Q4_0 else 34)
-    codes = block[..., 2:]
+    return {
+        "weight_packed": lambda: _stored_codes(kind, block[..., 2:]),
+        "weight_scale": lambda: block[..., :2].contiguous().view(torch.float16).squeeze(-1),
+    }
+
+
+def _stored_codes(kind: int, codes: Tensor) -> Tensor:
+    """A block's codes (n, blocks, bytes) -> (n, words) as our formats pack them."""
     if kind == Q8_0:
-        stored = codes ^ 128
-    else:
-        codes = torch.cat((codes & 15, codes >> 4), dim=-1)  # (n, blocks, 32), elements in order
-        stored = codes[..., 0::2] | (codes[..., 1::2] << 4)
-    scale = block[..., :2].contiguous().view(torch.float16).squeeze(-1)
-    return {"weight_packed": stored.flatten(1).contiguous().view(torch.int32), "weight_scale": scale}
+        return (codes ^ 128).flatten(1).view(torch.int32)
+    codes = torch.cat((codes & 15, codes >> 4), dim=-1)  # (n, blocks, 32), elements in order
+    return (codes[..., 0::2] | (codes[..., 1::2] << 4)).flatten(1).view(torch.int32)
