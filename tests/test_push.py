@@ -255,3 +255,23 @@ def test_a_license_is_read_from_front_matter_alone(card, license):
 def test_front_matter_takes_no_other_text(folder, words, message, capsys):
     assert main(["push", str(folder), "ann/x", "--dry-run", *words]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_the_table_is_what_compare_prints(folder, tmp_path, capsys):
+    words = [
+        "compare",
+        str(DEMO),
+        str(folder),
+        "--text",
+        str(DEMO / "heldout.txt"),
+        "--context",
+        "128",
+        "--windows",
+        "2",
+    ]
+    assert main([*words, "--json"]) == 0
+    (tmp_path / "quality.json").write_text(capsys.readouterr().out)
+    assert main(["push", str(folder), "ann/demo", "--dry-run", "--compare", str(tmp_path / "quality.json")]) == 0
+    card = capsys.readouterr().out
+    assert re.search(r"^\| demo\\_model \| float16 \| 16\.000 \|.*\| 0\.000000 \| 100\.00% \|$", card, re.MULTILINE)
+    assert re.search(r"^\| int4 \| int4 g128 \| 4\.125 \|", card, re.MULTILINE)

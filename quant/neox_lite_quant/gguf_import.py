@@ -94,12 +94,6 @@ def config_of(file: GgufFile, hidden_act: str | None = None) -> GPTNeoXConfig:
         )
     prefix = "gptneox."
     found = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
-    if not hidden_act and "neox_lite.hidden_act" not in found:
-        warnings.warn(
-            f"{file.path}: does not say which GELU the model was trained with; {LIKE_LLAMA_CPP}, as llama.cpp computes it, "
-            "is written into config.json; --hidden-act gelu is the other one, which Pythia has",
-            stacklevel=3,
-        )
     sizes = {
         "max_position_embeddings": "context_length",
         "hidden_size": "embedding_length",
@@ -110,7 +104,7 @@ def config_of(file: GgufFile, hidden_act: str | None = None) -> GPTNeoXConfig:
     if missing := [theirs for theirs in sizes.values() if theirs not in found]:
         raise FormatError(f"{file.path}: has no gptneox.{missing[0]}; convert the checkpoint again")
     blocks = {name.split(".")[1] for name in file.tensors if name.startswith("blk.")}
-    if found["block_count"] != len(blocks):  # also before a model of thousands of blocks is laid out
+    if found["block_count"] != len(blocks):  # said before thousands of blocks are laid out in vain
         raise FormatError(
             f"{file.path}: gptneox.block_count is {shown(found['block_count'])}, but there are tensors of {len(blocks)} blocks"
         )
@@ -122,7 +116,7 @@ def config_of(file: GgufFile, hidden_act: str | None = None) -> GPTNeoXConfig:
         **{ours: found[theirs] for ours, theirs in sizes.items()},
         **ids,
         vocab_size=_vocabulary(file, found),
-        hidden_act=hidden_act or found.get("neox_lite.hidden_act", LIKE_LLAMA_CPP),
+        hidden_act=hidden_act or _activation(found, file.path),
         layer_norm_eps=_shortest(found.get("attention.layer_norm_epsilon", 1e-5)),
         use_parallel_residual=found.get("use_parallel_residual", True),
         attention_bias=any(name.endswith(("attn_qkv.bias", "attn_output.bias")) for name in file.tensors),
@@ -132,6 +126,18 @@ def config_of(file: GgufFile, hidden_act: str | None = None) -> GPTNeoXConfig:
     )
     _refuse_unknown(found, config, file.path)
     return _with_rotary_dim(config, found.get("rope.dimension_count", config.rotary_dim), file.path)
+
+
+def _activation(found: Mapping[str, Any], path: Path) -> Any:
+    """The GELU that the file names, as those written here do; else, with a warning, the one that llama.cpp computes."""
+    if (named := found.get("neox_lite.hidden_act")) is not None:
+        return named
+    warnings.warn(
+        f"{path}: does not say which GELU the model was trained with; {LIKE_LLAMA_CPP}, as llama.cpp computes it, is "
+        "written into config.json; --hidden-act gelu is the other one, which Pythia has",
+        stacklevel=4,
+    )
+    return LIKE_LLAMA_CPP
 
 
 def _refuse_unknown(found: Mapping[str, Any], config: GPTNeoXConfig, path: Path) -> None:
