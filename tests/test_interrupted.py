@@ -340,16 +340,16 @@ def test_an_interrupt_leaves_whole_files_and_the_next_run_goes_on(source, tmp_pa
         "import sys, test_interrupted as t\n"
         "t.signal.signal(t.signal.SIGINT, t.signal.default_int_handler)  # ignored where the tests run in the background\n"
         "print('here', flush=True)\n"
-        "real = t.ShardWriter.settle\n"
-        "def slow(*args):\n    t.time.sleep(0.2); return real(*args)\n"
-        "t.ShardWriter.settle = slow\n"
+        "real = t.ShardWriter.write\n"
+        "def slow(*args):\n    t.time.sleep(0.05); return real(*args)\n"
+        "t.ShardWriter.write = slow\n"
         "t.quantize(*map(t.Path, sys.argv[1:]))"
     )
     command = [sys.executable, "-c", code, str(source), str(tmp_path / "out")]
     with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": ROOMS}, stdout=-1, stderr=-1, text=True) as process:
         assert process.stdout
         process.stdout.readline()
-        while not list((tmp_path / "out").glob("*.safetensors")):
+        while not all(list((tmp_path / "out").glob(name)) for name in ("*.safetensors", "*.safetensors.partial")):
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
