@@ -2,7 +2,7 @@
 
     python benchmarks/quality.py [MODEL] [--outliers] [--peers] [--text FILE] [--out benchmarks/results/quality_demo.json]
 
-MODEL is the bundled one unless given. --outliers: norm gains of some channels times 30 and the columns that they meet divided by
+MODEL is the bundled one unless given. --outliers: norm gains of some channels times 30 and their columns divided by
 30, which is the same function. --peers: llama.cpp, bitsandbytes and HQQ too, as far as they are installed; their weights are
 decoded and run here, so that nothing but weights differs. Head and embedding are 16 bit in every row; bits per weight count
 the linear layers. Activations are float32; `kl_int8_activations` is the distance with activations rounded to 8 bits with a
@@ -46,8 +46,10 @@ def main() -> None:
     parser.add_argument("--outliers", action="store_true", help="of the same function with large channels")
     parser.add_argument("--peers", action="store_true", help="other tools' formats too")
     parser.add_argument(
-        "--windows", type=int, default=64, help="of 512 tokens that gptq is calibrated with (default 64)"
+        "--windows", type=int, default=128, help="of 128 tokens that gptq is calibrated with (default 128)"
     )
+    parser.add_argument("--scored", type=int, help="windows of 256 tokens to score (default: all)")
+    parser.add_argument("--activations", action="store_true", help="measure int8 activations too")
     parser.add_argument("--calibration", type=Path, help="another gptq row for int4 g128, calibrated with this text")
     parser.add_argument("--out", type=Path, help="also write the JSON there")
     args = parser.parse_args()
@@ -66,13 +68,13 @@ def main() -> None:
 def measure(folder: Path, args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     source = GPTNeoXForCausalLM.from_pretrained(folder)
     text = (args.text or args.model / "heldout.txt").read_text(encoding="utf-8")
-    windows = cut(source, text, CONTEXT)
+    windows = cut(source, text, CONTEXT)[: args.scored]
     truth = torch.stack(list(log_probabilities(source, windows)))
     rows = [{"name": "fp16", "method": None, "bits_per_weight": 16.0, **distance(truth, source, windows)}]
     for row, quantized in quantizations(folder, args, scratch):
         exact = GPTNeoXForCausalLM.from_pretrained(quantized, exact=True, dtype=torch.float32)
         row |= distance(truth, exact, windows)
-        if row["method"] in METHODS:
+        if args.activations and row["method"] in METHODS:
             rounded = GPTNeoXForCausalLM.from_pretrained(quantized)
             row["kl_int8_activations"] = distance(truth, rounded, windows)["kl"]
         rows.append(row)
@@ -83,7 +85,7 @@ def measure(folder: Path, args: argparse.Namespace, scratch: Path) -> dict[str, 
         "outliers": f"{CHANNELS} channels of each norm times {FACTOR:.0f}" if args.outliers else None,
         "tokens": windows.shape[0] * (windows.shape[1] - 1),
         "context": CONTEXT,
-        "calibration": f"gptq: {args.windows} windows of 512 tokens that the model wrote, unless a row says otherwise",
+        "calibration": f"gptq: {args.windows} windows of 128 tokens that the model wrote, unless a row says otherwise",
         "torch": torch.__version__,
         "rows": rows,
     }
@@ -100,7 +102,7 @@ def quantizations(folder: Path, args: argparse.Namespace, scratch: Path) -> Iter
                 convert(folder, out, format, group_size, method, calibration_windows=count)
                 yield {"name": f"{format}-g{group_size}-{method}", "method": method, "bits_per_weight": bits}, out
     if args.calibration:
-        convert(folder, out, "int4", 128, "gptq", calibration=args.calibration, calibration_windows=args.windows)
+        convert(folder, out, "int4", 128, "gptq", calibration=args.calibration, calibration_windows=args.windows // 4)
         bits = make_format("int4", 128).bits_per_weight(torch.float16)
         name = f"int4-g128-gptq, calibrated with {args.calibration.name}"
         yield {"name": name, "method": "gptq", "bits_per_weight": bits}, out

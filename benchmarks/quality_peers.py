@@ -1,4 +1,4 @@
-"""Other tools' quantized weights, decoded to float32 folders that run here. Knows llama.cpp, bitsandbytes and HQQ by their APIs.
+"""Other tools' quantized weights, decoded to float32 folders that run here. llama.cpp, bitsandbytes and HQQ.
 
 Each is used through its own package: llama-cpp-python quantizes a GGUF file and gguf decodes it, bitsandbytes and hqq quantize
 and decode on the CPU. Embedding and head stay 16 bit.

@@ -155,7 +155,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="of gptq: text, or .jsonl with a text a line (default: text that the model writes itself)",
     )
     sub.add_argument(
-        "--calibration-windows", type=_positive, metavar="N", help="of gptq: windows of 512 tokens (default 128)"
+        "--calibration-windows",
+        type=_positive,
+        metavar="N",
+        help="of gptq: windows of 512 tokens of FILE (default 128), or of 128 of its own text (default 512)",
     )
     sub.add_argument("--revision", help="branch, tag or commit of a hub id")
     sub.add_argument(

@@ -17,9 +17,9 @@ from neox_lite.config import GPTNeoXConfig
 from neox_lite.errors import ArgumentError
 from neox_lite.offload.machine import free_memory
 
-CONTEXT = 512  # tokens a window, where the model has as many
-WINDOWS = 128
-SEED = 0
+CONTEXT, WINDOWS = 512, 128  # tokens a window of a file's, where the model has as many, and their default number
+OWN_CONTEXT, OWN_WINDOWS = 128, 512  # of the model's own text: many short windows vary more than a few long ones
+SEED, MOST_WINDOWS = 0, 1 << 16
 
 Progress = Callable[[int, int], object]
 
@@ -37,23 +37,23 @@ class Calibration:
         return {"calibration": self.source, "calibration_sha256": self.sha256, "windows": count, "context": context}
 
 
-def check_count(windows: int) -> None:
-    if not 1 <= windows <= 1 << 16:
-        raise ArgumentError(f"calibration windows are {windows}, expected 1 to {1 << 16}")
+def shape_of(config: GPTNeoXConfig, own: bool, count: int | None) -> tuple[int, int]:
+    """Windows and tokens a window, of the model's own text or a file's. Raises ArgumentError for a count out of range."""
+    context, usual = (OWN_CONTEXT, OWN_WINDOWS) if own else (CONTEXT, WINDOWS)
+    count = usual if count is None else count
+    if not 1 <= count <= MOST_WINDOWS:
+        raise ArgumentError(f"calibration windows are {count}, expected 1 to {MOST_WINDOWS}")
+    return count, min(context, config.max_position_embeddings)
 
 
-def context_of(config: GPTNeoXConfig) -> int:
-    return min(CONTEXT, config.max_position_embeddings)
-
-
-def from_file(path: Path, folder: Path, config: GPTNeoXConfig, count: int = WINDOWS) -> Calibration:
+def from_file(path: Path, folder: Path, config: GPTNeoXConfig, count: int | None = None) -> Calibration:
     """Windows at even distances over a file's texts, which follow each other with the end-of-text token between.
 
     Fewer than `count` where the file is short of them. Raises ArgumentError for a file that holds no text or not one window.
     """
-    check_count(count)
+    count, context = shape_of(config, False, count)
     texts, sha256 = read_texts(path)
-    tokenizer, context = GPTNeoXTokenizerFast.from_pretrained(folder), context_of(config)
+    tokenizer = GPTNeoXTokenizerFast.from_pretrained(folder)
     ids: list[int] = []
     for text in texts:
         between = [] if not ids or config.eos_token_id is None else [config.eos_token_id]
@@ -117,15 +117,14 @@ def _text(entry: Any, path: Path, where: str) -> str:
 
 @torch.no_grad()
 def own_text(
-    folder: Path, config: GPTNeoXConfig, count: int = WINDOWS, progress: Progress = lambda done, total: None
+    folder: Path, config: GPTNeoXConfig, count: int | None = None, progress: Progress = lambda done, total: None
 ) -> Calibration:
     """Windows that the model writes, each from a random first token, drawn at temperature 1 with a fixed seed.
 
     That is the text whose distribution a quantized model should keep. Raises ArgumentError where the model does not fit into
     free memory: it would be read from the disk once for each token.
     """
-    check_count(count)
-    context = context_of(config)
+    count, context = shape_of(config, True, count)
     weights = sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
     cache = 8 * config.num_hidden_layers * config.hidden_size * count * context  # float32 keys and values
     free = free_memory()[1]

@@ -19,7 +19,7 @@ from neox_lite.saving import Rows
 
 from . import calibrate
 from .blockwise import Blockwise, memory_bytes, operations_of, scratch_bytes, steps_of
-from .calibrate import WINDOWS, Calibration, context_of
+from .calibrate import Calibration, shape_of
 
 PROBE = 1024  # rows of a product that is timed
 
@@ -38,15 +38,15 @@ class Calibrated:
         """path: of the text, None for the model's own."""
         assert isinstance(format, GroupInt)
         self._blueprint, self._config, self._format, self._dtype = blueprint, blueprint.model.config, format, dtype
-        self._path, self._count = None if path is None else Path(path), WINDOWS if windows is None else windows
-        calibrate.check_count(self._count)
+        self._path = None if path is None else Path(path)
+        self._shape = shape_of(self._config, self._path is None, windows)
         if self._path is None and not isinstance(blueprint.model, GPTNeoXForCausalLM):
             raise ArgumentError(
                 f"{blueprint.checkpoint.folder}: {type(blueprint.model).__name__} has no vocabulary head to write its own "
                 "calibration text with; give --calibration FILE"
             )
-        self.memory_bytes = memory_bytes(self._config, self._count, context_of(self._config))
-        self.scratch_bytes = scratch_bytes(self._config, self._count, context_of(self._config))
+        self.memory_bytes = memory_bytes(self._config, *self._shape)
+        self.scratch_bytes = scratch_bytes(self._config, *self._shape)
         self._blocks: Blockwise | None = None
         self._begin: Callable[[], Blockwise] | None = None
 
@@ -57,7 +57,7 @@ class Calibrated:
         began = time.perf_counter()
         a @ a
         each = (time.perf_counter() - began) / (2 * PROBE**3)
-        return 2 * each * operations_of(self._config, self._count, context_of(self._config))
+        return 2 * each * operations_of(self._config, *self._shape)
 
     def prepare(self, destination: Path, progress: Callable[[int, int], object]) -> dict[str, Any]:
         """Check the memory, read or write the text; what the manifest says of it. The work starts with the first rows."""
@@ -67,15 +67,15 @@ class Calibrated:
                 f"gptq takes up to {self.memory_bytes / 1e9:.1f} GB of memory for this model, {free / 1e9:.1f} GB are free; "
                 "try --method balance, which takes little"
             )
-        folder, context = self._blueprint.checkpoint.folder, context_of(self._config)
-        steps = steps_of(self._config, self._count, context)
+        folder, (count, context) = self._blueprint.checkpoint.folder, self._shape
+        steps = steps_of(self._config, count, context)
         before = 0
         if self._path is None:
             before = context
             total = before + steps
-            text = calibrate.own_text(folder, self._config, self._count, lambda done, _: progress(done, total))
+            text = calibrate.own_text(folder, self._config, count, lambda done, _: progress(done, total))
         else:
-            text = calibrate.from_file(self._path, folder, self._config, self._count)
+            text = calibrate.from_file(self._path, folder, self._config, count)
         self._begin = lambda: self._blockwise(text, destination, lambda done, of: progress(before + done, before + of))
         return text.manifest()
 
