@@ -242,7 +242,9 @@ def test_the_demo_runs_to_its_end(run):
     result = json.loads(out)
     assert code == 0 and [row["format"] for row in result["rows"]] == ["float16", "int8 g128", "int4 g128"]
     shown = re.findall(
-        r"^(?:float16|int[48] g128) +\S+ +\S+ +(\S+) +(\S+) +\S+%", (ROOT / "README.md").read_text(), re.MULTILINE
+        r"^(?:float16|int[48] g128) +\S+ +\S+ +\S+ +(\S+) +(\S+) +\S+ +\S+%",
+        (ROOT / "README.md").read_text(),
+        re.MULTILINE,
     )
     figures = [
         (row["perplexity"], row["kl"]) for row in result["rows"]

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -125,6 +124,8 @@ class Blockwise:
                 f"{scratch}: calibration needs {needed / 1e9:.1f} GB of disk for a while, {free / 1e9:.1f} GB are free; "
                 "use fewer --calibration-windows"
             )
+        import numpy as np
+
         file: Any = tempfile.TemporaryFile(dir=scratch, prefix="neox-lite-calibration-")  # noqa: SIM115
         shape = (2, *self._windows.shape, self._config.hidden_size)
         self._streams = torch.from_numpy(np.memmap(file, np.float32, "w+", shape=shape))  # which keeps it open
