@@ -1,5 +1,6 @@
 """Calibration: texts into windows, blocks beside the whole model, balanced columns, the folder that comes of it, refusals."""
 
+import copy
 import json
 
 import pytest
@@ -11,7 +12,7 @@ from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXForSequenceClass
 from neox_lite.checkpoint import Checkpoint, verify_folder
 from neox_lite.errors import ArgumentError, FormatError
 from neox_lite.formats import GroupInt
-from neox_lite_quant import calibrate, convert
+from neox_lite_quant import calibrate, convert, gptq
 from neox_lite_quant.balance import Balanced
 from neox_lite_quant.blockwise import Blockwise, memory_bytes, steps_of
 
@@ -131,6 +132,25 @@ def test_moments_are_those_that_hooks_on_the_whole_model_gather(source, tmp_path
         assert count == len(x) == 200
         assert float((second - x.T @ x).abs().max()) < 1e-4 * float((x.T @ x).abs().max())
         assert float((first - x.sum(0)).abs().max()) < 1e-4 * float(x.abs().sum(0).max())
+
+
+def test_what_is_added_last_makes_up_for_the_stream_as_well(plain, tmp_path, monkeypatch):
+    """attention.dense and dense_4h_to_h add to the stream: the second of them is asked for its whole difference, too."""
+    seen, quantize = {}, gptq.quantize
+
+    def remember(weight, bias, moments, format, dtype):
+        seen[len(seen)] = moments.shift_first / moments.count
+        return quantize(weight, bias, moments, format, dtype)
+
+    apart = torch.linspace(-0.01, 0.01, 128)
+    blocks = blockwise(plain, torch.randint(0, 131, (3, 40)), tmp_path)
+    blocks._streams[0] += apart  # as if earlier blocks had left the stream without this
+    original = blocks._load(0)
+    original.mlp.dense_4h_to_h.weight.data.zero_()  # without a share of its own, the stream's difference is all
+    monkeypatch.setattr(blocks, "_load", lambda index: copy.deepcopy(original))
+    monkeypatch.setattr("neox_lite_quant.gptq.quantize", remember)
+    blocks.tensors(f"gpt_neox.layers.0.{LINEARS[0]}")
+    assert float((seen[3] - apart).abs().max()) < 1e-6
 
 
 def test_progress_ends_at_its_total(source, tmp_path):
@@ -363,6 +383,15 @@ def test_files_that_hold_no_text_are_refused_in_a_line(plain, tmp_path, name, co
     with pytest.raises(ArgumentError, match=message):
         convert(plain, tmp_path / "out", method="gptq", calibration=tmp_path / name)
     assert not (tmp_path / "out").exists()
+
+
+def test_folders_devices_and_huge_files_are_refused(plain, tmp_path):
+    huge = tmp_path / "huge.txt"
+    with huge.open("wb") as file:
+        file.truncate((64 << 20) + 1)
+    for path, message in ((tmp_path, "is no regular file"), (huge, "is larger than 64 MiB; a sample of it is enough")):
+        with pytest.raises(ArgumentError, match=message):
+            convert(plain, tmp_path / "out", method="gptq", calibration=path)
 
 
 def test_options_that_would_be_ignored_are_refused(plain, tmp_path):

@@ -52,7 +52,7 @@ def test_codes_are_those_of_the_published_algorithm(bits: int, group_size: int, 
     weight, second, format = torch.randn(OUT, IN), damped(inputs()), GroupInt(bits, group_size)
     scales = gptq.search_scales(weight, second.diagonal(), format, torch.float16)
     order = second.diagonal().argsort().flip(0) if ordered else torch.arange(IN)
-    found = gptq.nearest_plane(weight, second, scales, format, ordered)
+    found = gptq.nearest_plane(weight, gptq.Plane.of(second, ordered), scales, format)
     expected = published(weight, second, scales, format, order)
     differing = (found != expected).any(1)  # a tie in float32 changes what follows in its row
     assert differing.float().mean() <= 0.1, f"{int(differing.sum())} of {OUT} rows differ"
@@ -61,7 +61,7 @@ def test_codes_are_those_of_the_published_algorithm(bits: int, group_size: int, 
 def test_the_size_of_the_blocks_changes_no_code() -> None:
     weight, second, format = torch.randn(OUT, IN).double(), damped(inputs().double()), GroupInt(4, 128)
     scales = gptq.search_scales(weight.float(), second.diagonal().float(), format, torch.float16)
-    one, many = (gptq.nearest_plane(weight, second, scales.double(), format, block=b) for b in (1, 100))
+    one, many = (gptq.nearest_plane(weight, gptq.Plane.of(second), scales.double(), format, block=b) for b in (1, 100))
     assert torch.equal(one, many)
 
 
@@ -76,7 +76,7 @@ def test_error_feedback_and_descent_each_lower_the_error(bits: int) -> None:
     scales = gptq.search_scales(weight, second.diagonal(), format, torch.float16)
     top = 1 << (bits - 1)
     rounded = (weight.view(OUT, -1, 128) / scales.float().unsqueeze(-1)).round().clamp(-top, top - 1).flatten(1)
-    nearest = gptq.nearest_plane(weight, second, scales, format)
+    nearest = gptq.nearest_plane(weight, gptq.Plane.of(second), scales, format)
     swept, refitted = gptq.descend(weight, second, nearest, scales, format, torch.float16)
     errors = [error_of(weight, second, *pair) for pair in ((rounded, scales), (nearest, scales), (swept, refitted))]
     assert errors[0] > 1.5 * errors[1] and errors[1] > 1.02 * errors[2]
@@ -85,7 +85,7 @@ def test_error_feedback_and_descent_each_lower_the_error(bits: int) -> None:
 def test_more_sweeps_never_make_the_error_larger() -> None:
     weight, second, format = torch.randn(OUT, IN), damped(inputs()), GroupInt(4, 64)
     scales = gptq.search_scales(weight, second.diagonal(), format, torch.bfloat16)
-    codes, errors = gptq.nearest_plane(weight, second, scales, format), []
+    codes, errors = gptq.nearest_plane(weight, gptq.Plane.of(second), scales, format), []
     for _ in range(5):
         errors.append(error_of(weight, second, codes, scales))
         codes, scales = gptq.descend(weight, second, codes, scales, format, torch.bfloat16, sweeps=1)
@@ -137,6 +137,16 @@ def test_errors_of_earlier_layers_are_made_up_for() -> None:
     assert errors[0] < 0.9 * errors[1]
 
 
+def test_the_bias_takes_up_all_of_what_earlier_layers_shift_on_average() -> None:
+    weight, x, format = torch.randn(OUT, IN), inputs(), GroupInt(4, 128)
+    moved, moments = x + torch.randn(IN), gptq.Moments.empty((OUT, IN))
+    moments.add(moved, (x - moved) @ weight.T)
+    found = gptq.quantize(weight, torch.zeros(OUT), moments, format, torch.float16)
+    out = moved @ format.decode(found, torch.float32).T + found["bias"].float()
+    before = (moved - x) @ weight.T
+    assert (out - x @ weight.T).mean(0).abs().max() < 0.01 * before.mean(0).abs().max()
+
+
 def test_channels_that_are_never_used_and_groups_of_zeros_are_harmless() -> None:
     weight, x, format = torch.randn(OUT, IN), inputs(), GroupInt(4, 32)
     x[:, 40:72], weight[:, 64:96] = 0, 0
@@ -181,3 +191,14 @@ def test_codes_are_in_their_range_and_groups_are_of_neighbours() -> None:
     codes = unpack(found["weight_packed"], 4)
     assert codes.shape == (OUT, IN) and found["weight_scale"].shape == (OUT, IN // 64)
     assert codes.min() >= -8 and codes.max() <= 7 and codes.unique().numel() == 16
+
+
+def test_the_number_of_threads_changes_no_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, x, found = torch.randn(700, 128), inputs(128), []
+    for threads in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found.append(gptq.quantize(weight, None, moments_of(x, 700), GroupInt(4, 32), torch.float16))
+    assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
+    codes = unpack(found[0]["weight_packed"], 4)
+    alone = gptq.quantize(weight[300:], None, moments_of(x, 400), GroupInt(4, 32), torch.float16)
+    assert (unpack(alone["weight_packed"], 4) == codes[300:]).float().mean() > 0.99  # rows know nothing of each other

@@ -26,7 +26,7 @@ from neox_lite.layers import GPTNeoXLayer, Linear, Rotary
 from . import gptq
 
 BASE_BYTES = 200 << 20  # of Python and torch
-BATCH_ELEMENTS = 1 << 25  # of the widest activation of a batch of windows: 128 MB
+BATCH_ELEMENTS = 1 << 24  # of the widest activation of a batch of windows: 64 MB
 # What a block computes in one call of `linears` or `sum_linears`, in order: layers of one stage see finished inputs.
 PARALLEL = (("attention.query_key_value", "mlp.dense_h_to_4h"), ("attention.dense", "mlp.dense_4h_to_h"))
 SEQUENTIAL = tuple((name,) for name in (
@@ -41,7 +41,8 @@ def memory_bytes(config: GPTNeoXConfig, count: int, context: int) -> int:
     shapes = _shapes(config)
     block = sum(out * columns for out, columns in shapes)
     moments = max(_held(shapes[0]) + _held(shapes[2]), _held(shapes[1]) + _held(shapes[3]))
-    work = max(2 * columns * columns + 7 * out * columns for out, columns in shapes)
+    work = max(2 * columns * columns + 3 * out * columns for out, columns in shapes)
+    work += torch.get_num_threads() * gptq.ROWS * 16 * max(columns for _, columns in shapes)
     batch = min(count, _windows_together(config, context)) * context * config.intermediate_size
     return 4 * (2 * block + moments + work + 8 * batch) + BASE_BYTES
 

@@ -20,6 +20,7 @@ from neox_lite.offload.machine import free_memory
 CONTEXT, WINDOWS = 512, 128  # tokens a window of a file's, where the model has as many, and their default number
 OWN_CONTEXT, OWN_WINDOWS = 128, 512  # of the model's own text: many short windows vary more than a few long ones
 SEED, MOST_WINDOWS = 0, 1 << 16
+MOST_BYTES = 64 << 20  # of a file: 128 windows are about 256 KB of English
 
 Progress = Callable[[int, int], object]
 
@@ -74,6 +75,10 @@ def read_texts(path: Path) -> tuple[list[str], str]:
     .jsonl: one a line, a string or an object with "text". .json: a list of such. Anything else is one text.
     """
     try:
+        if not path.is_file() and path.exists():
+            raise ArgumentError(f"{path}: is no regular file; expected a text file")
+        if path.stat().st_size > MOST_BYTES:
+            raise ArgumentError(f"{path}: is larger than {MOST_BYTES >> 20} MiB; a sample of it is enough")
         raw = path.read_bytes()
         content = raw.decode("utf-8-sig")
     except OSError as error:

@@ -8,6 +8,7 @@ and over scales by least squares, with the whole of H. Groups are of neighbourin
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,7 @@ SWEEPS = 3  # of coordinate descent
 BLOCK = 128  # columns between two products with the rest of H
 PULL = 0.5  # share of earlier layers' errors that the weight makes up for; all of it would fit the calibration text too well
 CANDIDATES = 25  # sizes of a scale that are tried, with both signs
-ROWS = 1 << 19  # weights whose scales are searched at a time
+ROWS = 256  # solved together, in one thread: enough for vectors, few enough for the caches
 
 
 @dataclass
@@ -69,14 +70,28 @@ def quantize(
         shift.addr_(shift_first, first, alpha=-1)
     damp(second)
     target = weight + PULL * torch.cholesky_solve(shift.T, torch.linalg.cholesky(second)).T
-    scales = search_scales(target, second.diagonal(), format, dtype)
-    codes = nearest_plane(target, second, scales, format)
-    codes, scales = descend(target, second, codes, scales, format, dtype)
+    codes, scales = _solve(target, second, format, dtype)
     result = {"weight_packed": pack(codes, format.bits), "weight_scale": scales}
     if bias is not None:
         corrected = bias + shift_first + (weight - decoded(codes, scales)) @ first
         result["bias"] = corrected.to(dtype)
     return result
+
+
+def _solve(target: Tensor, second: Tensor, format: GroupInt, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Codes and scales of all rows, some at a time in each thread: rows know nothing of each other."""
+    plane = Plane.of(second)
+
+    def rows(part: Tensor) -> tuple[Tensor, Tensor]:
+        scales = search_scales(part, second.diagonal(), format, dtype)
+        codes = nearest_plane(part, plane, scales, format)
+        return descend(part, second, codes, scales, format, dtype)
+
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads, "gptq", torch.set_num_threads, (1,)) as crew:
+        found = list(crew.map(rows, target.split(ROWS)))
+    torch.set_num_threads(threads)  # the workers' number is torch's default for new threads
+    return torch.cat([codes for codes, _ in found]), torch.cat([scales for _, scales in found])
 
 
 def decoded(codes: Tensor, scales: Tensor) -> Tensor:
@@ -93,11 +108,8 @@ def damp(second: Tensor, share: float = DAMPING) -> None:
 
 def search_scales(weight: Tensor, importance: Tensor, format: GroupInt, dtype: torch.dtype) -> Tensor:
     """Scales (out, groups) as stored, of least squared error with columns weighted by importance (in,)."""
-    columns = weight.shape[1]
     importance = importance.view(-1, format.group_size)
-    step = max(1, ROWS // columns)
-    parts = weight.split(step)
-    return torch.cat([_search(p.reshape(len(p), *importance.shape), importance, format.bits, dtype) for p in parts])
+    return _search(weight.reshape(len(weight), *importance.shape), importance, format.bits, dtype)
 
 
 def _search(groups: Tensor, importance: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
@@ -131,18 +143,27 @@ def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(stored == 0, torch.ones_like(stored), stored)
 
 
-def nearest_plane(
-    weight: Tensor, second: Tensor, scales: Tensor, format: GroupInt, ordered: bool = True, block: int = BLOCK
-) -> Tensor:
-    """GPTQ's codes (out, in) int8 for given scales. ordered: important columns first, else from the first to the last.
+@dataclass(frozen=True)
+class Plane:
+    """H = R^T R with columns in the reverse of the order of the work; rows of R divided by their diagonal element."""
 
-    The last column of the factorization is rounded first, so the order of the work is reversed for it.
-    """
-    columns = weight.shape[1]
-    order = second.diagonal().argsort() if ordered else torch.arange(columns - 1, -1, -1)
-    factor = torch.linalg.cholesky(second[order][:, order], upper=True)
-    factor /= factor.diagonal()[:, None].clone()
-    group_of = order // format.group_size
+    order: Tensor
+    factor: Tensor
+
+    @classmethod
+    def of(cls, second: Tensor, ordered: bool = True) -> Plane:
+        """ordered: important columns are done first, else from the first to the last."""
+        columns = len(second)
+        order = second.diagonal().argsort() if ordered else torch.arange(columns - 1, -1, -1)
+        factor = torch.linalg.cholesky(second[order][:, order], upper=True)
+        factor /= factor.diagonal()[:, None].clone()
+        return cls(order, factor)
+
+
+def nearest_plane(weight: Tensor, plane: Plane, scales: Tensor, format: GroupInt, block: int = BLOCK) -> Tensor:
+    """GPTQ's codes (out, in) int8 for given scales: the last column of the factorization is rounded first."""
+    order, factor, columns = plane.order, plane.factor, weight.shape[1]
+    group_of = (order // format.group_size).tolist()
     targets, steps = weight.T[order], scales.float().T.contiguous()  # (in, out), (groups, out): columns become rows
     errors = torch.zeros_like(targets)
     codes = torch.empty(weight.T.shape, dtype=torch.int8)
