@@ -302,8 +302,8 @@ def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
 class Blueprint:
     """A class built without memory, what a checkpoint calls each of its tensors, and the proof that all of them fit.
 
-    target: the format that linear layers get from a plain checkpoint; None: the one the config says they have. dtype: what
-    everything else gets with it.
+    target: the format that linear layers get from a plain checkpoint, one for all or by full name; None: the one the config
+    says they have. dtype: what everything else gets with it.
     Raises FormatError or CheckpointError naming what does not fit.
     """
 
@@ -312,12 +312,14 @@ class Blueprint:
         cls: type[GPTNeoXPreTrainedModel],
         config: GPTNeoXConfig,
         checkpoint: Checkpoint,
-        target: Format | None = None,
+        target: Format | Mapping[str, Format] | None = None,
         dtype: torch.dtype = torch.float16,
     ) -> None:
         self.checkpoint, self.target = checkpoint, target
         if target is None:
             formats: Callable[[str], Format] = formats_of(config.quantization_config)
+        elif isinstance(target, Mapping):
+            formats = target.__getitem__
         else:
             formats = lambda name: target  # noqa: E731
         with torch.device("meta"):
@@ -342,7 +344,7 @@ class Blueprint:
 
     def is_encoded(self, module: nn.Module) -> bool:
         """Whether a module's dense weight is to be quantized on its way in."""
-        return self.target is not None and isinstance(module, Linear) and module.format == self.target
+        return self.target is not None and isinstance(module, Linear) and module.format != DENSE
 
     def _check(self) -> None:
         if packed := [

@@ -136,13 +136,21 @@ def build_parser() -> argparse.ArgumentParser:
         "destination", metavar="DST", nargs="?", help="folder to write (default: SRC's name plus the format)"
     )
     sub.add_argument(
-        "--format",
-        choices=QUANTIZED,
-        default="int4",
-        help="default int4; nf4 and nf4-double, with scales in 8 bits, are bitsandbytes'",
+        "--format", choices=QUANTIZED, help="default int4; nf4 and nf4-double, with scales in 8 bits, are bitsandbytes'"
     )
     sub.add_argument(
         "--group-size", type=int, choices=(32, 64, 128), help="weights per scale (default 128, of nf4 always 64)"
+    )
+    sub.add_argument(
+        "--target-size",
+        metavar="SIZE",
+        help="most that the folder may take, as 12GB: each linear layer gets int4 or int8 so that the least is lost",
+    )
+    sub.add_argument(
+        "--head",
+        choices=("int8", "none"),
+        default="int8",
+        help="a small vocabulary head beside the 16-bit one, for machines short of memory (default int8)",
     )
     sub.add_argument(
         "--method",

@@ -5,16 +5,27 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from neox_lite.errors import ArgumentError
 from neox_lite.formats import label, make_format
+from neox_lite.saving import parse_bytes
 from neox_lite_quant import Report, convert, export_gguf, import_gguf
 
 from .running import amount, bar, default_threads, note, print_json
 
 
 def quantize(args: argparse.Namespace) -> None:
-    name = label(make_format(args.format, args.group_size), args.format)
+    options = {"group_size": args.group_size, "method": args.method, "revision": args.revision}
+    options |= {"format": args.format or "int4", "small_head": args.head == "int8"}
+    if args.target_size is not None:
+        if args.format is not None or args.group_size is not None:
+            raise ArgumentError(
+                "--target-size chooses formats and groups by itself; leave --format and --group-size out"
+            )
+        options["target_size"] = parse_bytes(args.target_size)
+        name = f"mixed {args.target_size.strip()}"
+    else:
+        name = label(make_format(options["format"], args.group_size), options["format"])
     destination = args.destination or f"{Path(args.source).absolute().resolve().name}-{name.replace(' ', '-')}"
-    options = {"format": args.format, "group_size": args.group_size, "method": args.method, "revision": args.revision}
     options |= {"threads": args.threads or default_threads(), "keep_source": args.keep_source}
     if args.calibration is not None or args.calibration_windows is not None:
         options |= {"calibration": args.calibration, "calibration_windows": args.calibration_windows}
@@ -24,16 +35,23 @@ def quantize(args: argparse.Namespace) -> None:
         needs = f"gptq takes about {report.seconds:.0f} s, up to {amount(report.peak_bytes, 'B')} of memory"
         note(f"{needs}, and {amount(report.scratch_bytes, 'B')} of disk in the folder for a while")
     if args.dry_run:
-        report = convert(args.source, destination, dry_run=True, **options)
+        with bar("choose formats", "layer") as choosing:
+            report = convert(args.source, destination, dry_run=True, choosing=choosing, **options)
     else:
-        with bar(" ".join(filter(None, (name, args.method))), "step" if calibrated else "B") as progress:
-            report = convert(args.source, destination, progress=progress, **options)
+        with (
+            bar("choose formats", "layer") as choosing,
+            bar(" ".join(filter(None, (name, args.method))), "step" if calibrated else "B") as progress,
+        ):
+            report = convert(args.source, destination, progress=progress, choosing=choosing, **options)
     if args.json:
-        figures = ("bytes_in", "bytes_out", "seconds", "peak_bytes", "scratch_bytes")
+        figures = ("bytes_in", "bytes_out", "seconds", "peak_bytes", "scratch_bytes", "bits_per_weight", "mix")
         print_json({"destination": str(report.destination), **{k: getattr(report, k) for k in figures}})
     else:
         verb = "would be" if args.dry_run else "is"
         print(f"{report.destination} {verb} {amount(report.bytes_out, 'B')}, from {amount(report.bytes_in, 'B')}")
+        if args.target_size is not None:
+            mix = ", ".join(f"{count} {name}" for name, count in sorted(report.mix.items()))
+            print(f"linear layers: {mix}: {report.bits_per_weight:.3f} bits a weight")
         if args.dry_run:
             if calibrated:
                 note(f"and {amount(report.scratch_bytes, 'B')} of disk in the folder for a while")

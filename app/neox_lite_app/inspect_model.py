@@ -10,7 +10,7 @@ from typing import Any
 from neox_lite.checkpoint import MANIFEST, Checkpoint, verify_folder
 from neox_lite.config import GPTNeoXConfig
 from neox_lite.errors import ArgumentError, FormatError, NeoxLiteError
-from neox_lite.formats import FORMATS, formats_of
+from neox_lite.formats import FORMATS
 from neox_lite.hub import fetch_files, local_folder
 from neox_lite.loading import Blueprint
 from neox_lite.model import class_of
@@ -18,7 +18,7 @@ from neox_lite.offload.plan import parameters, sizes_of
 from neox_lite.tokenizer import GPTNeoXTokenizerFast
 
 from .plan import Model
-from .running import amount, bar, note, print_json
+from .running import MIXED, amount, bar, formats_in, note, print_json
 
 
 def verify(args: argparse.Namespace) -> int:
@@ -65,7 +65,8 @@ def info(args: argparse.Namespace) -> None:
     local = local_folder(args.model, args.revision)
     folder = local or fetch_files(args.model, ["config.json", "tokenizer.json"], args.revision)
     config = GPTNeoXConfig.from_pretrained(folder)
-    format = formats_of(config.quantization_config)("gpt_neox.layers.0.mlp.dense_h_to_4h")
+    formats = formats_in(config)
+    format = next(iter(formats))
     result: dict[str, Any] = {
         "model": args.model,
         "layers": config.num_hidden_layers,
@@ -80,8 +81,8 @@ def info(args: argparse.Namespace) -> None:
         "tied_head": config.tie_word_embeddings,
         "dtype": config.dtype,
         "parameters": parameters(config),
-        "format": format.name,
-        "group_size": getattr(format, "group_size", None),
+        "format": format.name if len(formats) == 1 else MIXED,
+        "group_size": getattr(format, "group_size", None) if len(formats) == 1 else None,
         "kv_bytes_per_token": 4 * config.num_hidden_layers * config.hidden_size,
         "tokens_known": known_tokens(folder),
         "bytes": stored_bytes(config),

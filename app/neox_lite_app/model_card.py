@@ -13,7 +13,8 @@ from typing import Any
 from neox_lite.config import GPTNeoXConfig, parse_json
 from neox_lite.errors import ArgumentError, ConfigError
 from neox_lite.folder_writer import MANIFEST
-from neox_lite.formats import formats_of, label
+
+from .running import common_label, formats_in
 
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*")
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]{0,60}")
@@ -61,7 +62,7 @@ def license_in(card: str) -> str | None:
 def card(folder: Path, hub_id: str, origin: Origin, rows: list[dict[str, Any]] | None, size: str) -> str:
     """README.md for a folder; size: of its weights, in words."""
     config = GPTNeoXConfig.from_pretrained(folder)
-    name = label(formats_of(config.quantization_config)("gpt_neox.layers.0.mlp.dense_h_to_4h"), config.dtype or "plain")
+    name = common_label(formats_in(config), config.dtype or "plain")
     source = (
         f"[{origin.base_model}](https://huggingface.co/{origin.base_model})" if origin.base_model else "a checkpoint"
     )

@@ -10,21 +10,23 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from neox_lite import GPTNeoXForCausalLM
+from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
 from neox_lite.errors import ArgumentError
-from neox_lite.formats import label
+from neox_lite.formats import Format, formats_of, label
 from neox_lite.layers import Linear
 from neox_lite.offload import machine
 from neox_lite.offload.place import device_of
+from neox_lite.offload.plan import linears_of
 from neox_lite.sampling import BOUNDS
 from neox_lite.saving import parse_bytes
 
+MIXED = "mixed"
 BUSY = 0.3  # load average from which on measurements suffer
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 DRAWS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed")  # without effect in greedy decoding
@@ -133,10 +135,21 @@ def _side(model: GPTNeoXForCausalLM, side: str) -> str:
 
 
 def format_name(model: GPTNeoXForCausalLM) -> str:
-    """int4 g128, nf4, float16, …: how the linear layers are stored; mixed where that differs."""
-    plain = str(model.dtype).removeprefix("torch.")
-    names = {label(m.format, plain) for m in model.gpt_neox.layers.modules() if isinstance(m, Linear)}
-    return names.pop() if len(names) == 1 else "mixed"
+    """How the linear layers are stored, in words."""
+    linears = (m for m in model.gpt_neox.layers.modules() if isinstance(m, Linear))
+    return common_label((m.format for m in linears), str(model.dtype).removeprefix("torch."))
+
+
+def formats_in(config: GPTNeoXConfig) -> set[Format]:
+    """The formats of the linear layers."""
+    lookup = formats_of(config.quantization_config)
+    return {lookup(f"gpt_neox.layers.{i}.{n}") for i in range(config.num_hidden_layers) for n in linears_of(config)}
+
+
+def common_label(formats: Iterable[Format], plain: str) -> str:
+    """int4 g128, nf4, float16, …; mixed where formats differ."""
+    found = {label(format, plain) for format in formats}
+    return found.pop() if len(found) == 1 else MIXED
 
 
 def amount(count: float, unit: str = "") -> str:

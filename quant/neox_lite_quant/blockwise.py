@@ -95,15 +95,18 @@ class Blockwise:
         checkpoint: Checkpoint,
         config: GPTNeoXConfig,
         stored: Callable[[str], str],
-        format: GroupInt,
+        formats: Callable[[str], GroupInt],
         dtype: torch.dtype,
         windows: Tensor,
         scratch: Path,
         progress: Progress = lambda done, total: None,
     ) -> None:
-        """stored: the checkpoint's name of a tensor. scratch: the folder for a file of `scratch_bytes`, without a name."""
+        """stored: the checkpoint's name of a tensor. formats: of a linear layer, by full name.
+
+        scratch: the folder for a file of `scratch_bytes`, without a name.
+        """
         self._checkpoint, self._config, self._stored = checkpoint, config, stored
-        self._format, self._dtype, self._windows, self._progress = format, dtype, windows, progress
+        self._formats, self._dtype, self._windows, self._progress = formats, dtype, windows, progress
         self._stages, self._steps_in_all = stages_of(config), steps_of(config, *windows.shape)
         self._rotary = Rotary(config).table
         self._next, self._steps = 0, 0  # block to be done, and batches and layers done
@@ -149,11 +152,12 @@ class Blockwise:
             for name, moments in zip(names, self._moments(original, ours, stage), strict=True):
                 linear = original.get_submodule(name)
                 assert isinstance(linear, Linear)
+                format = self._formats(f"{prefix}{name}")
                 try:
-                    found = gptq.quantize(linear.handle.decode(), linear.bias, moments, self._format, self._dtype)
+                    found = gptq.quantize(linear.handle.decode(), linear.bias, moments, format, self._dtype)
                 except FormatError as error:
                     raise FormatError(f"{prefix}{name}: {error}") from error
-                _replace(ours.get_submodule(name), found, self._format, self._dtype)
+                _replace(ours.get_submodule(name), found, format, self._dtype)
                 done[f"{prefix}{name}"] = found
                 self._step()
         for batch in self._batches():

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from neox_lite.errors import ArgumentError
-from neox_lite.formats import Format, GroupInt
+from neox_lite.layers import Linear
 from neox_lite.loading import Blueprint
 from neox_lite.model import GPTNeoXForCausalLM
 from neox_lite.offload.machine import free_memory
@@ -30,14 +30,12 @@ class Calibrated:
     def __init__(
         self,
         blueprint: Blueprint,
-        format: Format,
         dtype: torch.dtype,
         path: str | os.PathLike[str] | None,
         windows: int | None,
     ) -> None:
         """path: of the text, None for the model's own."""
-        assert isinstance(format, GroupInt)
-        self._blueprint, self._config, self._format, self._dtype = blueprint, blueprint.model.config, format, dtype
+        self._blueprint, self._config, self._dtype = blueprint, blueprint.model.config, dtype
         self._path = None if path is None else Path(path)
         self._shape = shape_of(self._config, self._path is None, windows)
         if self._path is not None:
@@ -87,7 +85,7 @@ class Calibrated:
             blueprint.checkpoint,
             self._config,
             blueprint.stored,
-            self._format,
+            lambda name: self._linear(name).format,  # type: ignore[arg-type, return-value]
             self._dtype,
             text.windows,
             scratch,
@@ -101,6 +99,9 @@ class Calibrated:
             self._blocks = self._begin()
         prefix = f"{self._blueprint.model.base_model_prefix}." if not name.startswith("gpt_neox.") else ""
         found = self._blocks.tensors(f"{prefix}{name}")
-        shape: tuple[int, int] = self._blueprint.model.get_submodule(name).shape  # type: ignore[assignment]
-        tensors = {**found, **self._format.constants(shape, self._dtype)}
+        linear = self._linear(name)
+        tensors = {**found, **linear.format.constants(linear.shape, self._dtype)}
         return [(f"{name}.{key}", tensor, 0) for key, tensor in tensors.items()]
+
+    def _linear(self, name: str) -> Linear:
+        return self._blueprint.model.base_model.get_submodule(name.removeprefix("gpt_neox."))  # type: ignore[return-value]

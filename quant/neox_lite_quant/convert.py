@@ -6,9 +6,10 @@ import hashlib
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -20,7 +21,7 @@ from neox_lite.checkpoint import Checkpoint
 from neox_lite.config import GPTNeoXConfig
 from neox_lite.errors import ArgumentError, FormatError
 from neox_lite.folder_writer import Spec
-from neox_lite.formats import GROUP_SIZES, Format, GroupInt, make_format
+from neox_lite.formats import GROUP_SIZES, Format, GroupInt, label, make_format
 from neox_lite.hub import local_folder, remote_checkpoint, resolve
 from neox_lite.layers import Linear
 from neox_lite.loading import DTYPES, SLICE_ELEMENTS, Blueprint, Encoding
@@ -31,6 +32,7 @@ from neox_lite.version import __version__
 from .balance import Balanced
 from .calibrated import Calibrated
 from .estimate import check_memory, predict_seconds
+from .mixed import Mix, mix_for, smallest, stored_bytes
 from .streaming import Stream
 
 HERE = ("balance", "gptq")  # methods that change or look at more than one weight, of int4 and int8
@@ -42,7 +44,8 @@ Progress = Callable[[int, int], None]  # bytes written so far, bytes in all; of 
 class Report:
     """What a conversion did: sizes of all weights in bytes, wall time, peak memory beyond page cache; dry, a forecast.
 
-    scratch_bytes: what gptq takes of the disk for a while, else 0.
+    scratch_bytes: what gptq takes of the disk for a while, else 0. mix: how many linear layers have each format.
+    bits_per_weight: of those, scales included.
     """
 
     destination: Path
@@ -51,6 +54,8 @@ class Report:
     seconds: float
     peak_bytes: int
     scratch_bytes: int = 0
+    mix: Mapping[str, int] = field(default_factory=dict)
+    bits_per_weight: float = 0.0
 
 
 def convert(
@@ -66,59 +71,75 @@ def convert(
     keep_source: bool = False,
     calibration: str | os.PathLike[str] | None = None,
     calibration_windows: int | None = None,
+    target_size: int | None = None,
+    small_head: bool = True,
+    choosing: Progress | None = None,
 ) -> Report:
     """Quantize every linear layer of a checkpoint; embedding, head and norms stay as they are, float32 becomes float16.
 
     What a run that was ended left in the destination is kept where source and options are the same. threads: that compute,
     None for torch's number; the result does not depend on it. Weight files of a hub id that its cache lacks are fetched beside
     the destination, one after another, and deleted when they have been read; keep_source: fetched into the cache, and kept,
-    as "balance" and "gptq" always do. calibration: a text file for "gptq", None for text that the model writes itself.
+    as "balance", "gptq" and target_size always do. calibration: a text file for "gptq", None for text that the model writes
+    itself. target_size: most bytes that the folder may take; each linear layer gets int4 or int8 groups so that the loss is
+    least, in place of format and group_size. choosing: is told (layers looked at, layers) meanwhile. small_head: an int8
+    head beside the 16-bit one.
     Raises FormatError for a shape or value that the format cannot hold, CheckpointError for a source that is not whole.
     """
     began = time.perf_counter()
     threads = torch.get_num_threads() if threads is None else threads
     needed_memory = check_memory(threads)
-    target = make_format(format, group_size)
-    method = _method(target, method)
+    uniform = make_format(format, group_size)
+    method = _method(uniform, method)
+    if target_size is not None and (uniform.name != "int4" or group_size is not None):
+        raise ArgumentError(
+            "target_size chooses int4 or int8, and the groups, for each layer; leave format and group_size out"
+        )
     if method != "gptq" and (calibration is not None or calibration_windows is not None):
         raise ArgumentError(f"calibration is for method 'gptq', but the method is {method!r}")
     destination = Path(destination)
-    keep_source = keep_source or (method in HERE and not dry_run)
+    keep_source = keep_source or ((method in HERE or target_size is not None) and not dry_run)
     with _opened(os.fspath(source), revision, destination, keep_source) as (checkpoint, stream):
         folder = checkpoint.folder
         config = GPTNeoXConfig.from_pretrained(folder)
         if config.quantization_config is not None:
             raise FormatError(f"{folder}: is quantized already; give the checkpoint that it was made from")
         config, dtype = _target_config(config, checkpoint)
-        blueprint = Blueprint(class_of(config), config, checkpoint, target, dtype)
-        if blueprint.fresh:
-            raise ArgumentError(
-                f"{folder}: has no {', '.join(blueprint.fresh)}; save the whole model before quantizing it"
-            )
-        if method in HERE and stream is None:
-            blueprint.checkpoint = Balanced(checkpoint, config, blueprint.stored, dtype)
+        target: Format | Mix = uniform
+        if target_size is not None:
+            if stream is not None:
+                raise ArgumentError(
+                    f"{source}: a mix is chosen by its weights, which are not here yet; add --keep-source"
+                )
+            target = _mix(config, checkpoint, dtype, method, small_head, target_size, choosing)
+        blueprint = _blueprint(config, checkpoint, target, dtype, method, stream)
         calibrated = None
         if method == "gptq":
-            calibrated = Calibrated(blueprint, target, dtype, calibration, calibration_windows)
+            calibrated = Calibrated(blueprint, dtype, calibration, calibration_windows)
         scratch = calibrated.scratch_bytes if calibrated is not None else 0
         parts = [
             part
             for name, module in blueprint.model.named_modules()
             if (part := _part(blueprint, name, module, dtype, method, stream, calibrated))
         ]
-        head = _head(blueprint, dtype, stream)
+        head = _head(blueprint, dtype, stream) if small_head else None
         total = sum(spec.nbytes for part in [*parts, *([head] if head else [])] for spec in part.specs)
         meter = _Meter(progress if calibrated is None else None, total)
+        linears = [m for m in blueprint.model.modules() if _is_encoded(m, blueprint)]
+        mix = Counter(label(m.format, "") for m in linears)
+        weights = sum(math.prod(m.shape) for m in linears)
+        bits = sum(math.prod(m.shape) * m.format.bits_per_weight(dtype) for m in linears) / weights
         options = {"method": method, "format": format, "group_size": getattr(target, "group_size", None)}
+        if target_size is not None:
+            options |= {"format": "mixed", "target_size": target_size}
         sums: dict[str, int] = {}
         if dry_run:
             if calibrated is not None:
                 seconds, needed_memory = calibrated.predict_seconds(), calibrated.memory_bytes
             else:
-                weights = sum(math.prod(m.shape) for m in blueprint.model.modules() if _is_encoded(m, blueprint))
                 file = max(checkpoint.files, key=lambda path: path.stat().st_size) if stream is None else None
-                seconds = predict_seconds(weights, checkpoint.total_bytes, total, threads, target, _way(method), file)
-            return Report(destination, checkpoint.total_bytes, total, seconds, needed_memory, scratch)
+                seconds = predict_seconds(weights, checkpoint.total_bytes, total, threads, uniform, _way(method), file)
+            return Report(destination, checkpoint.total_bytes, total, seconds, needed_memory, scratch, mix, bits)
         if calibrated is not None:
             sums = {"threads": torch.get_num_threads()}  # by which they differ in their last bits
             options |= calibrated.prepare(destination, partial(_stepped, meter, progress))
@@ -139,7 +160,54 @@ def convert(
             source_revision=revision,
         )
         seconds = time.perf_counter() - began
-        return Report(destination, checkpoint.total_bytes, total, seconds, meter.peak_bytes, scratch)
+        return Report(destination, checkpoint.total_bytes, total, seconds, meter.peak_bytes, scratch, mix, bits)
+
+
+def _blueprint(
+    config: GPTNeoXConfig,
+    checkpoint: Checkpoint,
+    target: Format | Mix,
+    dtype: torch.dtype,
+    method: str,
+    stream: Stream | None = None,
+) -> Blueprint:
+    blueprint = Blueprint(class_of(config), config, checkpoint, target, dtype)
+    if blueprint.fresh:
+        raise ArgumentError(
+            f"{checkpoint.folder}: has no {', '.join(blueprint.fresh)}; save the whole model before quantizing it"
+        )
+    if method in HERE and stream is None:
+        blueprint.checkpoint = Balanced(checkpoint, config, blueprint.stored, dtype)
+    return blueprint
+
+
+def _mix(
+    config: GPTNeoXConfig,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    method: str,
+    small_head: bool,
+    target_bytes: int,
+    choosing: Progress | None,
+) -> Mix:
+    """Formats by layer for a folder that takes at most target_bytes, all of its files counted."""
+    least = smallest(config)
+    blueprint = _blueprint(config, checkpoint, least, dtype, method)
+    modules = blueprint.model.named_modules()
+    parts = [part for name, m in modules if (part := _part(blueprint, name, m, dtype, _way(method), None, None))]
+    head = _head(blueprint, dtype, None) if small_head else None
+    specs = [spec for part in [*parts, *([head] if head is not None else [])] for spec in part.specs]
+    beside = sum(map(len, read_companions(checkpoint.folder).values())) + _bookkeeping(specs, config, target_bytes)
+    other = sum(spec.nbytes for spec in specs) - stored_bytes(least, config, dtype) + beside
+    return mix_for(blueprint, dtype, "rtn" if method == "rtn" else "mse", target_bytes, other, choosing)
+
+
+def _bookkeeping(specs: Sequence[Spec], config: GPTNeoXConfig, target_bytes: int) -> int:
+    """Bytes of headers, index, manifest and config.json, or a little more."""
+    names, files = sum(len(spec.name) for spec in specs), target_bytes // SHARD_BYTES + 3
+    index = names + 50 * len(specs) if target_bytes > SHARD_BYTES else 0
+    groups = 6 * 500 + 24 * (60 + 4 * config.num_hidden_layers)  # formats, and their patterns
+    return names + 90 * len(specs) + index + files * (4096 + 200) + len(config.to_json_string()) + groups
 
 
 def _method(target: Format, method: str | None) -> str:

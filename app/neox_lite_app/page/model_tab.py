@@ -15,7 +15,7 @@ from ..demo import FOLDER as DEMO
 from ..engine import Engine
 from ..family import FAMILY, Member
 from ..prompt_forms import form_of
-from ..running import amount
+from ..running import MIXED, amount
 from ..shelf import LocalModel, local_models
 from .badges import Badges, offered
 from .components import part
@@ -132,7 +132,7 @@ def _model(said: Said) -> str:
 
 def on_shelf(model: LocalModel) -> dict[str, Any]:
     """A model of this computer for the part `models`. plain: a checkpoint that can be quantized."""
-    plain = model.format is not None and model.format.split()[0] not in FORMATS
+    plain = model.format is not None and model.format.split()[0] not in (*FORMATS, MIXED)
     known = [f"{amount(model.parameters)} parameters" if model.parameters else None, model.format]
     known += [
         amount(model.bytes, "B") if model.bytes else None,
