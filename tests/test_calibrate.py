@@ -75,7 +75,9 @@ def words(count, seed=0):
 def blockwise(folder, windows, scratch, format=None):
     config = GPTNeoXConfig.from_pretrained(folder)
     checkpoint = Checkpoint.open(folder)
-    return Blockwise(checkpoint, config, lambda name: name, format or GroupInt(4, 32), torch.float16, windows, scratch)
+    return Blockwise(
+        checkpoint, config, lambda name: name, lambda name: format or GroupInt(4, 32), torch.float16, windows, scratch
+    )
 
 
 # -- blocks beside the whole model ------------------------------------------------------------------------------------
