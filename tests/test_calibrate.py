@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 
 import pytest
 import torch
@@ -296,6 +297,28 @@ def test_two_runs_write_the_same_bytes(plain, tmp_path):
         convert(plain, tmp_path / name, method="gptq", calibration_windows=4)
     one, two = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("one", "two"))
     assert one == two
+
+
+def test_a_run_that_was_ended_goes_on_to_the_same_bytes(plain, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["neox_lite_quant.convert"], "SHARD_BYTES", 60_000)
+
+    def ended(done, total):
+        if done > total - 3:
+            raise KeyboardInterrupt
+
+    options = {"method": "gptq", "calibration_windows": 4}
+    convert(plain, tmp_path / "whole", **options)
+    with pytest.raises(KeyboardInterrupt):
+        convert(plain, tmp_path / "ended", progress=ended, **options)
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "ended").glob("model-*.safetensors")}
+    convert(plain, tmp_path / "ended", **options)
+    names = [path.name for path in (tmp_path / "whole").glob("*.safetensors")]
+    assert len(names) > 3 and 0 < len(kept) < len(names)
+    assert all((tmp_path / "whole" / n).read_bytes() == (tmp_path / "ended" / n).read_bytes() for n in names)
+    assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
+    assert sorted(p.name for p in (tmp_path / "ended").iterdir()) == sorted(
+        p.name for p in (tmp_path / "whole").iterdir()
+    )
 
 
 def test_the_memory_that_is_said_is_not_exceeded(plain, tmp_path):

@@ -14,7 +14,7 @@ import torch
 from fakehub import FakeHub
 
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
-from neox_lite.checkpoint import verify_folder
+from neox_lite.checkpoint import Checkpoint, verify_folder
 from neox_lite_quant import convert
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -227,3 +227,13 @@ try:""",
     out = subprocess.run(command, env=client.env, capture_output=True, text=True, timeout=120)
     assert "is not the file whose header the hub sent" in json.loads(out.stdout)["error"], out.stderr
     assert not (tmp_path / "out" / "config.json").exists() and not (tmp_path / "out.fetched").exists()
+
+
+def test_methods_that_look_at_several_weights_fetch_into_the_cache(hub, client, source, tmp_path):
+    dry = client.run(tmp_path / "out", dry_run=True, method="gptq")
+    assert downloads(hub) == {} and dry["bytes_out"] > 0
+    client.run(tmp_path / "out", method="balance")
+    convert(source, tmp_path / "folder", method="balance")
+    tensors = [Checkpoint.open(tmp_path / name) for name in ("out", "folder")]
+    assert all(torch.equal(*(t.tensor(name) for t in tensors)) for name in tensors[0].names())
+    assert sorted(client.cached()) == shards(source) and not (tmp_path / "out.fetched").exists()
