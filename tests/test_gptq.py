@@ -173,11 +173,26 @@ def test_the_scale_of_a_channel_does_not_matter() -> None:
     assert torch.allclose(scaled.diagonal() / factor.square(), second.diagonal(), rtol=1e-3)
 
 
+def test_a_channel_of_large_mean_and_small_variance_breaks_nothing() -> None:
+    weight, x, format = torch.randn(OUT, IN), inputs(), GroupInt(4, 128)
+    x[:, 7] += 3e4
+    x[:, 9] = 1e4
+    found = gptq.quantize(weight, torch.zeros(OUT), moments_of(x), format, torch.float16)
+    assert (format.decode(found, torch.float32) - weight).square().mean() < 0.05
+
+
+def test_a_bias_that_cannot_be_stored_is_refused() -> None:
+    for value in (float("nan"), 1e6):
+        with pytest.raises(FormatError, match="the bias holds values that are not finite as float16"):
+            bias = torch.full((OUT,), value)
+            gptq.quantize(torch.randn(OUT, IN), bias, moments_of(inputs()), GroupInt(4, 128), torch.float16)
+
+
 @pytest.mark.parametrize("where", ["weight", "inputs"])
 def test_values_that_are_not_finite_are_refused_by_name(where: str) -> None:
     weight, x = torch.randn(OUT, IN), inputs()
     (weight if where == "weight" else x)[3, 5] = float("nan")
-    with pytest.raises(FormatError, match=f"the {where} hold values that are not finite"):
+    with pytest.raises(FormatError, match=f"the {where} holds? values that are not finite"):
         gptq.quantize(weight, torch.zeros(OUT), moments_of(x), GroupInt(4, 128), torch.float16)
 
 

@@ -18,6 +18,7 @@ from neox_lite.errors import FormatError
 from neox_lite.formats import GroupInt, pack
 
 DAMPING = 0.03  # added to H's diagonal, as a share of it: relative, so that the scale of a channel does not matter
+ROUNDING = 1e-5  # of float32 sums, with room to spare
 SWEEPS = 3  # of coordinate descent
 BLOCK = 128  # columns between two products with the rest of H
 PULL = 0.5  # share of earlier layers' errors that the weight makes up for; all of it would fit the calibration text too well
@@ -60,22 +61,29 @@ def quantize(
     A bias takes up the mean error of the outputs, so that codes and scales answer for the rest alone. `moments` is used up.
     Raises FormatError for values that are not finite and scales that overflow `dtype`.
     """
-    for name, tensor in (("weight", weight), ("inputs", moments.second)):
-        if not torch.isfinite(tensor).all():
-            raise FormatError(f"the {name} hold values that are not finite")
+    _check({"weight holds": weight, "inputs hold": moments.second, "outputs hold": moments.shift})
+    sizes = moments.second.diagonal() / moments.count
     second, shift = moments.second.div_(moments.count), moments.shift.div_(moments.count)
     first, shift_first = moments.first / moments.count, moments.shift_first / moments.count
     if bias is not None:
         second.addr_(first, first, alpha=-1)
         shift.addr_(shift_first, first, alpha=-1)
-    damp(second)
+    damp(second, sizes)
     target = weight + PULL * torch.cholesky_solve(shift.T, torch.linalg.cholesky(second)).T
     codes, scales = _solve(target, second, format, dtype)
     result = {"weight_packed": pack(codes, format.bits), "weight_scale": scales}
     if bias is not None:
         corrected = bias + shift_first + (weight - decoded(codes, scales)) @ first
         result["bias"] = corrected.to(dtype)
+        _check({"bias holds": result["bias"]})
     return result
+
+
+def _check(tensors: dict[str, Tensor]) -> None:
+    for subject, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise FormatError(f"the {subject} values that are not finite as {kind}")
 
 
 def _solve(target: Tensor, second: Tensor, format: GroupInt, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -99,11 +107,15 @@ def decoded(codes: Tensor, scales: Tensor) -> Tensor:
     return (codes.view(*scales.shape, -1).float() * scales.float().unsqueeze(-1)).flatten(1)
 
 
-def damp(second: Tensor, share: float = DAMPING) -> None:
-    """Raise the diagonal in place; a channel that is never used gets a little, so that its weights are simply rounded."""
+def damp(second: Tensor, sizes: Tensor | None = None, share: float = DAMPING) -> None:
+    """Raise the diagonal in place; a channel that is never used gets a little, so that its weights are simply rounded.
+
+    sizes (in,): the diagonal before the means were taken out, which left its rounding errors.
+    """
     diagonal = second.diagonal()
-    least = diagonal.clamp(min=0).mean() * 1e-6
-    diagonal.copy_(diagonal.clamp(min=0) * (1 + share) + torch.where(least > 0, least, 1.0))
+    sizes = diagonal.clone() if sizes is None else sizes
+    least = sizes.mean() * 1e-6
+    diagonal.copy_(diagonal.clamp(min=0) * (1 + share) + sizes * ROUNDING + torch.where(least > 0, least, 1.0))
 
 
 def search_scales(weight: Tensor, importance: Tensor, format: GroupInt, dtype: torch.dtype) -> Tensor:
