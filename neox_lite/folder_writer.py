@@ -313,10 +313,7 @@ class FolderWriter:
         self._marker: Any = None
         self._finished = False
         self._is_new = False
-        if source is not None and Path(source).exists() and self.folder.exists() and self.folder.samefile(source):
-            raise CheckpointError(f"{self.folder}: is the folder being read; write to another one")
-        if self.folder.exists() and not self.folder.is_dir():
-            raise CheckpointError(f"{self.folder}: is a file; choose another name for the folder to write")
+        check_destination(self.folder, None if source is None else Path(source))
 
     def __enter__(self) -> "FolderWriter":
         return self
@@ -465,8 +462,7 @@ class FolderWriter:
             folder.mkdir(parents=True, exist_ok=True)
             present = {path.name for path in folder.iterdir()}
             ours = present & {MANIFEST, UNFINISHED}
-            if not ours and any(map(_is_model, folder.iterdir())):
-                raise CheckpointError(f"{folder}: holds a model that neox-lite did not write; choose another folder")
+            _check_is_ours(folder)
             found = folder / MANIFEST if MANIFEST in ours else marker
             file = found.open("r+b" if ours else "x+b")
             try:
@@ -497,6 +493,30 @@ class FolderWriter:
                 self._marker.close()
             (self.folder / UNFINISHED).replace(self.folder / MANIFEST)
             sync_folder(self.folder)
+
+
+def check_destination(folder: Path, source: Path | None = None) -> None:
+    """Raises CheckpointError where no model folder could be written; touches nothing. source: the folder being read."""
+    if source is not None and source.exists() and folder.exists() and folder.samefile(source):
+        raise CheckpointError(f"{folder}: is the folder being read; write to another one")
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder}: is a file; choose another name for the folder to write")
+    if folder.is_symlink() and not folder.exists():
+        raise CheckpointError(f"{folder}: is a link to what is not there; remove it or choose another folder")
+    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        what = "cannot be written to" if above.is_dir() else "is no folder"
+        raise CheckpointError(f"{folder}: cannot be written: {above} {what}; choose another folder")
+    if above == folder:
+        with disk_errors(folder):
+            _check_is_ours(folder)
+
+
+def _check_is_ours(folder: Path) -> None:
+    """Raises CheckpointError for a folder with a model that somebody else wrote."""
+    present = list(folder.iterdir())
+    if not {MANIFEST, UNFINISHED} & {path.name for path in present} and any(map(_is_model, present)):
+        raise CheckpointError(f"{folder}: holds a model that neox-lite did not write; choose another folder")
 
 
 def _is_model(path: Path) -> bool:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import sys
 
 import pytest
@@ -379,3 +380,25 @@ def test_the_number_of_threads_changes_no_byte(source, tmp_path, monkeypatch, fo
     for threads in (1, 2, 7):
         convert(source, tmp_path / str(threads), format=format, threads=threads)
         assert digests(tmp_path / str(threads)) == digests(tmp_path / "1")
+
+
+@pytest.mark.parametrize("wrong", ["the source", "inside a file", "link to nowhere", "foreign", "not writable"])
+def test_a_destination_that_cannot_be_is_said_before_any_work(source, tmp_path, monkeypatch, wrong):
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "pytorch_model.bin").write_text("kept")
+    destination, message = {
+        "the source": (source, "being read"),
+        "inside a file": (tmp_path / "file" / "out", "is no folder"),
+        "link to nowhere": (tmp_path / "link", "link to what is not there"),
+        "foreign": (tmp_path / "foreign", "did not write"),
+        "not writable": (tmp_path / "out", "cannot be written to"),
+    }[wrong]
+    if wrong == "not writable":
+        monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr("neox_lite_quant.calibrate.own_text", lambda *_: pytest.fail("the work began"))
+    with pytest.raises(CheckpointError, match=message):
+        convert(source, destination, method="gptq")
+    assert (tmp_path / "file").read_text() == (tmp_path / "foreign" / "pytorch_model.bin").read_text() == "kept"
+    assert not (tmp_path / "nowhere").exists()

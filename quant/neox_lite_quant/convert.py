@@ -20,7 +20,7 @@ from torch import Tensor
 from neox_lite.checkpoint import Checkpoint
 from neox_lite.config import GPTNeoXConfig
 from neox_lite.errors import ArgumentError, FormatError
-from neox_lite.folder_writer import Spec
+from neox_lite.folder_writer import Spec, check_destination
 from neox_lite.formats import GROUP_SIZES, Format, GroupInt, label, make_format
 from neox_lite.hub import local_folder, remote_checkpoint, resolve
 from neox_lite.layers import Linear
@@ -101,6 +101,7 @@ def convert(
     keep_source = keep_source or ((method in HERE or target_size is not None) and not dry_run)
     with _opened(os.fspath(source), revision, destination, keep_source) as (checkpoint, stream):
         folder = checkpoint.folder
+        check_destination(destination, folder)  # before minutes or hours of what comes first
         config = GPTNeoXConfig.from_pretrained(folder)
         if config.quantization_config is not None:
             raise FormatError(f"{folder}: is quantized already; give the checkpoint that it was made from")
