@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -207,7 +208,14 @@ def test_what_cannot_be_compared_is_said_before_the_source_is_scored(run, folder
     peer(max_position_embeddings=32).save_pretrained(tmp_path / "other")
     peer(vocab_size=1536, max_position_embeddings=32).save_pretrained(tmp_path / "short")
     peer(vocab_size=1536).save_pretrained(tmp_path / "shape")
+    (tmp_path / "folder.svg").mkdir()
+    shutil.copytree(folders["g32"], tmp_path / "truncated")
+    weights = tmp_path / "truncated" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
     refused = {
+        (tmp_path / "truncated",): "truncated?",
+        (folders["g32"], "--plot", tmp_path / "folder.svg"): "Is a directory",
+        (folders["g32"], "--plot", tmp_path / ("a" * 300 + ".svg")): "too long",
         (tmp_path / "other",): "vocab_size is 131, but",
         (tmp_path / "short",): "--context is 64, but",
         (tmp_path / "shape", "--layers"): "num_hidden_layers is 2, but",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import gc
 import math
+import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -56,13 +57,13 @@ def compare(args: argparse.Namespace) -> None:
                 with bar(f"[{i + 1}/{len(paths)}] weights of {path}", "layer") as progress:
                     weights = list(weight_errors(args.source, path, progress))
                 tables.append([LayerErrors(n, e, w) for n, (e, w) in enumerate(zip(errors, weights, strict=True))])
+    _report(args, rows, tables, windows, reference.layer_windows)
     if args.plot is not None:
         with disk_errors(Path(args.plot)):
             Path(args.plot).write_text(
                 draw([asdict(r) for r in rows], [_by_layer(t) for t in tables]), encoding="utf-8"
             )
         note(f"{args.plot} is drawn; a browser shows it")
-    _report(args, rows, tables, windows, reference.layer_windows)
 
 
 def _check_plot(path: Path) -> None:
@@ -70,12 +71,20 @@ def _check_plot(path: Path) -> None:
         raise ArgumentError(f"--plot is {str(path)!r}, expected a name that ends in .svg, which every browser opens")
     if not path.absolute().parent.is_dir():
         raise ArgumentError(f"--plot: {path.absolute().parent}: no such folder")
+    is_new = not os.path.lexists(path)
+    with disk_errors(path):
+        path.open("a").close()
+        if is_new:
+            path.unlink()
 
 
 def _check_configs(paths: list[str], context: int, layers: bool) -> None:
     """Say at once, not after an hour's scoring of the source, what cannot be compared."""
     keys = ["vocab_size", *(("num_hidden_layers", "hidden_size", "intermediate_size") if layers else ())]
-    configs = [GPTNeoXConfig.from_pretrained(resolve(path)) for path in paths]
+    resolved = [resolve(path) for path in paths]
+    configs = [GPTNeoXConfig.from_pretrained(folder) for folder in resolved]
+    for folder in resolved:
+        Checkpoint.open(folder).close()  # its headers are whole
     for path, config in zip(paths, configs, strict=True):
         for key in keys:
             wanted, found = getattr(configs[0], key), getattr(config, key)

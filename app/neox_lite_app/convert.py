@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 from neox_lite.errors import ArgumentError
+from neox_lite.folder_writer import JOURNAL
 from neox_lite.formats import label, make_format
 from neox_lite.saving import parse_bytes
 from neox_lite_quant import Report, convert, export_gguf, import_gguf
@@ -42,7 +44,14 @@ def quantize(args: argparse.Namespace) -> None:
             bar("choose formats", "layer") as choosing,
             bar(" ".join(filter(None, (name, args.method))), "step" if calibrated else "B") as progress,
         ):
-            report = convert(args.source, destination, progress=progress, choosing=choosing, **options)
+            try:
+                report = convert(args.source, destination, progress=progress, choosing=choosing, **options)
+            except KeyboardInterrupt:
+                if (Path(destination) / JOURNAL).exists():
+                    note(
+                        f"\n{destination} is unfinished; the same command goes on from the weight files that are whole"
+                    )
+                raise
     if args.json:
         figures = ("bytes_in", "bytes_out", "seconds", "peak_bytes", "scratch_bytes", "bits_per_weight", "mix")
         print_json({"destination": str(report.destination), **{k: getattr(report, k) for k in figures}})
@@ -61,7 +70,7 @@ def quantize(args: argparse.Namespace) -> None:
             )
         else:
             note(f"{report.seconds:.1f} s, at most {amount(report.peak_bytes, 'B')} of memory beyond mapped files")
-            note(f"next: neox-lite generate {report.destination} --prompt 'Once upon a time'")
+            note(f"next: neox-lite generate {shlex.quote(str(report.destination))} --prompt 'Once upon a time'")
 
 
 def export(args: argparse.Namespace) -> None:

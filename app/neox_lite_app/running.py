@@ -209,6 +209,8 @@ def bar(label: str, unit: str = "B") -> Iterator[Callable[[int, int], None]]:
         if shown is None:
             shown = tqdm(total=total, desc=label, unit=unit, unit_scale=scale, file=sys.stderr, dynamic_ncols=True)
         shown.update(done - shown.n)
+        if done >= total:
+            shown.close()  # so that a bar that follows takes a line of its own, without moves of the cursor
 
     try:
         yield progress
