@@ -181,6 +181,13 @@ def test_a_channel_of_large_mean_and_small_variance_breaks_nothing() -> None:
     assert (format.decode(found, torch.float32) - weight).square().mean() < 0.05
 
 
+@pytest.mark.parametrize("spread", [0.0, 1e-4, 1e-3])
+def test_inputs_that_are_all_but_constant_break_nothing(spread: float) -> None:
+    weight, x, format = torch.randn(OUT, IN), torch.randn(IN) + spread * torch.randn(TOKENS, IN), GroupInt(4, 128)
+    found = gptq.quantize(weight, torch.zeros(OUT), moments_of(x), format, torch.float16)
+    assert (format.decode(found, torch.float32) - weight).square().mean() < 0.05
+
+
 def test_a_bias_that_cannot_be_stored_is_refused() -> None:
     for value in (float("nan"), 1e6):
         with pytest.raises(FormatError, match="the bias holds values that are not finite as float16"):

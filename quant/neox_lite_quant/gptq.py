@@ -69,7 +69,7 @@ def quantize(
         second.addr_(first, first, alpha=-1)
         shift.addr_(shift_first, first, alpha=-1)
     damp(second, sizes)
-    target = weight + PULL * torch.cholesky_solve(shift.T, torch.linalg.cholesky(second)).T
+    target = weight + PULL * torch.cholesky_solve(shift.T, _factored(second, sizes)).T
     codes, scales = _solve(target, second, format, dtype)
     result = {"weight_packed": pack(codes, format.bits), "weight_scale": scales}
     if bias is not None:
@@ -116,6 +116,20 @@ def damp(second: Tensor, sizes: Tensor | None = None, share: float = DAMPING) ->
     sizes = diagonal.clone() if sizes is None else sizes
     least = sizes.mean() * 1e-6
     diagonal.copy_(diagonal.clamp(min=0) * (1 + share) + sizes * ROUNDING + torch.where(least > 0, least, 1.0))
+
+
+def _factored(second: Tensor, sizes: Tensor) -> Tensor:
+    """The Cholesky factor; where rounding errors leave none, as of inputs all but constant, the diagonal is raised in place."""
+    factor, failed = torch.linalg.cholesky_ex(second)
+    share = ROUNDING
+    while failed and share < 1:
+        share *= 10
+        second.diagonal().add_(sizes * share)
+        factor, failed = torch.linalg.cholesky_ex(second)
+        second.diagonal().add_(sizes * share)  # room for another order of the columns, which rounds in another way
+    if failed:
+        raise FormatError("the inputs' second moments have no Cholesky factor; try --method balance")
+    return factor
 
 
 def search_scales(weight: Tensor, importance: Tensor, format: GroupInt, dtype: torch.dtype) -> Tensor:
