@@ -114,6 +114,12 @@ def test_an_interrupted_quantize_says_that_it_can_go_on(run, tmp_path, monkeypat
     assert code == 130 and out == "" and "the same command goes on" in err
 
 
+@pytest.mark.skipif(not Path("/dev/zero").is_char_device(), reason="no /dev/zero")
+def test_a_text_without_an_end_is_refused_and_not_read(run, int4):
+    code, out, err = run("compare", DEMO, int4, "--text", "/dev/zero")
+    assert code == 1 and out == "" and "/dev/zero: is a device" in err
+
+
 def test_verify_says_whole_or_names_what_is_not(run, int4, tmp_path):
     code, out, _ = run("verify", int4, "--json")
     assert code == 0 and json.loads(out) == {"ok": True, "problems": []}

@@ -223,6 +223,8 @@ def read_text(path: str) -> str:
     """A UTF-8 file, or stdin for "-"."""
     if path == "-" and sys.stdin is None:
         raise ArgumentError("-: stdin is closed; pipe the text in, or name a file")
+    if path != "-" and Path(path).is_char_device():  # which may have no end
+        raise ArgumentError(f"{path}: is a device; name a file, or - for stdin")
     try:
         raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
         return raw.decode("utf-8")
