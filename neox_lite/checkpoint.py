@@ -215,8 +215,8 @@ def _open_weights(folder: Path) -> dict[Path, WeightFile]:
     if shards:
         raise CheckpointError(f"{folder}: has {shards[0]} but its index is missing: {INDEX}")
     raise CheckpointError(
-        f"{folder}: no weights; looked for EleutherAI's layer files, and for model.safetensors and pytorch_model.bin, each "
-        "alone or with .index.json"
+        f"{folder}: no weights; looked for model.safetensors and pytorch_model.bin, each alone or with .index.json, and for "
+        "EleutherAI's layer files"
     )
 
 

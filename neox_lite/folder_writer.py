@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from neox_lite.errors import CheckpointError
+from neox_lite.hub import MANIFEST, UNFINISHED
 from neox_lite.safetensors_file import (
     DTYPE_NAMES,
     MAX_HEADER_BYTES,
@@ -47,10 +48,8 @@ logger = logging.getLogger("neox_lite")
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
-MANIFEST = "neox_lite_manifest.json"
 PARTIAL = ".partial"
 JOURNAL = "neox_lite_journal.json"  # there while a folder is being written: for which job, and the weight files that are whole
-UNFINISHED = MANIFEST + PARTIAL  # there while a folder is being written; holds the manifest of the model it replaces
 FORMAT_VERSION = 1
 CHUNK_BYTES = 16 << 20
 

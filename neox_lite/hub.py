@@ -28,7 +28,9 @@ TOKENIZER_FILES = (
 )
 OTHER_TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.model", "spiece.model")
 COMPANIONS = ("generation_config.json", *TOKENIZER_FILES, *OTHER_TOKENIZER_FILES)
-SMALL_FILES = ("config.json", *COMPANIONS, "neox_lite_manifest.json")
+MANIFEST = "neox_lite_manifest.json"
+UNFINISHED = f"{MANIFEST}.partial"  # there while a folder is being written; holds the manifest of the model it replaces
+SMALL_FILES = ("config.json", *COMPANIONS, MANIFEST)
 HEAD = "neox_lite_head.safetensors"
 # The first that a repository has is used and the others are never fetched: GPT-NeoX-20B has both, 80 GB together.
 WEIGHTS = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
