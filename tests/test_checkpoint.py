@@ -845,7 +845,7 @@ def test_two_writers_cannot_share_a_folder(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="another process is writing"), FolderWriter(tmp_path) as second:
             second.file("tokenizer.json", "[]")
         first.finish("{}")
-    assert verify_folder(tmp_path)[0].endswith("alone or with .index.json")  # no weights were planned
+    assert "no weights; looked for" in verify_folder(tmp_path)[0]  # none were planned
     assert (tmp_path / "tokenizer.json").read_text() == "{}"
 
 
