@@ -19,6 +19,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from importlib import metadata
@@ -27,12 +28,14 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parents[1] / room) for room in (".", "quant", "app")]
 if "--rehearse" in sys.argv:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are imported
+    os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}  # read when kernels and torch are imported
 if "--packages" in sys.argv[:-1]:
     sys.path.append(sys.argv[sys.argv.index("--packages") + 1])
 
 import torch  # noqa: E402
 from sections import Section, Supervisor, Worker  # noqa: E402
+
+from neox_lite_app.running import default_threads  # noqa: E402
 
 SECTIONS = (
     Section("first checks", 100),  # of what a decode step of the 20B launches
@@ -70,6 +73,7 @@ def work(names: Sequence[str], seconds: float, rehearse: bool) -> None:
     """Measure these sections and tell of them on stdout."""
     torch.set_grad_enabled(False)
     torch.backends.cuda.matmul.allow_tf32 = False
+    torch.set_num_threads(default_threads())
     deadline = time.monotonic() + seconds
     cuda = torch.cuda.is_available() and not rehearse
     device = torch.device("cuda", 0) if cuda else torch.device("cpu")
@@ -148,6 +152,15 @@ def version(name: str) -> str | None:
         return None
 
 
+def earlier(path: Path) -> dict[str, Any]:
+    """What an earlier run has written."""
+    with suppress(ValueError, KeyError, TypeError):
+        found = json.loads(path.read_text())
+        if isinstance(found["left_out"], dict) and isinstance(found["section_s"], dict):
+            return found
+    raise SystemExit(f"{path}: is no file of this program, so nothing can be added to it; move it away")
+
+
 class Report:
     """What was found, in a file that is written again whenever more is."""
 
@@ -159,8 +172,10 @@ class Report:
             name = "rehearsal" if found["rehearsal"] else (found["device"] or "no device").lower().replace(" ", "_")
             self.path = folder / f"gpu_{name}.json"
             if add and self.path.exists():
-                before = json.loads(self.path.read_text())
-                self.found = {**before, **{key: found[key] for key in ("torch", "packages", "declined")}}
+                self.found = {
+                    **earlier(self.path),
+                    **{key: found[key] for key in ("ok", "torch", "packages", "declined")},
+                }
 
     def begin(self, names: Sequence[str]) -> None:
         """Forget what an earlier run found in these sections."""
@@ -183,27 +198,27 @@ class Report:
             row["share_of_copy"] = row["gb_per_s"] / copy["median"]
         table = row.pop("table", TABLES.get(section, section))
         self.found.setdefault(table, []).append({**row, "section": section})
-        self._keep()
+        self.keep()
 
     def fault(self, section: str, why: str) -> None:
         print(f"{section}: {why}", file=sys.stderr)
         self.found["left_out"][section] = why
-        if section not in PEER_SECTIONS and "no time was left" not in why:
-            self.found["ok"] = False
-        self._keep()
+        self.keep()
 
     def done(self, section: str, seconds: float) -> None:
         self.found["section_s"][section] = seconds
-        self._keep()
+        self.keep()
 
     def judge(self) -> None:
-        """Whether all checks passed; they are right again where they were repeated."""
-        for check in self.found.get("checks", []):
-            if not check["ok"]:
-                self.found["ok"] = False
-                print(f"WRONG: {json.dumps(check)}", file=sys.stderr)
+        """Whether all checks passed and no section of ours failed, of those that were repeated the last time."""
+        wrong = [check for check in self.found.get("checks", []) if not check["ok"]]
+        for check in wrong:
+            print(f"WRONG: {json.dumps(check)}", file=sys.stderr)
+        left_out = self.found["left_out"].items()
+        faults = [name for name, why in left_out if name not in PEER_SECTIONS and "no time was left" not in why]
+        self.found["ok"] = not wrong and not faults
 
-    def _keep(self) -> None:
+    def keep(self) -> None:
         if self.path:
             partial_file = self.path.with_suffix(".part")
             partial_file.write_text(self.text + "\n")
@@ -312,12 +327,18 @@ def main() -> int:
     found["declined"] = {name: reason for name, reason in declined.items() if reason is not None}
     report = Report(found, args.out, add=bool(args.only))
     sections = wanted(args, cuda, "triton" not in found["declined"])
+    if cuda and "triton" in found["declined"]:
+        print(f"only checks are made, and ours fail: {found['declined']['triton']}", file=sys.stderr)
     report.begin([section.name for section in sections])
     deadline = begun + 60 * args.minutes
-    Supervisor(command_of(args), deadline, report.tell, report.fault, report.done).run(sections)
+    try:
+        Supervisor(command_of(args), deadline, report.tell, report.fault, report.done).run(sections)
+    except KeyboardInterrupt:
+        print(f"stopped; what was found is in {report.path or 'the lines above'}", file=sys.stderr)
+        return 130
     report.judge()
     print(report.text)
-    report._keep()
+    report.keep()
     if report.path and report.found.get("pairs"):
         try:
             plot(report.found, report.path.with_suffix(".png"))

@@ -44,6 +44,8 @@ FULL = Sizes(
 REHEARSAL = Sizes({"small": (128, 2)}, (1, 3), (260,), (10, 130), 1 << 16, 200)
 
 
+MOST_COPIES = 1024  # of what is timed: enough for the keys and values of a small model's 128 tokens
+
 # Timing ---------------------------------------------------------------------------------------------------------------
 
 
@@ -92,7 +94,7 @@ def copies_for(device: torch.device, nbytes: int) -> int:
     if device.type != "cuda":
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return max(1, min(128, -(-4 * cache // nbytes)))
+    return max(1, min(MOST_COPIES, -(-4 * cache // nbytes)))
 
 
 # What is timed --------------------------------------------------------------------------------------------------------
@@ -198,13 +200,13 @@ class Bench:
     def peers(self) -> Iterator[dict[str, Any]]:
         """The same int4 weight by others, those that take longest to tune last."""
         weights = self.wide("int4")
-        for name, (make, counts) in PEERS.items():
+        for name, peer in PEERS.items():
             try:
-                calls = [make(w) for w in weights]
-                for count in counts or (*self.sizes.sweep, *self.sizes.prefill):
+                calls = [peer.make(w) for w in weights]
+                for count in peer.tokens or (*self.sizes.sweep, *self.sizes.prefill):
                     if self.clock.late():
                         return
-                    x = self.x(count, weights[0].shape[1])
+                    x = self.x(count, weights[0].shape[1], peer.dtype)
                     yield {"format": "int4", "tokens": count, "engine": name, **self.against(calls, x, weights[0])}
             except Exception as error:  # not installed, or cannot run here: named with its reason
                 yield {"engine": name, "left_out": f"{type(error).__name__}: {error}".splitlines()[0][:300]}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,13 +32,12 @@ def codes_of(weight: Weight) -> Tensor:
 
 
 def torch_tinygemm(weight: Weight) -> Callable[[Tensor], Tensor]:
-    """torch's own int4 product: bfloat16, (code - 8) * scale + zero."""
+    """torch's own int4 product, of bfloat16: (code - 8) * scale + zero."""
     codes = codes_of(weight)
     packed = torch.ops.aten._convert_weight_to_int4pack((codes[:, ::2] << 4) | codes[:, 1::2], 8)
     scale = weight.tensors["weight_scale"].bfloat16().T
     scales_and_zeros = torch.stack((scale, torch.zeros_like(scale)), -1).contiguous()
-    brain = once_for_each(lambda x: x.bfloat16())  # what makes x would make it so
-    return lambda x: torch.ops.aten._weight_int4pack_mm(brain(x), packed, 128, scales_and_zeros)
+    return lambda x: torch.ops.aten._weight_int4pack_mm(x, packed, 128, scales_and_zeros)
 
 
 def gemlite(weight: Weight) -> Callable[[Tensor], Tensor]:
@@ -59,11 +59,19 @@ def bitsandbytes_nf4(weight: Weight) -> Callable[[Tensor], Tensor]:
     return lambda x: bitsandbytes.matmul_4bit(x, packed.t(), state)
 
 
-# Of one weight; () is every number of tokens.
-PEERS: dict[str, tuple[Callable[[Weight], Callable[[Tensor], Tensor]], tuple[int, ...]]] = {
-    "torch tinygemm": (torch_tinygemm, ()),
-    "bitsandbytes nf4": (bitsandbytes_nf4, ()),  # its error is that of 16 other levels
-    "gemlite": (gemlite, (2, 8, 16, 64, 1, 4, 32)),  # tunes itself for each
+@dataclass(frozen=True)
+class Peer:
+    """Products of one weight by another library, of activations of a dtype; tokens: how many to time, () for all."""
+
+    make: Callable[[Weight], Callable[[Tensor], Tensor]]
+    tokens: tuple[int, ...] = ()
+    dtype: torch.dtype = torch.float16
+
+
+PEERS = {
+    "torch tinygemm": Peer(torch_tinygemm, dtype=torch.bfloat16),
+    "bitsandbytes nf4": Peer(bitsandbytes_nf4),  # its error is that of 16 other levels
+    "gemlite": Peer(gemlite, (2, 8, 16, 64, 1, 4, 32)),  # tunes itself for each
 }
 
 
@@ -102,7 +110,7 @@ def substituted(make: Callable[[Weight], Callable[[Tensor], Tensor]]) -> Any:
             key = weight.tensors["weight_packed"].data_ptr()
             if key not in self._made:
                 self._made[key] = make(weight)
-            out = self._made[key](act).to(dtype)
+            out = self._made[key](act)  # in their dtype: what follows reads any
             return out if into is None else into.copy_(out)
 
     def theirs(weight: Weight) -> bool:

@@ -4,7 +4,8 @@
 
 A layer of GPT-NeoX-20B and its head run on tensors without memory, once for each number of tokens. Every launch is compiled for
 the card exactly as it would be there (same specialization, same options), not run; its machine code is then counted, and what
-breaks a rule (`broken`) is named. Exits with 1 if anything does. --candidates does so with every size that tuning may pick.
+breaks a rule (`broken`) is named. Exits with 1 if anything does. --candidates does so with every size that tuning may pick, and
+writes a summary.
 """
 
 from __future__ import annotations
@@ -314,12 +315,31 @@ def main() -> int:
     rows = list(found.values())
     print(table(rows))
     if args.out:
-        result = {"triton": triton.__version__, "torch": torch.__version__, "kernels": [asdict(row) for row in rows]}
+        kernels = summary(rows) if args.candidates else [asdict(row) for row in rows]
+        result = {"triton": triton.__version__, "torch": torch.__version__, "all": args.all, "kernels": kernels}
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=1) + "\n")
     faults = [f"{row.kernel} ({row.run}, sm_{row.card}): {rule}" for row in rows for rule in broken(row)]
     print("\n".join(faults), file=sys.stderr)
     return 1 if faults else 0
+
+
+def summary(rows: list[Facts]) -> list[dict[str, Any]]:
+    """Of each kernel on each card: how many were compiled, those that spill, and the most that one takes."""
+    found = []
+    for card, kernel in dict.fromkeys((row.card, row.kernel) for row in rows):
+        here = [row for row in rows if (row.card, row.kernel) == (card, kernel)]
+        found.append(
+            {
+                "card": card,
+                "kernel": kernel,
+                "compiled": len(here),
+                "spill": sum(bool(row.spills or row.stack_bytes) for row in here),
+                "registers": max(row.registers for row in here),
+                "shared_bytes": max(row.shared_bytes for row in here),
+            }
+        )
+    return found
 
 
 def table(rows: list[Facts]) -> str:

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,11 +24,12 @@ from neox_lite.folder_writer import (
     FolderWriter,
     ShardWriter,
     check_file_name,
+    compare_file,
     read_json,
     read_manifest,
-    sha256_of,
     split_into_shards,
 )
+from neox_lite.native_layers import layer_files, open_layers
 from neox_lite.safetensors_file import (
     DTYPE_NAMES,
     SafetensorsFile,
@@ -71,7 +72,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: str | Path) -> "Checkpoint":
-        """Open the one set of weights in a folder: safetensors before .bin, an index before a single file.
+        """Open the one set of weights in a folder: safetensors before .bin before layer files, an index before a single file.
 
         Raises CheckpointError if there is none, or if a file, index or link is malformed, inconsistent or unsafe.
         """
@@ -86,9 +87,17 @@ class Checkpoint:
             raise CheckpointError(f"{folder}: cannot be read: {error.strerror or error}") from error
 
     @classmethod
+    def of(cls, folder: Path, files: Mapping[str, WeightFile]) -> "Checkpoint":
+        """Weight files by name that are not in the folder; it holds their index if there are several, which must agree."""
+        index = folder / INDEX
+        if _exists(index):
+            _check_index(index, _read_weight_map(folder, index, ".safetensors"), files)
+        return cls(folder, {folder / name: file for name, file in files.items()})
+
+    @classmethod
     def open_file(cls, folder: str | Path, name: str) -> "Checkpoint":
         """Open one safetensors file of a folder that stands outside of the index, such as neox_lite_head.safetensors."""
-        path = _inside(Path(folder), name)
+        path = inside(Path(folder), name)
         return cls(Path(folder), {path: SafetensorsFile(path)})
 
     def names(self) -> list[str]:
@@ -174,7 +183,7 @@ def _exists(path: Path) -> bool:
     return path.exists() or path.is_symlink()  # a dangling link is an error to report, not an absent file
 
 
-def _inside(folder: Path, name: str) -> Path:
+def inside(folder: Path, name: str) -> Path:
     """folder/name; raises CheckpointError unless its file truly lies in the folder or in this repo's hub cache."""
     check_file_name(name, folder)
     path, home = folder / name, folder.resolve()
@@ -198,12 +207,16 @@ def _open_weights(folder: Path) -> dict[Path, WeightFile]:
         if _exists(index):
             return _open_indexed(folder, index, suffix, opener)
         if _exists(single):
-            return {single: opener(_inside(folder, single.name))}
-    shards = sorted(path.name for path in folder.iterdir() if SHARD_NAME.fullmatch(path.name))
+            return {single: opener(inside(folder, single.name))}
+    listed = sorted(path.name for path in folder.iterdir())
+    if layers := layer_files(listed, folder):
+        return {**open_layers(folder, layers, lambda name: _BinFile(inside(folder, name)))}
+    shards = [name for name in listed if SHARD_NAME.fullmatch(name)]
     if shards:
         raise CheckpointError(f"{folder}: has {shards[0]} but its index is missing: {INDEX}")
     raise CheckpointError(
-        f"{folder}: no weights; looked for model.safetensors and pytorch_model.bin, each alone or with .index.json"
+        f"{folder}: no weights; looked for model.safetensors and pytorch_model.bin, each alone or with .index.json, and for "
+        "EleutherAI's layer files"
     )
 
 
@@ -218,7 +231,13 @@ def _open_indexed(
         raise CheckpointError(
             f"{folder}: {len(missing)} of {len(names)} weight files are missing: {first_few(missing, 10)}"
         )
-    files = {name: opener(_inside(folder, name)) for name in names}
+    files = {name: opener(inside(folder, name)) for name in names}
+    _check_index(index, weight_map, files)
+    return {folder / name: file for name, file in files.items()}
+
+
+def _check_index(index: Path, weight_map: Mapping[str, str], files: Mapping[str, WeightFile]) -> None:
+    """Raise CheckpointError unless index and files say the same."""
     seen: dict[str, str] = {}
     problems = []
     for file_name, file in files.items():
@@ -235,12 +254,11 @@ def _open_indexed(
             problems.append(f"{shown(name)} is not in {file_name}, where the index says it is")
     if problems:
         raise CheckpointError(f"{index}: {first_few(problems)}")
-    return {folder / name: file for name, file in files.items()}
 
 
 def _read_weight_map(folder: Path, index: Path, suffix: str) -> dict[str, str]:
     """weight_map of an index file, tensor name -> file name, every file name safe and of the index's kind."""
-    content = read_json(_inside(folder, index.name))
+    content = read_json(inside(folder, index.name))
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: expected an object with a non-empty weight_map")
@@ -311,7 +329,7 @@ def verify_folder(
         if _exists(folder / MANIFEST):
             listed = read_manifest(folder / MANIFEST)
             for name, entry in listed.items():
-                problems += _compare_file(folder / name, entry, told)
+                problems += compare_file(folder / name, entry, told)
             problems += [f"{folder / name}: not in {MANIFEST}" for name in weights if name not in listed]
         elif needs_manifest:
             problems.append(f"{folder}: no {MANIFEST}, so no hashes to check; neox-lite writes one with every model")
@@ -325,18 +343,6 @@ def verify_folder(
     except CheckpointError as error:
         problems.append(str(error))
     return problems
-
-
-def _compare_file(path: Path, entry: dict[str, Any], told: Callable[[int], object]) -> list[str]:
-    try:
-        size = path.stat().st_size
-        if size != entry["bytes"]:
-            return [f"{path}: {size} bytes, expected {entry['bytes']}"]
-        if sha256_of(path, told) != entry["sha256"]:
-            return [f"{path}: SHA-256 differs from the manifest: the file has changed"]
-    except OSError as error:
-        return [f"{path}: cannot be read: {error.strerror or error}"]
-    return []
 
 
 def _not_finite(checkpoint: Checkpoint, told: Callable[[int], object]) -> list[str]:

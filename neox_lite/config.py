@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
-from .hub import fetch_files, local_folder
+from .hub import UNFINISHED, fetch_files, local_folder
 
 MAX_JSON_BYTES = 16 << 20
 MAX_LABELS = 1 << 16
@@ -360,7 +360,11 @@ class GPTNeoXConfig:
         folder = folder or fetch_files(os.fspath(name), ["config.json"], revision)
         path = folder / "config.json"
         if not path.is_file():
-            raise ConfigError(f"{folder}: no config.json; a model folder holds config.json and its weights")
+            if (folder / UNFINISHED).exists():
+                raise ConfigError(f"{folder}: unfinished; run the command that wrote it again")
+            layers = any(folder.glob("layer_00-model_*-model_states.pt"))
+            advice = "; copy that of the same model on the hub beside its layer files" if layers else ""
+            raise ConfigError(f"{folder}: no config.json; a model folder holds config.json and its weights{advice}")
         return cls(**{**_overridden(read_json(path), overrides), "_where": str(path)})
 
     def to_dict(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 A weight file is written at NAME.partial and renamed when every byte is there, synced and hashed. config.json comes last,
 so a folder that looks complete is complete. Outputs carry no times and no paths: the same input gives the same bytes.
+A writer that knows its job leaves a journal of the weight files that are whole, from which the same job goes on.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ import re
 import shutil
 import threading
 from bisect import bisect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from neox_lite.errors import CheckpointError
+from neox_lite.hub import MANIFEST, UNFINISHED
 from neox_lite.safetensors_file import (
     DTYPE_NAMES,
     MAX_HEADER_BYTES,
@@ -46,9 +48,8 @@ logger = logging.getLogger("neox_lite")
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
-MANIFEST = "neox_lite_manifest.json"
 PARTIAL = ".partial"
-UNFINISHED = MANIFEST + PARTIAL  # there while a folder is being written; holds the manifest of the model it replaces
+JOURNAL = "neox_lite_journal.json"  # there while a folder is being written: for which job, and the weight files that are whole
 FORMAT_VERSION = 1
 CHUNK_BYTES = 16 << 20
 
@@ -118,18 +119,37 @@ def split_into_shards(groups: Sequence[Sequence[Spec]], max_bytes: int = 5_000_0
     return shards
 
 
+def compare_file(path: Path, entry: Mapping[str, Any], told: Callable[[int], object] = lambda count: None) -> list[str]:
+    """What is wrong with a file beside its entry in a manifest: its size or its SHA-256; [] if nothing."""
+    try:
+        size = path.stat().st_size
+        if size != entry["bytes"]:
+            return [f"{path}: {size} bytes, expected {entry['bytes']}"]
+        if sha256_of(path, told) != entry["sha256"]:
+            return [f"{path}: SHA-256 differs from the manifest: the file has changed"]
+    except OSError as error:
+        return [f"{path}: cannot be read: {error.strerror or error}"]
+    return []
+
+
 class ShardWriter:
     """One weight file while it is written. It gets its name when every byte is there and on the disk."""
 
-    def __init__(self, path: Path, specs: Sequence[Spec]) -> None:
+    def __init__(
+        self, path: Path, specs: Sequence[Spec], finished: Callable[["ShardWriter"], object] = lambda writer: None
+    ) -> None:
+        """finished is called when the file has its name."""
         self.path = path
         self.sha256 = ""  # known when the file is complete
+        self._finished = finished
         self._partial = path.with_name(path.name + PARTIAL)
         self._specs = {spec.name: spec for spec in layout(specs)}
         self._prefix, self._offsets = encode_header(self._specs.values())
         self.size = len(self._prefix) + sum(spec.nbytes for spec in specs)
+        self._claimed: dict[str, list[tuple[int, int]]] = {name: [] for name in self._specs}
         self._written: dict[str, list[tuple[int, int]]] = {name: [] for name in self._specs}
         self._lock = threading.Lock()
+        self._digest, self._settled = hashlib.sha256(), 0  # of the file's first bytes
         self._file: Any = None
 
     def __enter__(self) -> "ShardWriter":
@@ -158,11 +178,40 @@ class ShardWriter:
         if not 0 <= row <= row + rows <= total:
             raise CheckpointError(f"{name}: rows {row}..{row + rows} of {total}")
         if rows:
-            self._claim(name, row, row + rows)
+            self._note(self._claimed, name, row, row + rows)
         if tensor.numel():
             data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
             with disk_errors(self.path, self.size):
                 self._put(data, self._offsets[name] + row * (spec.nbytes // total))
+        if rows:
+            self._note(self._written, name, row, row + rows)
+
+    def settle(self, told: Callable[[], object] = lambda: None) -> None:
+        """Hash what is whole from the file's start on, and send it to the disk, so that less is left to do at the end.
+
+        May run beside writes; in one thread at a time. told is called every 16 MB.
+        """
+        stop, buffer = self._whole_bytes(), memoryview(bytearray(CHUNK_BYTES))
+        with disk_errors(self.path, self.size):
+            while self._settled < stop:
+                count = self._get(buffer[: min(CHUNK_BYTES, stop - self._settled)], self._settled)
+                self._digest.update(buffer[:count])
+                self._settled += count
+                told()
+            os.fsync(self._file.fileno())
+
+    def _whole_bytes(self) -> int:
+        """How many bytes from the file's start on are written."""
+        end = len(self._prefix)
+        with self._lock:
+            for name, spec in self._specs.items():
+                rows = spec.shape[0] if spec.shape else 1
+                spans = self._written[name]
+                first = spans[0][1] if spans and not spans[0][0] else 0
+                end += spec.nbytes * first // rows if rows else 0
+                if first < rows:
+                    break
+        return end
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
         try:
@@ -176,13 +225,13 @@ class ShardWriter:
             rows = spec.shape[0] if spec.shape else 1
             if rows and self._written[name] != [(0, rows)]:
                 raise CheckpointError(f"{self.path}: {name}: only rows {self._written[name]} of {rows} are written")
+        self.settle()
         with disk_errors(self.path, self.size):
-            os.fsync(self._file.fileno())
             self._file.close()
-            sha256 = sha256_of(self._partial)
             self._partial.replace(self.path)
             sync_folder(self.path.parent)
-        self.sha256 = sha256
+        self.sha256 = self._digest.hexdigest()
+        self._finished(self)
 
     def _discard(self) -> None:
         """Close and remove what is not whole; does nothing after a good finish."""
@@ -191,10 +240,10 @@ class ShardWriter:
         if not self.sha256:
             self._partial.unlink(missing_ok=True)
 
-    def _claim(self, name: str, start: int, stop: int) -> None:
-        """Note that rows start..stop are written; touching spans are merged, so a complete tensor has one span."""
+    def _note(self, of: dict[str, list[tuple[int, int]]], name: str, start: int, stop: int) -> None:
+        """Add rows start..stop to the spans of a tensor; touching ones are merged, so a complete tensor has one span."""
         with self._lock:
-            spans = self._written[name]
+            spans = of[name]
             at = bisect(spans, (start, stop))
             if (at and spans[at - 1][1] > start) or (at < len(spans) and spans[at][0] < stop):
                 raise CheckpointError(f"{name}: rows {start}..{stop} are written twice")
@@ -215,6 +264,18 @@ class ShardWriter:
                     count = self._file.write(data[: 64 << 20])
             data, offset = data[count:], offset + count
 
+    def _get(self, buffer: memoryview, offset: int) -> int:
+        """Read into the buffer; how many bytes there were, which is never none."""
+        if hasattr(os, "preadv"):
+            count: int = os.preadv(self._file.fileno(), [buffer], offset)
+        else:  # Windows, macOS before 11
+            with self._lock:
+                self._file.seek(offset)
+                count = self._file.readinto(buffer)
+        if not count:
+            raise CheckpointError(f"{self.path}: was cut short by another program while it was written; run again")
+        return count
+
 
 # -- the folder -------------------------------------------------------------------------------------------------------
 
@@ -234,26 +295,32 @@ class FolderWriter:
     One writer per folder at a time.
     """
 
-    def __init__(self, folder: str | Path, source: str | Path | None = None) -> None:
-        """source: the folder being read, which must be another."""
+    def __init__(self, folder: str | Path, source: str | Path | None = None, job: str | None = None) -> None:
+        """source: the folder being read, which must be another.
+
+        job: whatever decides every byte of the weight files, as text; `keeps` then finds those that a run of the same
+        job left whole when it was ended.
+        """
         self.folder = Path(folder)
         self.plan: list[list[Spec]] = []
+        self._job = job
+        self._kept: dict[str, dict[str, Any]] = {}  # manifest entries of weight files that an earlier run left
+        self._weights: dict[str, dict[str, Any]] = {}  # manifest entries of whole weight files
         self._writers: dict[str, ShardWriter] = {}
         self._small: dict[str, dict[str, Any]] = {}  # manifest entries of the small files
         self._stale: set[str] = set()
         self._marker: Any = None
         self._finished = False
         self._is_new = False
-        if source is not None and Path(source).exists() and self.folder.exists() and self.folder.samefile(source):
-            raise CheckpointError(f"{self.folder}: is the folder being read; write to another one")
-        if self.folder.exists() and not self.folder.is_dir():
-            raise CheckpointError(f"{self.folder}: is a file; choose another name for the folder to write")
+        check_destination(self.folder, None if source is None else Path(source))
 
     def __enter__(self) -> "FolderWriter":
         return self
 
-    def shards(self, shards: Sequence[Sequence[Spec]], more_bytes: int = 0) -> None:
-        """Say what the weight files will hold, and how many bytes other files will take.
+    def shards(
+        self, shards: Sequence[Sequence[Spec]], others: Mapping[str, int] | None = None, scratch_bytes: int = 0
+    ) -> None:
+        """Say what the weight files will hold, and how many bytes other files will take, by name, and passing ones.
 
         Raises CheckpointError on a duplicate, or if the disk is too full.
         """
@@ -263,17 +330,29 @@ class FolderWriter:
                 raise CheckpointError(f"{self.folder}: {shown(spec.name)} is planned twice or cannot be stored: {spec}")
             seen.add(spec.name)
         self.plan = [list(shard) for shard in shards]
-        sizes = {self._shard_name(i): sum(spec.nbytes for spec in shard) for i, shard in enumerate(self.plan)}
+        sizes = {self.shard_name(i): sum(spec.nbytes for spec in shard) for i, shard in enumerate(self.plan)}
+        sizes |= others or {}
         with disk_errors(self.folder):
-            free = free_bytes(self.folder)
-            freed = sum((self.folder / name).stat().st_size for name in sizes if (self.folder / name).exists())
-        needed = max(sum(sizes.values()) - freed, *sizes.values(), 0) + more_bytes
+            free = free_bytes(self.folder) + self._bytes_of(name + PARTIAL for name in sizes)
+            # a file that replaces another lies beside it till it is whole
+            needed = scratch_bytes + max(sum(sizes.values()) - self._bytes_of(sizes), *sizes.values(), 0)
         if needed > free:
             raise CheckpointError(f"{self.folder}: needs {needed} bytes, {free} are free; choose another folder")
 
     def shard(self, i: int) -> ShardWriter:
         """The writer of the i-th planned shard, to be used in a with statement."""
-        return self._writer(self._shard_name(i), self.plan[i])
+        return self._writer(self.shard_name(i), self.plan[i])
+
+    def _bytes_of(self, names: Iterable[str]) -> int:
+        return sum((self.folder / name).stat().st_size for name in names if (self.folder / name).exists())
+
+    def keeps(self, name: str) -> bool:
+        """Whether an earlier run of the same job left this weight file whole, so that it need not be written again."""
+        self._begin()
+        entry = self._kept.pop(name, None)
+        if entry is not None and not compare_file(self.folder / name, entry):
+            self._weights[name] = entry
+        return name in self._weights
 
     def extra(self, name: str, specs: Sequence[Spec]) -> ShardWriter:
         """The writer of a weight file outside of the index, neox_lite_NAME.safetensors, which other readers ignore."""
@@ -294,8 +373,8 @@ class FolderWriter:
 
         manifest_fields: what to record, such as method, source and source_revision; nothing that differs between runs.
         """
-        wanted = [self._shard_name(i) for i in range(len(self.plan))]
-        unwritten = [name for name in dict.fromkeys((*wanted, *self._writers)) if not self._is_written(name)]
+        wanted = [self.shard_name(i) for i in range(len(self.plan))]
+        unwritten = [name for name in dict.fromkeys((*wanted, *self._writers)) if name not in self._weights]
         if unwritten:
             raise CheckpointError(f"{self.folder}: not written yet: {first_few(unwritten)}")
         own = {"format_version": FORMAT_VERSION, "created_by": f"neox-lite {__version__}"}
@@ -304,14 +383,15 @@ class FolderWriter:
         self._begin()
         if len(self.plan) > 1:
             self._small[INDEX] = _write_atomically(self.folder / INDEX, self._index())
-        weights = {name: {"bytes": writer.size, "sha256": writer.sha256} for name, writer in self._writers.items()}
-        files = {**weights, **self._small, CONFIG: _manifest_entry(config_json.encode())}
+        files = {**self._weights, **self._small, CONFIG: _manifest_entry(config_json.encode())}
         with disk_errors(self.folder):
             for name in self._stale - files.keys():
                 (self.folder / name).unlink(missing_ok=True)
         self._publish_manifest({**own, **manifest_fields, "files": dict(sorted(files.items()))})
         _write_atomically(self.folder / CONFIG, config_json)
         self._finished = True
+        with disk_errors(self.folder):
+            (self.folder / JOURNAL).unlink(missing_ok=True)  # last: until here the same job would go on from it
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
         """Raises CheckpointError if finish was forgotten. After an error only whole shards stay, and no config.json."""
@@ -327,23 +407,49 @@ class FolderWriter:
         if kind is None and not self._finished:
             raise CheckpointError(f"{self.folder}: left without finish()")
 
-    def _shard_name(self, i: int) -> str:
+    def shard_name(self, i: int) -> str:
         count = len(self.plan)
         return "model.safetensors" if count == 1 else f"model-{i + 1:05}-of-{count:05}.safetensors"
 
     def _index(self) -> str:
-        weight_map = {spec.name: self._shard_name(i) for i, shard in enumerate(self.plan) for spec in shard}
+        weight_map = {spec.name: self.shard_name(i) for i, shard in enumerate(self.plan) for spec in shard}
         total_bytes = sum(spec.nbytes for shard in self.plan for spec in shard)
         index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         return json.dumps(index, indent=2, ensure_ascii=False) + "\n"
 
-    def _is_written(self, name: str) -> bool:
-        return name in self._writers and self._writers[name].sha256 != ""
-
     def _writer(self, name: str, specs: Sequence[Spec]) -> ShardWriter:
         self._begin()
-        self._writers[name] = ShardWriter(self.folder / name, specs)
+        self._writers[name] = ShardWriter(self.folder / name, specs, self._note)
         return self._writers[name]
+
+    def _note(self, writer: ShardWriter) -> None:
+        """A weight file is whole."""
+        self._weights[writer.path.name] = {"bytes": writer.size, "sha256": writer.sha256}
+        self._write_journal()
+
+    def _write_journal(self) -> None:
+        if self._job is not None:
+            journal = {"format_version": FORMAT_VERSION, "job": self._job, "files": {**self._kept, **self._weights}}
+            _write_atomically(self.folder / JOURNAL, json.dumps(journal, indent=2) + "\n")
+
+    def _read_journal(self) -> None:
+        """Take over what an earlier run of the same job left; of another job, begin anew and say so."""
+        path = self.folder / JOURNAL
+        if not path.exists():
+            return
+        try:
+            self._kept, job = read_manifest(path), read_json(path).get("job")
+        except CheckpointError as error:
+            logger.warning("%s; the folder is written anew", error)
+            job = None
+        if self._job is None or job != self._job:
+            logger.warning(
+                "%s: was left unfinished by a run with another source or other options; begun anew", self.folder
+            )
+            for name in self._kept:
+                (self.folder / name).unlink(missing_ok=True)
+            self._kept = {}
+            path.unlink(missing_ok=True)
 
     def _begin(self) -> None:
         """Before the first write: keep other writers out and make an older model in the folder look unfinished."""
@@ -355,8 +461,7 @@ class FolderWriter:
             folder.mkdir(parents=True, exist_ok=True)
             present = {path.name for path in folder.iterdir()}
             ours = present & {MANIFEST, UNFINISHED}
-            if not ours and any(map(_is_model, folder.iterdir())):
-                raise CheckpointError(f"{folder}: holds a model that neox-lite did not write; choose another folder")
+            _check_is_ours(folder)
             found = folder / MANIFEST if MANIFEST in ours else marker
             file = found.open("r+b" if ours else "x+b")
             try:
@@ -369,6 +474,8 @@ class FolderWriter:
                 file.close()
                 raise
         self._marker = file
+        with disk_errors(folder):
+            self._read_journal()
         if ours:
             self._stale = {name for name in present if OUR_WEIGHTS.fullmatch(name.removesuffix(PARTIAL))}
             with contextlib.suppress(CheckpointError):  # an unreadable old manifest only means fewer names to tidy up
@@ -385,6 +492,30 @@ class FolderWriter:
                 self._marker.close()
             (self.folder / UNFINISHED).replace(self.folder / MANIFEST)
             sync_folder(self.folder)
+
+
+def check_destination(folder: Path, source: Path | None = None) -> None:
+    """Raises CheckpointError where no model folder could be written; touches nothing. source: the folder being read."""
+    if source is not None and source.exists() and folder.exists() and folder.samefile(source):
+        raise CheckpointError(f"{folder}: is the folder being read; write to another one")
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder}: is a file; choose another name for the folder to write")
+    if folder.is_symlink() and not folder.exists():
+        raise CheckpointError(f"{folder}: is a link to what is not there; remove it or choose another folder")
+    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        what = "cannot be written to" if above.is_dir() else "is no folder"
+        raise CheckpointError(f"{folder}: cannot be written: {above} {what}; choose another folder")
+    if above == folder:
+        with disk_errors(folder):
+            _check_is_ours(folder)
+
+
+def _check_is_ours(folder: Path) -> None:
+    """Raises CheckpointError for a folder with a model that somebody else wrote."""
+    present = list(folder.iterdir())
+    if not {MANIFEST, UNFINISHED} & {path.name for path in present} and any(map(_is_model, present)):
+        raise CheckpointError(f"{folder}: holds a model that neox-lite did not write; choose another folder")
 
 
 def _is_model(path: Path) -> bool:

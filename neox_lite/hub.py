@@ -11,6 +11,8 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -26,7 +28,9 @@ TOKENIZER_FILES = (
 )
 OTHER_TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.model", "spiece.model")
 COMPANIONS = ("generation_config.json", *TOKENIZER_FILES, *OTHER_TOKENIZER_FILES)
-SMALL_FILES = ("config.json", *COMPANIONS, "neox_lite_manifest.json")
+MANIFEST = "neox_lite_manifest.json"
+UNFINISHED = f"{MANIFEST}.partial"  # there while a folder is being written; holds the manifest of the model it replaces
+SMALL_FILES = ("config.json", *COMPANIONS, MANIFEST)
 HEAD = "neox_lite_head.safetensors"
 # The first that a repository has is used and the others are never fetched: GPT-NeoX-20B has both, 80 GB together.
 WEIGHTS = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
@@ -76,12 +80,87 @@ def fetch_checkpoint(repo_id: str, revision: str | None = None) -> Path:
     """
 
     def choose(listed: Collection[str], read: Callable[[str], bytes]) -> list[str]:
-        if "config.json" not in listed:
-            raise HubError(f"{repo_id}: has no config.json; not a checkpoint that can be loaded")
-        names = [name for name in SMALL_FILES if name in listed]
-        return names + _one_set_of_weights(repo_id, listed, read)
+        small, weights = _checkpoint_files(repo_id, listed, read)
+        return small + weights
 
     return _fetch(repo_id, revision, choose)
+
+
+def _checkpoint_files(
+    repo_id: str, listed: Collection[str], read: Callable[[str], bytes]
+) -> tuple[list[str], list[str]]:
+    """The small files, and one set of weights with its index."""
+    if "config.json" not in listed:
+        raise HubError(f"{repo_id}: has no config.json; not a checkpoint that can be loaded")
+    return [name for name in SMALL_FILES if name in listed], _one_set_of_weights(repo_id, listed, read)
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A checkpoint at one commit: its small files are in folder; its weight files, name -> bytes, are fetched one by one.
+
+    Methods raise HubError.
+    """
+
+    repo_id: str
+    commit: str
+    folder: Path
+    sizes: dict[str, int]
+
+    def read(self, name: str, start: int, stop: int) -> bytes:
+        """Bytes start..stop of a weight file."""
+        return bytes(
+            asked(partial(_read_range, self.repo_id, self.commit, name, start, stop), self.repo_id, self.commit)
+        )
+
+    def fetch(self, name: str, folder: Path) -> Path:
+        """A weight file, fetched into a folder outside of the cache; goes on where an earlier call stopped."""
+        import huggingface_hub as hub
+
+        download = partial(hub.hf_hub_download, self.repo_id, name, revision=self.commit, local_dir=folder)
+        try:
+            path = Path(asked(download, self.repo_id, self.commit))
+        except _UnreachableError as error:
+            raise HubError(f"{error}; run again, it goes on where it stopped") from error
+        if (found := path.stat().st_size) != self.sizes[name]:
+            raise HubError(f"{path}: is {found} bytes, expected {self.sizes[name]}; delete it and run again")
+        return path
+
+
+def remote_checkpoint(repo_id: str, revision: str | None = None) -> Remote | None:
+    """A checkpoint on the hub whose weight files can be fetched one at a time.
+
+    None if the hub is away, if the cache has them all, or if they are no safetensors files: then it is `resolve`'s.
+    """
+    check_id(repo_id, revision)
+    try:
+        commit, sizes = asked(lambda: _model_info(repo_id, revision), repo_id, revision)
+    except _UnreachableError:
+        return None
+    weights: list[str] = []
+
+    def choose(listed: Collection[str], read: Callable[[str], bytes]) -> list[str]:
+        small, found = _checkpoint_files(repo_id, listed, read)
+        weights.extend(name for name in found if name != HEAD and not name.endswith(".json"))
+        return [*small, *(name for name in found if name.endswith(".json"))]
+
+    folder = _download(repo_id, commit, sizes, choose)
+    if all((folder / name).is_file() for name in weights) or not all(n.endswith(".safetensors") for n in weights):
+        return None
+    return Remote(repo_id, commit, folder, {name: sizes[name] for name in weights})
+
+
+def _read_range(repo_id: str, commit: str, name: str, start: int, stop: int) -> bytes:
+    import huggingface_hub as hub
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    headers = {**build_hf_headers(), "Range": f"bytes={start}-{stop - 1}"}
+    address = hub.hf_hub_url(repo_id, name, revision=commit, endpoint=_endpoint())
+    response = get_session().get(address, headers=headers, timeout=hub.constants.HF_HUB_DOWNLOAD_TIMEOUT)
+    hf_raise_for_status(response)
+    if len(response.content) != stop - start:
+        raise HubError(f"{repo_id}: {_endpoint()} sends {name} only whole; fetch it first, with --keep-source")
+    return response.content
 
 
 def fetch_files(repo_id: str, names: Sequence[str], revision: str | None = None) -> Path:
@@ -125,9 +204,9 @@ def _fetch(repo_id: str, revision: str | None, choose: Choose) -> Path:
 
     choose is given the names and a reader of small files; it raises HubError if what it needs is not there.
     """
-    _check_id(repo_id, revision)
+    check_id(repo_id, revision)
     try:
-        commit, sizes = _asked(lambda: _model_info(repo_id, revision), repo_id, revision)
+        commit, sizes = asked(lambda: _model_info(repo_id, revision), repo_id, revision)
     except _UnreachableError as error:
         return _from_cache(repo_id, revision, choose, error)
     try:
@@ -143,14 +222,14 @@ def _download(repo_id: str, commit: str, sizes: dict[str, int], choose: Choose) 
     import huggingface_hub as hub
 
     def read(name: str) -> bytes:
-        return Path(_asked(lambda: hub.hf_hub_download(repo_id, name, revision=commit), repo_id, commit)).read_bytes()
+        return Path(asked(lambda: hub.hf_hub_download(repo_id, name, revision=commit), repo_id, commit)).read_bytes()
 
     names = choose(sizes.keys(), read)
     folder = _snapshot(repo_id, commit)
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         _check_space(repo_id, sum(sizes[name] for name in missing))
-        _asked(lambda: hub.snapshot_download(repo_id, revision=commit, allow_patterns=missing), repo_id, commit)
+        asked(lambda: hub.snapshot_download(repo_id, revision=commit, allow_patterns=missing), repo_id, commit)
     lost = [name for name in missing if not (folder / name).is_file()]
     if lost:
         raise HubError(f"{repo_id}: {lost[0]} did not arrive; run again, the download continues where it stopped")
@@ -209,7 +288,7 @@ def _remember(folder: Path, revision: str, commit: str) -> None:
         logger.warning("%s: cannot be written (%s), so %s cannot be found offline", ref, error.strerror, revision)
 
 
-def _check_id(repo_id: str, revision: str | None) -> None:
+def check_id(repo_id: str, revision: str | None) -> None:
     name = r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
     if not re.fullmatch(f"{name}/{name}", repo_id) or ".." in repo_id or "--" in repo_id:
         raise HubError(
@@ -231,7 +310,7 @@ def _check_space(repo_id: str, needed: int) -> None:
 # -- errors -----------------------------------------------------------------------------------------------------------
 
 
-def _asked(call: Callable[[], Any], repo_id: str, revision: str | None) -> Any:
+def asked(call: Callable[[], Any], repo_id: str, revision: str | None) -> Any:
     """Call the hub; turn whatever it raises into one line. What is not about the hub is raised as it is."""
     try:
         return call()

@@ -167,9 +167,9 @@ class SafetensorsFile:
         with open_regular(path) as file:
             self._stat = os.fstat(file.fileno())
             size = self._stat.st_size
-            header, data_start = _read_header(file, size, path)
+            header, data_start = read_header(file, size, path)
             self.infos, self.metadata = parse_header(header, data_start, size, path)
-            self._map = _private_map(file.fileno(), size)
+            self._map = private_map(file.fileno(), size)
 
     def read(self, name: str, start: int | None = None, stop: int | None = None) -> Tensor:
         """The tensor, or its rows start..stop of the first dimension, in the stored dtype, without a copy.
@@ -207,7 +207,7 @@ class SafetensorsFile:
         )
 
 
-def _read_header(file: Any, size: int, path: Path) -> tuple[bytes, int]:
+def read_header(file: Any, size: int, path: Path) -> tuple[bytes, int]:
     """The header's raw JSON and the byte at which the data starts."""
     if size < 8:
         raise CheckpointError(f"{path}: {size} bytes is too short for a safetensors file; download or convert it again")
@@ -279,7 +279,7 @@ def _naturals(value: Any, where: str) -> tuple[int, ...]:
     return tuple(value)
 
 
-def _private_map(fileno: int, size: int) -> mmap.mmap:
+def private_map(fileno: int, size: int) -> mmap.mmap:
     """Map a file copy-on-write: readable and writable memory whose changes stay in this process."""
     if not hasattr(mmap, "MAP_PRIVATE"):
         return mmap.mmap(fileno, size, access=mmap.ACCESS_COPY)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +16,7 @@ from torch import Tensor
 
 from .config import GPTNeoXConfig
 from .errors import ArgumentError
-from .folder_writer import FolderWriter, Spec, split_into_shards
+from .folder_writer import FolderWriter, ShardWriter, Spec, split_into_shards
 from .formats import DENSE, Format
 from .hub import COMPANIONS, HEAD
 from .layers import Linear
@@ -28,12 +31,24 @@ def specs_of(prefix: str, format: Format, shape: tuple[int, int], dtype: torch.d
     return [Spec(f"{prefix}{key}", kind, own, format.file_shape(key, own)) for key, (kind, own) in every]
 
 
+SETTLE_BYTES = 64 << 20  # written between two calls of ShardWriter.settle
+
+Rows = Iterable[tuple[str, Tensor, int]]  # full name, rows, first row
+Slice = Callable[[], Rows]
+
+
 @dataclass(frozen=True)
 class Part:
-    """The tensors of one module on their way into a folder: what they will be, and the values by row slices."""
+    """The tensors of one module on their way into a folder: what they will be, and the values by row slices.
+
+    slices: what may be read and computed at once, by several threads, in any order. rows: what follows, in this thread and
+    in the order of the parts. written: called when all of it is in the file.
+    """
 
     specs: list[Spec]
-    rows: Callable[[], Iterable[tuple[str, Tensor, int]]]  # (full name, rows, first row)
+    rows: Callable[[], Rows] = tuple
+    slices: Callable[[], Iterable[Slice]] = tuple
+    written: Callable[[], object] = tuple
 
 
 def write_model(
@@ -44,35 +59,122 @@ def write_model(
     head: Part | None = None,
     max_shard_bytes: int = 5_000_000_000,
     source: Path | None = None,
-    progress: Callable[[int], object] | None = None,
+    progress: Callable[[int], object] = lambda count: None,
+    threads: int = 1,
+    job: str | None = None,
+    scratch_bytes: int = 0,
     **manifest: Any,
 ) -> None:
-    """Write a model folder, atomically and in bounded memory. progress is told the bytes of each slice written."""
+    """Write a model folder, atomically and in bounded memory, whose bytes do not depend on the number of threads.
+
+    progress is told the bytes of each slice written. job: as for FolderWriter; what a run of the same job left is kept.
+    scratch_bytes: what the parts' sources take on the same disk meanwhile.
+    """
     order = {"weight_packed": 0, "weight_scale": 1, "weight_shape": 3}  # vector data first, so that it starts aligned
     by_name = {spec.name: part for part in parts for spec in part.specs}
-    with FolderWriter(folder, source=source) as out:
+    with FolderWriter(folder, source=source, job=job) as out, Crew(threads) as crew:
         shards = split_into_shards([part.specs for part in parts], max_shard_bytes)
-        more_bytes = sum(spec.nbytes for spec in head.specs) if head is not None else 0
-        more_bytes += sum(map(len, companions.values()))
         planned = [sorted(shard, key=lambda s: order.get(s.name.rpartition(".")[2], 2)) for shard in shards]
-        out.shards(planned, more_bytes)
-        for i, shard in enumerate(shards):
-            with out.shard(i) as file:
-                for part in {id(by_name[spec.name]): by_name[spec.name] for spec in shard}.values():
-                    _write_part(file, part, progress)
+        others = {name: len(content) for name, content in companions.items()}
         if head is not None:
-            with out.extra(HEAD, head.specs) as file:
-                _write_part(file, head, progress)
+            others[HEAD] = sum(spec.nbytes for spec in head.specs)
+        out.shards(planned, others, scratch_bytes)
+        for i, shard in enumerate(shards):
+            inside = list({id(by_name[spec.name]): by_name[spec.name] for spec in shard}.values())
+            _write_file(out, out.shard_name(i), partial(out.shard, i), inside, crew, progress)
+        if head is not None:
+            specs = head.specs
+            _write_file(out, HEAD, lambda: out.extra(HEAD, specs), [head], crew, progress)
         for name, content in companions.items():
             out.file(name, content)
         out.finish(config.to_json_string(), **manifest)
 
 
-def _write_part(file: Any, part: Part, progress: Callable[[int], object] | None) -> None:
-    for name, rows, start in part.rows():
-        file.write(name, rows, start)
-        if progress is not None:
-            progress(rows.nbytes)
+def _write_file(
+    out: FolderWriter,
+    name: str,
+    opened: Callable[[], ShardWriter],
+    parts: Sequence[Part],
+    crew: Crew,
+    progress: Callable[[int], object],
+) -> None:
+    if out.keeps(name):
+        for part in parts:
+            part.written()
+            progress(sum(spec.nbytes for spec in part.specs))
+        return
+    with opened() as file:
+        crew.write(file, parts, progress)
+
+
+class Crew:
+    """Threads that compute the slices of parts and write them; beside them, one hashes and syncs what is whole.
+
+    Few slices are under way at a time, so memory does not grow with the model.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self._ended = False
+
+    def __enter__(self) -> Crew:
+        self._workers = ThreadPoolExecutor(self.threads, "slices", torch.set_num_threads, (1,))
+        self._settler = ThreadPoolExecutor(1, "settle")
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Waits for what runs, which is little, and drops the rest."""
+        self._ended = True
+        self._workers.shutdown(cancel_futures=True)
+        self._settler.shutdown(cancel_futures=True)
+        torch.set_num_threads(torch.get_num_threads())  # the workers' number is torch's default for new threads
+
+    def write(self, file: ShardWriter, parts: Sequence[Part], progress: Callable[[int], object]) -> None:
+        """Write all of these parts; returns when every byte is in the file."""
+        waiting: deque[tuple[Part, Future[int] | None]] = (
+            deque()
+        )  # in order; None where a part's last slice has gone before
+        settled, unsettled = self._settler.submit(self._check), 0
+
+        def told(count: int) -> None:
+            nonlocal settled, unsettled
+            progress(count)
+            unsettled += count
+            if unsettled >= SETTLE_BYTES and settled.done():
+                settled.result()  # raises what went wrong there
+                settled, unsettled = self._settler.submit(file.settle, self._check), 0
+
+        def take() -> None:
+            part, slice = waiting.popleft()
+            if slice is not None:
+                told(slice.result())
+                return
+            for name, rows, first in part.rows():
+                file.write(name, rows, first)
+                told(rows.nbytes)
+            part.written()
+
+        for part in parts:
+            for slice in part.slices():
+                waiting.append((part, self._workers.submit(self._compute, slice, file)))
+                if len(waiting) > 2 * self.threads:
+                    take()
+            waiting.append((part, None))
+        while waiting:
+            take()
+        settled.result()
+
+    def _compute(self, slice: Slice, file: ShardWriter) -> int:
+        written = 0
+        for name, rows, first in slice():
+            self._check()
+            file.write(name, rows, first)
+            written += rows.nbytes
+        return written
+
+    def _check(self) -> None:
+        if self._ended:
+            raise CancelledError
 
 
 def save_pretrained(model: GPTNeoXPreTrainedModel, folder: Path, max_shard_size: int | str) -> None:

@@ -99,7 +99,7 @@ def test_decoding_is_measured_after_several_contexts_and_batches_after_the_first
     assert list(speeds) == ["0", "9", "300"] and all(speed > 0 for speed in speeds.values())
     assert result["context"] == 0 and result["decode_tokens_per_s"] == speeds["0"]
     assert result["first_token_s"]["3"] == pytest.approx(3 / result["prefill_tokens_per_s"]["3"])
-    assert [result[key] for key in ("gpu_peak_bytes", "copy_gb_per_s", "copy_share")] == [None] * 3
+    assert [result[key] for key in ("gpu_peak_bytes", "graph", "copy_gb_per_s", "copy_share")] == [None] * 4
     shown = run("--shape", "1x128x2", "--context", "0,9", "--decode", 2, "--prefill", 3, "--batch", 1)[1]
     assert "after 0 cached tokens" in shown and "decode at 9" in shown
 
@@ -131,6 +131,15 @@ def test_on_a_gpu_a_step_is_compared_with_a_copy_keys_and_values_counted(monkeyp
     assert found["copy_share"] == {"0": pytest.approx(weights), "50": pytest.approx(weights + more)}
     nothing = dict.fromkeys(("read_gb_per_s", "weights_read_gb_per_s", "read_method", "bandwidth_share"))
     assert "of which decode has" in bench.beside(found | nothing)
+    assert not found["graph"] and "on the CPU" in found["why_no_graph"] and "none: " in bench.graphs(found)
+
+
+def test_the_table_says_whether_steps_on_a_gpu_were_graphs_and_why_not(run):
+    result = figures(run, "--shape", "1x128x2")
+    assert "graphs" not in bench.table(result)
+    on_gpu = result | {"gpu_peak_bytes": 1 << 20, "graph": False, "why_no_graph": "model.graph is off"}
+    assert "graphs       none: model.graph is off" in bench.table(on_gpu)
+    assert "each decode step one CUDA graph" in bench.table(on_gpu | {"graph": True})
 
 
 def test_a_copy_is_timed():

@@ -27,6 +27,7 @@ from neox_lite.checkpoint import Checkpoint, FolderWriter, Spec, TensorInfo, spl
 from neox_lite.errors import CheckpointError
 from neox_lite.safetensors_file import DTYPES, MAX_HEADER_BYTES
 
+MUTATIONS = int(os.environ.get("NEOX_LITE_MUTATIONS", "2000"))  # of headers; 10000 for the long form
 ROOT = Path(__file__).resolve().parents[1]
 PREFIX = "gpt_neox.layers.0.attention"
 
@@ -280,7 +281,7 @@ def test_mutated_headers_are_refused_or_read_quickly_and_in_little_memory(tmp_pa
     chance = random.Random(0)
     slowest, opened = 0.0, 0
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for _ in range(2000):
+    for _ in range(MUTATIONS):
         mutated = bytearray(valid)
         for _ in range(chance.randint(1, 4)):
             at = chance.randrange(header_bytes)
@@ -294,7 +295,7 @@ def test_mutated_headers_are_refused_or_read_quickly_and_in_little_memory(tmp_pa
         slowest = max(slowest, time.process_time() - start)
     assert slowest < 2
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB on Linux, bytes on macOS
-    assert 0 < opened < 1000  # a changed letter in a tensor's name is no error
+    assert 0 < opened < MUTATIONS / 2  # a changed letter in a tensor's name is no error
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -844,7 +845,7 @@ def test_two_writers_cannot_share_a_folder(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="another process is writing"), FolderWriter(tmp_path) as second:
             second.file("tokenizer.json", "[]")
         first.finish("{}")
-    assert verify_folder(tmp_path)[0].endswith("each alone or with .index.json")  # no weights were planned
+    assert "no weights; looked for" in verify_folder(tmp_path)[0]  # none were planned
     assert (tmp_path / "tokenizer.json").read_text() == "{}"
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from neox_lite import GPTNeoXForCausalLM
+from neox_lite.folder_writer import JOURNAL
 from neox_lite_app import running
 from neox_lite_app.cli import build_parser, main
 from neox_lite_app.demo import FOLDER as DEMO
@@ -85,6 +87,37 @@ def test_the_default_destination_names_source_and_format(run, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     assert run("quantize", DEMO)[0] == 0
     assert (tmp_path / f"{DEMO.name}-int4-g128" / "config.json").is_file()
+
+
+def test_the_next_command_can_be_pasted_whatever_the_folder_is_called(run, tmp_path):
+    err = run("quantize", DEMO, tmp_path / "it's a name")[2]
+    words = shlex.split(err.splitlines()[-1].partition("next: neox-lite ")[2])
+    assert words[:2] == ["generate", f"{tmp_path}/it's a name"]
+
+
+def test_bars_that_follow_each_other_do_not_move_the_cursor(capsys):
+    with running.bar("one") as one, running.bar("two") as two:
+        one(5, 5)
+        two(5, 5)
+    err = capsys.readouterr().err
+    assert "one: 100%" in err and "two: 100%" in err and "\x1b" not in err
+
+
+def test_an_interrupted_quantize_says_that_it_can_go_on(run, tmp_path, monkeypatch):
+    def interrupted(source, destination, **options):
+        Path(destination).mkdir()
+        (Path(destination) / JOURNAL).write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("neox_lite_app.convert.convert", interrupted)
+    code, out, err = run("quantize", DEMO, tmp_path / "q")
+    assert code == 130 and out == "" and "the same command goes on" in err
+
+
+@pytest.mark.skipif(not Path("/dev/zero").is_char_device(), reason="no /dev/zero")
+def test_a_text_without_an_end_is_refused_and_not_read(run, int4):
+    code, out, err = run("compare", DEMO, int4, "--text", "/dev/zero")
+    assert code == 1 and out == "" and "/dev/zero: is a device" in err
 
 
 def test_verify_says_whole_or_names_what_is_not(run, int4, tmp_path):
@@ -197,7 +230,8 @@ def test_compare_puts_the_source_first_with_zero_distance(run, int4, heldout):
     source, quantized = json.loads(out)["rows"]
     assert code == 0 and source["kl"] == 0 and source["top1"] == 1 and source["bits_per_weight"] == 16
     assert quantized["kl"] > 0 and quantized["bits_per_weight"] == 4.125 and quantized["bytes"] < source["bytes"]
-    assert set(source) == {"path", "format", "bits_per_weight", "perplexity", "kl", "top1", "bytes"}
+    keys = {"path", "format", "bits_per_weight", "head", "bytes", "perplexity", "kl", "kl_error", "top1"}
+    assert source.keys() == quantized.keys() == keys
 
 
 def test_compare_counts_what_a_smaller_cache_costs(run, heldout):
@@ -241,7 +275,9 @@ def test_the_demo_runs_to_its_end(run):
     result = json.loads(out)
     assert code == 0 and [row["format"] for row in result["rows"]] == ["float16", "int8 g128", "int4 g128"]
     shown = re.findall(
-        r"^(?:float16|int[48] g128) +\S+ +\S+ +(\S+) +(\S+) +\S+%", (ROOT / "README.md").read_text(), re.MULTILINE
+        r"^(?:float16|int[48] g128) +\S+ +\S+ +\S+ +(\S+) +(\S+) +\S+ +\S+%",
+        (ROOT / "README.md").read_text(),
+        re.MULTILINE,
     )
     figures = [
         (row["perplexity"], row["kl"]) for row in result["rows"]

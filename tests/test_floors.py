@@ -22,6 +22,7 @@ FLOORS = [
     "neox_lite.tokenizer",
     "neox_lite.safetensors_file",
     "neox_lite.folder_writer",
+    "neox_lite.native_layers",
     "neox_lite.checkpoint",
     "neox_lite.formats",
     "neox_lite.cache",

@@ -15,8 +15,9 @@ from neox_lite.errors import ArgumentError, CheckpointError, FormatError, ShapeE
 from neox_lite.formats import GroupInt, pack
 from neox_lite.kernels import reference
 from neox_lite_app.cli import main
-from neox_lite_quant import convert, export_gguf, gguf
-from neox_lite_quant.gguf import F16, F32, Q4_0, Q8_0, GgufTensor, blocks, write_gguf
+from neox_lite_quant import convert, export_gguf, gguf_export, gguf_file
+from neox_lite_quant.gguf_file import F16, F32, Q4_0, Q8_0, GgufTensor, write_gguf
+from neox_lite_quant.gguf_tensors import blocks
 
 SHAPE = {
     "vocab_size": 131,
@@ -264,6 +265,7 @@ def test_the_architecture_is_told_in_full(tmp_path):
         "gptneox.use_parallel_residual": False,
         "gptneox.rope.dimension_count": 16,
         "gptneox.rope.freq_base": 500.0,
+        "gptneox.neox_lite.hidden_act": "gelu_fast",
         "gptneox.rope.scaling.type": "yarn",
         "gptneox.rope.scaling.factor": 4.0,
         "gptneox.rope.scaling.original_context_length": 64,
@@ -323,7 +325,7 @@ def test_a_folder_without_tokenizer_is_announced(source, tmp_path):
 
 def test_slices_of_any_size_give_the_same_bytes(int4, tmp_path, monkeypatch):
     export_gguf(int4, tmp_path / "one.gguf", head="q8_0")
-    monkeypatch.setattr(gguf, "SLICE_ELEMENTS", 1000)
+    monkeypatch.setattr(gguf_export, "SLICE_ELEMENTS", 1000)
     export_gguf(int4, tmp_path / "two.gguf", head="q8_0")
     assert (tmp_path / "one.gguf").read_bytes()[32:] == (tmp_path / "two.gguf").read_bytes()[32:]
 
@@ -345,7 +347,7 @@ def test_nothing_is_ever_replaced(source, tmp_path):
 
 
 def test_a_full_disk_is_found_before_anything_is_written(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(gguf, "free_bytes", lambda path: 1000)
+    monkeypatch.setattr(gguf_file, "free_bytes", lambda path: 1000)
     with pytest.raises(CheckpointError, match=r"needs [0-9]+ bytes, 1000 are free; choose another folder"):
         export_gguf(source, tmp_path / "new" / "m.gguf")
     assert not (tmp_path / "new").exists()

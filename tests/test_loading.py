@@ -232,6 +232,11 @@ def test_folders_that_are_no_models_are_named(tmp_path: Path) -> None:
         GPTNeoXForCausalLM.from_pretrained(tmp_path / "nothing")
     with pytest.raises(ConfigError, match=r"no config\.json"):
         GPTNeoXForCausalLM.from_pretrained(tmp_path)
+    marker = tmp_path / "neox_lite_manifest.json.partial"
+    marker.touch()
+    with pytest.raises(ConfigError, match="unfinished; run the command that wrote it again"):
+        GPTNeoXForCausalLM.from_pretrained(tmp_path)
+    marker.unlink()
     GPTNeoXConfig(**TINY).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"no weights; looked for model\.safetensors and pytorch_model\.bin"):
         GPTNeoXForCausalLM.from_pretrained(tmp_path)

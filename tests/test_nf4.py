@@ -126,6 +126,16 @@ def test_products_by_bitsandbytes_are_those_of_the_plain_twin_in_float64(bnb, mo
         assert not tokens or relative(found, wanted) < 1e-6  # float32 sums of 128 products
 
 
+@both
+def test_kernels_are_given_scales_in_float32_whatever_a_file_has_and_no_copy_of_others(bnb, double):
+    weight = encoded(double, uneven())
+    state = nf4._state(bnb, weight, torch.float16)
+    assert state.absmax.data_ptr() == weight.tensors["weight.absmax"].data_ptr()
+    halved = {key: t.half() if t.is_floating_point() else t for key, t in weight.tensors.items()}
+    state = nf4._state(bnb, Weight(weight.format, weight.shape, halved), torch.float16)
+    assert (state.state2 if double else state).absmax.dtype == state.code.dtype == torch.float32
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 @both

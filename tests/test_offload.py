@@ -468,7 +468,9 @@ def test_what_a_plan_predicts_is_what_the_device_is_asked_for(folder, gpu, kv, c
         assert 0 <= weights + table * bool(parts) - parts.get("weights", 0) <= rounding
         planned = sum(parts.get(name, 0) for name in ("weights", "cache", "ring"))
         assert planned - table <= device.peak <= planned + 3 * rounding or not parts
-        assert device.peak + sum(parts.get(name, 0) for name in ("context", "scratch", "graphs")) <= budget + 3 * rounding
+        assert (
+            device.peak + sum(parts.get(name, 0) for name in ("context", "scratch", "graphs")) <= budget + 3 * rounding
+        )
         seen.add(model.placement.layers.count("gpu") if model.placement else 0)
     assert {0, LAYERS} < seen  # and some between
 

@@ -32,11 +32,13 @@ from neox_lite_app.demo import FOLDER as DEMO
 from neox_lite_app.engine import Engine, Step
 from neox_lite_app.guard import Hosts
 from neox_lite_app.keys import Keys
-from neox_lite_app.page import chat, chat_tab, notebook
+from neox_lite_app.page import badges, chat, chat_tab, model_tab, notebook
+from neox_lite_app.page.events import Said
 from neox_lite_app.page.settings import DEFAULT, FIELDS, PRESETS, options_of
 from neox_lite_app.page.stream import Feed, batches
 from neox_lite_app.page.work import Work
 from neox_lite_app.server import build
+from neox_lite_app.shelf import LocalModel
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = [
@@ -251,6 +253,30 @@ def test_a_model_is_quantized_with_progress_and_loaded(open_page, data):
     assert (data / "models" / "demo_model-int4" / "config.json").is_file()
     page.get_by_role("tab", name="Model").click()
     expect(page.locator(".card").filter(has_text="demo_model-int4")).to_be_visible()
+
+
+def test_nf4_is_offered_where_the_library_for_it_is_there(open_page, monkeypatch):
+    for formats in (("int4", "int8"), ("int4", "int8", "nf4")):
+        for module in (badges, model_tab):
+            monkeypatch.setattr(module, "offered", lambda formats=formats: formats)
+        page = open_page()
+        card, row = page.locator(".card.demo"), page.locator(".family .row").filter(has_text="gpt-neox-20b")
+        expect(card.get_by_role("button", name="Quantize")).to_have_text(formats)
+        expect(row.locator(".offer")).to_have_count(len(formats))
+        with pytest.raises(ArgumentError, match=f"expected {' or '.join(formats)}"):
+            model_tab.Tab.quantize(None, Said({"model": "m", "format": "fp4"}, "tab"))
+
+
+def test_the_page_knows_whether_bitsandbytes_is_there(monkeypatch):
+    found = [None, object()]
+    monkeypatch.setattr(badges.importlib.util, "find_spec", lambda name: found.pop(0))
+    assert badges.offered() == ("int4", "int8") and badges.offered() == ("int4", "int8", "nf4")
+
+
+def test_a_quantized_folder_of_any_format_is_not_offered_to_be_quantized_again():
+    for format in ("int4 g128", "int8 g32", "nf4", "nf4-double"):
+        assert not model_tab.on_shelf(LocalModel("m", "/m", "folder", format=format, tokenizer=True))["plain"]
+    assert model_tab.on_shelf(LocalModel("m", "/m", "folder", format="float16", tokenizer=True))["plain"]
 
 
 def test_a_folder_without_a_tokenizer_is_not_offered(open_page, data):

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import sys
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXForSequenceClassification
-from neox_lite.checkpoint import verify_folder
+from neox_lite.checkpoint import ShardWriter, verify_folder
 from neox_lite.errors import ArgumentError, CheckpointError, FormatError
 from neox_lite.formats import FORMATS, GROUPED
 from neox_lite_quant import convert
@@ -230,6 +232,21 @@ def test_a_dry_run_names_the_sizes_and_writes_nothing(source, tmp_path):
     assert report.bytes_out == convert(source, tmp_path / "real").bytes_out < report.bytes_in
 
 
+def test_a_dry_run_tells_a_time_and_memory(source, tmp_path):
+    report = convert(source, tmp_path / "out", dry_run=True, threads=2)
+    assert report.seconds > 0
+    assert report.peak_bytes > convert(source, tmp_path / "out", dry_run=True, threads=1).peak_bytes
+
+
+def test_too_little_memory_is_said_before_anything_is_written(source, tmp_path, monkeypatch):
+    needed = convert(source, tmp_path / "out", dry_run=True, threads=2).peak_bytes
+    monkeypatch.setattr("neox_lite_quant.estimate.free_memory", lambda: (1 << 40, needed - 1))
+    with pytest.raises(ArgumentError, match=f"needs {needed} bytes of memory, {needed - 1} are free"):
+        convert(source, tmp_path / "out", threads=2)
+    assert not (tmp_path / "out").exists()
+    convert(source, tmp_path / "out", threads=1)
+
+
 def test_progress_ends_at_its_total(source, tmp_path):
     seen = []
     convert(source, tmp_path / "out", progress=lambda done, total: seen.append((done, total)))
@@ -256,8 +273,8 @@ def test_bad_sources_are_refused_by_name(source, tmp_path):
     write_source(tmp_path / "odd", hidden_size=96, num_attention_heads=3)
     with pytest.raises(FormatError, match=r"gpt_neox.layers.0.attention.query_key_value: in_features 96 .* try"):
         convert(tmp_path / "odd", tmp_path / "out")
-    with pytest.raises(ArgumentError, match="method is 'gptq'"):
-        convert(source, tmp_path / "out", method="gptq")
+    with pytest.raises(ArgumentError, match="method is 'awq'"):
+        convert(source, tmp_path / "out", method="awq")
 
 
 @pytest.mark.parametrize(
@@ -283,3 +300,105 @@ def test_values_that_cannot_be_stored_are_refused_and_leave_no_folder(tmp_path, 
     with pytest.raises(FormatError, match=message):
         convert(tmp_path / "source", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+# -- a run that is ended, and the next one ------------------------------------------------------------------------------
+
+
+def shard_names(folder):
+    return sorted(p.name for p in folder.glob("*.safetensors"))
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    """Weight files of one module each, so that a tiny model has many."""
+    monkeypatch.setattr(sys.modules["neox_lite_quant.convert"], "SHARD_BYTES", 1)
+
+
+def end_after(monkeypatch, count):
+    """Let the run end before its count-th weight file is opened; returns the names of those opened."""
+    opened, real = [], ShardWriter.__enter__
+
+    def enter(self):
+        if len(opened) == count:
+            raise KeyboardInterrupt
+        opened.append(self.path.name)
+        return real(self)
+
+    monkeypatch.setattr(ShardWriter, "__enter__", enter)
+    return opened
+
+
+def test_a_run_that_was_ended_goes_on_where_it_was_and_ends_in_the_same_bytes(
+    source, tmp_path, monkeypatch, small_shards
+):
+    convert(source, tmp_path / "whole")
+    count = len(shard_names(tmp_path / "whole"))
+    for ended in (1, count // 2, count - 1):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            end_after(patch, ended)
+            convert(source, tmp_path / str(ended))
+        with monkeypatch.context() as patch:
+            opened = end_after(patch, count)
+            convert(source, tmp_path / str(ended))
+        assert len(opened) == count - ended
+        assert digests(tmp_path / str(ended)) == digests(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("other", [{"format": "int8"}, {"group_size": 32}, {"method": "rtn"}, "source"])
+def test_other_options_or_another_source_begin_anew_and_say_so(
+    source, tmp_path, monkeypatch, small_shards, caplog, other
+):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        end_after(patch, 3)
+        convert(source, tmp_path / "out")
+    options = {} if other == "source" else other
+    if other == "source":
+        write_source(tmp_path / "source", initializer_range=0.2)
+        source = tmp_path / "source"
+    convert(source, tmp_path / "out", **options)
+    assert "another source or other options; begun anew" in caplog.text
+    convert(source, tmp_path / "whole", **options)
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+def test_a_weight_file_that_changed_since_is_written_again(source, tmp_path, monkeypatch, small_shards):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        end_after(patch, 3)
+        convert(source, tmp_path / "out")
+    damaged = tmp_path / "out" / shard_names(tmp_path / "out")[1]
+    raw = bytearray(damaged.read_bytes())
+    raw[-1] ^= 1
+    damaged.write_bytes(raw)
+    convert(source, tmp_path / "out")
+    assert verify_folder(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("format", ["int4", "nf4-double"])
+def test_the_number_of_threads_changes_no_byte(source, tmp_path, monkeypatch, format):
+    monkeypatch.setattr("neox_lite.loading.SLICE_ELEMENTS", 2048)
+    for threads in (1, 2, 7):
+        convert(source, tmp_path / str(threads), format=format, threads=threads)
+        assert digests(tmp_path / str(threads)) == digests(tmp_path / "1")
+
+
+@pytest.mark.parametrize("wrong", ["the source", "inside a file", "link to nowhere", "foreign", "not writable"])
+def test_a_destination_that_cannot_be_is_said_before_any_work(source, tmp_path, monkeypatch, wrong):
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "pytorch_model.bin").write_text("kept")
+    destination, message = {
+        "the source": (source, "being read"),
+        "inside a file": (tmp_path / "file" / "out", "is no folder"),
+        "link to nowhere": (tmp_path / "link", "link to what is not there"),
+        "foreign": (tmp_path / "foreign", "did not write"),
+        "not writable": (tmp_path / "out", "cannot be written to"),
+    }[wrong]
+    if wrong == "not writable":
+        monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr("neox_lite_quant.calibrate.own_text", lambda *_: pytest.fail("the work began"))
+    with pytest.raises(CheckpointError, match=message):
+        convert(source, destination, method="gptq")
+    assert (tmp_path / "file").read_text() == (tmp_path / "foreign" / "pytorch_model.bin").read_text() == "kept"
+    assert not (tmp_path / "nowhere").exists()

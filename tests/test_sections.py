@@ -166,9 +166,37 @@ def test_faults_of_ours_fail_the_run_and_what_peers_lack_does_not(gpu, tmp_path)
     report = gpu.Report(found(), None, add=False)
     report.fault("gemlite", "ModuleNotFoundError")
     report.fault("int8", "no time was left")
+    report.judge()
     assert report.found["ok"]
     report.fault("int8", "RuntimeError")
+    report.judge()
     assert not report.found["ok"]
+    report.begin(["int8"])  # and it was repeated, without fault
+    report.judge()
+    assert report.found["ok"]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"device": "A card"}', '{"left_out": [], "section_s": {}}'])
+def test_a_half_written_file_is_named_and_left_alone(gpu, tmp_path, text):
+    (tmp_path / "gpu_a_card.json").write_text(text)
+    with pytest.raises(SystemExit, match=r"gpu_a_card\.json: is no file of this program"):
+        gpu.Report(found(), tmp_path, add=True)
+    assert (tmp_path / "gpu_a_card.json").read_text() == text
+    gpu.Report(found(), tmp_path, add=False).keep()  # a whole run begins anew
+    assert json.loads((tmp_path / "gpu_a_card.json").read_text())["ok"]
+
+
+def test_stopping_it_keeps_what_was_found_and_says_where(gpu, tmp_path, monkeypatch, capsys):
+    def stopped(self, sections):
+        self._tell("copy", {"median": 1.0})
+        self._tell("pairs", {"launch": "x"})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu.Supervisor, "run", stopped)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path), "--checks"])
+    assert gpu.main() == 130
+    (file,) = tmp_path.iterdir()
+    assert json.loads(file.read_text())["pairs"][0]["launch"] == "x" and "stopped" in capsys.readouterr().err
 
 
 def test_sections_run_in_the_order_of_importance_and_checks_come_alone(gpu):

@@ -527,7 +527,7 @@ def test_a_card_without_bfloat16_computes_such_models_in_float32():
     assert ops_for(AMPERE).act_dtype(torch.bfloat16, DEVICE) == torch.bfloat16
 
 
-def test_what_is_declined_has_a_reason(monkeypatch):
+def test_what_is_declined_has_a_reason(monkeypatch, tmp_path):
     monkeypatch.setattr(backend, "interpreted", lambda: False)
     assert "CUDA devices only" in backend.why_not(torch.device("cpu"))
     monkeypatch.setattr(torch.version, "hip", "6.0", raising=False)
@@ -540,6 +540,11 @@ def test_what_is_declined_has_a_reason(monkeypatch):
     monkeypatch.setattr(backend.shutil, "which", lambda name: None)
     assert "install gcc" in backend.why_not(torch.device("cuda"))
     monkeypatch.setattr(backend.shutil, "which", lambda name: "/usr/bin/cc")
+    for variable in ("CPATH", "C_INCLUDE_PATH"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(backend.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
+    assert f"finds no {tmp_path / 'Python.h'}; install python3-dev" in backend.why_not(torch.device("cuda"))
+    (tmp_path / "Python.h").write_text("")
     assert backend.why_not(torch.device("cuda")) is None
     monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
     assert "triton is not installed; pip install triton" in backend.why_not(torch.device("cuda"))

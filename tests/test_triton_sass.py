@@ -107,3 +107,21 @@ def test_the_rules_name_what_they_find(monkeypatch):
     assert sass.parse(
         ".L_x_1:\n /*0000*/ LDG.E.EF.128 R4 ;\n /*0010*/ FADD R1 ;\n /*0020*/ FADD R2 ;\n /*0030*/ @P0 BRA `(.L_x_1) ;"
     )[1] == [(0, 4)]
+
+
+def test_a_summary_counts_what_spills_and_keeps_the_most(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import sass
+
+    one = sass.Facts("decode", "append", 80, 4, 40, 0, 0, 64, 9, 0, None, {}, 0, 0, False, False)
+    rows = [
+        one,
+        replace(one, registers=90, spills=2),
+        replace(one, stack_bytes=8, shared_bytes=0),
+        replace(one, card=90),
+    ]
+    first, second = sass.summary(rows)
+    assert first == {
+        "card": 80, "kernel": "append", "compiled": 3, "spill": 2, "registers": 90, "shared_bytes": 64
+    }  # fmt: skip
+    assert second["card"] == 90 and second["compiled"] == 1 and second["spill"] == 0

@@ -114,6 +114,11 @@ def test_a_size_that_the_card_cannot_run_is_passed_over():
     assert none.tuning().pick(OTHERS, none.launch) == Page(8)  # which then says itself what it lacks
 
 
+def test_a_size_that_the_compiler_breaks_on_is_passed_over():
+    bench = Bench({8: 2.0, 4: RuntimeError("PassManager::run failed"), 16: 1.0})
+    assert bench.tuning().pick(PAGES, bench.launch) == Page(16, 8)
+
+
 def test_any_other_fault_is_nobody_s_to_hide():
     bench = Bench({8: RuntimeError("an illegal memory access")})
     with pytest.raises(RuntimeError, match="illegal"):

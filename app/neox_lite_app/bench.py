@@ -404,13 +404,13 @@ def bandwidth(model: GPTNeoXForCausalLM, context: int, steps: int) -> dict[str, 
 
 
 def card(model: GPTNeoXForCausalLM, result: dict[str, Any]) -> dict[str, Any]:
-    """On a GPU, its memory's most by the driver's count, how fast it copies, and decode's share of that by context.
+    """On a GPU: most of its memory by the driver's count, whether steps were graphs, a copy's speed, decode's share of it.
 
     A step reads the weights and its sequence's keys and values; the share is None where it reads some of them elsewhere.
     """
     gpu = gpu_of(model)
     if gpu is None:
-        return {"gpu_peak_bytes": None, "copy_gb_per_s": None, "copy_share": None}
+        return dict.fromkeys(("gpu_peak_bytes", "graph", "why_no_graph", "copy_gb_per_s", "copy_share"))
     peak = torch.cuda.max_memory_reserved(gpu) + context_bytes()
     rate = statistics.median(copy_gb_per_s(gpu, min(COPY_BYTES, free_gpu(gpu.index or 0)[1] // 4)))
     share = None
@@ -418,7 +418,14 @@ def card(model: GPTNeoXForCausalLM, result: dict[str, Any]) -> dict[str, Any]:
         steps = {int(n): 1 / speed for n, speed in result["context_decode_tokens_per_s"].items()}
         nbytes = {n: weight_bytes(model) + n * cache_bytes(model) for n in steps}
         share = {str(n): nbytes[n] / step_s / 1e9 / rate for n, step_s in steps.items()}
-    return {"gpu_peak_bytes": peak, "copy_gb_per_s": rate, "copy_share": share}
+    reason = model.graph_reason
+    return {
+        "gpu_peak_bytes": peak,
+        "graph": reason is None,
+        "why_no_graph": reason,
+        "copy_gb_per_s": rate,
+        "copy_share": share,
+    }
 
 
 def gpu_of(model: GPTNeoXForCausalLM) -> torch.device | None:
@@ -553,6 +560,7 @@ def table(result: dict[str, Any]) -> str:
             (f"decode at {n}", f"{speed:.2f} tokens/s")
             for n, speed in list(result["context_decode_tokens_per_s"].items())[1:]
         ),
+        *([] if result["graph"] is None else [("graphs", graphs(result))]),
         ("weights", f"{result['weight_gb_per_s']:.2f} GB/s read in decode" + beside(result)),
         ("outside", "unknown" if outside is None else f"{outside:.2%} of decode time is outside the operations"),
         (
@@ -566,6 +574,11 @@ def table(result: dict[str, Any]) -> str:
     if result["load_s"] is not None:
         rows.append(("load", f"{result['load_s']:.2f} s"))
     return "\n".join(f"{name:<13}{text}" for name, text in rows)
+
+
+def graphs(result: dict[str, Any]) -> str:
+    """Whether decode steps were CUDA graphs."""
+    return "each decode step one CUDA graph" if result["graph"] else f"none: {result['why_no_graph']}"
 
 
 def beside(result: dict[str, Any]) -> str:

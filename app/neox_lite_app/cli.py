@@ -80,6 +80,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if args.command == "bench" and (args.model is None) == (args.shape is None):
         parser.error("bench takes either MODEL or --shape")
+    if args.command == "serve" and args.engine != "vllm":
+        given = [flag for flag in ("tensor_parallel", "pipeline_parallel", "distributed") if vars(args)[flag]]
+        if given:
+            parser.error(f"--{given[0].replace('_', '-')} is for --engine vllm; the engine here runs on one GPU")
     return args
 
 
@@ -132,19 +136,46 @@ def build_parser() -> argparse.ArgumentParser:
         "destination", metavar="DST", nargs="?", help="folder to write (default: SRC's name plus the format)"
     )
     sub.add_argument(
-        "--format",
-        choices=QUANTIZED,
-        default="int4",
-        help="default int4; nf4 and nf4-double, with scales in 8 bits, are bitsandbytes'",
+        "--format", choices=QUANTIZED, help="default int4; nf4 and nf4-double, with scales in 8 bits, are bitsandbytes'"
     )
     sub.add_argument(
         "--group-size", type=int, choices=(32, 64, 128), help="weights per scale (default 128, of nf4 always 64)"
     )
     sub.add_argument(
-        "--method", choices=("mse", "rtn"), help="of int4 and int8: scale search (default) or round to nearest"
+        "--target-size",
+        metavar="SIZE",
+        help="most that the folder may take, as 12GB: each linear layer gets int4 or int8 so that the least is lost",
+    )
+    sub.add_argument(
+        "--head",
+        choices=("int8", "none"),
+        default="int8",
+        help="a small vocabulary head beside the 16-bit one, for machines short of memory (default int8)",
+    )
+    sub.add_argument(
+        "--method",
+        choices=("mse", "rtn", "balance", "gptq"),
+        help="of int4 and int8: scale search (default), round to nearest, scale search on balanced columns, or calibrated",
+    )
+    sub.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help="of gptq: text, or .jsonl with a text a line (default: text that the model writes itself)",
+    )
+    sub.add_argument(
+        "--calibration-windows",
+        type=_positive,
+        metavar="N",
+        help="of gptq: windows of 512 tokens of FILE (default 128), or of 128 of its own text (default 512)",
     )
     sub.add_argument("--revision", help="branch, tag or commit of a hub id")
-    sub.add_argument("--dry-run", action="store_true", help="print the sizes and write nothing")
+    sub.add_argument(
+        "--keep-source",
+        action="store_true",
+        help="fetch a hub id into the hub cache and keep it there (default: fetch, convert, delete file by file)",
+    )
+    sub.add_argument("--threads", type=_threads, metavar="N", help="CPU threads (default: one for each core)")
+    sub.add_argument("--dry-run", action="store_true", help="print sizes and expected time, and write nothing")
     _add_json(sub)
 
     sub = command("export", "convert", "write a model as a file for another program: GGUF, for llama.cpp")
@@ -157,14 +188,44 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--revision", help="branch, tag or commit of a hub id")
     _add_json(sub)
 
+    sub = command("import", "convert", "turn a GGUF file into a model folder: Q4_0 and Q8_0 exactly", "import_file")
+    sub.add_argument("source", metavar="FILE.gguf")
+    sub.add_argument("destination", metavar="DST", help="folder to write")
+    sub.add_argument(
+        "--dtype", choices=("float16", "bfloat16", "float32"), help="of all that is not quantized (default: the file's)"
+    )
+    sub.add_argument(
+        "--hidden-act",
+        choices=("gelu", "gelu_fast"),
+        help="where the file does not say it: Pythia's, or GPT-NeoX-20B's",
+    )
+    _add_json(sub)
+
+    sub = command("push", "push", "upload a folder to the model hub, with a model card")
+    sub.add_argument("folder", metavar="DIR")
+    sub.add_argument("hub_id", metavar="HUB_ID", help="OWNER/NAME; made if it does not exist")
+    sub.add_argument("--compare", metavar="FILE", help="what `neox-lite compare --json` printed: the card's table")
+    sub.add_argument("--base-model", metavar="HUB_ID", help="of the source (default: what the folder says)")
+    sub.add_argument("--license", metavar="NAME", help="as apache-2.0 (default: that of the base model's card)")
+    sub.add_argument("--private", action="store_true", help="make the repository private")
+    sub.add_argument(
+        "--revision", metavar="BRANCH", help="branch to upload to, made if it does not exist (default main)"
+    )
+    sub.add_argument("--dry-run", action="store_true", help="print the card and the sizes, and upload nothing")
+    _add_json(sub)
+
     sub = command("verify", "inspect_model", "check a folder: hashes, shapes, finite values")
     sub.add_argument("folder", metavar="DIR")
     _add_json(sub)
 
-    sub = command("compare", "evaluate", "quality of quantized folders against their source on a text")
+    sub = command("compare", "compare", "quality of quantized folders against their source on a text")
     sub.add_argument("source", metavar="SOURCE", help="the checkpoint they were made from")
     sub.add_argument("folders", metavar="DIR", nargs="+")
     sub.add_argument("--windows", type=_positive, metavar="N", help="use the first N windows only")
+    sub.add_argument(
+        "--layers", action="store_true", help="also the errors of weights and hidden states, layer by layer"
+    )
+    sub.add_argument("--plot", metavar="FILE.svg", help="draw KL against bits per weight, and the errors by layer")
     _add_text(sub)
     _add_running(sub)
 
@@ -213,6 +274,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--idle-unload", type=_positive, metavar="SECONDS", help="return the memory after so long without use"
     )
     sub.add_argument("--context", type=_positive, metavar="N", help="tokens to provide for (default: the model's own)")
+    _add_engine(sub)
     _add_running(sub, revision=True, json=False)
 
     sub = command("perplexity", "evaluate", "perplexity of a model on a text")
@@ -341,6 +403,20 @@ def _add_head(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--head", choices=("fp16", "int8"), help="vocabulary head of a quantized folder (default: likewise)"
     )
+
+
+def _add_engine(parser: argparse.ArgumentParser) -> None:
+    """What serves: this package, or an installed vLLM, which runs on several GPUs and machines."""
+    parser.add_argument(
+        "--engine",
+        choices=("neox-lite", "vllm"),
+        default="neox-lite",
+        help="vllm: hand the folder to an installed vLLM",
+    )
+    group = parser.add_argument_group("with --engine vllm")
+    group.add_argument("--tensor-parallel", type=_positive, metavar="N", help="GPUs that share each layer")
+    group.add_argument("--pipeline-parallel", type=_positive, metavar="N", help="groups of GPUs that share the layers")
+    group.add_argument("--distributed", choices=("mp", "ray"), help="processes of this machine, or Ray across machines")
 
 
 def _integer(low: int, high: int | None = None) -> Callable[[str], int]:

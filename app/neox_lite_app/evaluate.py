@@ -1,4 +1,4 @@
-"""Quality on a text: perplexity of one model, and the distance of quantized folders from their source.
+"""Quality on a text: perplexity of one model, and its distance from another. Knows no folder; compare.py does.
 
 The text is tokenized once without special tokens and cut into consecutive windows of `context` tokens, a shorter last one
 dropped; every token of a window but its first is scored, from float32 log-probabilities.
@@ -7,26 +7,28 @@ dropped; every token of a window but its first is scored, from float32 log-proba
 from __future__ import annotations
 
 import argparse
-import gc
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from neox_lite import GPTNeoXForCausalLM
-from neox_lite.cache import PAGE
+from neox_lite.cache import PAGE, Batch
 from neox_lite.errors import ArgumentError
-from neox_lite.formats import Weight
-from neox_lite.hub import resolve
-from neox_lite.layers import Linear
+from neox_lite.formats import Weight, label
+from neox_lite.kernels.backend import Backend, Norm
+from neox_lite.layers import Linear, norm_of
 
-from .running import bar, format_name, load, note, print_json, read_text
+from .running import bar, format_name, load, print_json, read_text
 
 Progress = Callable[[int, int], None]
+Each = Callable[[int, int, Tensor], object]
 SCORED_LOGITS = 1 << 26  # logits held at a time: 256 MB as float32
+KL_ROWS = 64  # tokens whose distance is summed at a time: 26 MB of float64 for a vocabulary of 50,000
 
 
 def perplexity(args: argparse.Namespace) -> None:
@@ -52,22 +54,75 @@ def cut(model: GPTNeoXForCausalLM, text: str, context: int) -> Tensor:
         raise ArgumentError(
             f"the text has {len(ids)} tokens, fewer than one window of {context}; use a smaller --context"
         )
+    if max(ids) >= model.config.vocab_size:
+        raise ArgumentError(f"the tokenizer gives id {max(ids)}, but the model has {model.config.vocab_size} ids")
     return torch.tensor(ids[: len(ids) // context * context]).view(-1, context)
 
 
-def log_probabilities(model: GPTNeoXForCausalLM, windows: Tensor, progress: Progress | None = None) -> Iterator[Tensor]:
-    """For each window (context,), the log-probabilities of what follows: (context - 1, vocabulary) float32 on the CPU."""
+@dataclass(frozen=True)
+class Head:
+    """What turns last states into log-probabilities: all of a model that is needed once its states are known."""
+
+    ops: Backend
+    norm: Norm
+    weight: Weight
+
+    @classmethod
+    def of(cls, model: GPTNeoXForCausalLM) -> Head:
+        return cls(model.ops, norm_of(model.gpt_neox.final_layer_norm), model.embed_out.handle)
+
+    @torch.no_grad()
+    def log_probabilities(self, x: Tensor) -> Tensor:
+        """x (context, hidden) of a window -> (context - 1, vocabulary) float32 on the CPU, of what follows its tokens."""
+        return self.ops.head(x, None, self.norm, self.weight)[:-1].float().log_softmax(-1).cpu()
+
+
+def last_states(
+    model: GPTNeoXForCausalLM, windows: Tensor, progress: Progress | None = None, each: Each | None = None
+) -> Iterator[Tensor]:
+    """For each window its states before the final norm, x (context, hidden). each: sees (window, layer, x after it)."""
     count, context = windows.shape
     step = SCORED_LOGITS // (context * model.config.vocab_size)
     if model.cache_pages is not None:
         step = min(step, model.cache_pages // -(-context // PAGE))
     step = max(1, step)
     for start in range(0, count, step):
-        logits = model(windows[start : start + step], use_cache=False).logits
-        for window in logits:
-            yield window[:-1].float().log_softmax(-1).cpu()
-        if progress is not None:
-            progress(min(start + step, count), count)
+        shown = None if each is None else partial(_split, each, start, context)
+        states = _through(model, windows[start : start + step], shown).view(-1, context, model.config.hidden_size)
+        for i, x in enumerate(states, start + 1):
+            yield x
+            if progress is not None:
+                progress(i, count)
+
+
+def _split(each: Each, first: int, context: int, layer: int, x: Tensor) -> None:
+    """Show each window of x (windows * context, hidden), the first of which has the number `first`."""
+    for i, state in enumerate(x.split(context), first):
+        each(i, layer, state)
+
+
+@torch.no_grad()
+def _through(model: GPTNeoXForCausalLM, windows: Tensor, each: Callable[[int, Tensor], None] | None) -> Tensor:
+    """windows (n, context) through all layers -> x (n * context, hidden). each: sees (layer, x after it)."""
+    pool, layer = model.new_pool(), -1
+    batch = Batch.reserve(pool, [pool.new() for _ in windows], [windows.shape[1]] * len(windows))
+
+    def before(x: Tensor) -> None:
+        nonlocal layer
+        if each is not None and layer >= 0:
+            each(layer, x)
+        layer += 1
+
+    x = model.runner.first.embed(windows.flatten(), model.gpt_neox.embed_in.weight, model.compute_dtype)
+    x = model.run_layers(x, pool, batch, None if each is None else before)
+    before(x)
+    return x
+
+
+def log_probabilities(model: GPTNeoXForCausalLM, windows: Tensor, progress: Progress | None = None) -> Iterator[Tensor]:
+    """For each window (context,), the log-probabilities of what follows: (context - 1, vocabulary) float32 on the CPU."""
+    head = Head.of(model)
+    return map(head.log_probabilities, last_states(model, windows, progress))
 
 
 def perplexity_of(model: GPTNeoXForCausalLM, windows: Tensor, progress: Progress | None = None) -> float:
@@ -81,33 +136,43 @@ def perplexity_of(model: GPTNeoXForCausalLM, windows: Tensor, progress: Progress
 
 @dataclass(frozen=True)
 class Quality:
-    """One model beside its source. kl: mean KL(source || model) in nats a token; top1: share of equal first choices."""
+    """One model beside its source. kl: mean KL(source || model) in nats a token; top1: share of equal first choices.
+
+    kl_error: the standard error of that mean, from windows, since tokens of one are not independent; None for one window.
+    bits_per_weight: of the layers' linear weights, scales included. bytes: of all tensors as they run.
+    """
 
     path: str
     format: str
     bits_per_weight: float
+    head: str
+    bytes: int
     perplexity: float
     kl: float
+    kl_error: float | None
     top1: float
-    bytes: int
 
 
 def quality_of(
     source: GPTNeoXForCausalLM, model: GPTNeoXForCausalLM, windows: Tensor, path: str, progress: Progress | None = None
 ) -> Quality:
     """Score a model and its distance from the source on the same windows."""
-    loss, kl, same, count = 0.0, 0.0, 0, 0
-    scores = log_probabilities(model, windows, progress)
-    pairs: Iterator[tuple[Tensor, Tensor]]
-    if model is source:
-        pairs = ((found, found) for found in scores)
-    else:
-        pairs = zip(log_probabilities(source, windows), scores, strict=True)
-    for window, (wanted, found) in zip(windows, pairs, strict=True):
-        loss -= float(found.gather(1, window[1:, None]).double().sum())
-        kl += float((wanted.exp().double() * (wanted.double() - found.double())).sum())
-        same += int((wanted.argmax(1) == found.argmax(1)).sum())
-        count += len(window) - 1
+    found = log_probabilities(model, windows, progress)
+    wanted = None if model is source else log_probabilities(source, windows)
+    return measure(model, windows, found, wanted, path)
+
+
+def measure(
+    model: GPTNeoXForCausalLM, windows: Tensor, found: Iterator[Tensor], wanted: Iterator[Tensor] | None, path: str
+) -> Quality:
+    """found, wanted: the model's and the source's log-probabilities, window after window; None where it is the source."""
+    loss, same, distances = 0.0, 0, []
+    for window, scores in zip(windows, found, strict=True):
+        truth = scores if wanted is None else next(wanted)
+        loss -= float(scores.gather(1, window[1:, None]).double().sum())
+        same += int((truth.argmax(1) == scores.argmax(1)).sum())
+        distances.append(0.0 if wanted is None else _mean_kl(truth, scores))
+    tokens, kl = len(windows) * (windows.shape[1] - 1), torch.tensor(distances, dtype=torch.double)
     linears = [m for m in model.gpt_neox.layers.modules() if isinstance(m, Linear)]
     stored = sum(_weight_bytes(m.handle) for m in linears)
     weights = sum(m.in_features * m.out_features for m in linears)
@@ -115,11 +180,19 @@ def quality_of(
         path,
         format_name(model),
         stored * 8 / weights,
-        math.exp(loss / count),
-        kl / count,
-        same / count,
+        label(model.embed_out.format, str(model.dtype).removeprefix("torch.")),
         model.get_memory_footprint(),
+        math.exp(loss / tokens),
+        float(kl.mean()),
+        float(kl.std() / math.sqrt(len(kl))) if len(kl) > 1 else None,
+        same / tokens,
     )
+
+
+def _mean_kl(wanted: Tensor, found: Tensor) -> float:
+    """KL(wanted || found) of log-probabilities (tokens, vocabulary), summed in float64, some rows at a time."""
+    rows = zip(wanted.split(KL_ROWS), found.split(KL_ROWS), strict=True)
+    return sum(float((w.exp().double() * (w.double() - f.double())).sum()) for w, f in rows) / len(wanted)
 
 
 def _weight_bytes(weight: Weight) -> int:
@@ -128,36 +201,12 @@ def _weight_bytes(weight: Weight) -> int:
     return sum(tensor.nbytes for key, tensor in weight.tensors.items() if key not in beside)
 
 
-def compare(args: argparse.Namespace) -> None:
-    text = read_text(args.text)
-    for path in args.folders:
-        resolve(path)  # a wrong name is said now, not after an hour's scoring of the source
-    source = load(args.source, args, kv="fp16")  # what a smaller cache costs is then part of the distance
-    windows = cut(source, text, args.context)[: args.windows]
-    rows: list[Quality] = []
-    for i, path in enumerate([args.source, *args.folders]):
-        model = source if i == 0 else load(path, args, args.head)
-        if model.config.vocab_size != source.config.vocab_size:
-            raise ArgumentError(
-                f"{path}: vocab_size {model.config.vocab_size}, but {args.source} has {source.config.vocab_size}"
-            )
-        with bar(path, "window") as progress:
-            rows.append(quality_of(source, model, windows, path, progress))
-        del model
-        gc.collect()
-    if args.json:
-        print_json({"rows": [asdict(row) for row in rows]})
-        return
-    note(f"{windows.shape[0]} windows of {windows.shape[1]} tokens; KL in nats a token")
-    print(table([asdict(row) for row in rows]))
-
-
 def table(rows: list[dict[str, Any]]) -> str:
     """Quality rows as aligned text."""
-    head = f"{'format':<12}{'bits/weight':>12}{'MB':>10}{'perplexity':>12}{'KL':>11}{'top-1':>9}  model"
+    head = f"{'format':<11}{'bits/weight':>12}  {'head':<10}{'MB':>9}{'perplexity':>12}{'KL':>11}  {'± error':<9}{'top-1':>8}"
     lines = [
-        f"{r['format']:<12}{r['bits_per_weight']:>12.3f}{r['bytes'] / 1e6:>10.1f}{r['perplexity']:>12.4f}"
-        f"{r['kl']:>11.6f}{r['top1']:>9.2%}  {r['path']}"
+        f"{r['format']:<11}{r['bits_per_weight']:>12.3f}  {r['head']:<10}{r['bytes'] / 1e6:>9.1f}{r['perplexity']:>12.4f}"
+        f"{r['kl']:>11.6f}  {'' if r['kl_error'] is None else format(r['kl_error'], '.6f'):<9}{r['top1']:>8.2%}  {r['path']}"
         for r in rows
     ]
-    return "\n".join([head, *lines])
+    return "\n".join([f"{head}  model", *lines])

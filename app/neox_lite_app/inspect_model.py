@@ -10,7 +10,7 @@ from typing import Any
 from neox_lite.checkpoint import MANIFEST, Checkpoint, verify_folder
 from neox_lite.config import GPTNeoXConfig
 from neox_lite.errors import ArgumentError, FormatError, NeoxLiteError
-from neox_lite.formats import FORMATS, formats_of
+from neox_lite.formats import FORMATS
 from neox_lite.hub import fetch_files, local_folder
 from neox_lite.loading import Blueprint
 from neox_lite.model import class_of
@@ -18,11 +18,20 @@ from neox_lite.offload.plan import parameters, sizes_of
 from neox_lite.tokenizer import GPTNeoXTokenizerFast
 
 from .plan import Model
-from .running import amount, bar, note, print_json
+from .running import MIXED, amount, bar, formats_in, note, print_json
 
 
 def verify(args: argparse.Namespace) -> int:
-    folder = Path(args.folder)
+    problems = problems_of(Path(args.folder))
+    if args.json:
+        print_json({"ok": not problems, "problems": problems})
+    else:
+        print("\n".join(problems) if problems else f"{args.folder}: whole: what was checked is as it should be")
+    return 1 if problems else 0
+
+
+def problems_of(folder: Path) -> list[str]:
+    """What is wrong with a model folder, one line each: its config, the shapes, hashes and values of its weights."""
     if not folder.is_dir():
         raise ArgumentError(f"{folder}: {'is a file; give its folder' if folder.exists() else 'no such folder'}")
     problems: list[str] = []
@@ -49,18 +58,15 @@ def verify(args: argparse.Namespace) -> int:
         progress(total, total)
     if not ours:
         note(f"{folder}: has no {MANIFEST}, so shapes and values were checked, and no hashes")
-    if args.json:
-        print_json({"ok": not problems, "problems": problems})
-    else:
-        print("\n".join(problems) if problems else f"{folder}: whole: what was checked is as it should be")
-    return 1 if problems else 0
+    return problems
 
 
 def info(args: argparse.Namespace) -> None:
     local = local_folder(args.model, args.revision)
     folder = local or fetch_files(args.model, ["config.json", "tokenizer.json"], args.revision)
     config = GPTNeoXConfig.from_pretrained(folder)
-    format = formats_of(config.quantization_config)("gpt_neox.layers.0.mlp.dense_h_to_4h")
+    formats = formats_in(config)
+    format = next(iter(formats))
     result: dict[str, Any] = {
         "model": args.model,
         "layers": config.num_hidden_layers,
@@ -75,8 +81,8 @@ def info(args: argparse.Namespace) -> None:
         "tied_head": config.tie_word_embeddings,
         "dtype": config.dtype,
         "parameters": parameters(config),
-        "format": format.name,
-        "group_size": getattr(format, "group_size", None),
+        "format": format.name if len(formats) == 1 else MIXED,
+        "group_size": getattr(format, "group_size", None) if len(formats) == 1 else None,
         "kv_bytes_per_token": 4 * config.num_hidden_layers * config.hidden_size,
         "tokens_known": known_tokens(folder),
         "bytes": stored_bytes(config),

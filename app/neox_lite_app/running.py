@@ -10,20 +10,23 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from neox_lite import GPTNeoXForCausalLM
+from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
 from neox_lite.errors import ArgumentError
-from neox_lite.formats import label
+from neox_lite.formats import Format, formats_of, label
+from neox_lite.layers import Linear
 from neox_lite.offload import machine
 from neox_lite.offload.place import device_of
+from neox_lite.offload.plan import linears_of
 from neox_lite.sampling import BOUNDS
 from neox_lite.saving import parse_bytes
 
+MIXED = "mixed"
 BUSY = 0.3  # load average from which on measurements suffer
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 DRAWS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed")  # without effect in greedy decoding
@@ -132,8 +135,21 @@ def _side(model: GPTNeoXForCausalLM, side: str) -> str:
 
 
 def format_name(model: GPTNeoXForCausalLM) -> str:
-    """int4 g128, nf4, float16, …: how the linear layers are stored."""
-    return label(model.gpt_neox.blocks[0].mlp.dense_h_to_4h.format, str(model.dtype).removeprefix("torch."))
+    """How the linear layers are stored, in words."""
+    linears = (m for m in model.gpt_neox.layers.modules() if isinstance(m, Linear))
+    return common_label((m.format for m in linears), str(model.dtype).removeprefix("torch."))
+
+
+def formats_in(config: GPTNeoXConfig) -> set[Format]:
+    """The formats of the linear layers."""
+    lookup = formats_of(config.quantization_config)
+    return {lookup(f"gpt_neox.layers.{i}.{n}") for i in range(config.num_hidden_layers) for n in linears_of(config)}
+
+
+def common_label(formats: Iterable[Format], plain: str) -> str:
+    """int4 g128, nf4, float16, …; mixed where formats differ."""
+    found = {label(format, plain) for format in formats}
+    return found.pop() if len(found) == 1 else MIXED
 
 
 def amount(count: float, unit: str = "") -> str:
@@ -193,6 +209,8 @@ def bar(label: str, unit: str = "B") -> Iterator[Callable[[int, int], None]]:
         if shown is None:
             shown = tqdm(total=total, desc=label, unit=unit, unit_scale=scale, file=sys.stderr, dynamic_ncols=True)
         shown.update(done - shown.n)
+        if done >= total:
+            shown.close()  # so that a bar that follows takes a line of its own, without moves of the cursor
 
     try:
         yield progress
@@ -205,6 +223,8 @@ def read_text(path: str) -> str:
     """A UTF-8 file, or stdin for "-"."""
     if path == "-" and sys.stdin is None:
         raise ArgumentError("-: stdin is closed; pipe the text in, or name a file")
+    if path != "-" and Path(path).is_char_device():  # which may have no end
+        raise ArgumentError(f"{path}: is a device; name a file, or - for stdin")
     try:
         raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
         return raw.decode("utf-8")

@@ -38,9 +38,9 @@ MOST_CONNECTIONS = 1024
 
 def serve(args: argparse.Namespace) -> int:
     """Load the model, open the port, and serve until a signal ends it."""
-    _check_packages(args.page)
+    if args.engine != "vllm":
+        _check_packages(args.page)
     from .guard import Hosts
-    from .keys import Keys
 
     key = _key(args.api_key)
     hosts = Hosts(args.host, args.allowed_host)
@@ -49,6 +49,12 @@ def serve(args: argparse.Namespace) -> int:
             f"--host {args.host} lets others in, so it needs --api-key KEY, or {KEY_VARIABLE} in the environment; "
             "--api-key auto makes one up"
         )
+    if args.engine == "vllm":
+        from .vllm import hand_over
+
+        hand_over(args, key)
+    from .keys import Keys
+
     listener = _bind(args.host, args.port)
     engine = Engine(sequences=args.max_sequences, waiting=args.queue, idle_s=args.idle_unload)
     with contextlib.closing(engine), contextlib.closing(listener):

@@ -12,13 +12,12 @@ from typing import Any
 
 from neox_lite.config import GPTNeoXConfig, read_json
 from neox_lite.errors import ConfigError, NeoxLiteError
-from neox_lite.formats import formats_of, label
 from neox_lite.hub import HEAD, WEIGHTS
 from neox_lite.loading import cache_root
 from neox_lite.offload.plan import parameters
 
 from .places import data_folder
-from .running import amount, print_json, printable
+from .running import amount, common_label, formats_in, print_json, printable
 
 MOST_FOLDERS = 1000  # looked at in one place
 
@@ -127,7 +126,7 @@ def _model(name: str, folder: Path, where: str, revision: str | None = None) -> 
         if read_json(folder / "config.json").get("model_type") != GPTNeoXConfig.model_type:
             return None
         config = GPTNeoXConfig.from_pretrained(folder)
-        format = formats_of(config.quantization_config)("gpt_neox.layers.0.mlp.dense_h_to_4h")
+        format = common_label(formats_in(config), str(config.dtype or "as stored"))
         size, problem = _weights(folder)
         tokenizer = (folder / "tokenizer.json").is_file()
     except (NeoxLiteError, OSError) as error:
@@ -138,7 +137,7 @@ def _model(name: str, folder: Path, where: str, revision: str | None = None) -> 
         str(folder),
         where,
         revision,
-        format=label(format, str(config.dtype or "as stored")),
+        format=format,
         bytes=size,
         parameters=parameters(config),
         layers=config.num_hidden_layers,

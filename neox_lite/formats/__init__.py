@@ -5,7 +5,8 @@ Knows no file and no model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -61,10 +62,23 @@ def label(format: Format, plain: str) -> str:
 
 
 def quantization_config(
-    format: Format, dense: Iterable[str] = (), dtype: torch.dtype = torch.float16
+    format: Format | Mapping[str, Format], dense: Iterable[str] = (), dtype: torch.dtype = torch.float16
 ) -> dict[str, Any]:
     """config.json's entry for a folder whose linear layers all have `format`, but for the modules named in `dense`.
 
-    dtype: of everything else in the folder.
+    format: one for all, or integer groups by the layers' full names. dtype: of everything else in the folder.
     """
-    return format.scheme(list(dict.fromkeys((*HEAD_NAMES, *dense))), dtype)
+    plain = list(dict.fromkeys((*HEAD_NAMES, *dense)))
+    if not isinstance(format, Mapping):
+        return format.scheme(plain, dtype)
+    layers: dict[Format, dict[str, list[str]]] = {}  # format -> name within a layer -> numbers of layers
+    for name, own in format.items():
+        number, _, last = name.partition("layers.")[2].partition(".")
+        layers.setdefault(own, {}).setdefault(last, []).append(number)
+    groups = {}
+    for i, (own, names) in enumerate(sorted(layers.items(), key=lambda item: label(item[0], ""))):
+        (group,) = own.scheme(plain, dtype)["config_groups"].values()
+        # not from gpt_neox. on, which other programs call otherwise
+        targets = [rf"re:.*layers\.({'|'.join(numbers)})\.{re.escape(last)}$" for last, numbers in names.items()]
+        groups[f"group_{i}"] = {**group, "targets": targets}
+    return {**next(iter(layers)).scheme(plain, dtype), "config_groups": groups}

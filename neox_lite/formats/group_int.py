@@ -121,7 +121,7 @@ class GroupInt(ByRows):
         choose = _mse if method == "mse" else _rtn
         packed, scales = [], []
         for part in rows.split(max(1, TILE // rows.shape[1])):
-            groups = part.float().reshape(part.shape[0], -1, self.group_size)
+            groups = part.float().unflatten(1, (-1, self.group_size))
             if not torch.isfinite(groups).all():
                 raise FormatError("the weight holds values that are not finite")
             scale = choose(groups, self.bits, dtype)
@@ -151,32 +151,60 @@ def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _rtn(groups: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
-    """Round to nearest: the element largest in magnitude takes the code -2**(bits-1), so that all levels are used."""
-    peak = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+    """Round to nearest: the element largest in magnitude takes the code -2**(bits-1), so that all levels are used.
+
+    Of two that are largest, one of either sign, the positive one does.
+    """
+    size = groups.abs().amax(-1, keepdim=True)
+    peak = torch.where(groups.amax(-1, keepdim=True) == size, size, -size)
     return _stored(peak / -(1 << (bits - 1)), dtype)
+
+
+def search_factors(bits: int) -> Tensor:
+    """By how much the scales that `mse` tries are larger than rtn's, as what to multiply with instead of dividing."""
+    low, high, count = (0.70, 1.16, 14) if bits == 4 else (0.94, 1.01, 6)
+    return torch.linspace(low, high, count, dtype=torch.float64).reciprocal().float()
 
 
 def _mse(groups: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     """Signed scale search: the scale of least squared error over a grid of both signs, refined by least squares.
 
     For codes q the best scale is <w, q> / <q, q>, and the error it leaves is |w|^2 - <w, q>^2 / <q, q>; so each
-    candidate is judged by <w, q>^2 / <q, q>. The result, judged as stored, is never worse than rtn.
+    candidate is judged by <w, q>^2 / <q, q>, in units of rtn's scale. The result, judged as stored, is never worse than rtn.
     """
-    low, high, count = (0.70, 1.16, 14) if bits == 4 else (0.94, 1.01, 6)
-    start = _rtn(groups, bits, dtype).float()
-    best_gain, best = torch.full_like(start, -1.0), start.clone()
-    for factor in torch.linspace(low, high, count).tolist():
-        for sign in (factor, -factor):
-            q = _codes(groups, start * sign, bits)
-            dot, square = (groups * q).sum(-1, keepdim=True), q.square_().sum(-1, keepdim=True)
-            gain = torch.nan_to_num(dot * dot / square)
+    top = 1 << (bits - 1)
+    first = _rtn(groups, bits, dtype)
+    units = groups / first.float()
+    best_gain, best = torch.full_like(units[..., :1], -1.0), torch.ones_like(units[..., :1])
+    for factor in search_factors(bits):
+        nearest = (units * factor).round_()
+        for sign, low, high in ((1.0, -top, top - 1), (-1.0, 1 - top, top)):
+            q = nearest.clamp(low, high)
+            dot, square = _sum(units * q), _sum(q * q)
+            gain = dot * dot / square  # 0 / 0, all codes zero, is better than nothing
             better = gain > best_gain
             best_gain = torch.where(better, gain, best_gain)
-            best = torch.where(better, torch.nan_to_num(dot / square), best)
-    first, candidate = _stored(start, dtype), _stored(best, dtype)
+            best = torch.where(better, dot / square * sign, best)
+    candidate = _stored(best * first.float(), dtype)
     q = _codes(groups, candidate.float(), bits)
-    refined = _stored(torch.nan_to_num((groups * q).sum(-1, keepdim=True) / q.square().sum(-1, keepdim=True)), dtype)
-    scales = [first, candidate, refined]
-    errors = [(groups - _codes(groups, s.float(), bits) * s.float()).square_().sum(-1, keepdim=True) for s in scales]
-    choice = torch.cat(errors, -1).argmin(-1, keepdim=True)
-    return torch.cat(scales, -1).gather(-1, choice)
+    square = _sum(q * q)
+    refined = _stored(torch.where(square > 0, _sum(groups * q) / square, square), dtype)
+    chosen, least = first, _error(groups, first, bits)
+    for scale in (candidate, refined):
+        error = _error(groups, scale, bits)
+        chosen, least = torch.where(error < least, scale, chosen), torch.where(error < least, error, least)
+    return chosen
+
+
+def _error(groups: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """The sum of squares of what rounding to codes of the stored scale leaves: (n, groups, 1)."""
+    left = groups - _codes(groups, scale.float(), bits) * scale.float()
+    return _sum(left * left)
+
+
+def _sum(values: Tensor) -> Tensor:
+    """Sums over the last dimension, a power of two, by halves: an order that every processor and kernel can keep to."""
+    while values.shape[-1] > 1:
+        low, high = values.chunk(2, -1)
+        values = low + high
+    return values

@@ -19,6 +19,20 @@ DENSE = Dense()
 HEAD_NAMES = ("lm_head", "embed_out")  # the head in transformers v5 and in checkpoints
 TASK_HEADS = ("score", "classifier", "qa_outputs")
 WHERE = "quantization_config"
+CLASSES = ("Linear", "Module")  # targets that mean every linear layer
+ADVICE = {  # what to choose instead in the tool that made a folder
+    "quantization_status": "save it compressed (save_compressed=True)",
+    "kv_cache_scheme": "leave it out; --kv int8 does that here",
+    "input_activations": "activations are not quantized by folders here; choose a weight-only scheme, W4A16 or W8A16",
+    "output_activations": "activations are not quantized by folders here; choose a weight-only scheme, W4A16 or W8A16",
+    "type": "choose integers, W4A16 or W8A16",
+    "symmetric": "zero points are not read; choose a symmetric scheme, W4A16 or W8A16",
+    "strategy": "choose groups of 32, 64 or 128",
+    "group_size": "choose groups of 32, 64 or 128",
+    "actorder": "columns in another order are not read; choose 'static', which leaves them in place",
+    "num_bits": "choose W4A16 or W8A16",
+}
+AGAIN = "or make a folder from the original checkpoint: neox-lite quantize SRC"
 Lookup = Callable[[str], Format]
 
 
@@ -47,20 +61,26 @@ def _compressed_tensors(config: dict[str, Any]) -> Lookup:
     groups = config.get("config_groups")
     if not isinstance(groups, dict):
         raise FormatError(f"{WHERE}: config_groups is {groups!r}, expected an object")
-    rules = [(_names(group, "targets"), _group(name, group)) for name, group in groups.items()]
+    rules: dict[str, Format] = {}
+    for name, group in groups.items():
+        rules |= dict.fromkeys(_names(group, "targets"), _group(name, group))
+    order = sorted(
+        rules, key=lambda target: ("re:" in target, target)
+    )  # of several that match, the library takes the first
     ignore = [*_names(config, "ignore"), *HEAD_NAMES]
 
     def lookup(name: str) -> Format:
-        if any(_matches(target, name, "") for target in ignore):
+        if any(_matches(target, name) or target in CLASSES for target in ignore):
             return DENSE
-        found = [scheme for targets, scheme in rules if any(_matches(t, name, "Linear") for t in targets)]
-        return found[0] if found else DENSE
+        by_name = next((rules[target] for target in order if _matches(target, name)), None)
+        return by_name or next((rules[target] for target in order if target in CLASSES), DENSE)
 
     return lookup
 
 
 def _group(name: str, group: dict[str, Any]) -> Format:
     where = f"{WHERE}.config_groups.{name}"
+    _expect(group, "format", ("pack-quantized", None), where)
     _expect(group, "input_activations", (None,), where)
     _expect(group, "output_activations", (None,), where)
     weights = group.get("weights")
@@ -77,11 +97,9 @@ def _group(name: str, group: dict[str, Any]) -> Format:
     return GroupInt(weights["num_bits"], weights["group_size"])
 
 
-def _matches(target: str, name: str, kind: str) -> bool:
-    """compressed-tensors' rule: `re:` patterns match from the start of the name; others are a name or a class."""
-    if target.startswith("re:"):
-        return re.match(target[3:], name) is not None
-    return target in (name, kind)
+def _matches(target: str, name: str) -> bool:
+    """compressed-tensors' rule: `re:` patterns match from the start of the name; others are the name."""
+    return re.match(target[3:], name) is not None if target.startswith("re:") else target == name
 
 
 # bitsandbytes -------------------------------------------------------------------------------------------------------
@@ -135,9 +153,9 @@ def _expect(keys: dict[str, Any], key: str, allowed: tuple[Any, ...], where: str
         found is a or (found == a and type(found) is type(a)) for a in allowed
     )  # 4.0 equals 4, but is no size
     if not same_kind:
-        raise FormatError(
-            f"{where}: {key} is {found!r}, expected {' or '.join(repr(a) for a in allowed if a is not None)}"
-        )
+        expected = " or ".join(repr(a) for a in allowed if a is not None) or "none"
+        advice = f"{ADVICE[key]}, {AGAIN}" if key in ADVICE else AGAIN.removeprefix("or ")
+        raise FormatError(f"{where}: {key} is {found!r}, expected {expected}; {advice}")
 
 
 def _names(keys: Any, key: str) -> list[str]:

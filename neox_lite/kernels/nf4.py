@@ -99,9 +99,13 @@ def _by_slices(library: Any, act: Tensor, weight: Weight) -> Tensor:
 
 
 def _state(library: Any, weight: Weight, dtype: torch.dtype) -> Any:
-    """What bitsandbytes wants to know of a weight that it may write out in `dtype`; nothing is copied."""
+    """What bitsandbytes wants to know of a weight that it may write out in `dtype`; nothing is copied.
+
+    But for scales that a file has in fewer bits: its kernels read float32 alone.
+    """
     assert isinstance(weight.format, NF4)
-    kind, tensors, nested = library.functional.QuantState, weight.tensors, None
+    kind, nested = library.functional.QuantState, None
+    tensors = {key: t.float() if t.is_floating_point() else t for key, t in weight.tensors.items()}
     if weight.format.double:
         nested = kind(tensors[NESTED_ABSMAX], code=tensors[NESTED_MAP], blocksize=NESTED_BLOCK, dtype=torch.float32)
     return kind(

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import os
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -15,26 +20,42 @@ from torch import Tensor
 from neox_lite.checkpoint import Checkpoint
 from neox_lite.config import GPTNeoXConfig
 from neox_lite.errors import ArgumentError, FormatError
-from neox_lite.folder_writer import Spec
-from neox_lite.formats import GROUP_SIZES, Format, GroupInt, make_format
-from neox_lite.hub import resolve
+from neox_lite.folder_writer import Spec, check_destination
+from neox_lite.formats import GROUP_SIZES, Format, GroupInt, label, make_format
+from neox_lite.hub import local_folder, remote_checkpoint, resolve
 from neox_lite.layers import Linear
-from neox_lite.loading import DTYPES, SLICE_ELEMENTS, Blueprint, encode_rows
+from neox_lite.loading import DTYPES, SLICE_ELEMENTS, Blueprint, Encoding
 from neox_lite.model import class_of
-from neox_lite.saving import Part, read_companions, specs_of, write_model
+from neox_lite.saving import Part, Rows, Slice, read_companions, specs_of, write_model
+from neox_lite.version import __version__
 
-Progress = Callable[[int, int], None]  # bytes written so far, bytes in all
+from .balance import Balanced
+from .calibrated import Calibrated
+from .estimate import check_memory, predict_seconds
+from .mixed import Mix, mix_for, smallest, stored_bytes
+from .streaming import Stream
+
+HERE = ("balance", "gptq")  # methods that change or look at more than one weight, of int4 and int8
+SHARD_BYTES = 1_000_000_000  # of a weight file: what a run that is ended has to do again at most
+Progress = Callable[[int, int], None]  # bytes written so far, bytes in all; of gptq, steps
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a conversion did (or, dry, would do): sizes of all weights in bytes, wall time, peak memory beyond page cache."""
+    """What a conversion did: sizes of all weights in bytes, wall time, peak memory beyond page cache; dry, a forecast.
+
+    scratch_bytes: what gptq takes of the disk for a while, else 0. mix: how many linear layers have each format.
+    bits_per_weight: of those, scales included.
+    """
 
     destination: Path
     bytes_in: int
     bytes_out: int
     seconds: float
     peak_bytes: int
+    scratch_bytes: int = 0
+    mix: Mapping[str, int] = field(default_factory=dict)
+    bits_per_weight: float = 0.0
 
 
 def convert(
@@ -46,51 +67,201 @@ def convert(
     revision: str | None = None,
     progress: Progress | None = None,
     dry_run: bool = False,
+    threads: int | None = None,
+    keep_source: bool = False,
+    calibration: str | os.PathLike[str] | None = None,
+    calibration_windows: int | None = None,
+    target_size: int | None = None,
+    small_head: bool = True,
+    choosing: Progress | None = None,
 ) -> Report:
     """Quantize every linear layer of a checkpoint; embedding, head and norms stay as they are, float32 becomes float16.
 
+    What a run that was ended left in the destination is kept where source and options are the same. threads: that compute,
+    None for torch's number; the result does not depend on it. Weight files of a hub id that its cache lacks are fetched beside
+    the destination, one after another, and deleted when they have been read; keep_source: fetched into the cache, and kept,
+    as "balance", "gptq" and target_size always do. calibration: a text file for "gptq", None for text that the model writes
+    itself. target_size: most bytes that the folder may take; each linear layer gets int4 or int8 groups so that the loss is
+    least, in place of format and group_size. choosing: is told (layers looked at, layers) meanwhile. small_head: an int8
+    head beside the 16-bit one.
     Raises FormatError for a shape or value that the format cannot hold, CheckpointError for a source that is not whole.
     """
     began = time.perf_counter()
-    target = make_format(format, group_size)
-    method = target.methods[0] if method is None else method
-    if method not in target.methods:
-        raise ArgumentError(f"method is {method!r}, expected one of {', '.join(target.methods)}")
-    folder, destination = resolve(os.fspath(source), revision), Path(destination)
-    config = GPTNeoXConfig.from_pretrained(folder)
-    if config.quantization_config is not None:
-        raise FormatError(f"{folder}: is quantized already; give the checkpoint that it was made from")
-    with Checkpoint.open(folder) as checkpoint:
+    threads = torch.get_num_threads() if threads is None else threads
+    needed_memory = check_memory(threads)
+    uniform = make_format(format, group_size)
+    method = _method(uniform, method)
+    if target_size is not None and (uniform.name != "int4" or group_size is not None):
+        raise ArgumentError(
+            "target_size chooses int4 or int8, and the groups, for each layer; leave format and group_size out"
+        )
+    if method != "gptq" and (calibration is not None or calibration_windows is not None):
+        raise ArgumentError(f"calibration is for method 'gptq', but the method is {method!r}")
+    destination = Path(destination)
+    keep_source = keep_source or ((method in HERE or target_size is not None) and not dry_run)
+    with _opened(os.fspath(source), revision, destination, keep_source) as (checkpoint, stream):
+        folder = checkpoint.folder
+        check_destination(destination, folder)  # before minutes or hours of what comes first
+        config = GPTNeoXConfig.from_pretrained(folder)
+        if config.quantization_config is not None:
+            raise FormatError(f"{folder}: is quantized already; give the checkpoint that it was made from")
         config, dtype = _target_config(config, checkpoint)
-        blueprint = Blueprint(class_of(config), config, checkpoint, target, dtype)
-        if blueprint.fresh:
-            raise ArgumentError(
-                f"{folder}: has no {', '.join(blueprint.fresh)}; save the whole model before quantizing it"
-            )
+        target: Format | Mix = uniform
+        if target_size is not None:
+            if stream is not None:
+                raise ArgumentError(
+                    f"{source}: a mix is chosen by its weights, which are not here yet; add --keep-source"
+                )
+            target = _mix(config, checkpoint, dtype, method, small_head, target_size, choosing)
+        blueprint = _blueprint(config, checkpoint, target, dtype, method, stream)
+        calibrated = None
+        if method == "gptq":
+            calibrated = Calibrated(blueprint, dtype, calibration, calibration_windows)
+        scratch = calibrated.scratch_bytes if calibrated is not None else 0
         parts = [
             part
             for name, module in blueprint.model.named_modules()
-            if (part := _part(blueprint, name, module, dtype, method))
+            if (part := _part(blueprint, name, module, dtype, method, stream, calibrated))
         ]
-        head = _head(blueprint, dtype)
+        head = _head(blueprint, dtype, stream) if small_head else None
         total = sum(spec.nbytes for part in [*parts, *([head] if head else [])] for spec in part.specs)
-        meter = _Meter(progress, total)
-        if not dry_run:
-            write_model(
-                destination,
-                config,
-                parts,
-                read_companions(folder),
-                head,
-                source=folder,
-                progress=meter,
-                method=method,
-                format=format,
-                group_size=getattr(target, "group_size", None),
-                source_name=Path(os.fspath(source)).name if Path(source).is_dir() else os.fspath(source),
-                source_revision=revision,
-            )
-        return Report(destination, checkpoint.total_bytes, total, time.perf_counter() - began, meter.peak_bytes)
+        meter = _Meter(progress if calibrated is None else None, total)
+        linears = [m for m in blueprint.model.modules() if _is_encoded(m, blueprint)]
+        mix = Counter(label(m.format, "") for m in linears)
+        weights = sum(math.prod(m.shape) for m in linears)
+        bits = sum(math.prod(m.shape) * m.format.bits_per_weight(dtype) for m in linears) / weights
+        options = {"method": method, "format": format, "group_size": getattr(target, "group_size", None)}
+        if target_size is not None:
+            options |= {"format": "mixed", "target_size": target_size}
+        sums: dict[str, int] = {}
+        if dry_run:
+            if calibrated is not None:
+                seconds, needed_memory = calibrated.predict_seconds(), calibrated.memory_bytes
+            else:
+                file = max(checkpoint.files, key=lambda path: path.stat().st_size) if stream is None else None
+                seconds = predict_seconds(weights, checkpoint.total_bytes, total, threads, uniform, _way(method), file)
+            return Report(destination, checkpoint.total_bytes, total, seconds, needed_memory, scratch, mix, bits)
+        if calibrated is not None:
+            sums = {"threads": torch.get_num_threads()}  # by which they differ in their last bits
+            options |= calibrated.prepare(destination, partial(_stepped, meter, progress))
+        write_model(
+            destination,
+            config,
+            parts,
+            read_companions(folder),
+            head,
+            max_shard_bytes=SHARD_BYTES,
+            source=folder,
+            progress=meter,
+            threads=threads,
+            job=_job(checkpoint, stream, config, parts, options | sums),
+            scratch_bytes=stream.scratch_bytes if stream is not None else scratch,
+            **options,
+            source_name=Path(os.fspath(source)).name if Path(source).is_dir() else os.fspath(source),
+            source_revision=revision,
+        )
+        seconds = time.perf_counter() - began
+        return Report(destination, checkpoint.total_bytes, total, seconds, meter.peak_bytes, scratch, mix, bits)
+
+
+def _blueprint(
+    config: GPTNeoXConfig,
+    checkpoint: Checkpoint,
+    target: Format | Mix,
+    dtype: torch.dtype,
+    method: str,
+    stream: Stream | None = None,
+) -> Blueprint:
+    blueprint = Blueprint(class_of(config), config, checkpoint, target, dtype)
+    if blueprint.fresh:
+        raise ArgumentError(
+            f"{checkpoint.folder}: has no {', '.join(blueprint.fresh)}; save the whole model before quantizing it"
+        )
+    if method in HERE and stream is None:
+        blueprint.checkpoint = Balanced(checkpoint, config, blueprint.stored, dtype)
+    return blueprint
+
+
+def _mix(
+    config: GPTNeoXConfig,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    method: str,
+    small_head: bool,
+    target_bytes: int,
+    choosing: Progress | None,
+) -> Mix:
+    """Formats by layer for a folder that takes at most target_bytes, all of its files counted."""
+    least = smallest(config)
+    blueprint = _blueprint(config, checkpoint, least, dtype, method)
+    modules = blueprint.model.named_modules()
+    parts = [part for name, m in modules if (part := _part(blueprint, name, m, dtype, _way(method), None, None))]
+    head = _head(blueprint, dtype, None) if small_head else None
+    specs = [spec for part in [*parts, *([head] if head is not None else [])] for spec in part.specs]
+    beside = sum(map(len, read_companions(checkpoint.folder).values())) + _bookkeeping(specs, config, target_bytes)
+    other = sum(spec.nbytes for spec in specs) - stored_bytes(least, config, dtype) + beside
+    return mix_for(blueprint, dtype, "rtn" if method == "rtn" else "mse", target_bytes, other, choosing)
+
+
+def _bookkeeping(specs: Sequence[Spec], config: GPTNeoXConfig, target_bytes: int) -> int:
+    """Bytes of headers, index, manifest and config.json, or a little more."""
+    names, files = sum(len(spec.name) for spec in specs), target_bytes // SHARD_BYTES + 3
+    index = names + 50 * len(specs) if target_bytes > SHARD_BYTES else 0
+    groups = 6 * 500 + 24 * (60 + 4 * config.num_hidden_layers)  # formats, and their patterns
+    return names + 90 * len(specs) + index + files * (4096 + 200) + len(config.to_json_string()) + groups
+
+
+def _method(target: Format, method: str | None) -> str:
+    known = target.methods + (HERE if isinstance(target, GroupInt) else ())
+    if method is None:
+        return known[0]
+    if method not in known:
+        raise ArgumentError(f"method is {method!r}, expected one of {', '.join(known)}")
+    return method
+
+
+def _way(method: str) -> str:
+    """How a format encodes rows for a method."""
+    return "mse" if method == "balance" else method
+
+
+def _stepped(meter: _Meter, progress: Progress | None, done: int, total: int) -> None:
+    meter(0)
+    if progress is not None:
+        progress(done, total)
+
+
+@contextmanager
+def _opened(
+    source: str, revision: str | None, destination: Path, keep_source: bool
+) -> Iterator[tuple[Checkpoint, Stream | None]]:
+    """The checkpoint, and what fetches its files one after another, if they come so."""
+    remote = None
+    if local_folder(source, revision) is None and not keep_source:
+        remote = remote_checkpoint(source, revision)
+    if remote is None:
+        with Checkpoint.open(resolve(source, revision)) as checkpoint:
+            yield checkpoint, None
+    else:
+        with Stream(remote, Path(f"{destination.absolute()}.fetched")) as stream:
+            yield stream.checkpoint, stream
+
+
+def _job(
+    checkpoint: Checkpoint,
+    stream: Stream | None,
+    config: GPTNeoXConfig,
+    parts: Sequence[Part],
+    options: Mapping[str, Any],
+) -> str:
+    """All that decides the bytes of the weight files, so that only a run of the same job goes on from what is there."""
+    if stream is not None:
+        files: Any = (stream.remote.repo_id, stream.remote.commit)
+    else:
+        files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in checkpoint.files]
+    specs = [spec for part in parts for spec in part.specs]
+    decisive = repr((__version__, SHARD_BYTES, files, config.to_json_string(), specs, sorted(options.items())))
+    return hashlib.sha256(decisive.encode()).hexdigest()
 
 
 def _target_config(config: GPTNeoXConfig, checkpoint: Checkpoint) -> tuple[GPTNeoXConfig, torch.dtype]:
@@ -103,7 +274,15 @@ def _target_config(config: GPTNeoXConfig, checkpoint: Checkpoint) -> tuple[GPTNe
     return config.copy(dtype=str(dtype).removeprefix("torch.")), dtype
 
 
-def _part(blueprint: Blueprint, name: str, module: torch.nn.Module, dtype: torch.dtype, method: str) -> Part | None:
+def _part(
+    blueprint: Blueprint,
+    name: str,
+    module: torch.nn.Module,
+    dtype: torch.dtype,
+    method: str,
+    stream: Stream | None,
+    calibrated: Calibrated | None,
+) -> Part | None:
     """One module's own tensors as they will be written, or None if it has none."""
     dot = f"{name}." if name else ""
     dense = {
@@ -111,45 +290,73 @@ def _part(blueprint: Blueprint, name: str, module: torch.nn.Module, dtype: torch
         for key, p in module._parameters.items()
         if p is not None and not (blueprint.tied and name == "embed_out")
     }
-    specs = [Spec(key, dtype, shape) for key, shape in dense.items()]
-    if blueprint.is_encoded(module):
-        assert isinstance(module, Linear)
+    specs, encoding = [Spec(key, dtype, shape) for key, shape in dense.items()], None
+    if _is_encoded(module, blueprint):
         specs = specs_of(dot, module.format, module.shape, dtype) + specs
+        if calibrated is not None:
+            return Part(specs, partial(calibrated.rows, name))
+        stored = blueprint.stored(f"{dot}weight")
+        encoding = Encoding(blueprint.checkpoint, stored, module.format, dtype, _way(method))
     if not specs:
         return None
 
-    def rows() -> Iterator[tuple[str, Tensor, int]]:
-        if isinstance(module, Linear) and blueprint.is_encoded(module):
-            yield from _encoded(
-                blueprint.checkpoint, blueprint.stored(f"{dot}weight"), dot, module.format, dtype, method
-            )
+    def slices() -> Iterator[Slice]:
         for key in dense:
             yield from _cast(blueprint.checkpoint, blueprint.stored(key), key, dtype)
+        if encoding is not None:
+            yield from _encode(encoding, dot)
 
-    return Part(specs, rows)
-
-
-def _encoded(
-    checkpoint: Checkpoint, stored: str, dot: str, format: Format, dtype: torch.dtype, method: str
-) -> Iterator[tuple[str, Tensor, int]]:
-    """A weight's quantized tensors by row slices, under the names they have in the folder."""
-    for start, part in encode_rows(checkpoint, stored, format, dtype, method):
-        for key, rows in part.items():
-            yield f"{dot}{key}", rows, start
+    read = [blueprint.stored(key) for key in dense] + ([encoding.name] if encoding is not None else [])
+    rest = partial(_rest, encoding, dot) if encoding is not None else tuple
+    return Part(specs, rest, slices, _expected(stream, read))
 
 
-def _cast(checkpoint: Checkpoint, stored: str, name: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, int]]:
-    """A dense tensor by row slices; values that are not finite, or overflow the narrower dtype, are refused."""
+def _is_encoded(module: torch.nn.Module, blueprint: Blueprint) -> TypeGuard[Linear]:
+    return isinstance(module, Linear) and blueprint.is_encoded(module)
+
+
+def _expected(stream: Stream | None, tensors: list[str]) -> Callable[[], object]:
+    """Tell the stream that these will be used, and give what tells it that they have been."""
+    if stream is None:
+        return tuple
+    stream.expect(tensors)
+    return partial(stream.used, tensors)
+
+
+def _encode(encoding: Encoding, dot: str) -> Iterator[Slice]:
+    """A weight's quantized rows, under the names they have in the folder."""
+    for slice in encoding.slices():
+        yield partial(_named, slice, dot)
+
+
+def _named(slice: Callable[[], tuple[int, dict[str, Tensor]]], dot: str) -> Rows:
+    start, part = slice()
+    return [(f"{dot}{key}", rows, start) for key, rows in part.items()]
+
+
+def _rest(encoding: Encoding, dot: str) -> Rows:
+    return [(f"{dot}{key}", tensor, 0) for key, tensor in encoding.rest().items()]
+
+
+def _cast(checkpoint: Checkpoint, stored: str, name: str, dtype: torch.dtype) -> Iterator[Slice]:
+    """A dense tensor by row slices."""
     shape = checkpoint.info(stored).shape
     step = max(1, SLICE_ELEMENTS // max(1, shape[1] if len(shape) > 1 else 1))
     for start in range(0, shape[0], step):
-        values = checkpoint.rows(stored, start, min(shape[0], start + step)).to(dtype)
-        if not torch.isfinite(values).all():
-            raise FormatError(f"{stored}: holds values that are not finite as {str(dtype).removeprefix('torch.')}")
-        yield name, values, start
+        yield partial(
+            _cast_rows, checkpoint.rows(stored, start, min(shape[0], start + step)), stored, name, start, dtype
+        )
 
 
-def _head(blueprint: Blueprint, dtype: torch.dtype) -> Part | None:
+def _cast_rows(rows: Tensor, stored: str, name: str, start: int, dtype: torch.dtype) -> Rows:
+    """Raises FormatError for values that are not finite, or overflow the narrower dtype."""
+    values = rows.to(dtype)
+    if not torch.isfinite(values).all():
+        raise FormatError(f"{stored}: holds values that are not finite as {str(dtype).removeprefix('torch.')}")
+    return [(name, values, start)]
+
+
+def _head(blueprint: Blueprint, dtype: torch.dtype, stream: Stream | None) -> Part | None:
     """The int8 head that goes beside the shared one, for GPUs that are short of memory; None where there is no such head."""
     module: Any = getattr(blueprint.model, "embed_out", None)
     size = next((g for g in reversed(GROUP_SIZES) if module is not None and module.in_features % g == 0), None)
@@ -158,7 +365,9 @@ def _head(blueprint: Blueprint, dtype: torch.dtype) -> Part | None:
     format, source = GroupInt(8, size), "gpt_neox.embed_in.weight" if blueprint.tied else "embed_out.weight"
     specs = specs_of("embed_out.", format, module.shape, dtype)
     stored = blueprint.stored(source)
-    return Part(specs, lambda: _encoded(blueprint.checkpoint, stored, "embed_out.", format, dtype, "mse"))
+    encoding = Encoding(blueprint.checkpoint, stored, format, dtype, "mse")
+    slices, rest = partial(_encode, encoding, "embed_out."), partial(_rest, encoding, "embed_out.")
+    return Part(specs, rest, slices, _expected(stream, [stored]))
 
 
 class _Meter:

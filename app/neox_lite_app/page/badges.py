@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import logging
 import threading
 import time
@@ -22,7 +23,6 @@ from ..plan import speed as speed_of
 from ..running import size
 from .events import sentence, unforeseen
 
-FORMATS = ("int4", "int8")
 FRESH_S = 60.0  # for so long free memory counts as what it was
 LEVELS = {  # the badge's colour, and where the model would run
     GPU: ("fits", "fits GPU"),
@@ -32,6 +32,12 @@ LEVELS = {  # the badge's colour, and where the model would run
 }
 Badge = dict[str, Any]
 log = logging.getLogger(__name__)
+
+
+def offered() -> tuple[str, ...]:
+    """Formats that the page quantizes to: nf4 only beside the library that multiplies it fast."""
+    nf4 = importlib.util.find_spec("bitsandbytes") is not None
+    return ("int4", "int8", "nf4") if nf4 else ("int4", "int8")
 
 
 class Badges:
@@ -67,12 +73,12 @@ class Badges:
             for folder, format in folders.items():
                 own = argparse.Namespace(**{**vars(self._args), "format": format})
                 found[folder, ""] = self._badge(place, partial(Model.of, folder, own))
-            for member, form in product(FAMILY, FORMATS):
+            for member, form in product(FAMILY, offered()):
                 found[member.id, form] = self._badge(place, partial(Model.quantized, member.config(), form))
         except Exception as error:  # measuring the machine may fail in any way, and the page does without
             log.warning("no plans for the Model tab: %s", error)
             problem = {"error": sentence(error) if isinstance(error, NeoxLiteError) else unforeseen(error)}
-            names = [(folder, "") for folder in folders] + [(m.id, f) for m, f in product(FAMILY, FORMATS)]
+            names = [(folder, "") for folder in folders] + [(m.id, f) for m, f in product(FAMILY, offered())]
             found = dict.fromkeys(names, problem)
         with self._lock:
             self._found, self._when, self._busy = found, time.monotonic(), False

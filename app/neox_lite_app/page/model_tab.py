@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from neox_lite.errors import ArgumentError, NeoxLiteError
+from neox_lite.formats import FORMATS
 
 from ..demo import FOLDER as DEMO
 from ..engine import Engine
 from ..family import FAMILY, Member
 from ..prompt_forms import form_of
-from ..running import amount
+from ..running import MIXED, amount
 from ..shelf import LocalModel, local_models
-from .badges import FORMATS, Badges
+from .badges import Badges, offered
 from .components import part
 from .events import Handler, Said, Told, listen, sentence
 from .work import DEMO_NAME, Work, name_of
@@ -52,13 +53,14 @@ class Tab:
         models = [DEMO_CARD, *(on_shelf(model) for model in found if Path(model.path) != DEMO)]
         self.badges.refresh({m["id"]: "fp16" if m["plain"] else None for m in models if not m["problem"]})
         shelf = [{**m, "demo": m is DEMO_CARD, "plan": self.badges.of(m["id"])} for m in models]
-        yield {"models": {"shelf": shelf, "family": [self._member(member) for member in FAMILY]}}
+        family = [self._member(member) for member in FAMILY]
+        yield {"models": {"shelf": shelf, "family": family, "formats": offered()}}
 
     def _member(self, member: Member) -> dict[str, Any]:
         about = (
             f"{member.id.partition('/')[0]} · {member.layers} layers of {member.hidden:,} · context {member.context:,}"
         )
-        plans = {format: self.badges.of(member.id, format) for format in FORMATS}
+        plans = {format: self.badges.of(member.id, format) for format in offered()}
         return {"id": member.id, "name": member.name, "about": about, "plans": plans}
 
     def figures(self) -> dict[str, Any]:
@@ -107,8 +109,8 @@ class Tab:
 
     def quantize(self, said: Said) -> None:
         format = said.text("format")
-        if format not in FORMATS:
-            raise ArgumentError(f"format is {format[:20]!r}, expected int4 or int8")
+        if format not in offered():
+            raise ArgumentError(f"format is {format[:20]!r}, expected {' or '.join(offered())}")
         self.work.quantize(_model(said), format)
 
     def cancel(self, said: Said) -> None:
@@ -130,7 +132,7 @@ def _model(said: Said) -> str:
 
 def on_shelf(model: LocalModel) -> dict[str, Any]:
     """A model of this computer for the part `models`. plain: a checkpoint that can be quantized."""
-    plain = model.format is not None and model.format.split()[0] not in FORMATS
+    plain = model.format is not None and model.format.split()[0] not in (*FORMATS, MIXED)
     known = [f"{amount(model.parameters)} parameters" if model.parameters else None, model.format]
     known += [
         amount(model.bytes, "B") if model.bytes else None,

@@ -9,7 +9,9 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import sysconfig
 from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -34,7 +36,16 @@ def why_not(device: torch.device) -> str | None:
     compilers = (os.environ.get("CC", "cc"), "gcc", "clang")
     if os.name != "nt" and not any(map(shutil.which, compilers)):  # Windows' triton brings its own
         return "triton compiles its launcher and finds no C compiler; install gcc"
+    elsewhere = os.name == "nt" or os.environ.get("CPATH") or os.environ.get("C_INCLUDE_PATH")
+    if not elsewhere and not (header := _python_header()).is_file():
+        return f"triton compiles its launcher and finds no {header}; install python3-dev, or python3-devel"
     return None
+
+
+def _python_header() -> Path:
+    """Where triton's runtime/build.py has the compiler look."""
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # Debian's has another folder
+    return Path(sysconfig.get_paths(scheme)["include"], "Python.h")
 
 
 def interpreted() -> bool:

@@ -138,7 +138,8 @@ def rows(
         tile = Rows(count, side_by_side, shipped.rows if shipped and more else 2, groups, inner)
     tiles = [tile]
     tiles += [replace(tile, warps=w, lanes=max(1, tile.lanes * w // 4)) for w in (2, 8)]
-    tiles += [replace(tile, rows=r) for r in (1, 2, 4) if count <= 2]
+    most_rows = 4 if bits or math != "float32" else 2  # four of a plain matrix in 32 bits do not fit registers
+    tiles += [replace(tile, rows=r) for r in (1, 2, 4) if count <= 2 and r <= most_rows]
     if side_by_side > 1 and all(n % (2 * across) == 0 for n in words):  # two warps a row, where there are few rows
         wide = replace(tile, inner=2 * inner) if not bits else replace(tile, groups=2 * groups)
         tiles.append(replace(wide, lanes=side_by_side // 2))
@@ -208,7 +209,7 @@ def blocks(machine: Machine, head_dim: int, int8: bool, dtype: torch.dtype) -> C
         found = [Blocks(16, 8), Blocks(16, 4), Blocks(32, 8)]
     else:
         first = Blocks(32, 4 if head_dim <= 128 else 8)
-        found = [first, replace(first, warps=12 - first.warps), replace(first, stages=3)]
+        found = [first, replace(first, warps=8), replace(first, stages=3)]  # long heads do not fit 4 warps' registers
         found += [replace(first, keys=64, warps=8), replace(first, keys=64, warps=8, stages=1)]
     cache = "int8" if int8 else "plain"
     return _candidates("blocks", f"heads of {head_dim}, {cache} cache, {str(dtype).removeprefix('torch.')}", found)

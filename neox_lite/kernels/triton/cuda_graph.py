@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-CAPTURING = threading.Lock()  # torch allows one capture at a time in a process
+CAPTURING = threading.RLock()  # torch allows one capture at a time in a process; sizes are timed as one warms up
 
 
 class CudaGraphs:

@@ -28,6 +28,7 @@ from ...errors import ArgumentError
 from ...version import __version__
 from . import interpreted
 from .choices import Candidates, Machine, machine
+from .cuda_graph import CAPTURING
 
 T = TypeVar("T")
 Launch = Callable[[Any], object]  # runs a kernel with a tile; again and again with the same result
@@ -169,6 +170,10 @@ class Tuning:
             return self._timer(lambda: launch(tile))
         except TritonError:
             return math.inf
+        except RuntimeError as error:  # what the compiler's own passes raise has no class of its own
+            if "PassManager" not in str(error):
+                raise
+            return math.inf
 
     def _stop(self, reason: str) -> None:
         self._stopped = reason
@@ -297,7 +302,10 @@ class EventTimer:
         self._device = device
 
     def __call__(self, launch: Callable[[], object]) -> float:
-        with torch.cuda.device(self._device):
+        with (
+            CAPTURING,
+            torch.cuda.device(self._device),
+        ):  # to wait for a device breaks what another thread captures there
             launch()  # compiles
             cache = torch.cuda.get_device_properties(self._device).L2_cache_size
             other = torch.empty(max(1 << 20, 2 * cache), dtype=torch.uint8, device=self._device)

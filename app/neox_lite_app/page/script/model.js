@@ -30,22 +30,21 @@ neox.parts.models = (element, props, trigger) => {
   const action = (label, click, primary = false, name = "") =>
     h("button", { type: "button", class: `button ${primary ? "primary" : ""}`, "aria-label": name || null, click }, label);
 
-  const quantize = (model, name) => [
-    action("int4", () => start("quantize", model, "int4"), false, `Quantize ${name} to int4`),
-    action("int8", () => start("quantize", model, "int8"), false, `Quantize ${name} to int8`)];
+  const quantize = (model, name, formats) => formats.map((format) =>
+    action(format, () => start("quantize", model, format), false, `Quantize ${name} to ${format}`));
 
-  const drawShelf = (models) => shelf.replaceChildren(h("ul", { class: "cards" }, ...models.map((model) =>
+  const drawShelf = (models, formats) => shelf.replaceChildren(h("ul", { class: "cards" }, ...models.map((model) =>
     h("li", { class: `card${model.demo ? " demo" : ""}` },
       h("div", { class: "what" }, h("h3", {}, model.name), h("p", { class: "muted" }, model.about),
         model.problem ? h("p", { class: "problem" }, model.problem) : badge(model.plan)),
       h("div", { class: "do" },
-        model.plain && h("span", { class: "group" }, h("span", { class: "muted" }, "Quantize"), ...quantize(model.id, model.name)),
+        model.plain && h("span", { class: "group" }, h("span", { class: "muted" }, "Quantize"), ...quantize(model.id, model.name, formats)),
         !model.problem && action(model.demo ? "Start the demo" : "Load", () => start("start", model.id), true, model.demo ? "" : `Load ${model.name}`))))));
 
   const drawFamily = (members) => family.replaceChildren(h("div", { class: "family", role: "list" }, ...members.map((member) =>
     h("div", { class: "row", role: "listitem" },
       h("div", { class: "what" }, h("h3", {}, member.name), h("p", { class: "muted" }, member.about)),
-      ...["int4", "int8"].map((format) => h("div", { class: "offer" }, badge(member.plans[format], format),
+      ...Object.entries(member.plans).map(([format, plan]) => h("div", { class: "offer" }, badge(plan, format),
         action("Get", () => start("quantize", member.id, format), false, `Get ${member.name} as ${format}`)))))));
 
   const drawLoaded = (status) => {
@@ -98,8 +97,8 @@ neox.parts.models = (element, props, trigger) => {
     version = fresh;
     trigger("list", {});
   });
-  neox.told("models", ({ shelf: models, family: members }) => {
-    drawShelf(models);
+  neox.told("models", ({ shelf: models, family: members, formats }) => {
+    drawShelf(models, formats);
     drawFamily(members);
   });
   neox.on("view", (view) => { if (view === "model") { version = null; neox.poll?.(); } });

@@ -1,0 +1,446 @@
+"""Calibration: texts into windows, blocks beside the whole model, balanced columns, the folder that comes of it, refusals."""
+
+import copy
+import json
+import sys
+
+import pytest
+import torch
+from peers import opened_by_transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXForSequenceClassification
+from neox_lite.checkpoint import Checkpoint, verify_folder
+from neox_lite.errors import ArgumentError, FormatError
+from neox_lite.formats import GroupInt
+from neox_lite_quant import calibrate, convert, gptq
+from neox_lite_quant.balance import Balanced
+from neox_lite_quant.blockwise import Blockwise, memory_bytes, steps_of
+
+SHAPE = {
+    "vocab_size": 131,
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 256,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.1,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+IDS = torch.arange(40)[None] * 7 % 131
+LINEARS = ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+SHAPES = [
+    {},
+    {"use_parallel_residual": False, "rotary_pct": 1.0, "tie_word_embeddings": True},
+    {"attention_bias": False},
+]
+IDENTITIES = ["parallel", "sequential-tied", "without-attention-bias"]
+
+
+def write_source(folder, cls=GPTNeoXForCausalLM, **changes):
+    torch.manual_seed(0)
+    model = cls(GPTNeoXConfig(**{**SHAPE, **changes}))
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            parameter.normal_(1.0 if "norm.weight" in name else 0.0, 0.2)
+        elif "embed_in" in name:
+            parameter.normal_(0.0, 0.2 if model.config.tie_word_embeddings else 1.0)
+    model.half().save_pretrained(folder)
+    words = {"<|endoftext|>": 0, **{f"w{i}": i for i in range(1, 131)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<|endoftext|>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return model
+
+
+@pytest.fixture(scope="module", params=SHAPES, ids=IDENTITIES)
+def source(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source") / "model"
+    write_source(folder, **request.param)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plain") / "model"
+    write_source(folder)
+    return folder
+
+
+def words(count, seed=0):
+    random = torch.Generator().manual_seed(seed)
+    return " ".join(f"w{i}" for i in torch.randint(1, 131, (count,), generator=random).tolist())
+
+
+def blockwise(folder, windows, scratch, format=None):
+    config = GPTNeoXConfig.from_pretrained(folder)
+    checkpoint = Checkpoint.open(folder)
+    return Blockwise(
+        checkpoint, config, lambda name: name, lambda name: format or GroupInt(4, 32), torch.float16, windows, scratch
+    )
+
+
+# -- blocks beside the whole model ------------------------------------------------------------------------------------
+
+
+def test_blocks_one_after_another_are_the_whole_model(source, tmp_path, monkeypatch):
+    """With weights that quantizing does not change, both streams end where the model's own hidden states do."""
+    windows = torch.randint(0, 131, (3, 40))
+
+    def unchanged(weight, bias, moments, format, dtype):
+        eighths = GroupInt(8, 32).encode(weight, torch.float16, "mse")
+        return eighths | ({"bias": bias.half()} if bias is not None else {})
+
+    monkeypatch.setattr("neox_lite_quant.gptq.quantize", unchanged)
+    blocks = blockwise(source, windows, tmp_path, GroupInt(8, 32))
+    blocks.tensors(f"gpt_neox.layers.1.{LINEARS[-1]}")
+    model = GPTNeoXForCausalLM.from_pretrained(source, dtype=torch.float32, exact=True)
+    expected = model(windows, output_hidden_states=True).hidden_states
+    last = blocks._streams[0]
+    norm = model.gpt_neox.final_layer_norm
+    normed = torch.nn.functional.layer_norm(last, (128,), norm.weight, norm.bias, norm.eps)
+    assert float((normed - expected[-1]).abs().max()) < 1e-4  # float32 sums in another order
+    assert 0 < float((blocks._streams[1] - last).abs().max()) < 0.1 * float(last.abs().max())
+
+
+def test_moments_are_those_that_hooks_on_the_whole_model_gather(source, tmp_path, monkeypatch):
+    """The first block's, of every layer: its inputs in transformers, while what stands before them is quantized already."""
+    transformers = pytest.importorskip("transformers")
+    windows, seen = torch.randint(0, 131, (5, 40)), []
+    rounded = GroupInt(8, 32)
+
+    def remember(weight, bias, moments, format, dtype):
+        seen.append((moments.second.clone(), moments.first.clone(), moments.count))
+        found = rounded.encode(weight, torch.float16, "mse")
+        return found | ({"bias": bias.half()} if bias is not None else {})
+
+    monkeypatch.setattr("neox_lite_quant.gptq.quantize", remember)
+    monkeypatch.setattr("neox_lite_quant.blockwise.BATCH_ELEMENTS", 2 * 40 * 256)  # batches of 2, 2 and 1 windows
+    blocks = blockwise(source, windows, tmp_path, rounded)
+    names = [name for stage in blocks._stages for name in stage]
+    found = {name: blocks.tensors(f"gpt_neox.layers.0.{name}") for name in names}
+    peer = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    layer, inputs = peer.gpt_neox.layers[0], {}
+    for name in names:
+        module = layer.get_submodule(name)
+        module.weight.data = rounded.decode(
+            found[name], torch.float32
+        )  # the block as it is in the end: its inputs are final
+        module.register_forward_pre_hook(lambda module, args, name=name: inputs.update({name: args[0].flatten(0, 1)}))
+    with torch.no_grad():
+        peer(windows)
+    for name, (second, first, count) in zip(names, seen, strict=True):
+        x = inputs[name].double()
+        assert count == len(x) == 200
+        assert float((second - x.T @ x).abs().max()) < 1e-4 * float((x.T @ x).abs().max())
+        assert float((first - x.sum(0)).abs().max()) < 1e-4 * float(x.abs().sum(0).max())
+
+
+def test_what_is_added_last_makes_up_for_the_stream_as_well(plain, tmp_path, monkeypatch):
+    """attention.dense and dense_4h_to_h add to the stream: the second of them is asked for its whole difference, too."""
+    seen, quantize = {}, gptq.quantize
+
+    def remember(weight, bias, moments, format, dtype):
+        seen[len(seen)] = moments.shift_first / moments.count
+        return quantize(weight, bias, moments, format, dtype)
+
+    apart = torch.linspace(-0.01, 0.01, 128)
+    blocks = blockwise(plain, torch.randint(0, 131, (3, 40)), tmp_path)
+    blocks._streams[0] += apart  # as if earlier blocks had left the stream without this
+    original = blocks._load(0)
+    original.mlp.dense_4h_to_h.weight.data.zero_()  # without a share of its own, the stream's difference is all
+    monkeypatch.setattr(blocks, "_load", lambda index: copy.deepcopy(original))
+    monkeypatch.setattr("neox_lite_quant.gptq.quantize", remember)
+    blocks.tensors(f"gpt_neox.layers.0.{LINEARS[0]}")
+    assert float((seen[3] - apart).abs().max()) < 1e-6
+
+
+def test_progress_ends_at_its_total(source, tmp_path):
+    windows, seen = torch.randint(0, 131, (3, 40)), []
+    blocks = blockwise(source, windows, tmp_path)
+    blocks._progress = lambda done, total: seen.append((done, total))
+    blocks.tensors(f"gpt_neox.layers.1.{LINEARS[0]}")
+    total = steps_of(GPTNeoXConfig.from_pretrained(source), 3, 40)
+    assert seen == [(i + 1, total) for i in range(total)]
+
+
+def test_the_scratch_file_leaves_nothing_behind(plain, tmp_path):
+    blocks = blockwise(plain, torch.randint(0, 131, (3, 40)), tmp_path)
+    del blocks
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_said_before_the_work(plain, tmp_path, monkeypatch):
+    monkeypatch.setattr("neox_lite_quant.blockwise.free_bytes", lambda path: 1000)
+    with pytest.raises(ArgumentError, match=r"of disk for a while.*--calibration-windows"):
+        blockwise(plain, torch.randint(0, 131, (3, 40)), tmp_path)
+
+
+def test_activations_that_are_not_finite_are_refused_by_layer(plain, tmp_path):
+    blocks = blockwise(plain, torch.randint(0, 131, (3, 40)), tmp_path)
+    blocks._streams[:, 1, 3] = float("inf")
+    with pytest.raises(FormatError, match=r"layers.0.attention.query_key_value: the inputs hold values that are not"):
+        blocks.tensors(f"gpt_neox.layers.0.{LINEARS[0]}")
+
+
+# -- balanced columns -------------------------------------------------------------------------------------------------
+
+
+def test_a_balanced_checkpoint_is_the_same_function(source):
+    config = GPTNeoXConfig.from_pretrained(source)
+    model = GPTNeoXForCausalLM.from_pretrained(source, dtype=torch.float32, exact=True)
+    expected = model(IDS).logits
+    with Checkpoint.open(source) as checkpoint:
+        balanced = Balanced(checkpoint, config, lambda name: name, torch.float16)
+        state = model.state_dict()
+        changed = [n for n in state if n in balanced and not torch.equal(balanced.tensor(n).float(), state[n])]
+        model.load_state_dict({n: balanced.tensor(n).float() for n in state if n in balanced}, strict=False)
+    kinds = {n.removeprefix("gpt_neox.layers.0.") for n in changed if ".layers.0." in n}
+    assert {f"{name}.weight" for name in LINEARS[:3]} < kinds and "mlp.dense_4h_to_h.weight" not in kinds
+    assert float((model(IDS).logits - expected).abs().max()) < 1e-4 * float(expected.abs().max())
+
+
+def test_rows_and_whole_tensors_of_a_balanced_checkpoint_agree(plain):
+    with Checkpoint.open(plain) as checkpoint:
+        balanced = Balanced(checkpoint, GPTNeoXConfig.from_pretrained(plain), lambda name: name, torch.float16)
+        for name in balanced.names():
+            whole, rows = balanced.tensor(name), balanced.info(name).shape[0]
+            parts = torch.cat([balanced.rows(name, i, min(i + 50, rows)) for i in range(0, rows, 50)])
+            assert torch.equal(parts, whole), name
+
+
+def test_balancing_undoes_large_channels(plain, tmp_path):
+    """Gains times 30 on some channels and their columns divided by 30: the same function costs no more in int4."""
+    large = tmp_path / "large"
+    model = GPTNeoXForCausalLM.from_pretrained(plain)
+    for layer in model.gpt_neox.layers:
+        pairs = (
+            (layer.input_layernorm, layer.attention.query_key_value),
+            (layer.post_attention_layernorm, layer.mlp.dense_h_to_4h),
+        )
+        for norm, linear in pairs:
+            norm.weight[5:9] *= 30
+            norm.bias[5:9] *= 30
+            linear.weight[:, 5:9] /= 30
+    model.save_pretrained(large)
+    found = {}
+    for name, folder, method in (("few", plain, "balance"), ("many", large, "balance"), ("mse", large, "mse")):
+        convert(folder, tmp_path / name, method=method)
+        found[name] = kl(folder, tmp_path / name)
+    assert found["many"] < 1.3 * found["few"] and found["many"] < 0.5 * found["mse"]
+
+
+def test_gains_of_zero_and_empty_columns_are_left_alone(tmp_path):
+    model = write_source(tmp_path / "source")
+    layer = model.gpt_neox.layers[0]
+    layer.input_layernorm.weight[3] = 0
+    layer.mlp.dense_h_to_4h.weight[:, 7] = 0
+    layer.attention.dense.weight[:, 9] = 0
+    model.save_pretrained(tmp_path / "zeros")
+    convert(tmp_path / "zeros", tmp_path / "out", method="balance")
+    assert verify_folder(tmp_path / "out") == [] and kl(tmp_path / "zeros", tmp_path / "out") < 0.1
+
+
+# -- the folder -------------------------------------------------------------------------------------------------------
+
+
+def kl(source, quantized):
+    found = []
+    for folder in (source, quantized):
+        model = GPTNeoXForCausalLM.from_pretrained(folder, dtype=torch.float32, exact=True)
+        found.append(model(torch.arange(200).view(5, 40) * 13 % 131).logits.double().log_softmax(-1))
+    return float((found[0].exp() * (found[0] - found[1])).sum(-1).mean())
+
+
+@pytest.fixture(scope="module", params=["balance", "gptq"])
+def quantized(request, source, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quantized") / "model"
+    options = {"calibration_windows": 16} if request.param == "gptq" else {}
+    report = convert(source, folder, method=request.param, **options)
+    return folder, report
+
+
+def test_transformers_opens_the_folder_with_equal_logits(quantized):
+    folder, _ = quantized
+    assert verify_folder(folder) == []
+    peer = opened_by_transformers(folder)
+    ours = GPTNeoXForCausalLM.from_pretrained(folder, dtype=torch.float32, exact=True)
+    with torch.no_grad():
+        expected = peer(IDS).logits
+    assert float((ours(IDS).logits - expected).abs().max()) < 1e-5 * float(expected.abs().max())
+
+
+def test_gptq_is_nearer_to_the_source_than_mse_with_its_own_text_and_with_a_file(source, tmp_path):
+    (tmp_path / "text.txt").write_text(words(3000))
+    convert(source, tmp_path / "mse", method="mse")
+    convert(source, tmp_path / "own", method="gptq", calibration_windows=32)
+    convert(source, tmp_path / "file", method="gptq", calibration=tmp_path / "text.txt")
+    distances = {name: kl(source, tmp_path / name) for name in ("mse", "own", "file")}
+    assert distances["own"] < 0.8 * distances["mse"] and distances["file"] < 0.8 * distances["mse"]
+
+
+def test_the_manifest_names_the_text(plain, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(words(700))
+    convert(plain, tmp_path / "file", method="gptq", calibration=text, calibration_windows=5)
+    convert(plain, tmp_path / "own", method="gptq", calibration_windows=3)
+    keys = ("method", "calibration", "calibration_sha256", "windows", "context")
+    manifests = [json.loads((tmp_path / n / "neox_lite_manifest.json").read_text()) for n in ("file", "own")]
+    _, sha256 = calibrate.read_texts(text)
+    assert [m[k] for k in keys for m in manifests[:1]] == ["gptq", "text.txt", sha256, 5, 64]
+    assert [m[k] for k in keys for m in manifests[1:]] == ["gptq", "own text", None, 3, 64]
+
+
+def test_two_runs_write_the_same_bytes(plain, tmp_path):
+    for name in ("one", "two"):
+        convert(plain, tmp_path / name, method="gptq", calibration_windows=4)
+    one, two = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("one", "two"))
+    assert one == two
+
+
+def test_a_run_that_was_ended_goes_on_to_the_same_bytes(plain, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["neox_lite_quant.convert"], "SHARD_BYTES", 60_000)
+
+    def ended(done, total):
+        if done > total - 3:
+            raise KeyboardInterrupt
+
+    options = {"method": "gptq", "calibration_windows": 4}
+    convert(plain, tmp_path / "whole", **options)
+    with pytest.raises(KeyboardInterrupt):
+        convert(plain, tmp_path / "ended", progress=ended, **options)
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "ended").glob("model-*.safetensors")}
+    convert(plain, tmp_path / "ended", **options)
+    names = [path.name for path in (tmp_path / "whole").glob("*.safetensors")]
+    assert len(names) > 3 and 0 < len(kept) < len(names)
+    assert all((tmp_path / "whole" / n).read_bytes() == (tmp_path / "ended" / n).read_bytes() for n in names)
+    assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
+    assert sorted(p.name for p in (tmp_path / "ended").iterdir()) == sorted(
+        p.name for p in (tmp_path / "whole").iterdir()
+    )
+
+
+def test_the_memory_that_is_said_is_not_exceeded(plain, tmp_path):
+    needed = convert(plain, tmp_path / "dry", method="gptq", dry_run=True)
+    assert not (tmp_path / "dry").exists() and needed.scratch_bytes == 2 * 4 * 512 * 64 * 128
+    before = convert(plain, tmp_path / "mse").peak_bytes
+    report = convert(plain, tmp_path / "gptq", method="gptq", calibration_windows=64)
+    assert report.peak_bytes - before < needed.peak_bytes
+
+
+def test_memory_grows_with_a_block_and_not_with_the_number_of_blocks():
+    shape = {"hidden_size": 6144, "num_attention_heads": 64, "intermediate_size": 24576}
+    few, many = (GPTNeoXConfig(**{**SHAPE, **shape, "num_hidden_layers": n}) for n in (2, 44))
+    assert memory_bytes(few, 128, 512) == memory_bytes(many, 128, 512) < 24 << 30
+
+
+def test_too_little_memory_is_said_before_anything_starts(plain, tmp_path, monkeypatch):
+    monkeypatch.setattr("neox_lite_quant.calibrated.free_memory", lambda: (1 << 20, 1 << 20))
+    with pytest.raises(ArgumentError, match=r"gptq takes up to .* GB of memory .*--method balance"):
+        convert(plain, tmp_path / "out", method="gptq")
+    assert not (tmp_path / "out").exists()
+
+
+# -- texts ------------------------------------------------------------------------------------------------------------
+
+
+def test_texts_come_from_plain_files_lines_of_json_and_lists(tmp_path):
+    files = {
+        "a.txt": ("one\ntwo", ["one\ntwo"]),
+        "b.jsonl": ('{"text": "one\u2028x"}\n\n"two"\n', ["one\u2028x", "two"]),
+        "c.json": ('["one", {"text": "two"}]', ["one", "two"]),
+        "d.txt": ("\ufeffone", ["one"]),
+    }
+    for name, (content, expected) in files.items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        assert calibrate.read_texts(tmp_path / name)[0] == expected
+
+
+def test_windows_are_spread_over_the_texts_with_ends_of_text_between(plain, tmp_path):
+    lines = [words(100, seed=i) for i in range(10)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    config = GPTNeoXConfig.from_pretrained(plain)
+    every = calibrate.from_file(tmp_path / "texts.jsonl", plain, config, 1000)
+    assert every.windows.shape == (15, 64) and int((every.windows == 0).sum()) == 9  # 1009 ids, 15 whole windows
+    three = calibrate.from_file(tmp_path / "texts.jsonl", plain, config, 3)
+    assert torch.equal(three.windows, every.windows[[0, 5, 10]])
+
+
+def test_own_text_is_the_same_every_time_and_avoids_ids_without_a_token(tmp_path):
+    write_source(tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["model"]["vocab"] = {w: i for w, i in tokenizer["model"]["vocab"].items() if i < 100}
+    path.write_text(json.dumps(tokenizer))
+    config = GPTNeoXConfig.from_pretrained(tmp_path / "model")
+    one, two = (calibrate.own_text(tmp_path / "model", config, 20).windows for _ in range(2))
+    assert torch.equal(one, two) and one.shape == (20, 64) and int(one.max()) < 100 and len(one.unique()) > 50
+
+
+def test_own_text_follows_the_models_distribution(plain):
+    """What the model is sure of follows: drawn tokens are as likely as it says, on average."""
+    model = GPTNeoXForCausalLM.from_pretrained(plain, dtype=torch.float32)
+    windows = calibrate.own_text(plain, GPTNeoXConfig.from_pretrained(plain), 64).windows
+    scores = model(windows).logits.float().log_softmax(-1)[:, :-1]
+    drawn = scores.gather(-1, windows[:, 1:, None]).mean()
+    expected = (scores.exp() * scores).sum(-1).mean()
+    assert abs(float(drawn - expected)) < 0.1  # of 4000 draws
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.txt", None, "none.txt: cannot be read: No such file"),
+        ("empty.txt", b"", "empty.txt: holds no text"),
+        ("blank.jsonl", b'{"text": "  "}\n', "blank.jsonl: holds no text"),
+        ("latin.txt", b"caf\xe9", "not UTF-8 text: byte 3 is 0xe9"),
+        ("short.txt", b"w1 w2", "has 2 tokens, fewer than one window of 64"),
+        ("broken.jsonl", b'{"text": "a"}\n{"text": ', "line 2 is not JSON"),
+        ("other.jsonl", b'{"content": "a"}', "line 1 is no text"),
+        ("number.json", b"3", "holds int, expected a list of texts"),
+        ("deep.json", b"[" * 100_000, "not JSON"),
+    ],
+)
+def test_files_that_hold_no_text_are_refused_in_a_line(plain, tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ArgumentError, match=message):
+        convert(plain, tmp_path / "out", method="gptq", calibration=tmp_path / name)
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_devices_and_huge_files_are_refused(plain, tmp_path):
+    huge = tmp_path / "huge.txt"
+    with huge.open("wb") as file:
+        file.truncate((64 << 20) + 1)
+    for path, message in ((tmp_path, "is no regular file"), (huge, "is larger than 64 MiB; a sample of it is enough")):
+        with pytest.raises(ArgumentError, match=message):
+            convert(plain, tmp_path / "out", method="gptq", calibration=path)
+
+
+def test_options_that_would_be_ignored_are_refused(plain, tmp_path):
+    for options, message in (
+        ({"method": "mse", "calibration": "x.txt"}, "calibration is for method 'gptq', but the method is 'mse'"),
+        ({"calibration_windows": 5}, "calibration is for method 'gptq'"),
+        ({"method": "gptq", "calibration_windows": 0}, "calibration windows are 0, expected 1 to"),
+        ({"method": "gptq", "format": "nf4"}, "method is 'gptq', expected one of"),
+        ({"method": "balance", "format": "nf4"}, "method is 'balance', expected one of"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            convert(plain, tmp_path / "out", **options)
+
+
+def test_a_model_without_a_vocabulary_head_needs_a_text(tmp_path):
+    write_source(tmp_path / "source", GPTNeoXForSequenceClassification)
+    with pytest.raises(ArgumentError, match=r"has no vocabulary head.*give --calibration FILE"):
+        convert(tmp_path / "source", tmp_path / "out", method="gptq")
+    (tmp_path / "text.txt").write_text(words(500))
+    convert(tmp_path / "source", tmp_path / "out", method="gptq", calibration=tmp_path / "text.txt")
+    assert verify_folder(tmp_path / "out") == []
+
+
+def test_own_text_of_a_model_that_does_not_fit_into_memory_is_refused(plain, monkeypatch):
+    monkeypatch.setattr("neox_lite_quant.calibrate.free_memory", lambda: (1 << 20, 1 << 20))
+    with pytest.raises(ArgumentError, match=r"writing its own calibration text takes .* give --calibration FILE"):
+        calibrate.own_text(plain, GPTNeoXConfig.from_pretrained(plain), 4)

@@ -1,0 +1,226 @@
+"""Folders that compressed-tensors writes, as llm-compressor does: equal logits, or a refusal that says what to choose."""
+
+import json
+import re
+
+import pytest
+import torch
+from peers import difference, opened_by_transformers, peer, random_ids
+
+from neox_lite import GPTNeoXForCausalLM
+from neox_lite.errors import FormatError, NeoxLiteError
+from neox_lite.formats import formats_of
+from neox_lite_app.cli import main
+
+pytest.importorskip("compressed_tensors.compressors.model_compressors", reason="compressed-tensors is not installed")
+from compressed_tensors.compressors.model_compressors import ModelCompressor
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationScheme,
+    apply_quantization_config,
+)
+from compressed_tensors.quantization.utils import calculate_qparams
+from compressed_tensors.quantization.utils.helpers import is_module_quantized
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+SHAPE = {"hidden_size": 128, "intermediate_size": 256}
+INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}
+INT8 = {**INT4, "num_bits": 8, "group_size": 32}
+CHANNEL = {**INT8, "strategy": "channel", "group_size": None}
+ATTENTION, MLP = r"re:.*attention\.(query_key_value|dense)", r"re:.*mlp\.dense"
+LAYERS = r"re:.*\.(dense|query_key_value)"
+TENSOR = {**INT8, "strategy": "tensor", "group_size": None}
+
+
+def write(folder, groups, ignore=("lm_head",), dtype=torch.float32):
+    """Quantize a random model with the library itself: groups is [(targets, weights' arguments)]."""
+    model = peer(**SHAPE).to(dtype)
+    schemes = {
+        f"group_{i}": QuantizationScheme(targets=targets, weights=QuantizationArgs(**weights), **more)
+        for i, (targets, weights, *rest) in enumerate(groups)
+        for more in [rest[0] if rest else {}]
+    }
+    apply_quantization_config(model, QuantizationConfig(config_groups=schemes, ignore=list(ignore)))
+    for module in model.modules():
+        if is_module_quantized(module) and hasattr(module, "weight_scale"):
+            _observe(module)
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    model.save_pretrained(folder)
+    compressor.update_config(folder)
+    return folder
+
+
+def _observe(module):
+    """Scales and zero points from the weights' own range."""
+    arguments, weight = module.quantization_scheme.weights, module.weight
+    size = arguments.group_size if arguments.strategy == "group" else weight.shape[1]
+    groups = weight.reshape(weight.shape[0], -1, size)
+    groups = groups.reshape(1, 1, -1) if arguments.strategy == "tensor" else groups
+    scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), arguments)
+    module.weight_scale.data = scale.to(module.weight_scale.dtype).reshape(module.weight_scale.shape)
+    if hasattr(module, "weight_zero_point"):
+        module.weight_zero_point.data = zero.to(module.weight_zero_point.dtype).reshape(module.weight_zero_point.shape)
+
+
+def equal_logits(folder, tolerance=2e-5):
+    """Ours beside transformers', both in float32: only the order of sums differs."""
+    ids = random_ids(2, 24)
+    model = GPTNeoXForCausalLM.from_pretrained(folder, exact=True, dtype=torch.float32)
+    assert difference(model(ids).logits, opened_by_transformers(folder)(ids).logits) < tolerance
+    return {n: m.format.name for n, m in model.gpt_neox.layers.named_modules() if hasattr(m, "format")}
+
+
+# -- what loads -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_symmetric_groups_load_with_equal_logits(tmp_path, bits, group_size):
+    write(tmp_path / "m", [(["Linear"], {**INT4, "num_bits": bits, "group_size": group_size})])
+    assert set(equal_logits(tmp_path / "m").values()) == {f"int{bits}"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_folders_load_with_equal_logits(tmp_path, dtype):
+    write(tmp_path / "m", [(["Linear"], INT4)], dtype=dtype)
+    equal_logits(tmp_path / "m")
+
+
+@pytest.mark.parametrize("actorder", ["weight", "static"])
+def test_an_order_that_leaves_columns_in_place_loads(tmp_path, actorder):
+    write(tmp_path / "m", [(["Linear"], {**INT4, "actorder": actorder})])
+    equal_logits(tmp_path / "m")
+
+
+QKV, DENSE, UP, DOWN = "attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"
+
+
+@pytest.mark.parametrize(
+    ("groups", "ignore", "expected"),
+    [
+        ([([ATTENTION], INT8), ([MLP], INT4)], ["lm_head"], ["int8", "int8", "int4", "int4"]),
+        ([(["Linear"], INT4)], ["lm_head", "re:.*dense_4h_to_h$"], ["int4", "int4", "int4", "dense"]),
+        ([(["Linear"], INT4)], ["lm_head", f"gpt_neox.layers.0.{UP}"], ["int4", "int4", "dense", "int4"]),
+        # of several targets, a name comes before patterns, patterns in their alphabetical order, a class last
+        ([(["Linear"], INT4), ([MLP], INT8)], ["lm_head"], ["int4", "int4", "int8", "int8"]),
+        ([([MLP], INT8), ([r"re:.*\.dense"], INT4)], ["lm_head"], ["dense", "int4", "int4", "int4"]),
+        ([([LAYERS], INT8), ([f"gpt_neox.layers.0.{QKV}"], INT4)], ["re:lm_head"], ["int4"] + 3 * ["int8"]),
+    ],
+    ids=["patterns", "ignored-pattern", "ignored-name", "pattern-over-class", "two-patterns", "name-over-pattern"],
+)  # fmt: skip
+def test_targets_and_ignored_names_mean_what_they_mean_there(tmp_path, groups, ignore, expected):
+    write(tmp_path / "m", groups, ignore)
+    found = equal_logits(tmp_path / "m")
+    assert [found[f"0.{name}"] for name in (QKV, DENSE, UP, DOWN)] == expected
+
+
+@pytest.mark.parametrize("shift", range(8, 65, 8))
+def test_data_may_begin_anywhere_in_the_file(tmp_path, shift):
+    """Other tools' packed codes begin at 24 to 48 modulo 64; kernels must not assume more."""
+    folder = write(tmp_path / "m", [(["Linear"], INT4)])
+    path = folder / "model.safetensors"
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    wanted = GPTNeoXForCausalLM.from_pretrained(folder, exact=True)(random_ids(1, 9)).logits.clone()
+    path.write_bytes((length + shift).to_bytes(8, "little") + raw[8 : 8 + length] + b" " * shift + raw[8 + length :])
+    assert torch.equal(GPTNeoXForCausalLM.from_pretrained(folder, exact=True)(random_ids(1, 9)).logits, wanted)
+
+
+def test_such_a_folder_goes_to_gguf_and_through_save_pretrained(tmp_path):
+    from neox_lite_quant import export_gguf, import_gguf
+
+    write(tmp_path / "m", [(["Linear"], INT4)], dtype=torch.float16)
+    export_gguf(tmp_path / "m", tmp_path / "m.gguf")
+    import_gguf(tmp_path / "m.gguf", tmp_path / "back")
+    GPTNeoXForCausalLM.from_pretrained(tmp_path / "m").save_pretrained(tmp_path / "again")
+    ids = random_ids(1, 9)
+    wanted = GPTNeoXForCausalLM.from_pretrained(tmp_path / "m", exact=True)(ids).logits
+    for name in ("back", "again"):
+        assert torch.equal(GPTNeoXForCausalLM.from_pretrained(tmp_path / name, exact=True)(ids).logits, wanted)
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+AGAIN = "or make a folder from the original checkpoint: neox-lite quantize SRC"
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        (
+            (["Linear"], {**INT4, "symmetric": False}),
+            "symmetric is False.*zero points are not read; choose a symmetric",
+        ),
+        ((["Linear"], CHANNEL), "strategy is 'channel', expected 'group'; choose groups of 32, 64 or 128"),
+        ((["Linear"], TENSOR), "strategy is 'tensor'.*choose groups"),
+        ((["Linear"], {**INT8, "group_size": 16}), "group_size is 16.*choose groups"),
+        ((["Linear"], {"num_bits": 8, "type": "float", "strategy": "channel"}), "format is '(float|naive)-quantized'"),
+        (
+            (["Linear"], CHANNEL, {"input_activations": QuantizationArgs(num_bits=8, dynamic=True, strategy="token")}),
+            "format is 'int-quantized'",
+        ),
+    ],
+    ids=["asymmetric", "channel", "tensor", "group-of-16", "fp8", "w8a8"],
+)
+def test_what_the_library_can_make_and_we_cannot_read_is_refused_with_advice(tmp_path, group, message, capsys):
+    folder = write(tmp_path / "m", [group])
+    with pytest.raises(FormatError, match=message) as refused:
+        GPTNeoXForCausalLM.from_pretrained(folder)
+    assert "neox-lite quantize SRC" in str(refused.value)
+    assert main(["generate", str(folder), "--prompt", "x"]) == 1
+    assert re.search(message, capsys.readouterr().err)
+
+
+def changed(folder, **weights):
+    """The folder's config with other arguments of its weights, as older versions wrote them."""
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["weights"] |= weights
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_columns_in_another_order_are_refused_with_advice(tmp_path):
+    folder = changed(write(tmp_path / "m", [(["Linear"], INT4)]), actorder="group")
+    with pytest.raises(FormatError, match=rf"actorder is 'group'.*choose 'static'.*{AGAIN}"):
+        GPTNeoXForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("targets", "name"), [(["gpt_neox.embed_in", "Linear"], "embed_in"), (["lm_head", "Linear"], "(embed_out|lm_head)")]
+)
+def test_a_quantized_embedding_or_head_is_refused_with_advice(tmp_path, targets, name):
+    folder = write(tmp_path / "m", [(targets, INT4)], ignore=[] if "lm_head" in targets else ["lm_head"])
+    with pytest.raises(FormatError, match=rf"{name}.weight_packed: embedding and head must be plain.*put 'lm_head'"):
+        GPTNeoXForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", ["group", "whole"])
+def test_groups_of_another_format_are_refused(tmp_path, kind):
+    folder = write(tmp_path / "m", [(["Linear"], INT4)])
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    (config["config_groups"]["group_0"] if kind == "group" else config)["format"] = "int-quantized"
+    with pytest.raises(FormatError, match=r"format is 'int-quantized', expected 'pack-quantized'; .*quantize SRC"):
+        formats_of(config)
+
+
+@pytest.mark.parametrize("key", ["weight_zero_point", "weight_g_idx"])
+def test_tensors_that_the_config_does_not_announce_are_refused_by_name(tmp_path, key):
+    folder = write(tmp_path / "m", [(["Linear"], INT4)])
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"gpt_neox.layers.0.{UP}.{key}"] = torch.zeros(4, dtype=torch.int32)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(NeoxLiteError, match=rf"unexpected: gpt_neox.layers.0.{UP}.{key}"):
+        GPTNeoXForCausalLM.from_pretrained(folder)
+
+
+def test_our_own_folder_and_theirs_are_one_form(tmp_path):
+    """What we save again of their folder opens there with the same logits."""
+    folder = write(tmp_path / "m", [([ATTENTION], INT8), ([MLP], INT4)])
+    GPTNeoXForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "again")
+    ids = random_ids(1, 9)
+    wanted, found = (opened_by_transformers(tmp_path / name)(ids).logits for name in ("m", "again"))
+    assert torch.equal(found, wanted)

@@ -1,0 +1,198 @@
+"""EleutherAI's layer files: merged as they were split, by rows, columns, sums and averages; refusals; hostile pickles."""
+
+import os
+
+import pytest
+import torch
+from peers import difference, peer, random_ids
+
+from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
+from neox_lite.checkpoint import Checkpoint
+from neox_lite.errors import CheckpointError, ConfigError
+from neox_lite_app.cli import main
+from neox_lite_quant import convert
+
+SHAPE = {
+    "vocab_size": 132,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+}
+BLOCK = {
+    "input_layernorm": "mean",
+    "post_attention_layernorm": "mean",
+    "attention.query_key_value": "rows",
+    "attention.dense": "columns",
+    "mlp.dense_h_to_4h": "rows",
+    "mlp.dense_4h_to_h": "columns",
+}
+
+
+def split(values, how, parts):
+    """What each GPU held of a tensor, written out plainly, and the whole that it stands for."""
+    if how == "rows":
+        return list(values.chunk(parts)), values
+    if how == "columns" and values.dim() == 2:
+        return [part.contiguous() for part in values.chunk(parts, dim=1)], values
+    shares = [values * (i + 1) / parts for i in range(parts)]  # a norm's gains drift apart; biases are summed
+    total = torch.stack([s.float() for s in shares]).sum(0)
+    return shares, (total / parts if how == "mean" else total).to(values.dtype)
+
+
+def write_layers(folder, parts, dtype=torch.float32):
+    """Layer files of a random model, and that model as transformers has it."""
+    model = peer(**SHAPE).to(dtype)
+    state, files = model.state_dict(), {}
+
+    def put(number, name, how, whole):
+        shares, state[whole] = split(state[whole], how, parts)
+        for part, share in enumerate(shares):
+            files.setdefault((number, part), {})[name] = share.clone()
+
+    put(0, "word_embeddings.weight", "rows", "gpt_neox.embed_in.weight")
+    for i in range(SHAPE["num_hidden_layers"]):
+        for name, how in BLOCK.items():
+            for last in ("weight", "bias"):
+                put(i + 2, f"{name}.{last}", how, f"gpt_neox.layers.{i}.{name}.{last}")
+        for part in range(parts):
+            files[i + 2, part]["attention.rotary_emb.inv_freq"] = torch.full((2,), 7.0)
+    last = SHAPE["num_hidden_layers"] + 4
+    put(last - 1, "norm.weight", "mean", "gpt_neox.final_layer_norm.weight")
+    put(last - 1, "norm.bias", "mean", "gpt_neox.final_layer_norm.bias")
+    head = "lm_head.weight" if "lm_head.weight" in state else "embed_out.weight"
+    put(last, "final_linear.weight", "rows", head)
+    folder.mkdir()
+    for (number, part), tensors in files.items():
+        torch.save(tensors, folder / f"layer_{number:02}-model_{part:02}-model_states.pt")
+    model.load_state_dict(state)
+    GPTNeoXConfig(**model.config.to_dict()).save_pretrained(folder)
+    return model
+
+
+@pytest.fixture(scope="module", params=[1, 2, 4])
+def native(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("native") / "model"
+    return folder, write_layers(folder, request.param)
+
+
+def test_a_model_in_any_number_of_parts_gives_transformers_logits(native):
+    folder, model = native
+    ids = random_ids(2, 20, 132)
+    ours = GPTNeoXForCausalLM.from_pretrained(folder, exact=True)
+    assert difference(ours(ids).logits, model(ids).logits) < 1e-4  # float32, another order of sums
+    merged = {k.replace("lm_head", "embed_out"): v for k, v in model.state_dict().items() if "rotary" not in k}
+    found = {k: v for k, v in ours.state_dict().items() if k in merged}
+    assert found.keys() == merged.keys() and all(torch.equal(found[k], merged[k]) for k in merged)
+
+
+def test_it_is_quantized_as_the_same_weights_in_one_file_are(native, tmp_path):
+    folder, model = native
+    model.save_pretrained(tmp_path / "plain")
+    convert(folder, tmp_path / "a", format="int8", group_size=32)
+    convert(tmp_path / "plain", tmp_path / "b", format="int8", group_size=32)
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+
+
+def test_rows_across_parts_are_those_of_the_whole(native):
+    folder, _ = native
+    with Checkpoint.open(folder) as checkpoint:
+        for name in checkpoint.names():
+            whole = checkpoint.tensor(name)
+            assert tuple(whole.shape) == checkpoint.info(name).shape
+            count = len(whole)
+            for start, stop in (
+                (0, count),
+                (count // 3, count - 1),
+                (count // 2, count // 2 + 1),
+                (5, 5),
+                (count, count),
+            ):
+                assert torch.equal(checkpoint.rows(name, start, stop), whole[start:stop]), name
+
+
+def test_half_precision_sums_and_averages_are_rounded_once(tmp_path):
+    model = write_layers(tmp_path / "model", 2, torch.float16)
+    bias = "gpt_neox.layers.1.attention.dense.bias"
+    with Checkpoint.open(tmp_path / "model") as checkpoint:
+        assert checkpoint.tensor(bias).dtype == torch.float16
+        assert torch.equal(checkpoint.tensor(bias), model.state_dict()[bias])
+
+
+def test_missing_layers_and_parts_are_refused_by_name(tmp_path):
+    write_layers(tmp_path / "model", 2)
+    for name in ("layer_03-model_01-model_states.pt", "layer_06-model_00-model_states.pt"):
+        kept = (tmp_path / "model" / name).rename(tmp_path / name)
+        with pytest.raises(CheckpointError, match=rf"missing: {name}"):
+            Checkpoint.open(tmp_path / "model")
+        kept.rename(tmp_path / "model" / name)
+    torch.save({}, tmp_path / "model" / "layer_01-model_00-model_states.pt")
+    with pytest.raises(CheckpointError, match="13 layer files, expected 12; missing: none"):
+        Checkpoint.open(tmp_path / "model")
+
+
+def test_tensors_of_another_kind_are_refused_by_name(tmp_path):
+    write_layers(tmp_path / "model", 2)
+    path = tmp_path / "model" / "layer_02-model_01-model_states.pt"
+    stored = torch.load(path, weights_only=True)
+    torch.save({**stored, "attention.dense.weight": torch.ones(63, 32)}, path)
+    with pytest.raises(
+        CheckpointError, match=r"attention.dense.weight is .*, torch.float32 \[63, 32\] in another part"
+    ):
+        Checkpoint.open(tmp_path / "model")
+    torch.save({k: v for k, v in stored.items() if k != "attention.dense.bias"}, path)
+    with pytest.raises(CheckpointError, match=r"attention.dense.bias is .*, missing in another part"):
+        Checkpoint.open(tmp_path / "model")
+    torch.save(stored, path)
+    path = tmp_path / "model" / "layer_02-model_00-model_states.pt"
+    torch.save({**stored, "mlp.gate.weight": torch.ones(2)}, path)
+    with pytest.raises(CheckpointError, match=r"mlp.gate.weight is not part of GPT-NeoX's layer 02"):
+        Checkpoint.open(tmp_path / "model")
+
+
+def test_numbers_out_of_all_proportion_are_refused_at_once(tmp_path):
+    torch.save({}, tmp_path / "layer_9999-model_9999-model_states.pt")
+    with pytest.raises(CheckpointError, match=r"1 layer files, expected 99980000; missing: layer_00-model_00"):
+        Checkpoint.open(tmp_path)
+
+
+def test_a_tensor_of_other_dimensions_is_refused_by_name(tmp_path):
+    write_layers(tmp_path / "model", 1)
+    for wrong in (torch.tensor(1.0), torch.ones(64), torch.ones(2, 2, 2)):
+        torch.save({"final_linear.weight": wrong}, tmp_path / "model" / "layer_07-model_00-model_states.pt")
+        with pytest.raises(CheckpointError, match=r"final_linear.weight is .*, expected 2 dimensions"):
+            Checkpoint.open(tmp_path / "model")
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_hostile_pickle_does_nothing(tmp_path):
+    write_layers(tmp_path / "model", 1)
+    torch.save({"norm.weight": Payload(tmp_path / "harm")}, tmp_path / "model" / "layer_06-model_00-model_states.pt")
+    with pytest.raises(CheckpointError, match=r"does not load as plain tensors \(weights_only\)"):
+        GPTNeoXForCausalLM.from_pretrained(tmp_path / "model")
+    assert not (tmp_path / "harm").exists()
+
+
+def test_a_part_outside_the_folder_is_not_read(tmp_path):
+    write_layers(tmp_path / "model", 1)
+    path = tmp_path / "model" / "layer_06-model_00-model_states.pt"
+    path.rename(tmp_path / "elsewhere.pt")
+    path.symlink_to(tmp_path / "elsewhere.pt")
+    with pytest.raises(CheckpointError, match="links outside the folder"):
+        Checkpoint.open(tmp_path / "model")
+
+
+def test_a_folder_without_config_says_where_to_get_it(tmp_path, capsys):
+    write_layers(tmp_path / "model", 1)
+    (tmp_path / "model" / "config.json").unlink()
+    with pytest.raises(ConfigError, match=r"no config.json; .*copy that of the same model on the hub"):
+        GPTNeoXForCausalLM.from_pretrained(tmp_path / "model")
+    assert main(["info", str(tmp_path / "model")]) == 1
+    assert "copy that of the same model" in capsys.readouterr().err
