@@ -194,6 +194,34 @@ def test_channels_that_a_norm_makes_large_count_more(source):
     assert large[up][FORMATS[0]] / plain[up][FORMATS[0]] > 2 * large[qkv][FORMATS[0]] / plain[qkv][FORMATS[0]]
 
 
+def predicted(source, changed=None):
+    """Predicted losses, with some weights of layer 0 multiplied."""
+    with Checkpoint.open(source) as checkpoint:
+        config, rows = GPTNeoXConfig.from_pretrained(source), checkpoint.rows
+        blueprint = Blueprint(GPTNeoXForCausalLM, config, checkpoint, smallest(config), F16)
+        factors = {f"gpt_neox.layers.0.{name}.weight": factor for name, factor in (changed or {}).items()}
+        blueprint.checkpoint.rows = lambda name, *at: rows(name, *at) * factors.get(name, 1)
+        return predict(blueprint, F16, "mse")
+
+
+def test_errors_that_nothing_reads_cost_nothing(source):
+    found = predicted(source, {"attention.dense": 0, "mlp.dense_4h_to_h": 0})
+    for name in ("attention.query_key_value", "mlp.dense_h_to_4h"):
+        assert (
+            set(found[f"gpt_neox.layers.0.{name}"].values())
+            == {0.0}
+            != set(found[f"gpt_neox.layers.1.{name}"].values())
+        )
+
+
+def test_a_sample_of_rows_stands_for_all_of_them(source, monkeypatch):
+    whole = predicted(source)
+    monkeypatch.setattr("neox_lite_quant.mixed.SAMPLED", 64)
+    for name, losses in predicted(source).items():
+        for format, loss in losses.items():
+            assert loss == pytest.approx(whole[name][format], rel=0.5), (name, format)  # of 256 to 768 random rows
+
+
 @pytest.mark.parametrize("activation", ["erf", "tanh"])
 def test_moments_behind_the_activation_are_those_of_samples(activation):
     torch.manual_seed(0)
