@@ -288,10 +288,12 @@ def _target(quantization: str | None, config: GPTNeoXConfig, folder: Path) -> Fo
     wanted = make_format(quantization)
     if config.quantization_config is None:
         return wanted
-    stored = formats_of(config.quantization_config)("gpt_neox.layers.0.mlp.dense_h_to_4h")
-    if stored.name == wanted.name:
+    format_of = formats_of(config.quantization_config)
+    layers = (f"gpt_neox.layers.{i}.{name}" for i in range(config.num_hidden_layers) for name in linears_of(config))
+    stored = {format_of(name).name for name in layers} - {DENSE.name}
+    if stored == {wanted.name}:
         return None  # the folder is what was asked for
-    raise FormatError(f"{folder}: is quantized already ({stored.name}); leave quantization out")
+    raise FormatError(f"{folder}: is quantized already ({' and '.join(sorted(stored))}); leave quantization out")
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:

@@ -110,6 +110,12 @@ def test_a_mixed_folder_saved_again_is_the_same_model(mixed, tmp_path):
     assert torch.equal(model(IDS).logits, GPTNeoXForCausalLM.from_pretrained(tmp_path / "again")(IDS).logits)
 
 
+def test_a_mix_is_not_taken_for_one_of_its_formats(mixed):
+    for format in ("int4", "int8"):
+        with pytest.raises(FormatError, match=r"is quantized already \(int4 and int8\); leave quantization out"):
+            GPTNeoXForCausalLM.from_pretrained(mixed[0], quantization=format)
+
+
 def test_a_base_model_is_mixed_too(sizes, tmp_path):
     write_source(tmp_path / "base", cls=GPTNeoXModel)
     small = convert(tmp_path / "base", tmp_path / "int4").bytes_out

@@ -113,12 +113,11 @@ def check(folder: Path, config: GPTNeoXConfig, args: argparse.Namespace) -> None
     if args.context is not None and args.context > config.max_position_embeddings:
         raise ArgumentError(f"--context is {args.context}, but the model was made for {config.max_position_embeddings}")
     formats = formats_of(config.quantization_config)
-    found = {name: formats(f"gpt_neox.layers.0.{name}") for name in ("attention.dense", "mlp.dense_4h_to_h")}
-    for name, format in found.items():
-        if format != DENSE and not isinstance(format, GroupInt):
-            raise FormatError(f"{folder}: {format.name} is not handed to vLLM; make a folder of int4 or int8 for it")
-        columns = config.hidden_size if name == "attention.dense" else config.intermediate_size
-        _check_parts(args.tensor_parallel or 1, config.num_attention_heads, columns, name, format)
+    for name, columns in (("attention.dense", config.hidden_size), ("mlp.dense_4h_to_h", config.intermediate_size)):
+        for format in dict.fromkeys(formats(f"gpt_neox.layers.{i}.{name}") for i in range(config.num_hidden_layers)):
+            if format != DENSE and not isinstance(format, GroupInt):
+                raise FormatError(f"{folder}: {format.name} is not handed to vLLM; make a folder of int4 or int8 for it")
+            _check_parts(args.tensor_parallel or 1, config.num_attention_heads, columns, name, format)
     if (args.pipeline_parallel or 1) > config.num_hidden_layers:
         raise ArgumentError(
             f"--pipeline-parallel is {args.pipeline_parallel}, but the model has {config.num_hidden_layers} layers"
