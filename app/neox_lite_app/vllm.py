@@ -116,7 +116,9 @@ def check(folder: Path, config: GPTNeoXConfig, args: argparse.Namespace) -> None
     for name, columns in (("attention.dense", config.hidden_size), ("mlp.dense_4h_to_h", config.intermediate_size)):
         for format in dict.fromkeys(formats(f"gpt_neox.layers.{i}.{name}") for i in range(config.num_hidden_layers)):
             if format != DENSE and not isinstance(format, GroupInt):
-                raise FormatError(f"{folder}: {format.name} is not handed to vLLM; make a folder of int4 or int8 for it")
+                raise FormatError(
+                    f"{folder}: {format.name} is not handed to vLLM; make a folder of int4 or int8 for it"
+                )
             _check_parts(args.tensor_parallel or 1, config.num_attention_heads, columns, name, format)
     if (args.pipeline_parallel or 1) > config.num_hidden_layers:
         raise ArgumentError(
