@@ -356,7 +356,7 @@ def test_an_interrupt_leaves_whole_files_and_the_next_run_goes_on(source, tmp_pa
     left = {path.name for path in (tmp_path / "out").iterdir()}
     assert process.returncode != 0 and "config.json" not in left
     assert not any(name.endswith(".safetensors.partial") for name in left)
-    with pytest.raises(ConfigError, match=r"no config\.json"):
+    with pytest.raises(ConfigError, match="unfinished"):
         GPTNeoXForCausalLM.from_pretrained(tmp_path / "out")
     quantize(source, tmp_path / "out")
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")

@@ -78,7 +78,14 @@ def whole(source, tmp_path, monkeypatch):
 class Client:
     def __init__(self, endpoint, home):
         self.home = home
-        self.env = {**os.environ, "HF_HOME": str(home), "HF_ENDPOINT": endpoint, "NO_PROXY": "*", "PYTHONPATH": ROOMS}
+        own = {
+            "HF_HOME": str(home),
+            "HF_ENDPOINT": endpoint,
+            "HF_HUB_OFFLINE": "0",
+            "NO_PROXY": "*",
+            "PYTHONPATH": ROOMS,
+        }
+        self.env = {**os.environ, **own}
 
     def start(self, destination, **options):
         command = [sys.executable, "-c", CHILD, "o/m", str(destination), json.dumps(options)]
@@ -140,8 +147,9 @@ def test_a_cut_connection_is_survived(hub, client, source, whole, tmp_path, byte
 
 
 def test_a_hub_that_goes_away_is_said_and_the_next_run_goes_on(hub, client, source, whole, tmp_path):
+    hub.delay_s = 0.05
     process = client.start(tmp_path / "out")
-    wait_for_shards(tmp_path / "out", 1, hub)
+    wait_for_shards(tmp_path / "out", 1, process)
     hub.down = True
     out, _ = process.communicate(timeout=120)
     assert "HubError" in json.loads(out)["error"]
@@ -150,18 +158,20 @@ def test_a_hub_that_goes_away_is_said_and_the_next_run_goes_on(hub, client, sour
     assert weights(tmp_path / "out") == whole
 
 
-def wait_for_shards(folder, count, hub):
-    """Slow the hub until the journal of the result names so many weight files; returns their names."""
-    hub.delay_s, written = 0.05, []
+def wait_for_shards(folder, count, process):
+    """Until the journal of the result names so many weight files; returns their names. The hub must be slow enough for that."""
+    written = []
     while len(written) < count:
+        assert process.poll() is None, "the run has ended before"
         with contextlib.suppress(OSError):
             written = sorted(json.loads((folder / "neox_lite_journal.json").read_text())["files"])
     return written
 
 
 def test_what_is_converted_is_not_fetched_again_after_a_kill(hub, client, source, whole, tmp_path):
+    hub.delay_s = 0.05
     process = client.start(tmp_path / "out")
-    written = wait_for_shards(tmp_path / "out", 2, hub)
+    written = wait_for_shards(tmp_path / "out", 2, process)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     hub.delay_s = 0.0
