@@ -50,7 +50,7 @@ def main() -> None:
             for cpu in args.cpu_memory.split(","):
                 case = {"folder": str(folder), "context": args.context, "kv": args.kv, "decode": args.decode}
                 case["limits"] = {where: size for where, size in (("cuda", gpu), ("cpu", cpu)) if size}
-                rows.append({"shape": shape, "format": args.format, **run(case)})
+                rows.append({"shape": shape, "format": args.format, **run(case), "folder": folder.name})
                 print(line(rows[-1]), flush=True)
     if args.out:
         target = args.out / f"{args.name}.json"
