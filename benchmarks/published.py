@@ -31,11 +31,10 @@ from neox_lite_app.evaluate import cut, perplexity_of  # noqa: E402
 from neox_lite_app.running import bar, note, read_text  # noqa: E402
 from neox_lite_quant import convert  # noqa: E402
 
-NEOX = "Black et al. 2022, GPT-NeoX-20B, zero-shot results"
-MAMBA = "Gu and Dao 2023, Mamba, table of zero-shot evaluations"
-PUBLISHED: dict[
-    str, dict[str, Any]
-] = {  # only what is certain; no wikitext figure is, in this tokenization and windows
+NEOX = "Black et al. 2022, GPT-NeoX-20B, zero-shot results; quoted, not yet checked against the paper"
+MAMBA = "Gu and Dao 2023, Mamba, table of zero-shot evaluations; quoted, not yet checked against the paper"
+# No wikitext figure is published for this tokenization and these windows.
+PUBLISHED: dict[str, dict[str, Any]] = {
     "EleutherAI/pythia-160m": {"lambada_accuracy": 0.330, "lambada_perplexity": 38.10, "source": MAMBA},
     "EleutherAI/pythia-410m": {"lambada_accuracy": 0.514, "lambada_perplexity": 10.84, "source": MAMBA},
     "EleutherAI/pythia-1b": {"lambada_accuracy": 0.561, "lambada_perplexity": 7.92, "source": MAMBA},

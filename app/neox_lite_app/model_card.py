@@ -78,11 +78,7 @@ def card(folder: Path, hub_id: str, origin: Origin, rows: list[dict[str, Any]] |
         "## Run it",
     ]
     parts.append(f"```\npip install neox-lite\nneox-lite chat {hub_id}\n```")
-    if (
-        quantized
-        and config.quantization_config is not None
-        and config.quantization_config["quant_method"] != "bitsandbytes"
-    ):
+    if (scheme := config.quantization_config) is not None and scheme["quant_method"] != "bitsandbytes":
         parts.append("The folder is in the compressed-tensors form `pack-quantized`, which transformers opens as well.")
     return "\n\n".join(parts) + "\n"
 
