@@ -29,6 +29,7 @@ from neox_lite.folder_writer import (
     read_manifest,
     split_into_shards,
 )
+from neox_lite.hub import holds_adapter, no_model
 from neox_lite.native_layers import layer_files, open_layers
 from neox_lite.safetensors_file import (
     DTYPE_NAMES,
@@ -96,9 +97,9 @@ class Checkpoint:
 
     @classmethod
     def open_file(cls, folder: str | Path, name: str) -> "Checkpoint":
-        """Open one safetensors file of a folder that stands outside of the index, such as neox_lite_head.safetensors."""
+        """Open one file of a folder that stands outside of the index, such as neox_lite_head.safetensors; or a .bin."""
         path = inside(Path(folder), name)
-        return cls(Path(folder), {path: SafetensorsFile(path)})
+        return cls(Path(folder), {path: _BinFile(path) if name.endswith(".bin") else SafetensorsFile(path)})
 
     def names(self) -> list[str]:
         """Every tensor's name, without the old buffers."""
@@ -140,8 +141,9 @@ class Checkpoint:
         self,
         expected: Mapping[str, tuple[Sequence[int], Collection[torch.dtype] | None]],
         where: str | None = None,
+        says: str = "the config",
     ) -> None:
-        """Compare with what a model needs: name -> (shape, dtypes that are allowed, or None for any).
+        """Compare with what a model needs: name -> (shape, dtypes that are allowed, or None for any). says: where that is from.
 
         Raises one CheckpointError naming the first few missing, unexpected, wrongly shaped and wrongly typed tensors.
         """
@@ -160,7 +162,7 @@ class Checkpoint:
         problems = {"missing": missing, "unexpected": extra, "wrong shape": shapes, "wrong dtype": dtypes}
         told = [f"{len(found)} {what}: {first_few(found)}" for what, found in problems.items() if found]
         if told:
-            raise CheckpointError(f"{where or self.folder}: the weights do not fit the config: {'; '.join(told)}")
+            raise CheckpointError(f"{where or self.folder}: the weights do not fit {says}: {'; '.join(told)}")
 
     def close(self) -> None:
         """Let go of the files; tensors already read keep theirs."""
@@ -208,6 +210,8 @@ def _open_weights(folder: Path) -> dict[Path, WeightFile]:
             return _open_indexed(folder, index, suffix, opener)
         if _exists(single):
             return {single: opener(inside(folder, single.name))}
+    if holds_adapter(folder):
+        raise CheckpointError(no_model(folder))
     listed = sorted(path.name for path in folder.iterdir())
     if layers := layer_files(listed, folder):
         return {**open_layers(folder, layers, lambda name: _BinFile(inside(folder, name)))}
