@@ -32,12 +32,12 @@ def test_a_format_and_a_backend_added_as_described_pass_the_contracts(tmp_path):
     for part in PARTS:
         copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
         copy(ROOT / part, tmp_path / part)
-    for path, code in blocks("python"):
+    for path, code in blocks("python file"):
         assert not (tmp_path / path).exists()
         (tmp_path / path).write_text(code, encoding="utf-8")
     for path, diff in blocks("diff"):
         (tmp_path / path).write_text(changed((tmp_path / path).read_text(encoding="utf-8"), diff), encoding="utf-8")
-    assert len(blocks("python")) == 2 and len(blocks("diff")) == 4
+    assert len(blocks("python file")) == 2 and len(blocks("diff")) == 4
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "COV"))}
     files = [f"tests/test_{name}.py" for name in ("contracts", "formats", "quantize", "floors")]
     chosen = "mxint8 or (float64 and dense) or (float64 and int4) or offers_every_format or rooms_import"
