@@ -311,8 +311,8 @@ def _check(
             f"are {', '.join(n.rpartition('.')[2] for n in linears_of(config))} of {config.num_hidden_layers} layers"
         )
     for name in checkpoint.names():
-        module, _, last = name.removeprefix(PREFIX).rpartition(".lora_")
-        if last and not re.search(r"(^|\.)layers\.\d+\.", module):
+        module, found, _ = name.removeprefix(PREFIX).partition(".lora_")
+        if found and not re.search(r"(^|\.)layers\.\d+\.", module):
             raise UnsupportedError(
                 f"{checkpoint.files[0]}: {_short(name)}: LoRA on {module} is not supported, only that of linear layers in the "
                 f"blocks; {MERGE}"

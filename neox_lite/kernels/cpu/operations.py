@@ -30,8 +30,9 @@ TILES_FROM = 5  # int8 activations: from here on, transposed words serve all tok
 MANY = 13  # from here on, two vectors of rows at a time
 EXACT_ROWS = 8  # float32 activations: up to here, from the words; above, decoded weights and torch's product
 DENSE_ROWS = 64  # plain matrices: above, what it takes to make them float32 for torch pays off
-LOW_RANK = 256  # plain matrices with so many rows or columns, and four times as many of the other: never, torch's threads
-# would get in the way of ours
+# Plain matrices of so many rows or columns at most, and four times as many of the other: no torch, whose threads would get in
+# the way of ours.
+LOW_RANK = 256
 
 
 @dataclass(frozen=True)
