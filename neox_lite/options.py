@@ -80,20 +80,29 @@ OTHER_NAMES = {"stop", "bad_words_ids", "suppress_tokens", "max_time"}
 class Options:
     """What `generate` and `stream` take.
 
-    sampling: see Sampling; without a seed, torch.manual_seed decides. max_new_tokens counts new tokens and goes before
-    max_length, which counts the prompt too; with neither, 20 new tokens or what the context leaves. eos_token_id: ids that
-    end a sequence, [] for none. stop_strings (or stop): texts that end it, looked for in the new text; `generate` keeps
-    the token that completes one, `stream` cuts the text before it. bos_token_id starts an empty prompt.
-    num_return_sequences: samples of each prompt. logits_processor: callables (ids (1, n), logits (1, vocabulary)) -> logits;
-    stopping_criteria: callables (ids (1, n), logits) -> bool. streamer: an object with put(ids) and end().
-    return_dict_in_generate: `generate` returns `.sequences` and, where output_scores and output_logits ask for them, `.scores`
-    and `.logits`: for each new token (batch, vocabulary) float32, as it was drawn from and as the model gave it.
+    sampling: the fields of Sampling, each an option of its own; without a seed, torch.manual_seed decides.
+    max_new_tokens: of the answer; goes before max_length. With neither, 20 or what the context leaves.
+    max_length: tokens of prompt and answer together.
+    min_new_tokens: before which nothing ends the sequence.
+    min_length: likewise, counted with the prompt.
+    bos_token_id: starts an empty prompt.
+    eos_token_id: ids that end a sequence, [] for none.
+    pad_token_id: fills rows that end early.
+    stop_strings: (or stop) texts that end it, looked for in the new text; `generate` keeps the token that completes one,
+        `stream` cuts the text before it.
+    num_return_sequences: samples of each prompt.
+    logits_processor: callables (ids (1, n), logits (1, vocabulary)) -> logits.
+    stopping_criteria: callables (ids (1, n), logits) -> bool.
+    streamer: an object with put(ids) and end().
+    return_dict_in_generate: `generate` returns an object with `.sequences` and what the next two ask for.
+    output_scores: `.scores`, for each new token (batch, vocabulary) float32, as it was drawn from.
+    output_logits: `.logits`, likewise, as the model gave it.
+    assistant_model: a smaller model with the same tokenizer that drafts; changes no token.
+    num_assistant_tokens: most tokens of a draft; drafts are as long as pays.
+    prompt_lookup_num_tokens: drafts of at most so many tokens are looked up in the prompt and what followed it instead.
+    speculation: counts what came of drafts.
 
-    Also: bad_words_ids and suppress_tokens, lists of what never comes; max_time in seconds, after which no token follows.
-
-    assistant_model: a smaller model with the same tokenizer that drafts, at most num_assistant_tokens at a time;
-    prompt_lookup_num_tokens: drafts of at most so many tokens are looked up in the prompt and what followed it instead. Neither
-    changes a token (speculative.py); drafts are as long as pays. speculation: counts what came of them.
+    Also bad_words_ids and suppress_tokens, lists of what never comes, and max_time, seconds after which no token follows.
     """
 
     sampling: Sampling = field(default_factory=Sampling)
