@@ -30,11 +30,15 @@ NEW_POOL_PAGES = 64  # that a pool without a limit starts with at most
 
 @dataclass(frozen=True)
 class Event:
-    """One token as it is chosen: the text it completes (stop strings and special tokens cut), and at the end, why."""
+    """One token as it is chosen.
+
+    text: what it completes, "" where that is no whole character yet; stop strings and special tokens are cut. token: its id.
+    finish_reason: with the last one "stop" (end of text or a stop string) or "length", else None.
+    """
 
     text: str
     token: int | None
-    finish_reason: str | None = None  # "stop" (end of text or a stop string) or "length"
+    finish_reason: str | None = None
 
 
 def decode(

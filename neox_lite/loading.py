@@ -102,16 +102,21 @@ def identity_of(tensor: Tensor) -> tuple[int, int]:
 class LoadOptions:
     """What `from_pretrained` takes.
 
-    revision: branch, tag or commit of a hub id. quantization: "int4" or "int8" to quantize a plain checkpoint while loading
-    (groups of 128, method "mse"), "nf4" or "nf4-double"; kept beside the hub cache for the next time. device_map: None or
-    "cpu", "cuda", "cuda:1"; "auto": as much on the GPU as fits, then the CPU, then the disk; or a map from module names to
-    devices and, for layers, "disk". max_memory: {"cuda": "8GiB", "cpu": "16GiB"}, the most that the process may take there,
-    all included; None: what is free. context: tokens that a sequence is planned for, None for the model's own. dtype: of
-    dense tensors, None for the checkpoint's. head: "fp16" for the head as the checkpoint has it, "int8" for the small one of
-    a quantized folder. kv: what the KV cache holds, "fp16" for the model's own dtype, "int8" for about half of that. Where
-    those two are None, it is "fp16", but for a plan that fits only with "int8". exact: multiply quantized weights with
-    float32 activations, where the CPU's kernels would otherwise round those to 8 bits with a scale per 32. graph: run decode
-    steps as CUDA graphs where that can be; `model.graph_reason` says why not. config: used in place of config.json.
+    revision: branch, tag or commit of a hub id.
+    quantization: "int4" or "int8" to quantize a plain checkpoint while loading (groups of 128, method "mse"), "nf4" or
+        "nf4-double"; kept beside the hub cache for the next time.
+    device_map: None or "cpu", "cuda", "cuda:1"; "auto": as much on the GPU as fits, then the CPU, then the disk; or a map
+        from module names to devices and, for layers, "disk".
+    max_memory: {"cuda": "8GiB", "cpu": "16GiB"}, the most that the process may take there, all included; None: what is free.
+    context: tokens that a sequence is planned for; None: the model's own.
+    dtype: of dense tensors; None: the checkpoint's.
+    head: "fp16" for the head as the checkpoint has it, "int8" for the small one of a quantized folder; None: "fp16", but for
+        a plan that fits only with "int8".
+    kv: what the KV cache holds, "fp16" for the model's own dtype, "int8" for about half of that; None: as with head.
+    exact: multiply quantized weights with float32 activations, where the CPU's kernels would otherwise round those to 8 bits
+        with a scale per 32.
+    graph: run decode steps as CUDA graphs where that can be; `model.graph_reason` says why not.
+    config: used in place of config.json.
     """
 
     revision: str | None = None

@@ -111,7 +111,7 @@ class GPTNeoXPreTrainedModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls: type[Model], name: str | os.PathLike[str], **options: Any) -> Model:
-        """Load a folder or hub id. Options and their meaning: `loading.LoadOptions`."""
+        """Load a folder or hub id. Options: those of `LoadOptions`."""
         return loading.from_pretrained(cls, name, loading.LoadOptions.parse(options))
 
     def save_pretrained(self, folder: str | os.PathLike[str], max_shard_size: int | str = "5GB") -> None:
@@ -251,11 +251,13 @@ class GPTNeoXPreTrainedModel(nn.Module):
         self.__dict__.update(_runner=None, _lasting=None, _tables=[], _addresses=[])
 
     def cuda(self: Model, device: int | torch.device | None = None) -> Model:
+        """Move all of it to a GPU. Raises ArgumentError where torch sees none; device_map="auto" takes what fits."""
         if not torch.cuda.is_available():
             raise ArgumentError("cuda(): torch sees no CUDA device here; leave .cuda() out to run on the CPU")
         return super().cuda(device)
 
     def to(self: Model, *args: Any, **kwargs: Any) -> Model:
+        """Move, or change the dtype of dense tensors and activations; codes, scales and rotary tables stay as they are."""
         device = torch._C._nn._parse_to(*args, **kwargs)[0]
         if device is not None and device.type == "cuda" and not torch.cuda.is_available():
             raise ArgumentError(f"to({str(device)!r}): torch sees no CUDA device here; use 'cpu'")
@@ -715,11 +717,11 @@ class GPTNeoXForCausalLM(_Headed, GenerationMixin):
         return self.kv, self.exact, self._weights_key()
 
     def generate(self, input_ids: Tensor | None = None, **options: Any) -> Tensor:
-        """Continue a batch of prompts. Options and their meaning: `generation.Options`."""
+        """Continue prompts (batch, tokens) -> ids with what follows. Options: those of `Options` and `Sampling`."""
         return self._generate(input_ids, options)
 
     def stream(self, prompt: str | Tensor | Sequence[int], **options: Any) -> Iterator[Event]:
-        """Continue one prompt, yielding an event for each token as it is chosen."""
+        """Continue one prompt, yielding an `Event` for each token as it is chosen. Options: as of `generate`."""
         return self._stream(prompt, options)
 
 

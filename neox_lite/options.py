@@ -80,16 +80,24 @@ NO_EFFECT = {
 class Options:
     """What `generate` and `stream` take.
 
-    sampling: see Sampling; without a seed, torch.manual_seed decides. max_new_tokens counts new tokens and goes before
-    max_length, which counts the prompt too; with neither, 20 new tokens or what the context leaves. eos_token_id: ids that
-    end a sequence, [] for none. stop_strings (or stop): texts that end it, looked for in the new text; `generate` keeps
-    the token that completes one, `stream` cuts the text before it. bos_token_id starts an empty prompt.
-    num_return_sequences: samples of each prompt. logits_processor: callables (ids (1, n), logits (1, vocabulary)) -> logits;
-    stopping_criteria: callables (ids (1, n), logits) -> bool. streamer: an object with put(ids) and end().
-
-    assistant_model: a smaller model with the same tokenizer that drafts, at most num_assistant_tokens at a time;
-    prompt_lookup_num_tokens: drafts of at most so many tokens are looked up in the prompt and what followed it instead. Neither
-    changes a token (speculative.py); drafts are as long as pays. speculation: counts what came of them.
+    sampling: the fields of Sampling, each an option of its own; without a seed, torch.manual_seed decides.
+    max_new_tokens: of the answer; goes before max_length. With neither, 20 or what the context leaves.
+    max_length: tokens of prompt and answer together.
+    min_new_tokens: before which nothing ends the sequence.
+    min_length: likewise, counted with the prompt.
+    bos_token_id: starts an empty prompt.
+    eos_token_id: ids that end a sequence, [] for none.
+    pad_token_id: fills rows that end early.
+    stop_strings: (or stop) texts that end it, looked for in the new text; `generate` keeps the token that completes one,
+        `stream` cuts the text before it.
+    num_return_sequences: samples of each prompt.
+    logits_processor: callables (ids (1, n), logits (1, vocabulary)) -> logits.
+    stopping_criteria: callables (ids (1, n), logits) -> bool.
+    streamer: an object with put(ids) and end().
+    assistant_model: a smaller model with the same tokenizer that drafts; changes no token.
+    num_assistant_tokens: most tokens of a draft; drafts are as long as pays.
+    prompt_lookup_num_tokens: drafts of at most so many tokens are looked up in the prompt and what followed it instead.
+    speculation: counts what came of drafts.
     """
 
     sampling: Sampling = field(default_factory=Sampling)
@@ -285,6 +293,7 @@ class GenerationConfig:
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> GenerationConfig:
+        """Read generation_config.json from a folder; empty where the folder has none."""
         path = Path(folder) / "generation_config.json"
         if not path.parent.is_dir():
             raise ConfigError(f"{folder}: no such folder; give the one that holds generation_config.json")

@@ -48,10 +48,20 @@ HOST_ONLY = (
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one token is drawn. The defaults are transformers'; temperature 0 takes the best id, top_k 0 keeps all.
+    """How one token is drawn. The defaults are transformers'.
 
-    frequency_penalty, presence_penalty: taken from the logits of ids among the new tokens, once for each time or once in all.
-    no_repeat_ngram_size: no so many tokens come twice, 0 for any. logit_bias: added to the logits of ids, -100 to 100.
+    do_sample: draw; otherwise the best id is taken, and what only shapes a draw has no effect.
+    temperature: divides the logits; 0 takes the best id.
+    top_k: draw from the k likeliest ids; 0 for all.
+    top_p: draw from the likeliest ids up to this probability.
+    min_p: leave out ids below this share of the likeliest one's probability.
+    typical_p: draw from the ids of usual surprise up to this probability.
+    repetition_penalty: above 1 makes ids of the prompt and the answer less likely.
+    frequency_penalty: taken from the logits of ids among the new tokens, once for each time.
+    presence_penalty: likewise, once for all times.
+    no_repeat_ngram_size: no so many tokens come twice in the same order; 0 for any.
+    logit_bias: added to the logits of ids, -100 to 100.
+    seed: the same one gives the same tokens, whatever else runs.
     """
 
     do_sample: bool = False

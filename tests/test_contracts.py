@@ -1,0 +1,63 @@
+"""What every backend of its table does, in every format of the other table: a new entry of either is tested by being there."""
+
+import pytest
+import torch
+
+from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
+from neox_lite.formats import FORMATS
+from neox_lite.kernels import dispatch
+from neox_lite.kernels.dispatch import BACKENDS
+from neox_lite_app.cli import QUANTIZED
+
+# Sums of float32 in another order, through a layer, relative to the logits' root mean square.
+EQUAL = 2e-5
+IDS = [3, 14, 15, 9, 26, 5]
+
+others = pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+every_format = pytest.mark.parametrize("format", [None, *FORMATS], ids=lambda name: name or "dense")
+every_residual = pytest.mark.parametrize("parallel", [True, False], ids=["parallel", "sequential"])
+
+
+def device_of(backend):
+    """Where a backend runs here, or a skip with the reason that it gives."""
+    device = torch.device("cuda" if BACKENDS[backend][1] == "cuda" and torch.cuda.is_available() else "cpu")
+    if (reason := dispatch.load(backend).why_not(device)) is not None:
+        pytest.skip(reason)
+    return device
+
+
+@pytest.fixture
+def checkpoint(tmp_path, parallel):
+    config = GPTNeoXConfig(
+        hidden_size=128, num_attention_heads=2, num_hidden_layers=1, intermediate_size=128, vocab_size=33,
+        max_position_embeddings=64, use_parallel_residual=parallel, initializer_range=0.1,
+    )  # fmt: skip
+    GPTNeoXForCausalLM(config).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def prefill_and_decode(model):
+    """Logits after two prompts of different lengths in one pass, and after a step of both."""
+    pool = model.new_pool(pages=4)
+    sequences = [pool.new(), pool.new()]
+    passes = [[IDS[:5], IDS[5:6]], [[7], [8]]]
+    return torch.stack([model.step(pool, sequences, tokens).cpu() for tokens in passes])
+
+
+@others
+@every_format
+@every_residual
+def test_logits_equal_the_reference_s(backend, format, checkpoint):
+    device = device_of(backend)
+    model = GPTNeoXForCausalLM.from_pretrained(checkpoint, quantization=format, exact=True)
+    model.ops = dispatch.load("reference").bind(True)
+    expected = prefill_and_decode(model)
+    model = model.to(device)
+    model.ops = dispatch.load(backend).bind(True)
+    assert model.ops.name == backend
+    found = prefill_and_decode(model)
+    assert float((found - expected).abs().max()) < EQUAL * float(expected.square().mean().sqrt())
+
+
+def test_the_command_line_offers_every_format():
+    assert set(QUANTIZED) == set(FORMATS)

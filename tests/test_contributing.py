@@ -1,0 +1,57 @@
+"""CONTRIBUTING.md's walk through a format and a backend, followed to the letter in a copy of the repository."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+PARTS = ("neox_lite", "quant", "app", "tests", "pyproject.toml")
+
+
+def blocks(language):
+    """(path, code) of the blocks that begin with the file they belong to."""
+    return re.findall(rf"^```{language}\n# (\S+\.py)\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+
+
+def changed(text, diff):
+    """A text after a diff whose hunks, between lines of dots, are found by what they keep and take away."""
+    for hunk in diff.split("...\n"):
+        before, after = (
+            "".join(line[1:] for line in hunk.splitlines(True) if line[0] in kinds) for kinds in (" -", " +")
+        )
+        assert text.count(before) == 1, f"stands {text.count(before)} times in the file:\n{before}"
+        text = text.replace(before, after)
+    return text
+
+
+def test_a_format_and_a_backend_added_as_described_pass_the_contracts(tmp_path):
+    for part in PARTS:
+        copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
+        copy(ROOT / part, tmp_path / part)
+    for path, code in blocks("python file"):
+        assert not (tmp_path / path).exists()
+        (tmp_path / path).write_text(code, encoding="utf-8")
+    for path, diff in blocks("diff"):
+        (tmp_path / path).write_text(changed((tmp_path / path).read_text(encoding="utf-8"), diff), encoding="utf-8")
+    assert len(blocks("python file")) == 2 and len(blocks("diff")) == 4
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "COV"))}
+    files = [f"tests/test_{name}.py" for name in ("contracts", "formats", "quantize", "floors")]
+    chosen = "mxint8 or (float64 and dense) or (float64 and int4) or offers_every_format or rooms_import"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rA", "-k", f"({chosen}) and not triton", *files],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:]
+    for contract in (
+        "logits_equal_the_reference_s[parallel-mxint8-cpu]",
+        "logits_equal_the_reference_s[sequential-mxint8-float64]",
+        "encode_gives_what_specs_promise",
+        "a_quantized_model_saved_again_is_the_same_model",
+        "the_command_line_offers_every_format",
+        "rooms_import_only_rooms_below_them",
+    ):
+        assert re.search(rf"^PASSED .*{re.escape(contract)}", done.stdout, re.MULTILINE), contract
