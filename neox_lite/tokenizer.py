@@ -17,8 +17,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
 
-from neox_lite.errors import TokenizerError
-from neox_lite.hub import OTHER_TOKENIZER_FILES, TOKENIZER_FILES, Access, fetch_files
+from .errors import TokenizerError
+from .hub import OTHER_TOKENIZER_FILES, TOKENIZER_FILES, Access, fetch_files
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # What transformers' GPTNeoXTokenizer assumes where the files are silent; here, only if the vocabulary has the token.
