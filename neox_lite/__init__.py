@@ -15,7 +15,7 @@ from .auto import (
 )
 from .config import GPTNeoXConfig
 from .errors import NeoxLiteError
-from .generation import Event, GenerationConfig
+from .generation import Event
 from .model import (
     GPTNeoXForCausalLM,
     GPTNeoXForQuestionAnswering,
@@ -24,6 +24,7 @@ from .model import (
     GPTNeoXModel,
     GPTNeoXPreTrainedModel,
 )
+from .options import GenerationConfig
 from .speculative import Speculation
 from .tokenizer import GPTNeoXTokenizerFast
 from .version import __version__

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from neox_lite.errors import ArgumentError, CheckpointError, HubError
+from .errors import ArgumentError, CheckpointError, HubError
 
 logger = logging.getLogger("neox_lite")
 

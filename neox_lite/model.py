@@ -95,7 +95,7 @@ class GPTNeoXPreTrainedModel(nn.Module):
         self._addresses: list[int] = []
         super().train(False)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
         try:
             return super().__getattr__(name)
         except AttributeError:

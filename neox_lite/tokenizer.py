@@ -17,8 +17,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
 
-from neox_lite.errors import TokenizerError
-from neox_lite.hub import OTHER_TOKENIZER_FILES, TOKENIZER_FILES, Access, fetch_files
+from .errors import TokenizerError
+from .hub import OTHER_TOKENIZER_FILES, TOKENIZER_FILES, Access, fetch_files
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # What transformers' GPTNeoXTokenizer assumes where the files are silent; here, only if the vocabulary has the token.
@@ -37,8 +37,9 @@ REFUSED = {  # harmless as None, False or 0, and then accepted
     "return_overflowing_tokens": "overlapping windows are not supported; slice input_ids",
 }
 ABSENT = {  # methods that scripts call, and what stands for them here
-    "add_special_tokens": "no model has an embedding for a new token; set one that exists: tokenizer.pad_token = tokenizer.eos_token",
-    "add_tokens": "no model has an embedding for a new token",
+    "add_special_tokens": "no model has embeddings for new tokens; "
+    "set one that exists: tokenizer.pad_token = tokenizer.eos_token",
+    "add_tokens": "no model has embeddings for new tokens",
     "apply_chat_template": "`neox-lite chat` and `neox-lite serve` render templates; write the form into the text",
     "batch_encode_plus": "call tokenizer(texts, ...)",
     "encode_plus": "call tokenizer(text, ...)",

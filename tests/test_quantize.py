@@ -12,8 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
-from neox_lite.checkpoint import ShardWriter, verify_folder
+from neox_lite.checkpoint import verify_folder
 from neox_lite.errors import ArgumentError, CheckpointError, FormatError
+from neox_lite.folder_writer import ShardWriter
 from neox_lite.formats import FORMATS, GROUPED
 from neox_lite_quant import convert
 
