@@ -42,6 +42,7 @@ NOT_RUN = {
     "bash .ci/run": "runs the tests",
     "python benchmarks/": "takes minutes, or a GPU",
     "neox-lite bench --shape": "takes minutes",
+    "neox-lite generate pythia-1.4b-int4 --device cuda --prompt": "needs a GPU",
     "neox-lite quantize global_step150000": "tests/test_import.py makes such files",
     "lm_eval": "fetches a data set",
     "neox-lite serve gpt-neox-20b-int4 --engine vllm": "needs vLLM; tests/test_engine_vllm.py checks what it is given",
