@@ -40,6 +40,12 @@ REFUSED = {
     "head_mask": "heads cannot be masked",
     "encoder_hidden_states": "GPT-NeoX has no cross attention",
 }
+ABSENT = {  # methods that scripts call, and what stands for them here
+    "gradient_checkpointing_enable": "this package is for inference; train with transformers, then load the result",
+    "push_to_hub": "save_pretrained, then `neox-lite push`",
+    "resize_token_embeddings": "a model's vocabulary stays as it is; resize it with transformers, then load the result",
+    "to_bettertransformer": "the kernels are chosen for the device; leave it out",
+}
 OWN = {"_runner", "_lasting", "_tables", "_addresses"}  # what copies do not share
 ACCEPTED = {"cache_position", "token_type_ids"}  # say nothing that the other arguments do not
 
@@ -88,6 +94,14 @@ class GPTNeoXPreTrainedModel(nn.Module):
         self._tables: list[dict[str, Any]] = []  # in which modules keep those
         self._addresses: list[int] = []
         super().train(False)
+
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name not in ABSENT:
+                raise
+        raise AttributeError(f"{type(self).__name__} has no {name}: {ABSENT[name]}")
 
     # Loading and saving -----------------------------------------------------------------------------------------------
 

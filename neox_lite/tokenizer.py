@@ -36,6 +36,15 @@ REFUSED = {  # harmless as None, False or 0, and then accepted
     "stride": "overlapping windows are not supported; slice input_ids",
     "return_overflowing_tokens": "overlapping windows are not supported; slice input_ids",
 }
+ABSENT = {  # methods that scripts call, and what stands for them here
+    "add_special_tokens": "no model has embeddings for new tokens; "
+    "set one that exists: tokenizer.pad_token = tokenizer.eos_token",
+    "add_tokens": "no model has embeddings for new tokens",
+    "apply_chat_template": "`neox-lite chat` and `neox-lite serve` render templates; write the form into the text",
+    "batch_encode_plus": "call tokenizer(texts, ...)",
+    "encode_plus": "call tokenizer(text, ...)",
+    "push_to_hub": "save_pretrained, then `neox-lite push`",
+}
 SIDES = {"right": "right", "left": "left"}
 
 
@@ -117,6 +126,9 @@ class GPTNeoXTokenizerFast:
         self._add_tokens(options, {} if generic else DEFAULTS)
         if not generic or backend.post_processor is None or {"add_bos_token", "add_eos_token"} & options.keys():
             self._set_template(options)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"GPTNeoXTokenizerFast has no {name}" + (f": {ABSENT[name]}" if name in ABSENT else ""))
 
     @classmethod
     def from_pretrained(

@@ -566,15 +566,6 @@ def test_a_quantized_folder_loads_as_it_is(tmp_path: Path, own_caches: Path) -> 
     assert difference(outputs(theirs), outputs(model)) <= EQUAL
 
 
-def test_quantized_task_models_open_in_transformers(tmp_path: Path) -> None:
-    reference = peer("GPTNeoXForSequenceClassification", num_labels=3, **QUANTIZABLE)
-    reference.save_pretrained(tmp_path / "dense")
-    model = GPTNeoXForSequenceClassification.from_pretrained(tmp_path / "dense", quantization="int8", exact=True)
-    model.save_pretrained(tmp_path / "int8")
-    theirs = transformers.GPTNeoXForSequenceClassification.from_pretrained(tmp_path / "int8")
-    assert difference(outputs(theirs), outputs(model)) <= EQUAL
-
-
 def test_a_random_head_is_not_kept_for_the_next_time(tmp_path: Path, own_caches: Path) -> None:
     peer(**QUANTIZABLE).save_pretrained(tmp_path)
     for _ in range(2):

@@ -69,6 +69,8 @@ EXPLAINED = {
     "rinna": "TokenizerError: rinna/japanese-gpt-neox-3.6b: no tokenizer.json (found spiece.model, but sentencepiece "
     "tokenizers are not supported); pass ids to the model, or convert once with transformers: "
     "AutoTokenizer.from_pretrained(...).save_pretrained(...)",
+    "padding_token": "AttributeError: GPTNeoXTokenizerFast has no add_special_tokens: no model has embeddings for new tokens; "
+    "set one that exists: tokenizer.pad_token = tokenizer.eos_token",
     "beams": "UnsupportedError: num_beams: beam search is not supported; use do_sample=True or greedy decoding",
 }
 WARNED = {

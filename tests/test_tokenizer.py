@@ -6,6 +6,7 @@ Runs on a small tokenizer that is trained here, and on the real 20B one where sh
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import unicodedata
@@ -20,7 +21,7 @@ import torch
 import transformers
 
 from neox_lite.errors import TokenizerError
-from neox_lite.tokenizer import BatchEncoding, GPTNeoXTokenizerFast, StreamDecoder
+from neox_lite.tokenizer import ABSENT, BatchEncoding, GPTNeoXTokenizerFast, StreamDecoder
 
 DATA = Path(__file__).parents[2] / "shared/data"
 REPO = Path(__file__).parents[1]
@@ -790,6 +791,13 @@ def test_bad_calls_are_refused_in_one_line(small, message):
 def test_bad_load_options_are_refused(small_folder, options, message):
     with pytest.raises(TokenizerError, match=message.replace("?", r"\?")):
         GPTNeoXTokenizerFast.from_pretrained(small_folder, **options)
+
+
+@pytest.mark.parametrize("name", ABSENT)
+def test_methods_that_are_not_there_say_what_stands_for_them(small, name):
+    assert not hasattr(small, name)
+    with pytest.raises(AttributeError, match=re.escape(f"GPTNeoXTokenizerFast has no {name}: {ABSENT[name]}")):
+        getattr(small, name)
 
 
 def test_harmless_values_of_refused_options_are_accepted(small_folder):
