@@ -35,8 +35,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 from peers_cpu import machine  # noqa: E402
 
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM  # noqa: E402
-from neox_lite.folder_writer import FolderWriter, Spec  # noqa: E402
-from neox_lite.safetensors_file import SafetensorsFile, encode_header, layout  # noqa: E402
+from neox_lite.folder_writer import FolderWriter  # noqa: E402
+from neox_lite.safetensors_file import (  # noqa: E402
+    SafetensorsFile,
+    Spec,
+    encode_header,
+    layout,
+)
 
 REPO, COMMIT = "made-up/neox-20b", "0" * 40
 NOISE_BYTES = 64 << 20

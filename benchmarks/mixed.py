@@ -28,8 +28,8 @@ from neox_lite.formats import GroupInt, label, make_format  # noqa: E402
 from neox_lite.layers import Linear  # noqa: E402
 from neox_lite.loading import encode  # noqa: E402
 from neox_lite_app.demo import CONTEXT, FOLDER  # noqa: E402
-from neox_lite_app.evaluate import cut, log_probabilities, quality_of  # noqa: E402
-from neox_lite_app.evaluate import measure as measure_of  # noqa: E402
+from neox_lite_app.quality import cut, log_probabilities, quality_of  # noqa: E402
+from neox_lite_app.quality import measure as measure_of  # noqa: E402
 from neox_lite_quant import convert  # noqa: E402
 from neox_lite_quant.mixed import FORMATS, choose, stored_bytes  # noqa: E402
 

@@ -32,7 +32,9 @@ import torch  # noqa: E402
 from neox_lite import GPTNeoXForCausalLM, Speculation  # noqa: E402
 from neox_lite.cache import PAGE, PrefixCache  # noqa: E402
 from neox_lite.formats import DENSE, GroupInt  # noqa: E402
-from neox_lite.generation import Options, Row, decode  # noqa: E402
+from neox_lite.generation import decode  # noqa: E402
+from neox_lite.options import Options  # noqa: E402
+from neox_lite.row import Row  # noqa: E402
 from neox_lite.speculative import LONGEST, Drafter, Drafting, DraftModel, PassTimes, PromptLookup, estimate  # noqa: E402
 from neox_lite_app.random_model import RandomModel, config_of  # noqa: E402
 from neox_lite_app.running import default_threads, note  # noqa: E402

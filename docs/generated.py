@@ -58,7 +58,8 @@ def family() -> Iterator[str]:
         sizes = [amount(Model.quantized(member.config(), format).sizes.total, "B") for format in ("int4", "int8")]
         cache = amount(2 * 2 * member.layers * member.hidden * member.context, "B")
         block = f"{'parallel' if member.parallel else 'sequential'}, rotary {member.rotary:.0%}"
-        cells = [f"`{member.id}`", shape, str(member.context), block, form(member), *sizes, cache, member.license]
+        figures = [text.replace(" ", "&nbsp;") for text in (*sizes, cache)]
+        cells = [f"`{member.id}`", shape, str(member.context), block, form(member), *figures, member.license]
         yield f"| {' | '.join(cells)} |"
 
 

@@ -1,8 +1,21 @@
 """neox-lite: run GPT-NeoX-20B, and every other checkpoint of its architecture, on hardware people own."""
 
+from typing import Any
+
+from .auto import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    GPTNeoXTokenizer,
+    pipeline,
+)
 from .config import GPTNeoXConfig
 from .errors import NeoxLiteError
-from .generation import Event, GenerationConfig
+from .generation import Event
 from .model import (
     GPTNeoXForCausalLM,
     GPTNeoXForQuestionAnswering,
@@ -11,11 +24,19 @@ from .model import (
     GPTNeoXModel,
     GPTNeoXPreTrainedModel,
 )
+from .options import GenerationConfig
 from .speculative import Speculation
 from .tokenizer import GPTNeoXTokenizerFast
 from .version import __version__
 
 __all__ = [
+    "AutoConfig",
+    "AutoModel",
+    "AutoModelForCausalLM",
+    "AutoModelForQuestionAnswering",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "AutoTokenizer",
     "Event",
     "GPTNeoXConfig",
     "GPTNeoXForCausalLM",
@@ -24,9 +45,32 @@ __all__ = [
     "GPTNeoXForTokenClassification",
     "GPTNeoXModel",
     "GPTNeoXPreTrainedModel",
+    "GPTNeoXTokenizer",
     "GPTNeoXTokenizerFast",
     "GenerationConfig",
     "NeoxLiteError",
     "Speculation",
     "__version__",
+    "pipeline",
 ]
+
+# transformers' own that work with the classes here, so that one import line can name all that a script needs.
+FROM_TRANSFORMERS = (
+    "BitsAndBytesConfig",
+    "LogitsProcessor",
+    "LogitsProcessorList",
+    "StoppingCriteria",
+    "StoppingCriteriaList",
+    "TextIteratorStreamer",
+    "TextStreamer",
+    "set_seed",
+)
+
+
+def __getattr__(name: str) -> Any:
+    """Those, imported when they are asked for."""
+    if name not in FROM_TRANSFORMERS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import transformers
+
+    return getattr(transformers, name)

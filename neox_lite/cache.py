@@ -85,22 +85,28 @@ class PagePool:
         self._trim(sequence)
         used = sequence.length % PAGE
         new = -(-(sequence.length + count) // PAGE) - len(sequence.pages)
-
-        def wanted() -> int:
-            """Pages, with the one for a copy where others hold the page that is written to."""
-            return new + (count > 0 and used > 0 and self._users[sequence.pages[-1]] > 1)
-
-        if wanted() > len(self._free) and self.reclaim is not None:
-            self.reclaim(wanted())
-        if (lacking := wanted() - len(self._free)) > 0:
+        if self.wanted(sequence, count) > len(self._free) and self.reclaim is not None:
+            self.reclaim(self.wanted(sequence, count))
+        if (lacking := self.wanted(sequence, count) - len(self._free)) > 0:
             self._grow(self.pages + lacking)
-        if wanted() > new:  # copy on write
+        if self.wanted(sequence, count) > new:  # copy on write
             old, copy = sequence.pages[-1], self._take()
             for s in (*self.storage, *self.scales):
                 s[copy, :, :, :used] = s[old, :, :, :used]
             self._drop(old)
             sequence.pages[-1] = copy
         sequence.pages += [self._take() for _ in range(new)]
+
+    def wanted(self, sequence: Sequence, count: int) -> int:
+        """Pages that `reserve` would take, with the one for a copy where others hold the page that is written to."""
+        filled, used = divmod(sequence.length, PAGE)
+        new = -(-(sequence.length + count) // PAGE) - filled - (used > 0)
+        return new + (count > 0 and used > 0 and self._users[sequence.pages[filled]] > 1)
+
+    @property
+    def room(self) -> float:
+        """Pages that are free, or that the pool may grow by; without a limit, infinitely many."""
+        return self.free_pages + (float("inf") if self.limit is None else self.limit - self.pages)
 
     def fork(self, sequence: Sequence) -> Sequence:
         """A second sequence with the same tokens; the pages are shared until one of the two writes to them."""

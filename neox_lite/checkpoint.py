@@ -1,4 +1,4 @@
-"""Names -> lazy tensors from a folder, and the atomic shard writer; the only room that opens weight files.
+"""Names -> lazy tensors from a folder, whichever way its weights are stored; the only room that opens weight files.
 
 It does not know what the names mean, which dtypes a model wants, or how a folder came to be on this machine.
 """
@@ -12,37 +12,29 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from neox_lite.errors import CheckpointError
-from neox_lite.folder_writer import (
+from .errors import CheckpointError
+from .folder_writer import (
     ANY_WEIGHTS,
     CHUNK_BYTES,
     CONFIG,
     EXTRA_WEIGHTS,
     INDEX,
-    MANIFEST,
-    UNFINISHED,
-    FolderWriter,
-    ShardWriter,
     check_file_name,
     compare_file,
     read_json,
     read_manifest,
-    split_into_shards,
 )
-from neox_lite.hub import holds_adapter, no_model
-from neox_lite.native_layers import layer_files, open_layers
-from neox_lite.safetensors_file import (
+from .hub import MANIFEST, UNFINISHED, holds_adapter, no_model
+from .native_layers import layer_files, open_layers
+from .safetensors_file import (
     DTYPE_NAMES,
     SafetensorsFile,
-    Spec,
     TensorInfo,
     dtype_name,
     first_few,
     open_regular,
     shown,
 )
-
-__all__ = ["Checkpoint", "FolderWriter", "ShardWriter", "Spec", "TensorInfo", "split_into_shards", "verify_folder"]
 
 # Buffers that old transformers versions saved; recomputed, never read. Not to be confused with query_key_value.bias.
 OLD_BUFFER = re.compile(r"(gpt_neox\.)?layers\.[0-9]+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
-from .hub import UNFINISHED, fetch_files, holds_adapter, local_folder, no_model
+from .hub import UNFINISHED, Access, fetch_files, holds_adapter, local_folder, no_model
 
 MAX_JSON_BYTES = 16 << 20
 MAX_LABELS = 1 << 16
@@ -355,9 +355,10 @@ class GPTNeoXConfig:
     def from_pretrained(
         cls, name: str | os.PathLike[str], revision: str | None = None, **overrides: Any
     ) -> GPTNeoXConfig:
-        """Read config.json from a folder or hub id; `overrides` replace its keys."""
+        """Read config.json from a folder or hub id; `overrides` replace its keys, but for `hub.Access`'s options."""
+        access = Access.take(overrides)
         folder = local_folder(name if isinstance(name, Path) else os.fspath(name), revision)
-        folder = folder or fetch_files(os.fspath(name), ["config.json"], revision)
+        folder = folder or fetch_files(os.fspath(name), ["config.json"], revision, access)
         path = folder / "config.json"
         if not path.is_file():
             if (folder / UNFINISHED).exists():

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neox_lite.errors import CheckpointError
-from neox_lite.hub import MANIFEST, UNFINISHED
-from neox_lite.safetensors_file import (
+from .errors import CheckpointError
+from .hub import MANIFEST, UNFINISHED
+from .safetensors_file import (
     DTYPE_NAMES,
     MAX_HEADER_BYTES,
     Spec,
@@ -37,7 +37,7 @@ from neox_lite.safetensors_file import (
     shown,
     strict_json,
 )
-from neox_lite.version import __version__
+from .version import __version__
 
 try:
     import fcntl

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from .cache import PAGE, PrefixCache
 from .config import GPTNeoXConfig
-from .errors import ArgumentError
+from .errors import ArgumentError, UnsupportedError
 from .options import GenerationConfig, Options, as_dict
+from .outputs import ModelOutput
 from .row import Row, StopText, check_ids, hold_back_end, processors
 from .sampling import choose
 from .scheduler import Scheduler
@@ -251,7 +252,7 @@ class GenerationMixin:
             check_vocabularies(own, other, (self.config.vocab_size, draft.config.vocab_size))
             self._same_tokenizer = None if own is None or other is None else (own, other)
 
-    def _generate(self: Any, input_ids: Tensor | None, given: dict[str, Any]) -> Tensor:
+    def _generate(self: Any, input_ids: Tensor | None, given: dict[str, Any]) -> Any:
         given = dict(given)
         inputs, mask = given.pop("inputs", None), given.pop("attention_mask", None)
         options = self._options(given)
@@ -267,12 +268,31 @@ class GenerationMixin:
                 streamer.put(torch.tensor(changed[0].tokens[-1:]))
         if streamer is not None:
             streamer.end()
-        return _pad(ids, rows, options).to(self.device)
+        padded = _pad(ids, rows, options).to(self.device)
+        if not options.return_dict_in_generate:
+            return padded
+        return ModelOutput(
+            sequences=padded,
+            scores=_steps_of([row.kept_scores for row in rows], padded) if options.output_scores else None,
+            logits=_steps_of([row.kept_logits for row in rows], padded) if options.output_logits else None,
+        )
+
+    def compute_transition_scores(
+        self, sequences: Tensor, scores: Sequence[Tensor], beam_indices: None = None, normalize_logits: bool = False
+    ) -> Tensor:
+        """What `scores` say of each new token of `sequences` -> (batch, new tokens); normalize_logits: log-probabilities."""
+        if beam_indices is not None:
+            raise UnsupportedError("beam_indices: beam search is not supported; leave it out")
+        steps = torch.stack(tuple(scores), 1)  # (batch, new tokens, vocabulary)
+        chosen = sequences[:, sequences.shape[1] - steps.shape[1] :, None].to(steps.device)
+        return (steps.log_softmax(-1) if normalize_logits else steps).gather(2, chosen)[..., 0]
 
     def _stream(self, prompt: str | Tensor | Sequence[int], given: dict[str, Any]) -> Iterator[Event]:
         options = self._options(dict(given))
         if options.num_return_sequences != 1:
             raise ArgumentError("stream yields one sequence; leave num_return_sequences out")
+        if options.return_dict_in_generate:
+            raise ArgumentError("stream yields events; leave return_dict_in_generate out, or pass it to generate")
         if options.streamer is not None:
             raise ArgumentError("stream yields events itself; leave streamer out, or pass it to generate")
         given_ids = self.tokenizer(prompt).input_ids if isinstance(prompt, str) else prompt
@@ -344,6 +364,21 @@ def _pad(ids: Tensor, rows: list[Row], options: Options) -> Tensor:
         out[: len(row.tokens)] = torch.tensor(row.tokens, dtype=torch.long)
     repeated = ids.repeat_interleave(options.num_return_sequences, 0)
     return torch.cat((repeated, new), 1)
+
+
+def _steps_of(rows: list[list[Tensor]], padded: Tensor) -> tuple[Tensor, ...]:
+    """Rows' (vocabulary,) of each new token as, for each new token, (rows, vocabulary); padding is certain: 0, others -inf."""
+    width = max(map(len, rows))
+    steps = []
+    for i in range(width):
+        found = torch.full((len(rows), len(rows[0][0])), float("-inf"))
+        for n, row in enumerate(rows):
+            if i < len(row):
+                found[n] = row[i]
+            else:
+                found[n, padded[n, padded.shape[1] - width + i]] = 0.0
+        steps.append(found.to(padded.device))
+    return tuple(steps)
 
 
 @dataclass

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from neox_lite.errors import CheckpointError, HubError
+from .errors import ArgumentError, CheckpointError, HubError
 
 logger = logging.getLogger("neox_lite")
 
@@ -44,17 +44,60 @@ Choose = Callable[[Collection[str], Callable[[str], bytes]], list[str]]
 _announced: set[tuple[str, str]] = set()
 
 
+@dataclass(frozen=True)
+class Access:
+    """How a call asks the hub where that is not as the environment says.
+
+    cache_dir: in place of the hub cache. token: in place of HF_TOKEN and what was logged in with; False for none.
+    local_files_only: the hub is not asked.
+    """
+
+    cache_dir: Path | None = None
+    token: str | bool | None = None
+    local_files_only: bool = False
+
+    @classmethod
+    def take(cls, options: dict[str, Any]) -> "Access":
+        """Pop transformers' arguments that belong here. Raises ArgumentError for a value of another type."""
+        folder = options.pop("cache_dir", None)
+        old = options.pop("use_auth_token", None)
+        token, local = options.pop("token", old), options.pop("local_files_only", False)
+        if folder is not None and not isinstance(folder, str | os.PathLike):
+            raise ArgumentError(f"cache_dir is {folder!r}, expected the path of a folder")
+        if token is not None and not isinstance(token, str | bool):  # its value is a secret
+            raise ArgumentError(f"token is a {type(token).__name__}, expected a text, True or False")
+        if not isinstance(local, bool):
+            raise ArgumentError(f"local_files_only is {local!r}, expected True or False")
+        return cls(None if folder is None else Path(folder).expanduser(), token, local)
+
+    @property
+    def cache(self) -> Path:
+        from huggingface_hub import constants
+
+        return self.cache_dir or Path(constants.HF_HUB_CACHE).expanduser()
+
+    def check(self, repo_id: str) -> None:
+        """Raise what stands for a hub that is away, where it is not to be asked."""
+        if self.local_files_only:
+            raise _UnreachableError(f"{repo_id}: local_files_only is set, so {_endpoint()} is not asked; leave it out")
+
+
+USUAL = Access()
+
+
 class _UnreachableError(HubError):
     """The hub did not answer, so what the cache holds may be used instead."""
 
 
-def resolve(folder_or_id: str | Path, revision: str | None = None, adapter: bool = False) -> Path:
+def resolve(
+    folder_or_id: str | Path, revision: str | None = None, access: Access = USUAL, adapter: bool = False
+) -> Path:
     """The folder of a model: an existing folder as it is, anything else as a hub id, fetched.
 
     adapter: whether it may be that of an adapter too. Raises as local_folder does, and HubError if the hub does not have it or
     cannot be reached.
     """
-    return local_folder(folder_or_id, revision) or fetch_checkpoint(str(folder_or_id), revision, adapter)
+    return local_folder(folder_or_id, revision) or fetch_checkpoint(str(folder_or_id), revision, access, adapter)
 
 
 def holds_adapter(folder: Path) -> bool:
@@ -93,7 +136,7 @@ def local_folder(folder_or_id: str | Path, revision: str | None = None) -> Path 
     return None
 
 
-def fetch_checkpoint(repo_id: str, revision: str | None = None, adapter: bool = False) -> Path:
+def fetch_checkpoint(repo_id: str, revision: str | None = None, access: Access = USUAL, adapter: bool = False) -> Path:
     """Fetch config, tokenizer and exactly one set of weights (safetensors before .bin); return the local folder.
 
     adapter: a repository of an adapter is fetched too. Raises HubError, one line that says what to try.
@@ -106,16 +149,16 @@ def fetch_checkpoint(repo_id: str, revision: str | None = None, adapter: bool = 
         small += [ADAPTER_CONFIG] if adapter and ADAPTER_CONFIG in listed else []
         return small + weights
 
-    return _fetch(repo_id, revision, choose)
+    return _fetch(repo_id, revision, choose, access)
 
 
-def resolve_adapter(folder_or_id: str | Path) -> Path:
+def resolve_adapter(folder_or_id: str | Path, access: Access = USUAL) -> Path:
     """The folder of an adapter, as `resolve` finds it."""
 
     def choose(listed: Collection[str], read: Callable[[str], bytes]) -> list[str]:
         return _adapter_files(str(folder_or_id), listed)
 
-    return local_folder(folder_or_id) or _fetch(str(folder_or_id), None, choose)
+    return local_folder(folder_or_id) or _fetch(str(folder_or_id), None, choose, access)
 
 
 def _adapter_files(repo_id: str, listed: Collection[str]) -> list[str]:
@@ -177,7 +220,7 @@ def remote_checkpoint(repo_id: str, revision: str | None = None) -> Remote | Non
     """
     check_id(repo_id, revision)
     try:
-        commit, sizes = asked(lambda: _model_info(repo_id, revision), repo_id, revision)
+        commit, sizes = asked(lambda: _model_info(repo_id, revision, USUAL), repo_id, revision)
     except _UnreachableError:
         return None
     weights: list[str] = []
@@ -187,7 +230,7 @@ def remote_checkpoint(repo_id: str, revision: str | None = None) -> Remote | Non
         weights.extend(name for name in found if name != HEAD and not name.endswith(".json"))
         return [*small, *(name for name in found if name.endswith(".json"))]
 
-    folder = _download(repo_id, commit, sizes, choose)
+    folder = _download(repo_id, commit, sizes, choose, USUAL)
     if all((folder / name).is_file() for name in weights) or not all(n.endswith(".safetensors") for n in weights):
         return None
     return Remote(repo_id, commit, folder, {name: sizes[name] for name in weights})
@@ -206,7 +249,7 @@ def _read_range(repo_id: str, commit: str, name: str, start: int, stop: int) -> 
     return response.content
 
 
-def fetch_files(repo_id: str, names: Sequence[str], revision: str | None = None) -> Path:
+def fetch_files(repo_id: str, names: Sequence[str], revision: str | None = None, access: Access = USUAL) -> Path:
     """Fetch those of the named files that a repository has; return the local folder. Raises HubError if it has none."""
 
     def choose(listed: Collection[str], read: Callable[[str], bytes]) -> list[str]:
@@ -215,7 +258,7 @@ def fetch_files(repo_id: str, names: Sequence[str], revision: str | None = None)
             raise HubError(f"{repo_id}: has none of {', '.join(names)}")
         return found
 
-    return _fetch(repo_id, revision, choose)
+    return _fetch(repo_id, revision, choose, access)
 
 
 def _one_set_of_weights(repo_id: str, listed: Collection[str], read: Callable[[str], bytes]) -> list[str]:
@@ -242,58 +285,61 @@ def _one_set_of_weights(repo_id: str, listed: Collection[str], read: Callable[[s
 # -- the hub and its cache --------------------------------------------------------------------------------------------
 
 
-def _fetch(repo_id: str, revision: str | None, choose: Choose) -> Path:
+def _fetch(repo_id: str, revision: str | None, choose: Choose, access: Access) -> Path:
     """Let choose pick from the repository's file names, and fetch these at one commit; from the cache if the hub is away.
 
     choose is given the names and a reader of small files; it raises HubError if what it needs is not there.
     """
     check_id(repo_id, revision)
     try:
-        commit, sizes = asked(lambda: _model_info(repo_id, revision), repo_id, revision)
+        access.check(repo_id)
+        commit, sizes = asked(lambda: _model_info(repo_id, revision, access), repo_id, revision)
     except _UnreachableError as error:
-        return _from_cache(repo_id, revision, choose, error)
+        return _from_cache(repo_id, revision, choose, error, access)
     try:
-        folder = _download(repo_id, commit, sizes, choose)
+        folder = _download(repo_id, commit, sizes, choose, access)
     except _UnreachableError as error:
         raise HubError(f"{error}; run again, the download continues where it stopped") from error
     _remember(folder, revision or "main", commit)
     return folder
 
 
-def _download(repo_id: str, commit: str, sizes: dict[str, int], choose: Choose) -> Path:
+def _download(repo_id: str, commit: str, sizes: dict[str, int], choose: Choose, access: Access) -> Path:
     """Fetch what choose picks and the cache lacks; return the commit's folder."""
     import huggingface_hub as hub
 
+    where: dict[str, Any] = {"revision": commit, "cache_dir": access.cache_dir, "token": access.token}
+
     def read(name: str) -> bytes:
-        return Path(asked(lambda: hub.hf_hub_download(repo_id, name, revision=commit), repo_id, commit)).read_bytes()
+        return Path(asked(lambda: hub.hf_hub_download(repo_id, name, **where), repo_id, commit)).read_bytes()
 
     names = choose(sizes.keys(), read)
-    folder = _snapshot(repo_id, commit)
+    folder = _snapshot(repo_id, commit, access)
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
-        _check_space(repo_id, sum(sizes[name] for name in missing))
-        asked(lambda: hub.snapshot_download(repo_id, revision=commit, allow_patterns=missing), repo_id, commit)
+        _check_space(repo_id, sum(sizes[name] for name in missing), access.cache)
+        asked(lambda: hub.snapshot_download(repo_id, allow_patterns=missing, **where), repo_id, commit)
     lost = [name for name in missing if not (folder / name).is_file()]
     if lost:
         raise HubError(f"{repo_id}: {lost[0]} did not arrive; run again, the download continues where it stopped")
     return folder
 
 
-def _model_info(repo_id: str, revision: str | None) -> tuple[str, dict[str, int]]:
+def _model_info(repo_id: str, revision: str | None, access: Access) -> tuple[str, dict[str, int]]:
     """The commit that a revision stands for, and its files: name -> bytes (0 where the hub does not say)."""
     from huggingface_hub import HfApi, constants
 
     timeout = constants.HF_HUB_ETAG_TIMEOUT
-    info = HfApi().model_info(repo_id, revision=revision, files_metadata=True, timeout=timeout)
+    info = HfApi(token=access.token).model_info(repo_id, revision=revision, files_metadata=True, timeout=timeout)
     if not isinstance(info.sha, str) or not re.fullmatch(r"[0-9a-f]{40}", info.sha):
         raise HubError(f"{repo_id}: {_endpoint()} names no commit for revision {revision or 'main'}")
     return info.sha, {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
 
 
-def _from_cache(repo_id: str, revision: str | None, choose: Choose, why: HubError) -> Path:
+def _from_cache(repo_id: str, revision: str | None, choose: Choose, why: HubError, access: Access) -> Path:
     """The cached folder of the revision if it is complete, announced once; else raise why with what is lacking."""
     name = revision or "main"
-    repo = _snapshot(repo_id, "").parent
+    repo = _snapshot(repo_id, "", access).parent
     commit = name
     if (repo / "refs" / name).is_file():
         commit = (repo / "refs" / name).read_text().strip()
@@ -304,17 +350,15 @@ def _from_cache(repo_id: str, revision: str | None, choose: Choose, why: HubErro
     except HubError as error:
         lacking = f"the cache does not have all of it ({error})" if listed else "it is not in the cache"
         raise HubError(f"{why}; {lacking}") from why
-    if (repo_id, name) not in _announced and not _offline_by_choice():
+    if (repo_id, name) not in _announced and not (access.local_files_only or _offline_by_choice()):
         _announced.add((repo_id, name))
         logger.warning("%s; using the cached copy of commit %s", why, commit[:12])
     return folder
 
 
-def _snapshot(repo_id: str, commit: str) -> Path:
+def _snapshot(repo_id: str, commit: str, access: Access) -> Path:
     """Where huggingface_hub keeps a commit's files: the layout that its documentation describes."""
-    from huggingface_hub import constants
-
-    return Path(constants.HF_HUB_CACHE).expanduser() / f"models--{repo_id.replace('/', '--')}" / "snapshots" / commit
+    return access.cache / f"models--{repo_id.replace('/', '--')}" / "snapshots" / commit
 
 
 def _remember(folder: Path, revision: str, commit: str) -> None:
@@ -341,10 +385,8 @@ def check_id(repo_id: str, revision: str | None) -> None:
         raise HubError(f"{repo_id}: {revision!r} is not a branch, tag or commit")
 
 
-def _check_space(repo_id: str, needed: int) -> None:
-    from huggingface_hub import constants
-
-    cache = Path(constants.HF_HUB_CACHE).expanduser().absolute()
+def _check_space(repo_id: str, needed: int, cache: Path) -> None:
+    cache = cache.absolute()
     free = shutil.disk_usage(next(path for path in (cache, *cache.parents) if path.exists())).free
     if needed > free:
         raise HubError(f"{repo_id}: needs {needed} bytes, {free} are free in the hub cache {cache}; HF_HOME moves it")

@@ -36,7 +36,7 @@ class FixedDtype(nn.Module):
 
 
 class LowRank(nn.Module):
-    """What an adapter adds to the product of a weight: x -> B (A x). A is (rank, in); B, (out, rank), has the adapter's scale."""
+    """What an adapter adds to the product of a weight: x -> B (A x), with A (rank, in) and, times the scale, B (out, rank)."""
 
     A: nn.Parameter
     B: nn.Parameter

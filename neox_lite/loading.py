@@ -26,7 +26,7 @@ from .config import FIELDS, GPTNeoXConfig
 from .errors import ArgumentError, CheckpointError, FormatError, NeoxLiteError, UnsupportedError
 from .folder_writer import CONFIG
 from .formats import DENSE, Format, GroupInt, formats_of, make_format, quantization_config
-from .hub import ADAPTER_CONFIG, HEAD, WEIGHTS, holds_adapter, resolve, resolve_adapter
+from .hub import ADAPTER_CONFIG, HEAD, USUAL, WEIGHTS, Access, holds_adapter, resolve, resolve_adapter
 from .kernels import cpu
 from .layers import Linear, LowRank
 from .offload.accelerator import Accelerator
@@ -46,23 +46,23 @@ READ_AHEAD_BYTES = 128 << 10  # Linux cuts a longer request to the disk's read-a
 # Options of transformers that scripts pass, and what stands for them here.
 EXPLAINED = {
     "trust_remote_code": "code from checkpoints is never run",
-    "cache_dir": "set the environment variable HF_HOME",
-    "token": "set the environment variable HF_TOKEN",
-    "use_auth_token": "set the environment variable HF_TOKEN",
-    "local_files_only": "set the environment variable HF_HUB_OFFLINE=1",
     "force_download": "delete the cached copy to fetch it again",
     "proxies": "set the environment variable HTTPS_PROXY",
     "subfolder": "give the folder itself",
     "variant": "variants are not supported; give a folder with the weights under their usual names",
-    "attn_implementation": "the kernels are chosen for the device",
-    "offload_folder": "weights are mapped from their own files",
     "state_dict": "call load_state_dict on a model built from a config",
     "from_tf": "convert the weights to safetensors first",
     "from_flax": "convert the weights to safetensors first",
     "ignore_mismatched_sizes": "a weight of another shape is always an error",
     "output_loading_info": "every mismatch is an error that names it",
 }
-# Settings of the model, which transformers also takes here.
+# Those that could not change a result, which are told.
+WITHOUT_EFFECT = {
+    "attn_implementation": "the kernels are chosen for the device",
+    "offload_folder": "weights are mapped from their own files",
+    "offload_state_dict": "weights are mapped from their own files",
+}
+# Settings of the model, which replace those of config.json.
 SETTINGS = {
     *FIELDS,
     "id2label",
@@ -119,6 +119,8 @@ class LoadOptions:
     graph: run decode steps as CUDA graphs where that can be; `model.graph_reason` says why not.
     config: used in place of config.json.
     adapter: folder or hub id of a LoRA adapter in peft's format, which runs beside the weights, in the model's dtype.
+    settings: of the model, such as num_labels, each an option of its own; they replace those of config.json.
+    access: how the hub is asked; its fields, cache_dir, token and local_files_only, are options of their own.
     """
 
     revision: str | None = None
@@ -133,11 +135,15 @@ class LoadOptions:
     graph: bool = True
     config: GPTNeoXConfig | None = None
     adapter: str | os.PathLike[str] | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    access: Access = USUAL
 
     @classmethod
     def parse(cls, given: dict[str, Any]) -> LoadOptions:
         """Map transformers' arguments, explain those that have no meaning here, refuse the rest."""
         given = dict(given)
+        given["access"] = Access.take(given)
+        given["settings"] = {name: given.pop(name) for name in list(given) if name in SETTINGS}
         known = {f.name for f in fields(cls)}
         for harmless in ("low_cpu_mem_usage", "use_safetensors", "_fast_init"):
             given.pop(harmless, None)
@@ -146,14 +152,12 @@ class LoadOptions:
             raise ArgumentError(f"torch_dtype={old!r} and dtype={given['dtype']!r} contradict each other")
         _take_bits(given)
         for name in list(given):
-            if name in EXPLAINED:
+            if name in WITHOUT_EFFECT:
+                if given.pop(name) not in (None, False):
+                    warnings.warn(f"{name} is without effect: {WITHOUT_EFFECT[name]}", stacklevel=3)
+            elif name in EXPLAINED:
                 if given.pop(name) not in (None, False):
                     raise UnsupportedError(f"from_pretrained({name}=...): {EXPLAINED[name]}; leave it out")
-            elif name in SETTINGS:
-                raise ArgumentError(
-                    f"from_pretrained({name}=...): a setting of the model; pass "
-                    f"config=GPTNeoXConfig.from_pretrained(..., {name}=...)"
-                )
             elif name not in known:
                 near = difflib.get_close_matches(name, known, 1)
                 raise ArgumentError(
@@ -233,7 +237,7 @@ def from_pretrained(cls: type[GPTNeoXPreTrainedModel], name: str | os.PathLike[s
     """Build `cls` from a folder or hub id, that of an adapter too. Raises a NeoxLiteError naming the first thing that does not
     fit."""
     check(options.wish)
-    folder = resolve(os.fspath(name), options.revision, adapter=True)
+    folder = resolve(os.fspath(name), options.revision, options.access, adapter=True)
     if options.adapter is None and (folder / ADAPTER_CONFIG).exists():
         return _from_adapter(cls, os.fspath(name), folder, options)
     return _from_folder(cls, name, folder, options)
@@ -242,19 +246,22 @@ def from_pretrained(cls: type[GPTNeoXPreTrainedModel], name: str | os.PathLike[s
 def _from_folder(
     cls: type[GPTNeoXPreTrainedModel], name: str | os.PathLike[str], folder: Path, options: LoadOptions
 ) -> Any:
-    config = options.config.copy() if options.config else GPTNeoXConfig.from_pretrained(folder)
+    config = options.config or GPTNeoXConfig.from_pretrained(folder)
+    if options.config or options.settings:
+        config = config.copy(**options.settings)
     with Checkpoint.open(folder) as checkpoint:
         dtype = options.dtype or DTYPES.get(config.dtype or "") or _stored_dtype(checkpoint)
         target = _target(options.quantization, config, folder)
         if target is not None:
             if options.head == "int8":
                 raise ArgumentError("head='int8' is for folders that `neox-lite quantize` wrote, not for quantization=")
-            cached = _cached_folder(cls, name, options, folder, checkpoint, dtype)
+            changed = config if options.config or options.settings else None
+            cached = _cached_folder(cls, name, options.quantization, changed, folder, checkpoint, dtype)
             if (cached / CONFIG).is_file():
                 return _from_cache(cls, cached, options, Source(folder, os.fspath(name), options.revision), dtype)
         config.dtype = str(dtype).removeprefix("torch.")
         blueprint = Blueprint(cls, config, checkpoint, target, dtype)
-        adapter = blueprint.adapter(options.adapter)
+        adapter = blueprint.adapter(options.adapter, options.access)
         sizes = _sizes(blueprint, dtype, folder, options.exact)
         decision = decide(
             options.wish,
@@ -290,7 +297,7 @@ def _from_adapter(cls: type[GPTNeoXPreTrainedModel], name: str, folder: Path, op
     if settings.base is None:
         raise CheckpointError(f"{settings.path}: names no base model; pass that model, and adapter={name!r}")
     try:
-        base = resolve(settings.base, settings.base_revision)
+        base = resolve(settings.base, settings.base_revision, options.access)
     except NeoxLiteError as error:
         advice = f"pass the model that it was trained on, and adapter={name!r}"
         raise type(error)(f"{name}: an adapter whose base model cannot be had: {error}; {advice}") from error
@@ -318,7 +325,7 @@ def _from_cache(
     """What was quantized before, as if it were its source."""
     try:
         model = from_pretrained(
-            cls, cached, replace(options, revision=None, quantization=None, config=None, dtype=dtype)
+            cls, cached, replace(options, revision=None, quantization=None, config=None, settings={}, dtype=dtype)
         )
     except CheckpointError as error:
         raise CheckpointError(f"{error}; {cached} only keeps what was quantized before: delete it") from error
@@ -474,12 +481,12 @@ class Blueprint:
                     return f"{info.file.name} holds {stored}, and they are to be {wanted}; pass dtype={stored!r}, or quantize"
         return None
 
-    def adapter(self, name: str | os.PathLike[str] | None) -> Adapter | None:
+    def adapter(self, name: str | os.PathLike[str] | None, access: Access) -> Adapter | None:
         """The adapter in a folder or under a hub id, proved to fit the model."""
         if name is None:
             return None
         head = next((head for head in self.heads if head != "embed_out"), None)
-        return Adapter.open(resolve_adapter(os.fspath(name)), os.fspath(name), self.model.config, head)
+        return Adapter.open(resolve_adapter(os.fspath(name), access), os.fspath(name), self.model.config, head)
 
     def fill(self, dtype: torch.dtype, following: Collection[str] = ()) -> GPTNeoXPreTrainedModel:
         """Put every tensor in its place: mapped where dtype and format are the file's, else converted.
@@ -732,17 +739,21 @@ def cache_root() -> Path:
 def _cached_folder(
     cls: type,
     name: str | os.PathLike[str],
-    options: LoadOptions,
+    quantization: str | None,
+    changed: GPTNeoXConfig | None,
     folder: Path,
     checkpoint: Checkpoint,
     dtype: torch.dtype,
 ) -> Path:
-    """A folder named after everything that decides the result: source files, format, dtype and class."""
+    """A folder named after everything that decides the result: source files, format, dtype and class.
+
+    changed: the config, where it is another than the source's.
+    """
     stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in checkpoint.files]
-    config = (folder / "config.json").stat().st_mtime_ns if options.config is None else options.config.to_json_string()
-    identity = repr((str(folder.resolve()), stats, config, options.quantization, str(dtype), cls.__name__))
+    config = (folder / "config.json").stat().st_mtime_ns if changed is None else changed.to_json_string()
+    identity = repr((str(folder.resolve()), stats, config, quantization, str(dtype), cls.__name__))
     label = re.sub(r"[^A-Za-z0-9._-]+", "--", Path(os.fspath(name)).name)
-    return cache_root() / f"{label}-{options.quantization}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+    return cache_root() / f"{label}-{quantization}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
 
 
 def _keep_quantized(model: GPTNeoXPreTrainedModel, cached: Path) -> None:

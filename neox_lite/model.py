@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +28,10 @@ from .kernels.backend import Backend, Choice, Decoder, Flight
 from .kernels.captured import MOST_TOKENS
 from .layers import GPTNeoXLayer, Linear, Rotary, norm_of
 from .offload.accelerator import Accelerator
-from .offload.plan import KINDS, Plan
+from .offload.machine import free_memory
+from .offload.plan import KINDS, Plan, parameters
 from .offload.run import Placement, Runner
+from .outputs import ModelOutput
 
 Model = TypeVar("Model", bound="GPTNeoXPreTrainedModel")
 Result = TypeVar("Result")
@@ -40,27 +41,14 @@ REFUSED = {
     "head_mask": "heads cannot be masked",
     "encoder_hidden_states": "GPT-NeoX has no cross attention",
 }
+ABSENT = {  # methods that scripts call, and what stands for them here
+    "gradient_checkpointing_enable": "this package is for inference; train with transformers, then load the result",
+    "push_to_hub": "save_pretrained, then `neox-lite push`",
+    "resize_token_embeddings": "a model's vocabulary stays as it is; resize it with transformers, then load the result",
+    "to_bettertransformer": "the kernels are chosen for the device; leave it out",
+}
 OWN = {"_runner", "_lasting", "_tables", "_addresses"}  # what copies do not share
 ACCEPTED = {"cache_position", "token_type_ids"}  # say nothing that the other arguments do not
-
-
-class ModelOutput(OrderedDict[str, Any]):
-    """What a forward pass returns: by attribute, by name, or by place, leaving out what is None."""
-
-    def __init__(self, **values: Any) -> None:
-        super().__init__((k, v) for k, v in values.items() if v is not None)
-        self._names = frozenset(values)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name not in self._names:
-            raise AttributeError(f"no output {name!r}; there are {', '.join(self)}")
-        return self.get(name)
-
-    def __getitem__(self, key: str | int | slice) -> Any:
-        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
-
-    def to_tuple(self) -> tuple[Any, ...]:
-        return tuple(self.values())
 
 
 @dataclass(frozen=True)
@@ -109,12 +97,29 @@ class GPTNeoXPreTrainedModel(nn.Module):
         self._addresses: list[int] = []
         super().train(False)
 
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name not in ABSENT:
+                raise
+        raise AttributeError(f"{type(self).__name__} has no {name}: {ABSENT[name]}")
+
     # Loading and saving -----------------------------------------------------------------------------------------------
 
     @classmethod
     def from_pretrained(cls: type[Model], name: str | os.PathLike[str], **options: Any) -> Model:
         """Load a folder or hub id. Options: those of `LoadOptions`."""
         return loading.from_pretrained(cls, name, loading.LoadOptions.parse(options))
+
+    @classmethod
+    def from_config(cls: type[Model], config: GPTNeoXConfig) -> Model:
+        """Random weights, as `cls(config)`: what transformers' Auto classes call it."""
+        return cls(config)
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        return issubclass(cls, GenerationMixin)
 
     def save_pretrained(self, folder: str | os.PathLike[str], max_shard_size: int | str = "5GB") -> None:
         """Write config.json, the weights and their manifest; the folder opens here and in transformers."""
@@ -468,6 +473,7 @@ class GPTNeoXModel(GPTNeoXPreTrainedModel):
 
     def __init__(self, config: GPTNeoXConfig, formats: Callable[[str], Format] | None = None) -> None:
         super().__init__(config)
+        _check_room(config)
         formats = formats or formats_of(config.quantization_config)
         # from_pretrained: nn.Embedding's own random numbers would, on the meta device, import all of torch's compiler
         self.embed_in = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size))
@@ -504,6 +510,19 @@ class GPTNeoXModel(GPTNeoXPreTrainedModel):
             last_hidden_state=packed.unpack(last).to(self.dtype),
             past_key_values=_cache_out(self, use_cache, packed),
             hidden_states=packed.hidden_states,
+        )
+
+
+def _check_room(config: GPTNeoXConfig) -> None:
+    """Refuse a model that memory does not hold, whose random weights would otherwise end the process."""
+    if torch.empty(0).device.type != "cpu":  # "meta", which from_pretrained starts with, takes none
+        return
+    count, dtype, free = parameters(config), torch.get_default_dtype(), free_memory()[1]
+    if config.quantization_config is None and free is not None and count * dtype.itemsize > free:
+        raise ArgumentError(
+            f"GPTNeoXModel(config): {count} weights of {str(dtype).removeprefix('torch.')} take "
+            f"{count * dtype.itemsize / 1e9:.1f} GB, {free / 1e9:.1f} GB of memory are free; give a smaller config, or load "
+            "a checkpoint with from_pretrained(..., quantization='int4')"
         )
 
 
@@ -718,8 +737,9 @@ class GPTNeoXForCausalLM(_Headed, GenerationMixin):
         self._refresh()
         return self.kv, self.exact, self._weights_key()
 
-    def generate(self, input_ids: Tensor | None = None, **options: Any) -> Tensor:
-        """Continue prompts (batch, tokens) -> ids with what follows. Options: those of `Options` and `Sampling`."""
+    def generate(self, input_ids: Tensor | None = None, **options: Any) -> Any:
+        """Continue prompts (batch, tokens) -> ids with what follows, or return_dict_in_generate's. Options: those of `Options`
+        and `Sampling`."""
         return self._generate(input_ids, options)
 
     def stream(self, prompt: str | Tensor | Sequence[int], **options: Any) -> Iterator[Event]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import os
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,10 +18,12 @@ import torch
 from torch import Tensor
 
 from .config import read_json
-from .errors import ArgumentError, ConfigError, ContextLengthError, UnsupportedError
+from .errors import ArgumentError, ContextLengthError, UnsupportedError
+from .hub import Access, fetch_files, local_folder
 from .sampling import Sampling
 from .speculative import Speculation
 
+FILE = "generation_config.json"
 DEFAULT_NEW_TOKENS = 20  # transformers' default
 MAX_RETURN_SEQUENCES = 1 << 12  # bounds on what a hostile generation_config.json can ask for
 MAX_TOKEN_ID = 1 << 31
@@ -35,9 +39,6 @@ OFF_ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "constraints": ((None,), "constrained beams are not supported; use logits_processor"),
     "force_words_ids": ((None,), "constrained beams are not supported; use logits_processor"),
     "guidance_scale": ((None, 1, 1.0), "classifier-free guidance is not supported; use logits_processor"),
-    "return_dict_in_generate": ((None, False), "generate returns ids; use stream() for more"),
-    "output_scores": ((None, False), "use logits_processor to see the scores"),
-    "output_logits": ((None, False), "use logits_processor to see the logits"),
     "output_attentions": ((None, False), "attention weights are never materialized"),
     "output_hidden_states": ((None, False), "call forward(output_hidden_states=True) instead"),
     "inputs_embeds": ((None,), "generate takes ids; call forward(inputs_embeds=...) instead"),
@@ -46,14 +47,10 @@ OFF_ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "eta_cutoff": ((None, 0, 0.0), "use min_p or top_p"),
     "encoder_no_repeat_ngram_size": ((None, 0), "GPT-NeoX has no encoder"),
     "encoder_repetition_penalty": ((None, 1, 1.0), "GPT-NeoX has no encoder"),
-    "bad_words_ids": ((None,), "use logits_processor"),
-    "sequence_bias": ((None,), "use logits_processor"),
-    "suppress_tokens": ((None, []), "use logits_processor"),
     "begin_suppress_tokens": ((None, []), "use logits_processor"),
     "forced_bos_token_id": ((None,), "put the token into the prompt"),
     "forced_eos_token_id": ((None,), "use eos_token_id"),
     "exponential_decay_length_penalty": ((None,), "use logits_processor"),
-    "max_time": ((None,), "use stopping_criteria"),
     "watermarking_config": ((None,), "use logits_processor"),
     "token_healing": ((None, False), "cut the prompt at a token boundary"),
 }
@@ -73,7 +70,10 @@ NO_EFFECT = {
     "trust_remote_code",
     "synced_gpus",
     "disable_compile",
+    "token_type_ids",
 }
+# Other options under which these are known: forbidden words are biases, and time that is up is a reason to stop.
+OTHER_NAMES = {"stop", "bad_words_ids", "suppress_tokens", "max_time"}
 
 
 @dataclass(frozen=True)
@@ -94,10 +94,15 @@ class Options:
     logits_processor: callables (ids (1, n), logits (1, vocabulary)) -> logits.
     stopping_criteria: callables (ids (1, n), logits) -> bool.
     streamer: an object with put(ids) and end().
+    return_dict_in_generate: `generate` returns an object with `.sequences` and what the next two ask for.
+    output_scores: `.scores`, for each new token (batch, vocabulary) float32, as it was drawn from.
+    output_logits: `.logits`, likewise, as the model gave it.
     assistant_model: a smaller model with the same tokenizer that drafts; changes no token.
     num_assistant_tokens: most tokens of a draft; drafts are as long as pays.
     prompt_lookup_num_tokens: drafts of at most so many tokens are looked up in the prompt and what followed it instead.
     speculation: counts what came of drafts.
+
+    Also bad_words_ids and suppress_tokens, lists of what never comes, and max_time, seconds after which no token follows.
     """
 
     sampling: Sampling = field(default_factory=Sampling)
@@ -113,6 +118,9 @@ class Options:
     logits_processor: tuple[Callable[[Tensor, Tensor], Tensor], ...] = ()
     stopping_criteria: tuple[Callable[[Tensor, Tensor], Any], ...] = ()
     streamer: Any = None
+    return_dict_in_generate: bool = False
+    output_scores: bool = False
+    output_logits: bool = False
     assistant_model: Any = None
     num_assistant_tokens: int | None = None
     prompt_lookup_num_tokens: int | None = None
@@ -126,7 +134,7 @@ class Options:
             merged |= {k: v for k, v in layer.items() if v is not None}
         if "stop" in merged:
             merged["stop_strings"] = merged.pop("stop")
-        known = option_names()
+        known = option_names() | OTHER_NAMES
         for name in list(merged):
             if name in OFF_ONLY:
                 allowed, instead = OFF_ONLY[name]
@@ -141,10 +149,12 @@ class Options:
                 )
         if merged.get("do_sample") and "seed" not in merged:  # torch.manual_seed makes scripts repeatable
             merged["seed"] = int(torch.randint(2**63 - 1, ()))
+        merged["eos_token_id"] = _ids("eos_token_id", merged.get("eos_token_id"))
         if "logit_bias" in merged:
             merged["logit_bias"] = _biases(merged["logit_bias"])
+        merged["sequence_bias"] = _sequence_biases(merged)
         given = {k: merged.pop(k) for k in list(merged) if k in SAMPLING_FIELDS}
-        sampling = Sampling(**{k: v if k == "logit_bias" else _number(k, v) for k, v in given.items()})
+        sampling = Sampling(**{k: v if k.endswith("_bias") else _number(k, v) for k, v in given.items()})
         for name in ("max_new_tokens", "max_length", "min_new_tokens", "min_length"):
             _check_count(name, merged.get(name), 0)
         _check_count("num_return_sequences", merged.get("num_return_sequences"), 1, MAX_RETURN_SEQUENCES)
@@ -152,10 +162,14 @@ class Options:
             _check_count(name, merged.get(name), 1, MAX_DRAFT)
         for name in ("bos_token_id", "pad_token_id"):
             _check_count(name, merged.get(name), -1, MAX_TOKEN_ID)
-        merged["eos_token_id"] = _ids(merged.get("eos_token_id"))
         merged["stop_strings"] = _texts(merged.get("stop_strings"))
         for name in ("logits_processor", "stopping_criteria"):
             merged[name] = _callables(name, merged.get(name, ()))
+        if (seconds := merged.pop("max_time", None)) is not None:
+            merged["stopping_criteria"] += (_time_is_up(seconds),)
+        for name in ("return_dict_in_generate", "output_scores", "output_logits"):
+            if not isinstance(merged.get(name, False), bool):
+                raise ArgumentError(f"{name} is {merged[name]!r}, expected True or False")
         if "streamer" in merged and not (hasattr(merged["streamer"], "put") and hasattr(merged["streamer"], "end")):
             raise ArgumentError(f"streamer is {merged['streamer']!r}, expected an object with put(ids) and end()")
         _check_drafts(merged)
@@ -173,6 +187,9 @@ class Options:
                 warnings.warn(f"{name} is without effect, because do_sample is not set", stacklevel=5)
         if given.get("max_length") is not None and self.max_new_tokens is not None:
             warnings.warn("max_length is without effect, because max_new_tokens is set", stacklevel=5)
+        for name in ("output_scores", "output_logits"):
+            if given.get(name) and not self.return_dict_in_generate:
+                warnings.warn(f"{name} is without effect, because return_dict_in_generate is not set", stacklevel=5)
 
     def new_tokens(self, prompt_tokens: int, context: int) -> int:
         """How many tokens may follow a prompt. Raises ContextLengthError when they do not fit."""
@@ -200,6 +217,11 @@ class Options:
 def option_names() -> set[str]:
     """What `generate` takes, under the names that callers use."""
     return {f.name for f in dataclasses.fields(Options)} - {"sampling"} | SAMPLING_FIELDS
+
+
+def known_names() -> set[str]:
+    """What a generation_config.json may name: that, other names for it, and what is refused or without effect."""
+    return option_names() | OTHER_NAMES | OFF_ONLY.keys() | NO_EFFECT
 
 
 def _number(name: str, value: Any) -> Any:
@@ -230,6 +252,35 @@ def _biases(value: Any) -> dict[int, float]:
     return found
 
 
+def _sequence_biases(merged: dict[str, Any]) -> dict[tuple[int, ...], float]:
+    """sequence_bias, with what bad_words_ids and suppress_tokens forbid; as in transformers, no word forbids the end."""
+    given, words = merged.pop("sequence_bias", {}), merged.pop("bad_words_ids", [])
+    suppressed, ends = _ids("suppress_tokens", merged.pop("suppress_tokens", None)), merged["eos_token_id"]
+    try:
+        pairs = given.items() if isinstance(given, Mapping) else given
+        found = {tuple(ids): float(bias) for ids, bias in pairs}
+        forbidden = [tuple(word) for word in words]
+        if any(math.isnan(bias) or bias == math.inf for bias in found.values()):
+            raise TypeError
+        if not all(ids and all(type(i) is int for i in ids) for ids in (*found, *forbidden)):
+            raise TypeError
+    except (TypeError, ValueError, OverflowError):
+        raise ArgumentError(
+            f"sequence_bias is {given!r} and bad_words_ids is {words!r}, expected {{(42, 7): -5.0}} and [[42, 7]]"
+        ) from None
+    forbidden += [(i,) for i in suppressed]
+    allowed = {(i,) for i in ends if i not in suppressed}
+    return found | {ids: -math.inf for ids in forbidden if ids not in allowed}
+
+
+def _time_is_up(seconds: Any) -> Callable[[Tensor, Tensor], bool]:
+    """A criterion that stops from so many seconds after now on."""
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds >= 0:
+        raise ArgumentError(f"max_time is {seconds!r}, expected a number of seconds")
+    start = time.monotonic()
+    return lambda ids, scores: time.monotonic() - start >= seconds
+
+
 def _check_count(name: str, value: Any, low: int, high: int | None = None) -> None:
     valid = isinstance(value, int) and not isinstance(value, bool) and value >= low and (high is None or value <= high)
     if value is not None and not valid:
@@ -247,13 +298,13 @@ def _check_drafts(merged: dict[str, Any]) -> None:
         raise ArgumentError(f"speculation is a {type(counts).__name__}, expected a Speculation to count in")
 
 
-def _ids(value: Any) -> tuple[int, ...]:
+def _ids(name: str, value: Any) -> tuple[int, ...]:
     if value is None:
         return ()
     ids = value.tolist() if isinstance(value, Tensor) else value
     ids = list(ids) if isinstance(ids, list | tuple | set) else [ids]
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-        raise ArgumentError(f"eos_token_id is {value!r}, expected an id or a list of ids")
+        raise ArgumentError(f"{name} is {value!r}, expected an id or a list of ids")
     return tuple(i for i in ids if i >= 0)
 
 
@@ -277,27 +328,39 @@ class GenerationConfig:
     """generation_config.json: defaults for `generate`, under transformers' names, as attributes."""
 
     def __init__(self, **options: Any) -> None:
-        known = option_names() | OFF_ONLY.keys() | NO_EFFECT
+        known = known_names()
         unknown = [k for k in options if k not in known and not k.startswith("_")]
         if unknown:
             warnings.warn(f"generation config: {', '.join(unknown)} unknown and without effect", stacklevel=2)
         self.__dict__.update({k: v for k, v in options.items() if k not in unknown})
 
     def __getattr__(self, name: str) -> Any:
-        if name in option_names() | OFF_ONLY.keys() | NO_EFFECT:
+        if name in known_names():
             return None
         raise AttributeError(f"GenerationConfig has no option {name!r}")
+
+    def update(self, **options: Any) -> dict[str, Any]:
+        """Set options; return those that are unknown, as transformers does."""
+        known = known_names()
+        self.__dict__.update({k: v for k, v in options.items() if k in known})
+        return {k: v for k, v in options.items() if k not in known}
 
     def to_dict(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if v is not None and not k.startswith("_")}
 
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What is set; nothing else is ever held."""
+        return self.to_dict()
+
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str]) -> GenerationConfig:
-        """Read generation_config.json from a folder; empty where the folder has none."""
-        path = Path(folder) / "generation_config.json"
-        if not path.parent.is_dir():
-            raise ConfigError(f"{folder}: no such folder; give the one that holds generation_config.json")
-        return cls(**read_json(path)) if path.is_file() else cls()
+    def from_pretrained(
+        cls, name: str | os.PathLike[str], revision: str | None = None, **options: Any
+    ) -> GenerationConfig:
+        """Read generation_config.json of a folder, which may lack it, or of a hub id; options replace what it says."""
+        access = Access.take(options)
+        folder = local_folder(name if isinstance(name, Path) else os.fspath(name), revision)
+        path = (folder or fetch_files(os.fspath(name), [FILE], revision, access)) / FILE
+        return cls(**{**(read_json(path) if path.is_file() else {}), **options})
 
     def to_json_string(self) -> str:
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"

@@ -14,7 +14,7 @@ from .cache import copied
 from .errors import ArgumentError
 from .kernels.backend import Choice
 from .options import Options
-from .sampling import Processor, Score, choose, exclude, score
+from .sampling import Processor, Score, choose, drawn_from, exclude, score
 from .tokenizer import GPTNeoXTokenizerFast, StreamDecoder
 
 
@@ -86,6 +86,10 @@ class Row:
     finish_reason: str | None = None  # "stop", "length", "cancelled", "error"
     error: Exception | None = None
     reused: int | None = None  # tokens of the prompt that were in the cache
+    kept_scores: list[Tensor] = field(
+        default_factory=list
+    )  # (vocabulary,) of each new token, where options ask for them
+    kept_logits: list[Tensor] = field(default_factory=list)
 
     sequence: CachedSequence | None = None  # what of the history is in the cache
     after_prompt: Tensor | None = None  # logits (vocabulary,)
@@ -117,7 +121,11 @@ class Row:
 
     def choose(self, logits: Tensor) -> None:
         """Append the token that follows, from logits (vocabulary,) on the CPU, and see whether that is the end."""
-        own = copied(logits) if self.scores is not None else logits  # a processor may write to them
+        own = (
+            copied(logits) if self.scores is not None or self.options.output_logits else logits
+        )  # steps may write to them
+        if self.options.output_logits:
+            self.kept_logits.append(own)
         logits = hold_back_end(len(self.prompt), self.length, logits, self.options)
         token = choose(logits, self.history, self.stream, self.options.sampling, self._steps)
         if self.scores is not None:
@@ -143,7 +151,7 @@ class Row:
             return "log-probabilities are asked for"
         if not 0 <= self.stream < 1 << 32:
             return "the number of its random stream has more than 32 bits"
-        for name in ("logits_processor", "stopping_criteria"):
+        for name in ("logits_processor", "stopping_criteria", "output_scores", "output_logits"):
             if getattr(options, name):
                 return f"{name} see the logits"
         if is_early(len(self.prompt), self.length + ahead, options):
@@ -171,7 +179,12 @@ class Row:
 
     @cached_property
     def _steps(self) -> list[Processor]:
-        return processors(self.options, self.missing_ids, len(self.prompt))
+        steps = processors(self.options, self.missing_ids, len(self.prompt))
+        return [*steps, self._keep_scores] if self.options.output_scores else steps
+
+    def _keep_scores(self, history: Tensor, logits: Tensor) -> Tensor:
+        self.kept_scores.append(drawn_from(logits, self.options.sampling))
+        return logits
 
     def _criteria_stop(self, logits: Tensor) -> bool:
         criteria = self.options.stopping_criteria
@@ -180,7 +193,9 @@ class Row:
 
 def check_ids(prompt: Sequence[int], options: Options, vocabulary: int) -> None:
     """Refuse ids that a model of so many does not have."""
-    for name, ids in (("input_ids", prompt), ("logit_bias", options.sampling.logit_bias)):
+    sampling = options.sampling
+    biased = [i for ids in sampling.sequence_bias for i in ids]
+    for name, ids in (("input_ids", prompt), ("logit_bias", sampling.logit_bias), ("sequence_bias", biased)):
         if wrong := [i for i in ids if not 0 <= i < vocabulary]:
             raise ArgumentError(f"{name}: found {wrong[0]}, expected 0 to {vocabulary - 1}")
 

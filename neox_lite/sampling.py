@@ -43,6 +43,7 @@ HOST_ONLY = (
     "presence_penalty",
     "no_repeat_ngram_size",
     "logit_bias",
+    "sequence_bias",
 )
 
 
@@ -61,6 +62,7 @@ class Sampling:
     presence_penalty: likewise, once for all times.
     no_repeat_ngram_size: no so many tokens come twice in the same order; 0 for any.
     logit_bias: added to the logits of ids, -100 to 100.
+    sequence_bias: added to the logit of a sequence's last id where the ids before it have just come; -inf forbids it.
     seed: the same one gives the same tokens, whatever else runs.
     """
 
@@ -75,6 +77,7 @@ class Sampling:
     presence_penalty: float = 0.0
     no_repeat_ngram_size: int = 0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    sequence_bias: Mapping[tuple[int, ...], float] = field(default_factory=dict)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -112,6 +115,8 @@ class Sampling:
             ids = torch.tensor(list(self.logit_bias), dtype=torch.long)
             biases = torch.tensor(list(self.logit_bias.values()), dtype=torch.float32)
             steps.append(lambda history, logits: add_bias(logits, ids, biases))
+        if self.sequence_bias:
+            steps.append(lambda history, logits: bias_sequences(history, logits, self.sequence_bias))
         if self.repetition_penalty != 1.0:
             steps.append(lambda history, logits: penalize_repetition(history, logits, self.repetition_penalty))
         if self.frequency_penalty or self.presence_penalty:
@@ -147,6 +152,18 @@ def add_bias(logits: Tensor, ids: Tensor, biases: Tensor) -> Tensor:
     """Add biases (n,) to the logits of ids (n,), each there once."""
     copy = copied(logits)
     copy.numpy()[ids.numpy()] += biases.numpy()
+    return copy
+
+
+def bias_sequences(history: Tensor, logits: Tensor, biases: Mapping[tuple[int, ...], float]) -> Tensor:
+    """Add each bias to the logit of its sequence's last id, where the history ends with the ids before it."""
+    import numpy as np
+
+    copy, longest = copied(logits), max(map(len, biases))
+    values, recent = copy.numpy(), tuple(history[max(0, len(history) - longest) :].tolist())
+    for (*before, last), bias in biases.items():
+        if len(before) <= len(recent) and tuple(before) == recent[len(recent) - len(before) :]:
+            values[last] += np.float32(bias)
     return copy
 
 
@@ -268,6 +285,16 @@ def choose(logits: Tensor, history: Tensor, stream: int, sampling: Sampling, ste
         return chosen
     ids, values = candidates(values, sampling)
     return int(ids[(values + gumbel(sampling.seed, len(history), stream, ids)).argmax()])
+
+
+def drawn_from(logits: Tensor, sampling: Sampling) -> Tensor:
+    """What `choose` draws from, of logits (vocabulary,) after all steps: divided by the temperature, -inf for ids left out."""
+    if sampling.greedy:
+        return copied(logits)
+    ids, values = candidates(logits.numpy(), sampling)
+    found = torch.full_like(logits, -math.inf)
+    found.numpy()[ids] = values
+    return found
 
 
 def nothing_to_choose() -> NeoxLiteError:

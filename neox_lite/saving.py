@@ -16,10 +16,11 @@ from torch import Tensor
 
 from .config import GPTNeoXConfig
 from .errors import ArgumentError, UnsupportedError
-from .folder_writer import FolderWriter, ShardWriter, Spec, split_into_shards
+from .folder_writer import FolderWriter, ShardWriter, split_into_shards
 from .formats import DENSE, Format
 from .hub import COMPANIONS, HEAD, MERGE
 from .layers import Linear
+from .safetensors_file import Spec
 
 if TYPE_CHECKING:
     from .model import GPTNeoXPreTrainedModel

@@ -17,8 +17,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
 
-from neox_lite.errors import TokenizerError
-from neox_lite.hub import OTHER_TOKENIZER_FILES, TOKENIZER_FILES, fetch_files
+from .errors import TokenizerError
+from .hub import OTHER_TOKENIZER_FILES, TOKENIZER_FILES, Access, fetch_files
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # What transformers' GPTNeoXTokenizer assumes where the files are silent; here, only if the vocabulary has the token.
@@ -31,12 +31,19 @@ OPTIONS = (
     *("padding_side", "truncation_side", "model_max_length"),
 )
 REFUSED = {  # harmless as None, False or 0, and then accepted
-    "trust_remote_code": "code from a repository is never run",
-    "text_pair": "pairs of texts are not supported; join the two texts yourself",
+    "trust_remote_code": "code from a repository is never run; leave it out",
     "is_split_into_words": 'word lists are not supported; join the words: " ".join(words)',
     "stride": "overlapping windows are not supported; slice input_ids",
     "return_overflowing_tokens": "overlapping windows are not supported; slice input_ids",
-    "return_special_tokens_mask": "not supported; compare input_ids with tokenizer.all_special_ids",
+}
+ABSENT = {  # methods that scripts call, and what stands for them here
+    "add_special_tokens": "no model has embeddings for new tokens; "
+    "set one that exists: tokenizer.pad_token = tokenizer.eos_token",
+    "add_tokens": "no model has embeddings for new tokens",
+    "apply_chat_template": "`neox-lite chat` and `neox-lite serve` render templates; write the form into the text",
+    "batch_encode_plus": "call tokenizer(texts, ...)",
+    "encode_plus": "call tokenizer(text, ...)",
+    "push_to_hub": "save_pretrained, then `neox-lite push`",
 }
 SIDES = {"right": "right", "left": "left"}
 
@@ -120,24 +127,21 @@ class GPTNeoXTokenizerFast:
         if not generic or backend.post_processor is None or {"add_bos_token", "add_eos_token"} & options.keys():
             self._set_template(options)
 
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"GPTNeoXTokenizerFast has no {name}" + (f": {ABSENT[name]}" if name in ABSENT else ""))
+
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], revision: str | None = None, **options: Any
     ) -> "GPTNeoXTokenizerFast":
-        """Read a folder, or the same files of a hub repository at `revision`. Options given here win over the files."""
-        source = os.fspath(pretrained_model_name_or_path)
-        if not options.pop("use_fast", True):
-            raise TokenizerError("use_fast=False: this family has a fast tokenizer only; drop the argument")
+        """Read a folder, or the same files of a hub repository at `revision`. Options given here win over the files.
+
+        Those of `hub.Access` say how the hub is asked. use_fast, either way, gives what transformers gives: this one.
+        """
+        source, access = os.fspath(pretrained_model_name_or_path), Access.take(options)
+        options.pop("use_fast", None)
         check_arguments("from_pretrained", options, OPTIONS)
-        folder = Path(source).expanduser()
-        if not source or not folder.is_dir():
-            if folder.exists() or source.startswith(".") or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
-                raise TokenizerError(
-                    f"{source!r}: neither a folder nor a hub id like EleutherAI/pythia-70m; check the path"
-                )
-            folder = fetch_files(source, (*TOKENIZER_FILES, *OTHER_TOKENIZER_FILES), revision)
-        elif revision is not None:
-            raise TokenizerError(f"revision: {revision!r} means nothing for a folder, {source}; leave it out")
+        folder = folder_of(source, (*TOKENIZER_FILES, *OTHER_TOKENIZER_FILES), revision, access)
         require_tokenizer_json(folder, source)
         try:
             settings = read_settings(folder)
@@ -200,14 +204,14 @@ class GPTNeoXTokenizerFast:
         bos, eos = ([self._special[name]] if options.get(option) else [] for option, name in around.items())
         self._tokenizer.post_processor = processors.TemplateProcessing(
             single=[*bos, "$A", *eos],
-            pair=["$A", "$B:1"],  # never used
+            pair=[*bos, "$A", *eos, *(f"{t}:1" for t in bos), "$B:1", *(f"{t}:1" for t in eos)],
             special_tokens=[(token, self._tokenizer.token_to_id(token)) for token in {*bos, *eos}],
         )
 
     def __call__(
         self,
         text: str | Sequence[str],
-        text_pair: None = None,
+        text_pair: str | Sequence[str] | None = None,
         *,
         add_special_tokens: bool = True,
         padding: bool | str = False,
@@ -218,26 +222,43 @@ class GPTNeoXTokenizerFast:
         return_tensors: str | None = None,
         return_attention_mask: bool | None = None,
         return_token_type_ids: bool | None = None,
+        return_special_tokens_mask: bool = False,
         return_offsets_mapping: bool = False,
         return_length: bool = False,
         **others: Any,
     ) -> BatchEncoding:
-        """Encode one text or a list of them.
+        """Encode one text or a list of them, each followed by its text_pair where those are given.
 
         One text without return_tensors gives flat lists, everything else (batch, tokens); an empty list gives empty
         fields. As in transformers, max_length without padding and truncation truncates.
         """
-        check_arguments("tokenizer", {"text_pair": text_pair, **others}, self.__call__.__kwdefaults__ or ())
+        check_arguments("tokenizer", others, self.__call__.__kwdefaults__ or ())
         width, limit = self._plan(padding, truncation, max_length, pad_to_multiple_of)
         texts = list(text) if isinstance(text, (list, tuple)) else [text]
         for index, one in enumerate(texts):
             check_text(one, "text" if one is text else f"text[{index}]")
+        pairs: list[Any] = [None] * len(texts)
+        if text_pair is not None:
+            pairs = list(text_pair) if isinstance(text_pair, (list, tuple)) else [text_pair]
+            for index, one in enumerate(pairs):
+                check_text(one, f"text_pair[{index}]")
+            if len(pairs) != len(texts) or isinstance(text, str) != isinstance(text_pair, str):
+                raise TokenizerError(f"text_pair: found {len(pairs)} for {len(texts)} texts; give each text its own")
         # One at a time: after encode_batch, older versions of `tokenizers` print a warning at every os.fork().
-        encodings = [self._tokenizer.encode(one, add_special_tokens=add_special_tokens) for one in texts]
+        encodings = [
+            self._tokenizer.encode(one, pair, add_special_tokens=add_special_tokens)
+            for one, pair in zip(texts, pairs, strict=True)
+        ]
+        if text_pair is not None and limit is not None and any(len(e.ids) > limit for e in encodings):
+            raise TokenizerError(
+                f"text_pair: a pair has {max(len(e.ids) for e in encodings)} tokens, more than max_length {limit}, and pairs "
+                "are not truncated; shorten the texts"
+            )
         fields = {
             "input_ids": "ids",
             **({"token_type_ids": "type_ids"} if return_token_type_ids else {}),
             **({"attention_mask": "attention_mask"} if return_attention_mask is not False else {}),
+            **({"special_tokens_mask": "special_tokens_mask"} if return_special_tokens_mask else {}),
             **({"offset_mapping": "offsets"} if return_offsets_mapping else {}),
         }
         columns = {k: [self._cut(getattr(e, v), e, limit) for e in encodings] for k, v in fields.items()}
@@ -336,6 +357,7 @@ class GPTNeoXTokenizerFast:
         lengths = [len(ids) for ids in columns["input_ids"]]
         target = width(lengths)
         fill = {"input_ids": self.pad_token_id, "token_type_ids": 0, "attention_mask": 0, "offset_mapping": (0, 0)}
+        fill["special_tokens_mask"] = 1
         for key in fill.keys() & columns.keys():
             gaps = [[fill[key]] * (target - length) for length in lengths]
             columns[key] = [row + gap if right else gap + row for row, gap in zip(columns[key], gaps, strict=True)]
@@ -498,6 +520,18 @@ def token_bytes(token: str) -> bytes:
         return bytes([BYTE_OF_CHAR[char] for char in token])
     except KeyError:
         return token.encode()
+
+
+def folder_of(source: str, names: Sequence[str], revision: str | None, access: Access) -> Path:
+    """A folder as it is, or those of the named files that a hub repository has."""
+    folder = Path(source).expanduser()
+    if source and folder.is_dir():
+        if revision is not None:
+            raise TokenizerError(f"revision: {revision!r} means nothing for a folder, {source}; leave it out")
+        return folder
+    if folder.exists() or source.startswith(".") or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
+        raise TokenizerError(f"{source!r}: neither a folder nor a hub id like EleutherAI/pythia-70m; check the path")
+    return fetch_files(source, names, revision, access)
 
 
 def read_backend(path: Path) -> Tokenizer:

@@ -20,6 +20,7 @@ class Request:
     range: str | None
     status: int = 0
     sent_bytes: int = 0
+    token: str | None = None
 
 
 @dataclass
@@ -181,6 +182,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         hub, path = self.owner, unquote(urlsplit(self.path).path)
         self._request = Request(self.command, path, self.headers.get("Range"))
+        self._request.token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
         hub.requests.append(self._request)
         info = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?/?", path)
         file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from fakehub import FakeHub
 from huggingface_hub import constants
-from peers import difference, ours, random_ids
+from peers import difference, random_ids
 from simulated import Simulated
 
 import neox_lite
@@ -414,7 +414,7 @@ def test_hub_ids_work_in_both_places(every, hub, capsys):
         assert model.adapter.name == "ann/adapter"
     assert {"adapter_config.json", "adapter_model.safetensors", "model.safetensors"} <= set(hub.fetched())
     assert "README.md" not in hub.fetched()
-    with pytest.raises(HubError, match="ann/base: has no adapter_config.json; not an adapter"):
+    with pytest.raises(HubError, match=r"ann/base: has no adapter_config\.json; not an adapter"):
         load(every[0], "ann/base")
     assert main(["info", "ann/adapter"]) == 0 and "base        ann/base" in capsys.readouterr().out
     assert main(["quantize", "ann/adapter", "out"]) == 1
@@ -472,7 +472,7 @@ FIRST = "base_model.model.gpt_neox.layers.0.attention.dense.lora_A.weight"
     ("change", "message"),
     [
         (lambda t: t.pop(FIRST), r"1 missing: \S*layers.0.attention.dense.lora_A.weight"),
-        (lambda t: t.update({FIRST: t[FIRST][:3].clone()}), r"wrong shape: \S*dense.lora_A.weight is \[3, 128\], expected \[16, 128\]"),
+        (lambda t: t.update({FIRST: t[FIRST][:3].clone()}), r"shape: \S*dense.lora_A.weight is \[3, 128\], expected \[16,"),
         (lambda t: t.update({FIRST: t[FIRST].int()}), r"1 wrong dtype: \S*dense.lora_A.weight is int32"),
         (lambda t: t.update({FIRST.replace(".0.", ".2."): t[FIRST]}), r"1 unexpected: \S*layers.2.attention.dense.lora_A"),
         (lambda t: t.update({FIRST.replace("dense", "sparse"): t[FIRST]}), r"1 unexpected: \S*attention.sparse.lora_A"),
@@ -500,7 +500,7 @@ def test_files_that_are_not_whole_are_refused(every, changed, tmp_path):
         with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors"):
             load(base, changed)
     path.unlink()
-    with pytest.raises(CheckpointError, match="no weights of the adapter; looked for adapter_model.safetensors and"):
+    with pytest.raises(CheckpointError, match=r"no weights of the adapter; looked for adapter_model\.safetensors and"):
         load(base, changed)
     (changed / "adapter_model.bin").write_bytes(b"PK\x03\x04" + bytes(50))
     with pytest.raises(CheckpointError, match=r"adapter_model\.bin: does not load as plain tensors"):
@@ -509,11 +509,11 @@ def test_files_that_are_not_whole_are_refused(every, changed, tmp_path):
         (changed / "adapter_config.json").write_text(text)
         with pytest.raises((CheckpointError, ConfigError), match=r"adapter_config\.json"):
             load(base, changed)
-    with pytest.raises(ConfigError, match="no adapter_config.json; an adapter's folder holds it and adapter_model"):
+    with pytest.raises(ConfigError, match=r"no adapter_config\.json; an adapter's folder holds it and adapter_model"):
         load(base, base)
     with pytest.raises(CheckpointError, match="no such folder"):
         load(base, tmp_path / "none")
-    with pytest.raises(ArgumentError, match="adapter is .*, expected one folder or hub id"):
+    with pytest.raises(ArgumentError, match=r"adapter is .*, expected one folder or hub id"):
         load(base, [every[1]])
 
 

@@ -23,9 +23,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from neox_lite.checkpoint import Checkpoint, FolderWriter, Spec, TensorInfo, split_into_shards, verify_folder
+from neox_lite.checkpoint import Checkpoint, verify_folder
 from neox_lite.errors import CheckpointError
-from neox_lite.safetensors_file import DTYPES, MAX_HEADER_BYTES
+from neox_lite.folder_writer import FolderWriter, split_into_shards
+from neox_lite.safetensors_file import DTYPES, MAX_HEADER_BYTES, Spec, TensorInfo
 
 MUTATIONS = int(os.environ.get("NEOX_LITE_MUTATIONS", "2000"))  # of headers; 10000 for the long form
 ROOT = Path(__file__).resolve().parents[1]

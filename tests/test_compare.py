@@ -15,7 +15,7 @@ from neox_lite_app import compare as module
 from neox_lite_app.cli import main
 from neox_lite_app.compare import weight_errors
 from neox_lite_app.demo import FOLDER as DEMO
-from neox_lite_app.evaluate import cut, last_states, log_probabilities, quality_of
+from neox_lite_app.quality import cut, last_states, log_probabilities, quality_of
 from neox_lite_app.quality_plot import draw, linear_axis, log_axis
 from neox_lite_quant import convert
 

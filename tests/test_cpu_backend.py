@@ -32,7 +32,7 @@ from neox_lite.kernels.cpu import target
 from neox_lite.kernels.cpu.code import Code
 from neox_lite.layers import Linear, norm_of
 from neox_lite_app.demo import FOLDER as DEMO
-from neox_lite_app.evaluate import cut, log_probabilities
+from neox_lite_app.quality import cut, log_probabilities
 from neox_lite_app.random_model import RandomModel
 from neox_lite_quant import convert
 

@@ -32,6 +32,7 @@ FLOORS = [
     "neox_lite.stepper",
     "neox_lite.speculative",
     "neox_lite.options",
+    "neox_lite.outputs",
     "neox_lite.row",
     "neox_lite.scheduler",
     "neox_lite.generation",
@@ -40,13 +41,14 @@ FLOORS = [
     "neox_lite.saving",
     "neox_lite.loading",
     "neox_lite.model",
+    "neox_lite.auto",
     "neox_lite",
     "neox_lite_quant",
     "neox_lite_app",
 ]
 # The core's third-party imports, and the only ones allowed at the top of a module; others are imported where they are used.
 TOP_LEVEL = {"torch", "tokenizers"}
-LAZY = {"huggingface_hub", "numpy", "tqdm", "safetensors", "bitsandbytes"}
+LAZY = {"huggingface_hub", "numpy", "tqdm", "safetensors", "bitsandbytes", "transformers"}
 # A backend's insides are imported when it is bound, so they may import what it is made of.
 INSIDES = {"neox_lite.kernels.cpu": {"llvmlite", "numpy"}, "neox_lite.kernels.triton": {"triton"}}
 

@@ -29,7 +29,7 @@ from neox_lite.cache import Sequence as CachedSequence
 from neox_lite.errors import (
     ArgumentError,
     CacheError,
-    ConfigError,
+    CheckpointError,
     ContextLengthError,
     NeoxLiteError,
     TokenizerError,
@@ -1013,10 +1013,139 @@ def test_generation_config_names_what_it_does_not_know(tmp_path):
     with pytest.raises(AttributeError, match="max_new_token"):
         _ = config.max_new_token
     assert GenerationConfig.from_pretrained(tmp_path).to_dict() == {}
-    with pytest.raises(ConfigError, match="no such folder"):
+    with pytest.raises(CheckpointError, match="no such folder"):
         GenerationConfig.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(ArgumentError, match="generation_config is a int"):
         Scripted([5]).generate(generation_config=5)
+
+
+FORBIDDEN = {  # of the new tokens that come without them, so that they matter
+    "bad words": lambda new: {"bad_words_ids": [[7], new[:1], new[2:4], [*new[:2], 5]]},
+    "suppressed": lambda new: {"suppress_tokens": [*range(2, 9), new[1]]},
+    "biased": lambda new: {"sequence_bias": {(17,): 1.5, (new[0],): -9.0, tuple(new[1:4]): -50.0}},
+    "biased and penalized": lambda new: {
+        "sequence_bias": [[[17], 3.0], [new[1:2], -4.0]],
+        "repetition_penalty": 1.3,
+        "bad_words_ids": [new[3:5]],
+    },
+}
+
+
+@pytest.mark.parametrize("name", FORBIDDEN)
+def test_biases_and_forbidden_words_are_those_of_transformers(both, name):
+    ours, peer = both
+    ids = random_ids(2, 5)
+    plain = ours.generate(ids, max_new_tokens=12, **NO_EOS)
+    options = {**FORBIDDEN[name](plain[0, 5:].tolist()), "max_new_tokens": 12}
+    peer.generation_config.eos_token_id = None
+    found = ours.generate(ids, **options, **NO_EOS)
+    assert torch.equal(found, peer.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=1, **options))
+    assert not torch.equal(found, plain)
+
+
+def test_a_bad_word_does_not_forbid_the_end():
+    assert Scripted([5, 0]).generate(torch.tensor([[5]]), bad_words_ids=[[0]], max_new_tokens=9).tolist() == [[5, 5, 0]]
+    forbidden = Scripted([5, 0]).generate(torch.tensor([[5]]), suppress_tokens=[0], max_new_tokens=3).tolist()
+    assert forbidden[0][:2] == [5, 5] and 0 not in forbidden[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"bad_words_ids": [[]]}, r"bad_words_ids is \[\[\]\], expected .* and \[\[42, 7\]\]"),
+        ({"bad_words_ids": [["a"]]}, "bad_words_ids is"),
+        ({"bad_words_ids": 5}, "bad_words_ids is 5"),
+        (
+            {"sequence_bias": {5: 1.0}},
+            r"sequence_bias is {5: 1.0} and bad_words_ids is \[\], expected {\(42, 7\): -5.0}",
+        ),
+        ({"sequence_bias": {(5,): float("nan")}}, "sequence_bias is"),
+        ({"bad_words_ids": [[300]]}, "sequence_bias: found 300, expected 0 to 299"),
+        ({"suppress_tokens": ["a"]}, r"suppress_tokens is \['a'\], expected an id or a list of ids"),
+        ({"max_time": -1}, "max_time is -1, expected a number of seconds"),
+        ({"max_time": "1"}, "max_time is '1', expected a number of seconds"),
+        ({"output_scores": 1}, "output_scores is 1, expected True or False"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_forbidden_or_asked_for_is_refused(options, told):
+    with pytest.raises(ArgumentError, match=told) as caught:
+        Scripted([5]).generate(torch.tensor([[5]]), **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_time_that_is_up_ends_a_text(tokenizer):
+    assert Scripted([5, 6, 7]).generate(torch.tensor([[5]]), max_time=0).tolist() == [[5, 5]]
+    assert Scripted([5, 6, 7]).generate(torch.tensor([[5]]), max_time=3600.0).tolist() == [[5, 5, 6, 7, 0]]
+    assert said(Scripted([5, 6, 7], tokenizer), max_time=0)[1] == "stop"
+
+
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+def test_scores_and_logits_are_those_of_transformers(both, sampled):
+    """transformers is made to choose what was chosen here: a draw of its own would go elsewhere."""
+    ours, peer = both
+    ids, asked = random_ids(2, 5), {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    options = {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.8} if sampled else {}
+    options |= {"max_new_tokens": 6, "repetition_penalty": 1.2}
+    found = ours.generate(ids, **options, **asked, **NO_EOS)
+    assert (len(found.scores), found.scores[0].shape) == (6, (2, VOCABULARY))
+    assert torch.equal(found.sequences, found["sequences"]) and torch.equal(found[0], found.sequences)
+    peer.generation_config.eos_token_id = None
+    for n in range(6):
+        prompt = found.sequences[:, : 5 + n]
+        mask = torch.ones_like(prompt)
+        expected = peer.generate(
+            prompt, attention_mask=mask, **{**options, "max_new_tokens": 1}, **asked, pad_token_id=1
+        )
+        torch.testing.assert_close(found.logits[n], expected.logits[0], atol=TIE, rtol=0)
+        torch.testing.assert_close(found.scores[n], expected.scores[0], atol=TIE / 0.7, rtol=0)
+    for normalize in (False, True):
+        own, theirs = (
+            m.compute_transition_scores(found.sequences, found.scores, normalize_logits=normalize) for m in (ours, peer)
+        )
+        torch.testing.assert_close(own, theirs)
+
+
+def test_scores_of_the_padding_after_an_ended_row_are_certain():
+    found = Scripted([[5, 0], [6, 7, 0]]).generate(
+        torch.tensor([[5], [6]]), max_new_tokens=9, return_dict_in_generate=True, output_scores=True
+    )
+    assert found.sequences.tolist() == [[5, 5, 0, 1], [6, 6, 7, 0]]
+    assert found.scores[2][0, 1] == 0 and found.scores[2][0, 2] == -torch.inf
+    assert found.logits is None and list(found) == ["sequences", "scores"]
+
+
+def test_what_generate_returns_is_asked_of_generate_alone(tokenizer):
+    with pytest.raises(ArgumentError, match="stream yields events; leave return_dict_in_generate out"):
+        Scripted([5], tokenizer).stream("a", return_dict_in_generate=True)
+    with pytest.warns(UserWarning, match="output_scores is without effect, because return_dict_in_generate is not set"):
+        Scripted([5]).generate(torch.tensor([[5]]), output_scores=True)
+    with pytest.raises(UnsupportedError, match="beam_indices: beam search is not supported; leave it out"):
+        Scripted([5]).compute_transition_scores(torch.tensor([[5]]), [torch.zeros(1, 9)], beam_indices=1)
+
+
+def test_drafts_change_neither_scores_nor_what_is_forbidden(model):
+    """A draft's tokens are scored as they are taken, once each."""
+    ids = random_ids(1, 4).repeat(1, 6)
+    options = {"max_new_tokens": 20, "return_dict_in_generate": True, "output_scores": True, **NO_EOS}
+    plain = model.generate(ids, bad_words_ids=[[7], [9, 11]], **options)
+    drafted = model.generate(ids, bad_words_ids=[[7], [9, 11]], prompt_lookup_num_tokens=4, **options)
+    assert torch.equal(plain.sequences, drafted.sequences) and len(drafted.scores) == 20
+    torch.testing.assert_close(torch.stack(plain.scores), torch.stack(drafted.scores), atol=TIE, rtol=0)
+
+
+def test_token_type_ids_say_nothing(model):
+    ids = random_ids(1, 4)
+    found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), token_type_ids=torch.zeros_like(ids))
+    assert torch.equal(found, model.generate(ids))
+
+
+def test_a_generation_config_is_updated_as_transformers_updates_its_own(folder):
+    config = GenerationConfig.from_pretrained(folder, top_p=0.5)
+    assert (config.max_new_tokens, config.top_p) == (7, 0.5)
+    assert config.update(top_p=0.7, nonsense=4) == {"nonsense": 4}
+    assert config.to_diff_dict() == config.to_dict() and config.to_dict()["top_p"] == 0.7
+    assert copy.deepcopy(config).to_dict() == config.to_dict()
 
 
 @pytest.mark.parametrize("name", OFF_ONLY)

@@ -324,3 +324,33 @@ def test_any_failure_of_the_transport_is_one_line_without_signed_addresses(hub: 
     for message, expected in zip(failed, words, strict=True):
         assert expected in message
         assert "sesame" not in message
+
+
+# -- as a call asks ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("token", "sent"), [("'hf_given'", "hf_given"), ("None", "hf_of-the-environment"), ("False", None)]
+)
+def test_a_given_token_goes_before_that_of_the_environment(
+    hub: FakeHub, client: Client, token: str, sent: str | None
+) -> None:
+    hub.add("o/m", SINGLE)
+    client.fetch(f"hub.fetch_checkpoint('o/m', None, hub.Access(token={token}))", HF_TOKEN="hf_of-the-environment")
+    assert {request.token for request in hub.requests if "o/m" in request.path} == {sent}
+    assert len(hub.gets("model.safetensors")) > 0
+
+
+def test_a_given_folder_is_the_cache_of_that_call_alone(hub: FakeHub, client: Client, tmp_path: Path) -> None:
+    hub.add("o/m", SINGLE)
+    there = tmp_path / "there"
+    ask = f"hub.fetch_checkpoint('o/m', None, hub.Access(hub.Path({str(there)!r}), local_files_only=%s))"
+    folder = client.fetch(ask % False)
+    assert folder.is_relative_to(there) and not (client.home / "hub" / "models--o--m").exists()
+    asked = len(hub.requests)
+    assert client.fetch(ask % True) == folder
+    (told,) = client.fail("hub.fetch_checkpoint('o/m', None, hub.Access(local_files_only=True))")
+    assert told == (
+        f"HubError: o/m: local_files_only is set, so {hub.url} is not asked; leave it out; it is not in the cache"
+    )
+    assert len(hub.requests) == asked

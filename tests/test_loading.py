@@ -288,13 +288,14 @@ def test_config_dtype_beats_the_files(saved: Path) -> None:
     ("options", "error", "told"),
     [
         ({"trust_remote_code": True}, UnsupportedError, "trust_remote_code=...*code from checkpoints is never run"),
-        ({"attn_implementation": "sdpa"}, UnsupportedError, "attn_implementation.*kernels are chosen for the device"),
-        ({"token": "x"}, UnsupportedError, "token.*HF_TOKEN"),
-        ({"cache_dir": "x"}, UnsupportedError, "cache_dir.*HF_HOME"),
+        ({"token": 5}, ArgumentError, "token is a int, expected a text, True or False"),
+        ({"cache_dir": 5}, ArgumentError, "cache_dir is 5, expected the path of a folder"),
+        ({"local_files_only": "yes"}, ArgumentError, "local_files_only is 'yes', expected True or False"),
         ({"ignore_mismatched_sizes": True}, UnsupportedError, "ignore_mismatched_sizes"),
         ({"quantisation": "int4"}, ArgumentError, "no option 'quantisation'; nearest is 'quantization'"),
         ({"num_beams": 4}, ArgumentError, "no option 'num_beams'"),
-        ({"num_labels": 3}, ArgumentError, r"a setting of the model; pass config=GPTNeoXConfig.from_pretrained"),
+        ({"num_labels": -3}, ConfigError, "num_labels is -3, expected an integer of at least 1"),
+        ({"vocab_size": 132}, CheckpointError, r"embed_in.weight.*132"),
         ({"dtype": "int8"}, ArgumentError, "dtype is 'int8', expected one of float32, float16, bfloat16"),
         ({"dtype": "float16", "torch_dtype": torch.bfloat16}, ArgumentError, "torch_dtype=.* and dtype=.* contradict"),
         ({"quantization": "int3"}, FormatError, "format is 'int3', expected one of int4, int8"),
@@ -398,6 +399,24 @@ def test_config_stands_in_for_the_folders(saved: Path) -> None:
     with pytest.warns(UserWarning, match="has no score.weight"):
         three = GPTNeoXForSequenceClassification.from_pretrained(saved, config=config.copy(num_labels=3))
     assert outputs(three).shape == (1, 3)
+
+
+def test_settings_of_the_model_replace_those_of_the_folder(saved: Path) -> None:
+    names = {"id2label": {0: "no", 1: "yes", 2: "perhaps"}, "label2id": {"no": 0, "yes": 1, "perhaps": 2}}
+    with pytest.warns(UserWarning, match="has no score.weight"):
+        model = GPTNeoXForSequenceClassification.from_pretrained(saved, problem_type="regression", **names)
+    assert (model.config.id2label, model.config.problem_type) == (names["id2label"], "regression")
+    assert outputs(model).shape == (1, 3)
+    config = GPTNeoXConfig.from_pretrained(saved)
+    one = GPTNeoXForCausalLM.from_pretrained(saved, config=config, use_cache=False, rotary_pct=1.0)
+    assert (one.config.use_cache, one.config.rotary_pct, config.use_cache) == (False, 1.0, True)
+
+
+@pytest.mark.parametrize("name", ["attn_implementation", "offload_folder", "offload_state_dict"])
+def test_options_that_cannot_change_a_result_are_told(name: str, saved: Path) -> None:
+    with pytest.warns(UserWarning, match=f"{name} is without effect: .* are ") as told:
+        GPTNeoXForCausalLM.from_pretrained(saved, **{name: "sdpa"})
+    assert told[0].filename == __file__
 
 
 def test_a_models_source_says_where_it_came_from(saved: Path) -> None:
@@ -544,15 +563,6 @@ def test_a_quantized_folder_loads_as_it_is(tmp_path: Path, own_caches: Path) -> 
         GPTNeoXForCausalLM.from_pretrained(tmp_path / "int4", quantization="int8")
     assert not (own_caches / "neox-lite").exists()
     theirs = transformers.GPTNeoXForCausalLM.from_pretrained(tmp_path / "int4")  # through compressed-tensors
-    assert difference(outputs(theirs), outputs(model)) <= EQUAL
-
-
-def test_quantized_task_models_open_in_transformers(tmp_path: Path) -> None:
-    reference = peer("GPTNeoXForSequenceClassification", num_labels=3, **QUANTIZABLE)
-    reference.save_pretrained(tmp_path / "dense")
-    model = GPTNeoXForSequenceClassification.from_pretrained(tmp_path / "dense", quantization="int8", exact=True)
-    model.save_pretrained(tmp_path / "int8")
-    theirs = transformers.GPTNeoXForSequenceClassification.from_pretrained(tmp_path / "int8")
     assert difference(outputs(theirs), outputs(model)) <= EQUAL
 
 

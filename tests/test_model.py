@@ -19,6 +19,7 @@ from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXForSequenceClass
 from neox_lite.cache import PAGE
 from neox_lite.errors import ArgumentError, CacheError, ContextLengthError, UnsupportedError
 from neox_lite.layers import Rotary
+from neox_lite.model import ABSENT
 
 EQUAL = 2e-5
 LONG = PAGE + 22  # tokens: the second page of a sequence is in use
@@ -655,3 +656,23 @@ def test_empty_rows_and_empty_calls_return_empty_or_zero_outputs(tiny: tuple[Any
     logits = model(ids, attention_mask=torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0]])).logits
     assert logits[1].abs().max() == 0
     assert difference(logits[:1], model(ids[:1]).logits) <= EQUAL
+
+
+@pytest.mark.parametrize("name", ABSENT)
+def test_methods_that_are_not_there_say_what_stands_for_them(tiny: tuple[Any, Any], name: str) -> None:
+    assert not hasattr(tiny[0], name)
+    with pytest.raises(AttributeError, match=f"^GPTNeoXForCausalLM has no {name}: {ABSENT[name]}$"):
+        getattr(tiny[0], name)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = tiny[0].nothing
+
+
+def test_a_model_that_memory_does_not_hold_is_refused_before_it_takes_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("neox_lite.model.free_memory", lambda: (2 << 20, 1 << 20))
+    needed = "weights of float32 take 82.2 GB, 0.0 GB of memory are free; give a smaller config, or load a checkpoint"
+    with pytest.raises(ArgumentError, match=needed):
+        GPTNeoXModel(GPTNeoXConfig())
+    with torch.device("meta"):
+        assert GPTNeoXModel(GPTNeoXConfig()).embed_in.weight.is_meta
+    assert GPTNeoXModel.from_config(GPTNeoXConfig(**TINY)).can_generate() is False
+    assert GPTNeoXForCausalLM(GPTNeoXConfig(**TINY)).can_generate() is True

@@ -5,6 +5,7 @@ import random
 import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -677,3 +678,25 @@ def test_wrong_usage_is_one_line_and_exits_2(run, words, capsys):
     with pytest.raises(SystemExit) as stopped:
         run(*words)
     assert stopped.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("card", "gigabytes"), [("RTX 3060", 12), ("RTX 4060 Ti", 16), ("RTX 3090", 24), ("RTX 4090", 24)]
+)
+def test_the_readme_s_table_of_cards_says_what_the_plan_does(run, card, gigabytes):
+    (line,) = re.findall(rf"^\| {gigabytes} GB \|.*", README, re.MULTILINE)
+    rows = json.loads(run("--card", card, "--context", 2048, "--json")[1])["rows"]
+    found = {(row["model"], row["format"]): row for row in rows}
+    whole = found["EleutherAI/gpt-neox-20b", "int4 g128"]
+    assert whole["layers"]["gpu"] == 44 and f"{whole['decode_tokens_per_s']:.0f} on an {card}" in line
+    assert (whole["kv"], whole["head"]) == (("int8", "int8") if gigabytes == 12 else ("fp16", "fp16"))
+    also = re.findall(r"((?:Pythia|GPT-NeoX)-\S+?b)(?:, \S+)? as (int\d) \(([\d.]+) GB\)", line, re.IGNORECASE)
+    assert also
+    for name, format, gigabytes in also:
+        row = found[f"EleutherAI/{name.lower()}", f"{format} g128"]
+        assert (
+            set(row["layers"].values()) == {row["layers"]["gpu"], 0} and f"{row['tiers']['gpu'] / 1e9:.1f}" == gigabytes
+        )

@@ -11,9 +11,10 @@ from peers import opened_by_transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXForSequenceClassification
-from neox_lite.checkpoint import ShardWriter, verify_folder
+from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
+from neox_lite.checkpoint import verify_folder
 from neox_lite.errors import ArgumentError, CheckpointError, FormatError
+from neox_lite.folder_writer import ShardWriter
 from neox_lite.formats import FORMATS, GROUPED
 from neox_lite_quant import convert
 
@@ -207,15 +208,6 @@ def test_tied_and_sequential_checkpoints_quantize_too(tmp_path):
     ours = GPTNeoXForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, exact=True)
     with torch.no_grad():
         assert float((ours(IDS).logits - peer(IDS).logits).abs().max()) < 1e-5
-
-
-def test_task_heads_stay_dense(tmp_path):
-    write_source(tmp_path / "source", cls=GPTNeoXForSequenceClassification)
-    convert(tmp_path / "source", tmp_path / "out")
-    model = GPTNeoXForSequenceClassification.from_pretrained(tmp_path / "out")
-    assert model.score.format.name == "dense"
-    assert model.gpt_neox.layers[0].attention.dense.format.name == "int4"
-    assert not (tmp_path / "out" / "neox_lite_head.safetensors").exists()
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ Runs on a small tokenizer that is trained here, and on the real 20B one where sh
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import unicodedata
@@ -20,7 +21,7 @@ import torch
 import transformers
 
 from neox_lite.errors import TokenizerError
-from neox_lite.tokenizer import BatchEncoding, GPTNeoXTokenizerFast, StreamDecoder
+from neox_lite.tokenizer import ABSENT, BatchEncoding, GPTNeoXTokenizerFast, StreamDecoder
 
 DATA = Path(__file__).parents[2] / "shared/data"
 REPO = Path(__file__).parents[1]
@@ -314,6 +315,30 @@ def test_an_empty_list_gives_empty_fields(small):
     assert small([], padding=True, return_tensors="pt").input_ids.tolist() == []
 
 
+PAIRS = {
+    "one": (("Who was Jim Henson?", "A nice puppet"), {}),
+    "types": (("Who?", " He."), {"return_token_type_ids": True, "return_special_tokens_mask": True}),
+    "batch": (
+        (["Who?", "Where, and when?"], ["A", "In  there"]),
+        {"padding": True, "return_special_tokens_mask": True},
+    ),
+    "offsets": (("Who?", "He"), {"return_offsets_mapping": True}),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("around", [{}, {"add_bos_token": True, "add_eos_token": True}], ids=["plain", "bos-eos"])
+def test_pairs_are_those_of_transformers(small_folder, name, around):
+    """Of what transformers is told in the call: it ignores add_bos_token beside a tokenizer.json, but not set afterwards."""
+    (text, pair), options = PAIRS[name]
+    theirs = transformers.GPTNeoXTokenizer.from_pretrained(small_folder)
+    for key, value in around.items():
+        setattr(theirs, key, value)
+    ours = GPTNeoXTokenizerFast.from_pretrained(small_folder, **around)
+    assert dict(ours(text, pair, **options)) == dict(theirs(text, pair, **options))
+    assert dict(ours(text, text_pair=pair, **options)) == dict(theirs(text, text_pair=pair, **options))
+
+
 def test_pad_matches_transformers(ours, theirs):
     batch = {"input_ids": [[5, 6, 7], [8], []], "attention_mask": [[1, 1, 1], [1], []]}
     for options in (
@@ -561,7 +586,7 @@ def test_chat_template_is_the_file_or_the_config(tmp_path, small_folder):
 def test_a_hub_id_fetches_only_tokenizer_files(monkeypatch, small_folder, tmp_path):
     asked = []
 
-    def fetch_files(repo_id, names, revision):
+    def fetch_files(repo_id, names, revision, access):
         asked.append((repo_id, tuple(names), revision))
         return small_folder if repo_id == "EleutherAI/pythia-70m" else write_spiece(tmp_path)
 
@@ -714,7 +739,9 @@ BAD_CALLS = {
     "text: found bytes": lambda t: t.encode(b"a"),
     r"text\[0\]: found int, expected str": lambda t: t([1, 2]),
     r"text\[0\]: found list": lambda t: t([["a", "b"]]),
-    "text_pair='b': pairs of texts are not supported": lambda t: t("a", "b"),
+    "text_pair: found 1 for 2 texts; give each text its own": lambda t: t(["a", "b"], "c"),
+    r"text_pair\[0\]: found int": lambda t: t("a", 4),
+    "text_pair: a pair has 2 tokens, more than max_length 1": lambda t: t("a", "b", max_length=1, truncation=True),
     "is_split_into_words=True: word lists": lambda t: t(["a"], is_split_into_words=True),
     "unknown argument 'paddin'; did you mean padding?": lambda t: t("a", paddin=True),
     "stride=4: overlapping windows": lambda t: t("a", stride=4),
@@ -753,7 +780,6 @@ def test_bad_calls_are_refused_in_one_line(small, message):
     [
         ({"revision": "main"}, "revision: 'main' means nothing for a folder"),
         ({"trust_remote_code": True}, "trust_remote_code=True: code from a repository is never run"),
-        ({"use_fast": False}, "use_fast=False: this family has a fast tokenizer only"),
         ({"pading_side": "left"}, "unknown argument 'pading_side'; did you mean padding_side?"),
         ({"zzz": 1}, "unknown argument 'zzz'; there are add_bos_token, "),
         ({"padding_side": "top"}, "padding_side: found 'top'"),
@@ -767,8 +793,15 @@ def test_bad_load_options_are_refused(small_folder, options, message):
         GPTNeoXTokenizerFast.from_pretrained(small_folder, **options)
 
 
+@pytest.mark.parametrize("name", ABSENT)
+def test_methods_that_are_not_there_say_what_stands_for_them(small, name):
+    assert not hasattr(small, name)
+    with pytest.raises(AttributeError, match=re.escape(f"GPTNeoXTokenizerFast has no {name}: {ABSENT[name]}")):
+        getattr(small, name)
+
+
 def test_harmless_values_of_refused_options_are_accepted(small_folder):
-    tokenizer = GPTNeoXTokenizerFast.from_pretrained(small_folder, trust_remote_code=False, use_fast=True)
+    tokenizer = GPTNeoXTokenizerFast.from_pretrained(small_folder, trust_remote_code=False, use_fast=False, token=True)
     assert tokenizer("a", text_pair=None, stride=0, is_split_into_words=False) == tokenizer("a")
 
 

@@ -80,6 +80,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if args.command == "bench" and (args.model is None) == (args.shape is None):
         parser.error("bench takes either MODEL or --shape")
+    if args.command == "eval" and args.model is None and args.tasks != ["list"]:
+        parser.error("eval takes MODEL, except with --tasks list")
     if args.command == "serve" and args.engine != "vllm":
         given = [flag for flag in ("tensor_parallel", "pipeline_parallel", "distributed") if vars(args)[flag]]
         if given:
@@ -277,9 +279,39 @@ def build_parser() -> argparse.ArgumentParser:
     _add_engine(sub)
     _add_running(sub, revision=True, json=False)
 
-    sub = command("perplexity", "evaluate", "perplexity of a model on a text")
+    sub = command("perplexity", "quality", "perplexity of a model on a text")
     sub.add_argument("model", metavar="MODEL")
     _add_text(sub)
+    _add_running(sub, revision=True)
+
+    sub = command("eval", "tasks", "tasks of lm-evaluation-harness: few-shot accuracy and the like", "evaluate")
+    sub.add_argument("model", metavar="MODEL", nargs="?", help="may be left out with --tasks list")
+    sub.add_argument(
+        "--tasks",
+        type=lambda text: text.split(","),
+        required=True,
+        metavar="NAME,NAME",
+        help="tasks, groups or patterns such as 'mmlu_*'; list shows what there is",
+    )
+    sub.add_argument(
+        "--num-fewshot", type=_count, metavar="N", help="solved examples before each (default: the task's)"
+    )
+    sub.add_argument("--limit", type=_positive, metavar="N", help="use the first N documents of each task only")
+    sub.add_argument(
+        "--include-path",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="folder with task files of yours; may be given several times",
+    )
+    sub.add_argument(
+        "--compare", metavar="SOURCE", help="ask this model the same, and print differences with their errors"
+    )
+    sub.add_argument(
+        "--apply-chat-template", action="store_true", help="write prompts as chats, in the model's own form"
+    )
+    sub.add_argument("--output", metavar="FILE.json", help="write the results there, with every document and answer")
+    sub.add_argument("--fresh", action="store_true", help="ask everything anew (default: go on where a run ended)")
     _add_running(sub, revision=True)
 
     sub = command("bench", "bench", "speed of a model, or of random weights in a shape, beside what this memory gives")

@@ -29,7 +29,7 @@ from neox_lite.layers import Linear
 from neox_lite.loading import SLICE_ELEMENTS, Blueprint
 from neox_lite.offload.plan import linears_of
 
-from .evaluate import Head, Quality, cut, last_states, measure, table
+from .quality import Head, Quality, cut, last_states, measure, table
 from .quality_plot import draw
 from .running import bar, fold, load, note, print_json, read_text, terminal_width
 

@@ -12,7 +12,7 @@ from neox_lite import GPTNeoXForCausalLM
 from neox_lite.generation import Clock
 from neox_lite_quant import convert
 
-from .evaluate import cut, quality_of, table
+from .quality import cut, quality_of, table
 from .running import bar, load, note, placement, placing, print_json
 
 FOLDER = Path(__file__).parent / "demo_model"

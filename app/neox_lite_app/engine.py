@@ -24,10 +24,9 @@ from torch import Tensor
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXTokenizerFast
 from neox_lite.cache import PrefixCache
 from neox_lite.errors import ArgumentError, NeoxLiteError
-from neox_lite.generation import GenerationConfig, Options
 from neox_lite.offload import machine
 from neox_lite.offload.run import Placement
-from neox_lite.options import as_dict
+from neox_lite.options import GenerationConfig, Options, as_dict
 from neox_lite.row import Row, StopText, check_ids
 from neox_lite.sampling import Score
 from neox_lite.scheduler import ReadingPace, Scheduler

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from neox_lite.adapter import Settings, open_weights
-from neox_lite.checkpoint import MANIFEST, Checkpoint, verify_folder
+from neox_lite.checkpoint import Checkpoint, verify_folder
 from neox_lite.config import GPTNeoXConfig
 from neox_lite.errors import ArgumentError, FormatError, NeoxLiteError
 from neox_lite.formats import FORMATS
-from neox_lite.hub import ADAPTER_CONFIG, fetch_files, local_folder
+from neox_lite.hub import ADAPTER_CONFIG, MANIFEST, fetch_files, local_folder
 from neox_lite.loading import Blueprint
 from neox_lite.model import class_of
 from neox_lite.offload.plan import parameters, sizes_of

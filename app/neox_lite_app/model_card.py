@@ -12,7 +12,7 @@ from typing import Any
 
 from neox_lite.config import GPTNeoXConfig, parse_json
 from neox_lite.errors import ArgumentError, ConfigError
-from neox_lite.folder_writer import MANIFEST
+from neox_lite.hub import MANIFEST
 
 from .running import common_label, formats_in
 

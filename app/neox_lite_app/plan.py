@@ -15,9 +15,9 @@ import torch
 from neox_lite.checkpoint import Checkpoint
 from neox_lite.config import GPTNeoXConfig
 from neox_lite.errors import ArgumentError, FormatError
-from neox_lite.folder_writer import MANIFEST, read_manifest
+from neox_lite.folder_writer import read_manifest
 from neox_lite.formats import GROUPED, formats_of, label, make_format
-from neox_lite.hub import HEAD, fetch_files, local_folder
+from neox_lite.hub import HEAD, MANIFEST, fetch_files, local_folder
 from neox_lite.loading import DTYPES
 from neox_lite.offload import machine
 from neox_lite.offload.place import sizes_in

@@ -13,9 +13,10 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from neox_lite import GPTNeoXTokenizerFast
+from neox_lite.sampling import Score
 from neox_lite.tokenizer import StreamDecoder
 
-from ..engine import Score, Step, Ticket
+from ..engine import Step, Ticket
 
 SECONDS = 0.1  # between two updates, at least
 ALTERNATIVES = 5  # likeliest tokens that are shown beside the one that was chosen

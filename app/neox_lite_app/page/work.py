@@ -13,11 +13,12 @@ from typing import Any
 
 from neox_lite import GPTNeoXForCausalLM
 from neox_lite.errors import NeoxLiteError
+from neox_lite.offload.plan import largest_group
 
 from ..demo import FOLDER as DEMO
 from ..engine import Busy, Engine
 from ..places import data_folder
-from ..plan import Model, largest_group
+from ..plan import Model
 from ..running import describe, load
 from .events import sentence, unforeseen
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from neox_lite import GPTNeoXForCausalLM
-from neox_lite.cache import PAGE, Batch
+from neox_lite.cache import PAGE, Batch, PagePool
+from neox_lite.cache import Sequence as CachedSequence
 from neox_lite.errors import ArgumentError
 from neox_lite.formats import Weight, label
 from neox_lite.kernels.backend import Backend, Norm
@@ -72,9 +73,13 @@ class Head:
         return cls(model.ops, norm_of(model.gpt_neox.final_layer_norm), model.embed_out.handle)
 
     @torch.no_grad()
+    def logits(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
+        """x (tokens, hidden) -> float32 logits (rows, vocabulary) of what follows the chosen rows; None: all."""
+        return self.ops.head(x, rows, self.norm, self.weight)
+
     def log_probabilities(self, x: Tensor) -> Tensor:
         """x (context, hidden) of a window -> (context - 1, vocabulary) float32 on the CPU, of what follows its tokens."""
-        return self.ops.head(x, None, self.norm, self.weight)[:-1].float().log_softmax(-1).cpu()
+        return self.logits(x)[:-1].float().log_softmax(-1).cpu()
 
 
 def last_states(
@@ -101,11 +106,9 @@ def _split(each: Each, first: int, context: int, layer: int, x: Tensor) -> None:
         each(i, layer, state)
 
 
-@torch.no_grad()
 def _through(model: GPTNeoXForCausalLM, windows: Tensor, each: Callable[[int, Tensor], None] | None) -> Tensor:
     """windows (n, context) through all layers -> x (n * context, hidden). each: sees (layer, x after it)."""
     pool, layer = model.new_pool(), -1
-    batch = Batch.reserve(pool, [pool.new() for _ in windows], [windows.shape[1]] * len(windows))
 
     def before(x: Tensor) -> None:
         nonlocal layer
@@ -113,10 +116,28 @@ def _through(model: GPTNeoXForCausalLM, windows: Tensor, each: Callable[[int, Te
             each(layer, x)
         layer += 1
 
-    x = model.runner.first.embed(windows.flatten(), model.gpt_neox.embed_in.weight, model.compute_dtype)
-    x = model.run_layers(x, pool, batch, None if each is None else before)
+    counts = [windows.shape[1]] * len(windows)
+    x = append(model, pool, [pool.new() for _ in windows], counts, windows.flatten(), None if each is None else before)
     before(x)
     return x
+
+
+@torch.no_grad()
+def append(
+    model: GPTNeoXForCausalLM,
+    pool: PagePool,
+    sequences: Sequence[CachedSequence],
+    counts: Sequence[int],
+    ids: Tensor,
+    each: Callable[[Tensor], None] | None = None,
+) -> Tensor:
+    """Append counts[i] of ids (tokens,), all in the vocabulary, to sequences[i] -> x (tokens, hidden) before the final norm.
+
+    each: sees the input of every layer. Raises CacheError, with nothing appended, where the pool has too few pages.
+    """
+    batch = Batch.reserve(pool, sequences, counts)
+    x = model.runner.first.embed(ids, model.gpt_neox.embed_in.weight, model.compute_dtype)
+    return model.run_layers(x, pool, batch, each)
 
 
 def log_probabilities(model: GPTNeoXForCausalLM, windows: Tensor, progress: Progress | None = None) -> Iterator[Tensor]:

@@ -1,0 +1,285 @@
+"""Log-likelihoods of the ends of texts. What texts begin with in common is computed once. Knows ids alone: no task, no words.
+
+Texts become a tree of pieces, each computed after the one that it follows, in cache pages that it forks from it. A pass takes
+pieces from as many texts as there is room for, in the order of the tree: the answers of one question go through the model
+beside the next questions, without padding, and what a text holds is freed soon. The vocabulary head sees scored rows alone.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from neox_lite import GPTNeoXForCausalLM
+from neox_lite.cache import PagePool
+from neox_lite.cache import Sequence as CachedSequence
+from neox_lite.errors import ArgumentError
+
+from .quality import Head, append
+
+PASS_TOKENS = 512  # of a pass
+HEAD_LOGITS = 1 << 23  # held at a time: 32 MB
+BLOCK_TOKENS = 1 << 14  # to compute of a block
+LEAST_SAVED = 16  # tokens: less is computed again, beside all that follows it, without waiting for it
+
+
+class Text(NamedTuple):
+    """Ids, of which the last `scored` are scored, each given all before it; at least one is not."""
+
+    ids: list[int]
+    scored: int
+
+
+class Score(NamedTuple):
+    """The sum of natural log-probabilities of a text's scored ids, and whether each of them is the likeliest."""
+
+    log_likelihood: float
+    is_greedy: bool
+
+
+Progress = Callable[[int], object]  # texts that have their score
+
+
+@dataclass(eq=False)
+class Piece:
+    """ids[start:end] of some texts, after `parent`. wanted: (position, text) of what is to be scored after an id."""
+
+    ids: list[int]
+    start: int
+    end: int
+    parent: Piece | None
+    children: list[Piece] = field(default_factory=list)
+    texts: list[int] = field(default_factory=list)  # that end here
+    wanted: list[tuple[int, int]] = field(default_factory=list)
+    sequence: CachedSequence | None = None
+    followers: int = 0  # children that have not begun
+    number: int = 0  # in the order of the tree
+
+
+def score(
+    model: GPTNeoXForCausalLM, texts: Sequence[Text], progress: Progress | None = None
+) -> tuple[list[Score], int]:
+    """A score for each text, and how many tokens went through the layers.
+
+    Raises ArgumentError for a text without a scored id or without one before it, longer than the model's positions and
+    one, or with an id that the model does not have.
+    """
+    for text in texts:
+        _check(model, text)
+    return _Scoring(model, texts, progress).run()
+
+
+def _check(model: GPTNeoXForCausalLM, text: Text) -> None:
+    limit, vocabulary = model.config.max_position_embeddings, model.config.vocab_size
+    if not 1 <= text.scored < len(text.ids):
+        raise ArgumentError(
+            f"a text of {len(text.ids)} tokens has {text.scored} to score, expected 1 or more, but not all"
+        )
+    if len(text.ids) > limit + 1:
+        raise ArgumentError(
+            f"a text has {len(text.ids)} tokens, expected at most {limit + 1}: the last is scored, not read"
+        )
+    if not 0 <= min(text.ids) <= max(text.ids) < vocabulary:
+        raise ArgumentError(f"the tokenizer gives id {max(text.ids)}, but the model has {vocabulary} ids")
+
+
+def blocks(texts: Sequence[Text]) -> list[list[int]]:
+    """Indices of texts that begin alike, in blocks of some BLOCK_TOKENS to compute.
+
+    Where a text shares its passes with those of its block alone, its score is the same to the last bit whenever it is computed.
+    """
+    found: list[list[int]] = []
+    before: list[int] = []
+    room = 0
+    for index in sorted(range(len(texts)), key=lambda i: texts[i].ids):
+        ids = texts[index].ids
+        if room <= 0:
+            found.append([])
+            room = BLOCK_TOKENS
+        found[-1].append(index)
+        room -= len(ids) - _common(before, ids)
+        before = ids
+    return found
+
+
+def tree(texts: Sequence[Text]) -> list[Piece]:
+    """The pieces of all texts but their last ids, each after its parent; what saves less than LEAST_SAVED is not shared."""
+    root = Piece([], 0, 0, None)
+    path, before = [root], root.ids
+    for index in sorted(range(len(texts)), key=lambda i: texts[i].ids[:-1]):
+        ids = texts[index].ids[:-1]
+        common, last = _common(before, ids), None
+        while path[-1].end > common:
+            last = path.pop()
+        if last is not None and path[-1].end < common:
+            path.append(_split(last, common))
+        if len(ids) > common:
+            path.append(Piece(ids, common, len(ids), path[-1]))
+            path[-2].children.append(path[-1])
+        path[-1].texts.append(index)
+        before = ids
+    found: list[Piece] = []
+    waiting = root.children[::-1]
+    while waiting:
+        piece = waiting.pop()
+        users = len(piece.children) + bool(piece.texts)
+        is_shared = (piece.end - piece.start) * (users - 1) >= LEAST_SAVED
+        for child in () if is_shared else piece.children:
+            child.start, child.parent = piece.start, piece.parent
+        waiting += piece.children[::-1]
+        if is_shared or piece.texts:
+            piece.number = len(found)
+            found.append(piece)
+        piece.children = []
+    for piece in found:
+        if piece.parent is root:
+            piece.parent = None
+        elif piece.parent is not None:
+            piece.parent.children.append(piece)
+            piece.parent.followers += 1
+    return found
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _split(piece: Piece, at: int) -> Piece:
+    """Put a piece that ends at a position before what is left of one."""
+    assert piece.parent is not None
+    first = Piece(piece.ids, piece.start, at, piece.parent, [piece])
+    piece.parent.children[-1] = first  # it was the last: texts are sorted
+    piece.start, piece.parent = at, first
+    return first
+
+
+class _Scoring:
+    """Passes over the pieces of a tree."""
+
+    def __init__(self, model: GPTNeoXForCausalLM, texts: Sequence[Text], progress: Progress | None) -> None:
+        self.model, self.texts, self.progress = model, texts, progress
+        self.pool: PagePool = model.new_pool(limit=model.cache_pages)
+        self.sums, self.greedy = [0.0] * len(texts), [True] * len(texts)
+        self.left = [text.scored for text in texts]
+        self.computed = self.known = 0
+        self.ready: list[tuple[int, Piece]] = []  # a heap: those that nothing is computed before
+        for piece in tree(texts):
+            self._want(piece)
+            if piece.parent is None:
+                self.ready.append((piece.number, piece))
+
+    def run(self) -> tuple[list[Score], int]:
+        while self.ready:
+            self._run(self._select())
+            if self.progress is not None:
+                self.progress(self.known)
+        return [Score(total, greedy) for total, greedy in zip(self.sums, self.greedy, strict=True)], self.computed
+
+    def _want(self, piece: Piece) -> None:
+        """Note where texts that end here are scored, in this piece and those before it."""
+        for index in piece.texts:
+            position, first = piece.end - 1, piece.end - self.texts[index].scored
+            holder: Piece | None = piece
+            while holder is not None and position >= first:
+                while position >= max(first, holder.start):
+                    holder.wanted.append((position, index))
+                    position -= 1
+                holder = holder.parent
+
+    def _select(self) -> dict[Piece, int]:
+        """The pieces of the next pass, and how many ids of each."""
+        batch: dict[Piece, int] = {}
+        room, pages = PASS_TOKENS, self.pool.room
+        while self.ready and room:
+            piece = self.ready[0][1]
+            sequence = self._begin(piece)
+            count = min(room, piece.end - sequence.length)
+            pages -= self.pool.wanted(sequence, count)
+            if pages < 0 and batch:
+                break
+            if pages < 0:
+                self._start_over()
+                sequence = self._begin(piece)
+                count = min(room, piece.end)
+                pages = self.pool.room - self.pool.wanted(sequence, count)
+            heapq.heappop(self.ready)
+            batch[piece] = count
+            room -= count
+        return batch
+
+    def _start_over(self) -> None:
+        """Free all pages: what is still to be computed will be from its texts' first id, one text after the other."""
+        for _, piece in self.ready:
+            if piece.sequence is not None:
+                self.pool.free(piece.sequence)
+            elif piece.parent is not None:
+                piece.parent.followers -= 1
+                if not piece.parent.followers and piece.parent.sequence is not None:
+                    self.pool.free(piece.parent.sequence)
+            piece.sequence = piece.parent = None
+
+    def _begin(self, piece: Piece) -> CachedSequence:
+        """A piece's sequence: the parent's, if nothing else is to follow that, or a fork of it."""
+        parent = piece.parent
+        if piece.sequence is None and parent is None:
+            piece.sequence = self.pool.new()
+        elif piece.sequence is None:
+            assert parent is not None and parent.sequence is not None
+            parent.followers -= 1
+            if parent.followers:
+                piece.sequence = self.pool.fork(parent.sequence)
+            else:
+                piece.sequence, parent.sequence = parent.sequence, None
+        assert piece.sequence is not None
+        return piece.sequence
+
+    def _run(self, batch: dict[Piece, int]) -> None:
+        sequences = [self._begin(piece) for piece in batch]
+        starts, counts = [sequence.length for sequence in sequences], list(batch.values())
+        ids = [piece.ids[start : start + count] for (piece, count), start in zip(batch.items(), starts, strict=True)]
+        x = append(self.model, self.pool, sequences, counts, torch.tensor([i for one in ids for i in one]))
+        self.computed += len(x)
+        self._score(x, list(batch), starts, counts)
+        for piece, sequence in zip(batch, sequences, strict=True):
+            if sequence.length < piece.end:
+                heapq.heappush(self.ready, (piece.number, piece))
+                continue
+            for child in piece.children:
+                heapq.heappush(self.ready, (child.number, child))
+            if not piece.children:
+                self.pool.free(sequence)
+
+    @torch.no_grad()
+    def _score(self, x: Tensor, pieces: list[Piece], starts: list[int], counts: list[int]) -> None:
+        """Add up what a pass, x (tokens, hidden), says of its texts."""
+        rows: dict[int, list[tuple[int, int]]] = {}  # row of x -> (position, text)
+        first = 0
+        for piece, start, count in zip(pieces, starts, counts, strict=True):
+            for position, text in piece.wanted:
+                if start <= position < start + count:
+                    rows.setdefault(first + position - start, []).append((position, text))
+            piece.wanted = [one for one in piece.wanted if one[0] >= start + count]
+            first += count
+        head, step = Head.of(self.model), max(1, HEAD_LOGITS // self.model.config.vocab_size)
+        every = sorted(rows)
+        for at in range(0, len(every), step):
+            chosen = every[at : at + step]
+            logits = head.logits(x, torch.tensor(chosen))
+            where = [(i, text, self.texts[text].ids[p + 1]) for i, row in enumerate(chosen) for p, text in rows[row]]
+            own = torch.tensor([i for i, _, _ in where], device=logits.device)
+            targets = torch.tensor([target for _, _, target in where], device=logits.device)
+            found = logits[own, targets] - logits.logsumexp(-1)[own]
+            likeliest = logits.argmax(-1)[own] == targets
+            for (_, text, _), value, greedy in zip(where, found.tolist(), likeliest.tolist(), strict=True):
+                self._add(text, value, greedy)
+
+    def _add(self, text: int, value: float, greedy: bool) -> None:
+        self.sums[text] += value
+        self.greedy[text] &= greedy
+        self.left[text] -= 1
+        self.known += not self.left[text]

@@ -1,0 +1,190 @@
+"""Scripts as people have them, from transformers' GPT-NeoX page and from the cards of the family: with another import line
+they print what they print under transformers, or say in one line what to do.
+
+The scripts are tests/scripts/*.py. A local hub serves small checkpoints of each one's shape under its real id. For each script:
+what it prints and what it warns of. "as transformers": that, with the import line as it was.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+from fakehub import FakeHub
+from tokenizers import AddedToken
+
+import neox_lite
+from neox_lite import GPTNeoXConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+SEQUENTIAL = {"use_parallel_residual": False, "rotary_pct": 1.0}
+CHAT = ("<|SYSTEM|>", "<|USER|>", "<|ASSISTANT|>", "<|prompter|>", "<|assistant|>", "### End", "### Response:")
+REPOSITORIES: dict[str, dict[str, Any]] = {
+    "EleutherAI/gpt-neox-20b": {"hidden_act": "gelu_fast"},
+    "EleutherAI/pythia-70m-deduped": {},
+    "EleutherAI/polyglot-ko-1.3b": {"rotary_pct": 0.5},
+    "databricks/dolly-v2-3b": {"use_cache": False},
+    "togethercomputer/GPT-NeoXT-Chat-Base-20B": {"hidden_size": 128, "hidden_act": "gelu_fast"},
+    "togethercomputer/RedPajama-INCITE-Chat-3B-v1": SEQUENTIAL,
+    "StabilityAI/stablelm-tuned-alpha-7b": {"max_position_embeddings": 4096},
+    "OpenAssistant/oasst-sft-4-pythia-12b-epoch-3.5": {},
+    "cyberagent/open-calm-small": SEQUENTIAL,
+    "rinna/japanese-gpt-neox-3.6b": SEQUENTIAL,
+    "line-corporation/japanese-large-lm-3.6b": {**SEQUENTIAL, "tie_word_embeddings": True},
+    "h2oai/h2ogpt-oasst1-512-20b": {"hidden_act": "gelu_fast"},
+    "someone/neox-classifier": {"id2label": {0: "bad", 1: "fair", 2: "good"}},
+    "someone/neox-tagger": {"num_labels": 4},
+    "someone/neox-answers": {},
+    "someone/llama-model": {},
+}
+CLASSES = {
+    "someone/neox-classifier": "GPTNeoXForSequenceClassification",
+    "someone/neox-tagger": "GPTNeoXForTokenClassification",
+    "someone/neox-answers": "GPTNeoXForQuestionAnswering",
+}
+
+LEAVE_OUT = "UnsupportedError: from_pretrained(trust_remote_code=...): code from checkpoints is never run; leave it out"
+WITHOUT_CUDA = "ArgumentError: cuda(): torch sees no CUDA device here; leave .cuda() out to run on the CPU"
+AS_TRANSFORMERS = (
+    *("documentation_cpu", "small_configuration", "pipeline", "transformers_pipeline", "sequence_classification"),
+    *("token_classification", "question_answering", "pythia", "dolly_instruct", "redpajama", "transition_scores"),
+    *("stablelm", "oasst", "polyglot", "open_calm", "line", "h2ogpt", "streamers", "generation_config"),
+)
+PRINTED = {  # where transformers has no like, or needs what is not there
+    "flash_attention": "torch.float16 gpt_neox torch.Size([1, 13])\n",
+    "neoxt_chat": "10 int8\n",
+    "four_bits": "True torch.Size([1, 9])\n",
+}
+EXPLAINED = {
+    "configuration": "ArgumentError: GPTNeoXModel(config): 20554567680 weights of float32 take 82.2 GB, 17.2 GB of memory are "
+    "free; give a smaller config, or load a checkpoint with from_pretrained(..., quantization='int4')",
+    "dolly": LEAVE_OUT,
+    "rinna": "TokenizerError: rinna/japanese-gpt-neox-3.6b: no tokenizer.json (found spiece.model, but sentencepiece "
+    "tokenizers are not supported); pass ids to the model, or convert once with transformers: "
+    "AutoTokenizer.from_pretrained(...).save_pretrained(...)",
+    "padding_token": "AttributeError: GPTNeoXTokenizerFast has no add_special_tokens: no model has embeddings for new tokens; "
+    "set one that exists: tokenizer.pad_token = tokenizer.eos_token",
+    "beams": "UnsupportedError: num_beams: beam search is not supported; use do_sample=True or greedy decoding",
+}
+WARNED = {
+    "token_classification": ["truncation does nothing without max_length, as model_max_length is not set"],
+    "flash_attention": ["attn_implementation is without effect: the kernels are chosen for the device"],
+    "neoxt_chat": ["load_in_8bit means quantization='int8' here (int groups of 128)"],
+    "h2ogpt": ["offload_folder is without effect: weights are mapped from their own files"],
+}
+
+
+def save_tokenizer(folder: Path) -> int:
+    """A byte-level tokenizer with the family's special tokens; the number of its ids."""
+    words = ["<|endoftext|>", "<|padding|>", *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())]
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({word: i for i, word in enumerate(words)}, []))
+    backend.normalizer = tokenizers.normalizers.NFC()
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(token, normalized=False) for token in (*words[:2], *CHAT)])
+    backend.save(str(folder / "tokenizer.json"))
+    special = {"bos_token": words[0], "eos_token": words[0], "unk_token": words[0], "pad_token": words[1]}
+    settings = {"tokenizer_class": "GPTNeoXTokenizer", "clean_up_tokenization_spaces": False, **special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return backend.get_vocab_size()
+
+
+def repository(repo_id: str, folder: Path, seed: int) -> dict[str, bytes]:
+    """The files of a small checkpoint of that one's shape, whose every id can come."""
+    folder.mkdir(parents=True)
+    size = save_tokenizer(folder)
+    torch.manual_seed(seed)
+    name = CLASSES.get(repo_id, "GPTNeoXForCausalLM")
+    config = GPTNeoXConfig(
+        **{**SMALL, "vocab_size": size, "eos_token_id": 0, "initializer_range": 0.2, **REPOSITORIES[repo_id]},
+        architectures=[name],
+    )
+    getattr(neox_lite, name)(config).save_pretrained(folder)
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    if repo_id.startswith("rinna/"):
+        del files["tokenizer.json"]
+        files["spiece.model"] = b"sentencepiece"
+    if repo_id.endswith("llama-model"):
+        files["config.json"] = json.dumps({**json.loads(files["config.json"]), "model_type": "llama"}).encode()
+    return {name: data for name, data in files.items() if not name.startswith("neox_lite_")}
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeHub]:
+    with FakeHub() as server:
+        for number, repo_id in enumerate(REPOSITORIES):
+            files = repository(repo_id, tmp_path_factory.mktemp("source") / "files", number)
+            server.add(repo_id, files)
+            if "pythia" in repo_id:
+                early = repository(repo_id, tmp_path_factory.mktemp("source") / "files", 99)
+                server.add(repo_id, early, "step3000")
+        yield server
+
+
+@pytest.fixture(scope="module")
+def results(hub: FakeHub, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What came of each script, all run in one other process: huggingface_hub reads its environment once."""
+    place = tmp_path_factory.mktemp("place")
+    names = [*AS_TRANSFORMERS, *PRINTED, *EXPLAINED, "documentation", "another_architecture"]
+    env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(place / "home"), "HF_HUB_OFFLINE": "0", "NO_PROXY": "*"}
+    env |= {"PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONUTF8": "1"}
+    command = [sys.executable, str(ROOT / "tests" / "script_runner.py")]
+    wanted = names + [f"transformers:{name}" for name in AS_TRANSFORMERS]
+    done = subprocess.run(command + wanted, env=env, cwd=place, capture_output=True, encoding="utf-8", timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    found["place"] = place
+    return found
+
+
+def test_every_script_is_run() -> None:
+    listed = {*AS_TRANSFORMERS, *PRINTED, *EXPLAINED, "documentation", "another_architecture"}
+    assert listed == {path.stem for path in (ROOT / "tests" / "scripts").glob("*.py")}
+
+
+@pytest.mark.parametrize("name", AS_TRANSFORMERS)
+def test_a_script_prints_what_it_prints_under_transformers(name: str, results: dict[str, Any]) -> None:
+    ours, theirs = results[name], results[f"transformers:{name}"]
+    assert (ours["error"], theirs["error"]) == (None, None)
+    assert ours["out"] == theirs["out"] != ""
+
+
+@pytest.mark.parametrize("name", PRINTED)
+def test_a_script_that_means_something_else_here_prints(name: str, results: dict[str, Any]) -> None:
+    assert (results[name]["error"], results[name]["out"]) == (None, PRINTED[name])
+
+
+@pytest.mark.parametrize("name", EXPLAINED)
+def test_a_script_that_cannot_run_says_why_in_one_line(name: str, results: dict[str, Any]) -> None:
+    assert results[name]["error"] == EXPLAINED[name]
+
+
+@pytest.mark.parametrize("name", [*AS_TRANSFORMERS, *PRINTED])
+def test_a_script_is_told_what_it_asks_for_in_vain(name: str, results: dict[str, Any]) -> None:
+    assert results[name]["warnings"] == WARNED.get(name, [])
+
+
+def test_the_pages_example_runs_on_a_gpu_and_says_so_where_there_is_none(results: dict[str, Any]) -> None:
+    found = results["documentation"]
+    if torch.cuda.is_available():
+        assert found["error"] is None
+        assert found["out"].startswith("GPTNeoX20B is a 20B-parameter autoregressive Transformer model")
+    else:
+        assert found["error"] == WITHOUT_CUDA
+
+
+def test_another_architecture_is_refused_by_its_name(results: dict[str, Any]) -> None:
+    told = "model_type is 'llama', expected 'gpt_neox', the one architecture this runs"
+    assert results["another_architecture"]["error"].endswith(told)
+
+
+def test_cache_dir_is_where_the_files_went(results: dict[str, Any]) -> None:
+    kept = results["place"] / "pythia-70m-deduped" / "step3000" / "models--EleutherAI--pythia-70m-deduped"
+    assert {path.name for path in kept.glob("snapshots/*/*")} >= {"config.json", "model.safetensors", "tokenizer.json"}
