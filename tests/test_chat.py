@@ -425,7 +425,8 @@ def test_the_history_outlives_the_session_and_edit_brings_the_text_back(terminal
 def test_colours_are_for_terminals_that_want_them(terminal):
     assert "\x1b[1m" in terminal().shown
     for variables in ({"NO_COLOR": "1"}, {"TERM": "dumb"}):
-        assert "\x1b[1m" not in terminal(**variables).shown and "\x1b[2m" not in terminal(**variables).shown
+        shown = terminal(**variables).shown
+        assert "\x1b[1m" not in shown and "\x1b[2m" not in shown
 
 
 def test_text_of_others_does_not_reach_the_terminal_as_it_is(terminal, tmp_path):

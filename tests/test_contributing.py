@@ -7,6 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
+from neox_lite import GPTNeoXForCausalLM
+from neox_lite.kernels import reference
+from neox_lite_app.demo import FOLDER as DEMO
+
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 PARTS = ("neox_lite", "quant", "app", "tests", "pyproject.toml")
@@ -55,3 +61,35 @@ def test_a_format_and_a_backend_added_as_described_pass_the_contracts(tmp_path):
         "rooms_import_only_rooms_below_them",
     ):
         assert re.search(rf"^PASSED .*{re.escape(contract)}", done.stdout, re.MULTILINE), contract
+
+
+def test_a_token_goes_the_way_that_is_described():
+    way = TEXT.partition("## One token's way")[2].partition("## ")[0]
+    described = [
+        (path, name)
+        for path, names in re.findall(r"`(\S+\.py)`,((?:\s+`[\w.]+`,?)+)", way)
+        for name in re.findall(r"`([\w.]+)`", names)
+    ]
+    assert len(described) == 16
+    model = GPTNeoXForCausalLM.from_pretrained(DEMO)
+    model.ops = reference
+    events = model.stream(torch.tensor([[5, 6, 7]]), max_new_tokens=4)
+    next(events), next(events)
+    called = []
+
+    def watch(frame, event, argument):
+        if event == "call" and "neox_lite" in (path := Path(frame.f_code.co_filename)).parts:
+            inside = path.as_posix().rpartition("/neox_lite/")[2]
+            owner = frame.f_locals.get("self", frame.f_locals.get("cls"))
+            owner = owner if isinstance(owner, type) else type(owner)
+            names = {"", *(f"{c.__name__}." for c in owner.__mro__)}
+            called.append({(inside, prefix + frame.f_code.co_name) for prefix in names})
+
+    sys.setprofile(watch)
+    try:
+        next(events)
+    finally:
+        sys.setprofile(None)
+    places = iter(called)
+    for step in described:
+        assert any(step in names for names in places), f"{step} is not called after those before it"
