@@ -360,6 +360,7 @@ def _identity(model: GPTNeoXForCausalLM, args: argparse.Namespace) -> dict[str, 
     folder = model.source.folder
     assert folder is not None  # it was loaded from one
     own = Path(__file__).parent
+    adapter = model.adapter.settings.path.parent if model.adapter is not None else None
     return {
         "files": [str(folder.resolve()), stamps(folder)],
         "code": [stamps(Path(neox_lite.__file__).parent), stamps(own)],
@@ -370,7 +371,7 @@ def _identity(model: GPTNeoXForCausalLM, args: argparse.Namespace) -> dict[str, 
         "exact": model.exact,
         "layers": None if model.placement is None else list(model.placement.layers),
         "backends": sorted((side, ops.name) for side, ops in model.runner.ops.items()),
-        "adapter": getattr(args, "adapter", None),
+        "adapter": None if adapter is None else [str(adapter.resolve()), stamps(adapter)],
     }
 
 
