@@ -33,7 +33,6 @@ TASKS: dict[str, type[GPTNeoXPreTrainedModel]] = {
     "sentiment-analysis": GPTNeoXForSequenceClassification,
     "token-classification": GPTNeoXForTokenClassification,
     "ner": GPTNeoXForTokenClassification,
-    "feature-extraction": GPTNeoXModel,
 }
 
 
@@ -72,22 +71,21 @@ def pipeline(
             "pipeline: is transformers' own; pip install transformers, or call model.generate"
         ) from None
     if task is not None and task not in TASKS:
-        raise ArgumentError(f"task is {task!r}, expected one of {', '.join(TASKS)}")
+        raise ArgumentError(f"task is {task!r}, expected one of {', '.join(TASKS)}; for another, call the model itself")
     loading = {name: options.pop(name) for name in ("revision", "token", "trust_remote_code") if name in options}
     own = {name: options.pop(name) for name in ("dtype", "torch_dtype", "device_map") if name in options}
     own |= options.pop("model_kwargs", None) or {}
     if isinstance(model, str | os.PathLike):
         tokenizer = model if tokenizer is None else tokenizer
-        if task is None:
-            where = {k: v for k, v in loading.items() if k != "trust_remote_code"}
-            wanted = class_of(GPTNeoXConfig.from_pretrained(model, **where))
-        else:
-            wanted = TASKS[task]
+        where = {name: value for name, value in loading.items() if name != "trust_remote_code"}
+        wanted = class_of(GPTNeoXConfig.from_pretrained(model, **where)) if task is None else TASKS[task]
         model = wanted.from_pretrained(model, **loading, **own)
     elif not isinstance(model, GPTNeoXPreTrainedModel):
         raise ArgumentError(f"model is a {type(model).__name__}, expected a model of neox_lite, a folder or a hub id")
     if isinstance(tokenizer, str | os.PathLike):
         tokenizer = GPTNeoXTokenizerFast.from_pretrained(tokenizer, **loading)
     task = task or next((name for name, cls in TASKS.items() if isinstance(model, cls)), None)
+    if task is None:
+        raise ArgumentError(f"pipeline: transformers has none for {type(model).__name__}; call the model itself")
     build: Any = transformers.pipeline  # whose type knows only models of its own
     return build(task, model=model, tokenizer=tokenizer, **options)

@@ -194,6 +194,17 @@ class GPTNeoXPreTrainedModel(nn.Module):
         return self.base_model.embed_in.weight.device
 
     @property
+    def hf_device_map(self) -> dict[str, torch.device] | None:
+        """Where parts are that were placed apart, so that transformers' pipelines leave them there; None: all on one device."""
+        if self.placement is None:
+            return None
+        base, prefix = self.base_model, "" if self.base_model is self else f"{self.base_model_prefix}."
+        ends = {"embed_in": base.embed_in.weight.device, "final_layer_norm": base.final_layer_norm.weight.device}
+        layers = {f"layers.{i}": layer.device for i, layer in enumerate(base.blocks)}
+        heads = {name: part.handle.device for name, part in self.named_children() if isinstance(part, Linear)}
+        return {f"{prefix}{name}": device for name, device in (ends | layers).items()} | heads
+
+    @property
     def compute_dtype(self) -> torch.dtype:
         """Of activations between operations."""
         return self.runner.first_dtype

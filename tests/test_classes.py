@@ -124,3 +124,13 @@ def test_a_dense_class_equals_transformers_and_survives_saving(dense: Path, ids:
     assert (outputs(theirs, ids) - found).abs().max() < 1e-5 * found.abs().max()
     model.save_pretrained(tmp_path)
     assert torch.equal(outputs(load(tmp_path), ids), found)
+
+
+def test_the_documents_figures_are_these() -> None:
+    whole = (Path(__file__).parents[1] / "docs" / "coming-from-transformers.md").read_text(encoding="utf-8")
+    page = whole.partition("## Every class, quantized")[2]
+    for name in CLASSES:
+        row = next(line for line in page.splitlines() if line.startswith(f"| `{name}`"))
+        assert row.endswith(" | ".join(["", *(f"{COST[name, format][1]:.4f}" for format in FORMATS)]) + " |")
+    kls = (f"{COST['GPTNeoXForCausalLM', format][0]:.6f}" for format in FORMATS)
+    assert " | ".join(("| the same, KL in nats a token", *kls)) + " |" in page
