@@ -42,9 +42,9 @@ QUIET, TRIES = 0.05, 6  # a sample during which others took more than this share
 class Worker:
     """A worker as its parent sees it: stopped, except while it is asked something."""
 
-    def __init__(self, name: str, args: argparse.Namespace, home: Path) -> None:
+    def __init__(self, name: str, args: argparse.Namespace, home: Path, program: str = "peers_engines.py") -> None:
         self.name, self.log = name, home / f"{name}.log"
-        self.command = script("peers_engines.py", name, home, args.threads)
+        self.command = script(program, name, home, args.threads)
         threads = {f"{library}_NUM_THREADS": str(args.threads) for library in ("OMP", "MKL", "NUMBA", "OPENBLAS")}
         self.environment = {**os.environ, **threads}
         self.start()

@@ -45,6 +45,8 @@ NOT_RUN = {
     "neox-lite generate pythia-1.4b-int4 --device cuda --prompt": "needs a GPU",
     "neox-lite quantize global_step150000": "tests/test_import.py makes such files",
     "lm_eval": "fetches a data set",
+    "neox-lite eval pythia-1.4b-int4 --tasks hellaswag": "fetches a data set",
+    "neox-lite eval --tasks list": "takes seconds; tests/test_eval.py has a short list",
     "neox-lite serve gpt-neox-20b-int4 --engine vllm": "needs vLLM; tests/test_engine_vllm.py checks what it is given",
 }
 # Options of other programs that the documents name, and whose they are.

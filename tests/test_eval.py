@@ -346,6 +346,9 @@ def test_mistakes_are_one_line(run, folder, monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     said = error("--tasks", "hub_task", "--include-path", tmp_path)
     assert "task hub_task: its documents cannot be fetched, because the hub cannot be reached" in said
+    unsafe = json.loads((folder / "words.yaml").read_text()) | {"task": "code", "unsafe_code": True}
+    (tmp_path / "code.yaml").write_text(json.dumps(unsafe))
+    assert "task code: runs programs that the model writes" in error("--tasks", "code", "--include-path", tmp_path)
     monkeypatch.setattr(tasks, "_manager", lambda args: TaskManager(include_path=str(folder), include_defaults=False))
     assert "no task is called 'end'; nearest is 'ends'" in error("--tasks", "end")
     monkeypatch.setitem(sys.modules, "lm_eval.evaluator", None)

@@ -154,6 +154,12 @@ class Suite:
                     into |= found.get(kind) or {}
                 progress(i + 1, len(names))
         for name, task in loaded["tasks"].items():
+            if getattr(task, "UNSAFE_CODE", False):
+                raise ArgumentError(
+                    f"task {name}: runs programs that the model writes, which eval never does; leave it out"
+                )
+            if getattr(task, "MULTIMODAL", False):
+                raise ArgumentError(f"task {name}: asks about pictures, which these models do not see; leave it out")
             own = task.get_config("num_fewshot")
             if own == 0 and args.num_fewshot:
                 note(f"{name}: is asked without examples, as its file says; --num-fewshot does not change that")
