@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import difflib
 import gc
+import hashlib
 import io
 import json
 import logging
@@ -49,10 +50,9 @@ def evaluate(args: argparse.Namespace) -> None:
         _check_output(Path(args.output))
     began = time.perf_counter()
     suite = Suite.load(manager, args)
-    runs = []
-    for path in [args.model] if args.compare is None else [args.compare, args.model]:
-        gc.collect()  # of the model before
-        runs.append(suite.run(path, args))
+    runs = [] if args.compare is None else [suite.run(args.compare, args, is_source=True)]
+    gc.collect()  # the source's memory
+    runs.append(suite.run(args.model, args))
     rows = suite.rows(runs[-1]) if args.compare is None else suite.compared(*runs)
     result = {**runs[-1].facts, "results": rows, "task_hashes": suite.hashes(runs[-1])}
     if args.compare is not None:
@@ -180,16 +180,16 @@ class Suite:
         packages = {"neox_lite": neox_lite.__version__, "torch": torch.__version__}
         return {**packages, "lm_eval": metadata.version("lm-eval"), "tasks": own}
 
-    def run(self, path: str, args: argparse.Namespace) -> Run:
-        """Ask a model; it is let go at the end."""
+    def run(self, path: str, args: argparse.Namespace, is_source: bool = False) -> Run:
+        """Ask a model; it is let go at the end. is_source: an adapter, a smaller head or cache are part of the difference."""
         from lm_eval import evaluator
 
         from .harness import NeoxLiteLM
 
         began = time.perf_counter()
         state = _random_state()
-        if path == args.compare:  # what a smaller head or cache costs is then part of the difference
-            model = load(path, args, revision=None, kv="fp16")
+        if is_source:
+            model = load(path, argparse.Namespace(**{**vars(args), "revision": None, "adapter": None}), kv="fp16")
         else:
             model = load(path, args, args.head)
         form = form_of(path, model.tokenizer) if args.apply_chat_template else None
@@ -376,8 +376,21 @@ def _identity(model: GPTNeoXForCausalLM, args: argparse.Namespace) -> dict[str, 
         "exact": model.exact,
         "layers": None if model.placement is None else list(model.placement.layers),
         "backends": sorted((side, ops.name) for side, ops in model.runner.ops.items()),
-        "adapter": getattr(args, "adapter", None),
+        "adapter": _adapter_digest(getattr(model, "adapter", None)),
     }
+
+
+def _adapter_digest(adapter: Any) -> str | None:
+    """Of an adapter's tensors."""
+    if adapter is None:
+        return None
+    found = hashlib.sha256()
+    every = [*adapter.low_ranks.items(), *((name, (head,)) for name, head in adapter.heads.items())]
+    for name, tensors in sorted(every, key=lambda one: one[0]):
+        found.update(name.encode())
+        for tensor in tensors:
+            found.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def _random_state() -> Any:
