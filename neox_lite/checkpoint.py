@@ -24,7 +24,7 @@ from .folder_writer import (
     read_json,
     read_manifest,
 )
-from .hub import MANIFEST, UNFINISHED
+from .hub import MANIFEST, UNFINISHED, holds_adapter, no_model
 from .native_layers import layer_files, open_layers
 from .safetensors_file import (
     DTYPE_NAMES,
@@ -89,9 +89,9 @@ class Checkpoint:
 
     @classmethod
     def open_file(cls, folder: str | Path, name: str) -> "Checkpoint":
-        """Open one safetensors file of a folder that stands outside of the index, such as neox_lite_head.safetensors."""
+        """Open one file of a folder that stands outside of the index, such as neox_lite_head.safetensors; or a .bin."""
         path = inside(Path(folder), name)
-        return cls(Path(folder), {path: SafetensorsFile(path)})
+        return cls(Path(folder), {path: _BinFile(path) if name.endswith(".bin") else SafetensorsFile(path)})
 
     def names(self) -> list[str]:
         """Every tensor's name, without the old buffers."""
@@ -133,8 +133,9 @@ class Checkpoint:
         self,
         expected: Mapping[str, tuple[Sequence[int], Collection[torch.dtype] | None]],
         where: str | None = None,
+        says: str = "the config",
     ) -> None:
-        """Compare with what a model needs: name -> (shape, dtypes that are allowed, or None for any).
+        """Compare with what a model needs: name -> (shape, dtypes that are allowed, or None for any). says: where that is from.
 
         Raises one CheckpointError naming the first few missing, unexpected, wrongly shaped and wrongly typed tensors.
         """
@@ -153,7 +154,7 @@ class Checkpoint:
         problems = {"missing": missing, "unexpected": extra, "wrong shape": shapes, "wrong dtype": dtypes}
         told = [f"{len(found)} {what}: {first_few(found)}" for what, found in problems.items() if found]
         if told:
-            raise CheckpointError(f"{where or self.folder}: the weights do not fit the config: {'; '.join(told)}")
+            raise CheckpointError(f"{where or self.folder}: the weights do not fit {says}: {'; '.join(told)}")
 
     def close(self) -> None:
         """Let go of the files; tensors already read keep theirs."""
@@ -201,6 +202,8 @@ def _open_weights(folder: Path) -> dict[Path, WeightFile]:
             return _open_indexed(folder, index, suffix, opener)
         if _exists(single):
             return {single: opener(inside(folder, single.name))}
+    if holds_adapter(folder):
+        raise CheckpointError(no_model(folder))
     listed = sorted(path.name for path in folder.iterdir())
     if layers := layer_files(listed, folder):
         return {**open_layers(folder, layers, lambda name: _BinFile(inside(folder, name)))}

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
-from .hub import UNFINISHED, Access, fetch_files, local_folder
+from .hub import UNFINISHED, Access, fetch_files, holds_adapter, local_folder, no_model
 
 MAX_JSON_BYTES = 16 << 20
 MAX_LABELS = 1 << 16
@@ -363,6 +363,8 @@ class GPTNeoXConfig:
         if not path.is_file():
             if (folder / UNFINISHED).exists():
                 raise ConfigError(f"{folder}: unfinished; run the command that wrote it again")
+            if holds_adapter(folder):
+                raise ConfigError(no_model(folder))
             layers = any(folder.glob("layer_00-model_*-model_states.pt"))
             advice = "; copy that of the same model on the hub beside its layer files" if layers else ""
             raise ConfigError(f"{folder}: no config.json; a model folder holds config.json and its weights{advice}")

@@ -35,6 +35,11 @@ HEAD = "neox_lite_head.safetensors"
 # The first that a repository has is used and the others are never fetched: GPT-NeoX-20B has both, 80 GB together.
 WEIGHTS = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
 
+# An adapter's folder has these in place of a model's.
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # the first that is there
+MERGE = "merge it into its base with peft (merge_and_unload, then save_pretrained), and use that folder"
+
 Choose = Callable[[Collection[str], Callable[[str], bytes]], list[str]]
 _announced: set[tuple[str, str]] = set()
 
@@ -84,12 +89,29 @@ class _UnreachableError(HubError):
     """The hub did not answer, so what the cache holds may be used instead."""
 
 
-def resolve(folder_or_id: str | Path, revision: str | None = None, access: Access = USUAL) -> Path:
+def resolve(
+    folder_or_id: str | Path, revision: str | None = None, access: Access = USUAL, adapter: bool = False
+) -> Path:
     """The folder of a model: an existing folder as it is, anything else as a hub id, fetched.
 
-    Raises as local_folder does, and HubError if the hub does not have it or cannot be reached.
+    adapter: whether it may be that of an adapter too. Raises as local_folder does, and HubError if the hub does not have it or
+    cannot be reached.
     """
-    return local_folder(folder_or_id, revision) or fetch_checkpoint(str(folder_or_id), revision, access)
+    return local_folder(folder_or_id, revision) or fetch_checkpoint(str(folder_or_id), revision, access, adapter)
+
+
+def holds_adapter(folder: Path) -> bool:
+    """Whether a folder is an adapter's, and holds no weights of a model."""
+    return _is_adapter({name for name in (ADAPTER_CONFIG, *WEIGHTS) if (folder / name).exists()})
+
+
+def _is_adapter(listed: Collection[str]) -> bool:
+    return ADAPTER_CONFIG in listed and not any(name in listed for name in WEIGHTS)
+
+
+def no_model(where: str | Path) -> str:
+    """What to say where an adapter stands in a model's place."""
+    return f"{where}: holds a LoRA adapter and no model; run it beside its base (adapter=, --adapter), or {MERGE}"
 
 
 def local_folder(folder_or_id: str | Path, revision: str | None = None) -> Path | None:
@@ -114,23 +136,46 @@ def local_folder(folder_or_id: str | Path, revision: str | None = None) -> Path 
     return None
 
 
-def fetch_checkpoint(repo_id: str, revision: str | None = None, access: Access = USUAL) -> Path:
+def fetch_checkpoint(repo_id: str, revision: str | None = None, access: Access = USUAL, adapter: bool = False) -> Path:
     """Fetch config, tokenizer and exactly one set of weights (safetensors before .bin); return the local folder.
 
-    Raises HubError, one line that says what to try.
+    adapter: a repository of an adapter is fetched too. Raises HubError, one line that says what to try.
     """
 
     def choose(listed: Collection[str], read: Callable[[str], bytes]) -> list[str]:
+        if adapter and _is_adapter(listed):
+            return _adapter_files(repo_id, listed)
         small, weights = _checkpoint_files(repo_id, listed, read)
+        small += [ADAPTER_CONFIG] if adapter and ADAPTER_CONFIG in listed else []
         return small + weights
 
     return _fetch(repo_id, revision, choose, access)
+
+
+def resolve_adapter(folder_or_id: str | Path, access: Access = USUAL) -> Path:
+    """The folder of an adapter, as `resolve` finds it."""
+
+    def choose(listed: Collection[str], read: Callable[[str], bytes]) -> list[str]:
+        return _adapter_files(str(folder_or_id), listed)
+
+    return local_folder(folder_or_id) or _fetch(str(folder_or_id), None, choose, access)
+
+
+def _adapter_files(repo_id: str, listed: Collection[str]) -> list[str]:
+    """Settings, one file of weights, and the tokenizer that was saved with them."""
+    weights = next((name for name in ADAPTER_WEIGHTS if name in listed), None)
+    if ADAPTER_CONFIG not in listed or weights is None:
+        lacking = ADAPTER_CONFIG if ADAPTER_CONFIG not in listed else " or ".join(ADAPTER_WEIGHTS)
+        raise HubError(f"{repo_id}: has no {lacking}; not an adapter that can be loaded")
+    return [ADAPTER_CONFIG, weights, *(name for name in TOKENIZER_FILES if name in listed)]
 
 
 def _checkpoint_files(
     repo_id: str, listed: Collection[str], read: Callable[[str], bytes]
 ) -> tuple[list[str], list[str]]:
     """The small files, and one set of weights with its index."""
+    if _is_adapter(listed):
+        raise HubError(no_model(repo_id))
     if "config.json" not in listed:
         raise HubError(f"{repo_id}: has no config.json; not a checkpoint that can be loaded")
     return [name for name in SMALL_FILES if name in listed], _one_set_of_weights(repo_id, listed, read)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .cache import Batch, PagePool
 from .config import GPTNeoXConfig
 from .formats import DENSE, Format, Weight
-from .kernels.backend import Backend, Norm
+from .kernels.backend import Act, Backend, Norm
 
 Formats = Callable[[str], Format]
 
@@ -35,17 +35,40 @@ class FixedDtype(nn.Module):
         return self
 
 
+class LowRank(nn.Module):
+    """What an adapter adds to the product of a weight: x -> B (A x), with A (rank, in) and, times the scale, B (out, rank)."""
+
+    A: nn.Parameter
+    B: nn.Parameter
+
+    def __init__(self, a: Tensor, b: Tensor) -> None:
+        super().__init__()
+        self.A, self.B = _parameter(a), _parameter(b)
+
+    @property
+    def handles(self) -> tuple[Weight, Weight]:
+        """A and B as backends take them."""
+        a, b = (Weight(DENSE, (t.shape[0], t.shape[1]), {"weight": t}) for t in (self.A, self.B))
+        return a, b
+
+    def extra_repr(self) -> str:
+        return f"rank={self.A.shape[0]}"
+
+
 class Linear(FixedDtype):
-    """A (out, in) weight in some format, with an optional bias.
+    """A (out, in) weight in some format, with an optional bias and what an adapter adds.
 
     A dense one holds the parameter `weight`, as torch does; others hold the tensors that their format names as buffers,
-    so that `state_dict` has the checkpoint's names.
+    so that `state_dict` has the checkpoint's names. An adapter's are `adapter.A` and `adapter.B`.
     """
+
+    adapter: LowRank | None
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, format: Format = DENSE) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.bias = _parameter(torch.empty(out_features)) if bias else None
+        self.adapter = None
         self.become(format)
 
     def become(self, format: Format, dtype: torch.dtype | None = None) -> None:
@@ -74,9 +97,16 @@ class Linear(FixedDtype):
             return Weight(self.format, self.shape, {"weight": self._parameters["weight"]})  # type: ignore[dict-item]
         return Weight(self.format, self.shape, self._buffers)  # type: ignore[arg-type]
 
+    @property
+    def reader(self) -> Weight | None:
+        """What its input is laid out for: the weight, or None for a plain tensor where an adapter reads that, too."""
+        return self.handle if self.adapter is None else None
+
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out) through a plain product, for use outside the operations."""
         out = x @ self.handle.decode(x.dtype).T
+        if self.adapter is not None:
+            out += x @ self.adapter.A.to(x.dtype).T @ self.adapter.B.to(x.dtype).T
         return out if self.bias is None else out + self.bias.to(x.dtype)
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
@@ -206,19 +236,31 @@ class GPTNeoXLayer(nn.Module):
         up, down = self.mlp.dense_h_to_4h, self.mlp.dense_4h_to_h
         w_qkv, w_dense, w_up, w_down = qkv.handle, dense.handle, up.handle, down.handle
         if self.parallel:
-            acts = ops.norms(x, [norm1, norm2], [w_qkv, w_up])
-            states, inner = ops.linears(
-                acts, [w_qkv, w_up], [qkv.bias, up.bias], [None, self.activation], [None, w_down]
-            )
-            attended = ops.attend(states, cache, self.index, batch, rotary, w_dense)
-            return ops.sum_linears([attended, inner], [w_dense, w_down], [dense.bias, down.bias], x)
-        acts = ops.norms(x, [norm1], [w_qkv])
-        (states,) = ops.linears(acts, [w_qkv], [qkv.bias], [None], [None])
-        attended = ops.attend(states, cache, self.index, batch, rotary, w_dense)
-        x = ops.sum_linears([attended], [w_dense], [dense.bias], x)
-        acts = ops.norms(x, [norm2], [w_up])
-        (inner,) = ops.linears(acts, [w_up], [up.bias], [self.activation], [w_down])
-        return ops.sum_linears([inner], [w_down], [down.bias], x)
+            acts = ops.norms(x, [norm1, norm2], [qkv.reader, up.reader])
+            added = _added(ops, [qkv, up], acts)
+            states, inner = ops.linears(acts, [w_qkv, w_up], added, [None, self.activation], [None, down.reader])
+            attended = ops.attend(states, cache, self.index, batch, rotary, dense.reader)
+            added = _added(ops, [dense, down], [attended, inner])
+            return ops.sum_linears([attended, inner], [w_dense, w_down], added, x)
+        acts = ops.norms(x, [norm1], [qkv.reader])
+        (states,) = ops.linears(acts, [w_qkv], _added(ops, [qkv], acts), [None], [None])
+        attended = ops.attend(states, cache, self.index, batch, rotary, dense.reader)
+        x = ops.sum_linears([attended], [w_dense], _added(ops, [dense], [attended]), x)
+        acts = ops.norms(x, [norm2], [up.reader])
+        (inner,) = ops.linears(acts, [w_up], _added(ops, [up], acts), [self.activation], [down.reader])
+        return ops.sum_linears([inner], [w_down], _added(ops, [down], [inner]), x)
+
+
+def _added(ops: Backend, linears: Sequence[Linear], acts: Sequence[Act]) -> list[Tensor | None]:
+    """What is added to the product of each: its bias (out,), or with an adapter B (A act) + bias (tokens, out)."""
+    added: list[Tensor | None] = [linear.bias for linear in linears]
+    adapted = {i: linear.adapter.handles for i, linear in enumerate(linears) if linear.adapter is not None}
+    if adapted:
+        none, (downs, ups) = [None] * len(adapted), zip(*adapted.values(), strict=True)
+        low = ops.linears([acts[i] for i in adapted], downs, none, none, ups)
+        for i, delta in zip(adapted, ops.linears(low, ups, [added[i] for i in adapted], none, none), strict=True):
+            added[i] = delta
+    return added
 
 
 def norm_of(module: nn.LayerNorm) -> Norm:

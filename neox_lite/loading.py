@@ -11,7 +11,7 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -20,14 +20,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .adapter import Adapter, Settings
 from .checkpoint import Checkpoint
 from .config import FIELDS, GPTNeoXConfig
 from .errors import ArgumentError, CheckpointError, FormatError, NeoxLiteError, UnsupportedError
 from .folder_writer import CONFIG
 from .formats import DENSE, Format, GroupInt, formats_of, make_format, quantization_config
-from .hub import HEAD, USUAL, Access, resolve
+from .hub import ADAPTER_CONFIG, HEAD, USUAL, WEIGHTS, Access, holds_adapter, resolve, resolve_adapter
 from .kernels import cpu
-from .layers import Linear
+from .layers import Linear, LowRank
 from .offload.accelerator import Accelerator
 from .offload.place import Decision, Wish, check, decide, let_go, remember, settle, sizes_in
 from .offload.plan import Sizes, linears_of
@@ -117,6 +118,7 @@ class LoadOptions:
         with a scale per 32.
     graph: run decode steps as CUDA graphs where that can be; `model.graph_reason` says why not.
     config: used in place of config.json.
+    adapter: folder or hub id of a LoRA adapter in peft's format, which runs beside the weights, in the model's dtype.
     settings: of the model, such as num_labels, each an option of its own; they replace those of config.json.
     access: how the hub is asked; its fields, cache_dir, token and local_files_only, are options of their own.
     """
@@ -132,6 +134,7 @@ class LoadOptions:
     exact: bool = False
     graph: bool = True
     config: GPTNeoXConfig | None = None
+    adapter: str | os.PathLike[str] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     access: Access = USUAL
 
@@ -176,6 +179,8 @@ class LoadOptions:
         for name in ("exact", "graph"):
             if not isinstance(given.get(name, True), bool):
                 raise ArgumentError(f"{name} is {given[name]!r}, expected True or False")
+        if not isinstance(given.get("adapter"), str | os.PathLike | None):
+            raise ArgumentError(f"adapter is {given['adapter']!r}, expected one folder or hub id")
         if (config := given.get("config")) is not None and not isinstance(config, GPTNeoXConfig):
             if not hasattr(config, "to_dict"):
                 raise ArgumentError(f"config is a {type(config).__name__}, expected a GPTNeoXConfig")
@@ -229,9 +234,18 @@ def parse_dtype(value: Any) -> torch.dtype | None:
 
 
 def from_pretrained(cls: type[GPTNeoXPreTrainedModel], name: str | os.PathLike[str], options: LoadOptions) -> Any:
-    """Build `cls` from a folder or hub id. Raises a NeoxLiteError that names the first thing that does not fit."""
+    """Build `cls` from a folder or hub id, that of an adapter too. Raises a NeoxLiteError naming the first thing that does not
+    fit."""
     check(options.wish)
-    folder = resolve(os.fspath(name), options.revision, options.access)
+    folder = resolve(os.fspath(name), options.revision, options.access, adapter=True)
+    if options.adapter is None and (folder / ADAPTER_CONFIG).exists():
+        return _from_adapter(cls, os.fspath(name), folder, options)
+    return _from_folder(cls, name, folder, options)
+
+
+def _from_folder(
+    cls: type[GPTNeoXPreTrainedModel], name: str | os.PathLike[str], folder: Path, options: LoadOptions
+) -> Any:
     config = options.config or GPTNeoXConfig.from_pretrained(folder)
     if options.config or options.settings:
         config = config.copy(**options.settings)
@@ -247,24 +261,62 @@ def from_pretrained(cls: type[GPTNeoXPreTrainedModel], name: str | os.PathLike[s
                 return _from_cache(cls, cached, options, Source(folder, os.fspath(name), options.revision), dtype)
         config.dtype = str(dtype).removeprefix("torch.")
         blueprint = Blueprint(cls, config, checkpoint, target, dtype)
+        adapter = blueprint.adapter(options.adapter, options.access)
+        sizes = _sizes(blueprint, dtype, folder, options.exact)
         decision = decide(
             options.wish,
-            _sizes(blueprint, dtype, folder, options.exact),
+            sizes if adapter is None else sizes.with_adapter(adapter.layer_weights, dtype.itemsize),
             blueprint.heads,
             blueprint.prefix,
             blueprint.not_on_disk(dtype),
         )
         if decision.announcement is not None:
             announce(decision.announcement)
-        model = blueprint.fill(dtype)
+        model = blueprint.fill(dtype, () if adapter is None else adapter.heads)
     model.source = Source(folder, os.fspath(name), options.revision, model.source.origins)
     if target is not None and not blueprint.fresh:  # a random head would pass for a trained one the next time
         _keep_quantized(model, cached)
         if (cached / CONFIG).is_file():  # mapped from there, it takes no memory of its own
             return _from_cache(cls, cached, options, model.source, dtype)
+    if adapter is not None:
+        attach(model, adapter, dtype)
     model.exact, model.graph = options.exact, options.graph
     put(model, decision)
     return model
+
+
+def _from_adapter(cls: type[GPTNeoXPreTrainedModel], name: str, folder: Path, options: LoadOptions) -> Any:
+    """An adapter on the base that it names, as transformers does."""
+    if not holds_adapter(folder):
+        own = next(n for n in WEIGHTS if (folder / n).exists())
+        raise ArgumentError(
+            f"{name}: holds both an adapter ({ADAPTER_CONFIG}) and a model ({own}); to run the adapter on that model pass "
+            f"adapter={name!r} too"
+        )
+    settings = Settings.read(folder)
+    if settings.base is None:
+        raise CheckpointError(f"{settings.path}: names no base model; pass that model, and adapter={name!r}")
+    try:
+        base = resolve(settings.base, settings.base_revision, options.access)
+    except NeoxLiteError as error:
+        advice = f"pass the model that it was trained on, and adapter={name!r}"
+        raise type(error)(f"{name}: an adapter whose base model cannot be had: {error}; {advice}") from error
+    model = _from_folder(cls, settings.base, base, replace(options, revision=settings.base_revision, adapter=folder))
+    model.adapter = replace(model.adapter, name=name)
+    return model
+
+
+def attach(model: GPTNeoXPreTrainedModel, adapter: Adapter, dtype: torch.dtype) -> None:
+    """Give linear layers what an adapter adds to them, and a task head that it brings, in the model's dtype."""
+    for name, pair in adapter.low_ranks.items():
+        a, b = (_converted(tensor, dtype, f"{adapter.name}: {name}") for tensor in pair)
+        linear = model.base_model.get_submodule(name)
+        assert isinstance(linear, Linear)
+        linear.adapter = LowRank(a, b)
+    for name, tensor in adapter.heads.items():
+        head, _, key = name.partition(".")
+        setattr(getattr(model, head), key, nn.Parameter(_converted(tensor, dtype, name), requires_grad=False))
+    model.adapter = replace(adapter, low_ranks={}, heads={})  # the model holds them now
 
 
 def _from_cache(
@@ -429,8 +481,18 @@ class Blueprint:
                     return f"{info.file.name} holds {stored}, and they are to be {wanted}; pass dtype={stored!r}, or quantize"
         return None
 
-    def fill(self, dtype: torch.dtype) -> GPTNeoXPreTrainedModel:
-        """Put every tensor in its place: mapped where dtype and format are the file's, else converted."""
+    def adapter(self, name: str | os.PathLike[str] | None, access: Access) -> Adapter | None:
+        """The adapter in a folder or under a hub id, proved to fit the model."""
+        if name is None:
+            return None
+        head = next((head for head in self.heads if head != "embed_out"), None)
+        return Adapter.open(resolve_adapter(os.fspath(name), access), os.fspath(name), self.model.config, head)
+
+    def fill(self, dtype: torch.dtype, following: Collection[str] = ()) -> GPTNeoXPreTrainedModel:
+        """Put every tensor in its place: mapped where dtype and format are the file's, else converted.
+
+        following: tensors of heads that the checkpoint may lack, since they come from elsewhere.
+        """
         encoded = {n: m for n, m in self.model.named_modules() if isinstance(m, Linear) and self.is_encoded(m)}
         for name, module in _with_bar(encoded):
             quantize_module(module, self.checkpoint, self.stored(f"{name}.weight"), dtype)
@@ -451,7 +513,7 @@ class Blueprint:
                     self._note_origin(key, stored, value)
             if isinstance(module, Linear) and module.format != DENSE:
                 module.format = self._opened(name, module, module._buffers)  # type: ignore[arg-type]
-        _initialize_heads(self.model, self.fresh, dtype, self.checkpoint.folder)
+        _initialize_heads(self.model, [n for n in self.fresh if n not in following], dtype, self.checkpoint.folder)
         if self.tied:
             self.model.tie_weights()  # type: ignore[operator]
         return self.model

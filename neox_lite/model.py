@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from . import loading, saving
+from .adapter import Adapter
 from .cache import Batch, KVCache, PagePool
 from .cache import Sequence as CachedSequence
 from .config import GPTNeoXConfig
@@ -81,6 +82,7 @@ class GPTNeoXPreTrainedModel(nn.Module):
         super().__init__()
         self.config = config
         self.source = loading.Source()
+        self.adapter: Adapter | None = None  # what it was loaded with
         self.kv = "fp16"
         self.cache_pages = None
         self.first_pages: int | None = None  # pages that a lasting pool starts with

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from .config import GPTNeoXConfig
-from .errors import ArgumentError
+from .errors import ArgumentError, UnsupportedError
 from .folder_writer import FolderWriter, ShardWriter, split_into_shards
 from .formats import DENSE, Format
-from .hub import COMPANIONS, HEAD
+from .hub import COMPANIONS, HEAD, MERGE
 from .layers import Linear
 from .safetensors_file import Spec
 
@@ -180,6 +180,11 @@ class Crew:
 
 def save_pretrained(model: GPTNeoXPreTrainedModel, folder: Path, max_shard_size: int | str) -> None:
     """Write a model as it is; quantized weights stay quantized."""
+    if model.adapter is not None:
+        raise UnsupportedError(
+            f"save_pretrained: the model runs with the adapter {model.adapter.name}, whose folder is as it was; load the model "
+            f"without it to save that, or {MERGE}"
+        )
     head = getattr(model, "embed_out", None)
     if isinstance(head, Linear) and head.format != DENSE:
         raise ArgumentError("save_pretrained: the model runs with the int8 head; load it with head='fp16' to save it")

@@ -59,5 +59,23 @@ def test_logits_equal_the_reference_s(backend, format, checkpoint):
     assert float((found - expected).abs().max()) < EQUAL * float(expected.square().mean().sqrt())
 
 
+@others
+@every_format
+@pytest.mark.parametrize("parallel", [True], ids=[""])
+@pytest.mark.parametrize("tokens", [1, 3, 20])
+def test_a_plain_tensor_may_stand_wherever_an_act_may(backend, format, checkpoint, tokens):
+    """Beside a weight, an adapter reads the same input, which is then laid out for neither."""
+    device = device_of(backend)
+    model = GPTNeoXForCausalLM.from_pretrained(checkpoint, quantization=format, exact=True).to(device)
+    layer = model.gpt_neox.layers[0]
+    weights = [layer.attention.query_key_value.handle, layer.mlp.dense_h_to_4h.handle]
+    x, addend = torch.randn(tokens, 128, device=device), torch.randn(tokens, 384, device=device)
+    found = []
+    for ops in (dispatch.load("reference").bind(True), dispatch.load(backend).bind(True)):
+        states, inner = ops.linears([x, x], weights, [addend, None], [None, "erf"], [None, None])
+        found.append(torch.cat([states, inner, ops.sum_linears([x, inner], [weights[1]] * 2, [None, None], x)], dim=1))
+    assert float((found[0] - found[1]).abs().max()) < EQUAL * float(found[0].square().mean().sqrt())
+
+
 def test_the_command_line_offers_every_format():
     assert set(QUANTIZED) == set(FORMATS)

@@ -24,6 +24,7 @@ FLOORS = [
     "neox_lite.folder_writer",
     "neox_lite.native_layers",
     "neox_lite.checkpoint",
+    "neox_lite.adapter",
     "neox_lite.formats",
     "neox_lite.cache",
     "neox_lite.kernels",

@@ -75,7 +75,7 @@ def bench(args: argparse.Namespace) -> None:
 def check_options(args: argparse.Namespace) -> None:
     """Refuse what has no meaning beside MODEL, or beside --shape."""
     shaped = args.shape is not None
-    for name in ("revision",) if shaped else ("group_size", "scratch"):
+    for name in ("revision", "adapter") if shaped else ("group_size", "scratch"):
         if getattr(args, name) is not None:
             raise ArgumentError(f"--{name.replace('_', '-')} goes with {'MODEL' if shaped else '--shape'} only")
     if args.scratch == "":

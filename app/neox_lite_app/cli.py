@@ -130,7 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = command("demo", "demo", "the whole job on the bundled small model: quantize, compare, generate")
     sub.add_argument("--seed", type=_count, metavar="S", default=1, help="of the sampled passage (default 1)")
-    _add_running(sub, head=False)
+    _add_running(sub, head=False, adapter=False)
 
     sub = command("quantize", "convert", "turn a checkpoint into an int4, int8 or nf4 folder")
     sub.add_argument("source", metavar="SRC", help="folder or hub id of the checkpoint")
@@ -352,7 +352,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("folders", metavar="DIR", nargs="*", help="look there too: a model, or a folder of models")
     _add_json(sub)
 
-    sub = command("info", "inspect_model", "what a model is: architecture, format, sizes")
+    sub = command("info", "inspect_model", "what a model or an adapter is: architecture, format, sizes")
     sub.add_argument("model", metavar="MODEL")
     sub.add_argument("--revision", help="branch, tag or commit of a hub id")
     _add_json(sub)
@@ -399,8 +399,18 @@ def _add_context(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_running(parser: argparse.ArgumentParser, revision: bool = False, head: bool = True, json: bool = True) -> None:
+def _add_running(
+    parser: argparse.ArgumentParser,
+    revision: bool = False,
+    head: bool = True,
+    json: bool = True,
+    adapter: bool = True,
+) -> None:
     """What every command that runs a model takes."""
+    if adapter:
+        parser.add_argument(
+            "--adapter", metavar="DIR", help="LoRA adapter to run beside the weights: a folder of peft's, or a hub id"
+        )
     if revision:
         parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")

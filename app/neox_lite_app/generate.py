@@ -56,7 +56,7 @@ def generate(args: argparse.Namespace) -> None:
 def _draft(args: argparse.Namespace) -> GPTNeoXForCausalLM:
     """The model that guesses ahead; what is wrong with it is said to be wrong with the draft."""
     try:
-        return load(args.draft, args)
+        return load(args.draft, args, adapter=None)
     except NeoxLiteError as error:
         raise type(error)(f"--draft: {error}") from error
 

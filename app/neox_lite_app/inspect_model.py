@@ -7,11 +7,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from neox_lite.adapter import Settings, open_weights
 from neox_lite.checkpoint import Checkpoint, verify_folder
 from neox_lite.config import GPTNeoXConfig
 from neox_lite.errors import ArgumentError, FormatError, NeoxLiteError
 from neox_lite.formats import FORMATS
-from neox_lite.hub import MANIFEST, fetch_files, local_folder
+from neox_lite.hub import ADAPTER_CONFIG, MANIFEST, fetch_files, local_folder
 from neox_lite.loading import Blueprint
 from neox_lite.model import class_of
 from neox_lite.offload.plan import parameters, sizes_of
@@ -63,7 +64,11 @@ def problems_of(folder: Path) -> list[str]:
 
 def info(args: argparse.Namespace) -> None:
     local = local_folder(args.model, args.revision)
-    folder = local or fetch_files(args.model, ["config.json", "tokenizer.json"], args.revision)
+    names = ["config.json", "tokenizer.json", ADAPTER_CONFIG]
+    folder = local or fetch_files(args.model, names, args.revision)
+    if not (folder / "config.json").exists() and (folder / ADAPTER_CONFIG).exists():
+        _adapter_info(args, folder, local is not None)
+        return
     config = GPTNeoXConfig.from_pretrained(folder)
     formats = formats_in(config)
     format = next(iter(formats))
@@ -95,6 +100,35 @@ def info(args: argparse.Namespace) -> None:
         print_json(result)
     else:
         print(describe(result))
+
+
+def _adapter_info(args: argparse.Namespace, folder: Path, is_local: bool) -> None:
+    settings = Settings.read(folder)
+    result: dict[str, Any] = {
+        "adapter": args.model,
+        "base": settings.base,
+        "rank": settings.rank,
+        "alpha": settings.alpha,
+        "scale": settings.scale_of(""),
+        "targets": settings.targets if isinstance(settings.targets, str) else sorted(settings.targets),
+        "layers": list(settings.layers) if settings.layers else None,
+        "heads": list(settings.heads),
+    }
+    if is_local:
+        with open_weights(folder) as checkpoint:
+            result["tensors"], result["stored_bytes"] = len(checkpoint.names()), checkpoint.total_bytes
+    if args.json:
+        print_json(result)
+        return
+    targets = result["targets"]
+    own = "" if not settings.ranks and not settings.alphas else ", others for some modules"
+    print(f"{args.model}: LoRA adapter, rank {settings.rank}, scale {result['scale']:.4g}{own}")
+    print(f"  base        {settings.base or 'not named'}")
+    print(f"  targets     {targets if isinstance(targets, str) else ', '.join(targets)}")
+    if settings.layers:
+        print(f"  layers      {', '.join(map(str, settings.layers))}")
+    if is_local:
+        print(f"  on disk     {amount(result['stored_bytes'], 'B')} in {result['tensors']} tensors")
 
 
 def stored_bytes(config: GPTNeoXConfig) -> dict[str, int]:

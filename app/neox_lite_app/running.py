@@ -35,7 +35,8 @@ DRAWS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed")  # witho
 def load(name: str, args: argparse.Namespace, head: str | None = None, **options: Any) -> GPTNeoXForCausalLM:
     """Load a model as the placement flags say, but for what options say, and say in one line what runs where."""
     torch.set_num_threads(args.threads or default_threads())
-    given = {"revision": getattr(args, "revision", None), "exact": args.exact, "head": head, **placing(args)}
+    given = {name: getattr(args, name, None) for name in ("revision", "adapter")}
+    given |= {"exact": args.exact, "head": head, **placing(args)}
     model = GPTNeoXForCausalLM.from_pretrained(name, **{**given, **options})
     note(f"{name}: {describe(model)}")
     if args.warm:
@@ -108,7 +109,8 @@ def describe(model: GPTNeoXForCausalLM) -> str:
     """Format, size, device and backend in one line."""
     size = amount(model.get_memory_footprint(), "B")
     cache = ", int8 KV cache" if model.kv == "int8" else ""
-    return f"{format_name(model)}, {size} on {placement(model)}{cache}"
+    adapter = f", adapter {model.adapter.name}" if model.adapter is not None else ""
+    return f"{format_name(model)}{adapter}, {size} on {placement(model)}{cache}"
 
 
 def placement(model: GPTNeoXForCausalLM) -> str:

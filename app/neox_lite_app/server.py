@@ -42,6 +42,8 @@ def serve(args: argparse.Namespace) -> int:
         _check_packages(args.page)
     from .guard import Hosts
 
+    if args.adapter is not None and args.model is None:
+        raise ArgumentError("--adapter goes with MODEL, beside which it runs; name it")
     key = _key(args.api_key)
     hosts = Hosts(args.host, args.allowed_host)
     if key is None and not hosts.loopback:

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import difflib
 import gc
-import hashlib
 import io
 import json
 import logging
@@ -189,7 +188,7 @@ class Suite:
         began = time.perf_counter()
         state = _random_state()
         if is_source:
-            model = load(path, argparse.Namespace(**{**vars(args), "revision": None, "adapter": None}), kv="fp16")
+            model = load(path, args, revision=None, adapter=None, kv="fp16")
         else:
             model = load(path, args, args.head)
         form = form_of(path, model.tokenizer) if args.apply_chat_template else None
@@ -366,6 +365,7 @@ def _identity(model: GPTNeoXForCausalLM, args: argparse.Namespace) -> dict[str, 
     folder = model.source.folder
     assert folder is not None  # it was loaded from one
     own = Path(__file__).parent
+    adapter = model.adapter.settings.path.parent if model.adapter is not None else None
     return {
         "files": [str(folder.resolve()), stamps(folder)],
         "code": [stamps(Path(neox_lite.__file__).parent), stamps(own)],
@@ -376,21 +376,8 @@ def _identity(model: GPTNeoXForCausalLM, args: argparse.Namespace) -> dict[str, 
         "exact": model.exact,
         "layers": None if model.placement is None else list(model.placement.layers),
         "backends": sorted((side, ops.name) for side, ops in model.runner.ops.items()),
-        "adapter": _adapter_digest(getattr(model, "adapter", None)),
+        "adapter": None if adapter is None else [str(adapter.resolve()), stamps(adapter)],
     }
-
-
-def _adapter_digest(adapter: Any) -> str | None:
-    """Of an adapter's tensors."""
-    if adapter is None:
-        return None
-    found = hashlib.sha256()
-    every = [*adapter.low_ranks.items(), *((name, (head,)) for name, head in adapter.heads.items())]
-    for name, tensors in sorted(every, key=lambda one: one[0]):
-        found.update(name.encode())
-        for tensor in tensors:
-            found.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return found.hexdigest()
 
 
 def _random_state() -> Any:

@@ -52,6 +52,8 @@ def hand_over(args: argparse.Namespace, key: str | None) -> NoReturn:
     """Become `vllm serve` with what the arguments say. Raises a NeoxLiteError where vLLM could not run it."""
     if args.model is None:
         raise ArgumentError("--engine vllm needs MODEL: vLLM loads it once, at its start")
+    if args.adapter is not None:
+        raise ArgumentError("--adapter is for the engine here; vLLM's own flags are --enable-lora and --lora-modules")
     if args.port == 0:
         raise ArgumentError("--engine vllm needs a --port; 0, any that is free, is for the engine here")
     program = _program()

@@ -70,7 +70,10 @@ class Decoder(Protocol):
 
 
 class Backend(Protocol):
-    """The operations. `consumers` are the weights that will read a result; None: it must be a plain float tensor."""
+    """The operations. `consumers` are the weights that will read a result; None: it must be a plain float tensor.
+
+    A plain tensor may stand wherever an act may, whatever the weight that reads it.
+    """
 
     @property
     def name(self) -> str: ...

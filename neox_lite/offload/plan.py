@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
@@ -55,7 +55,8 @@ class Sizes:
     there is none. embedding: of a table of its own, even if `tied` says that the 16-bit head is the same tensor. rest: final
     norm and rotary tables. weights: numbers in the linear layers of one layer. decoded: numbers in the largest of those that
     the CPU writes out as float32 for many tokens, the plain ones; 0 where all are quantized. kv_fp16, kv_int8: KV cache of one
-    token in one layer. written: numbers in a layer's linear layers that it writes out even for a single token.
+    token in one layer. written: numbers in a layer's linear layers that it writes out even for a single token. adapter: of
+    `layers`, what an adapter adds to each, which no file holds as it runs.
     """
 
     layers: tuple[int, ...]
@@ -73,6 +74,13 @@ class Sizes:
     context: int
     tied: bool
     written: int = 0
+    adapter: tuple[int, ...] = ()
+
+    def with_adapter(self, numbers: Mapping[int, int], itemsize: int) -> Sizes:
+        """numbers: that an adapter adds to each layer that it changes, of so many bytes each."""
+        adapter = tuple(numbers.get(i, 0) * itemsize for i in range(len(self.layers)))
+        layers = tuple(map(sum, zip(self.layers, adapter, strict=True)))
+        return replace(self, layers=layers, adapter=adapter)
 
     def kv_bytes(self, kv: str) -> int:
         """Bytes a token takes in one layer's KV cache."""
@@ -367,8 +375,9 @@ class Plan:
         head = sizes.head_bytes(self.head)
         slot = max(sizes.layers) + (kv if self.mixed else 0)
         ring = SLOTS * slot if self.mixed or self.disk_layers else 0
+        adapter = sum(sizes.adapter[: self.disk_layers])
         cpu = {
-            "weights": sum(sizes.layers[self.disk_layers : stop]) + self._embedding_bytes("cpu"),
+            "weights": sum(sizes.layers[self.disk_layers : stop]) + adapter + self._embedding_bytes("cpu"),
             "cache": stop * kv,  # that of layers on disk too
             "ring": ring,
             "scratch": 0,
@@ -385,7 +394,7 @@ class Plan:
             "graphs": 0 if stop else self._graph_bytes(),
             "context": self.machine.card.context_bytes if self.machine.card else 0,
         }
-        disk = {"weights": sum(sizes.layers[: self.disk_layers])}
+        disk = {"weights": sum(sizes.layers[: self.disk_layers]) - adapter}
         return {"gpu": gpu if self.gpu_layers else {}, "cpu": cpu, "disk": disk}
 
     @property

@@ -117,7 +117,8 @@ class Work:
 
     def _load(self, model: str, task: Task) -> None:
         def loader() -> GPTNeoXForCausalLM:  # called again when the engine wakes up
-            loaded = load(model, self.args, self.args.head, revision=None)
+            adapter = self.args.adapter if model == self.args.model else None
+            loaded = load(model, self.args, self.args.head, revision=None, adapter=adapter)
             loaded.warm(task.progress)
             self.about[model] = describe(loaded)
             return loaded

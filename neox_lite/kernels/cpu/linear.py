@@ -282,6 +282,42 @@ def write_dense(target: Target, dtype: str) -> tuple[str, Build]:
     return name, build
 
 
+def write_narrow(target: Target, dtype: str) -> tuple[str, Build]:
+    """A part as write_dense makes it, for a matrix of few columns: rows are turned into lanes, so that no vector is summed.
+
+    scratch: `width` float32 for each column. arguments: weight, inputs, tokens, values.
+    """
+    name, width = f"narrow_{dtype}", target.width
+    size, kind = 4 if dtype == "float32" else 2, vector(F32, width)
+
+    def build(module: ir.Module) -> None:
+        code = Code(module, name, 5)
+        table, n0, count, y, turned = code.arguments
+        weight, inputs, tokens, x = code.slots(table, 4)
+
+        with code.loop(0, ROWS, width) as first, code.when(first < count):
+            _transpose(
+                code, width, STORED[dtype], size, weight, inputs, n0 + first, n0 + count - 1, turned,
+                lambda v: to_float(target, v, dtype),
+            )  # fmt: skip
+
+            def few_tokens(token: Value, tile: int, first: Value = first) -> None:
+                places = [y + ((token + i) * ROWS + first) * 4 for i in range(tile)]
+                sums = [code.variable(code.load(kind, place)) for place in places]
+                with code.loop(0, inputs) as k:
+                    column = code.load(kind, turned + k * (width * 4))
+                    for i in range(tile):
+                        value = code.load(F32, x + ((token + i) * inputs + k) * 4)
+                        sums[i].value = code.fma(column, value.splat(width), sums[i].value)
+                for place, total in zip(places, sums, strict=True):
+                    code.store(total.value, place)
+
+            token_tiles(code, tokens, (8, 2, 1), few_tokens)
+        code.give()
+
+    return name, build
+
+
 # Many tokens: the words of a few rows are transposed once, then serve all tokens ------------------------------------------
 
 

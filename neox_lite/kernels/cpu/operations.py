@@ -30,6 +30,9 @@ TILES_FROM = 5  # int8 activations: from here on, transposed words serve all tok
 MANY = 13  # from here on, two vectors of rows at a time
 EXACT_ROWS = 8  # float32 activations: up to here, from the words; above, decoded weights and torch's product
 DENSE_ROWS = 64  # plain matrices: above, what it takes to make them float32 for torch pays off
+# Plain matrices of so many rows or columns at most, and four times as many of the other: no torch, whose threads would get in
+# the way of ours.
+LOW_RANK = 256
 
 
 @dataclass(frozen=True)
@@ -420,9 +423,10 @@ class Operations:
             return self._address(kernel), program.table(*stored, tokens, values, scales, sums)
         assert isinstance(act, Tensor)
         act = act.contiguous()
-        if isinstance(weight.format, Dense) and tokens <= DENSE_ROWS:
+        if isinstance(weight.format, Dense) and (tokens <= DENSE_ROWS or _is_low_rank(weight)):
             matrix = _plain(weight.tensors["weight"])
-            kernel = linear.write_dense(self.target, _name(matrix))
+            narrow = _is_low_rank(weight) and weight.shape[0] > weight.shape[1]
+            kernel = (linear.write_narrow if narrow else linear.write_dense)(self.target, _name(matrix))
             return self._address(kernel), program.table(
                 program.keep(matrix), weight.shape[1], tokens, program.keep(act)
             )
@@ -434,6 +438,7 @@ class Operations:
     def _part_bytes(self, weight: Weight) -> int:
         words = _words(weight)
         columns = weight.shape[1] // words.per_word + weight.shape[1] // words.group if words else 0
+        columns += weight.shape[1] if _is_low_rank(weight) else 0
         return columns * linear.ROWS * 4 + 256  # at most all rows of a block, transposed
 
 
@@ -467,6 +472,12 @@ def _held(tensor: Tensor) -> Tensor:
 
 def _name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
+
+
+def _is_low_rank(weight: Weight) -> bool:
+    """Whether it is one of an adapter's matrices, by its shape."""
+    small, large = sorted(weight.shape)
+    return isinstance(weight.format, Dense) and small <= LOW_RANK and 4 * small <= large
 
 
 def _words(weight: Weight) -> linear.Words | None:

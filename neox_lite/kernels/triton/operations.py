@@ -9,7 +9,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Literal
 
@@ -379,12 +379,32 @@ class Operations:
     def _products(self, outputs: Sequence[Output]) -> list[Act]:
         """Every output; two that agree in all that a kernel must know in one launch."""
         ways = [[self._way(w, memory(o.acts[0])) for w in o.weights] for o in outputs]
+        outputs = [self._laid(o, w) for o, w in zip(outputs, ways, strict=True)]
         single = all(len(o.acts) == 1 and o.x is None and o.tokens for o in outputs)
         if len(outputs) == 2 and single and ways[0][0].kind == "rows":
             columns = [o.weights[0].shape[1] for o in outputs]
             if ways[0] == ways[1] and columns[0] == columns[1]:
                 return self._beside(ways[0][0], outputs)
         return [self._product(o, w) for o, w in zip(outputs, ways, strict=True)]
+
+    def _laid(self, output: Output, ways: Sequence[Way]) -> Output:
+        """The output with acts that are plain tensors laid out for the weights that read them."""
+        if all(layout_of(a) == w.layout for a, w in zip(output.acts, ways, strict=True)) or not output.tokens:
+            return output
+        acts = [self._as(a, w.layout) for a, w in zip(output.acts, ways, strict=True)]
+        return replace(output, acts=acts)
+
+    def _as(self, act: Act, layout: Layout) -> Act:
+        if layout_of(act) == layout:
+            return act
+        assert isinstance(act, Tensor)
+        out = Laid(layout, torch.empty(act.shape, dtype=act.dtype, device=act.device))
+        _launch(
+            activations.finish, (len(act), triton.cdiv(act.shape[1], FINISHED)),
+            act.contiguous(), None, None, 0, None, 0, None, out.memory,
+            act.shape[1], FINISHED, None, *_placed(out), num_warps=4,
+        )  # fmt: skip
+        return out
 
     def _product(self, output: Output, ways: Sequence[Way]) -> Act:
         if not output.tokens:
