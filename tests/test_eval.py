@@ -406,6 +406,26 @@ def test_compare_tells_differences_with_their_errors(run, folder, int4, tmp_path
     assert rows["pages", "word_perplexity"]["equal_answers"] is None
 
 
+def test_a_model_may_be_compared_with_itself_in_another_setting(run, folder):
+    words = (
+        "eval",
+        DEMO,
+        "--compare",
+        DEMO,
+        "--tasks",
+        "words",
+        "--include-path",
+        folder,
+        "--limit",
+        3,
+        "--kv",
+        "int8",
+    )
+    result = json.loads(run(*words, "--json")[1])
+    assert (result["source"]["kv"], result["kv"]) == ("fp16", "int8")
+    assert {row["metric"]: row["difference"] != 0 for row in result["results"]}["perplexity"]
+
+
 def test_the_error_of_a_difference_between_equals_is_zero():
     class Task:
         def aggregation(self):

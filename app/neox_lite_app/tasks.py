@@ -49,10 +49,9 @@ def evaluate(args: argparse.Namespace) -> None:
         _check_output(Path(args.output))
     began = time.perf_counter()
     suite = Suite.load(manager, args)
-    runs = []
-    for path in [args.model] if args.compare is None else [args.compare, args.model]:
-        gc.collect()  # of the model before
-        runs.append(suite.run(path, args))
+    runs = [] if args.compare is None else [suite.run(args.compare, args, is_source=True)]
+    gc.collect()  # the source's memory
+    runs.append(suite.run(args.model, args))
     rows = suite.rows(runs[-1]) if args.compare is None else suite.compared(*runs)
     result = {**runs[-1].facts, "results": rows, "task_hashes": suite.hashes(runs[-1])}
     if args.compare is not None:
@@ -180,16 +179,16 @@ class Suite:
         packages = {"neox_lite": neox_lite.__version__, "torch": torch.__version__}
         return {**packages, "lm_eval": metadata.version("lm-eval"), "tasks": own}
 
-    def run(self, path: str, args: argparse.Namespace) -> Run:
-        """Ask a model; it is let go at the end."""
+    def run(self, path: str, args: argparse.Namespace, is_source: bool = False) -> Run:
+        """Ask a model; it is let go at the end. is_source: an adapter, a smaller head or cache are part of the difference."""
         from lm_eval import evaluator
 
         from .harness import NeoxLiteLM
 
         began = time.perf_counter()
         state = _random_state()
-        if path == args.compare:  # what a smaller head or cache costs is then part of the difference
-            model = load(path, args, revision=None, kv="fp16")
+        if is_source:
+            model = load(path, args, revision=None, adapter=None, kv="fp16")
         else:
             model = load(path, args, args.head)
         form = form_of(path, model.tokenizer) if args.apply_chat_template else None
