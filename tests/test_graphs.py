@@ -71,7 +71,7 @@ GENERATIONS = {
     "two, of different lengths": (INT4, AMPERE, [[5, 20], [12, 2]], None),
     "three, padded to four": (INT4, AMPERE, [[9, 3, 7]], None),
     "five, padded to eight, on an old card": (INT8, TURING, [[1, 2, 3, 4, 5]], None),
-    "four, plain": (None, AMPERE, [[6, 11, 2, 127]], None),
+    "four, plain": (None, AMPERE, [[6, 11, 2, 20]], None),
 }  # 20 generations
 
 
