@@ -106,7 +106,7 @@ def measured(name: str, device: torch.device, rehearse: bool, deadline: float) -
     clock = gpu_kernels.Clock(device, deadline)
     config, lengths = config_of("20b"), gpu_models.Lengths()
     if rehearse:
-        config, lengths = config_of("1x128x2").copy(vocab_size=200), gpu_models.SHORT
+        config, lengths = config_of("1x128x2").copy(vocab_size=72, intermediate_size=128), gpu_models.SHORT
     models = gpu_models.Models(clock, config, lengths)
     sizes = gpu_kernels.REHEARSAL if rehearse else gpu_kernels.FULL
     if name in CAPS:

@@ -84,7 +84,7 @@ def cases_interpreted() -> Iterator[Case]:
     for format, tokens in (("int4", 1), ("int4", 3), ("int8", 1), ("int8", 260), ("dense", 2)):
         yield Case("triton", HALF, "product", (format, 32, 96, tokens, 10))
     yield Case("triton exact", HALF, "product", ("int4", 32, 96, 1, 10))
-    yield Case("triton", HALF, "attention", (96, torch.int8, (3, 127)))
+    yield Case("triton", HALF, "attention", (96, torch.int8, (3, 5)))
     yield Case("triton", FULL, "model", (64, 9))
     yield Case("triton", HALF, "norms")
     yield Case("triton", HALF, "outliers")
@@ -268,7 +268,7 @@ class Checks:
         with tempfile.TemporaryDirectory() as scratch:
             convert(folder, Path(scratch) / "quantized", format)
             model = GPTNeoXForCausalLM.from_pretrained(Path(scratch) / "quantized", torch_dtype=torch.float32)
-            prompts = torch.tensor([[0, 40, 60], [0, 100, 7], [0, 300, 12]])[: 3 if count > 1 else 1]
+            prompts = torch.tensor([[0, 40, 60], [0, 100, 7], [0, 300, 12]] if count > 1 else [[40]])
             model.ops = reference
             expected = model.generate(prompts, max_new_tokens=count)
             model = model.to(self.device)

@@ -40,7 +40,7 @@ class Lengths:
     tuning_s: float = 60
 
 
-SHORT = Lengths((0, 130), (2,), 5, 1, 2, 1, 1, 600)
+SHORT = Lengths((0, 9), (2,), 5, 1, 2, 1, 1, 600)
 
 
 class Models:
