@@ -7,7 +7,8 @@ difference in log-likelihoods that of the arithmetic; the tokenizer and the text
 int4 folder with its default settings, hf a bfloat16 checkpoint with the best of --batches, found for each task in a run before.
 Each is a process of its own (`harness_engines.py`), stopped while the other works. Tasks: `ends`, five-shot with four ends of
 several tokens; `letters`, the same five examples for all and four answers of one token; `words`, the last word of a passage,
-without examples.
+without examples. Where others use the machine, seconds of the processor with --threads 1 are the ones to compare: threads that
+wait for each other count as work.
 """
 
 from __future__ import annotations
@@ -112,9 +113,10 @@ def measured(task: str, workers: dict[str, Worker], args: argparse.Namespace) ->
         seconds = [round(one["seconds"], 3) for one in found]
         others = round(max(one["others_cpu"] for one in found), 3)
         row[name] = {"seconds": statistics.median(seconds), "samples": seconds, "tokens": found[0]["tokens"]}
-        row[name]["others_cpu_max"] = others
-    ratios = [b["seconds"] / a["seconds"] for a, b in zip(*samples.values(), strict=True)]
-    row |= {"times_faster": statistics.median(ratios), "times_faster_samples": ratios}
+        row[name] |= {"cpu_seconds": statistics.median(one["cpu_seconds"] for one in found), "others_cpu_max": others}
+    for key, name in (("seconds", "times_faster"), ("cpu_seconds", "times_less_cpu")):
+        ratios = [b[key] / a[key] for a, b in zip(*samples.values(), strict=True)]
+        row |= {name: statistics.median(ratios), f"{name}_samples": ratios}
     pairs = list(zip(*(samples[name][0]["answers"] for name in ENGINES), strict=True))
     row["log_likelihood_difference"] = statistics.mean(abs(a - b) for (a, _), (b, _) in pairs)
     row["log_likelihood_mean"] = statistics.mean(b for _, (b, _) in pairs)
@@ -123,12 +125,14 @@ def measured(task: str, workers: dict[str, Worker], args: argparse.Namespace) ->
 
 
 def table(rows: dict[str, Any]) -> str:
-    lines = [f"{'task':<10}{'requests':>9}{'neox-lite s':>13}{'hf s':>9}{'times':>8}{'tokens':>9}{'hf tokens':>11}"]
+    lines = [
+        f"{'task':<10}{'requests':>9}{'neox-lite s':>13}{'hf s':>9}{'times':>8}{'CPU times':>11}{'tokens':>9}{'hf tokens':>11}"
+    ]
     for name, row in rows.items():
         ours, theirs = (row[engine] for engine in ENGINES)
         lines.append(
             f"{name:<10}{row['requests']:>9}{ours['seconds']:>13.2f}{theirs['seconds']:>9.2f}{row['times_faster']:>8.2f}"
-            f"{ours['tokens']:>9}{theirs['tokens']:>11}"
+            f"{row['times_less_cpu']:>11.2f}{ours['tokens']:>9}{theirs['tokens']:>11}"
         )
     return "\n".join(lines)
 

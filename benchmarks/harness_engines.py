@@ -3,8 +3,8 @@
     python benchmarks/harness_engines.py ENGINE HOME THREADS
 
 `harness.py` runs this, and wrote the models and the tasks into HOME. A question is `TASK BATCH`; the answer is the seconds for
-all log-likelihoods of a task, tokenizing included and metrics not, the tokens that went through the layers, padding included,
-and the log-likelihoods.
+all log-likelihoods of a task, tokenizing included and metrics not, those of the processor, the tokens that went through the
+layers, padding included, and the log-likelihoods.
 """
 
 from __future__ import annotations
@@ -74,11 +74,12 @@ def main() -> None:
         task, batch = line.split()
         if name.startswith("hf"):
             lm.batch_size_per_gpu = int(batch)
-        before, began = lm.computed, time.perf_counter()
+        before, began, busy = lm.computed, time.perf_counter(), time.process_time()
         with torch.inference_mode(), open(os.devnull, "w") as null, contextlib.redirect_stderr(null):  # noqa: PTH123
             answers = lm.loglikelihood(requests[task], disable_tqdm=True)
         seconds = time.perf_counter() - began
-        found = {"seconds": seconds, "tokens": lm.computed - before, "answers": answers}
+        cpu = time.process_time() - busy
+        found = {"seconds": seconds, "cpu_seconds": cpu, "tokens": lm.computed - before, "answers": answers}
         print(json.dumps(found), file=out, flush=True)
 
 
