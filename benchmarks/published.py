@@ -28,7 +28,7 @@ import torch  # noqa: E402
 from neox_lite import GPTNeoXForCausalLM  # noqa: E402
 from neox_lite.errors import ArgumentError, NeoxLiteError  # noqa: E402
 from neox_lite_app.quality import cut, perplexity_of  # noqa: E402
-from neox_lite_app.running import bar, note, read_text  # noqa: E402
+from neox_lite_app.terminal import bar, note, read_text  # noqa: E402
 from neox_lite_quant import convert  # noqa: E402
 
 NEOX = "Black et al. 2022, GPT-NeoX-20B, zero-shot results; quoted, not yet checked against the paper"

@@ -37,7 +37,8 @@ from neox_lite.options import Options  # noqa: E402
 from neox_lite.row import Row  # noqa: E402
 from neox_lite.speculative import LONGEST, Drafter, Drafting, DraftModel, PassTimes, PromptLookup, estimate  # noqa: E402
 from neox_lite_app.random_model import RandomModel, config_of  # noqa: E402
-from neox_lite_app.running import default_threads, note  # noqa: E402
+from neox_lite_app.running import default_threads  # noqa: E402
+from neox_lite_app.terminal import note  # noqa: E402
 
 TURN = 6  # tokens of a run between those of the others
 FORMATS = {"int4": GroupInt(4, 128), "int8": GroupInt(8, 128), "fp16": DENSE}

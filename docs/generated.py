@@ -19,13 +19,13 @@ from typing import Any
 
 import neox_lite
 from neox_lite import errors
-from neox_lite.loading import LoadOptions
+from neox_lite.load_options import LoadOptions
 from neox_lite.options import Options
 from neox_lite.sampling import Sampling
 from neox_lite_app.family import FAMILY, Member
 from neox_lite_app.plan import Model
 from neox_lite_app.prompt_forms import FORMS
-from neox_lite_app.running import amount
+from neox_lite_app.terminal import amount
 
 DOCS = Path(__file__).resolve().parent
 CLASSES = (

@@ -16,14 +16,8 @@ from .auto import (
 from .config import GPTNeoXConfig
 from .errors import NeoxLiteError
 from .generation import Event
-from .model import (
-    GPTNeoXForCausalLM,
-    GPTNeoXForQuestionAnswering,
-    GPTNeoXForSequenceClassification,
-    GPTNeoXForTokenClassification,
-    GPTNeoXModel,
-    GPTNeoXPreTrainedModel,
-)
+from .heads import GPTNeoXForQuestionAnswering, GPTNeoXForSequenceClassification, GPTNeoXForTokenClassification
+from .model import GPTNeoXForCausalLM, GPTNeoXModel, GPTNeoXPreTrainedModel
 from .options import GenerationConfig
 from .speculative import Speculation
 from .tokenizer import GPTNeoXTokenizerFast

@@ -7,16 +7,14 @@ from typing import Any
 
 from .config import GPTNeoXConfig, read_json
 from .errors import ArgumentError, ConfigError
-from .hub import Access
-from .model import (
-    GPTNeoXForCausalLM,
+from .heads import (
     GPTNeoXForQuestionAnswering,
     GPTNeoXForSequenceClassification,
     GPTNeoXForTokenClassification,
-    GPTNeoXModel,
-    GPTNeoXPreTrainedModel,
     class_of,
 )
+from .hub import Access
+from .model import GPTNeoXForCausalLM, GPTNeoXModel, GPTNeoXPreTrainedModel
 from .tokenizer import GPTNeoXTokenizerFast, folder_of
 
 GPTNeoXTokenizer = GPTNeoXTokenizerFast  # its name in transformers 5

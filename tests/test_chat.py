@@ -22,8 +22,8 @@ from neox_lite_app.conversation import Conversation, Store, read_file
 from neox_lite_app.demo import FOLDER as DEMO
 from neox_lite_app.engine import Engine
 from neox_lite_app.prompt_forms import FORMS
-from neox_lite_app.running import printable
 from neox_lite_app.session import Session
+from neox_lite_app.terminal import printable
 
 pty, fcntl, termios = (pytest.importorskip(name) for name in ("pty", "fcntl", "termios"))
 ROOT = Path(__file__).parents[1]

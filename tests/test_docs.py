@@ -21,7 +21,7 @@ from huggingface_hub import constants
 
 import neox_lite
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
-from neox_lite.loading import LoadOptions
+from neox_lite.load_options import LoadOptions
 from neox_lite.offload import machine, place
 from neox_lite.offload.plan import Machine, Rates
 from neox_lite.options import Options

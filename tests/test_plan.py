@@ -22,7 +22,7 @@ from neox_lite_app.demo import FOLDER as DEMO
 from neox_lite_app.family import FAMILY
 from neox_lite_app.plan import bar_of
 from neox_lite_app.random_model import SHAPES, RandomModel, config_of
-from neox_lite_app.running import size
+from neox_lite_app.terminal import size
 
 ODD = {
     "sequential-rotary100-tied": {

@@ -26,13 +26,15 @@ from neox_lite.errors import ArgumentError
 from neox_lite.formats import DENSE, NF4, Dense, GroupInt, Weight, make_format
 from neox_lite.hub import resolve
 from neox_lite.layers import Linear
-from neox_lite.loading import LoadOptions, put
+from neox_lite.load_options import LoadOptions
+from neox_lite.loading import put
 from neox_lite.offload.machine import context_bytes, free_gpu, free_memory
 from neox_lite.offload.place import Wish, check, decide
 from neox_lite.stepper import PREFILL_TOKENS
 
 from .random_model import RandomModel, config_of
-from .running import amount, bar, default_threads, describe, load, note, placing, print_json, warn_if_busy
+from .running import default_threads, describe, load, placing, warn_if_busy
+from .terminal import amount, bar, note, print_json
 
 WARM_UP = 4  # decode steps that are not counted
 PREFILL_RUNS = 3

@@ -25,8 +25,9 @@ from .conversation import Conversation, Fit, Store, read_file
 from .engine import Engine, Ticket
 from .places import data_folder
 from .prompt_forms import check_name, form_named, form_of
-from .running import load, note, printable, sampling
+from .running import load, sampling
 from .session import Session
+from .terminal import note, printable
 
 try:
     import readline

@@ -20,18 +20,20 @@ import torch
 from torch import Tensor
 
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
+from neox_lite.blueprint import Blueprint
 from neox_lite.checkpoint import Checkpoint
+from neox_lite.encoding import SLICE_ELEMENTS
 from neox_lite.errors import ArgumentError
 from neox_lite.folder_writer import disk_errors, free_bytes
 from neox_lite.formats import Weight, label
 from neox_lite.hub import resolve
 from neox_lite.layers import Linear
-from neox_lite.loading import SLICE_ELEMENTS, Blueprint
 from neox_lite.offload.plan import linears_of
 
 from .quality import Head, Quality, cut, last_states, measure, table
 from .quality_plot import draw
-from .running import bar, fold, load, note, print_json, read_text, terminal_width
+from .running import load
+from .terminal import bar, fold, note, print_json, read_text, terminal_width
 
 LAYER_BYTES = 1 << 30  # scratch for states after each layer; it decides how many windows they are compared on
 

@@ -13,7 +13,8 @@ from neox_lite.generation import Clock
 from neox_lite_quant import convert
 
 from .quality import cut, quality_of, table
-from .running import bar, load, note, placement, placing, print_json
+from .running import load, placement, placing
+from .terminal import bar, note, print_json
 
 FOLDER = Path(__file__).parent / "demo_model"
 CONTEXT, WINDOWS = 256, 40

@@ -20,7 +20,8 @@ from neox_lite.offload.machine import cpu_name, free_memory, profile
 from neox_lite.offload.plan import Machine
 from neox_lite.version import __version__
 
-from .running import default_threads, measure_machine, print_json, size
+from .running import default_threads, measure_machine
+from .terminal import print_json, size
 
 PACKAGES = (
     "torch",

@@ -13,7 +13,8 @@ from neox_lite.options import Options
 from neox_lite.speculative import LONGEST
 from neox_lite.tokenizer import check_text
 
-from .running import DRAWS, load, note, print_json, read_text, sampling
+from .running import DRAWS, load, sampling
+from .terminal import note, print_json, read_text
 
 
 def generate(args: argparse.Namespace) -> None:

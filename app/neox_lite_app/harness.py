@@ -33,8 +33,8 @@ from neox_lite.scheduler import Scheduler
 
 from .kept_answers import KeptAnswers, digest
 from .prompt_forms import Form
-from .running import bar, note
 from .scoring import Text, blocks, score
+from .terminal import bar, note
 
 NEW_TOKENS = 256  # where a task does not say; the harness's own default
 ROWS = 64  # generated together

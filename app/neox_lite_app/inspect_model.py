@@ -8,18 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from neox_lite.adapter import Settings, open_weights
+from neox_lite.blueprint import Blueprint
 from neox_lite.checkpoint import Checkpoint, verify_folder
 from neox_lite.config import GPTNeoXConfig
 from neox_lite.errors import ArgumentError, FormatError, NeoxLiteError
 from neox_lite.formats import FORMATS
+from neox_lite.heads import class_of
 from neox_lite.hub import ADAPTER_CONFIG, MANIFEST, fetch_files, local_folder
-from neox_lite.loading import Blueprint
-from neox_lite.model import class_of
 from neox_lite.offload.plan import parameters, sizes_of
 from neox_lite.tokenizer import GPTNeoXTokenizerFast
 
 from .plan import Model
-from .running import MIXED, amount, bar, formats_in, note, print_json
+from .running import MIXED, formats_in
+from .terminal import amount, bar, note, print_json
 
 
 def verify(args: argparse.Namespace) -> int:

@@ -18,7 +18,7 @@ from neox_lite.errors import ArgumentError, FormatError
 from neox_lite.folder_writer import read_manifest
 from neox_lite.formats import GROUPED, formats_of, label, make_format
 from neox_lite.hub import HEAD, MANIFEST, fetch_files, local_folder
-from neox_lite.loading import DTYPES
+from neox_lite.load_options import DTYPES
 from neox_lite.offload import machine
 from neox_lite.offload.place import sizes_in
 from neox_lite.offload.plan import (
@@ -41,7 +41,8 @@ from neox_lite.offload.plan import (
 from neox_lite.offload.plan import plan as make_plan
 
 from .family import FAMILY
-from .running import amount, default_threads, fold, measure_machine, memory_limit, print_json, size, terminal_width
+from .running import default_threads, measure_machine, memory_limit
+from .terminal import amount, fold, print_json, size, terminal_width
 
 WEIGHT_FILES = (".safetensors", ".bin", ".index.json")
 WIDTH = 100  # of the picture, at most

@@ -17,7 +17,7 @@ from neox_lite.hub import HEAD, SMALL_FILES, asked, check_id, fetch_files
 
 from .inspect_model import problems_of
 from .model_card import Origin, card, license_in, origin_of, read_rows
-from .running import amount, note, print_json
+from .terminal import amount, note, print_json
 
 CARD, RESULTS = "README.md", "neox_lite_compare.json"
 T = TypeVar("T")

@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import os
-import re
-import shutil
-import sys
-import textwrap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +20,10 @@ from neox_lite.offload.plan import linears_of
 from neox_lite.sampling import BOUNDS
 from neox_lite.saving import parse_bytes
 
+from .terminal import amount, bar, note
+
 MIXED = "mixed"
 BUSY = 0.3  # load average from which on measurements suffer
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 DRAWS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed")  # without effect in greedy decoding
 
 
@@ -152,87 +147,3 @@ def common_label(formats: Iterable[Format], plain: str) -> str:
     """int4 g128, nf4, float16, …; mixed where formats differ."""
     found = {label(format, plain) for format in formats}
     return found.pop() if len(found) == 1 else MIXED
-
-
-def amount(count: float, unit: str = "") -> str:
-    """A number with three digits and a decimal prefix: 7.90 MB, 20.6 billion (without a unit)."""
-    prefixes = ("", "k", "M", "G", "T") if unit else ("", " thousand", " million", " billion", " trillion")
-    power = min(max((len(str(int(count))) - 1) // 3, 0), 4)
-    value = count / 1000**power
-    digits = 0 if power == 0 or value >= 100 else 1 if value >= 10 else 2
-    return f"{value:.{digits}f}{' ' if unit else ''}{prefixes[power]}{unit}"
-
-
-def size(count: int) -> str:
-    """Bytes as memory is sold: 22.3 GiB, 319 MiB."""
-    for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if count >= 1024**power:
-            return f"{count / 1024**power:.{1 if power == 3 else 0}f} {unit}"
-    return f"{count} bytes" if count else "0 GiB"
-
-
-def terminal_width() -> int | None:
-    """Columns of the terminal that stdout is, or that COLUMNS names; None where nothing bounds a line."""
-    return shutil.get_terminal_size((0, 0)).columns or None
-
-
-def fold(line: str, width: int | None, hang: int = 0) -> list[str]:
-    """A line for people as lines of at most `width`, those after the first `hang` columns in; longer words stay whole."""
-    if width is None or len(line) <= width:
-        return [line]
-    hang = min(hang, width // 4)
-    options = {"break_long_words": False, "break_on_hyphens": False, "subsequent_indent": " " * hang}
-    return textwrap.wrap(line, width, **options)  # type: ignore[arg-type]
-
-
-def note(text: str) -> None:
-    """A line for people, on stderr."""
-    print(text, file=sys.stderr)
-
-
-def printable(text: str) -> str:
-    """Control characters as \\x1b and the like, but for line breaks and tabs."""
-    return CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
-
-
-def print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value))  # ASCII, so that it is JSON whatever stdout's encoding
-
-
-@contextlib.contextmanager
-def bar(label: str, unit: str = "B") -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr, told (done, total); it appears with the first progress, so that an early error is alone."""
-    from tqdm import tqdm
-
-    scale, shown = unit == "B", None
-
-    def progress(done: int, total: int) -> None:
-        nonlocal shown
-        if shown is None:
-            shown = tqdm(total=total, desc=label, unit=unit, unit_scale=scale, file=sys.stderr, dynamic_ncols=True)
-        shown.update(done - shown.n)
-        if done >= total:
-            shown.close()  # so that a bar that follows takes a line of its own, without moves of the cursor
-
-    try:
-        yield progress
-    finally:
-        if shown is not None:
-            shown.close()
-
-
-def read_text(path: str) -> str:
-    """A UTF-8 file, or stdin for "-"."""
-    if path == "-" and sys.stdin is None:
-        raise ArgumentError("-: stdin is closed; pipe the text in, or name a file")
-    if path != "-" and Path(path).is_char_device():  # which may have no end
-        raise ArgumentError(f"{path}: is a device; name a file, or - for stdin")
-    try:
-        raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-        return raw.decode("utf-8")
-    except OSError as error:
-        raise ArgumentError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ArgumentError(
-            f"{path}: not UTF-8 text: byte {error.start} is 0x{error.object[error.start]:02x}"
-        ) from error

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from neox_lite.errors import ArgumentError, UnsupportedError
 
 from .engine import Engine
-from .running import load, note
+from .running import load
+from .terminal import note
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp

@@ -30,7 +30,8 @@ from neox_lite.formats import label
 
 from .kept_answers import KeptAnswers, stamps
 from .prompt_forms import form_of
-from .running import bar, format_name, load, note, print_json
+from .running import format_name, load
+from .terminal import bar, note, print_json
 
 SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}  # the harness's own
 DRAWS = 1000  # of a bootstrap

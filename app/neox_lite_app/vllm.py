@@ -22,13 +22,14 @@ from neox_lite.config import DTYPES
 from neox_lite.errors import ArgumentError, FormatError, UnsupportedError
 from neox_lite.folder_writer import disk_errors
 from neox_lite.formats import DENSE, Format, GroupInt, formats_of
+from neox_lite.heads import class_of
 from neox_lite.hub import resolve
 from neox_lite.loading import cache_root
-from neox_lite.model import GPTNeoXForCausalLM, class_of
+from neox_lite.model import GPTNeoXForCausalLM
 from neox_lite.tokenizer import GPTNeoXTokenizerFast
 
 from .prompt_forms import Form, TurnForm, form_of
-from .running import note
+from .terminal import note
 
 KEY_VARIABLE = "VLLM_API_KEY"  # read by vLLM; an argument would stand in the process list
 # Flags of ours that vLLM has nothing for: attribute -> (values that ask for nothing, what is so there).

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from neox_lite.blueprint import Blueprint
 from neox_lite.errors import ArgumentError
 from neox_lite.layers import Linear
-from neox_lite.loading import Blueprint
 from neox_lite.model import GPTNeoXForCausalLM
 from neox_lite.offload.machine import free_memory
 from neox_lite.saving import Rows

@@ -16,14 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neox_lite.blueprint import Blueprint
 from neox_lite.checkpoint import Checkpoint
 from neox_lite.config import GPTNeoXConfig
+from neox_lite.encoding import SLICE_ELEMENTS
 from neox_lite.errors import ArgumentError, CheckpointError, FormatError
 from neox_lite.formats import DENSE, GROUP_SIZES, Format, GroupInt
+from neox_lite.heads import class_of
 from neox_lite.hub import HEAD, resolve
 from neox_lite.layers import Linear
-from neox_lite.loading import SLICE_ELEMENTS, Blueprint
-from neox_lite.model import GPTNeoXForCausalLM, class_of
+from neox_lite.model import GPTNeoXForCausalLM
 
 from .convert import Progress, Report, _Meter
 from .gguf_file import F16, F32, Q4_0, Q8_0, GgufTensor, Value, write_gguf

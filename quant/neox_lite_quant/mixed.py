@@ -14,11 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from neox_lite.blueprint import Blueprint
 from neox_lite.config import GPTNeoXConfig
+from neox_lite.encoding import SLICE_ELEMENTS, encode
 from neox_lite.errors import ArgumentError, FormatError
 from neox_lite.formats import GroupInt
 from neox_lite.kernels.reference import ACTIVATIONS
-from neox_lite.loading import SLICE_ELEMENTS, Blueprint, encode
 from neox_lite.offload.plan import linears_of
 from neox_lite.saving import specs_of
 

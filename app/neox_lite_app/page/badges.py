@@ -20,7 +20,7 @@ from ..engine import Engine
 from ..family import FAMILY
 from ..plan import WHERE, Model, Place, make_plan
 from ..plan import speed as speed_of
-from ..running import size
+from ..terminal import size
 from .events import sentence, unforeseen
 
 FRESH_S = 60.0  # for so long free memory counts as what it was

@@ -15,8 +15,9 @@ from ..demo import FOLDER as DEMO
 from ..engine import Engine
 from ..family import FAMILY, Member
 from ..prompt_forms import form_of
-from ..running import MIXED, amount
+from ..running import MIXED
 from ..shelf import LocalModel, local_models
+from ..terminal import amount
 from .badges import Badges, offered
 from .components import part
 from .events import Handler, Said, Told, listen, sentence
