@@ -101,7 +101,7 @@ def measured(name: str, device: torch.device, rehearse: bool, deadline: float) -
     import gpu_models
 
     from neox_lite.kernels import dispatch
-    from neox_lite_app.random_model import config_of
+    from neox_lite_app.models.random_model import config_of
 
     clock = gpu_kernels.Clock(device, deadline)
     config, lengths = config_of("20b"), gpu_models.Lengths()

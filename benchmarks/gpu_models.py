@@ -23,7 +23,7 @@ from neox_lite.loading import put
 from neox_lite.offload.machine import context_bytes
 from neox_lite.offload.place import Wish, decide
 from neox_lite_app import bench
-from neox_lite_app.random_model import RandomModel
+from neox_lite_app.models.random_model import RandomModel
 
 
 @dataclass(frozen=True)

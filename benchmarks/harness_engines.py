@@ -24,7 +24,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 def neox_lite(home: Path) -> Any:
     from neox_lite import GPTNeoXForCausalLM
-    from neox_lite_app.harness import NeoxLiteLM
+    from neox_lite_app.evaluation.harness import NeoxLiteLM
 
     return NeoxLiteLM(GPTNeoXForCausalLM.from_pretrained(home / "int4", device_map="cpu"))
 

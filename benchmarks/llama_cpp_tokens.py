@@ -26,7 +26,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM  # noqa: E402
-from neox_lite_app.demo import FOLDER  # noqa: E402
+from neox_lite_app.places import DEMO  # noqa: E402
 from neox_lite_quant import convert, export_gguf, import_gguf  # noqa: E402
 
 PROMPT = 64
@@ -112,8 +112,8 @@ def compare(folder: Path, scratch: Path, prompts: Tensor, count: int) -> dict[st
 
 def demo_prompts(count: int, width: int = PROMPT) -> Tensor:
     """Prompts (count, width) from all over the bundled model's held-out text."""
-    tokenizer = GPTNeoXForCausalLM.from_pretrained(FOLDER).tokenizer
-    ids = tokenizer((FOLDER / "heldout.txt").read_text(encoding="utf-8"), add_special_tokens=False).input_ids
+    tokenizer = GPTNeoXForCausalLM.from_pretrained(DEMO).tokenizer
+    ids = tokenizer((DEMO / "heldout.txt").read_text(encoding="utf-8"), add_special_tokens=False).input_ids
     step = (len(ids) - width) // count
     return torch.tensor([ids[i * step : i * step + width] for i in range(count)])
 
@@ -130,12 +130,12 @@ def main() -> None:
     prompts, rows = demo_prompts(args.prompts), {}
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        convert(FOLDER, scratch / "int4", format="int4", group_size=32)
-        convert(FOLDER, scratch / "int8", format="int8", group_size=32)
+        convert(DEMO, scratch / "int4", format="int4", group_size=32)
+        convert(DEMO, scratch / "int8", format="int8", group_size=32)
         for label, folder in (
             ("int4 g32 as Q4_0", scratch / "int4"),
             ("int8 g32 as Q8_0", scratch / "int8"),
-            ("F16", FOLDER),
+            ("F16", DEMO),
         ):
             rows[label] = compare(folder, scratch, prompts, args.tokens)
             for way, found in rows[label]["ways"].items():

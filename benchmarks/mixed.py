@@ -27,9 +27,10 @@ from neox_lite import GPTNeoXForCausalLM  # noqa: E402
 from neox_lite.encoding import encode  # noqa: E402
 from neox_lite.formats import GroupInt, label, make_format  # noqa: E402
 from neox_lite.layers import Linear  # noqa: E402
-from neox_lite_app.demo import CONTEXT, FOLDER  # noqa: E402
-from neox_lite_app.quality import cut, log_probabilities, quality_of  # noqa: E402
-from neox_lite_app.quality import measure as measure_of  # noqa: E402
+from neox_lite_app.demo import CONTEXT  # noqa: E402
+from neox_lite_app.evaluation.quality import cut, log_probabilities, quality_of  # noqa: E402
+from neox_lite_app.evaluation.quality import measure as measure_of  # noqa: E402
+from neox_lite_app.places import DEMO  # noqa: E402
 from neox_lite_quant import convert  # noqa: E402
 from neox_lite_quant.mixed import FORMATS, choose, stored_bytes  # noqa: E402
 
@@ -44,8 +45,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the JSON there")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        outliers = with_outliers(FOLDER, Path(scratch) / "outliers")
-        models = {"bundled demo": FOLDER, "with outliers": outliers}
+        outliers = with_outliers(DEMO, Path(scratch) / "outliers")
+        models = {"bundled demo": DEMO, "with outliers": outliers}
         rows = [
             {"model": name, "method": method, **row}
             for name, folder in models.items()
@@ -62,7 +63,7 @@ def main() -> None:
 
 def measure(folder: Path, method: str, out: Path) -> list[dict[str, Any]]:
     source = GPTNeoXForCausalLM.from_pretrained(folder)
-    windows = cut(source, (FOLDER / "heldout.txt").read_text(encoding="utf-8"), CONTEXT)
+    windows = cut(source, (DEMO / "heldout.txt").read_text(encoding="utf-8"), CONTEXT)
 
     def row(name: str, **options: Any) -> dict[str, Any]:
         report = convert(folder, out, method=method, **options)
@@ -87,7 +88,7 @@ def measure(folder: Path, method: str, out: Path) -> list[dict[str, Any]]:
 def adding(folder: Path) -> dict[str, Any]:
     """KL with one layer quantized at a time, summed, beside that of all together; and the best mix that such figures give."""
     source, model = (GPTNeoXForCausalLM.from_pretrained(folder, dtype=torch.float32) for _ in range(2))
-    windows = cut(source, (FOLDER / "heldout.txt").read_text(encoding="utf-8"), CONTEXT)[:ALONE_WINDOWS]
+    windows = cut(source, (DEMO / "heldout.txt").read_text(encoding="utf-8"), CONTEXT)[:ALONE_WINDOWS]
     truth = list(log_probabilities(source, windows))
     linears = {n: m for n, m in model.named_modules() if n.startswith("gpt_neox.layers.") and isinstance(m, Linear)}
     plain = {name: module.weight.clone() for name, module in linears.items()}

@@ -60,7 +60,7 @@ def main() -> None:
 def made(shape: str, format: str, scratch: Path) -> Path:
     """The folder of a shape's random model, quantized ones with an int8 head, written if it is not there."""
     from neox_lite.formats import DENSE, GroupInt
-    from neox_lite_app.random_model import RandomModel, config_of
+    from neox_lite_app.models.random_model import RandomModel, config_of
 
     folder = scratch / (shape if format == "int4" else f"{shape}-{format}")
     if not (folder / "config.json").is_file():

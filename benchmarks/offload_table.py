@@ -21,7 +21,7 @@ import torch  # noqa: E402
 
 from neox_lite.offload import machine  # noqa: E402
 from neox_lite.offload.plan import CARDS, Machine, Plan, Request, plan, sizes_of  # noqa: E402
-from neox_lite_app.family import FAMILY  # noqa: E402
+from neox_lite_app.models.family import FAMILY  # noqa: E402
 from neox_lite_app.running import default_threads  # noqa: E402
 
 GPU_GIB, CPU_GIB = (8, 12, 16, 24), (16, 32)

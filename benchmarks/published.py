@@ -27,7 +27,7 @@ import torch  # noqa: E402
 
 from neox_lite import GPTNeoXForCausalLM  # noqa: E402
 from neox_lite.errors import ArgumentError, NeoxLiteError  # noqa: E402
-from neox_lite_app.quality import cut, perplexity_of  # noqa: E402
+from neox_lite_app.evaluation.quality import cut, perplexity_of  # noqa: E402
 from neox_lite_app.terminal import bar, note, read_text  # noqa: E402
 from neox_lite_quant import convert  # noqa: E402
 

@@ -31,8 +31,9 @@ from torch import Tensor  # noqa: E402
 
 from neox_lite import GPTNeoXForCausalLM  # noqa: E402
 from neox_lite.formats import make_format  # noqa: E402
-from neox_lite_app.demo import CONTEXT, FOLDER  # noqa: E402
-from neox_lite_app.quality import cut, log_probabilities  # noqa: E402
+from neox_lite_app.demo import CONTEXT  # noqa: E402
+from neox_lite_app.evaluation.quality import cut, log_probabilities  # noqa: E402
+from neox_lite_app.places import DEMO  # noqa: E402
 from neox_lite_quant import convert  # noqa: E402
 
 FACTOR, CHANNELS = 30.0, 6  # of the outlier variant: gains times this, of so many channels of each norm
@@ -41,7 +42,7 @@ METHODS = ("rtn", "mse", "balance", "gptq")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", type=Path, nargs="?", default=FOLDER)
+    parser.add_argument("model", type=Path, nargs="?", default=DEMO)
     parser.add_argument("--text", type=Path, help="to score (default: the model folder's heldout.txt)")
     parser.add_argument("--outliers", action="store_true", help="of the same function with large channels")
     parser.add_argument("--peers", action="store_true", help="other tools' formats too")
@@ -81,7 +82,7 @@ def measure(folder: Path, args: argparse.Namespace, scratch: Path) -> dict[str, 
         shutil.rmtree(quantized)
         print(f"{row['name']:<28} {row['bits_per_weight']:.3f} bits  KL {row['kl']:.6f}", file=sys.stderr, flush=True)
     return {
-        "model": "bundled demo" if args.model == FOLDER else args.model.name,
+        "model": "bundled demo" if args.model == DEMO else args.model.name,
         "outliers": f"{CHANNELS} channels of each norm times {FACTOR:.0f}" if args.outliers else None,
         "tokens": windows.shape[0] * (windows.shape[1] - 1),
         "context": CONTEXT,

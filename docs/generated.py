@@ -22,9 +22,9 @@ from neox_lite import errors
 from neox_lite.load_options import LoadOptions
 from neox_lite.options import Options
 from neox_lite.sampling import Sampling
-from neox_lite_app.family import FAMILY, Member
-from neox_lite_app.plan import Model
-from neox_lite_app.prompt_forms import FORMS
+from neox_lite_app.conversations.prompt_forms import FORMS
+from neox_lite_app.models.family import FAMILY, Member
+from neox_lite_app.models.plan import Model
 from neox_lite_app.terminal import amount
 
 DOCS = Path(__file__).resolve().parent

@@ -13,8 +13,8 @@ from neox_lite.errors import ArgumentError, FormatError
 from neox_lite.formats import DENSE, make_format
 from neox_lite_app import bench
 from neox_lite_app.cli import main
-from neox_lite_app.demo import FOLDER as DEMO
-from neox_lite_app.random_model import SHAPES, RandomModel, config_of
+from neox_lite_app.models.random_model import SHAPES, RandomModel, config_of
+from neox_lite_app.places import DEMO
 
 QUICK = ("--decode", 2, "--prefill", "3,8", "--batch", "1,2", "--context", 5, "--device", "cpu")
 CONTRACT = {

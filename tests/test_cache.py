@@ -15,8 +15,8 @@ from neox_lite.cache import KEPT, PAGE, Batch, KVCache, PagePool, PrefixCache, q
 from neox_lite.cache import Sequence as CachedSequence
 from neox_lite.errors import ArgumentError, CacheError
 from neox_lite.kernels import dispatch
-from neox_lite_app.demo import FOLDER as DEMO
-from neox_lite_app.quality import cut, quality_of
+from neox_lite_app.evaluation.quality import cut, quality_of
+from neox_lite_app.places import DEMO
 
 CPU = torch.device("cpu")
 HEADS, HEAD_DIM, LAYERS = 2, 3, 2

@@ -18,10 +18,10 @@ from neox_lite.errors import ArgumentError, ContextLengthError
 from neox_lite.sampling import BOUNDS
 from neox_lite_app.chat import COMMANDS, Terminal
 from neox_lite_app.cli import build_parser
-from neox_lite_app.conversation import Conversation, Store, read_file
-from neox_lite_app.demo import FOLDER as DEMO
-from neox_lite_app.engine import Engine
-from neox_lite_app.prompt_forms import FORMS
+from neox_lite_app.conversations.conversation import Conversation, Store, read_file
+from neox_lite_app.conversations.prompt_forms import FORMS
+from neox_lite_app.places import DEMO
+from neox_lite_app.serving.engine import Engine
 from neox_lite_app.session import Session
 from neox_lite_app.terminal import printable
 

@@ -18,7 +18,7 @@ from neox_lite import GPTNeoXForCausalLM
 from neox_lite.folder_writer import JOURNAL
 from neox_lite_app import running
 from neox_lite_app.cli import build_parser, main
-from neox_lite_app.demo import FOLDER as DEMO
+from neox_lite_app.places import DEMO
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / room) for room in (".", "quant", "app"))}
@@ -109,7 +109,7 @@ def test_an_interrupted_quantize_says_that_it_can_go_on(run, tmp_path, monkeypat
         (Path(destination) / JOURNAL).write_text("{}")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("neox_lite_app.convert.convert", interrupted)
+    monkeypatch.setattr("neox_lite_app.models.convert.convert", interrupted)
     code, out, err = run("quantize", DEMO, tmp_path / "q")
     assert code == 130 and out == "" and "the same command goes on" in err
 

@@ -7,8 +7,8 @@ import random
 import pytest
 
 from neox_lite.errors import ContextLengthError
-from neox_lite_app import conversation as module
-from neox_lite_app.conversation import (
+from neox_lite_app.conversations import conversation as module
+from neox_lite_app.conversations.conversation import (
     MAX_BYTES,
     MAX_MESSAGES,
     Conversation,

@@ -11,8 +11,8 @@ import jinja2
 import pytest
 
 from neox_lite_app.cli import main
-from neox_lite_app.prompt_forms import FORMS
-from neox_lite_app.vllm import LEFT_OUT, template_of
+from neox_lite_app.conversations.prompt_forms import FORMS
+from neox_lite_app.serving.vllm import LEFT_OUT, template_of
 from neox_lite_quant import convert
 
 DEMO = Path(__file__).parents[1] / "app" / "neox_lite_app" / "demo_model"

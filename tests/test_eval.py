@@ -21,13 +21,13 @@ from lm_eval.tasks import TaskManager
 
 from neox_lite import GPTNeoXForCausalLM
 from neox_lite.errors import ArgumentError, UnsupportedError
-from neox_lite_app import quality, scoring, tasks
 from neox_lite_app.cli import main
-from neox_lite_app.demo import FOLDER as DEMO
-from neox_lite_app.harness import NeoxLiteLM
-from neox_lite_app.kept_answers import KeptAnswers
-from neox_lite_app.prompt_forms import FORMS
-from neox_lite_app.scoring import Text, score
+from neox_lite_app.conversations.prompt_forms import FORMS
+from neox_lite_app.evaluation import quality, scoring, tasks
+from neox_lite_app.evaluation.harness import NeoxLiteLM
+from neox_lite_app.evaluation.kept_answers import KeptAnswers
+from neox_lite_app.evaluation.scoring import Text, score
+from neox_lite_app.places import DEMO
 from neox_lite_quant import convert
 
 ROOT = Path(__file__).parents[1]
@@ -441,9 +441,9 @@ def test_the_error_of_a_difference_between_equals_is_zero():
 
 KILLED = """
 import os, signal, sys
-from neox_lite_app import scoring
+from neox_lite_app.evaluation import scoring
 from neox_lite_app.cli import main
-from neox_lite_app.kept_answers import KeptAnswers
+from neox_lite_app.evaluation.kept_answers import KeptAnswers
 
 keep, calls = KeptAnswers.keep, 0
 

@@ -48,6 +48,14 @@ FLOORS = [
     "neox_lite.auto",
     "neox_lite",
     "neox_lite_quant",
+    "neox_lite_app.places",
+    "neox_lite_app.terminal",
+    "neox_lite_app.running",
+    "neox_lite_app.conversations",
+    "neox_lite_app.models",
+    "neox_lite_app.evaluation",
+    "neox_lite_app.serving",
+    "neox_lite_app.page",
     "neox_lite_app",
 ]
 # The core's third-party imports, and the only ones allowed at the top of a module; others are imported where they are used.

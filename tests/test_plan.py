@@ -18,10 +18,10 @@ from neox_lite.offload import machine, plan
 from neox_lite.offload.plan import CARDS, Card, Machine, Plan, Rates, Request, sizes_of
 from neox_lite.saving import parse_bytes
 from neox_lite_app.cli import main
-from neox_lite_app.demo import FOLDER as DEMO
-from neox_lite_app.family import FAMILY
-from neox_lite_app.plan import bar_of
-from neox_lite_app.random_model import SHAPES, RandomModel, config_of
+from neox_lite_app.models.family import FAMILY
+from neox_lite_app.models.plan import bar_of
+from neox_lite_app.models.random_model import SHAPES, RandomModel, config_of
+from neox_lite_app.places import DEMO
 from neox_lite_app.terminal import size
 
 ODD = {
@@ -503,7 +503,7 @@ def test_the_picture_is_bounded_and_plain_where_the_encoding_lacks_blocks(run, f
     bars = [line for line in lines if re.match(r"(GPU|CPU|DISK) ", line)]
     assert [line[:4].strip() for line in bars] == ["GPU", "CPU", "DISK"] and max(map(len, bars)) <= 80
     assert len({re.search("[█▓▒·]+", line).span() for line in bars}) == 1
-    monkeypatch.setattr("neox_lite_app.plan.can_print", lambda text: False)
+    monkeypatch.setattr("neox_lite_app.models.plan.can_print", lambda text: False)
     assert run(folder, free=(4 << 30, 8 << 30))[1].isascii()
 
 
@@ -600,7 +600,7 @@ def test_a_folder_without_weights_is_planned_and_said_to_have_none(run, folder, 
 
 
 def test_a_hub_id_is_planned_from_its_configuration_alone(run, folder, monkeypatch):
-    monkeypatch.setattr("neox_lite_app.plan.fetch_files", lambda name, files, revision: folder)
+    monkeypatch.setattr("neox_lite_app.models.plan.fetch_files", lambda name, files, revision: folder)
     result = json.loads(run("EleutherAI/gpt-neox-20b", "--json")[1])
     assert result["has_weights"] is None and sum(result["layers"].values()) == 44
     assert "no weights" not in run("EleutherAI/gpt-neox-20b")[1]

@@ -6,10 +6,18 @@ import pytest
 
 from neox_lite import GPTNeoXTokenizerFast
 from neox_lite.errors import ArgumentError, TokenizerError, UnsupportedError
-from neox_lite_app import templates
-from neox_lite_app.demo import FOLDER as DEMO
-from neox_lite_app.prompt_forms import FORMS, PromptError, Reader, TemplateForm, form_named, form_of, names
-from neox_lite_app.templates import TemplateError, render_template
+from neox_lite_app.conversations import templates
+from neox_lite_app.conversations.prompt_forms import (
+    FORMS,
+    PromptError,
+    Reader,
+    TemplateForm,
+    form_named,
+    form_of,
+    names,
+)
+from neox_lite_app.conversations.templates import TemplateError, render_template
+from neox_lite_app.places import DEMO
 
 TALK = [
     {"role": "user", "content": "Hi!"},

@@ -13,7 +13,7 @@ from fakehub import FakeHub
 
 from neox_lite.errors import ArgumentError
 from neox_lite_app.cli import main
-from neox_lite_app.model_card import license_in, read_rows
+from neox_lite_app.models.model_card import license_in, read_rows
 from neox_lite_quant import convert
 
 DEMO = Path(__file__).parents[1] / "app" / "neox_lite_app" / "demo_model"

@@ -223,7 +223,7 @@ def test_a_model_with_a_peer_s_products_computes_the_same(monkeypatch):
     from neox_lite.formats import make_format
     from neox_lite.kernels import dispatch
     from neox_lite.kernels import triton as backend
-    from neox_lite_app.random_model import RandomModel, config_of
+    from neox_lite_app.models.random_model import RandomModel, config_of
 
     device = torch.device("cpu" if backend.interpreted() else "cuda")
     config = config_of("1x128x2").copy(vocab_size=70)

@@ -10,9 +10,8 @@ from huggingface_hub import constants
 from neox_lite import GPTNeoXForCausalLM
 from neox_lite.loading import cache_root
 from neox_lite_app.cli import main
-from neox_lite_app.demo import FOLDER as DEMO
-from neox_lite_app.places import data_folder
-from neox_lite_app.shelf import describe, local_models
+from neox_lite_app.models.shelf import describe, local_models
+from neox_lite_app.places import DEMO, data_folder
 
 
 @pytest.fixture(autouse=True)

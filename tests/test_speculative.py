@@ -22,7 +22,7 @@ from neox_lite.options import Options
 from neox_lite.row import Row
 from neox_lite.sampling import Sampling, choose
 from neox_lite.speculative import LONGEST, Drafting, DraftModel, Pace, PassTimes, PromptLookup, estimate
-from neox_lite_app.demo import FOLDER as DEMO
+from neox_lite_app.places import DEMO
 
 NO_EOS = {"eos_token_id": []}
 VOCABULARY = 50

@@ -32,7 +32,7 @@ from neox_lite.offload.machine import context_bytes, free_gpu, free_memory
 from neox_lite.offload.place import Wish, check, decide
 from neox_lite.stepper import PREFILL_TOKENS
 
-from .random_model import RandomModel, config_of
+from .models.random_model import RandomModel, config_of
 from .running import default_threads, describe, load, placing, warn_if_busy
 from .terminal import amount, bar, note, print_json
 

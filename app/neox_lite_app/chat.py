@@ -21,11 +21,11 @@ from neox_lite.errors import ArgumentError, NeoxLiteError
 from neox_lite.options import Options
 from neox_lite.sampling import BOUNDS
 
-from .conversation import Conversation, Fit, Store, read_file
-from .engine import Engine, Ticket
+from .conversations.conversation import Conversation, Fit, Store, read_file
+from .conversations.prompt_forms import check_name, form_named, form_of
 from .places import data_folder
-from .prompt_forms import check_name, form_named, form_of
 from .running import load, sampling
+from .serving.engine import Engine, Ticket
 from .session import Session
 from .terminal import note, printable
 

@@ -132,7 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=_count, metavar="S", default=1, help="of the sampled passage (default 1)")
     _add_running(sub, head=False, adapter=False)
 
-    sub = command("quantize", "convert", "turn a checkpoint into an int4, int8 or nf4 folder")
+    sub = command("quantize", "models.convert", "turn a checkpoint into an int4, int8 or nf4 folder")
     sub.add_argument("source", metavar="SRC", help="folder or hub id of the checkpoint")
     sub.add_argument(
         "destination", metavar="DST", nargs="?", help="folder to write (default: SRC's name plus the format)"
@@ -180,7 +180,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--dry-run", action="store_true", help="print sizes and expected time, and write nothing")
     _add_json(sub)
 
-    sub = command("export", "convert", "write a model as a file for another program: GGUF, for llama.cpp")
+    sub = command("export", "models.convert", "write a model as a file for another program: GGUF, for llama.cpp")
     sub.add_argument("model", metavar="MODEL")
     sub.add_argument("destination", metavar="OUT", help="file to write; one that exists is never replaced")
     sub.add_argument("--to", choices=("gguf",), default="gguf", help="the file's format (default gguf)")
@@ -190,7 +190,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--revision", help="branch, tag or commit of a hub id")
     _add_json(sub)
 
-    sub = command("import", "convert", "turn a GGUF file into a model folder: Q4_0 and Q8_0 exactly", "import_file")
+    sub = command(
+        "import", "models.convert", "turn a GGUF file into a model folder: Q4_0 and Q8_0 exactly", "import_file"
+    )
     sub.add_argument("source", metavar="FILE.gguf")
     sub.add_argument("destination", metavar="DST", help="folder to write")
     sub.add_argument(
@@ -203,7 +205,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_json(sub)
 
-    sub = command("push", "push", "upload a folder to the model hub, with a model card")
+    sub = command("push", "models.push", "upload a folder to the model hub, with a model card")
     sub.add_argument("folder", metavar="DIR")
     sub.add_argument("hub_id", metavar="HUB_ID", help="OWNER/NAME; made if it does not exist")
     sub.add_argument("--compare", metavar="FILE", help="what `neox-lite compare --json` printed: the card's table")
@@ -216,11 +218,11 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--dry-run", action="store_true", help="print the card and the sizes, and upload nothing")
     _add_json(sub)
 
-    sub = command("verify", "inspect_model", "check a folder: hashes, shapes, finite values")
+    sub = command("verify", "models.inspect_model", "check a folder: hashes, shapes, finite values")
     sub.add_argument("folder", metavar="DIR")
     _add_json(sub)
 
-    sub = command("compare", "compare", "quality of quantized folders against their source on a text")
+    sub = command("compare", "evaluation.compare", "quality of quantized folders against their source on a text")
     sub.add_argument("source", metavar="SOURCE", help="the checkpoint they were made from")
     sub.add_argument("folders", metavar="DIR", nargs="+")
     sub.add_argument("--windows", type=_positive, metavar="N", help="use the first N windows only")
@@ -279,12 +281,14 @@ def build_parser() -> argparse.ArgumentParser:
     _add_engine(sub)
     _add_running(sub, revision=True, json=False)
 
-    sub = command("perplexity", "quality", "perplexity of a model on a text")
+    sub = command("perplexity", "evaluation.quality", "perplexity of a model on a text")
     sub.add_argument("model", metavar="MODEL")
     _add_text(sub)
     _add_running(sub, revision=True)
 
-    sub = command("eval", "tasks", "tasks of lm-evaluation-harness: few-shot accuracy and the like", "evaluate")
+    sub = command(
+        "eval", "evaluation.tasks", "tasks of lm-evaluation-harness: few-shot accuracy and the like", "evaluate"
+    )
     sub.add_argument("model", metavar="MODEL", nargs="?", help="may be left out with --tasks list")
     sub.add_argument(
         "--tasks",
@@ -332,7 +336,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_running(sub, revision=True)
 
     sub = command(
-        "plan", "plan", "what goes where, bytes and predicted speed; without MODEL, of every known checkpoint"
+        "plan", "models.plan", "what goes where, bytes and predicted speed; without MODEL, of every known checkpoint"
     )
     sub.add_argument("model", metavar="MODEL", nargs="?")
     sub.epilog = "Exit code 0 says that there is an answer, not that MODEL fits: see fits and short_by in --json."
@@ -348,11 +352,11 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--revision", help="branch, tag or commit of a hub id")
     _add_json(sub)
 
-    sub = command("list", "shelf", "models on this machine", "show")
+    sub = command("list", "models.shelf", "models on this machine", "show")
     sub.add_argument("folders", metavar="DIR", nargs="*", help="look there too: a model, or a folder of models")
     _add_json(sub)
 
-    sub = command("info", "inspect_model", "what a model or an adapter is: architecture, format, sizes")
+    sub = command("info", "models.inspect_model", "what a model or an adapter is: architecture, format, sizes")
     sub.add_argument("model", metavar="MODEL")
     sub.add_argument("--revision", help="branch, tag or commit of a hub id")
     _add_json(sub)

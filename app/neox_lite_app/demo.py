@@ -12,11 +12,11 @@ from neox_lite import GPTNeoXForCausalLM
 from neox_lite.generation import Clock
 from neox_lite_quant import convert
 
-from .quality import cut, quality_of, table
+from .evaluation.quality import cut, quality_of, table
+from .places import DEMO
 from .running import load, placement, placing
 from .terminal import bar, note, print_json
 
-FOLDER = Path(__file__).parent / "demo_model"
 CONTEXT, WINDOWS = 256, 40
 PROMPT = "KING RICHARD III:\n"
 NEW_TOKENS = 160
@@ -30,14 +30,14 @@ GPT-NeoX-20B is EleutherAI/gpt-neox-20b: 41 GB to fetch, 11 GB as int4. What thi
 def demo(args: argparse.Namespace) -> None:
     began = time.perf_counter()
     note("The bundled model: GPT-NeoX architecture, trained on Shakespeare's plays, 16-bit weights.")
-    source = load(str(FOLDER), args, kv="fp16")
-    windows = cut(source, (FOLDER / "heldout.txt").read_text(encoding="utf-8"), CONTEXT)[:WINDOWS]
+    source = load(str(DEMO), args, kv="fp16")
+    windows = cut(source, (DEMO / "heldout.txt").read_text(encoding="utf-8"), CONTEXT)[:WINDOWS]
     with tempfile.TemporaryDirectory(prefix="neox-lite-demo-") as scratch:
         rows = []
         models = {"demo (16 bit)": source}
         for format in ("int8", "int4"):
             with bar(f"quantize to {format}") as progress:
-                convert(FOLDER, Path(scratch) / format, format=format, progress=progress)
+                convert(DEMO, Path(scratch) / format, format=format, progress=progress)
             models[f"demo ({format})"] = GPTNeoXForCausalLM.from_pretrained(Path(scratch) / format, **placing(args))
         for name, model in models.items():
             with bar(f"score {name}", "window") as progress:

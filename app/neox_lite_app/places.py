@@ -1,9 +1,11 @@
-"""Where the app keeps what is the user's own: conversations, models, the terminal's history. Knows no file in there."""
+"""Where things lie: the bundled model, and what is the user's own: conversations, models, the terminal's history."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+DEMO = Path(__file__).parent / "demo_model"  # a small model trained on Shakespeare's plays
 
 
 def data_folder(name: str) -> Path:

@@ -20,15 +20,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from neox_lite.errors import ArgumentError, UnsupportedError
 
-from .engine import Engine
 from .running import load
+from .serving.engine import Engine
 from .terminal import note
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
-    from .guard import Guard, Hosts
-    from .keys import Keys
+    from .serving.guard import Guard, Hosts
+    from .serving.keys import Keys
 
 KEY_VARIABLE = "NEOX_LITE_API_KEY"
 DRAIN_S = 30.0  # that running answers may take after the first Ctrl-C
@@ -41,7 +41,7 @@ def serve(args: argparse.Namespace) -> int:
     """Load the model, open the port, and serve until a signal ends it."""
     if args.engine != "vllm":
         _check_packages(args.page)
-    from .guard import Hosts
+    from .serving.guard import Hosts
 
     if args.adapter is not None and args.model is None:
         raise ArgumentError("--adapter goes with MODEL, beside which it runs; name it")
@@ -53,10 +53,10 @@ def serve(args: argparse.Namespace) -> int:
             "--api-key auto makes one up"
         )
     if args.engine == "vllm":
-        from .vllm import hand_over
+        from .serving.vllm import hand_over
 
         hand_over(args, key)
-    from .keys import Keys
+    from .serving.keys import Keys
 
     listener = _bind(args.host, args.port)
     engine = Engine(sequences=args.max_sequences, waiting=args.queue, idle_s=args.idle_unload)
@@ -80,12 +80,12 @@ def build(
 
     page: the arguments of `serve`, by which the page loads models, or False for none. form: a prompt form's name.
     """
-    from .api import Api
-    from .guard import Guard
+    from .serving.api import Api
+    from .serving.guard import Guard
 
     metrics = None
     if find_spec("prometheus_client") is not None:  # without it, /metrics says what to install
-        from .metrics import Metrics
+        from .serving.metrics import Metrics
 
         metrics = Metrics(engine)
     app: Any = Api(engine, metrics, form).app()

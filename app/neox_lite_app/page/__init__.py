@@ -6,8 +6,8 @@ import argparse
 
 import gradio as gr
 
-from ..conversation import Store
-from ..engine import Engine
+from ..conversations.conversation import Store
+from ..serving.engine import Engine
 from . import chat_tab, model_tab, notebook
 from .components import part
 from .events import Running

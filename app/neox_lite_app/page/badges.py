@@ -16,10 +16,10 @@ from typing import Any
 from neox_lite.errors import NeoxLiteError
 from neox_lite.offload.plan import CPU, DISK, GPU, MIXED
 
-from ..engine import Engine
-from ..family import FAMILY
-from ..plan import WHERE, Model, Place, make_plan
-from ..plan import speed as speed_of
+from ..models.family import FAMILY
+from ..models.plan import WHERE, Model, Place, make_plan
+from ..models.plan import speed as speed_of
+from ..serving.engine import Engine
 from ..terminal import size
 from .events import sentence, unforeseen
 

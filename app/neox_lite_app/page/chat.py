@@ -11,9 +11,9 @@ from typing import Any
 
 from neox_lite.errors import ArgumentError, NeoxLiteError
 
-from ..conversation import Conversation, Fit, Message, Store, fit
-from ..engine import Engine, Job, Step, Ticket
-from ..prompt_forms import Form, form_of
+from ..conversations.conversation import Conversation, Fit, Message, Store, fit
+from ..conversations.prompt_forms import Form, form_of
+from ..serving.engine import Engine, Job, Step, Ticket
 from .events import Running, Told, sentence
 from .stream import Meter, batches
 

@@ -12,9 +12,9 @@ import gradio as gr
 
 from neox_lite.errors import ArgumentError
 
-from ..conversation import Conversation, Message, Store, imported
-from ..engine import Engine
-from ..prompt_forms import names
+from ..conversations.conversation import Conversation, Message, Store, imported
+from ..conversations.prompt_forms import names
+from ..serving.engine import Engine
 from .chat import Asked, Chat
 from .components import part
 from .events import Handler, Running, Said, Told, listen

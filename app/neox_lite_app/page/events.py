@@ -15,7 +15,7 @@ import gradio as gr
 
 from neox_lite.errors import ArgumentError, NeoxLiteError
 
-from ..engine import Ticket
+from ..serving.engine import Ticket
 from .components import part
 from .stream import Feed
 

@@ -11,12 +11,12 @@ from typing import Any
 from neox_lite.errors import ArgumentError, NeoxLiteError
 from neox_lite.formats import FORMATS
 
-from ..demo import FOLDER as DEMO
-from ..engine import Engine
-from ..family import FAMILY, Member
-from ..prompt_forms import form_of
+from ..conversations.prompt_forms import form_of
+from ..models.family import FAMILY, Member
+from ..models.shelf import LocalModel, local_models
+from ..places import DEMO
 from ..running import MIXED
-from ..shelf import LocalModel, local_models
+from ..serving.engine import Engine
 from ..terminal import amount
 from .badges import Badges, offered
 from .components import part

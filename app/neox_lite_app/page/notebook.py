@@ -11,7 +11,7 @@ import gradio as gr
 
 from neox_lite.errors import ArgumentError, NeoxLiteError
 
-from ..engine import Engine, Job
+from ..serving.engine import Engine, Job
 from .components import part
 from .events import Running, Said, Told, listen, sentence
 from .settings import options_of

@@ -16,7 +16,7 @@ from neox_lite import GPTNeoXTokenizerFast
 from neox_lite.sampling import Score
 from neox_lite.tokenizer import StreamDecoder
 
-from ..engine import Step, Ticket
+from ..serving.engine import Step, Ticket
 
 SECONDS = 0.1  # between two updates, at least
 ALTERNATIVES = 5  # likeliest tokens that are shown beside the one that was chosen

@@ -15,11 +15,10 @@ from neox_lite import GPTNeoXForCausalLM
 from neox_lite.errors import NeoxLiteError
 from neox_lite.offload.plan import largest_group
 
-from ..demo import FOLDER as DEMO
-from ..engine import Busy, Engine
-from ..places import data_folder
-from ..plan import Model
+from ..models.plan import Model
+from ..places import DEMO, data_folder
 from ..running import describe, load
+from ..serving.engine import Busy, Engine
 from .events import sentence, unforeseen
 
 DEMO_NAME = "Shakespeare demo"

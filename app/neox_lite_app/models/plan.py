@@ -40,9 +40,9 @@ from neox_lite.offload.plan import (
 )
 from neox_lite.offload.plan import plan as make_plan
 
+from ..running import default_threads, measure_machine, memory_limit
+from ..terminal import amount, fold, print_json, size, terminal_width
 from .family import FAMILY
-from .running import default_threads, measure_machine, memory_limit
-from .terminal import amount, fold, print_json, size, terminal_width
 
 WEIGHT_FILES = (".safetensors", ".bin", ".index.json")
 WIDTH = 100  # of the picture, at most

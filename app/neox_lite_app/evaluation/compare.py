@@ -30,10 +30,10 @@ from neox_lite.hub import resolve
 from neox_lite.layers import Linear
 from neox_lite.offload.plan import linears_of
 
+from ..running import load
+from ..terminal import bar, fold, note, print_json, read_text, terminal_width
 from .quality import Head, Quality, cut, last_states, measure, table
 from .quality_plot import draw
-from .running import load
-from .terminal import bar, fold, note, print_json, read_text, terminal_width
 
 LAYER_BYTES = 1 << 30  # scratch for states after each layer; it decides how many windows they are compared on
 

@@ -18,9 +18,9 @@ from neox_lite.hub import ADAPTER_CONFIG, MANIFEST, fetch_files, local_folder
 from neox_lite.offload.plan import parameters, sizes_of
 from neox_lite.tokenizer import GPTNeoXTokenizerFast
 
+from ..running import MIXED, formats_in
+from ..terminal import amount, bar, note, print_json
 from .plan import Model
-from .running import MIXED, formats_in
-from .terminal import amount, bar, note, print_json
 
 
 def verify(args: argparse.Namespace) -> int:

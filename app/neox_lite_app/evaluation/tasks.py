@@ -28,10 +28,10 @@ from neox_lite.errors import ArgumentError
 from neox_lite.folder_writer import disk_errors
 from neox_lite.formats import label
 
+from ..conversations.prompt_forms import form_of
+from ..running import format_name, load
+from ..terminal import bar, note, print_json
 from .kept_answers import KeptAnswers, stamps
-from .prompt_forms import form_of
-from .running import format_name, load
-from .terminal import bar, note, print_json
 
 SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}  # the harness's own
 DRAWS = 1000  # of a bootstrap

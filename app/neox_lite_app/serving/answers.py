@@ -16,8 +16,8 @@ from neox_lite import GPTNeoXTokenizerFast
 from neox_lite.sampling import Score
 from neox_lite.tokenizer import StreamDecoder, token_bytes
 
+from ..conversations.prompt_forms import Reader
 from .engine import Step, Ticket
-from .prompt_forms import Reader
 
 KNOWN_TOKENS = 1 << 16
 LEAST = -9999.0  # JSON has no -Infinity; OpenAI writes this

@@ -28,8 +28,8 @@ from neox_lite.loading import cache_root
 from neox_lite.model import GPTNeoXForCausalLM
 from neox_lite.tokenizer import GPTNeoXTokenizerFast
 
-from .prompt_forms import Form, TurnForm, form_of
-from .terminal import note
+from ..conversations.prompt_forms import Form, TurnForm, form_of
+from ..terminal import note
 
 KEY_VARIABLE = "VLLM_API_KEY"  # read by vLLM; an argument would stand in the process list
 # Flags of ours that vLLM has nothing for: attribute -> (values that ask for nothing, what is so there).

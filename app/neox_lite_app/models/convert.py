@@ -12,8 +12,8 @@ from neox_lite.formats import label, make_format
 from neox_lite.saving import parse_bytes
 from neox_lite_quant import Report, convert, export_gguf, import_gguf
 
-from .running import default_threads
-from .terminal import amount, bar, note, print_json
+from ..running import default_threads
+from ..terminal import amount, bar, note, print_json
 
 
 def quantize(args: argparse.Namespace) -> None:

@@ -22,12 +22,12 @@ from starlette.types import Receive, Scope, Send
 from neox_lite.errors import ContextLengthError, NeoxLiteError
 from neox_lite.version import __version__
 
+from ..conversations.prompt_forms import Reader, form_of
 from . import fields
 from .answers import Chats, Choice, Completions, Envelope, Scored, Tokens, event, usage
 from .engine import Busy, Engine, Job, NotLoaded, Step, Ticket
 from .fields import RequestError, Wanted
 from .grammar import Grammar, Vocabulary
-from .prompt_forms import Reader, form_of
 
 if TYPE_CHECKING:
     from .metrics import Metrics

@@ -31,10 +31,10 @@ from neox_lite.options import Options, as_dict
 from neox_lite.row import Row, StopText
 from neox_lite.scheduler import Scheduler
 
+from ..conversations.prompt_forms import Form
+from ..terminal import bar, note
 from .kept_answers import KeptAnswers, digest
-from .prompt_forms import Form
 from .scoring import Text, blocks, score
-from .terminal import bar, note
 
 NEW_TOKENS = 256  # where a task does not say; the harness's own default
 ROWS = 64  # generated together

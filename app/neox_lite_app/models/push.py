@@ -15,9 +15,9 @@ from neox_lite.errors import ArgumentError, CheckpointError, HubError
 from neox_lite.folder_writer import ANY_WEIGHTS, INDEX
 from neox_lite.hub import HEAD, SMALL_FILES, asked, check_id, fetch_files
 
+from ..terminal import amount, note, print_json
 from .inspect_model import problems_of
 from .model_card import Origin, card, license_in, origin_of, read_rows
-from .terminal import amount, note, print_json
 
 CARD, RESULTS = "README.md", "neox_lite_compare.json"
 T = TypeVar("T")
