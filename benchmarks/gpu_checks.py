@@ -23,7 +23,7 @@ from neox_lite.cache import Batch, PagePool, quantize
 from neox_lite.formats import DENSE, Weight, make_format
 from neox_lite.kernels import dispatch, reference
 from neox_lite.layers import Rotary
-from neox_lite_app import demo
+from neox_lite_app.places import DEMO
 from neox_lite_quant.convert import convert
 
 # Largest |error| / rms of the float64 result that sums of products and three roundings on the way explain.
@@ -264,9 +264,8 @@ class Checks:
 
     def greedy(self, count: int, format: str) -> dict[str, Any]:
         """Greedy text of the demo model: equal to the reference's, token for token."""
-        folder = Path(demo.__file__).parent / "demo_model"
         with tempfile.TemporaryDirectory() as scratch:
-            convert(folder, Path(scratch) / "quantized", format)
+            convert(DEMO, Path(scratch) / "quantized", format)
             model = GPTNeoXForCausalLM.from_pretrained(Path(scratch) / "quantized", torch_dtype=torch.float32)
             prompts = torch.tensor([[0, 40, 60], [0, 100, 7], [0, 300, 12]] if count > 1 else [[40]])
             model.ops = reference
