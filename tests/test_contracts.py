@@ -7,7 +7,7 @@ from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
 from neox_lite.formats import FORMATS
 from neox_lite.kernels import dispatch
 from neox_lite.kernels.dispatch import BACKENDS
-from neox_lite_app.cli import QUANTIZED
+from neox_lite_app.commands import QUANTIZED
 
 # Sums of float32 in another order, through a layer, relative to the logits' root mean square.
 EQUAL = 2e-5
