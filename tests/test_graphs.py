@@ -62,9 +62,9 @@ GREEDY = {"max_new_tokens": 4}
 SAMPLED = [
     GREEDY,
     {"max_new_tokens": 3, "do_sample": True, "seed": 1, "temperature": 0.7},
-    {"max_new_tokens": 6, "do_sample": True, "seed": 2**64 - 1, "top_k": 0, "top_p": 0.8},
-    {"max_new_tokens": 5, "do_sample": True, "seed": 3, "top_k": 0, "min_p": 0.1, "temperature": 1.5},
-    {"max_new_tokens": 7, "do_sample": True, "seed": 4, "top_k": 20, "top_p": 0.9},
+    {"max_new_tokens": 4, "do_sample": True, "seed": 2**64 - 1, "top_k": 0, "top_p": 0.8},
+    {"max_new_tokens": 3, "do_sample": True, "seed": 3, "top_k": 0, "min_p": 0.1, "temperature": 1.5},
+    {"max_new_tokens": 5, "do_sample": True, "seed": 4, "top_k": 20, "top_p": 0.9},
 ]
 GENERATIONS = {
     "one after the other, across a page": (INT4, AMPERE, [[127], [3], [1], [7]], GREEDY),
