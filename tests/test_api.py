@@ -19,9 +19,9 @@ openai = pytest.importorskip("openai", reason="needs pip install '.[test]'")
 httpx = pytest.importorskip("httpx", reason="needs pip install '.[test]'")
 
 from neox_lite import GPTNeoXForCausalLM  # noqa: E402
-from neox_lite_app import api, fields  # noqa: E402
 from neox_lite_app.conversations.prompt_forms import form_of  # noqa: E402
 from neox_lite_app.places import DEMO  # noqa: E402
+from neox_lite_app.serving import api, fields  # noqa: E402
 from neox_lite_app.serving.answers import Tokens, event  # noqa: E402
 from neox_lite_app.serving.engine import Engine  # noqa: E402
 

@@ -19,6 +19,7 @@ from neox_lite.folder_writer import JOURNAL
 from neox_lite_app import running
 from neox_lite_app.cli import build_parser, main
 from neox_lite_app.places import DEMO
+from neox_lite_app.terminal import bar
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / room) for room in (".", "quant", "app"))}
@@ -96,7 +97,7 @@ def test_the_next_command_can_be_pasted_whatever_the_folder_is_called(run, tmp_p
 
 
 def test_bars_that_follow_each_other_do_not_move_the_cursor(capsys):
-    with running.bar("one") as one, running.bar("two") as two:
+    with bar("one") as one, bar("two") as two:
         one(5, 5)
         two(5, 5)
     err = capsys.readouterr().err
