@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import statistics
 import subprocess
@@ -338,6 +339,8 @@ def test_mistakes_are_one_line(run, folder, monkeypatch, tmp_path):
     assert "no such folder" in error(
         "--tasks", "ends", "--include-path", folder, "--output", tmp_path / "nowhere" / "x.json"
     )
+    many = error("--tasks", "ends", "--include-path", folder, "--num-fewshot", 999)
+    assert re.search(r"task ends: has (\d+) examples beside each document, not 999: --num-fewshot \1$", many)
     (tmp_path / "hub.yaml").write_text('{"task": "hub_task", "dataset_path": "nobody/nothing", "test_split": "test"}')
     import datasets
     import huggingface_hub.constants

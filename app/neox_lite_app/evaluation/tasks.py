@@ -165,6 +165,10 @@ class Suite:
                 note(f"{name}: is asked without examples, as its file says; --num-fewshot does not change that")
             elif args.num_fewshot is not None or own is None:
                 task.set_config(key="num_fewshot", value=args.num_fewshot or 0)
+            if (wanted := task.get_config("num_fewshot") or 0) > (held := _examples(task) if wanted else 0):
+                raise ArgumentError(
+                    f"task {name}: has {held} examples beside each document, not {wanted}: --num-fewshot {held}"
+                )
         settings = {
             "num_fewshot": args.num_fewshot,
             "limit": args.limit,
@@ -316,6 +320,13 @@ def equal_answers(task: Any, before: list[dict[str, Any]], after: list[dict[str,
         return [greedy for _, greedy in answers] if kind == "loglikelihood" else answers
 
     return sum(answer(a) == answer(b) for a, b in zip(before, after, strict=True)) / len(before)
+
+
+def _examples(task: Any) -> int:
+    """How many solved examples a document can be given: it is none for itself."""
+    with _silence():
+        examples = list(task.fewshot_docs())
+    return len(examples) - (next(iter(task.eval_docs)) in examples)
 
 
 def _names(manager: Any, wanted: list[str]) -> list[str]:
