@@ -342,5 +342,10 @@ def _head_size(head: str | None, config: GPTNeoXConfig) -> int:
 
 
 def _own(checkpoint: Checkpoint, name: str) -> Tensor:
-    """A copy: what is small need not depend on its file."""
-    return checkpoint.tensor(name).clone()
+    """A copy: what is small need not depend on its file. Raises CheckpointError for values that are not finite."""
+    found = checkpoint.tensor(name).clone()
+    if not bool(found.isfinite().all()):
+        raise CheckpointError(
+            f"{checkpoint.files[0]}: {name} holds values that are not finite; train or fetch it again"
+        )
+    return found

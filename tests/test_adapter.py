@@ -481,8 +481,9 @@ FIRST = "base_model.model.gpt_neox.layers.0.attention.dense.lora_A.weight"
             lambda t: t.update({"base_model.model.embed_out.lora_A.weight": t[FIRST]}),
             "LoRA on embed_out is not supported, only that of linear layers in the blocks; merge it",
         ),
+        (lambda t: t[FIRST].fill_(float("nan")), "dense.lora_A.weight holds values that are not finite; train or fetch"),
     ],
-    ids=["missing", "shape", "dtype", "layer", "module", "kind", "head"],
+    ids=["missing", "shape", "dtype", "layer", "module", "kind", "head", "nan"],
 )  # fmt: skip
 def test_tensors_that_do_not_fit_are_named(every, changed, change, message):
     set_tensors(changed, change)
