@@ -687,7 +687,7 @@ README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     ("card", "gigabytes"), [("RTX 3060", 12), ("RTX 4060 Ti", 16), ("RTX 3090", 24), ("RTX 4090", 24)]
 )
 def test_the_readme_s_table_of_cards_says_what_the_plan_does(run, card, gigabytes):
-    (line,) = re.findall(rf"^\| {gigabytes} GB \|.*", README, re.MULTILINE)
+    (line,) = re.findall(rf"^\| {gigabytes}&nbsp;GB \|.*", README, re.MULTILINE)
     rows = json.loads(run("--card", card, "--context", 2048, "--json")[1])["rows"]
     found = {(row["model"], row["format"]): row for row in rows}
     whole = found["EleutherAI/gpt-neox-20b", "int4 g128"]
