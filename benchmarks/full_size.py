@@ -35,22 +35,17 @@ sys.path.insert(0, str(Path(__file__).parent))
 from peers_cpu import machine  # noqa: E402
 
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM  # noqa: E402
-from neox_lite.folder_writer import FolderWriter  # noqa: E402
-from neox_lite.safetensors_file import (  # noqa: E402
-    SafetensorsFile,
-    Spec,
-    encode_header,
-    layout,
-)
+from neox_lite.checkpoint.folder_writer import FolderWriter  # noqa: E402
+from neox_lite.checkpoint.safetensors_file import SafetensorsFile, Spec, encode_header, layout
 
 REPO, COMMIT = "made-up/neox-20b", "0" * 40
 NOISE_BYTES = 64 << 20
 # The result is emptied as it comes, so the disk need not hold what `quantize` wants to find free before it starts.
 RUN = """
 import sys
-import neox_lite.folder_writer
+import neox_lite.checkpoint.folder_writer
 from neox_lite_app.cli import main
-neox_lite.folder_writer.free_bytes = lambda path: 1 << 50
+neox_lite.checkpoint.folder_writer.free_bytes = lambda path: 1 << 50
 sys.exit(main(sys.argv[1:]))
 """
 LLAMA = """

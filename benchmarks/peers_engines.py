@@ -304,7 +304,7 @@ class TorchInt4(Engine):
     def __init__(self, folder: Path, threads: int) -> None:
         import torch
 
-        from neox_lite.checkpoint import Checkpoint
+        from neox_lite.checkpoint.reader import Checkpoint
         from neox_lite.formats import unpack
 
         torch.set_num_threads(threads)

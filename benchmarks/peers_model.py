@@ -23,8 +23,8 @@ from peers_engines import GROUP, settings  # first: it makes the checkout import
 from torch import Tensor, nn
 
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
+from neox_lite.checkpoint.safetensors_file import Spec
 from neox_lite.formats import DENSE, GroupInt, pack, quantization_config, unpack
-from neox_lite.safetensors_file import Spec
 from neox_lite.saving import Part, write_model
 from neox_lite_quant import export_gguf
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .adapter import Adapter
-from .checkpoint import Checkpoint
+from .checkpoint.adapter import Adapter
+from .checkpoint.reader import Checkpoint
 from .config import GPTNeoXConfig
 from .encoding import quantize_module
 from .errors import CheckpointError, FormatError

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .checkpoint import Checkpoint
+from .checkpoint.reader import Checkpoint
 from .errors import FormatError
 from .formats import Format, GroupInt
 from .kernels import cpu

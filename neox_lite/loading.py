@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .adapter import Adapter, Settings
 from .blueprint import Blueprint, Source, _converted
-from .checkpoint import Checkpoint
+from .checkpoint.adapter import Adapter, Settings
+from .checkpoint.folder_writer import CONFIG
+from .checkpoint.reader import Checkpoint
 from .config import GPTNeoXConfig
 from .encoding import read_ahead
 from .errors import ArgumentError, CheckpointError, FormatError, NeoxLiteError
-from .folder_writer import CONFIG
 from .formats import DENSE, Format, GroupInt, formats_of, make_format
 from .hub import ADAPTER_CONFIG, HEAD, WEIGHTS, holds_adapter, resolve
 from .layers import Linear, LowRank

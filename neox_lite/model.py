@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from . import loading, saving
-from .adapter import Adapter
 from .blueprint import Source, identity_of
 from .cache import Batch, KVCache, PagePool
 from .cache import Sequence as CachedSequence
+from .checkpoint.adapter import Adapter
 from .config import GPTNeoXConfig
 from .errors import ArgumentError, ContextLengthError, GraphError, UnsupportedError
 from .formats import DENSE, Format, formats_of

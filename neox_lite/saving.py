@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .checkpoint.folder_writer import FolderWriter, ShardWriter, split_into_shards
+from .checkpoint.safetensors_file import Spec
 from .config import GPTNeoXConfig
 from .errors import ArgumentError, UnsupportedError
-from .folder_writer import FolderWriter, ShardWriter, split_into_shards
 from .formats import DENSE, Format
 from .hub import COMPANIONS, HEAD, MERGE
 from .layers import Linear
-from .safetensors_file import Spec
 
 if TYPE_CHECKING:
     from .model import GPTNeoXPreTrainedModel

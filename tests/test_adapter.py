@@ -18,7 +18,7 @@ from simulated import Simulated
 
 import neox_lite
 from neox_lite import GPTNeoXForCausalLM
-from neox_lite.adapter import Settings
+from neox_lite.checkpoint.adapter import Settings
 from neox_lite.errors import ArgumentError, CheckpointError, ConfigError, HubError, UnsupportedError
 from neox_lite.kernels import dispatch, reference
 from neox_lite.layers import Linear, LowRank

@@ -10,7 +10,7 @@ from peers import opened_by_transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXForSequenceClassification
-from neox_lite.checkpoint import Checkpoint, verify_folder
+from neox_lite.checkpoint.reader import Checkpoint, verify_folder
 from neox_lite.errors import ArgumentError, FormatError
 from neox_lite.formats import GroupInt
 from neox_lite_quant import calibrate, convert, gptq

@@ -23,10 +23,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from neox_lite.checkpoint import Checkpoint, verify_folder
+from neox_lite.checkpoint.folder_writer import FolderWriter, split_into_shards
+from neox_lite.checkpoint.reader import Checkpoint, verify_folder
+from neox_lite.checkpoint.safetensors_file import DTYPES, MAX_HEADER_BYTES, Spec, TensorInfo
 from neox_lite.errors import CheckpointError
-from neox_lite.folder_writer import FolderWriter, split_into_shards
-from neox_lite.safetensors_file import DTYPES, MAX_HEADER_BYTES, Spec, TensorInfo
 
 MUTATIONS = int(os.environ.get("NEOX_LITE_MUTATIONS", "2000"))  # of headers; 10000 for the long form
 ROOT = Path(__file__).resolve().parents[1]
@@ -307,7 +307,7 @@ def test_the_worst_headers_take_little_time_and_memory(tmp_path: Path) -> None:
         items = (body % i if "%" in body else body for i in range(count))
         raw_file(tmp_path / body.strip('"%:') / "model.safetensors", opening + ",".join(items) + closing)
     code = (
-        "import re, sys, time; from pathlib import Path; from neox_lite.checkpoint import Checkpoint\n"
+        "import re, sys, time; from pathlib import Path; from neox_lite.checkpoint.reader import Checkpoint\n"
         "def peak(): return int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])\n"
         "before = peak()\n"
         "for folder in Path(sys.argv[1]).iterdir():\n"

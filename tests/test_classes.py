@@ -13,7 +13,7 @@ from torch.nn import functional
 
 import neox_lite
 from neox_lite import GPTNeoXConfig, GPTNeoXTokenizerFast
-from neox_lite.checkpoint import verify_folder
+from neox_lite.checkpoint.reader import verify_folder
 from neox_lite.hub import HEAD
 from neox_lite_app.places import DEMO
 from neox_lite_quant import convert

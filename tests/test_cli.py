@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from neox_lite import GPTNeoXForCausalLM
-from neox_lite.folder_writer import JOURNAL
+from neox_lite.checkpoint.folder_writer import JOURNAL
 from neox_lite_app import running
 from neox_lite_app.cli import build_parser, main
 from neox_lite_app.places import DEMO

@@ -118,7 +118,7 @@ def test_a_fetched_folder_opens_as_a_checkpoint(hub: FakeHub, client: Client) ->
     import torch
     from safetensors.torch import save
 
-    from neox_lite.checkpoint import Checkpoint
+    from neox_lite.checkpoint.reader import Checkpoint
 
     shards = {name: save({str(i): torch.full((5,), float(i))}) for i, name in enumerate(SHARDS)}
     index = {"weight_map": {str(i): name for i, name in enumerate(SHARDS)}}

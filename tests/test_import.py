@@ -16,7 +16,7 @@ from test_gguf import IDS, Reader, expected, give_tokenizer, llama_cpp, write_so
 from tokenizers import processors
 
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXTokenizerFast
-from neox_lite.checkpoint import Checkpoint, verify_folder
+from neox_lite.checkpoint.reader import Checkpoint, verify_folder
 from neox_lite.errors import ArgumentError, CheckpointError, ConfigError, FormatError, TokenizerError
 from neox_lite_app.cli import main
 from neox_lite_quant import convert, export_gguf, gguf_import, import_gguf

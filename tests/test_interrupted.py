@@ -20,9 +20,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
-from neox_lite.checkpoint import verify_folder
+from neox_lite.checkpoint.folder_writer import ShardWriter
+from neox_lite.checkpoint.reader import verify_folder
 from neox_lite.errors import CheckpointError, ConfigError, NeoxLiteError
-from neox_lite.folder_writer import ShardWriter
 from neox_lite_quant import convert
 
 KILLS = int(os.environ.get("NEOX_LITE_KILLS", "10"))

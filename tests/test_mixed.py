@@ -10,7 +10,7 @@ from test_quantize import IDS, digests, write_source
 
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXModel
 from neox_lite.blueprint import Blueprint
-from neox_lite.checkpoint import Checkpoint, verify_folder
+from neox_lite.checkpoint.reader import Checkpoint, verify_folder
 from neox_lite.errors import ArgumentError, FormatError
 from neox_lite.formats import GroupInt, formats_of, quantization_config
 from neox_lite.layers import Linear

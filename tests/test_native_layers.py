@@ -7,7 +7,7 @@ import torch
 from peers import difference, peer, random_ids
 
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
-from neox_lite.checkpoint import Checkpoint
+from neox_lite.checkpoint.reader import Checkpoint
 from neox_lite.errors import CheckpointError, ConfigError
 from neox_lite_app.cli import main
 from neox_lite_quant import convert

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import neox_lite
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
-from neox_lite.checkpoint import verify_folder
+from neox_lite.checkpoint.reader import verify_folder
 from neox_lite.errors import CheckpointError, FormatError
 from neox_lite.formats import DENSE, NF4, Weight, formats_of, make_format, quantization_config
 from neox_lite.formats.nf4 import ABSMAX, LEVELS, NESTED_ABSMAX, NESTED_MAP, STATE, dynamic_map

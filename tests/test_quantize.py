@@ -12,9 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
-from neox_lite.checkpoint import verify_folder
+from neox_lite.checkpoint.folder_writer import ShardWriter
+from neox_lite.checkpoint.reader import verify_folder
 from neox_lite.errors import ArgumentError, CheckpointError, FormatError
-from neox_lite.folder_writer import ShardWriter
 from neox_lite.formats import FORMATS, GROUPED
 from neox_lite_quant import convert
 
@@ -107,7 +107,7 @@ def test_a_folder_saved_in_another_dtype_keeps_to_one_dtype(source, tmp_path):
 
 def test_the_free_space_is_checked_for_all_files_before_anything_is_written(source, tmp_path, monkeypatch):
     needed = convert(source, tmp_path / "int4", dry_run=True).bytes_out  # the small head too
-    monkeypatch.setattr("neox_lite.folder_writer.free_bytes", lambda path: needed - 1)
+    monkeypatch.setattr("neox_lite.checkpoint.folder_writer.free_bytes", lambda path: needed - 1)
     with pytest.raises(CheckpointError, match=f"{needed - 1} are free; choose another folder"):
         convert(source, tmp_path / "int4")
     assert not (tmp_path / "int4").exists()

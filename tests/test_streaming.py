@@ -14,7 +14,7 @@ import torch
 from fakehub import FakeHub
 
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
-from neox_lite.checkpoint import Checkpoint, verify_folder
+from neox_lite.checkpoint.reader import Checkpoint, verify_folder
 from neox_lite_quant import convert
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -207,7 +207,8 @@ def test_a_disk_that_is_too_full_for_result_and_source_is_said_before_anything_i
         convert(source, tmp_path / "x", dry_run=True).bytes_out + 100_000
     )  # room for all but two files of the source
     code = CHILD.replace(
-        "held, fetch", f"import neox_lite.folder_writer as f; f.free_bytes = lambda path: {needed}\nheld, fetch"
+        "held, fetch",
+        f"import neox_lite.checkpoint.folder_writer as f; f.free_bytes = lambda path: {needed}\nheld, fetch",
     )
     command = [sys.executable, "-c", code, "o/m", str(tmp_path / "out"), "{}"]
     env = Client(hub.url, tmp_path / "home").env

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..checkpoint.safetensors_file import strict_json
 from ..errors import CheckpointError, FormatError
-from ..safetensors_file import strict_json
 from .weight import ByRows, Specs
 
 BLOCK = 64  # weights that share a scale: what transformers writes, as bitsandbytes does unless told otherwise

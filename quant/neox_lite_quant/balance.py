@@ -15,7 +15,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from neox_lite.checkpoint import Checkpoint
+from neox_lite.checkpoint.reader import Checkpoint
 from neox_lite.config import GPTNeoXConfig
 from neox_lite.encoding import SLICE_ELEMENTS
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from neox_lite.blueprint import Blueprint
-from neox_lite.checkpoint import Checkpoint
+from neox_lite.checkpoint.reader import Checkpoint
 from neox_lite.config import GPTNeoXConfig
 from neox_lite.encoding import SLICE_ELEMENTS
 from neox_lite.errors import ArgumentError, CheckpointError, FormatError

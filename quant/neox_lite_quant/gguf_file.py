@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neox_lite.checkpoint.folder_writer import PARTIAL, disk_errors, free_bytes, sync_folder
+from neox_lite.checkpoint.safetensors_file import first_few, open_regular, private_map, shown
 from neox_lite.errors import CheckpointError, FormatError, ShapeError
-from neox_lite.folder_writer import PARTIAL, disk_errors, free_bytes, sync_folder
-from neox_lite.safetensors_file import first_few, open_regular, private_map, shown
 
 VERSION, ALIGNMENT, BLOCK = 3, 32, 32
 F32, F16, Q4_0, Q8_0, BF16 = 0, 1, 2, 8, 30  # ggml's numbers

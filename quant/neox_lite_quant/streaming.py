@@ -16,10 +16,16 @@ from pathlib import Path
 
 from torch import Tensor
 
-from neox_lite.checkpoint import Checkpoint
+from neox_lite.checkpoint.reader import Checkpoint
+from neox_lite.checkpoint.safetensors_file import (
+    MAX_HEADER_BYTES,
+    SafetensorsFile,
+    TensorInfo,
+    parse_header,
+    read_header,
+)
 from neox_lite.errors import CheckpointError, HubError
 from neox_lite.hub import Remote
-from neox_lite.safetensors_file import MAX_HEADER_BYTES, SafetensorsFile, TensorInfo, parse_header, read_header
 
 FIRST_BYTES = 64 << 10  # of a weight file: most headers are shorter
 HELD = 2  # files on the disk at a time

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
 from neox_lite.blueprint import Blueprint
-from neox_lite.checkpoint import Checkpoint
+from neox_lite.checkpoint.folder_writer import disk_errors, free_bytes
+from neox_lite.checkpoint.reader import Checkpoint
 from neox_lite.encoding import SLICE_ELEMENTS
 from neox_lite.errors import ArgumentError
-from neox_lite.folder_writer import disk_errors, free_bytes
 from neox_lite.formats import Weight, label
 from neox_lite.hub import resolve
 from neox_lite.layers import Linear

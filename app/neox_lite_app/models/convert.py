@@ -6,8 +6,8 @@ import argparse
 import shlex
 from pathlib import Path
 
+from neox_lite.checkpoint.folder_writer import JOURNAL
 from neox_lite.errors import ArgumentError
-from neox_lite.folder_writer import JOURNAL
 from neox_lite.formats import label, make_format
 from neox_lite.saving import parse_bytes
 from neox_lite_quant import Report, convert, export_gguf, import_gguf

@@ -7,9 +7,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from neox_lite.adapter import Settings, open_weights
 from neox_lite.blueprint import Blueprint
-from neox_lite.checkpoint import Checkpoint, verify_folder
+from neox_lite.checkpoint.adapter import Settings, open_weights
+from neox_lite.checkpoint.reader import Checkpoint, verify_folder
 from neox_lite.config import GPTNeoXConfig
 from neox_lite.errors import ArgumentError, FormatError, NeoxLiteError
 from neox_lite.formats import FORMATS

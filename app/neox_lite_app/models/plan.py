@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from neox_lite.checkpoint import Checkpoint
+from neox_lite.checkpoint.folder_writer import read_manifest
+from neox_lite.checkpoint.reader import Checkpoint
 from neox_lite.config import GPTNeoXConfig
 from neox_lite.errors import ArgumentError, FormatError
-from neox_lite.folder_writer import read_manifest
 from neox_lite.formats import GROUPED, formats_of, label, make_format
 from neox_lite.hub import HEAD, MANIFEST, fetch_files, local_folder
 from neox_lite.load_options import DTYPES

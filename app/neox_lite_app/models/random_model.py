@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
+from neox_lite.checkpoint.safetensors_file import Spec
 from neox_lite.errors import ArgumentError, FormatError
 from neox_lite.formats import DENSE, GROUP_SIZES, NF4, Dense, Format, GroupInt, formats_of, quantization_config
 from neox_lite.formats.nf4 import LEVELS
@@ -19,7 +20,6 @@ from neox_lite.formats.weight import Specs
 from neox_lite.layers import Linear
 from neox_lite.offload.place import sizes_in
 from neox_lite.offload.plan import Sizes
-from neox_lite.safetensors_file import Spec
 from neox_lite.saving import Part, write_model
 
 from .family import FAMILY

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from neox_lite import GPTNeoXConfig
-from neox_lite.checkpoint import Checkpoint
+from neox_lite.checkpoint.folder_writer import disk_errors
+from neox_lite.checkpoint.reader import Checkpoint
 from neox_lite.config import DTYPES
 from neox_lite.errors import ArgumentError, FormatError, UnsupportedError
-from neox_lite.folder_writer import disk_errors
 from neox_lite.formats import DENSE, Format, GroupInt, formats_of
 from neox_lite.heads import class_of
 from neox_lite.hub import resolve

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import Checkpoint
-from .config import GPTNeoXConfig
-from .errors import CheckpointError, ConfigError, UnsupportedError
+from ..config import GPTNeoXConfig
+from ..errors import CheckpointError, ConfigError, UnsupportedError
+from ..hub import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MERGE
+from ..offload.plan import linears_of
 from .folder_writer import read_json
-from .hub import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MERGE
-from .offload.plan import linears_of
+from .reader import Checkpoint
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PREFIX, BASE = "base_model.model.", "gpt_neox."  # of every tensor's name, and of blocks that stand under a head

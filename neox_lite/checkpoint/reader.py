@@ -12,7 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .errors import CheckpointError
+from ..errors import CheckpointError
+from ..hub import MANIFEST, UNFINISHED, holds_adapter, no_model
 from .folder_writer import (
     ANY_WEIGHTS,
     CHUNK_BYTES,
@@ -24,17 +25,8 @@ from .folder_writer import (
     read_json,
     read_manifest,
 )
-from .hub import MANIFEST, UNFINISHED, holds_adapter, no_model
-from .native_layers import layer_files, open_layers
-from .safetensors_file import (
-    DTYPE_NAMES,
-    SafetensorsFile,
-    TensorInfo,
-    dtype_name,
-    first_few,
-    open_regular,
-    shown,
-)
+from .megatron import layer_files, open_layers
+from .safetensors_file import DTYPE_NAMES, SafetensorsFile, TensorInfo, dtype_name, first_few, open_regular, shown
 
 # Buffers that old transformers versions saved; recomputed, never read. Not to be confused with query_key_value.bias.
 OLD_BUFFER = re.compile(r"(gpt_neox\.)?layers\.[0-9]+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import CheckpointError
+from ..errors import CheckpointError
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,

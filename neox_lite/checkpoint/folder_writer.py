@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import CheckpointError
-from .hub import MANIFEST, UNFINISHED
+from ..errors import CheckpointError
+from ..hub import MANIFEST, UNFINISHED
+from ..version import __version__
 from .safetensors_file import (
     DTYPE_NAMES,
     MAX_HEADER_BYTES,
@@ -37,7 +38,6 @@ from .safetensors_file import (
     shown,
     strict_json,
 )
-from .version import __version__
 
 try:
     import fcntl

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .errors import CheckpointError
+from ..errors import CheckpointError
 from .safetensors_file import TensorInfo, shown
 
 FILE_NAME = re.compile(r"layer_([0-9]{2,4})-model_([0-9]{2,4})-model_states\.pt")

@@ -1,0 +1,1 @@
+"""Weight files: strict reading, memory mapping, atomic writing; EleutherAI's layer files and LoRA adapters."""
