@@ -32,10 +32,10 @@ import torch  # noqa: E402
 from neox_lite import GPTNeoXForCausalLM, Speculation  # noqa: E402
 from neox_lite.cache import PAGE, PrefixCache  # noqa: E402
 from neox_lite.formats import DENSE, GroupInt  # noqa: E402
-from neox_lite.generation import decode  # noqa: E402
-from neox_lite.options import Options  # noqa: E402
-from neox_lite.row import Row  # noqa: E402
-from neox_lite.speculative import LONGEST, Drafter, Drafting, DraftModel, PassTimes, PromptLookup, estimate  # noqa: E402
+from neox_lite.generation.mixin import decode  # noqa: E402
+from neox_lite.generation.options import Options  # noqa: E402
+from neox_lite.generation.request import Row  # noqa: E402
+from neox_lite.generation.speculative import LONGEST, Drafter, Drafting, DraftModel, PassTimes, PromptLookup, estimate  # noqa: E402
 from neox_lite_app.models.random_model import RandomModel, config_of  # noqa: E402
 from neox_lite_app.running import default_threads  # noqa: E402
 from neox_lite_app.terminal import note  # noqa: E402

@@ -15,11 +15,11 @@ from .auto import (
 )
 from .config import GPTNeoXConfig
 from .errors import NeoxLiteError
-from .generation import Event
+from .generation.mixin import Event
+from .generation.options import GenerationConfig
+from .generation.speculative import Speculation
 from .heads import GPTNeoXForQuestionAnswering, GPTNeoXForSequenceClassification, GPTNeoXForTokenClassification
 from .model import GPTNeoXForCausalLM, GPTNeoXModel, GPTNeoXPreTrainedModel
-from .options import GenerationConfig
-from .speculative import Speculation
 from .tokenizer import GPTNeoXTokenizerFast
 from .version import __version__
 

@@ -24,7 +24,7 @@ from .checkpoint.adapter import Adapter
 from .config import GPTNeoXConfig
 from .errors import ArgumentError, ContextLengthError, GraphError, UnsupportedError
 from .formats import DENSE, Format, formats_of
-from .generation import Event, GenerationMixin
+from .generation.mixin import Event, GenerationMixin
 from .kernels.backend import Backend, Choice, Decoder, Flight
 from .kernels.captured import MOST_TOKENS
 from .layers import GPTNeoXLayer, Linear, Rotary, norm_of

@@ -15,7 +15,7 @@ import pytest
 
 from neox_lite import GPTNeoXForCausalLM
 from neox_lite.errors import ArgumentError, ContextLengthError
-from neox_lite.sampling import BOUNDS
+from neox_lite.generation.sampling import BOUNDS
 from neox_lite_app.chat import COMMANDS, Terminal
 from neox_lite_app.cli import build_parser
 from neox_lite_app.conversations.conversation import Conversation, Store, read_file

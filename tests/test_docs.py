@@ -21,11 +21,11 @@ from huggingface_hub import constants
 
 import neox_lite
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
+from neox_lite.generation.options import Options
+from neox_lite.generation.sampling import Sampling
 from neox_lite.load_options import LoadOptions
 from neox_lite.offload import machine, place
 from neox_lite.offload.plan import Machine, Rates
-from neox_lite.options import Options
-from neox_lite.sampling import Sampling
 from neox_lite_app.cli import build_parser, main
 from neox_lite_app.conversations.conversation import Conversation, Store
 from neox_lite_app.models.family import FAMILY

@@ -19,8 +19,8 @@ import torch
 from neox_lite import GPTNeoXForCausalLM
 from neox_lite.cache import PagePool
 from neox_lite.errors import ArgumentError, CacheError, ContextLengthError, UnsupportedError
+from neox_lite.generation.request import Row
 from neox_lite.kernels import dispatch
-from neox_lite.row import Row
 from neox_lite_app.places import DEMO
 from neox_lite_app.serving.engine import Busy, Engine, Job, NotLoaded, Step, Ticket, sentence
 

@@ -35,9 +35,9 @@ from neox_lite.errors import (
     TokenizerError,
     UnsupportedError,
 )
-from neox_lite.generation import Clock, GenerationMixin
-from neox_lite.options import OFF_ONLY
-from neox_lite.stepper import PREFILL_TOKENS
+from neox_lite.generation.mixin import Clock, GenerationMixin
+from neox_lite.generation.options import OFF_ONLY
+from neox_lite.generation.protocols import PREFILL_TOKENS
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using the model-agnostic default:UserWarning")  # transformers' own
 CONTEXT, VOCABULARY = TINY["max_position_embeddings"], TINY["vocab_size"]
@@ -291,7 +291,7 @@ def test_a_long_prompt_in_pieces_is_the_same_prompt(model, monkeypatch):
     prompts = [random_ids(1, n, seed=n)[0] for n in (190, 3, 60)]
     ids, mask = padded(prompts, "left")
     expected = model.generate(ids, attention_mask=mask, **NO_EOS)
-    monkeypatch.setattr("neox_lite.scheduler.PREFILL_TOKENS", 50)
+    monkeypatch.setattr("neox_lite.generation.scheduler.PREFILL_TOKENS", 50)
     model.forget()
     assert torch.equal(model.generate(ids, attention_mask=mask, **NO_EOS), expected)
 
@@ -1215,7 +1215,7 @@ def test_sensible_calls_warn_of_nothing(model):
 
 def test_the_clock_counts_between_the_first_and_the_last_token(monkeypatch):
     times = iter([10.0, 10.5, 11.0])
-    monkeypatch.setattr("neox_lite.generation.time.perf_counter", lambda: next(times))
+    monkeypatch.setattr("neox_lite.generation.mixin.time.perf_counter", lambda: next(times))
     clock = Clock()
     clock.tick()
     assert clock.tokens_per_s is None

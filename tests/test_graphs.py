@@ -17,13 +17,13 @@ from test_triton_kernels import AMPERE, INT4, INT8, MODELS, TURING, backend, tin
 
 from neox_lite.cache import Batch
 from neox_lite.errors import NeoxLiteError
+from neox_lite.generation.options import Options
+from neox_lite.generation.request import Row
+from neox_lite.generation.sampling import Sampling, choose, exclude
 from neox_lite.kernels import reference
 from neox_lite.kernels.backend import Choice
 from neox_lite.kernels.triton import ends, operations, steps
 from neox_lite.kernels.triton.operations import Operations
-from neox_lite.options import Options
-from neox_lite.row import Row
-from neox_lite.sampling import Sampling, choose, exclude
 
 pytestmark = [pytest.mark.skipif(not backend.interpreted(), reason="a GPU is there: tests/test_gpu.py captures on it")]
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM, cache, stepper
+from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM, cache
 from neox_lite.errors import ArgumentError, FormatError
 from neox_lite.formats import GROUP_SIZES, GroupInt, formats_of, quantization_config
+from neox_lite.generation import protocols as stepper
 from neox_lite.offload import machine, plan
 from neox_lite.offload.plan import CARDS, Card, Machine, Plan, Rates, Request, sizes_of
 from neox_lite.saving import parse_bytes

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.generation import logits_process
 
 from neox_lite.errors import ArgumentError, NeoxLiteError
-from neox_lite.sampling import (
+from neox_lite.generation.sampling import (
     Sampling,
     add_bias,
     candidates,
@@ -264,7 +264,7 @@ def test_philox_gives_the_known_answers_of_random123(counter, key, words):
 def test_gumbel_numbers_continue_splitmix64_from_what_philox_gives():
     """SplitMix64's published first outputs from 1234567 are 6457827717110365317, 3203168211198807973, ..."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("neox_lite.sampling.philox4x32", lambda counter, key: (0, 1234567, 0, 0))
+        patch.setattr("neox_lite.generation.sampling.philox4x32", lambda counter, key: (0, 1234567, 0, 0))
         found = gumbel(0, 0, 0, np.array([1, 2]))
     uniform = [((x >> 12) + 0.5) / 2**52 for x in (6457827717110365317, 3203168211198807973)]
     assert found.tolist() == pytest.approx([-math.log(-math.log(u)) for u in uniform], rel=1e-15)
@@ -351,7 +351,9 @@ def test_excluded_ids_are_never_drawn():
 
 @pytest.mark.parametrize("number", [0, 2**64 - 1])
 def test_the_ends_of_the_random_range_are_finite_and_hit_ids_that_are_possible(number, monkeypatch):
-    monkeypatch.setattr("neox_lite.sampling.philox4x32", lambda counter, key: (number >> 32, number & 0xFFFFFFFF, 0, 0))
+    monkeypatch.setattr(
+        "neox_lite.generation.sampling.philox4x32", lambda counter, key: (number >> 32, number & 0xFFFFFFFF, 0, 0)
+    )
     assert np.isfinite(gumbel(0, 0, 0, np.arange(1000))).all()
     logits = torch.tensor([float("-inf"), 1.0, 1.3, 0.2, float("-inf")])
     assert choose(logits, HISTORY, 0, EVERYTHING, []) in (1, 2, 3)

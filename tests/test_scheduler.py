@@ -13,11 +13,11 @@ from torch import Tensor
 
 from neox_lite.cache import PAGE, Batch, PagePool, PrefixCache
 from neox_lite.errors import CacheError
-from neox_lite.options import Options
-from neox_lite.row import Row
-from neox_lite.sampling import Sampling, choose
-from neox_lite.scheduler import LEAST_TOKENS, SCORED_TOKENS, ReadingPace, Scheduler
-from neox_lite.stepper import PREFILL_TOKENS
+from neox_lite.generation.options import Options
+from neox_lite.generation.protocols import PREFILL_TOKENS
+from neox_lite.generation.request import Row
+from neox_lite.generation.sampling import Sampling, choose
+from neox_lite.generation.scheduler import LEAST_TOKENS, SCORED_TOKENS, ReadingPace, Scheduler
 
 VOCABULARY = 50
 

@@ -16,11 +16,11 @@ from graphs import Simulated
 
 from neox_lite.cache import PAGE, Batch, PagePool, PrefixCache
 from neox_lite.errors import NeoxLiteError
+from neox_lite.generation.options import Options
+from neox_lite.generation.request import Row
+from neox_lite.generation.sampling import Sampling, choose
+from neox_lite.generation.scheduler import Scheduler
 from neox_lite.kernels.triton import attention, ends, steps
-from neox_lite.options import Options
-from neox_lite.row import Row
-from neox_lite.sampling import Sampling, choose
-from neox_lite.scheduler import Scheduler
 
 VOCABULARY, POSITIONS = 67, 3 * PAGE
 MISSING = torch.tensor([3, 50])

@@ -16,12 +16,12 @@ from torch import Tensor
 from neox_lite import GPTNeoXForCausalLM, GPTNeoXTokenizerFast, Speculation
 from neox_lite.cache import Batch, PagePool, PrefixCache
 from neox_lite.errors import ArgumentError
-from neox_lite.generation import decode
+from neox_lite.generation.mixin import decode
+from neox_lite.generation.options import Options
+from neox_lite.generation.request import Row
+from neox_lite.generation.sampling import Sampling, choose
+from neox_lite.generation.speculative import LONGEST, Drafting, DraftModel, Pace, PassTimes, PromptLookup, estimate
 from neox_lite.kernels import dispatch
-from neox_lite.options import Options
-from neox_lite.row import Row
-from neox_lite.sampling import Sampling, choose
-from neox_lite.speculative import LONGEST, Drafting, DraftModel, Pace, PassTimes, PromptLookup, estimate
 from neox_lite_app.places import DEMO
 
 NO_EOS = {"eos_token_id": []}

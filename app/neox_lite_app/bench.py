@@ -24,13 +24,13 @@ from neox_lite.cache import PAGE, Batch, PagePool
 from neox_lite.cache import Sequence as CachedSequence
 from neox_lite.errors import ArgumentError
 from neox_lite.formats import DENSE, NF4, Dense, GroupInt, Weight, make_format
+from neox_lite.generation.protocols import PREFILL_TOKENS
 from neox_lite.hub import resolve
 from neox_lite.layers import Linear
 from neox_lite.load_options import LoadOptions
 from neox_lite.loading import put
 from neox_lite.offload.machine import context_bytes, free_gpu, free_memory
 from neox_lite.offload.place import Wish, check, decide
-from neox_lite.stepper import PREFILL_TOKENS
 
 from .models.random_model import RandomModel, config_of
 from .running import default_threads, describe, load, placing, warn_if_busy

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from neox_lite.errors import ArgumentError, NeoxLiteError
-from neox_lite.options import Options
-from neox_lite.sampling import BOUNDS
+from neox_lite.generation.options import Options
+from neox_lite.generation.sampling import BOUNDS
 
 from .conversations.conversation import Conversation, Fit, Store, read_file
 from .conversations.prompt_forms import check_name, form_named, form_of

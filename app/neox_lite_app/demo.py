@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from neox_lite import GPTNeoXForCausalLM
-from neox_lite.generation import Clock
+from neox_lite.generation.mixin import Clock
 from neox_lite_quant import convert
 
 from .evaluation.quality import cut, quality_of, table

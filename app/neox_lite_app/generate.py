@@ -8,9 +8,9 @@ from typing import Any
 
 from neox_lite import GPTNeoXForCausalLM, Speculation
 from neox_lite.errors import ArgumentError, ContextLengthError, NeoxLiteError
-from neox_lite.generation import Clock
-from neox_lite.options import Options
-from neox_lite.speculative import LONGEST
+from neox_lite.generation.mixin import Clock
+from neox_lite.generation.options import Options
+from neox_lite.generation.speculative import LONGEST
 from neox_lite.tokenizer import check_text
 
 from .running import DRAWS, load, sampling

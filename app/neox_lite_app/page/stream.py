@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from neox_lite import GPTNeoXTokenizerFast
-from neox_lite.sampling import Score
+from neox_lite.generation.sampling import Score
 from neox_lite.tokenizer import StreamDecoder
 
 from ..serving.engine import Step, Ticket

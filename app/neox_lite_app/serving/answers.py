@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from tokenizers import decoders
 
 from neox_lite import GPTNeoXTokenizerFast
-from neox_lite.sampling import Score
+from neox_lite.generation.sampling import Score
 from neox_lite.tokenizer import StreamDecoder, token_bytes
 
 from ..conversations.prompt_forms import Reader

@@ -24,12 +24,12 @@ from torch import Tensor
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXTokenizerFast
 from neox_lite.cache import PrefixCache
 from neox_lite.errors import ArgumentError, NeoxLiteError
+from neox_lite.generation.options import GenerationConfig, Options, as_dict
+from neox_lite.generation.request import Row, StopText, check_ids
+from neox_lite.generation.sampling import Score
+from neox_lite.generation.scheduler import ReadingPace, Scheduler
 from neox_lite.offload import machine
 from neox_lite.offload.run import Placement
-from neox_lite.options import GenerationConfig, Options, as_dict
-from neox_lite.row import Row, StopText, check_ids
-from neox_lite.sampling import Score
-from neox_lite.scheduler import ReadingPace, Scheduler
 
 KEPT_BYTES = 2 << 30  # of pages that stay for later prompts that begin alike; one context's where that is more
 RATE_SECONDS = 5.0  # over which tokens a second are counted

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import read_json
-from .errors import ArgumentError, ContextLengthError, UnsupportedError
-from .hub import Access, fetch_files, local_folder
+from ..config import read_json
+from ..errors import ArgumentError, ContextLengthError, UnsupportedError
+from ..hub import Access, fetch_files, local_folder
 from .sampling import Sampling
 from .speculative import Speculation
 

@@ -9,13 +9,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .cache import Sequence as CachedSequence
-from .cache import copied
-from .errors import ArgumentError
-from .kernels.backend import Choice
+from ..cache import Sequence as CachedSequence
+from ..cache import copied
+from ..errors import ArgumentError
+from ..kernels.backend import Choice
+from ..tokenizer import GPTNeoXTokenizerFast, StreamDecoder
 from .options import Options
 from .sampling import Processor, Score, choose, drawn_from, exclude, score
-from .tokenizer import GPTNeoXTokenizerFast, StreamDecoder
 
 
 class StopText:

@@ -19,14 +19,14 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .cache import PAGE, Kept, PrefixCache, common_length, copied
-from .cache import Sequence as CachedSequence
-from .errors import CacheError
-from .kernels.backend import Flight
-from .row import Row
+from ..cache import PAGE, Kept, PrefixCache, common_length, copied
+from ..cache import Sequence as CachedSequence
+from ..errors import CacheError
+from ..kernels.backend import Flight
+from .protocols import PREFILL_TOKENS, Ahead, Stepper
+from .request import Row
 from .sampling import nothing_to_choose
 from .speculative import Drafting
-from .stepper import PREFILL_TOKENS, Ahead, Stepper
 
 LEAST_TOKENS = 16  # of prompts that a pass reads, however long that takes
 SCORED_TOKENS = 128  # of prompts whose every token is scored: each brings logits of the whole vocabulary

@@ -20,11 +20,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .cache import PrefixCache
-from .cache import Sequence as CachedSequence
-from .errors import ArgumentError
-from .stepper import Stepper, advance
-from .tokenizer import GPTNeoXTokenizerFast
+from ..cache import PrefixCache
+from ..cache import Sequence as CachedSequence
+from ..errors import ArgumentError
+from ..tokenizer import GPTNeoXTokenizerFast
+from .protocols import Stepper, advance
 
 LONGEST = 15  # tokens of a draft, where nothing else is said: with the token before them, what a captured pass takes
 NGRAMS = (4, 3, 2)  # tokens that must have occurred before, the longest first

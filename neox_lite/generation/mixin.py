@@ -14,17 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cache import PAGE, PrefixCache
-from .config import GPTNeoXConfig
-from .errors import ArgumentError, UnsupportedError
+from ..cache import PAGE, PrefixCache
+from ..config import GPTNeoXConfig
+from ..errors import ArgumentError, UnsupportedError
+from ..outputs import ModelOutput
+from ..tokenizer import GPTNeoXTokenizerFast
 from .options import GenerationConfig, Options, as_dict
-from .outputs import ModelOutput
-from .row import Row, StopText, check_ids, hold_back_end, processors
+from .protocols import Stepper
+from .request import Row, StopText, check_ids, hold_back_end, processors
 from .sampling import choose
 from .scheduler import Scheduler
 from .speculative import LONGEST, Drafting, DraftModel, PassTimes, PromptLookup, check_vocabularies
-from .stepper import Stepper
-from .tokenizer import GPTNeoXTokenizerFast
 
 NEW_POOL_PAGES = 64  # that a pool without a limit starts with at most
 

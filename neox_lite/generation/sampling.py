@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .cache import copied
-from .errors import ArgumentError, NeoxLiteError
+from ..cache import copied
+from ..errors import ArgumentError, NeoxLiteError
 
 if TYPE_CHECKING:
     import numpy as np

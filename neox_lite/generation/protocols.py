@@ -7,8 +7,8 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from .cache import PagePool, Sequence
-from .kernels.backend import Choice, Flight
+from ..cache import PagePool, Sequence
+from ..kernels.backend import Choice, Flight
 
 PREFILL_TOKENS = 512  # tokens of a prompt that go through the model at a time
 
