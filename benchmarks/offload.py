@@ -155,7 +155,7 @@ class Counters:
         self._watcher.join()
         self._look()
         if torch.cuda.is_available():
-            from neox_lite.offload.machine import context_bytes
+            from neox_lite.offload.profile import context_bytes
 
             self.found["gpu"] = torch.cuda.max_memory_reserved() + context_bytes()
             free, total = torch.cuda.mem_get_info()
@@ -185,7 +185,7 @@ def line(row: dict[str, Any]) -> str:
 def machine() -> dict[str, Any]:
     from dataclasses import asdict
 
-    from neox_lite.offload.machine import identity, profile
+    from neox_lite.offload.profile import identity, profile
 
     return {**identity(), "rates": asdict(profile()), "load_average": os.getloadavg()[0]}
 

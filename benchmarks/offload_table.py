@@ -19,7 +19,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "app")]
 
 import torch  # noqa: E402
 
-from neox_lite.offload import machine  # noqa: E402
+from neox_lite.offload import profile as machine  # noqa: E402
 from neox_lite.offload.plan import CARDS, Machine, Plan, Request, plan, sizes_of  # noqa: E402
 from neox_lite_app.models.family import FAMILY  # noqa: E402
 from neox_lite_app.running import default_threads  # noqa: E402

@@ -23,7 +23,7 @@ from .formats import DENSE, Format, formats_of, quantization_config
 from .hub import Access, resolve_adapter
 from .layers import Linear
 from .load_options import DTYPES
-from .offload.ring import Origin, Origins
+from .offload.stream import Origin, Origins
 
 if TYPE_CHECKING:
     from .model import GPTNeoXPreTrainedModel

@@ -15,7 +15,7 @@ from .config import FIELDS, GPTNeoXConfig
 from .errors import ArgumentError, UnsupportedError
 from .formats import make_format
 from .hub import USUAL, Access
-from .offload.place import Wish
+from .offload.placement import Wish
 from .saving import parse_bytes
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ from .hub import ADAPTER_CONFIG, HEAD, WEIGHTS, holds_adapter, resolve
 from .layers import Linear, LowRank
 from .load_options import DTYPES, LoadOptions
 from .offload.accelerator import Accelerator
-from .offload.place import Decision, check, decide, let_go, remember, settle, sizes_in
+from .offload.placement import Decision, check, decide, let_go, remember, settle, sizes_in
 from .offload.plan import Sizes, linears_of
 from .offload.run import Placement
 

@@ -30,8 +30,8 @@ from .kernels.captured import MOST_TOKENS
 from .layers import GPTNeoXLayer, Linear, Rotary, norm_of
 from .load_options import LoadOptions
 from .offload.accelerator import Accelerator
-from .offload.machine import free_memory
 from .offload.plan import KINDS, Plan, parameters
+from .offload.profile import free_memory
 from .offload.run import Placement, Runner
 from .outputs import ModelOutput
 

@@ -23,8 +23,8 @@ from neox_lite.errors import ArgumentError, CheckpointError, ConfigError, HubErr
 from neox_lite.kernels import dispatch, reference
 from neox_lite.layers import Linear, LowRank
 from neox_lite.loading import cache_root, place
-from neox_lite.offload import machine
-from neox_lite.offload import place as decisions
+from neox_lite.offload import placement as decisions
+from neox_lite.offload import profile as machine
 from neox_lite.offload.plan import Machine, Rates
 from neox_lite.offload.run import Placement
 from neox_lite_app.cli import main

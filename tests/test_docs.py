@@ -24,7 +24,8 @@ from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
 from neox_lite.generation.options import Options
 from neox_lite.generation.sampling import Sampling
 from neox_lite.load_options import LoadOptions
-from neox_lite.offload import machine, place
+from neox_lite.offload import placement as place
+from neox_lite.offload import profile as machine
 from neox_lite.offload.plan import Machine, Rates
 from neox_lite_app.cli import build_parser, main
 from neox_lite_app.conversations.conversation import Conversation, Store

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from neox_lite.errors import ArgumentError
-from neox_lite.offload import machine
+from neox_lite.offload import profile as machine
 from neox_lite.offload.plan import Card, Machine, Rates
 from neox_lite_app import doctor
 from neox_lite_app.cli import main

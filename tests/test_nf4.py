@@ -18,7 +18,7 @@ from neox_lite.errors import CheckpointError, FormatError
 from neox_lite.formats import DENSE, NF4, Weight, formats_of, make_format, quantization_config
 from neox_lite.formats.nf4 import ABSMAX, LEVELS, NESTED_ABSMAX, NESTED_MAP, STATE, dynamic_map
 from neox_lite.kernels import nf4
-from neox_lite.offload.place import sizes_in
+from neox_lite.offload.placement import sizes_in
 from neox_lite_app.cli import main
 from neox_lite_quant import convert
 

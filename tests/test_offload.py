@@ -15,11 +15,12 @@ from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXForSequenceClass
 from neox_lite.errors import ArgumentError, CheckpointError, UnsupportedError
 from neox_lite.kernels import cpu, reference
 from neox_lite.loading import place
-from neox_lite.offload import machine, plan
-from neox_lite.offload import place as decisions
+from neox_lite.offload import placement as decisions
+from neox_lite.offload import plan
+from neox_lite.offload import profile as machine
 from neox_lite.offload.plan import Card, Machine, Rates
-from neox_lite.offload.ring import Image
 from neox_lite.offload.run import Placement
+from neox_lite.offload.stream import Image
 from neox_lite_quant.convert import convert
 
 LAYERS = 6

@@ -289,7 +289,7 @@ def test_it_says_what_is_used_and_why():
 
 
 def test_doctor_tells_it_and_times_anew_when_it_measures(monkeypatch, capsys):
-    from neox_lite.offload import machine
+    from neox_lite.offload import profile as machine
     from neox_lite.offload.plan import Machine as Profile
     from neox_lite.offload.plan import Rates
     from neox_lite_app import doctor

@@ -29,8 +29,8 @@ from neox_lite.hub import resolve
 from neox_lite.layers import Linear
 from neox_lite.load_options import LoadOptions
 from neox_lite.loading import put
-from neox_lite.offload.machine import context_bytes, free_gpu, free_memory
-from neox_lite.offload.place import Wish, check, decide
+from neox_lite.offload.placement import Wish, check, decide
+from neox_lite.offload.profile import context_bytes, free_gpu, free_memory
 
 from .models.random_model import RandomModel, config_of
 from .running import default_threads, describe, load, placing, warn_if_busy

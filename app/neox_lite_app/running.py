@@ -15,8 +15,8 @@ from neox_lite.errors import ArgumentError
 from neox_lite.formats import Format, formats_of, label
 from neox_lite.generation.sampling import BOUNDS
 from neox_lite.layers import Linear
-from neox_lite.offload import machine
-from neox_lite.offload.place import device_of
+from neox_lite.offload import profile as machine
+from neox_lite.offload.placement import device_of
 from neox_lite.offload.plan import linears_of
 from neox_lite.saving import parse_bytes
 

@@ -22,7 +22,7 @@ from ..kernels.backend import Backend, Decoder
 from ..kernels.captured import CapturedPasses
 from ..layers import GPTNeoXLayer
 from .accelerator import Accelerator
-from .ring import Image, Lent, Origins, Ring
+from .stream import Image, Lent, Origins, Ring
 
 CPU = torch.device("cpu")
 

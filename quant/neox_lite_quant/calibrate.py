@@ -15,7 +15,7 @@ from torch import Tensor
 from neox_lite import GPTNeoXForCausalLM, GPTNeoXTokenizerFast
 from neox_lite.config import GPTNeoXConfig
 from neox_lite.errors import ArgumentError
-from neox_lite.offload.machine import free_memory
+from neox_lite.offload.profile import free_memory
 
 CONTEXT, WINDOWS = 512, 128  # tokens a window of a file's, where the model has as many, and their default number
 OWN_CONTEXT, OWN_WINDOWS = 128, 512  # of the model's own text: many short windows vary more than a few long ones

@@ -14,7 +14,7 @@ from neox_lite.blueprint import Blueprint
 from neox_lite.errors import ArgumentError
 from neox_lite.layers import Linear
 from neox_lite.model import GPTNeoXForCausalLM
-from neox_lite.offload.machine import free_memory
+from neox_lite.offload.profile import free_memory
 from neox_lite.saving import Rows
 
 from . import calibrate

@@ -28,7 +28,7 @@ from neox_lite.generation.options import GenerationConfig, Options, as_dict
 from neox_lite.generation.request import Row, StopText, check_ids
 from neox_lite.generation.sampling import Score
 from neox_lite.generation.scheduler import ReadingPace, Scheduler
-from neox_lite.offload import machine
+from neox_lite.offload import profile as machine
 from neox_lite.offload.run import Placement
 
 KEPT_BYTES = 2 << 30  # of pages that stay for later prompts that begin alike; one context's where that is more

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from ..config import GPTNeoXConfig
 from ..errors import ArgumentError, FormatError, UnsupportedError
 from ..formats import DENSE, Format, GroupInt
-from . import machine
+from . import profile as machine
 from .accelerator import Accelerator, Cuda
 from .plan import CPU, DISK, GPU, NO, Bytes, Machine, Plan, Rates, Request, Sizes, plan, sizes_of
-from .ring import Image, install
 from .run import Placement
+from .stream import Image, install
 
 NOMINAL = Rates(20e9, 3e11, 0.0)  # of a processor that was not measured; nothing but a prediction depends on it
 PROCESS_GROWTH = 16 << 20  # what binding the kernels adds to a process

@@ -35,7 +35,7 @@ from ..kernels import cpu, dispatch
 from ..layers import GPTNeoXLayer, Linear, Rotary
 from ..version import __version__
 from .plan import Card, Machine, Rates
-from .ring import Files, Origin
+from .stream import Files, Origin
 
 Progress = Callable[[int, int], object]  # steps done, steps in all
 
