@@ -19,7 +19,7 @@ from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
 from neox_lite.formats import DENSE, make_format
 from neox_lite.kernels import dispatch
 from neox_lite.kernels.triton import choices, tuning
-from neox_lite.loading import put
+from neox_lite.loading.load import put
 from neox_lite.offload.placement import Wish, decide
 from neox_lite.offload.profile import context_bytes
 from neox_lite_app import bench

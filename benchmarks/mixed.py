@@ -24,9 +24,9 @@ import torch  # noqa: E402
 from quality import with_outliers  # noqa: E402
 
 from neox_lite import GPTNeoXForCausalLM  # noqa: E402
-from neox_lite.encoding import encode  # noqa: E402
 from neox_lite.formats import GroupInt, label, make_format  # noqa: E402
 from neox_lite.layers import Linear  # noqa: E402
+from neox_lite.loading.quantize import encode  # noqa: E402
 from neox_lite_app.demo import CONTEXT  # noqa: E402
 from neox_lite_app.evaluation.quality import cut, log_probabilities, quality_of  # noqa: E402
 from neox_lite_app.evaluation.quality import measure as measure_of  # noqa: E402

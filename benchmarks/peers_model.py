@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
 from neox_lite.checkpoint.safetensors_file import Spec
 from neox_lite.formats import DENSE, GroupInt, pack, quantization_config, unpack
-from neox_lite.saving import Part, write_model
+from neox_lite.loading.save import Part, write_model
 from neox_lite_quant import export_gguf
 
 Rows = Iterator[tuple[str, Tensor, int]]  # full name, rows, first row

@@ -21,7 +21,7 @@ import neox_lite
 from neox_lite import errors
 from neox_lite.generation.options import Options
 from neox_lite.generation.sampling import Sampling
-from neox_lite.load_options import LoadOptions
+from neox_lite.loading.options import LoadOptions
 from neox_lite_app.conversations.prompt_forms import FORMS
 from neox_lite_app.models.family import FAMILY, Member
 from neox_lite_app.models.plan import Model

@@ -16,8 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from . import loading, saving
-from .blueprint import Source, identity_of
 from .cache import Batch, KVCache, PagePool
 from .cache import Sequence as CachedSequence
 from .checkpoint.adapter import Adapter
@@ -28,7 +26,10 @@ from .generation.mixin import Event, GenerationMixin
 from .kernels.backend import Backend, Choice, Decoder, Flight
 from .kernels.captured import MOST_TOKENS
 from .layers import GPTNeoXLayer, Linear, Rotary, norm_of
-from .load_options import LoadOptions
+from .loading import load as loading
+from .loading import save as saving
+from .loading.options import LoadOptions
+from .loading.skeleton import Source, identity_of
 from .offload.accelerator import Accelerator
 from .offload.plan import KINDS, Plan, parameters
 from .offload.profile import free_memory

@@ -22,7 +22,7 @@ from neox_lite.checkpoint.adapter import Settings
 from neox_lite.errors import ArgumentError, CheckpointError, ConfigError, HubError, UnsupportedError
 from neox_lite.kernels import dispatch, reference
 from neox_lite.layers import Linear, LowRank
-from neox_lite.loading import cache_root, place
+from neox_lite.loading.load import cache_root, place
 from neox_lite.offload import placement as decisions
 from neox_lite.offload import profile as machine
 from neox_lite.offload.plan import Machine, Rates

@@ -23,7 +23,7 @@ import neox_lite
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
 from neox_lite.generation.options import Options
 from neox_lite.generation.sampling import Sampling
-from neox_lite.load_options import LoadOptions
+from neox_lite.loading.options import LoadOptions
 from neox_lite.offload import placement as place
 from neox_lite.offload import profile as machine
 from neox_lite.offload.plan import Machine, Rates

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from neox_lite.encoding import encode as chosen
 from neox_lite.errors import FormatError
 from neox_lite.formats import GROUP_SIZES, GroupInt
 from neox_lite.kernels.cpu import encode, target
 from neox_lite.kernels.cpu.target import PATHS
+from neox_lite.loading.quantize import encode as chosen
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 METHODS = ["rtn", "mse"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
-from neox_lite.loading import place
+from neox_lite.loading.load import place
 from neox_lite.offload import profile as machine
 from neox_lite.offload.accelerator import Cuda
 from neox_lite.offload.run import Placement

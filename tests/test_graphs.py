@@ -452,7 +452,7 @@ def test_why_there_are_no_graphs_is_said(tmp_path):
 def test_layers_outside_the_gpu_are_a_reason():
     from simulated import Simulated as Accelerator
 
-    from neox_lite.loading import place
+    from neox_lite.loading.load import place
     from neox_lite.offload.run import Placement
 
     model = tiny()

@@ -52,7 +52,7 @@ def quantize(source, folder):
     """Into some five weight files, by slices smaller than a tensor."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys.modules["neox_lite_quant.convert"], "SHARD_BYTES", 60_000)
-        for module in ("neox_lite.encoding", "neox_lite_quant.convert"):
+        for module in ("neox_lite.loading.quantize", "neox_lite_quant.convert"):
             patch.setattr(sys.modules[module], "SLICE_ELEMENTS", 16_384)
         convert(source, folder, threads=2)
 

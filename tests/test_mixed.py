@@ -9,11 +9,11 @@ from peers import opened_by_transformers
 from test_quantize import IDS, digests, write_source
 
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXModel
-from neox_lite.blueprint import Blueprint
 from neox_lite.checkpoint.reader import Checkpoint, verify_folder
 from neox_lite.errors import ArgumentError, FormatError
 from neox_lite.formats import GroupInt, formats_of, quantization_config
 from neox_lite.layers import Linear
+from neox_lite.loading.skeleton import Blueprint
 from neox_lite.offload.plan import linears_of
 from neox_lite_app.cli import main
 from neox_lite_quant import convert

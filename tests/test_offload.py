@@ -14,7 +14,7 @@ from simulated import Race, Simulated
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXForSequenceClassification
 from neox_lite.errors import ArgumentError, CheckpointError, UnsupportedError
 from neox_lite.kernels import cpu, reference
-from neox_lite.loading import place
+from neox_lite.loading.load import place
 from neox_lite.offload import placement as decisions
 from neox_lite.offload import plan
 from neox_lite.offload import profile as machine

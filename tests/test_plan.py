@@ -15,10 +15,10 @@ from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM, cache
 from neox_lite.errors import ArgumentError, FormatError
 from neox_lite.formats import GROUP_SIZES, GroupInt, formats_of, quantization_config
 from neox_lite.generation import protocols as stepper
+from neox_lite.loading.save import parse_bytes
 from neox_lite.offload import plan
 from neox_lite.offload import profile as machine
 from neox_lite.offload.plan import CARDS, Card, Machine, Plan, Rates, Request, sizes_of
-from neox_lite.saving import parse_bytes
 from neox_lite_app.cli import main
 from neox_lite_app.models.family import FAMILY
 from neox_lite_app.models.plan import bar_of

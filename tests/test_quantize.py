@@ -372,7 +372,7 @@ def test_a_weight_file_that_changed_since_is_written_again(source, tmp_path, mon
 
 @pytest.mark.parametrize("format", ["int4", "nf4-double"])
 def test_the_number_of_threads_changes_no_byte(source, tmp_path, monkeypatch, format):
-    monkeypatch.setattr("neox_lite.encoding.SLICE_ELEMENTS", 2048)
+    monkeypatch.setattr("neox_lite.loading.quantize.SLICE_ELEMENTS", 2048)
     for threads in (1, 2, 7):
         convert(source, tmp_path / str(threads), format=format, threads=threads)
         assert digests(tmp_path / str(threads)) == digests(tmp_path / "1")

@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import constants
 
 from neox_lite import GPTNeoXForCausalLM
-from neox_lite.loading import cache_root
+from neox_lite.loading.load import cache_root
 from neox_lite_app.cli import main
 from neox_lite_app.models.shelf import describe, local_models
 from neox_lite_app.places import DEMO, data_folder

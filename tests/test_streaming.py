@@ -36,7 +36,7 @@ from neox_lite_quant import convert
 from neox_lite_quant.streaming import Stream
 module = sys.modules["neox_lite_quant.convert"]
 module.SHARD_BYTES, module.SLICE_ELEMENTS = 120_000, 4096
-sys.modules["neox_lite.encoding"].SLICE_ELEMENTS = 4096  # so that what is under way is less than a source file
+sys.modules["neox_lite.loading.quantize"].SLICE_ELEMENTS = 4096  # so that what is under way is less than a source file
 held, fetch = [], Stream._fetch
 def watched(self, name):
     found = fetch(self, name)

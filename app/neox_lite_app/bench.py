@@ -27,8 +27,8 @@ from neox_lite.formats import DENSE, NF4, Dense, GroupInt, Weight, make_format
 from neox_lite.generation.protocols import PREFILL_TOKENS
 from neox_lite.hub import resolve
 from neox_lite.layers import Linear
-from neox_lite.load_options import LoadOptions
-from neox_lite.loading import put
+from neox_lite.loading.load import put
+from neox_lite.loading.options import LoadOptions
 from neox_lite.offload.placement import Wish, check, decide
 from neox_lite.offload.profile import context_bytes, free_gpu, free_memory
 

@@ -15,10 +15,10 @@ from neox_lite.errors import ArgumentError
 from neox_lite.formats import Format, formats_of, label
 from neox_lite.generation.sampling import BOUNDS
 from neox_lite.layers import Linear
+from neox_lite.loading.save import parse_bytes
 from neox_lite.offload import profile as machine
 from neox_lite.offload.placement import device_of
 from neox_lite.offload.plan import linears_of
-from neox_lite.saving import parse_bytes
 
 from .terminal import amount, bar, note
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from neox_lite.checkpoint.reader import Checkpoint
 from neox_lite.config import GPTNeoXConfig
-from neox_lite.encoding import SLICE_ELEMENTS
+from neox_lite.loading.quantize import SLICE_ELEMENTS
 
 SHARE = 0.25  # column sizes become (size of the input * size of the column) ** SHARE; 0.25 measured best of 0.25 to 1
 MOST = 1e4  # largest factor on a column

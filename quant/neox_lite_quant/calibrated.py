@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from neox_lite.blueprint import Blueprint
 from neox_lite.errors import ArgumentError
 from neox_lite.layers import Linear
+from neox_lite.loading.save import Rows
+from neox_lite.loading.skeleton import Blueprint
 from neox_lite.model import GPTNeoXForCausalLM
 from neox_lite.offload.profile import free_memory
-from neox_lite.saving import Rows
 
 from . import calibrate
 from .blockwise import Blockwise, memory_bytes, operations_of, scratch_bytes, steps_of

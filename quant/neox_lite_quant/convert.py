@@ -17,19 +17,19 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from neox_lite.blueprint import Blueprint
 from neox_lite.checkpoint.folder_writer import check_destination
 from neox_lite.checkpoint.reader import Checkpoint
 from neox_lite.checkpoint.safetensors_file import Spec
 from neox_lite.config import GPTNeoXConfig
-from neox_lite.encoding import SLICE_ELEMENTS, Encoding
 from neox_lite.errors import ArgumentError, FormatError
 from neox_lite.formats import GROUP_SIZES, Format, GroupInt, label, make_format
 from neox_lite.heads import class_of
 from neox_lite.hub import local_folder, remote_checkpoint, resolve
 from neox_lite.layers import Linear
-from neox_lite.load_options import DTYPES
-from neox_lite.saving import Part, Rows, Slice, read_companions, specs_of, write_model
+from neox_lite.loading.options import DTYPES
+from neox_lite.loading.quantize import SLICE_ELEMENTS, Encoding
+from neox_lite.loading.save import Part, Rows, Slice, read_companions, specs_of, write_model
+from neox_lite.loading.skeleton import Blueprint
 from neox_lite.version import __version__
 
 from .balance import Balanced

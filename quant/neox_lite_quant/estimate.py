@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from neox_lite.encoding import encode
 from neox_lite.errors import ArgumentError
 from neox_lite.formats import Format
+from neox_lite.loading.quantize import encode
 from neox_lite.offload.profile import free_memory
 
 PROBE_ELEMENTS, PROBE_BYTES = 1 << 20, 64 << 20

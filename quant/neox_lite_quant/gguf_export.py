@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neox_lite.blueprint import Blueprint
 from neox_lite.checkpoint.reader import Checkpoint
 from neox_lite.config import GPTNeoXConfig
-from neox_lite.encoding import SLICE_ELEMENTS
 from neox_lite.errors import ArgumentError, CheckpointError, FormatError
 from neox_lite.formats import DENSE, GROUP_SIZES, Format, GroupInt
 from neox_lite.heads import class_of
 from neox_lite.hub import HEAD, resolve
 from neox_lite.layers import Linear
+from neox_lite.loading.quantize import SLICE_ELEMENTS
+from neox_lite.loading.skeleton import Blueprint
 from neox_lite.model import GPTNeoXForCausalLM
 
 from .convert import Progress, Report, _Meter

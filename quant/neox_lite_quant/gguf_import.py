@@ -21,16 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neox_lite.blueprint import Blueprint
 from neox_lite.checkpoint.reader import Checkpoint
 from neox_lite.checkpoint.safetensors_file import Spec, TensorInfo, first_few, shown
 from neox_lite.config import GPTNeoXConfig
-from neox_lite.encoding import SLICE_ELEMENTS
 from neox_lite.errors import ArgumentError, ConfigError, FormatError
 from neox_lite.formats import DENSE, Format, GroupInt
-from neox_lite.load_options import parse_dtype
+from neox_lite.loading.options import parse_dtype
+from neox_lite.loading.quantize import SLICE_ELEMENTS
+from neox_lite.loading.save import Part, specs_of, write_model
+from neox_lite.loading.skeleton import Blueprint
 from neox_lite.model import GPTNeoXForCausalLM
-from neox_lite.saving import Part, specs_of, write_model
 
 from .convert import Progress, Report, _Meter
 from .gguf_file import BF16, F32, Q8_0, GgufFile

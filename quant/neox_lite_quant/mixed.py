@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from neox_lite.blueprint import Blueprint
 from neox_lite.config import GPTNeoXConfig
-from neox_lite.encoding import SLICE_ELEMENTS, encode
 from neox_lite.errors import ArgumentError, FormatError
 from neox_lite.formats import GroupInt
 from neox_lite.kernels.reference import ACTIVATIONS
+from neox_lite.loading.quantize import SLICE_ELEMENTS, encode
+from neox_lite.loading.save import specs_of
+from neox_lite.loading.skeleton import Blueprint
 from neox_lite.offload.plan import linears_of
-from neox_lite.saving import specs_of
 
 FORMATS = (GroupInt(4, 128), GroupInt(4, 64), GroupInt(4, 32), GroupInt(8, 128), GroupInt(8, 64), GroupInt(8, 32))
 SAMPLED = 512  # rows of a weight that are quantized in every format, at even distances

@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
-from neox_lite.blueprint import Blueprint
 from neox_lite.checkpoint.folder_writer import disk_errors, free_bytes
 from neox_lite.checkpoint.reader import Checkpoint
-from neox_lite.encoding import SLICE_ELEMENTS
 from neox_lite.errors import ArgumentError
 from neox_lite.formats import Weight, label
 from neox_lite.hub import resolve
 from neox_lite.layers import Linear
+from neox_lite.loading.quantize import SLICE_ELEMENTS
+from neox_lite.loading.skeleton import Blueprint
 from neox_lite.offload.plan import linears_of
 
 from ..running import load

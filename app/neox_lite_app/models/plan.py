@@ -18,7 +18,7 @@ from neox_lite.config import GPTNeoXConfig
 from neox_lite.errors import ArgumentError, FormatError
 from neox_lite.formats import GROUPED, formats_of, label, make_format
 from neox_lite.hub import HEAD, MANIFEST, fetch_files, local_folder
-from neox_lite.load_options import DTYPES
+from neox_lite.loading.options import DTYPES
 from neox_lite.offload import profile as machine
 from neox_lite.offload.placement import sizes_in
 from neox_lite.offload.plan import (

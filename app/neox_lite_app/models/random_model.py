@@ -18,9 +18,9 @@ from neox_lite.formats import DENSE, GROUP_SIZES, NF4, Dense, Format, GroupInt, 
 from neox_lite.formats.nf4 import LEVELS
 from neox_lite.formats.weight import Specs
 from neox_lite.layers import Linear
+from neox_lite.loading.save import Part, write_model
 from neox_lite.offload.placement import sizes_in
 from neox_lite.offload.plan import Sizes
-from neox_lite.saving import Part, write_model
 
 from .family import FAMILY
 

@@ -13,7 +13,7 @@ from typing import Any
 from neox_lite.config import GPTNeoXConfig, read_json
 from neox_lite.errors import ConfigError, NeoxLiteError
 from neox_lite.hub import HEAD, WEIGHTS
-from neox_lite.loading import cache_root
+from neox_lite.loading.load import cache_root
 from neox_lite.offload.plan import parameters
 
 from ..places import data_folder

@@ -24,7 +24,7 @@ from neox_lite.errors import ArgumentError, FormatError, UnsupportedError
 from neox_lite.formats import DENSE, Format, GroupInt, formats_of
 from neox_lite.heads import class_of
 from neox_lite.hub import resolve
-from neox_lite.loading import cache_root
+from neox_lite.loading.load import cache_root
 from neox_lite.model import GPTNeoXForCausalLM
 from neox_lite.tokenizer import GPTNeoXTokenizerFast
 

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .checkpoint.reader import Checkpoint
-from .errors import FormatError
-from .formats import Format, GroupInt
-from .kernels import cpu
-from .layers import Linear
+from ..checkpoint.reader import Checkpoint
+from ..errors import FormatError
+from ..formats import Format, GroupInt
+from ..kernels import cpu
+from ..layers import Linear
 
 if TYPE_CHECKING:
     pass
@@ -74,7 +74,7 @@ class Encoding:
 def encode(format: Format, rows: Tensor, dtype: torch.dtype, method: str) -> dict[str, Tensor]:
     """What format.encode gives, from the CPU's kernel where there is one: the same bits, many times as fast."""
     if isinstance(format, GroupInt) and cpu.why_not(rows.device) is None:
-        from .kernels.cpu import encode as kernel
+        from ..kernels.cpu import encode as kernel
 
         if kernel.why_not(rows) is None:
             return kernel.encode(format, rows, dtype, method)

@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .checkpoint.folder_writer import FolderWriter, ShardWriter, split_into_shards
-from .checkpoint.safetensors_file import Spec
-from .config import GPTNeoXConfig
-from .errors import ArgumentError, UnsupportedError
-from .formats import DENSE, Format
-from .hub import COMPANIONS, HEAD, MERGE
-from .layers import Linear
+from ..checkpoint.folder_writer import FolderWriter, ShardWriter, split_into_shards
+from ..checkpoint.safetensors_file import Spec
+from ..config import GPTNeoXConfig
+from ..errors import ArgumentError, UnsupportedError
+from ..formats import DENSE, Format
+from ..hub import COMPANIONS, HEAD, MERGE
+from ..layers import Linear
 
 if TYPE_CHECKING:
-    from .model import GPTNeoXPreTrainedModel
+    from ..model import GPTNeoXPreTrainedModel
 
 
 def specs_of(prefix: str, format: Format, shape: tuple[int, int], dtype: torch.dtype) -> list[Spec]:

@@ -14,19 +14,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .checkpoint.adapter import Adapter
-from .checkpoint.reader import Checkpoint
-from .config import GPTNeoXConfig
-from .encoding import quantize_module
-from .errors import CheckpointError, FormatError
-from .formats import DENSE, Format, formats_of, quantization_config
-from .hub import Access, resolve_adapter
-from .layers import Linear
-from .load_options import DTYPES
-from .offload.stream import Origin, Origins
+from ..checkpoint.adapter import Adapter
+from ..checkpoint.reader import Checkpoint
+from ..config import GPTNeoXConfig
+from ..errors import CheckpointError, FormatError
+from ..formats import DENSE, Format, formats_of, quantization_config
+from ..hub import Access, resolve_adapter
+from ..layers import Linear
+from ..offload.stream import Origin, Origins
+from .options import DTYPES
+from .quantize import quantize_module
 
 if TYPE_CHECKING:
-    from .model import GPTNeoXPreTrainedModel
+    from ..model import GPTNeoXPreTrainedModel
 
 HEADS = ("embed_out", "lm_head", "score", "classifier", "qa_outputs")  # a class leaves the heads of others alone
 

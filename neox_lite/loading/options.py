@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .config import FIELDS, GPTNeoXConfig
-from .errors import ArgumentError, UnsupportedError
-from .formats import make_format
-from .hub import USUAL, Access
-from .offload.placement import Wish
-from .saving import parse_bytes
+from ..config import FIELDS, GPTNeoXConfig
+from ..errors import ArgumentError, UnsupportedError
+from ..formats import make_format
+from ..hub import USUAL, Access
+from ..offload.placement import Wish
+from .save import parse_bytes
 
 if TYPE_CHECKING:
     pass

@@ -15,24 +15,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .blueprint import Blueprint, Source, _converted
-from .checkpoint.adapter import Adapter, Settings
-from .checkpoint.folder_writer import CONFIG
-from .checkpoint.reader import Checkpoint
-from .config import GPTNeoXConfig
-from .encoding import read_ahead
-from .errors import ArgumentError, CheckpointError, FormatError, NeoxLiteError
-from .formats import DENSE, Format, GroupInt, formats_of, make_format
-from .hub import ADAPTER_CONFIG, HEAD, WEIGHTS, holds_adapter, resolve
-from .layers import Linear, LowRank
-from .load_options import DTYPES, LoadOptions
-from .offload.accelerator import Accelerator
-from .offload.placement import Decision, check, decide, let_go, remember, settle, sizes_in
-from .offload.plan import Sizes, linears_of
-from .offload.run import Placement
+from ..checkpoint.adapter import Adapter, Settings
+from ..checkpoint.folder_writer import CONFIG
+from ..checkpoint.reader import Checkpoint
+from ..config import GPTNeoXConfig
+from ..errors import ArgumentError, CheckpointError, FormatError, NeoxLiteError
+from ..formats import DENSE, Format, GroupInt, formats_of, make_format
+from ..hub import ADAPTER_CONFIG, HEAD, WEIGHTS, holds_adapter, resolve
+from ..layers import Linear, LowRank
+from ..offload.accelerator import Accelerator
+from ..offload.placement import Decision, check, decide, let_go, remember, settle, sizes_in
+from ..offload.plan import Sizes, linears_of
+from ..offload.run import Placement
+from .options import DTYPES, LoadOptions
+from .quantize import read_ahead
+from .skeleton import Blueprint, Source, _converted
 
 if TYPE_CHECKING:
-    from .model import GPTNeoXPreTrainedModel
+    from ..model import GPTNeoXPreTrainedModel
 
 WARM_BYTES = 16 << 20  # read between two reports of progress
 

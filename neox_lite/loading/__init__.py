@@ -1,0 +1,1 @@
+"""Models in and out of folders: options, quantizing while loading, placement, saving."""
