@@ -2,7 +2,12 @@
 
 from typing import Any
 
-from .auto import (
+from .config import GPTNeoXConfig
+from .errors import NeoxLiteError
+from .generation.mixin import Event
+from .generation.options import GenerationConfig
+from .generation.speculative import Speculation
+from .modeling.auto import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
@@ -13,13 +18,8 @@ from .auto import (
     GPTNeoXTokenizer,
     pipeline,
 )
-from .config import GPTNeoXConfig
-from .errors import NeoxLiteError
-from .generation.mixin import Event
-from .generation.options import GenerationConfig
-from .generation.speculative import Speculation
-from .heads import GPTNeoXForQuestionAnswering, GPTNeoXForSequenceClassification, GPTNeoXForTokenClassification
-from .model import GPTNeoXForCausalLM, GPTNeoXModel, GPTNeoXPreTrainedModel
+from .modeling.heads import GPTNeoXForQuestionAnswering, GPTNeoXForSequenceClassification, GPTNeoXForTokenClassification
+from .modeling.pretrained import GPTNeoXForCausalLM, GPTNeoXModel, GPTNeoXPreTrainedModel
 from .tokenizer import GPTNeoXTokenizerFast
 from .version import __version__
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import transformers
 
-import neox_lite.model
+import neox_lite.modeling.pretrained
 
 SCRIPTS = Path(__file__).with_name("scripts")
 
@@ -43,5 +43,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    neox_lite.model.free_memory = lambda: (32 << 30, 16 << 30)  # whatever this machine has
+    neox_lite.modeling.pretrained.free_memory = lambda: (32 << 30, 16 << 30)  # whatever this machine has
     print(json.dumps({which: run(which) for which in sys.argv[1:]}))

@@ -32,7 +32,7 @@ from .quantize import read_ahead
 from .skeleton import Blueprint, Source, _converted
 
 if TYPE_CHECKING:
-    from ..model import GPTNeoXPreTrainedModel
+    from ..modeling.pretrained import GPTNeoXPreTrainedModel
 
 WARM_BYTES = 16 << 20  # read between two reports of progress
 

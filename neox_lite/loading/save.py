@@ -23,7 +23,7 @@ from ..hub import COMPANIONS, HEAD, MERGE
 from ..layers import Linear
 
 if TYPE_CHECKING:
-    from ..model import GPTNeoXPreTrainedModel
+    from ..modeling.pretrained import GPTNeoXPreTrainedModel
 
 
 def specs_of(prefix: str, format: Format, shape: tuple[int, int], dtype: torch.dtype) -> list[Spec]:

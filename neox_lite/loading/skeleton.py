@@ -26,7 +26,7 @@ from .options import DTYPES
 from .quantize import quantize_module
 
 if TYPE_CHECKING:
-    from ..model import GPTNeoXPreTrainedModel
+    from ..modeling.pretrained import GPTNeoXPreTrainedModel
 
 HEADS = ("embed_out", "lm_head", "score", "classifier", "qa_outputs")  # a class leaves the heads of others alone
 

@@ -23,13 +23,13 @@ from neox_lite.checkpoint.safetensors_file import Spec
 from neox_lite.config import GPTNeoXConfig
 from neox_lite.errors import ArgumentError, FormatError
 from neox_lite.formats import GROUP_SIZES, Format, GroupInt, label, make_format
-from neox_lite.heads import class_of
 from neox_lite.hub import local_folder, remote_checkpoint, resolve
 from neox_lite.layers import Linear
 from neox_lite.loading.options import DTYPES
 from neox_lite.loading.quantize import SLICE_ELEMENTS, Encoding
 from neox_lite.loading.save import Part, Rows, Slice, read_companions, specs_of, write_model
 from neox_lite.loading.skeleton import Blueprint
+from neox_lite.modeling.heads import class_of
 from neox_lite.version import __version__
 
 from .balance import Balanced

@@ -20,12 +20,12 @@ from neox_lite.checkpoint.reader import Checkpoint
 from neox_lite.config import GPTNeoXConfig
 from neox_lite.errors import ArgumentError, CheckpointError, FormatError
 from neox_lite.formats import DENSE, GROUP_SIZES, Format, GroupInt
-from neox_lite.heads import class_of
 from neox_lite.hub import HEAD, resolve
 from neox_lite.layers import Linear
 from neox_lite.loading.quantize import SLICE_ELEMENTS
 from neox_lite.loading.skeleton import Blueprint
-from neox_lite.model import GPTNeoXForCausalLM
+from neox_lite.modeling.heads import class_of
+from neox_lite.modeling.pretrained import GPTNeoXForCausalLM
 
 from .convert import Progress, Report, _Meter
 from .gguf_file import F16, F32, Q4_0, Q8_0, GgufTensor, Value, write_gguf

@@ -30,7 +30,7 @@ from neox_lite.loading.options import parse_dtype
 from neox_lite.loading.quantize import SLICE_ELEMENTS
 from neox_lite.loading.save import Part, specs_of, write_model
 from neox_lite.loading.skeleton import Blueprint
-from neox_lite.model import GPTNeoXForCausalLM
+from neox_lite.modeling.pretrained import GPTNeoXForCausalLM
 
 from .convert import Progress, Report, _Meter
 from .gguf_file import BF16, F32, Q8_0, GgufFile

@@ -12,9 +12,9 @@ from neox_lite.checkpoint.reader import Checkpoint, verify_folder
 from neox_lite.config import GPTNeoXConfig
 from neox_lite.errors import ArgumentError, FormatError, NeoxLiteError
 from neox_lite.formats import FORMATS
-from neox_lite.heads import class_of
 from neox_lite.hub import ADAPTER_CONFIG, MANIFEST, fetch_files, local_folder
 from neox_lite.loading.skeleton import Blueprint
+from neox_lite.modeling.heads import class_of
 from neox_lite.offload.plan import parameters, sizes_of
 from neox_lite.tokenizer import GPTNeoXTokenizerFast
 

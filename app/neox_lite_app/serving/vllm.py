@@ -22,10 +22,10 @@ from neox_lite.checkpoint.reader import Checkpoint
 from neox_lite.config import DTYPES
 from neox_lite.errors import ArgumentError, FormatError, UnsupportedError
 from neox_lite.formats import DENSE, Format, GroupInt, formats_of
-from neox_lite.heads import class_of
 from neox_lite.hub import resolve
 from neox_lite.loading.load import cache_root
-from neox_lite.model import GPTNeoXForCausalLM
+from neox_lite.modeling.heads import class_of
+from neox_lite.modeling.pretrained import GPTNeoXForCausalLM
 from neox_lite.tokenizer import GPTNeoXTokenizerFast
 
 from ..conversations.prompt_forms import Form, TurnForm, form_of

@@ -16,25 +16,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .cache import Batch, KVCache, PagePool
-from .cache import Sequence as CachedSequence
-from .checkpoint.adapter import Adapter
-from .config import GPTNeoXConfig
-from .errors import ArgumentError, ContextLengthError, GraphError, UnsupportedError
-from .formats import DENSE, Format, formats_of
-from .generation.mixin import Event, GenerationMixin
-from .kernels.backend import Backend, Choice, Decoder, Flight
-from .kernels.captured import MOST_TOKENS
-from .layers import GPTNeoXLayer, Linear, Rotary, norm_of
-from .loading import load as loading
-from .loading import save as saving
-from .loading.options import LoadOptions
-from .loading.skeleton import Source, identity_of
-from .offload.accelerator import Accelerator
-from .offload.plan import KINDS, Plan, parameters
-from .offload.profile import free_memory
-from .offload.run import Placement, Runner
-from .outputs import ModelOutput
+from ..cache import Batch, KVCache, PagePool
+from ..cache import Sequence as CachedSequence
+from ..checkpoint.adapter import Adapter
+from ..config import GPTNeoXConfig
+from ..errors import ArgumentError, ContextLengthError, GraphError, UnsupportedError
+from ..formats import DENSE, Format, formats_of
+from ..generation.mixin import Event, GenerationMixin
+from ..kernels.backend import Backend, Choice, Decoder, Flight
+from ..kernels.captured import MOST_TOKENS
+from ..layers import GPTNeoXLayer, Linear, Rotary, norm_of
+from ..loading import load as loading
+from ..loading import save as saving
+from ..loading.options import LoadOptions
+from ..loading.skeleton import Source, identity_of
+from ..offload.accelerator import Accelerator
+from ..offload.plan import KINDS, Plan, parameters
+from ..offload.profile import free_memory
+from ..offload.run import Placement, Runner
+from ..outputs import ModelOutput
 
 Model = TypeVar("Model", bound="GPTNeoXPreTrainedModel")
 Result = TypeVar("Result")

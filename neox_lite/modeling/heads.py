@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .cache import KVCache
-from .config import GPTNeoXConfig
-from .errors import ArgumentError, ConfigError
-from .formats import Format
-from .layers import Linear
-from .model import GPTNeoXForCausalLM, GPTNeoXModel, GPTNeoXPreTrainedModel, Headed, cache_out, check_labels
+from ..cache import KVCache
+from ..config import GPTNeoXConfig
+from ..errors import ArgumentError, ConfigError
+from ..formats import Format
+from ..layers import Linear
+from .pretrained import GPTNeoXForCausalLM, GPTNeoXModel, GPTNeoXPreTrainedModel, Headed, cache_out, check_labels
 
 
 class GPTNeoXForSequenceClassification(Headed):

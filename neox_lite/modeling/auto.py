@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from .config import GPTNeoXConfig, read_json
-from .errors import ArgumentError, ConfigError
+from ..config import GPTNeoXConfig, read_json
+from ..errors import ArgumentError, ConfigError
+from ..hub import Access
+from ..tokenizer import GPTNeoXTokenizerFast, folder_of
 from .heads import (
     GPTNeoXForQuestionAnswering,
     GPTNeoXForSequenceClassification,
     GPTNeoXForTokenClassification,
     class_of,
 )
-from .hub import Access
-from .model import GPTNeoXForCausalLM, GPTNeoXModel, GPTNeoXPreTrainedModel
-from .tokenizer import GPTNeoXTokenizerFast, folder_of
+from .pretrained import GPTNeoXForCausalLM, GPTNeoXModel, GPTNeoXPreTrainedModel
 
 GPTNeoXTokenizer = GPTNeoXTokenizerFast  # its name in transformers 5
 AutoConfig = GPTNeoXConfig  # which refuses another model_type
