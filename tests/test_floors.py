@@ -15,7 +15,7 @@ PACKAGES = {"neox_lite": ROOT, "neox_lite_quant": ROOT / "quant", "neox_lite_app
 FLOORS = [
     "neox_lite.version",
     "neox_lite.errors",
-    "neox_lite.kept",
+    "neox_lite.user_cache",
     "neox_lite.hub",
     "neox_lite.config",
     "neox_lite.offload.plan",

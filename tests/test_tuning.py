@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from neox_lite import kept
+from neox_lite import user_cache as kept
 from neox_lite.errors import ArgumentError
 from neox_lite.kernels.triton import choices, tuning
 from neox_lite.kernels.triton.choices import Candidates, Machine, Page

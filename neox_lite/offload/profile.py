@@ -25,14 +25,14 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from .. import kept
+from .. import user_cache as kept
 from ..cache import PAGE, Batch, PagePool
 from ..config import GPTNeoXConfig
 from ..errors import ArgumentError
 from ..formats import DENSE, Format, GroupInt
-from ..kept import entry, shown
 from ..kernels import cpu, dispatch
 from ..layers import GPTNeoXLayer, Linear, Rotary
+from ..user_cache import entry, shown
 from ..version import __version__
 from .plan import Card, Machine, Rates
 from .stream import Files, Origin

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from neox_lite import kept
+from neox_lite import user_cache as kept
 from neox_lite.errors import ArgumentError
 
 FOLDER = "eval"  # below kept.folder()

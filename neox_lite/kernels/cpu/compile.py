@@ -21,7 +21,7 @@ import llvmlite
 import llvmlite.binding as llvm
 from llvmlite import ir
 
-from ... import kept
+from ... import user_cache as kept
 from .target import Target
 
 _lock = threading.RLock()

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ... import kept
+from ... import user_cache as kept
 from ...errors import ArgumentError
 from ...version import __version__
 from . import interpreted
