@@ -35,7 +35,7 @@ if "--packages" in sys.argv[:-1]:
 import torch  # noqa: E402
 from sections import Section, Supervisor, Worker  # noqa: E402
 
-from neox_lite_app.running import default_threads  # noqa: E402
+from neox_lite_app.load_for_command import default_threads  # noqa: E402
 
 SECTIONS = (
     Section("first checks", 100),  # of what a decode step of the 20B launches

@@ -23,7 +23,7 @@ from neox_lite.cache import Batch, PagePool, quantize
 from neox_lite.formats import DENSE, Weight, make_format
 from neox_lite.kernels import dispatch, reference
 from neox_lite.layers import Rotary
-from neox_lite_app.places import DEMO
+from neox_lite_app.paths import DEMO
 from neox_lite_quant.convert import convert
 
 # Largest |error| / rms of the float64 result that sums of products and three roundings on the way explain.

@@ -26,7 +26,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM  # noqa: E402
-from neox_lite_app.places import DEMO  # noqa: E402
+from neox_lite_app.paths import DEMO  # noqa: E402
 from neox_lite_quant import convert, export_gguf, import_gguf  # noqa: E402
 
 PROMPT = 64

@@ -30,7 +30,7 @@ from neox_lite.loading.quantize import encode  # noqa: E402
 from neox_lite_app.demo import CONTEXT  # noqa: E402
 from neox_lite_app.evaluation.quality import cut, log_probabilities, quality_of  # noqa: E402
 from neox_lite_app.evaluation.quality import measure as measure_of  # noqa: E402
-from neox_lite_app.places import DEMO  # noqa: E402
+from neox_lite_app.paths import DEMO  # noqa: E402
 from neox_lite_quant import convert  # noqa: E402
 from neox_lite_quant.mixed import FORMATS, choose, stored_bytes  # noqa: E402
 

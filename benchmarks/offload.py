@@ -83,7 +83,7 @@ def measure(folder: str, context: int, kv: str | None, decode: int, limits: dict
     import torch
 
     from neox_lite import GPTNeoXForCausalLM
-    from neox_lite_app.running import default_threads
+    from neox_lite_app.load_for_command import default_threads
 
     torch.set_num_threads(default_threads())
     began = time.perf_counter()

@@ -21,8 +21,8 @@ import torch  # noqa: E402
 
 from neox_lite.offload import profile as machine  # noqa: E402
 from neox_lite.offload.plan import CARDS, Machine, Plan, Request, plan, sizes_of  # noqa: E402
+from neox_lite_app.load_for_command import default_threads  # noqa: E402
 from neox_lite_app.models.family import FAMILY  # noqa: E402
-from neox_lite_app.running import default_threads  # noqa: E402
 
 GPU_GIB, CPU_GIB = (8, 12, 16, 24), (16, 32)
 SYSTEM_BYTES = 2 << 30

@@ -33,7 +33,7 @@ from neox_lite import GPTNeoXForCausalLM  # noqa: E402
 from neox_lite.formats import make_format  # noqa: E402
 from neox_lite_app.demo import CONTEXT  # noqa: E402
 from neox_lite_app.evaluation.quality import cut, log_probabilities  # noqa: E402
-from neox_lite_app.places import DEMO  # noqa: E402
+from neox_lite_app.paths import DEMO  # noqa: E402
 from neox_lite_quant import convert  # noqa: E402
 
 FACTOR, CHANNELS = 30.0, 6  # of the outlier variant: gains times this, of so many channels of each norm

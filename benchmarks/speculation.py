@@ -36,8 +36,8 @@ from neox_lite.generation.mixin import decode  # noqa: E402
 from neox_lite.generation.options import Options  # noqa: E402
 from neox_lite.generation.request import Row  # noqa: E402
 from neox_lite.generation.speculative import LONGEST, Drafter, Drafting, DraftModel, PassTimes, PromptLookup, estimate  # noqa: E402
+from neox_lite_app.load_for_command import default_threads  # noqa: E402
 from neox_lite_app.models.random_model import RandomModel, config_of  # noqa: E402
-from neox_lite_app.running import default_threads  # noqa: E402
 from neox_lite_app.terminal import note  # noqa: E402
 
 TURN = 6  # tokens of a run between those of the others

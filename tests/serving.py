@@ -9,10 +9,10 @@ import threading
 import uvicorn
 
 from neox_lite import GPTNeoXForCausalLM
-from neox_lite_app.places import DEMO
+from neox_lite_app.paths import DEMO
 from neox_lite_app.server import build
 from neox_lite_app.serving.engine import Engine
-from neox_lite_app.serving.guard import Hosts
+from neox_lite_app.serving.security import Hosts
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ from neox_lite.offload import profile as machine
 from neox_lite.offload.plan import Machine, Rates
 from neox_lite.offload.run import Placement
 from neox_lite_app.cli import main
-from neox_lite_app.places import DEMO
+from neox_lite_app.paths import DEMO
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 

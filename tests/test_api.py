@@ -20,10 +20,11 @@ httpx = pytest.importorskip("httpx", reason="needs pip install '.[test]'")
 
 from neox_lite import GPTNeoXForCausalLM  # noqa: E402
 from neox_lite_app.conversations.prompt_forms import form_of  # noqa: E402
-from neox_lite_app.places import DEMO  # noqa: E402
-from neox_lite_app.serving import api, fields  # noqa: E402
-from neox_lite_app.serving.answers import Tokens, event  # noqa: E402
+from neox_lite_app.paths import DEMO  # noqa: E402
+from neox_lite_app.serving import api  # noqa: E402
+from neox_lite_app.serving import schema as fields
 from neox_lite_app.serving.engine import Engine  # noqa: E402
+from neox_lite_app.serving.responses import Tokens, event  # noqa: E402
 
 PROMPT = "KING RICHARD III:\n"
 CHAT = [{"role": "user", "content": "Who are you?"}]

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from neox_lite_app.serving import fields
+from neox_lite_app.serving import schema as fields
 
 TEXT = (Path(__file__).parents[1] / "docs" / "api.md").read_text(encoding="utf-8")
 

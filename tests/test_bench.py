@@ -15,7 +15,7 @@ from neox_lite.formats import DENSE, make_format
 from neox_lite_app import bench
 from neox_lite_app.cli import main
 from neox_lite_app.models.random_model import SHAPES, RandomModel, config_of
-from neox_lite_app.places import DEMO
+from neox_lite_app.paths import DEMO
 
 QUICK = ("--decode", 2, "--prefill", "3,8", "--batch", "1,2", "--context", 5, "--device", "cpu")
 CONTRACT = {

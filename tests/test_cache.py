@@ -16,7 +16,7 @@ from neox_lite.cache import Sequence as CachedSequence
 from neox_lite.errors import ArgumentError, CacheError
 from neox_lite.kernels import dispatch
 from neox_lite_app.evaluation.quality import cut, quality_of
-from neox_lite_app.places import DEMO
+from neox_lite_app.paths import DEMO
 
 CPU = torch.device("cpu")
 HEADS, HEAD_DIM, LAYERS = 2, 3, 2

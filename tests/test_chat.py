@@ -20,7 +20,7 @@ from neox_lite_app.chat import COMMANDS, Terminal
 from neox_lite_app.cli import build_parser
 from neox_lite_app.conversations.conversation import Conversation, Store, read_file
 from neox_lite_app.conversations.prompt_forms import FORMS
-from neox_lite_app.places import DEMO
+from neox_lite_app.paths import DEMO
 from neox_lite_app.serving.engine import Engine
 from neox_lite_app.session import Session
 from neox_lite_app.terminal import printable

@@ -15,7 +15,7 @@ import neox_lite
 from neox_lite import GPTNeoXConfig, GPTNeoXTokenizerFast
 from neox_lite.checkpoint.reader import verify_folder
 from neox_lite.hub import HEAD
-from neox_lite_app.places import DEMO
+from neox_lite_app.paths import DEMO
 from neox_lite_quant import convert
 
 CLASSES = (

@@ -16,9 +16,9 @@ import torch
 
 from neox_lite import GPTNeoXForCausalLM
 from neox_lite.checkpoint.folder_writer import JOURNAL
-from neox_lite_app import running
+from neox_lite_app import load_for_command as running
 from neox_lite_app.cli import build_parser, main
-from neox_lite_app.places import DEMO
+from neox_lite_app.paths import DEMO
 from neox_lite_app.terminal import bar
 
 ROOT = Path(__file__).parents[1]

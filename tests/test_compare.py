@@ -16,7 +16,7 @@ from neox_lite_app.evaluation import compare as module
 from neox_lite_app.evaluation.compare import weight_errors
 from neox_lite_app.evaluation.quality import cut, last_states, log_probabilities, quality_of
 from neox_lite_app.evaluation.quality_plot import draw, linear_axis, log_axis
-from neox_lite_app.places import DEMO
+from neox_lite_app.paths import DEMO
 from neox_lite_quant import convert
 
 FORMATS = {"int8": ("int8", 128), "g32": ("int4", 32), "g128": ("int4", 128)}

@@ -11,7 +11,7 @@ import torch
 
 from neox_lite import GPTNeoXForCausalLM
 from neox_lite.kernels import reference
-from neox_lite_app.places import DEMO
+from neox_lite_app.paths import DEMO
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")

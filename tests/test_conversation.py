@@ -18,7 +18,7 @@ from neox_lite_app.conversations.conversation import (
     imported,
     read_file,
 )
-from neox_lite_app.places import data_folder
+from neox_lite_app.paths import data_folder
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ from neox_lite.kernels.cpu.code import Code
 from neox_lite.layers import Linear, norm_of
 from neox_lite_app.evaluation.quality import cut, log_probabilities
 from neox_lite_app.models.random_model import RandomModel
-from neox_lite_app.places import DEMO
+from neox_lite_app.paths import DEMO
 from neox_lite_quant import convert
 
 ROOT = Path(__file__).parents[1]

@@ -30,7 +30,7 @@ from neox_lite.offload.plan import Machine, Rates
 from neox_lite_app.cli import build_parser, main
 from neox_lite_app.conversations.conversation import Conversation, Store
 from neox_lite_app.models.family import FAMILY
-from neox_lite_app.places import DEMO
+from neox_lite_app.paths import DEMO
 
 TAGS = {("python",), ("sh",), ("sh", "fails"), ("text",), ("text", "output"), ("text", "error"), ("json",)}
 CHANGES = {("python", "file"), ("diff",)}  # of the repository; tests/test_contributing.py makes them

@@ -21,7 +21,7 @@ from neox_lite.cache import PagePool
 from neox_lite.errors import ArgumentError, CacheError, ContextLengthError, UnsupportedError
 from neox_lite.generation.request import Row
 from neox_lite.kernels import dispatch
-from neox_lite_app.places import DEMO
+from neox_lite_app.paths import DEMO
 from neox_lite_app.serving.engine import Busy, Engine, Job, NotLoaded, Step, Ticket, sentence
 
 SAMPLED = {"do_sample": True, "temperature": 0.8, "top_p": 0.95}

@@ -28,7 +28,7 @@ from neox_lite_app.evaluation import quality, scoring, tasks
 from neox_lite_app.evaluation.harness import NeoxLiteLM
 from neox_lite_app.evaluation.kept_answers import KeptAnswers
 from neox_lite_app.evaluation.scoring import Text, score
-from neox_lite_app.places import DEMO
+from neox_lite_app.paths import DEMO
 from neox_lite_quant import convert
 
 ROOT = Path(__file__).parents[1]

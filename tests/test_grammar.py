@@ -9,9 +9,9 @@ import torch
 pytest.importorskip("llguidance", reason="needs pip install '.[page]'")
 
 from neox_lite import GPTNeoXForCausalLM
-from neox_lite_app.places import DEMO
-from neox_lite_app.serving.fields import Constraint, RequestError
+from neox_lite_app.paths import DEMO
 from neox_lite_app.serving.grammar import Grammar, Vocabulary
+from neox_lite_app.serving.schema import Constraint, RequestError
 
 PERSON = {
     "type": "object",

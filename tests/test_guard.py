@@ -11,8 +11,8 @@ pytest.importorskip("starlette", reason="needs pip install '.[page]'")
 from starlette.responses import PlainTextResponse
 
 from neox_lite_app.serving import keys as keys_module
-from neox_lite_app.serving.guard import Guard, Hosts
 from neox_lite_app.serving.keys import GUESSES, MOST_ADDRESSES, MOST_SESSIONS, SESSION_S, WINDOW_S, Keys
+from neox_lite_app.serving.security import Guard, Hosts
 
 KEY = "correct-horse-battery"
 JSON = {"content-type": "application/json"}

@@ -27,18 +27,18 @@ from neox_lite import GPTNeoXForCausalLM
 from neox_lite.errors import ArgumentError
 from neox_lite_app.cli import build_parser
 from neox_lite_app.conversations.conversation import Conversation, ConversationError, Store
-from neox_lite_app.models.shelf import LocalModel
+from neox_lite_app.models.local_models import LocalModel
 from neox_lite_app.page import badges, chat, chat_tab, model_tab, notebook
 from neox_lite_app.page.events import Said
 from neox_lite_app.page.settings import DEFAULT, FIELDS, PRESETS, options_of
 from neox_lite_app.page.stream import Feed, batches
 from neox_lite_app.page.work import Work
-from neox_lite_app.places import DEMO
+from neox_lite_app.paths import DEMO
 from neox_lite_app.server import build
 from neox_lite_app.serving import engine as engines
 from neox_lite_app.serving.engine import Engine, Step
-from neox_lite_app.serving.guard import Hosts
 from neox_lite_app.serving.keys import Keys
+from neox_lite_app.serving.security import Hosts
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = [

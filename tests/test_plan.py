@@ -23,7 +23,7 @@ from neox_lite_app.cli import main
 from neox_lite_app.models.family import FAMILY
 from neox_lite_app.models.plan import bar_of
 from neox_lite_app.models.random_model import SHAPES, RandomModel, config_of
-from neox_lite_app.places import DEMO
+from neox_lite_app.paths import DEMO
 from neox_lite_app.terminal import size
 
 ODD = {

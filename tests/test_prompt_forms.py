@@ -17,7 +17,7 @@ from neox_lite_app.conversations.prompt_forms import (
     names,
 )
 from neox_lite_app.conversations.templates import TemplateError, render_template
-from neox_lite_app.places import DEMO
+from neox_lite_app.paths import DEMO
 
 TALK = [
     {"role": "user", "content": "Hi!"},

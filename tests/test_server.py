@@ -19,9 +19,9 @@ pytest.importorskip("uvicorn", reason="needs pip install '.[page]'")
 from neox_lite.errors import ArgumentError, UnsupportedError
 from neox_lite_app import server
 from neox_lite_app.cli import build_parser, main
-from neox_lite_app.places import DEMO
+from neox_lite_app.paths import DEMO
 from neox_lite_app.server import KEY_VARIABLE
-from neox_lite_app.serving.guard import PAGE
+from neox_lite_app.serving.security import PAGE
 
 ROOT = Path(__file__).parents[1]
 PATHS = os.pathsep.join(str(ROOT / room) for room in (".", "quant", "app"))
@@ -152,7 +152,7 @@ def test_the_api_alone_needs_no_gradio():
         "import sys; sys.modules['gradio'] = sys.modules['prometheus_client'] = sys.modules['llguidance'] = None\n"
         "import importlib.util; real = importlib.util.find_spec\n"
         "importlib.util.find_spec = lambda n, *a: real(n, *a) if sys.modules.get(n, 1) is not None else None\n"
-        "from neox_lite_app.serving.engine import Engine; from neox_lite_app.serving.guard import Hosts\n"
+        "from neox_lite_app.serving.engine import Engine; from neox_lite_app.serving.security import Hosts\n"
         "from neox_lite_app.server import build\n"
         "engine = Engine(); build(engine, Hosts(), page=False); engine.close(); print('built')"
     )

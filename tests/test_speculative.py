@@ -22,7 +22,7 @@ from neox_lite.generation.request import Row
 from neox_lite.generation.sampling import Sampling, choose
 from neox_lite.generation.speculative import LONGEST, Drafting, DraftModel, Pace, PassTimes, PromptLookup, estimate
 from neox_lite.kernels import dispatch
-from neox_lite_app.places import DEMO
+from neox_lite_app.paths import DEMO
 
 NO_EOS = {"eos_token_id": []}
 VOCABULARY = 50

@@ -32,8 +32,8 @@ from neox_lite.loading.options import LoadOptions
 from neox_lite.offload.placement import Wish, check, decide
 from neox_lite.offload.profile import context_bytes, free_gpu, free_memory
 
+from .load_for_command import default_threads, describe, load, placing, warn_if_busy
 from .models.random_model import RandomModel, config_of
-from .running import default_threads, describe, load, placing, warn_if_busy
 from .terminal import amount, bar, note, print_json
 
 WARM_UP = 4  # decode steps that are not counted

@@ -23,8 +23,8 @@ from neox_lite.generation.sampling import BOUNDS
 
 from .conversations.conversation import Conversation, Fit, Store, read_file
 from .conversations.prompt_forms import check_name, form_named, form_of
-from .places import data_folder
-from .running import load, sampling
+from .load_for_command import load, sampling
+from .paths import data_folder
 from .serving.engine import Engine, Ticket
 from .session import Session
 from .terminal import note, printable

@@ -13,8 +13,8 @@ from neox_lite.generation.mixin import Clock
 from neox_lite_quant import convert
 
 from .evaluation.quality import cut, quality_of, table
-from .places import DEMO
-from .running import load, placement, placing
+from .load_for_command import load, placement, placing
+from .paths import DEMO
 from .terminal import bar, note, print_json
 
 CONTEXT, WINDOWS = 256, 40

@@ -20,7 +20,7 @@ from neox_lite.offload.plan import Machine
 from neox_lite.offload.profile import cpu_name, free_memory, profile
 from neox_lite.version import __version__
 
-from .running import default_threads, measure_machine
+from .load_for_command import default_threads, measure_machine
 from .terminal import print_json, size
 
 PACKAGES = (

@@ -13,7 +13,7 @@ from neox_lite.generation.options import Options
 from neox_lite.generation.speculative import LONGEST
 from neox_lite.tokenizer import check_text
 
-from .running import DRAWS, load, sampling
+from .load_for_command import DRAWS, load, sampling
 from .terminal import note, print_json, read_text
 
 

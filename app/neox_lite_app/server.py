@@ -20,15 +20,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from neox_lite.errors import ArgumentError, UnsupportedError
 
-from .running import load
+from .load_for_command import load
 from .serving.engine import Engine
 from .terminal import note
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
-    from .serving.guard import Guard, Hosts
     from .serving.keys import Keys
+    from .serving.security import Guard, Hosts
 
 KEY_VARIABLE = "NEOX_LITE_API_KEY"
 DRAIN_S = 30.0  # that running answers may take after the first Ctrl-C
@@ -41,7 +41,7 @@ def serve(args: argparse.Namespace) -> int:
     """Load the model, open the port, and serve until a signal ends it."""
     if args.engine != "vllm":
         _check_packages(args.page)
-    from .serving.guard import Hosts
+    from .serving.security import Hosts
 
     if args.adapter is not None and args.model is None:
         raise ArgumentError("--adapter goes with MODEL, beside which it runs; name it")
@@ -81,7 +81,7 @@ def build(
     page: the arguments of `serve`, by which the page loads models, or False for none. form: a prompt form's name.
     """
     from .serving.api import Api
-    from .serving.guard import Guard
+    from .serving.security import Guard
 
     metrics = None
     if find_spec("prometheus_client") is not None:  # without it, /metrics says what to install

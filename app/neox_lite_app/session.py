@@ -10,7 +10,7 @@ from neox_lite.errors import ArgumentError
 
 from .conversations.conversation import Chat, Conversation, Fit, Store, fit
 from .conversations.prompt_forms import Form
-from .running import DRAWS
+from .load_for_command import DRAWS
 from .serving.engine import Engine, Job, Ticket
 
 LEAST_ANSWER = 512  # tokens that old turns make room for, at most a quarter of the context; max_new_tokens overrules it

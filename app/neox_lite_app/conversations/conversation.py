@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from neox_lite.config import parse_json
 from neox_lite.errors import ContextLengthError, NeoxLiteError
 
-from ..places import data_folder
+from ..paths import data_folder
 
 SCHEMA, VERSION = "neox-lite conversation", 1
 ROLES = ("user", "assistant")

@@ -30,7 +30,7 @@ from neox_lite.loading.quantize import SLICE_ELEMENTS
 from neox_lite.loading.skeleton import Blueprint
 from neox_lite.offload.plan import linears_of
 
-from ..running import load
+from ..load_for_command import load
 from ..terminal import bar, fold, note, print_json, read_text, terminal_width
 from .quality import Head, Quality, cut, last_states, measure, table
 from .quality_plot import draw

@@ -24,7 +24,7 @@ from neox_lite.formats import Weight, label
 from neox_lite.kernels.backend import Backend, Norm
 from neox_lite.layers import Linear, norm_of
 
-from ..running import format_name, load
+from ..load_for_command import format_name, load
 from ..terminal import bar, print_json, read_text
 
 Progress = Callable[[int, int], None]

@@ -29,7 +29,7 @@ from neox_lite.errors import ArgumentError
 from neox_lite.formats import label
 
 from ..conversations.prompt_forms import form_of
-from ..running import format_name, load
+from ..load_for_command import format_name, load
 from ..terminal import bar, note, print_json
 from .kept_answers import KeptAnswers, stamps
 

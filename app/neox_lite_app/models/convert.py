@@ -12,7 +12,7 @@ from neox_lite.formats import label, make_format
 from neox_lite.loading.save import parse_bytes
 from neox_lite_quant import Report, convert, export_gguf, import_gguf
 
-from ..running import default_threads
+from ..load_for_command import default_threads
 from ..terminal import amount, bar, note, print_json
 
 

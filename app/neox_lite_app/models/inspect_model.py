@@ -18,7 +18,7 @@ from neox_lite.modeling.heads import class_of
 from neox_lite.offload.plan import parameters, sizes_of
 from neox_lite.tokenizer import GPTNeoXTokenizerFast
 
-from ..running import MIXED, formats_in
+from ..load_for_command import MIXED, formats_in
 from ..terminal import amount, bar, note, print_json
 from .plan import Model
 

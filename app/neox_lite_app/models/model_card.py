@@ -14,7 +14,7 @@ from neox_lite.config import GPTNeoXConfig, parse_json
 from neox_lite.errors import ArgumentError, ConfigError
 from neox_lite.hub import MANIFEST
 
-from ..running import common_label, formats_in
+from ..load_for_command import common_label, formats_in
 
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*")
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]{0,60}")

@@ -40,7 +40,7 @@ from neox_lite.offload.plan import (
 )
 from neox_lite.offload.plan import plan as make_plan
 
-from ..running import default_threads, measure_machine, memory_limit
+from ..load_for_command import default_threads, measure_machine, memory_limit
 from ..terminal import amount, fold, print_json, size, terminal_width
 from .family import FAMILY
 

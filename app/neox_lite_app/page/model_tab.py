@@ -12,10 +12,10 @@ from neox_lite.errors import ArgumentError, NeoxLiteError
 from neox_lite.formats import FORMATS
 
 from ..conversations.prompt_forms import form_of
+from ..load_for_command import MIXED
 from ..models.family import FAMILY, Member
-from ..models.shelf import LocalModel, local_models
-from ..places import DEMO
-from ..running import MIXED
+from ..models.local_models import LocalModel, local_models
+from ..paths import DEMO
 from ..serving.engine import Engine
 from ..terminal import amount
 from .badges import Badges, offered

@@ -15,9 +15,9 @@ from neox_lite import GPTNeoXForCausalLM
 from neox_lite.errors import NeoxLiteError
 from neox_lite.offload.plan import largest_group
 
+from ..load_for_command import describe, load
 from ..models.plan import Model
-from ..places import DEMO, data_folder
-from ..running import describe, load
+from ..paths import DEMO, data_folder
 from ..serving.engine import Busy, Engine
 from .events import sentence, unforeseen
 

@@ -23,11 +23,11 @@ from neox_lite.errors import ContextLengthError, NeoxLiteError
 from neox_lite.version import __version__
 
 from ..conversations.prompt_forms import Reader, form_of
-from . import fields
-from .answers import Chats, Choice, Completions, Envelope, Scored, Tokens, event, usage
+from . import schema as fields
 from .engine import Busy, Engine, Job, NotLoaded, Step, Ticket
-from .fields import RequestError, Wanted
 from .grammar import Grammar, Vocabulary
+from .responses import Chats, Choice, Completions, Envelope, Scored, Tokens, event, usage
+from .schema import RequestError, Wanted
 
 if TYPE_CHECKING:
     from .metrics import Metrics

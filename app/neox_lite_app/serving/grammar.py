@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from neox_lite import GPTNeoXTokenizerFast
 
-from .fields import MAX_REGEX, Constraint, RequestError
+from .schema import MAX_REGEX, Constraint, RequestError
 
 if TYPE_CHECKING:
     import numpy as np

@@ -16,8 +16,8 @@ from neox_lite.hub import HEAD, WEIGHTS
 from neox_lite.loading.load import cache_root
 from neox_lite.offload.plan import parameters
 
-from ..places import data_folder
-from ..running import common_label, formats_in
+from ..load_for_command import common_label, formats_in
+from ..paths import data_folder
 from ..terminal import amount, print_json, printable
 
 MOST_FOLDERS = 1000  # looked at in one place
