@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from neox_lite.cache import Batch, PagePool
 from neox_lite.formats import DENSE, Weight, make_format
-from neox_lite.kernels.triton import choices
+from neox_lite.kernels.triton import tile_configs as choices
 from neox_lite_app.bench import copy_gb_per_s
 
 

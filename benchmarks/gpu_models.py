@@ -18,7 +18,8 @@ from gpu_peers import PEERS, Transformers, substituted
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
 from neox_lite.formats import DENSE, make_format
 from neox_lite.kernels import dispatch
-from neox_lite.kernels.triton import choices, tuning
+from neox_lite.kernels.triton import tile_configs as choices
+from neox_lite.kernels.triton import tuning
 from neox_lite.loading.load import put
 from neox_lite.offload.placement import Wish, decide
 from neox_lite.offload.profile import context_bytes

@@ -34,7 +34,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 from neox_lite import GPTNeoXConfig  # noqa: E402
 from neox_lite.cache import Batch, PagePool  # noqa: E402
 from neox_lite.formats import DENSE, Weight, make_format  # noqa: E402
-from neox_lite.kernels.triton import choices  # noqa: E402
+from neox_lite.kernels.triton import tile_configs as choices  # noqa: E402
 from neox_lite.kernels.triton.operations import Operations  # noqa: E402
 from neox_lite.kernels.triton.steps import Inputs, Tables  # noqa: E402
 from neox_lite.layers import GPTNeoXLayer, Linear, Rotary, norm_of  # noqa: E402

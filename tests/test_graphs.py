@@ -22,7 +22,8 @@ from neox_lite.generation.request import Row
 from neox_lite.generation.sampling import Sampling, choose, exclude
 from neox_lite.kernels import reference
 from neox_lite.kernels.backend import Choice
-from neox_lite.kernels.triton import ends, operations, steps
+from neox_lite.kernels.triton import embed_and_sample as ends
+from neox_lite.kernels.triton import operations, steps
 from neox_lite.kernels.triton.operations import Operations
 
 pytestmark = [pytest.mark.skipif(not backend.interpreted(), reason="a GPU is there: tests/test_gpu.py captures on it")]

@@ -20,7 +20,8 @@ from neox_lite.generation.options import Options
 from neox_lite.generation.request import Row
 from neox_lite.generation.sampling import Sampling, choose
 from neox_lite.generation.scheduler import Scheduler
-from neox_lite.kernels.triton import attention, ends, steps
+from neox_lite.kernels.triton import attention, steps
+from neox_lite.kernels.triton import embed_and_sample as ends
 
 VOCABULARY, POSITIONS = 67, 3 * PAGE
 MISSING = torch.tensor([3, 50])

@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from neox_lite.formats.group_int import pack
-from neox_lite.kernels.triton import words
+from neox_lite.kernels.triton import packing as words
 
 SUM_OF_FOUR_CODES = 8 * 4
 

@@ -16,7 +16,8 @@ from neox_lite.cache import Batch, PagePool
 from neox_lite.formats import DENSE, Weight, make_format
 from neox_lite.kernels import dispatch, reference
 from neox_lite.kernels import triton as backend
-from neox_lite.kernels.triton import choices, operations
+from neox_lite.kernels.triton import operations
+from neox_lite.kernels.triton import tile_configs as choices
 from neox_lite.kernels.triton.operations import NATURAL, Laid, Layout, Operations, Output
 from neox_lite.layers import Rotary
 

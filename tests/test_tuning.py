@@ -12,8 +12,9 @@ import torch
 
 from neox_lite import user_cache as kept
 from neox_lite.errors import ArgumentError
-from neox_lite.kernels.triton import choices, tuning
-from neox_lite.kernels.triton.choices import Candidates, Machine, Page
+from neox_lite.kernels.triton import tile_configs as choices
+from neox_lite.kernels.triton import tuning
+from neox_lite.kernels.triton.tile_configs import Candidates, Machine, Page
 
 KNOWN, UNKNOWN = Machine((8, 6)), Machine((10, 3))
 CARD = tuning.Card("RTX 6090", "10.3", "600.1", "3.9.0")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .words import place
+from .packing import place
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .words import dot, place
+from .packing import dot, place
 
 PAGE = tl.constexpr(128)
 LEAST = tl.constexpr(-1e30)  # below every score, and finite, so that its difference to itself is a number

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .activations import add_rest, gelu
-from .words import code, dot_of_halves, halves_of, high, low, place
+from .packing import code, dot_of_halves, halves_of, high, low, place
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .activations import add_rest, gelu
-from .words import dot, place, planes_of
+from .packing import dot, place, planes_of
 
 
 @triton.jit

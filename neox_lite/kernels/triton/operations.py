@@ -23,10 +23,12 @@ from ...cache import PAGE, Batch, PagePool
 from ...formats import NF4, Dense, GroupInt, Weight
 from .. import nf4
 from ..backend import Norm
-from . import activations, attention, choices, ends, gemv, interpreted, matmul, tuning
+from . import activations, attention, gemv, interpreted, matmul, tuning
+from . import embed_and_sample as ends
+from . import tile_configs as choices
 from .cuda_graph import CudaGraphs
+from .packing import SHIFT
 from .steps import Graphs, Inputs, Steps
-from .words import SHIFT
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from ...cache import PAGE, Batch, PagePool
 from ...errors import GraphError
 from ..backend import Choice, Flight
 from ..captured import PerPool
-from . import attention, ends
+from . import attention
+from . import embed_and_sample as ends
 
 MOST_ROWS = 64  # of a step; a power of two, so that every table begins where kernels like it
 MOST_GRAPHS = 32  # of a pool; the least recently used one goes first

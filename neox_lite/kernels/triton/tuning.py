@@ -27,8 +27,8 @@ from ... import user_cache as kept
 from ...errors import ArgumentError
 from ...version import __version__
 from . import interpreted
-from .choices import Candidates, Machine, machine
 from .cuda_graph import CAPTURING
+from .tile_configs import Candidates, Machine, machine
 
 T = TypeVar("T")
 Launch = Callable[[Any], object]  # runs a kernel with a tile; again and again with the same result
