@@ -36,7 +36,7 @@ from peers_cpu import machine  # noqa: E402
 
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM  # noqa: E402
 from neox_lite.checkpoint.folder_writer import FolderWriter  # noqa: E402
-from neox_lite.checkpoint.safetensors_file import SafetensorsFile, Spec, encode_header, layout
+from neox_lite.checkpoint.safetensors_file import SafetensorsFile, Spec, encode_header, layout  # noqa: E402
 
 REPO, COMMIT = "made-up/neox-20b", "0" * 40
 NOISE_BYTES = 64 << 20

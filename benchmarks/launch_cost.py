@@ -32,7 +32,7 @@ from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM  # noqa: E402
 from neox_lite.cache import Batch  # noqa: E402
 from neox_lite.formats import make_format  # noqa: E402
 from neox_lite.kernels.backend import Choice  # noqa: E402
-from neox_lite.kernels.triton import operations
+from neox_lite.kernels.triton import operations  # noqa: E402
 from neox_lite.kernels.triton import tile_configs as choices  # noqa: E402
 from neox_lite.layers import Linear  # noqa: E402
 

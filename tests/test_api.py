@@ -22,7 +22,7 @@ from neox_lite import GPTNeoXForCausalLM  # noqa: E402
 from neox_lite_app.conversations.prompt_forms import form_of  # noqa: E402
 from neox_lite_app.paths import DEMO  # noqa: E402
 from neox_lite_app.serving import api  # noqa: E402
-from neox_lite_app.serving import schema as fields
+from neox_lite_app.serving import schema as fields  # noqa: E402
 from neox_lite_app.serving.engine import Engine  # noqa: E402
 from neox_lite_app.serving.responses import Tokens, event  # noqa: E402
 
