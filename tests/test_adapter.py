@@ -8,13 +8,13 @@ import warnings
 from dataclasses import replace
 from weakref import WeakSet
 
-import peers
 import pytest
 import torch
-from fakehub import FakeHub
 from huggingface_hub import constants
-from peers import difference, random_ids
-from simulated import Simulated
+from support import peers
+from support.fake_hub import FakeHub
+from support.peers import difference, random_ids
+from support.simulated_accelerator import SimulatedAccelerator
 
 import neox_lite
 from neox_lite import GPTNeoXForCausalLM
@@ -237,13 +237,13 @@ def test_a_captured_step_equals_an_eager_one(every, format):
 
 def test_steps_that_are_graphs_choose_the_same_tokens():
     pytest.importorskip("triton", reason="triton is not installed")
-    from graphs import Simulated as GraphDevice
+    from support.simulated_graphs import SimulatedGraphs
     from test_graphs import generate, graphed, ids, small
     from test_triton_kernels import backend
 
     if not backend.interpreted():
         pytest.skip("a GPU is there: tests/test_gpu.py captures on it")
-    model, device = small(), GraphDevice()
+    model, device = small(), SimulatedGraphs()
     for module in list(model.gpt_neox.layers.modules()):
         if isinstance(module, Linear):
             shapes = (8, module.in_features), (module.out_features, 8)
@@ -263,7 +263,7 @@ def test_the_adapter_goes_where_its_layers_go(every, tiers):
     base, adapter, theirs = every
     model = load(base, adapter)
     gpu = "gpu" in tiers
-    device = Simulated() if gpu else None
+    device = SimulatedAccelerator() if gpu else None
     place(model, Placement(tiers, "cpu", "gpu" if gpu else "cpu", 4 if gpu else None), device)
     if not gpu:
         model.ops = reference

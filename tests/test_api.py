@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from serving import application, ask, demo_engine, serving
+from support.serving import application, ask, demo_engine, serving
 
 openai = pytest.importorskip("openai", reason="needs pip install '.[test]'")
 httpx = pytest.importorskip("httpx", reason="needs pip install '.[test]'")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from repositories import repository
+from support.repositories import repository
 
 import neox_lite
 from neox_lite import (

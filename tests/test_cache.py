@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from peers import TINY, difference, pair, random_ids
+from support.peers import TINY, difference, pair, random_ids
 from torch import Tensor
 
 from neox_lite import GPTNeoXForCausalLM

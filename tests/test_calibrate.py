@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from peers import opened_by_transformers
+from support.peers import opened_by_transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXForSequenceClassification

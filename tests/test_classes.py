@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from peers import opened_by_transformers
+from support.peers import opened_by_transformers
 from torch import Tensor
 from torch.nn import functional
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peers import peer
+from support.peers import peer
 
 from neox_lite import GPTNeoXForCausalLM
 from neox_lite_app.cli import main

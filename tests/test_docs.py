@@ -15,9 +15,9 @@ from weakref import WeakSet
 import generated
 import pytest
 import torch
-from documents import PAGES, ROOT, Session, blocks_of, commands_of, prose_of
-from fakehub import FakeHub
 from huggingface_hub import constants
+from support.documents import PAGES, ROOT, Session, blocks_of, commands_of, prose_of
+from support.fake_hub import FakeHub
 
 import neox_lite
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from peers import difference, opened_by_transformers, peer, random_ids
+from support.peers import difference, opened_by_transformers, peer, random_ids
 
 from neox_lite import GPTNeoXForCausalLM
 from neox_lite.errors import FormatError, NeoxLiteError

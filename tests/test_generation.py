@@ -20,7 +20,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from peers import TINY, pair, random_ids
+from support.peers import TINY, pair, random_ids
 from torch import Tensor
 
 from neox_lite import GenerationConfig, GPTNeoXTokenizerFast

@@ -1,6 +1,6 @@
 """Decode steps as graphs, without a GPU: what is captured can be repeated, and what is replayed gives the tokens of launches.
 
-graphs.Simulated stands in for the device; everything else is what runs on one. Kernels run in Triton's interpreter (slow, so
+`SimulatedGraphs` stands in for the device; everything else is what runs on one. Kernels run in Triton's interpreter (slow, so
 models are tiny); where only launches are looked at, nothing runs at all.
 """
 
@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from graphs import NotCapturable, Simulated
+from support.simulated_graphs import NotCapturable, SimulatedGraphs
 from test_triton_kernels import AMPERE, INT4, INT8, MODELS, TURING, backend, tiny
 
 from neox_lite.cache import Batch
@@ -79,7 +79,7 @@ GENERATIONS = {
 @pytest.mark.parametrize("name", GENERATIONS)
 def test_replayed_steps_give_the_tokens_of_steps_launched_one_by_one(name):
     format, machine, batches, options = GENERATIONS[name]
-    model, device = small(format), Simulated()
+    model, device = small(format), SimulatedGraphs()
     graphed(model, device, machine)
     with device:
         for lengths in batches:
@@ -93,7 +93,7 @@ def test_replayed_steps_give_the_tokens_of_steps_launched_one_by_one(name):
 
 
 def test_a_step_is_given_before_the_last_one_is_read_and_an_end_found_late_throws_it_away():
-    model, device = small(), Simulated()
+    model, device = small(), SimulatedGraphs()
     graphed(model, device)
     with device:
         (expected,) = generate(model, ids(5), [{"max_new_tokens": 7}])
@@ -109,7 +109,7 @@ def test_a_step_is_given_before_the_last_one_is_read_and_an_end_found_late_throw
 def test_work_is_late_and_host_memory_is_not_written_over_before_it_is_read(monkeypatch):
     """Else none of these tests would see a race."""
     monkeypatch.setattr(steps.Launched, "tokens", lambda self: [0] * self._count)  # nobody waits for what was before
-    model, device = small(), Simulated()
+    model, device = small(), SimulatedGraphs()
     graphed(model, device)
     with device:
         pool = model.new_pool(4)
@@ -121,7 +121,7 @@ def test_work_is_late_and_host_memory_is_not_written_over_before_it_is_read(monk
 
 
 def test_a_model_may_leave_inference_mode_between_two_calls():
-    model, device = small(), Simulated()
+    model, device = small(), SimulatedGraphs()
     graphed(model, device)
     with device:
         with torch.inference_mode():
@@ -131,7 +131,7 @@ def test_a_model_may_leave_inference_mode_between_two_calls():
 
 
 def test_a_pool_that_grows_is_captured_anew():
-    model, device = small(), Simulated(dry=True)
+    model, device = small(), SimulatedGraphs(dry=True)
     graphed(model, device)
     with device:
         pool = model.new_pool(1)
@@ -146,7 +146,7 @@ def test_a_pool_that_grows_is_captured_anew():
 
 def test_tokens_of_a_step_that_another_followed_are_found_all_the_same():
     """Two calls share a model: what the device chose last is not what this row's next step asks for."""
-    model, device = small(), Simulated()
+    model, device = small(), SimulatedGraphs()
     graphed(model, device)
     prompts = ids(5, 9)
     with device:
@@ -162,7 +162,7 @@ def test_tokens_of_a_step_that_another_followed_are_found_all_the_same():
 
 
 def test_rows_without_a_token_write_nothing():
-    model, device = small(), Simulated()
+    model, device = small(), SimulatedGraphs()
     graphed(model, device)
     with device:
         pool = model.new_pool(8)
@@ -218,7 +218,7 @@ def test_draws_are_the_host_s_id_for_id():
 
 def drawn(logits, missing, samplings, streams, starts, block):
     rows, vocabulary = logits.shape
-    seat = steps.Seat(Simulated(), 1)
+    seat = steps.Seat(SimulatedGraphs(), 1)
     batch = Batch(
         tuple(EMPTY for _ in starts), tuple(starts), tuple(range(rows + 1)), *torch.zeros(3, rows, dtype=torch.long)
     )
@@ -250,7 +250,7 @@ class EMPTY:
 
 
 def test_ids_that_do_not_exist_are_left_out_on_the_device_too():
-    model, device = small(), Simulated()
+    model, device = small(), SimulatedGraphs()
     graphed(model, device)
     with device:
         first = generate(model, ids(5), [GREEDY])[0]
@@ -275,7 +275,7 @@ def test_ids_that_do_not_exist_are_left_out_on_the_device_too():
     ],
 )
 def test_a_row_that_needs_the_host_says_why_and_gets_its_tokens_from_a_graph_s_logits(given, reason):
-    model, device = small(), Simulated()
+    model, device = small(), SimulatedGraphs()
     graphed(model, device)
     given, scores = dict(given), given.get("scores")
     given.pop("scores", None)
@@ -295,7 +295,7 @@ def test_a_row_that_needs_the_host_says_why_and_gets_its_tokens_from_a_graph_s_l
 
 
 def test_nothing_to_choose_from_ends_the_row_with_the_host_s_error():
-    model, device = small(), Simulated()
+    model, device = small(), SimulatedGraphs()
     graphed(model, device)
     (row,) = model._rows(ids(5), Options.parse(GREEDY))
     with device, pytest.raises(NeoxLiteError, match="no id can be chosen"):
@@ -314,7 +314,7 @@ def test_nothing_to_choose_from_ends_the_row_with_the_host_s_error():
 @pytest.mark.parametrize("name", MODELS)
 def test_a_step_of_any_bucket_launches_the_same_whatever_is_in_it(name, kv, dtype, machine):
     """Every replay is compared with what the step would launch then: kernels, grids, addresses, numbers."""
-    model, device = tiny(dtype=dtype, **MODELS[name]), Simulated(dry=True)
+    model, device = tiny(dtype=dtype, **MODELS[name]), SimulatedGraphs(dry=True)
     model.kv = kv
     graphed(model, device, machine)
     with device:
@@ -354,7 +354,7 @@ def test_a_step_of_any_bucket_launches_the_same_whatever_is_in_it(name, kv, dtyp
     ],
 )
 def test_what_a_graph_cannot_repeat_is_found_and_said_and_launches_one_by_one_go_on(monkeypatch, fault, found):
-    model, device = small(), Simulated(dry=True)
+    model, device = small(), SimulatedGraphs(dry=True)
     attend = Operations.attend
 
     def with_fault(self, qkv, *given):
@@ -377,7 +377,7 @@ COUNTER = iter(range(1, 1000))
 
 @pytest.mark.parametrize("fault", ["a position as a number", "memory from elsewhere"])
 def test_a_launch_that_depends_on_the_step_is_found_when_it_is_replayed(monkeypatch, fault):
-    model, device = small(), Simulated(dry=True)
+    model, device = small(), SimulatedGraphs(dry=True)
     graphed(model, device)
     pool = model.new_pool(2)
     sequences, others = [pool.new()], torch.empty(4, 4)
@@ -401,7 +401,7 @@ def test_a_launch_that_depends_on_the_step_is_found_when_it_is_replayed(monkeypa
 
 
 def test_buckets_are_the_next_powers_of_two_and_end_with_the_context():
-    model, device = tiny(positions=1600), Simulated(dry=True)
+    model, device = tiny(positions=1600), SimulatedGraphs(dry=True)
     graphed(model, device)
 
     def bucket(*starts):
@@ -413,7 +413,7 @@ def test_buckets_are_the_next_powers_of_two_and_end_with_the_context():
 
 
 def test_more_rows_than_a_graph_takes_run_without_one_and_the_reason_is_told():
-    model, device = tiny(), Simulated(dry=True)
+    model, device = tiny(), SimulatedGraphs(dry=True)
     graphed(model, device)
     with device:
         pool = model.new_pool(70)
@@ -427,7 +427,7 @@ def test_more_rows_than_a_graph_takes_run_without_one_and_the_reason_is_told():
 
 def test_graphs_are_bounded_in_number_and_the_least_recently_used_goes(monkeypatch):
     monkeypatch.setattr(steps, "MOST_GRAPHS", 3)
-    model, device = tiny(), Simulated(dry=True)
+    model, device = tiny(), SimulatedGraphs(dry=True)
     graphed(model, device)
     with device:
         pool = model.new_pool(40)
@@ -451,13 +451,13 @@ def test_why_there_are_no_graphs_is_said(tmp_path):
 
 
 def test_layers_outside_the_gpu_are_a_reason():
-    from simulated import Simulated as Accelerator
+    from support.simulated_accelerator import SimulatedAccelerator
 
     from neox_lite.loading.load import place
     from neox_lite.offload.run import Placement
 
     model = tiny()
-    place(model, Placement(("gpu", "cpu"), "gpu", "gpu"), Accelerator())
+    place(model, Placement(("gpu", "cpu"), "gpu", "gpu"), SimulatedAccelerator())
     assert "layers are outside the GPU" in model.graph_reason
 
 
@@ -467,7 +467,7 @@ def test_layers_outside_the_gpu_are_a_reason():
 @pytest.mark.parametrize("graph", [True, False])
 def test_a_weight_that_was_replaced_is_read_from_its_new_place(graph):
     """Captured on the simulated device, and by the CPU's own backend."""
-    model, device = small(None), Simulated()
+    model, device = small(None), SimulatedGraphs()
     if graph:
         graphed(model, device)
     with device:

@@ -4,7 +4,7 @@ import asyncio
 import json
 
 import pytest
-from serving import ask
+from support.serving import ask
 
 pytest.importorskip("starlette", reason="needs pip install '.[page]'")
 

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from peers import TINY, difference, ours, pair, peer, random_ids
 from safetensors.torch import load_file, save_file
+from support.peers import TINY, difference, ours, pair, peer, random_ids
 from torch import Tensor
 
 import neox_lite

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from peers import opened_by_transformers
+from support.peers import opened_by_transformers
 from test_quantize import IDS, digests, write_source
 
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXModel

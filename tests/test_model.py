@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from peers import TINY, difference, ours, pair, peer, random_ids
+from support.peers import TINY, difference, ours, pair, peer, random_ids
 from torch import Tensor
 
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXForSequenceClassification, GPTNeoXModel

@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from peers import difference, peer, random_ids
+from support.peers import difference, peer, random_ids
 
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
 from neox_lite.checkpoint.reader import Checkpoint

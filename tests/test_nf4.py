@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from peers import TINY, opened_by_transformers, peer, random_ids
 from safetensors.torch import load_file, save_file
+from support.peers import TINY, opened_by_transformers, peer, random_ids
 
 import neox_lite
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM

@@ -9,7 +9,7 @@ from weakref import WeakSet
 
 import pytest
 import torch
-from simulated import Race, Simulated
+from support.simulated_accelerator import Race, SimulatedAccelerator
 
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXForSequenceClassification
 from neox_lite.errors import ArgumentError, CheckpointError, UnsupportedError
@@ -80,7 +80,7 @@ def load(folder, kv="fp16"):
 
 def placed(folder, where, kv="fp16", **options):
     """The model over tiers, and the device it is on."""
-    model, device = GPTNeoXForCausalLM.from_pretrained(folder, kv=kv), Simulated(**options)
+    model, device = GPTNeoXForCausalLM.from_pretrained(folder, kv=kv), SimulatedAccelerator(**options)
     put(model, where, device)
     return model, device
 
@@ -134,7 +134,7 @@ def test_logits_do_not_depend_on_where_the_parts_are(folder, letters, kv, eager)
         assert torch.equal(found, wanted)
 
 
-class Careless(Simulated):
+class Careless(SimulatedAccelerator):
     """Forgets to wait, in one of the ways there are."""
 
     def __init__(self, forgets, **options):
@@ -153,7 +153,7 @@ class Careless(Simulated):
 @pytest.mark.parametrize("eager", [False, True], ids=["late", "early"])
 @pytest.mark.parametrize("forgets", ["compute", "copy", "host"])
 def test_every_wait_is_needed(folder, monkeypatch, forgets, eager):
-    monkeypatch.setattr("test_offload.Simulated", lambda **options: Careless(forgets, **options))
+    monkeypatch.setattr("test_offload.SimulatedAccelerator", lambda **options: Careless(forgets, **options))
     model, _ = placed(folder, placement("ccccgg"), eager=eager)
     with pytest.raises(Race):
         list(passes(model))
@@ -232,7 +232,7 @@ def test_heads_of_other_classes_are_placed_too(folder):
         plain = GPTNeoXForSequenceClassification.from_pretrained(folder)
     plain.ops = reference
     expected = plain(torch.arange(20)[None]).logits
-    put(plain, placement("ccccgg"), Simulated())
+    put(plain, placement("ccccgg"), SimulatedAccelerator())
     assert torch.equal(plain(torch.arange(20)[None]).logits, expected)
 
 
@@ -242,7 +242,7 @@ def test_kernels_of_the_cpu_compute_the_same_from_any_memory(quantized, letters,
     """int4 layers, mapped, in a slot of the host, or in the device's memory, which the CPU's kernels stand in for."""
     plain, model = (GPTNeoXForCausalLM.from_pretrained(quantized, exact=exact) for _ in range(2))
     where = placement(letters)
-    put(model, where, Simulated(backend=cpu), ops=None)
+    put(model, where, SimulatedAccelerator(backend=cpu), ops=None)
     for found, wanted in zip(passes(model), passes(plain), strict=True):
         assert torch.equal(found, wanted)
 
@@ -250,7 +250,7 @@ def test_kernels_of_the_cpu_compute_the_same_from_any_memory(quantized, letters,
 def test_layers_that_stay_on_the_cpu_are_captured_beside_others(quantized):
     """Their kernels then run with no Python between them, as they do in a model that is all there."""
     model = GPTNeoXForCausalLM.from_pretrained(quantized)
-    put(model, placement("dccggc"), Simulated(backend=cpu), ops=None)
+    put(model, placement("dccggc"), SimulatedAccelerator(backend=cpu), ops=None)
     pool = model.new_pool()
     sequences = [pool.new(), pool.new()]
     for tokens in ([[1], [2]], [[3], [4]]):
@@ -406,7 +406,7 @@ FAST, SLOW = Rates(1e12, 1e14, 0.0), Rates(1e10, 1e11, 0.0)
 @pytest.fixture
 def gpu(monkeypatch):
     """A machine with a GPU, which is simulated: budgets hold for it, and the plan's rates are given."""
-    device = Simulated()
+    device = SimulatedAccelerator()
     here = Machine(SLOW, 1e9, 100 << 20, Card("simulated", 1 << 34, FAST, 2e10, CONTEXT_BYTES))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

@@ -21,7 +21,7 @@ playwright = pytest.importorskip("playwright.sync_api", reason="needs pip instal
 expect = playwright.expect
 expect.set_options(timeout=30_000)  # nothing here takes so long, unless it hangs
 
-from serving import serving
+from support.serving import serving
 
 from neox_lite import GPTNeoXForCausalLM
 from neox_lite.errors import ArgumentError

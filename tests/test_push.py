@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from fakehub import FakeHub
+from support.fake_hub import FakeHub
 
 from neox_lite.errors import ArgumentError
 from neox_lite_app.cli import main

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 import torch
-from peers import opened_by_transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
+from support.peers import opened_by_transformers
 
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
 from neox_lite.checkpoint.folder_writer import ShardWriter

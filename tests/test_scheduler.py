@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
-from peers import pair, random_ids
+from support.peers import pair, random_ids
 from torch import Tensor
 
 from neox_lite.cache import PAGE, Batch, PagePool, PrefixCache

@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from graphs import Simulated
+from support.simulated_graphs import SimulatedGraphs
 
 from neox_lite.cache import PAGE, Batch, PagePool, PrefixCache
 from neox_lite.errors import NeoxLiteError
@@ -27,7 +27,7 @@ VOCABULARY, POSITIONS = 67, 3 * PAGE
 MISSING = torch.tensor([3, 50])
 
 
-class Device(Simulated):
+class Device(SimulatedGraphs):
     """What it captures is given to it again and again, without a look at launches: there are none."""
 
     def capture(self, step):

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from fakehub import FakeHub
-from repositories import REPOSITORIES, repository
+from support.fake_hub import FakeHub
+from support.repositories import REPOSITORIES, repository
 
 ROOT = Path(__file__).resolve().parents[1]
 LEAVE_OUT = "UnsupportedError: from_pretrained(trust_remote_code=...): code from checkpoints is never run; leave it out"
@@ -69,7 +69,7 @@ def results(hub: FakeHub, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     names = [*AS_TRANSFORMERS, *PRINTED, *EXPLAINED, "documentation", "another_architecture"]
     env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(place / "home"), "HF_HUB_OFFLINE": "0", "NO_PROXY": "*"}
     env |= {"PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONUTF8": "1"}
-    command = [sys.executable, str(ROOT / "tests" / "script_runner.py")]
+    command = [sys.executable, str(ROOT / "tests" / "support" / "script_runner.py")]
     wanted = names + [f"transformers:{name}" for name in AS_TRANSFORMERS]
     done = subprocess.run(command + wanted, env=env, cwd=place, capture_output=True, encoding="utf-8", timeout=300)
     assert done.returncode == 0, done.stderr

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import tokenizers
 import torch
-from peers import pair, random_ids
+from support.peers import pair, random_ids
 from torch import Tensor
 
 from neox_lite import GPTNeoXForCausalLM, GPTNeoXTokenizerFast, Speculation

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fakehub import FakeHub
+from support.fake_hub import FakeHub
 
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
 from neox_lite.checkpoint.reader import Checkpoint, verify_folder

@@ -77,7 +77,7 @@ class _InOrder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class Simulated:
+class SimulatedGraphs:
     """`steps.Graphs`, within `with simulated:`. late: work runs when it is waited for, else at once.
 
     dry: nothing runs, launches are only compared. captures: how many graphs were made. replays: how often one ran. launches: of

@@ -17,7 +17,7 @@ import transformers
 
 import neox_lite.modeling.pretrained
 
-SCRIPTS = Path(__file__).with_name("scripts")
+SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 
 def run(which: str) -> dict[str, object]:

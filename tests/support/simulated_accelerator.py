@@ -40,7 +40,7 @@ class Mark:
     known: dict  # queue -> how much of it is done at this point
 
 
-class Simulated:
+class SimulatedAccelerator:
     """An `Accelerator`. eager: copies run at once rather than at the last moment."""
 
     device = torch.device("cpu")

@@ -22,7 +22,7 @@ import uvicorn
 from neox_lite_app import server
 from neox_lite_app.cli import build_parser, main
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 QUOTED = r""""(?:\\.|[^"\\])*"|'[^']*'"""
 

@@ -1,0 +1,1 @@
+"""What tests share: tiny models, folders on disk, a hub, servers, a device that is not there. Knows no test."""
