@@ -180,10 +180,10 @@ class Checks:
         gains, shifts = (1 + random(2, columns, seed=5) / 4).to(self.dtype), random(2, columns, seed=6).to(self.dtype)
         bias, residual = random(rows, seed=7).to(self.dtype), random(tokens, 37, seed=8).to(self.dtype)
         norms = [(self.here(gain), self.here(shift), 1e-5) for gain, shift in zip(gains, shifts, strict=True)]
-        acts = self.ops.norms(self.here(x), norms, [first, beside])
+        inputs = self.ops.layer_norms(self.here(x), norms, [first, beside])
         addends, kinds, readers = [self.here(bias), None], ["erf", None], [second, None]
-        inner, plain = self.ops.linears(acts, [first, beside], addends, kinds, readers)
-        found = self.ops.sum_linears([inner], [second], [None], self.here(residual))
+        inner, plain = self.ops.grouped_linear(inputs, [first, beside], addends, kinds, readers)
+        found = self.ops.linear_residual([inner], [second], [None], self.here(residual))
         normed = [
             functional.layer_norm(x.double(), (columns,), gain.double(), shift.double(), 1e-5)
             for gain, shift in zip(gains, shifts, strict=True)
@@ -201,14 +201,14 @@ class Checks:
         x[:, ::7] = 6000.0
         gain = torch.full((1024,), 3000.0).half()
         normed = functional.layer_norm(x.double(), (1024,), gain.double(), eps=1e-5)
-        acts = self.ops.norms(self.here(x), [(self.here(gain), self.here(gain * 0), 1e-5)], [weight])
-        (found,) = self.ops.linears(acts, [weight], [None], [None], [None])
+        inputs = self.ops.layer_norms(self.here(x), [(self.here(gain), self.here(gain * 0), 1e-5)], [weight])
+        (found,) = self.ops.grouped_linear(inputs, [weight], [None], [None], [None])
         return self.verdict("outliers", found, normed @ decoded(weight).T)
 
     def norms(self) -> dict[str, Any]:
         x, gain, bias = (random(*shape, seed=i).to(self.dtype) for i, shape in enumerate([(5, 384), (384,), (384,)]))
         exact = functional.layer_norm(x.double(), (384,), gain.double(), bias.double(), 1e-5)
-        (found,) = self.ops.norms(self.here(x), [(self.here(gain), self.here(bias), 1e-5)], [None])
+        (found,) = self.ops.layer_norms(self.here(x), [(self.here(gain), self.here(bias), 1e-5)], [None])
         return self.verdict("norm", found, exact)
 
     def attention(self, head_dim: int, kv: torch.dtype, prompts: tuple[int, ...]) -> dict[str, Any]:
@@ -235,7 +235,7 @@ class Checks:
             held = [s.length for s in sequences]
             rows = torch.cat([q[h : h + n] for q, h, n in zip(qkv, held, step, strict=True)])
             batch = Batch.reserve(pool, sequences, step)
-            found = natural(self.ops.attend(self.here(rows), pool, 0, batch, self.here(table), reader))
+            found = natural(self.ops.attention(self.here(rows), pool, 0, batch, self.here(table), reader))
             batch.commit()
             for out, part in zip(outs, found.split(list(step)), strict=True):
                 out.append(part)
@@ -281,12 +281,12 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def natural(act: Any) -> Tensor:
+def natural(x: Any) -> Tensor:
     """Activations of any backend as (tokens, features)."""
-    if isinstance(act, Tensor):
-        return act
-    layout, (tokens, features) = act.layout, act.memory.shape
-    split = act.memory.view(tokens, layout.planes, features // layout.codes, layout.codes // layout.planes)
+    if isinstance(x, Tensor):
+        return x
+    layout, (tokens, features) = x.layout, x.memory.shape
+    split = x.memory.view(tokens, layout.planes, features // layout.codes, layout.codes // layout.planes)
     return split.permute(0, 2, 3, 1).reshape(tokens, features) / layout.scale
 
 

@@ -147,20 +147,25 @@ class Bench:
                 copies = range(copies_for(self.device, 5 * read_bytes(one)))  # the smaller launch reads 5
                 sets = [self.block(format, hidden) for _ in copies]
                 x, residual = self.x(1, hidden), self.x(1, hidden)
-                act = self.moved(x, one)
+                given = self.moved(x, one)
                 wide = self.moved(self.x(1, 4 * hidden), sets[0][3])
                 for name, calls, nbytes in (
                     (
                         "qkv beside h to 4h",
                         [
-                            lambda w=w: self.ops.linears([act, act], w[:2], [None] * 2, [None, "erf"], [None, w[3]])
+                            lambda w=w: self.ops.grouped_linear(
+                                [given, given], w[:2], [None] * 2, [None, "erf"], [None, w[3]]
+                            )
                             for w in sets
                         ],
                         read_bytes(*sets[0][:2]),
                     ),
                     (
                         "dense plus 4h to h",
-                        [lambda w=w: self.ops.sum_linears([act, wide], w[2:], [None] * 2, residual) for w in sets],
+                        [
+                            lambda w=w: self.ops.linear_residual([given, wide], w[2:], [None] * 2, residual)
+                            for w in sets
+                        ],
                         read_bytes(*sets[0][2:]),
                     ),
                 ):
@@ -229,7 +234,7 @@ class Bench:
 
     def ours(self, weight: Weight) -> Callable[[Tensor], Tensor]:
         moved = once_for_each(lambda x: self.moved(x, weight))
-        return lambda x: self.ops.linears([moved(x)], [weight], [None], [None], [None])[0]
+        return lambda x: self.ops.grouped_linear([moved(x)], [weight], [None], [None], [None])[0]
 
     def slices(self) -> Iterator[dict[str, Any]]:
         """How large a piece of a weight should be written out for cuBLAS at a time, and from how many tokens on."""
@@ -255,8 +260,8 @@ class Bench:
                 )
             self.ops.slice_bytes = kept
             if machine.tensor_core_dtypes:
-                act = lay(x, tiles._way(weight, x).layout)
-                calls = [lambda a=act: tiles.linears([a], [weight], [None], [None], [None])]
+                placed = lay(x, tiles._way(weight, x).layout)
+                calls = [lambda a=placed: tiles.grouped_linear([a], [weight], [None], [None], [None])]
                 row["tiles"] = self.clock.seconds(calls) * 1e6
             yield row
 
@@ -276,7 +281,7 @@ class Bench:
                         tensor.fill_(1)
                     batch = Batch.reserve(pool, [sequence], [1])
                     qkv = self.x(1, 3 * hidden)
-                    calls = [lambda i=i: self.ops.attend(qkv, pool, i, batch, rotary, None) for i in range(layers)]
+                    calls = [lambda i=i: self.ops.attention(qkv, pool, i, batch, rotary, None) for i in range(layers)]
                     yield {
                         "shape": shape,
                         "cache": str(kv)[6:],
@@ -290,7 +295,7 @@ class Bench:
             q, k, v = qkv.view(1, count, heads, 3, dim).permute(3, 0, 2, 1, 4)
             row = {"shape": shape, "cache": "float16", "context": 0, "new": count}
             row["us"] = (
-                self.clock.seconds([lambda q=qkv, p=pool, b=batch: self.ops.attend(q, p, 0, b, rotary, None)]) * 1e6
+                self.clock.seconds([lambda q=qkv, p=pool, b=batch: self.ops.attention(q, p, 0, b, rotary, None)]) * 1e6
             )
             sdpa = [lambda q=q, k=k, v=v: functional.scaled_dot_product_attention(q, k, v, is_causal=True)]
             yield row | {"torch_sdpa_us": self.clock.seconds(sdpa) * 1e6}

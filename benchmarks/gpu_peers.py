@@ -104,13 +104,13 @@ def substituted(make: Callable[[Weight], Callable[[Tensor], Tensor]]) -> Any:
         def _way(self, weight: Weight, like: Tensor) -> Way:
             return TORCH if theirs(weight) else super()._way(weight, like)
 
-        def _by_torch(self, act: Any, weight: Weight, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
+        def _by_torch(self, x: Any, weight: Weight, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
             if not theirs(weight):
-                return super()._by_torch(act, weight, dtype, into)
+                return super()._by_torch(x, weight, dtype, into)
             key = weight.tensors["weight_packed"].data_ptr()
             if key not in self._made:
                 self._made[key] = make(weight)
-            out = self._made[key](act)  # in their dtype: what follows reads any
+            out = self._made[key](x)  # in their dtype: what follows reads any
             return out if into is None else into.copy_(out)
 
     def theirs(weight: Weight) -> bool:

@@ -42,7 +42,7 @@ SHAPES = {  # layers, hidden size, heads, vocabulary
     "gpt-neox-20b": (44, 6144, 64, 50432),
 }
 CONTEXT = 1000  # tokens before those that are timed
-OPERATIONS = ("embed", "norms", "linears", "attend", "sum_linears", "head")
+OPERATIONS = ("embed", "layer_norms", "grouped_linear", "attention", "linear_residual", "head")
 
 
 class NoLaunch:

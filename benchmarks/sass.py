@@ -166,7 +166,7 @@ def step(run: Run, ops: Operations) -> None:
         shape = (config.vocab_size, hidden)
         tensors = {k: torch.empty(s, dtype=d) for k, (d, s) in head_format.specs(shape, run.dtype).items()}
         ids, embedding = torch.empty(tokens, dtype=torch.long), torch.empty(shape, dtype=run.dtype)
-    x = ops.embed(ids, embedding, ops.act_dtype(run.dtype, META))
+    x = ops.embed(ids, embedding, ops.activation_dtype(run.dtype, META))
     pool = PagePool(config.num_attention_heads, config.head_dim, run.kv or x.dtype, [META])
     sequences = [pool.new() for _ in range(run.sequences)]
     if run.old:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .cache import Batch, PagePool
 from .config import GPTNeoXConfig
 from .formats import DENSE, Format, Weight
-from .kernels.backend import Act, Backend, Norm
+from .kernels.backend import Activation, Backend, Norm
 
 Formats = Callable[[str], Format]
 
@@ -236,29 +236,33 @@ class GPTNeoXLayer(nn.Module):
         up, down = self.mlp.dense_h_to_4h, self.mlp.dense_4h_to_h
         w_qkv, w_dense, w_up, w_down = qkv.handle, dense.handle, up.handle, down.handle
         if self.parallel:
-            acts = ops.norms(x, [norm1, norm2], [qkv.reader, up.reader])
-            added = _added(ops, [qkv, up], acts)
-            states, inner = ops.linears(acts, [w_qkv, w_up], added, [None, self.activation], [None, down.reader])
-            attended = ops.attend(states, cache, self.index, batch, rotary, dense.reader)
+            inputs = ops.layer_norms(x, [norm1, norm2], [qkv.reader, up.reader])
+            added = _added(ops, [qkv, up], inputs)
+            states, inner = ops.grouped_linear(
+                inputs, [w_qkv, w_up], added, [None, self.activation], [None, down.reader]
+            )
+            attended = ops.attention(states, cache, self.index, batch, rotary, dense.reader)
             added = _added(ops, [dense, down], [attended, inner])
-            return ops.sum_linears([attended, inner], [w_dense, w_down], added, x)
-        acts = ops.norms(x, [norm1], [qkv.reader])
-        (states,) = ops.linears(acts, [w_qkv], _added(ops, [qkv], acts), [None], [None])
-        attended = ops.attend(states, cache, self.index, batch, rotary, dense.reader)
-        x = ops.sum_linears([attended], [w_dense], _added(ops, [dense], [attended]), x)
-        acts = ops.norms(x, [norm2], [up.reader])
-        (inner,) = ops.linears(acts, [w_up], _added(ops, [up], acts), [self.activation], [down.reader])
-        return ops.sum_linears([inner], [w_down], _added(ops, [down], [inner]), x)
+            return ops.linear_residual([attended, inner], [w_dense, w_down], added, x)
+        inputs = ops.layer_norms(x, [norm1], [qkv.reader])
+        (states,) = ops.grouped_linear(inputs, [w_qkv], _added(ops, [qkv], inputs), [None], [None])
+        attended = ops.attention(states, cache, self.index, batch, rotary, dense.reader)
+        x = ops.linear_residual([attended], [w_dense], _added(ops, [dense], [attended]), x)
+        inputs = ops.layer_norms(x, [norm2], [up.reader])
+        (inner,) = ops.grouped_linear(inputs, [w_up], _added(ops, [up], inputs), [self.activation], [down.reader])
+        return ops.linear_residual([inner], [w_down], _added(ops, [down], [inner]), x)
 
 
-def _added(ops: Backend, linears: Sequence[Linear], acts: Sequence[Act]) -> list[Tensor | None]:
-    """What is added to the product of each: its bias (out,), or with an adapter B (A act) + bias (tokens, out)."""
+def _added(ops: Backend, linears: Sequence[Linear], inputs: Sequence[Activation]) -> list[Tensor | None]:
+    """What is added to the product of each: its bias (out,), or with an adapter B (A x) + bias (tokens, out)."""
     added: list[Tensor | None] = [linear.bias for linear in linears]
     adapted = {i: linear.adapter.handles for i, linear in enumerate(linears) if linear.adapter is not None}
     if adapted:
         none, (downs, ups) = [None] * len(adapted), zip(*adapted.values(), strict=True)
-        low = ops.linears([acts[i] for i in adapted], downs, none, none, ups)
-        for i, delta in zip(adapted, ops.linears(low, ups, [added[i] for i in adapted], none, none), strict=True):
+        low = ops.grouped_linear([inputs[i] for i in adapted], downs, none, none, ups)
+        for i, delta in zip(
+            adapted, ops.grouped_linear(low, ups, [added[i] for i in adapted], none, none), strict=True
+        ):
             added[i] = delta
     return added
 

@@ -361,7 +361,9 @@ def test_without_an_adapter_the_operations_are_called_as_ever(every):
         model = load(every[0], adapter)
         model.ops = counted = Counted()
         model(IDS)
-        counts.append([counted.calls.count(name) for name in ("norms", "linears", "attend", "sum_linears")])
+        counts.append(
+            [counted.calls.count(name) for name in ("layer_norms", "grouped_linear", "attention", "linear_residual")]
+        )
     assert counts == [[2, 2, 2, 2], [2, 2 + 2 * 4, 2, 2]]  # two layers; for each pair of inputs A's and B's products
 
 

@@ -72,8 +72,10 @@ def test_a_plain_tensor_may_stand_wherever_an_act_may(backend, format, checkpoin
     x, addend = torch.randn(tokens, 128, device=device), torch.randn(tokens, 384, device=device)
     found = []
     for ops in (dispatch.load("reference").bind(True), dispatch.load(backend).bind(True)):
-        states, inner = ops.linears([x, x], weights, [addend, None], [None, "erf"], [None, None])
-        found.append(torch.cat([states, inner, ops.sum_linears([x, inner], [weights[1]] * 2, [None, None], x)], dim=1))
+        states, inner = ops.grouped_linear([x, x], weights, [addend, None], [None, "erf"], [None, None])
+        found.append(
+            torch.cat([states, inner, ops.linear_residual([x, inner], [weights[1]] * 2, [None, None], x)], dim=1)
+        )
     assert float((found[0] - found[1]).abs().max()) < EQUAL * float(found[0].square().mean().sqrt())
 
 

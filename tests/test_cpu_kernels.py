@@ -27,8 +27,8 @@ from neox_lite.cache import PAGE, Batch, PagePool
 from neox_lite.errors import ArgumentError
 from neox_lite.formats import DENSE, GroupInt, Weight, pack, unpack
 from neox_lite.kernels import reference
-from neox_lite.kernels.cpu import acts, attention, linear, norm, operations, target
-from neox_lite.kernels.cpu.acts import BLOCK, NATURAL, TILE, UNIT, Layout
+from neox_lite.kernels.cpu import activations, attention, linear, norm, operations, target
+from neox_lite.kernels.cpu.activations import BLOCK, NATURAL, TILE, UNIT, Layout
 from neox_lite.kernels.cpu.code import F32, I16, Code, Value, vector
 from neox_lite.kernels.cpu.compile import assembly, compiled
 from neox_lite.kernels.cpu.operations import Coded, Operations, Program
@@ -66,28 +66,28 @@ class Forced(Operations):
         super().__init__(exact=kind == "planes")
         self.target, self.kind = target.chosen(path), kind
 
-    def _layout(self, consumer: Weight | None, tokens: int) -> Layout:
-        if consumer is None or not isinstance(consumer.format, GroupInt):
+    def _layout(self, next_weight: Weight | None, tokens: int) -> Layout:
+        if next_weight is None or not isinstance(next_weight.format, GroupInt):
             return NATURAL
-        bits = consumer.format.bits
+        bits = next_weight.format.bits
         return Layout(self.kind, bits, 0 if self.kind == "planes" else self.target.offset(bits))
 
     def coded(self, x: Tensor, weight: Weight) -> Coded:
         """x as `weight` reads it."""
         program = Program()
-        act = self._as(program, x, self._layout(weight, len(x)))
+        coded = self._as(program, x, self._layout(weight, len(x)))
         self._run(program)
-        assert isinstance(act, Coded)
-        return act
+        assert isinstance(coded, Coded)
+        return coded
 
     def product(self, x: Any, weight: Weight) -> Tensor:
-        return plain(self.linears([x], [weight], [None], [None], [None])[0])
+        return plain(self.grouped_linear([x], [weight], [None], [None], [None])[0])
 
 
-def plain(act: Any) -> Tensor:
+def plain(coded: Any) -> Tensor:
     """A result in no layout of its own."""
-    assert isinstance(act, Tensor)
-    return act
+    assert isinstance(coded, Tensor)
+    return coded
 
 
 @pytest.fixture(autouse=True)
@@ -137,33 +137,33 @@ def wide(weight: Weight) -> Tensor:
     return (codes.view(len(codes), -1, weight.format.group_size) * scale.unsqueeze(-1)).flatten(1)
 
 
-def decoded(act: Coded) -> Tensor:
-    """What activations in a layout stand for, (tokens, features) float64, by the words of acts.py; padding must be zero."""
-    tokens, features = act.padded
-    if act.layout.kind == "planes":
-        per_word = 32 // act.layout.bits
-        planes = act.memory.view(torch.float32).view(tokens, -1, per_word, UNIT // per_word)
+def decoded(coded: Coded) -> Tensor:
+    """What activations in a layout stand for, (tokens, features) float64, by the words of activations.py; padding is zero."""
+    tokens, features = coded.padded
+    if coded.layout.kind == "planes":
+        per_word = 32 // coded.layout.bits
+        planes = coded.memory.view(torch.float32).view(tokens, -1, per_word, UNIT // per_word)
         values = planes.transpose(2, 3).reshape(tokens, features).double()
     else:
-        codes, scales, _ = pieces(act)
-        values = (codes.double().view(tokens, -1, BLOCK) * scales.double().unsqueeze(-1)).flatten(1)[: act.tokens]
-    assert not bool(values[:, act.features :].any())
-    return values[:, : act.features]
+        codes, scales, _ = pieces(coded)
+        values = (codes.double().view(tokens, -1, BLOCK) * scales.double().unsqueeze(-1)).flatten(1)[: coded.tokens]
+    assert not bool(values[:, coded.features :].any())
+    return values[:, : coded.features]
 
 
-def pieces(act: Coded) -> tuple[Tensor, Tensor, Tensor]:
+def pieces(coded: Coded) -> tuple[Tensor, Tensor, Tensor]:
     """Codes (tokens, features) int8 in natural order, and of each block the scale and the sum as stored."""
-    tokens, features = act.padded
+    tokens, features = coded.padded
     size = tokens * features
-    codes, numbers = act.memory[:size].view(torch.int8), act.memory[size:]
+    codes, numbers = coded.memory[:size].view(torch.int8), coded.memory[size:]
     scales = numbers[: size // BLOCK * 4].view(torch.float32)
-    sums = numbers[size // BLOCK * 4 :].view(torch.float32 if act.layout.kind == "rows" else torch.int32)
-    if act.layout.kind == "rows":
-        half = UNIT // 2 if act.layout.bits == 4 else 1
+    sums = numbers[size // BLOCK * 4 :].view(torch.float32 if coded.layout.kind == "rows" else torch.int32)
+    if coded.layout.kind == "rows":
+        half = UNIT // 2 if coded.layout.bits == 4 else 1
         codes = codes.view(tokens, -1, UNIT // half if half == 1 else 2, half).transpose(2, 3).reshape(tokens, features)
         return codes, scales.view(tokens, -1), sums.view(tokens, -1)
     blocks = codes.view(tokens // TILE, -1, TILE, 2, BLOCK // 2)  # tile, block, token, half, bytes
-    if act.layout.bits == 4:
+    if coded.layout.bits == 4:
         blocks = blocks.transpose(3, 4)  # the halves are the even elements and the odd ones
     codes = blocks.permute(0, 2, 1, 3, 4).reshape(tokens, features)
     scales, sums = (t.view(tokens // TILE, -1, TILE).transpose(1, 2).reshape(tokens, -1) for t in (scales, sums))
@@ -207,8 +207,8 @@ def worst_product(path: str, kind: str, bits: int, group: int, many: bool) -> fl
             x = torch.randn(max(counts), columns)
             x[0, :BLOCK] = 0.0  # a block of scale 0
             for tokens in counts if rows > 1 else (counts[0], counts[-1]):
-                act = ops.coded(x[-tokens:], weight)
-                worst = max(worst, off(ops.product(act, weight), decoded(act), wide(weight)))
+                coded = ops.coded(x[-tokens:], weight)
+                worst = max(worst, off(ops.product(coded, weight), decoded(coded), wide(weight)))
     return worst
 
 
@@ -245,9 +245,9 @@ def test_products_of_extreme_codes_and_activations_do_not_saturate(path: str, ki
     weight = weight_of(torch.stack(rows).to(torch.int8), scale, bits, UNIT)
     signs = torch.stack([turns.abs(), -turns.abs(), turns, turns.view(-1, 2).flip(1).flatten()])
     x = (signs * 127.0).repeat(2, 1)
-    act = ops.coded(x, weight)
-    assert torch.equal(decoded(act), x.double())  # codes are 127 and -127, scales 1
-    assert torch.equal(ops.product(act, weight).double(), x.double() @ wide(weight).T)  # whole numbers below 2**24
+    coded = ops.coded(x, weight)
+    assert torch.equal(decoded(coded), x.double())  # codes are 127 and -127, scales 1
+    assert torch.equal(ops.product(coded, weight).double(), x.double() @ wide(weight).T)  # whole numbers below 2**24
 
 
 @here
@@ -305,10 +305,10 @@ def test_products_are_summed_with_each_other_the_addends_and_x(path: str) -> Non
     weights.append(dense((torch.randn(OUTPUTS, 33) * 0.1).half()))
     for tokens in (1, 2, 3):
         xs = [torch.randn(tokens, w.shape[1]) for w in weights]
-        acts = [ops.coded(x, w) for x, w in zip(xs[:2], weights[:2], strict=True)]
+        inputs = [ops.coded(x, w) for x, w in zip(xs[:2], weights[:2], strict=True)]
         x, bias = torch.randn(tokens, OUTPUTS), torch.randn(OUTPUTS).half()
-        found = ops.sum_linears([*acts, xs[2]], weights, [bias, None], x)
-        given = torch.cat([*(decoded(a) for a in acts), xs[2].double()], dim=1)
+        found = ops.linear_residual([*inputs, xs[2]], weights, [bias, None], x)
+        given = torch.cat([*(decoded(a) for a in inputs), xs[2].double()], dim=1)
         assert off(found, given, torch.cat([wide(w) for w in weights], dim=1), x.double() + bias.double()) < ROUNDING
 
 
@@ -323,8 +323,8 @@ def test_int8_activations_are_the_nearest_codes_for_the_largest_of_32(path: str,
     x = torch.randn(13, 160) * torch.logspace(-20, 20, 13)[:, None]
     x[2] = 0.0
     x[3, 32:64] = torch.linspace(-1e-31, 1e-31, 32)  # too small for 127 / x: counts as zero
-    act = ops.coded(x, weight)
-    codes, scales, sums = (t[:13] for t in pieces(act))
+    coded = ops.coded(x, weight)
+    codes, scales, sums = (t[:13] for t in pieces(coded))
     blocks = x.double().view(13, -1, BLOCK)
     peak = blocks.abs().amax(-1)
     peak[peak < 1e-30] = 0.0
@@ -388,12 +388,12 @@ def test_two_norms_of_one_pass_go_into_two_layouts(path: str) -> None:
     lns = [(torch.randn(hidden), torch.randn(hidden), eps) for eps in (1e-5, 0.5, 1e-2)]
     x = torch.randn(5, hidden)
     for kind in KINDS:
-        found = Forced(path, kind).norms(x, lns, weights)
-        for act, (gain, bias, eps) in zip(found, lns, strict=True):
+        found = Forced(path, kind).layer_norms(x, lns, weights)
+        for coded, (gain, bias, eps) in zip(found, lns, strict=True):
             expected = functional.layer_norm(x.double(), (hidden,), gain.double(), bias.double(), eps)
-            values = decoded(act) if isinstance(act, Coded) else act.double()
+            values = decoded(coded) if isinstance(coded, Coded) else coded.double()
             # int8: half a step of the row's largest element at most; float32: a few roundings
-            step = float(expected.abs().max()) / 127 if isinstance(act, Coded) and kind != "planes" else 0.0
+            step = float(expected.abs().max()) / 127 if isinstance(coded, Coded) and kind != "planes" else 0.0
             assert float((values - expected).abs().max()) < step / 2 * 1.001 + 4e-6
 
 
@@ -411,7 +411,7 @@ def test_finishing_adds_one_row_or_one_for_each_token(path: str, activation: str
     ops, matrix, x = Forced(path), torch.randn(OUTPUTS, 33).half() * 0.2, torch.randn(3, 33)
     for shape in ((OUTPUTS,), (3, OUTPUTS)):
         addend = torch.randn(shape).to(dtype)
-        found = plain(ops.linears([x], [dense(matrix)], [addend], [activation], [None])[0])
+        found = plain(ops.grouped_linear([x], [dense(matrix)], [addend], [activation], [None])[0])
         expected = GELU[activation](x.double() @ matrix.double().T + addend.double())
         assert float((found.double() - expected).abs().max()) < ROUNDING  # values of order one
 
@@ -424,11 +424,11 @@ def test_finishing_writes_every_layout(path: str, kind: str, bits: int) -> None:
     activation = {4: "erf", 8: "tanh"}[bits]
     for tokens in (1, 5, 7):
         x = torch.randn(tokens, 33)
-        (act,) = ops.linears([x], [dense(matrix)], [bias], [activation], [random_weight(bits, 32, 96)])
+        (coded,) = ops.grouped_linear([x], [dense(matrix)], [bias], [activation], [random_weight(bits, 32, 96)])
         expected = GELU[activation](x.double() @ matrix.double().T + bias.double())
         step = float(expected.abs().max()) / 127 if kind != "planes" else 0.0
-        assert isinstance(act, Coded)
-        assert float((decoded(act) - expected).abs().max()) < step / 2 * 1.001 + ROUNDING
+        assert isinstance(coded, Coded)
+        assert float((decoded(coded) - expected).abs().max()) < step / 2 * 1.001 + ROUNDING
 
 
 @here
@@ -525,10 +525,10 @@ LANES = [1, 16]  # the ends of rows, and all before them
 @pytest.mark.parametrize("lanes", LANES)
 def test_exp_is_within_2e_7(path: str, lanes: int) -> None:
     x = floats(-87.0, 88.0)
-    found = elementwise(path, f"exp_{lanes}", acts.exp, lanes, x)
+    found = elementwise(path, f"exp_{lanes}", activations.exp, lanes, x)
     assert float((found.double() / x.double().exp() - 1).abs().max()) < 2e-7
     beyond = torch.tensor([-87.5, -1e5, -math.inf, 88.5, 1e5, math.inf, math.nan]).repeat(16)
-    found = elementwise(path, f"exp_{lanes}", acts.exp, lanes, beyond).view(16, 7)[0].double()
+    found = elementwise(path, f"exp_{lanes}", activations.exp, lanes, beyond).view(16, 7)[0].double()
     ends = torch.tensor([-87.0, 88.0]).double().exp()
     assert torch.allclose(found[:6], ends.repeat_interleave(3), rtol=2e-7) and bool(found[6].isnan())
 
@@ -538,7 +538,7 @@ def test_exp_is_within_2e_7(path: str, lanes: int) -> None:
 @pytest.mark.parametrize("name", ["erf", "tanh"])
 def test_gelu_is_within_its_rounding(path: str, name: str, lanes: int) -> None:
     x = floats(-30.0, 30.0)
-    apply = {"erf": acts.gelu_erf, "tanh": acts.gelu_tanh}[name]
+    apply = {"erf": activations.gelu_erf, "tanh": activations.gelu_tanh}[name]
     found, exact = elementwise(path, f"gelu_{name}_{lanes}", apply, lanes, x).double(), x.double()
     if name == "erf":
         expected = exact * torch.special.erfc(-exact / math.sqrt(2)) / 2
@@ -674,8 +674,8 @@ def worst_attention(path: str, dim: int, dtype: torch.dtype) -> float:
                 sequences[3] = pool.fork(sequences[0])
         ours, theirs = (Batch.reserve(pool, s, counts) for pool, s in zip(pools, rows, strict=True))
         qkv = torch.randn(sum(counts), HEADS * 3 * dim)
-        found = plain(ops.attend(qkv, pools[0], 0, ours, rotary, None))
-        reference.attend(qkv.clone(), pools[1], 0, theirs, rotary, None)
+        found = plain(ops.attention(qkv, pools[0], 0, ours, rotary, None))
+        reference.attention(qkv.clone(), pools[1], 0, theirs, rotary, None)
         ours.commit()
         theirs.commit()
         values = max(float(stored(pools[0], s.pages, s.length)[1].abs().max()) for s in rows[0] if s.length)
@@ -720,7 +720,7 @@ def test_attention_survives_large_scores_and_many_equal_ones(path: str) -> None:
     qkv[:40, :, :2] *= 60.0  # scores of some 10,000s
     qkv[40:, :, 1] = 0.0  # all scores zero
     qkv = qkv.view(43, -1)
-    found = plain(ops.attend(qkv, pool, 0, batch, rotary, None))
+    found = plain(ops.attention(qkv, pool, 0, batch, rotary, None))
     batch.commit()
     expected = attention_of(pool, batch, qkv, rotary, dim)
     # Scores are rounded to 24 bits: at 30,000 by some 0.002, and exp of them by as much, where two keys are that close.

@@ -489,7 +489,7 @@ ERRORS = [
 ]
 
 
-OPERATIONS = ["norms", "linears", "attend", "sum_linears"]  # once in each of the demo's four layers
+OPERATIONS = ["layer_norms", "grouped_linear", "attention", "linear_residual"]  # once in each of the demo's four layers
 
 
 @pytest.mark.parametrize(

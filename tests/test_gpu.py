@@ -219,7 +219,7 @@ def test_a_wrong_kernel_is_reported(monkeypatch):
 
     right = gpu_checks.Case("reference", torch.float32, "product", ("int4", 32, 96, 2, 10))
     assert gpu_checks.check(right, torch.device("cpu"))["ok"]
-    monkeypatch.setattr(gpu_checks.reference, "sum_linears", lambda acts, weights, addends, x: x)
+    monkeypatch.setattr(gpu_checks.reference, "linear_residual", lambda inputs, weights, addends, x: x)
     assert not gpu_checks.check(right, torch.device("cpu"))["ok"]
-    monkeypatch.setattr(gpu_checks.reference, "sum_linears", lambda *given: 1 / 0)
+    monkeypatch.setattr(gpu_checks.reference, "linear_residual", lambda *given: 1 / 0)
     assert "ZeroDivisionError" in gpu_checks.check(right, torch.device("cpu"))["error"]

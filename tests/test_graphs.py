@@ -355,14 +355,14 @@ def test_a_step_of_any_bucket_launches_the_same_whatever_is_in_it(name, kv, dtyp
 )
 def test_what_a_graph_cannot_repeat_is_found_and_said_and_launches_one_by_one_go_on(monkeypatch, fault, found):
     model, device = small(), SimulatedGraphs(dry=True)
-    attend = Operations.attend
+    attention = Operations.attention
 
     def with_fault(self, qkv, *given):
         if self._local.step is not None:
             fault(qkv)
-        return attend(self, qkv, *given)
+        return attention(self, qkv, *given)
 
-    monkeypatch.setattr(Operations, "attend", with_fault)
+    monkeypatch.setattr(Operations, "attention", with_fault)
     graphed(model, device)
     with device:
         pool = model.new_pool(2)

@@ -116,11 +116,11 @@ def test_the_plain_twin_decodes_to_bitsandbytes_numbers(bnb, double, dtype):
 @pytest.mark.parametrize("tokens", [0, 1, 2, 70])
 def test_products_by_bitsandbytes_are_those_of_the_plain_twin_in_float64(bnb, monkeypatch, double, tokens):
     monkeypatch.setitem(nf4.SLICE_ELEMENTS, "cpu", 50 * 128)  # four slices of rows, the last one short
-    weight, act = encoded(double, uneven()), torch.randn(tokens, 128)
-    wanted = act.double() @ weight.decode().double().T
+    weight, x = encoded(double, uneven()), torch.randn(tokens, 128)
+    wanted = x.double() @ weight.decode().double().T
     for found in (
-        nf4.matmul(act, weight),
-        bnb.matmul_4bit(act, weight.tensors["weight"].view(-1, 1).t(), nf4._state(bnb, weight, act.dtype)),
+        nf4.matmul(x, weight),
+        bnb.matmul_4bit(x, weight.tensors["weight"].view(-1, 1).t(), nf4._state(bnb, weight, x.dtype)),
     ):
         assert found.shape == wanted.shape and found.dtype == torch.float32
         assert not tokens or relative(found, wanted) < 1e-6  # float32 sums of 128 products
@@ -141,10 +141,10 @@ def test_kernels_are_given_scales_in_float32_whatever_a_file_has_and_no_copy_of_
 @both
 @pytest.mark.parametrize("tokens", [1, 2, 70])
 def test_products_on_a_gpu_are_those_of_the_plain_twin_in_float64(bnb, double, tokens):
-    weight, act = encoded(double, uneven()), torch.randn(tokens, 128)
+    weight, x = encoded(double, uneven()), torch.randn(tokens, 128)
     there = Weight(weight.format, weight.shape, {key: t.cuda() for key, t in weight.tensors.items()})
-    found = nf4.matmul(act.half().cuda(), there)
-    wanted = act.half().double() @ weight.decode().double().T
+    found = nf4.matmul(x.half().cuda(), there)
+    wanted = x.half().double() @ weight.decode().double().T
     assert relative(found.cpu(), wanted) < 2e-3  # float16 weights, activations and results
 
 

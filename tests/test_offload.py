@@ -292,14 +292,14 @@ def test_a_pass_that_fails_anywhere_leaves_the_cache_as_it_was(folder, letters, 
     """As when memory runs out, or at Ctrl-C: the same pass, made again, gives what it would have given."""
     model, _ = placed(folder, placement(letters))
     expected = list(passes(load(folder)))
-    attend, calls, fails = reference.attend, 0, [3, 9, 14, 17, 22, 31, 40]
+    attention, calls, fails = reference.attention, 0, [3, 9, 14, 17, 22, 31, 40]
 
     def failing(*args):
         nonlocal calls
         calls += 1
         if calls in fails:
             raise KeyboardInterrupt
-        return attend(*args)
+        return attention(*args)
 
     step = model.step
 
@@ -311,7 +311,7 @@ def test_a_pass_that_fails_anywhere_leaves_the_cache_as_it_was(folder, letters, 
                 failed.append(calls)
 
     failed = []
-    monkeypatch.setattr(reference, "attend", failing)
+    monkeypatch.setattr(reference, "attention", failing)
     monkeypatch.setattr(model, "step", until_it_works)
     for found, wanted in zip(passes(model), expected, strict=True):
         assert torch.equal(found, wanted)

@@ -74,10 +74,10 @@ def lay(x, layout):
     return Laid(layout, moved.to(DEVICE))
 
 
-def natural(act):
-    if not isinstance(act, Laid):
-        return act.double().cpu()
-    return act.memory.double().cpu()[:, order(act.memory.shape[1], act.layout)] / act.layout.scale
+def natural(x):
+    if not isinstance(x, Laid):
+        return x.double().cpu()
+    return x.memory.double().cpu()[:, order(x.memory.shape[1], x.layout)] / x.layout.scale
 
 
 def error(found, exact):
@@ -88,10 +88,10 @@ def product(ops, xs, weights, addends=(), x=None, activation=None, kind=None):
     """The result in float32 of one product or the sum of two, by the way that `ops` chooses, which is to be `kind`."""
     ways = [ops._way(w, a.to(DEVICE)) for w, a in zip(weights, xs, strict=True)]
     assert kind is None or {way.kind for way in ways} == {kind}
-    acts = [lay(a, way.layout) for a, way in zip(xs, ways, strict=True)]
+    inputs = [lay(a, way.layout) for a, way in zip(xs, ways, strict=True)]
     on_device = [a.to(DEVICE) for a in addends]
     extra = None if x is None else x.to(DEVICE)
-    output = Output(acts, weights, on_device, activation, x=extra, dtype=torch.float32)
+    output = Output(inputs, weights, on_device, activation, x=extra, dtype=torch.float32)
     (found,) = ops._products([output])
     return found
 
@@ -265,8 +265,8 @@ def test_products_of_several_formats_are_summed_too(tokens):
 def test_results_lie_as_the_next_weight_reads_them(tokens):
     ops, first, second = ops_for(), quantized(4, 32, 96, 64), quantized(8, 32, 160, 64)
     third, x = quantized(4, 32, 10, 160), torch.randn(tokens, 64).half()
-    acts = [lay(x, ops._way(w, x.to(DEVICE)).layout) for w in (first, second)]
-    one, two = ops.linears(acts, [first, second], [None, None], [None, "erf"], [None, third])
+    inputs = [lay(x, ops._way(w, x.to(DEVICE)).layout) for w in (first, second)]
+    one, two = ops.grouped_linear(inputs, [first, second], [None, None], [None, "erf"], [None, third])
     assert error(natural(one), x.double() @ exact_rows(first).T) < 2 * ROUNDED[torch.float16]
     assert error(natural(two), functional.gelu(x.double() @ exact_rows(second).T)) < 2 * ROUNDED[torch.float16]
     assert operations.layout_of(two) == ops._way(third, x.to(DEVICE)).layout
@@ -281,8 +281,8 @@ def test_two_weights_of_one_kind_take_one_launch_and_two_kinds_take_two(monkeypa
     for other, expected in ((quantized(4, 32, 40, 64), 1), (quantized(8, 32, 40, 64), 2)):
         launched.clear()
         weights = [quantized(4, 32, 24, 64), other]
-        acts = [lay(x.cpu(), ops_for()._way(w, x).layout) for w in weights]
-        ops_for().linears(acts, weights, [None, None], [None, None], [None, None])
+        inputs = [lay(x.cpu(), ops_for()._way(w, x).layout) for w in weights]
+        ops_for().grouped_linear(inputs, weights, [None, None], [None, None], [None, None])
         assert len(launched) == expected
 
 
@@ -293,7 +293,7 @@ def test_a_long_product_that_needs_no_end_is_not_copied(monkeypatch, activation)
         operations, "_launch", lambda kernel, *a, **o: (launched.append(kernel), launch(kernel, *a, **o))
     )
     weight, x = quantized(4, 32, 40, 64), torch.randn(300, 64).half()
-    (found,) = ops_for().linears([x.to(DEVICE)], [weight], [None], [activation], [None])
+    (found,) = ops_for().grouped_linear([x.to(DEVICE)], [weight], [None], [activation], [None])
     exact = x.double() @ exact_rows(weight).T
     assert error(found, functional.gelu(exact) if activation else exact) < 2 * ROUNDED[torch.float16]
     assert len(launched) == (2 if activation else 1)
@@ -324,8 +324,8 @@ def test_no_tokens_are_no_work():
         torch.randn(0, 64, device=DEVICE).half(),
         (torch.ones(64, device=DEVICE), torch.zeros(64, device=DEVICE), 1e-5),
     )
-    (act,) = ops.norms(x, [norm], [weight])
-    (out,) = ops.linears([act], [weight], [None], [None], [None])
+    (normed,) = ops.layer_norms(x, [norm], [weight])
+    (out,) = ops.grouped_linear([normed], [weight], [None], [None], [None])
     assert out.shape == (0, 24) and ops.head(x, None, norm, weight).shape == (0, 24)
 
 
@@ -337,7 +337,7 @@ def test_more_than_two_products_and_addends_are_summed():
         (x.double() @ exact_rows(w).T for x, w in zip(xs, weights, strict=True)), sum(addends) + residual.double()
     )
     on_device = [x.to(DEVICE) for x in xs], weights, [a.to(DEVICE) for a in addends], residual.to(DEVICE)
-    assert error(ops.sum_linears(*on_device), exact) < 2e-6
+    assert error(ops.linear_residual(*on_device), exact) < 2e-6
 
 
 # Norms ----------------------------------------------------------------------------------------------------------------
@@ -349,7 +349,7 @@ def test_norms_equal_float64(features, dtype):
     x = (torch.randn(3, features) + 100 * torch.randn(3, 1)).to(dtype)  # a mean far from zero costs nothing
     gains = [((torch.rand(features) + 0.5).to(dtype), torch.randn(features).to(dtype), eps) for eps in (1e-5, 1e-2)]
     on_device = [(g.to(DEVICE), b.to(DEVICE), eps) for g, b, eps in gains]
-    found = ops_for().norms(x.to(DEVICE), on_device, [None, None])
+    found = ops_for().layer_norms(x.to(DEVICE), on_device, [None, None])
     for y, (gain, bias, eps) in zip(found, gains, strict=True):
         exact = functional.layer_norm(x.double(), (features,), gain.double(), bias.double(), eps)
         assert error(y, exact) < (3e-5 if dtype == torch.float32 else 2e-3)  # float32 at 300 is 3e-5 apart
@@ -421,7 +421,7 @@ def steps(ops, dim, rotary_pct, dtype, kv, given=None):
     for counts in given or STEPS:
         qkv = torch.randn(sum(counts), heads * 3 * dim).to(dtype).to(here)
         batch = Batch.reserve(pool, sequences, counts)
-        outs.append(ops.attend(qkv if ops is not reference else qkv.float(), pool, 0, batch, table, None))
+        outs.append(ops.attention(qkv if ops is not reference else qkv.float(), pool, 0, batch, table, None))
         batch.commit()
     return outs, [*pool.storage, *pool.scales]
 
@@ -430,9 +430,9 @@ def test_attention_writes_where_the_next_weight_reads():
     ops, dim = ops_for(), 80
     table = torch.randn(2, 400, 20, device=DEVICE)
     for counts, new in (([6, 3], True), ([1, 1], False)):
-        consumer = quantized(4, 32, 8, 2 * dim)
+        next_weight = quantized(4, 32, 8, 2 * dim)
         results = []
-        for weight in (consumer, None):
+        for weight in (next_weight, None):
             pool = PagePool(2, dim, torch.float32, [DEVICE])
             sequences = [pool.new(), pool.new()]
             torch.manual_seed(2)
@@ -442,7 +442,7 @@ def test_attention_writes_where_the_next_weight_reads():
                 batch.commit()
             batch = Batch.reserve(pool, sequences, counts)
             qkv = torch.randn(sum(counts), 6 * dim, device=DEVICE)
-            results.append(natural(ops.attend(qkv, pool, 0, batch, table, weight)))
+            results.append(natural(ops.attention(qkv, pool, 0, batch, table, weight)))
         assert torch.equal(*results)
 
 
@@ -523,9 +523,9 @@ def test_a_model_of_16_bits_computes_in_16_bits(dtype):
 
 def test_a_card_without_bfloat16_computes_such_models_in_float32():
     with pytest.warns(UserWarning, match="no bfloat16"):
-        assert ops_for(TURING).act_dtype(torch.bfloat16, DEVICE) == torch.float32
-    assert ops_for(TURING).act_dtype(torch.float16, DEVICE) == torch.float16
-    assert ops_for(AMPERE).act_dtype(torch.bfloat16, DEVICE) == torch.bfloat16
+        assert ops_for(TURING).activation_dtype(torch.bfloat16, DEVICE) == torch.float32
+    assert ops_for(TURING).activation_dtype(torch.float16, DEVICE) == torch.float16
+    assert ops_for(AMPERE).activation_dtype(torch.bfloat16, DEVICE) == torch.bfloat16
 
 
 def test_what_is_declined_has_a_reason(monkeypatch, tmp_path):

@@ -434,8 +434,8 @@ def test_candidates_that_keep_a_row_in_a_warp_give_the_same_bits(checks):
     for nth in range(choices.MOST):
         picks = Nth(nth)
         ops = Operations(False, lambda device: Machine((8, 0)), lambda device, picks=picks: picks)
-        acts = ops.norms(x, [(torch.ones_like(x[0]), torch.zeros_like(x[0]), 1e-5)], [weight])
-        (y,) = ops.linears(acts, [weight], [None], [None], [None])
+        inputs = ops.layer_norms(x, [(torch.ones_like(x[0]), torch.zeros_like(x[0]), 1e-5)], [weight])
+        (y,) = ops.grouped_linear(inputs, [weight], [None], [None], [None])
         ((_, tile),) = picks.seen
         found.setdefault(tile.groups * tile.inner, []).append(y)
     assert sorted(map(len, found.values())) == [1, 5]

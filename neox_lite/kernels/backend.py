@@ -12,7 +12,7 @@ from ..cache import Batch, PagePool
 from ..formats import Weight
 
 Norm = tuple[Tensor, Tensor, float]  # gain (features,), bias (features,), eps
-Act = Any  # (tokens, features), laid out as the backend likes for the weight that will read it
+Activation = Any  # (tokens, features), laid out as the backend likes for the weight that will read it
 
 
 class Captured(Protocol):
@@ -70,7 +70,7 @@ class Decoder(Protocol):
 
 
 class Backend(Protocol):
-    """The operations. `consumers` are the weights that will read a result; None: it must be a plain float tensor.
+    """The operations. `next_weights` are the weights that will read a result; None: it must be a plain float tensor.
 
     A plain tensor may stand wherever an act may, whatever the weight that reads it.
     """
@@ -78,7 +78,7 @@ class Backend(Protocol):
     @property
     def name(self) -> str: ...
 
-    def act_dtype(self, weights: torch.dtype, device: torch.device) -> torch.dtype:
+    def activation_dtype(self, weights: torch.dtype, device: torch.device) -> torch.dtype:
         """Of activations between operations, for a model whose plain tensors are in `weights`."""
         ...
 
@@ -86,24 +86,24 @@ class Backend(Protocol):
         """ids (tokens,) int64, weight (vocabulary, hidden) -> x (tokens, hidden) in `dtype`."""
         ...
 
-    def norms(self, x: Tensor, lns: Sequence[Norm], consumers: Sequence[Weight | None]) -> list[Act]:
+    def layer_norms(self, x: Tensor, lns: Sequence[Norm], next_weights: Sequence[Weight | None]) -> list[Activation]:
         """x (tokens, hidden) -> one LayerNorm of x for each (gain, bias, eps)."""
         ...
 
-    def linears(
+    def grouped_linear(
         self,
-        acts: Sequence[Act],
+        inputs: Sequence[Activation],
         weights: Sequence[Weight],
         addends: Sequence[Tensor | None],
         activations: Sequence[str | None],
-        consumers: Sequence[Weight | None],
-    ) -> list[Act]:
-        """out[i] = activation[i](acts[i] @ weights[i].T + addends[i]); addends (out,) or (tokens, out), or None."""
+        next_weights: Sequence[Weight | None],
+    ) -> list[Activation]:
+        """out[i] = activation[i](inputs[i] @ weights[i].T + addends[i]); addends (out,) or (tokens, out), or None."""
         ...
 
-    def attend(
-        self, qkv: Act, cache: PagePool, layer: int, batch: Batch, rotary: Tensor, consumer: Weight | None
-    ) -> Act:
+    def attention(
+        self, qkv: Activation, cache: PagePool, layer: int, batch: Batch, rotary: Tensor, next_weight: Weight | None
+    ) -> Activation:
         """Rotary, append to the cache, causal attention.
 
         qkv (tokens, heads * 3 * head_dim), rows ordered [head, (q, k, v), head_dim]; rotary (2, positions, rotary_dim / 2)
@@ -112,10 +112,10 @@ class Backend(Protocol):
         """
         ...
 
-    def sum_linears(
-        self, acts: Sequence[Act], weights: Sequence[Weight], addends: Sequence[Tensor | None], x: Tensor
+    def linear_residual(
+        self, inputs: Sequence[Activation], weights: Sequence[Weight], addends: Sequence[Tensor | None], x: Tensor
     ) -> Tensor:
-        """x + sum of acts[i] @ weights[i].T + sum of addends -> (tokens, hidden)."""
+        """x + sum of inputs[i] @ weights[i].T + sum of addends -> (tokens, hidden)."""
         ...
 
     def head(self, x: Tensor, rows: Tensor | None, norm: Norm, weight: Weight) -> Tensor:

@@ -27,14 +27,14 @@ SLICE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25}  # weights written out at a t
 FEW_TOKENS = 4  # up to so many, bitsandbytes multiplies on a GPU without writing weights out
 
 
-def matmul(act: Tensor, weight: Weight) -> Tensor:
-    """act (tokens, in) @ weight.T -> (tokens, out) in act's dtype; the weight is nf4."""
+def matmul(x: Tensor, weight: Weight) -> Tensor:
+    """x (tokens, in) @ weight.T -> (tokens, out) in x's dtype; the weight is nf4."""
     library = bitsandbytes()
-    if library is None or not len(act):
-        return reference.matmul(act, weight)
-    if act.device.type == "cpu" or len(act) > FEW_TOKENS:
-        return _by_slices(library, act, weight)
-    return library.matmul_4bit(act, _column(weight.tensors["weight"]).t(), _state(library, weight, act.dtype))
+    if library is None or not len(x):
+        return reference.matmul(x, weight)
+    if x.device.type == "cpu" or len(x) > FEW_TOKENS:
+        return _by_slices(library, x, weight)
+    return library.matmul_4bit(x, _column(weight.tensors["weight"]).t(), _state(library, weight, x.dtype))
 
 
 @cache
@@ -82,19 +82,19 @@ def _without(name: str) -> Iterator[None]:
             sys.modules[name] = found
 
 
-def _by_slices(library: Any, act: Tensor, weight: Weight) -> Tensor:
+def _by_slices(library: Any, x: Tensor, weight: Weight) -> Tensor:
     """Write out some rows, multiply, write out the next: the whole weight would go through memory twice."""
     assert isinstance(weight.format, NF4)
     (size, columns), packed, absmax = weight.shape, weight.tensors["weight"], weight.format.scales(weight.tensors)
-    out = act.new_empty(len(act), size)
-    step = max(1, SLICE_ELEMENTS[act.device.type] // columns)
+    out = x.new_empty(len(x), size)
+    step = max(1, SLICE_ELEMENTS[x.device.type] // columns)
     for first in range(0, size, step):
         last = min(size, first + step)
         state = library.functional.QuantState(
-            absmax[first:last].flatten(), (last - first, columns), blocksize=BLOCK, quant_type="nf4", dtype=act.dtype
+            absmax[first:last].flatten(), (last - first, columns), blocksize=BLOCK, quant_type="nf4", dtype=x.dtype
         )
         rows = library.functional.dequantize_4bit(_column(packed[first:last]), state)
-        out[:, first:last] = act @ rows.T
+        out[:, first:last] = x @ rows.T
     return out
 
 

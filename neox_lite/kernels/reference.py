@@ -1,6 +1,6 @@
 """The operations in plain torch, on any device: the truth that other backends are tested against. Not made for speed.
 
-Activations here are plain tensors in natural order, so `consumers` (the weights that will read them) are not looked at.
+Activations here are plain tensors in natural order, so `next_weights` (the weights that will read them) are not looked at.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..cache import Batch, PagePool
 from ..formats import Weight
 from .backend import Backend, Norm
 
-Act = Tensor  # (tokens, features): what travels between operations of this backend
+Activation = Tensor  # (tokens, features): what travels between operations of this backend
 
 name = "reference"
 DECODED_ELEMENTS = 1 << 24  # weights decoded at a time: 64 MB of float32 scratch
@@ -38,7 +38,7 @@ def bind(exact: bool) -> Backend:
     return sys.modules[__name__]
 
 
-def act_dtype(weights: torch.dtype, device: torch.device) -> torch.dtype:
+def activation_dtype(weights: torch.dtype, device: torch.device) -> torch.dtype:
     """Float32 on the CPU, else the model's own."""
     return torch.float32 if device.type == "cpu" else weights
 
@@ -60,29 +60,31 @@ def embed(ids: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     return functional.embedding(ids.to(weight.device), weight).to(dtype)
 
 
-def norms(x: Tensor, lns: Sequence[Norm], consumers: Sequence[Weight | None]) -> list[Act]:
+def layer_norms(x: Tensor, lns: Sequence[Norm], next_weights: Sequence[Weight | None]) -> list[Activation]:
     """x (tokens, hidden) -> one LayerNorm of x for each (gain, bias, eps)."""
     return [_layer_norm(x, ln) for ln in lns]
 
 
-def linears(
-    acts: Sequence[Act],
+def grouped_linear(
+    inputs: Sequence[Activation],
     weights: Sequence[Weight],
     addends: Sequence[Tensor | None],
     activations: Sequence[str | None],
-    consumers: Sequence[Weight | None],
-) -> list[Act]:
-    """out[i] = activation[i](acts[i] @ weights[i].T + addends[i]); addends (out,) or (tokens, out), or None."""
+    next_weights: Sequence[Weight | None],
+) -> list[Activation]:
+    """out[i] = activation[i](inputs[i] @ weights[i].T + addends[i]); addends (out,) or (tokens, out), or None."""
     outs = []
-    for act, weight, addend, activation in zip(acts, weights, addends, activations, strict=True):
-        out = matmul(act, weight)
+    for x, weight, addend, activation in zip(inputs, weights, addends, activations, strict=True):
+        out = matmul(x, weight)
         if addend is not None:
             out += addend
         outs.append(ACTIVATIONS[activation](out))
     return outs
 
 
-def attend(qkv: Act, cache: PagePool, layer: int, batch: Batch, rotary: Tensor, consumer: Weight | None) -> Act:
+def attention(
+    qkv: Activation, cache: PagePool, layer: int, batch: Batch, rotary: Tensor, next_weight: Weight | None
+) -> Activation:
     """Rotary, append to the cache, causal attention: qkv (tokens, heads * 3 * head_dim) -> (tokens, heads * head_dim)."""
     heads, head_dim = cache.storage[layer].shape[2], cache.storage[layer].shape[4]
     q, k, v = qkv.view(-1, heads, 3, head_dim).unbind(2)  # (tokens, heads, head_dim)
@@ -98,9 +100,11 @@ def attend(qkv: Act, cache: PagePool, layer: int, batch: Batch, rotary: Tensor, 
     return out.flatten(1).to(qkv.dtype)
 
 
-def sum_linears(acts: Sequence[Act], weights: Sequence[Weight], addends: Sequence[Tensor | None], x: Tensor) -> Tensor:
-    """x + sum of acts[i] @ weights[i].T + sum of addends -> (tokens, hidden)."""
-    total = sum(matmul(act, weight) for act, weight in zip(acts, weights, strict=True))
+def linear_residual(
+    inputs: Sequence[Activation], weights: Sequence[Weight], addends: Sequence[Tensor | None], x: Tensor
+) -> Tensor:
+    """x + sum of inputs[i] @ weights[i].T + sum of addends -> (tokens, hidden)."""
+    total = sum(matmul(each, weight) for each, weight in zip(inputs, weights, strict=True))
     for addend in addends:
         if addend is not None:
             total = total + addend
@@ -123,14 +127,14 @@ def _layer_norm(x: Tensor, ln: Norm) -> Tensor:
     return functional.layer_norm(x, (x.shape[-1],), gain.to(x.dtype), bias.to(x.dtype), eps)
 
 
-def matmul(act: Tensor, weight: Weight) -> Tensor:
-    """act (tokens, in) @ weight.T -> (tokens, out) in act's dtype, decoding a bounded number of rows at a time."""
+def matmul(x: Tensor, weight: Weight) -> Tensor:
+    """x (tokens, in) @ weight.T -> (tokens, out) in x's dtype, decoding a bounded number of rows at a time."""
     step = max(1, DECODED_ELEMENTS // weight.shape[1])
     if step >= weight.shape[0]:
-        return act @ weight.decode(act.dtype).T
-    out = act.new_empty(act.shape[0], weight.shape[0])
+        return x @ weight.decode(x.dtype).T
+    out = x.new_empty(x.shape[0], weight.shape[0])
     for row in range(0, weight.shape[0], step):
-        out[:, row : row + step] = act @ weight.decode(act.dtype, row, row + step).T
+        out[:, row : row + step] = x @ weight.decode(x.dtype, row, row + step).T
     return out
 
 

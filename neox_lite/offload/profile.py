@@ -277,7 +277,7 @@ class Layers:
 
     def _run(self, ids: Tensor, batch: Batch) -> Tensor:
         device = self.embedding.device
-        x = self.ops.embed(ids, self.embedding, self.ops.act_dtype(torch.float16, device))
+        x = self.ops.embed(ids, self.embedding, self.ops.activation_dtype(torch.float16, device))
         for layer in self.layers:
             x = layer(x, self.ops, self.pool, batch, self.rotary)
         return x

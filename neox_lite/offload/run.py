@@ -78,7 +78,7 @@ class Runner:
         if accelerator is not None:
             choices["gpu"] = accelerator.operations
         self.ops = {side: ops or choices[side](exact) for side in sides}
-        self.dtypes = {side: ops.act_dtype(dtype, device[side]) for side, ops in self.ops.items()}
+        self.dtypes = {side: ops.activation_dtype(dtype, device[side]) for side, ops in self.ops.items()}
         self.tables = {side_of(placement.embedding): rotary}
         if accelerator is not None:
             self.tables = {"cpu": rotary.cpu(), "gpu": accelerator.upload(rotary.cpu(), torch.float32)}

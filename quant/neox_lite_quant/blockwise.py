@@ -27,7 +27,7 @@ from . import gptq
 
 BASE_BYTES = 200 << 20  # of Python and torch
 BATCH_ELEMENTS = 1 << 24  # of the widest activation of a batch of windows: 64 MB
-# What a block computes in one call of `linears` or `sum_linears`, in order: layers of one stage see finished inputs.
+# What a block computes in one call of `grouped_linear` or `linear_residual`, in order: layers of one stage see finished inputs.
 PARALLEL = (("attention.query_key_value", "mlp.dense_h_to_4h"), ("attention.dense", "mlp.dense_4h_to_h"))
 SEQUENTIAL = tuple((name,) for name in (
     "attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"
@@ -197,7 +197,7 @@ class Blockwise:
         try:
             self._run(layer, x, watch)
         except _Reached as reached:
-            return reached.acts, reached.x
+            return reached.inputs, reached.x
         raise AssertionError(f"a block has no stage {stage}")
 
     def _run(self, layer: GPTNeoXLayer, x: Tensor, ops: Any = reference) -> Tensor:
@@ -229,26 +229,26 @@ def _replace(module: nn.Module, found: dict[str, Tensor], format: GroupInt, dtyp
 class _Reached(Exception):
     """Ends a pass at the operation that was waited for, with what it was given."""
 
-    def __init__(self, acts: Sequence[Tensor], x: Tensor | None) -> None:
-        self.acts, self.x = acts, x
+    def __init__(self, inputs: Sequence[Tensor], x: Tensor | None) -> None:
+        self.inputs, self.x = inputs, x
 
 
 class _Watch:
-    """The reference operations up to the call of `linears` or `sum_linears` of this number."""
+    """The reference operations up to the call of `grouped_linear` or `linear_residual` of this number."""
 
     def __init__(self, stage: int) -> None:
         self._left = stage
-        self.norms, self.attend = reference.norms, reference.attend
+        self.layer_norms, self.attention = reference.layer_norms, reference.attention
 
-    def linears(self, acts: Sequence[Tensor], *rest: Any) -> Any:
-        self._count(acts, None)
-        return reference.linears(acts, *rest)
+    def grouped_linear(self, inputs: Sequence[Tensor], *rest: Any) -> Any:
+        self._count(inputs, None)
+        return reference.grouped_linear(inputs, *rest)
 
-    def sum_linears(self, acts: Sequence[Tensor], *rest: Any) -> Any:
-        self._count(acts, rest[-1])
-        return reference.sum_linears(acts, *rest)
+    def linear_residual(self, inputs: Sequence[Tensor], *rest: Any) -> Any:
+        self._count(inputs, rest[-1])
+        return reference.linear_residual(inputs, *rest)
 
-    def _count(self, acts: Sequence[Tensor], x: Tensor | None) -> None:
+    def _count(self, inputs: Sequence[Tensor], x: Tensor | None) -> None:
         if not self._left:
-            raise _Reached(acts, x)
+            raise _Reached(inputs, x)
         self._left -= 1

@@ -204,8 +204,8 @@ class Watched:
     def __init__(self, device, ops):
         self._device, self._ops, self.name = device, ops, ops.name
 
-    def act_dtype(self, weights, device):
-        return self._ops.act_dtype(weights, device)
+    def activation_dtype(self, weights, device):
+        return self._ops.activation_dtype(weights, device)
 
     def capture(self, *_):
         return None
@@ -223,21 +223,21 @@ class Watched:
         self._device.compute([weight])
         return self._results(self._ops.embed(ids, weight, dtype))
 
-    def norms(self, x, lns, consumers):
+    def layer_norms(self, x, lns, next_weights):
         self._device.compute([x, *(t for gain, bias, _ in lns for t in (gain, bias))])
-        return self._results(self._ops.norms(x, lns, consumers))
+        return self._results(self._ops.layer_norms(x, lns, next_weights))
 
-    def linears(self, acts, weights, addends, activations, consumers):
-        self._device.compute([*_acts(acts), *_stored(weights), *(a for a in addends if a is not None)])
-        return self._results(self._ops.linears(acts, weights, addends, activations, consumers))
+    def grouped_linear(self, inputs, weights, addends, activations, next_weights):
+        self._device.compute([*_tensors(inputs), *_stored(weights), *(a for a in addends if a is not None)])
+        return self._results(self._ops.grouped_linear(inputs, weights, addends, activations, next_weights))
 
-    def attend(self, qkv, cache, layer, batch, rotary, consumer):
-        self._device.compute([*_acts([qkv]), rotary], [of[layer] for of in (cache.storage, cache.scales) if of])
-        return self._results(self._ops.attend(qkv, cache, layer, batch, rotary, consumer))
+    def attention(self, qkv, cache, layer, batch, rotary, next_weight):
+        self._device.compute([*_tensors([qkv]), rotary], [of[layer] for of in (cache.storage, cache.scales) if of])
+        return self._results(self._ops.attention(qkv, cache, layer, batch, rotary, next_weight))
 
-    def sum_linears(self, acts, weights, addends, x):
-        self._device.compute([*_acts(acts), x, *_stored(weights), *(a for a in addends if a is not None)])
-        return self._results(self._ops.sum_linears(acts, weights, addends, x))
+    def linear_residual(self, inputs, weights, addends, x):
+        self._device.compute([*_tensors(inputs), x, *_stored(weights), *(a for a in addends if a is not None)])
+        return self._results(self._ops.linear_residual(inputs, weights, addends, x))
 
     def head(self, x, rows, norm, weight):
         self._device.compute([x, *norm[:2], *_stored([weight])])
@@ -248,8 +248,8 @@ class Watched:
         return self._results(self._ops.final_norm(x, norm))
 
 
-def _acts(acts):
-    return [act for act in acts if isinstance(act, torch.Tensor)]
+def _tensors(inputs):
+    return [x for x in inputs if isinstance(x, torch.Tensor)]
 
 
 def _stored(weights):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
-from .acts import ROUNDER, exp
+from .activations import ROUNDER, exp
 from .code import F32, I8, I16, I32, I64, Code, Value, vector
 from .linear import Build
 from .target import Target, from_float, to_float

@@ -14,7 +14,7 @@ from llvmlite import ir
 from torch import Tensor
 
 from ...formats.group_int import GroupInt, search_factors
-from .acts import ROUNDER
+from .activations import ROUNDER
 from .code import F32, I8, I32, I64, Code, Value, Variable, vector
 from .compile import compiled
 from .linear import STORED, Build

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
-from .acts import ACTIVATIONS, BLOCK, NATURAL, TILE, UNIT, Layout, Place, write_block
+from .activations import ACTIVATIONS, BLOCK, NATURAL, TILE, UNIT, Layout, Place, write_block
 from .code import F32, I16, I32, I64, Code, Value, Variable, vector
 from .target import Target, to_float
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from llvmlite import ir
 
-from .acts import BLOCK, NATURAL, Layout, Place, write_block
+from .activations import BLOCK, NATURAL, Layout, Place, write_block
 from .code import F32, I64, Code, Value, vector
 from .linear import STORED, Build
 from .target import Target, to_float

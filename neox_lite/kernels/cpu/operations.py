@@ -20,7 +20,7 @@ from ...formats import NF4, Dense, GroupInt, Weight
 from .. import nf4, reference
 from ..backend import Norm
 from . import attention, linear, norm
-from .acts import BLOCK, NATURAL, TILE, Layout
+from .activations import BLOCK, NATURAL, TILE, Layout
 from .compile import compiled
 from .pool import Call, Pool, rows_of, shared_pool
 from .target import Target, host
@@ -56,7 +56,7 @@ class Coded:
         return start, scales, scales + tokens * features // BLOCK * 4, features
 
 
-Act = Tensor | Coded
+Activation = Tensor | Coded
 
 
 class NotCapturable(Exception):
@@ -166,7 +166,7 @@ class Operations:
         self.pool = shared_pool()
         self._local = _Local()
 
-    def act_dtype(self, weights: torch.dtype, device: torch.device) -> torch.dtype:
+    def activation_dtype(self, weights: torch.dtype, device: torch.device) -> torch.dtype:
         """Always float32, rounded to integers where a kernel wants those."""
         return torch.float32
 
@@ -182,43 +182,43 @@ class Operations:
         self._run(program)
         return x
 
-    def norms(self, x: Tensor, lns: Sequence[Norm], consumers: Sequence[Weight | None]) -> list[Act]:
-        """x (tokens, hidden) -> one LayerNorm of x for each (gain, bias, eps), as its consumer reads it."""
+    def layer_norms(self, x: Tensor, lns: Sequence[Norm], next_weights: Sequence[Weight | None]) -> list[Activation]:
+        """x (tokens, hidden) -> one LayerNorm of x for each (gain, bias, eps), as its next weight reads it."""
         program = Program()
-        acts = self._norms(program, x, lns, [self._layout(w, len(x)) for w in consumers])
-        self._run(program)
-        return acts
-
-    def linears(
-        self,
-        acts: Sequence[Act],
-        weights: Sequence[Weight],
-        addends: Sequence[Tensor | None],
-        activations: Sequence[str | None],
-        consumers: Sequence[Weight | None],
-    ) -> list[Act]:
-        """out[i] = activation[i](acts[i] @ weights[i].T + addends[i]); addends (out,) or (tokens, out), or None."""
-        program = Program()
-        outs: list[Act] = []
-        for act, weight, addend, activation, consumer in zip(
-            acts, weights, addends, activations, consumers, strict=True
-        ):
-            given = [] if addend is None else [addend]
-            outs.append(self._linear(program, [act], [weight], given, activation, consumer, beside=len(outs) > 0))
+        outs = self._norms(program, x, lns, [self._layout(w, len(x)) for w in next_weights])
         self._run(program)
         return outs
 
-    def attend(
-        self, qkv: Act, cache: PagePool, layer: int, batch: Batch, rotary: Tensor, consumer: Weight | None
-    ) -> Act:
+    def grouped_linear(
+        self,
+        inputs: Sequence[Activation],
+        weights: Sequence[Weight],
+        addends: Sequence[Tensor | None],
+        activations: Sequence[str | None],
+        next_weights: Sequence[Weight | None],
+    ) -> list[Activation]:
+        """out[i] = activation[i](inputs[i] @ weights[i].T + addends[i]); addends (out,) or (tokens, out), or None."""
+        program = Program()
+        outs: list[Activation] = []
+        for x, weight, addend, activation, next_weight in zip(
+            inputs, weights, addends, activations, next_weights, strict=True
+        ):
+            given = [] if addend is None else [addend]
+            outs.append(self._linear(program, [x], [weight], given, activation, next_weight, beside=len(outs) > 0))
+        self._run(program)
+        return outs
+
+    def attention(
+        self, qkv: Activation, cache: PagePool, layer: int, batch: Batch, rotary: Tensor, next_weight: Weight | None
+    ) -> Activation:
         """Rotary, append to the cache, causal attention: qkv (tokens, heads * 3 * head_dim) -> (tokens, heads * head_dim)."""
         assert isinstance(qkv, Tensor)
         program, storage = Program(), cache.storage[layer]
         if _name(storage) not in attention.KINDS:
-            states = self._eagerly(program, lambda: reference.attend(qkv, cache, layer, batch, rotary, consumer))
-            act = self._as(program, states, self._layout(consumer, len(qkv)))
+            states = self._eagerly(program, lambda: reference.attention(qkv, cache, layer, batch, rotary, next_weight))
+            attended = self._as(program, states, self._layout(next_weight, len(qkv)))
             self._run(program)
-            return act
+            return attended
         heads, dim = storage.shape[2], storage.shape[4]
         out = self._empty(NATURAL, len(qkv), heads * dim)
         assert isinstance(out, Tensor)
@@ -239,17 +239,17 @@ class Operations:
         program.kept.append(table)
         program.scratch_bytes = attention.scratch_bytes(dim, table.longest)
         self._call(program, attention.write_attention(self.target, kind), arguments, len(batch.sequences) * heads)
-        act = self._as(program, out, self._layout(consumer, len(qkv)))
+        attended = self._as(program, out, self._layout(next_weight, len(qkv)))
         self._run(program)
-        return act
+        return attended
 
-    def sum_linears(
-        self, acts: Sequence[Act], weights: Sequence[Weight], addends: Sequence[Tensor | None], x: Tensor
+    def linear_residual(
+        self, inputs: Sequence[Activation], weights: Sequence[Weight], addends: Sequence[Tensor | None], x: Tensor
     ) -> Tensor:
-        """x + sum of acts[i] @ weights[i].T + sum of addends -> (tokens, hidden)."""
+        """x + sum of inputs[i] @ weights[i].T + sum of addends -> (tokens, hidden)."""
         program = Program()
         given = [*(a for a in addends if a is not None), x]
-        out = self._linear(program, acts, weights, given, None, None)
+        out = self._linear(program, inputs, weights, given, None, None)
         self._run(program)
         assert isinstance(out, Tensor)
         return out
@@ -258,15 +258,15 @@ class Operations:
         """Final norm and vocabulary projection of the chosen rows (None: all) -> (rows, vocabulary) float32 logits."""
         program = Program()
         chosen = x if rows is None else self._eagerly(program, lambda: x[rows])
-        acts = self._norms(program, chosen, [norm], [self._layout(weight, len(chosen))])
-        out = self._linear(program, acts, [weight], [], None, None)
+        inputs = self._norms(program, chosen, [norm], [self._layout(weight, len(chosen))])
+        out = self._linear(program, inputs, [weight], [], None, None)
         self._run(program)
         assert isinstance(out, Tensor)
         return out
 
     def final_norm(self, x: Tensor, norm: Norm) -> Tensor:
         """x (tokens, hidden) -> the last hidden state, for models without a vocabulary projection."""
-        (out,) = self.norms(x, [norm], [None])
+        (out,) = self.layer_norms(x, [norm], [None])
         assert isinstance(out, Tensor)
         return out
 
@@ -328,70 +328,70 @@ class Operations:
     def _address(self, kernel: tuple[str, linear.Build]) -> int:
         return compiled(*kernel, self.target)
 
-    def _layout(self, consumer: Weight | None, tokens: int) -> Layout:
-        """How `consumer` reads this many tokens."""
-        if consumer is None or not isinstance(consumer.format, GroupInt) or _words(consumer) is None:
+    def _layout(self, next_weight: Weight | None, tokens: int) -> Layout:
+        """How `next_weight` reads this many tokens."""
+        if next_weight is None or not isinstance(next_weight.format, GroupInt) or _words(next_weight) is None:
             return NATURAL
-        bits = consumer.format.bits
+        bits = next_weight.format.bits
         if self.exact:
             return Layout("planes", bits) if tokens <= EXACT_ROWS else NATURAL
         return Layout("rows" if tokens < TILES_FROM else "tiles", bits, self.target.offset(bits))
 
-    def _norms(self, program: Program, x: Tensor, lns: Sequence[Norm], layouts: Sequence[Layout]) -> list[Act]:
+    def _norms(self, program: Program, x: Tensor, lns: Sequence[Norm], layouts: Sequence[Layout]) -> list[Activation]:
         x = x.contiguous()
         tokens, features = x.shape
-        acts = [self._empty(layout, tokens, features) for layout in layouts]
+        outs = [self._empty(layout, tokens, features) for layout in layouts]
         arguments = [program.keep(x), features]
-        for (gain, bias, eps), act in zip(lns, acts, strict=True):
+        for (gain, bias, eps), out in zip(lns, outs, strict=True):
             affine = _plain(gain), _plain(bias.to(gain.dtype))
             addresses = [program.keep(t) for t in (*affine, torch.tensor([eps]))]
-            arguments += [*addresses, *self._place(program, act)]
+            arguments += [*addresses, *self._place(program, out)]
         kernel = norm.write_norms(self.target, layouts, [_name(_plain(gain)) for gain, _, _ in lns])
         self._call(program, kernel, program.table(*arguments), tokens)
-        return acts
+        return outs
 
-    def _as(self, program: Program, x: Act, layout: Layout) -> Act:
+    def _as(self, program: Program, x: Activation, layout: Layout) -> Activation:
         """Activations in another layout."""
         if isinstance(x, Coded) or layout == NATURAL:
             assert (x.layout if isinstance(x, Coded) else NATURAL) == layout
             return x
-        act = self._empty(layout, *x.shape)
-        arguments = program.table(program.keep(x.contiguous()), x.shape[1], 0, 0, 0, *self._place(program, act))
+        out = self._empty(layout, *x.shape)
+        arguments = program.table(program.keep(x.contiguous()), x.shape[1], 0, 0, 0, *self._place(program, out))
         self._call(program, norm.write_norms(self.target, [layout], ["none"]), arguments, len(x))
-        return act
+        return out
 
-    def _empty(self, layout: Layout, tokens: int, features: int) -> Act:
+    def _empty(self, layout: Layout, tokens: int, features: int) -> Activation:
         captured, kind = self._local.program, (layout, tokens, features)
         make = lambda: _memory(layout, tokens, features)  # noqa: E731
         memory = make() if captured is None else captured.lend(kind, make)
         return memory if layout == NATURAL else Coded(layout, tokens, features, memory)
 
-    def _place(self, program: Program, act: Act) -> tuple[int, int, int, int]:
-        if isinstance(act, Coded):
-            program.keep(act.memory)
-            return act.place()
-        return program.keep(act), 0, 0, act.shape[1]
+    def _place(self, program: Program, x: Activation) -> tuple[int, int, int, int]:
+        if isinstance(x, Coded):
+            program.keep(x.memory)
+            return x.place()
+        return program.keep(x), 0, 0, x.shape[1]
 
     def _linear(
         self,
         program: Program,
-        acts: Sequence[Act],
+        inputs: Sequence[Activation],
         weights: Sequence[Weight],
         addends: Sequence[Tensor],
         activation: str | None,
-        consumer: Weight | None,
+        next_weight: Weight | None,
         beside: bool = False,
-    ) -> Act:
-        """activation(sum of acts[i] @ weights[i].T + sum of addends), as `consumer` reads it.
+    ) -> Activation:
+        """activation(sum of inputs[i] @ weights[i].T + sum of addends), as `next_weight` reads it.
 
         beside: it need not wait for the call before it.
         """
-        tokens, outputs = acts[0].tokens if isinstance(acts[0], Coded) else len(acts[0]), weights[0].shape[0]
-        out = self._empty(self._layout(consumer, tokens), tokens, outputs)
+        tokens, outputs = inputs[0].tokens if isinstance(inputs[0], Coded) else len(inputs[0]), weights[0].shape[0]
+        out = self._empty(self._layout(next_weight, tokens), tokens, outputs)
         earlier = len(program.calls)
         parts: list[int] = []
-        for act, weight in zip(acts, weights, strict=True):
-            parts += self._part(program, self._as(program, act, self._layout(weight, tokens)), weight, tokens)
+        for x, weight in zip(inputs, weights, strict=True):
+            parts += self._part(program, self._as(program, x, self._layout(weight, tokens)), weight, tokens)
         given = [_plain(a) for a in addends]
         finish = linear.write_finish(
             self.target, [_name(a) for a in given], activation, out.layout if isinstance(out, Coded) else NATURAL
@@ -399,7 +399,7 @@ class Operations:
         steps = [(program.keep(a), a.stride(0) * a.element_size() if a.dim() == 2 else 0) for a in given]
         finishing = program.table(tokens, *self._place(program, out), *(n for step in steps for n in step))
         padded = -(-tokens // TILE) * TILE
-        table = program.table(padded, outputs, self._address(finish), finishing, len(acts), *parts)
+        table = program.table(padded, outputs, self._address(finish), finishing, len(inputs), *parts)
         program.scratch_bytes = max(
             program.scratch_bytes, padded * linear.ROWS * 4 + max(map(self._part_bytes, weights))
         )
@@ -407,31 +407,29 @@ class Operations:
         self._call(program, ("linear", linear.write_driver), table, -(-outputs // linear.ROWS), waits)
         return out
 
-    def _part(self, program: Program, act: Act, weight: Weight, tokens: int) -> tuple[int, int]:
+    def _part(self, program: Program, x: Activation, weight: Weight, tokens: int) -> tuple[int, int]:
         """Address of the kernel that multiplies by `weight`, and of its arguments."""
         words = _words(weight)
-        if words is not None and isinstance(act, Coded):
+        if words is not None and isinstance(x, Coded):
             packed, scale = _held(weight.tensors["weight_packed"]), _held(weight.tensors["weight_scale"])
             units, rest = divmod(weight.shape[1], 128)
-            if act.layout.kind == "tiles":
+            if x.layout.kind == "tiles":
                 kernel = linear.write_tiles(self.target, words, tokens >= MANY)
             else:
-                kernel = linear.write_rows(self.target, words, act.layout.kind == "planes", rest > 0)
+                kernel = linear.write_rows(self.target, words, x.layout.kind == "planes", rest > 0)
             row_words, groups = packed.shape[1], scale.shape[1]
             stored = program.keep(packed), program.keep(scale), row_words, units, rest // words.per_word, groups
-            values, scales, sums, _ = self._place(program, act)
+            values, scales, sums, _ = self._place(program, x)
             return self._address(kernel), program.table(*stored, tokens, values, scales, sums)
-        assert isinstance(act, Tensor)
-        act = act.contiguous()
+        assert isinstance(x, Tensor)
+        x = x.contiguous()
         if isinstance(weight.format, Dense) and (tokens <= DENSE_ROWS or _is_low_rank(weight)):
             matrix = _plain(weight.tensors["weight"])
             narrow = _is_low_rank(weight) and weight.shape[0] > weight.shape[1]
             kernel = (linear.write_narrow if narrow else linear.write_dense)(self.target, _name(matrix))
-            return self._address(kernel), program.table(
-                program.keep(matrix), weight.shape[1], tokens, program.keep(act)
-            )
+            return self._address(kernel), program.table(program.keep(matrix), weight.shape[1], tokens, program.keep(x))
         matmul = nf4.matmul if isinstance(weight.format, NF4) else reference.matmul
-        products = self._eagerly(program, lambda: matmul(act, weight))
+        products = self._eagerly(program, lambda: matmul(x, weight))
         arguments = program.table(program.keep(products), tokens, weight.shape[0])
         return self._address(("given", linear.write_given)), arguments
 

@@ -55,15 +55,15 @@ class Laid:
     memory: Tensor
 
 
-Act = Tensor | Laid
+Activation = Tensor | Laid
 
 
-def memory(act: Act) -> Tensor:
-    return act.memory if isinstance(act, Laid) else act
+def memory(x: Activation) -> Tensor:
+    return x.memory if isinstance(x, Laid) else x
 
 
-def layout_of(act: Act) -> Layout:
-    return act.layout if isinstance(act, Laid) else NATURAL
+def layout_of(x: Activation) -> Layout:
+    return x.layout if isinstance(x, Laid) else NATURAL
 
 
 @dataclass(frozen=True)
@@ -106,23 +106,23 @@ MATH = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: t
 
 @dataclass(frozen=True)
 class Output:
-    """activation(sum of acts[i] @ weights[i].T + sum of addends + x), as `consumer` reads it, in `dtype` (None: acts').
+    """activation(sum of inputs[i] @ weights[i].T + sum of addends + x), as `next_weight` reads it.
 
-    At most two products and two addends: what a kernel takes.
+    dtype: of the result; None: the inputs'. At most two products and two addends: what a kernel takes.
     """
 
-    acts: Sequence[Act]
+    inputs: Sequence[Activation]
     weights: Sequence[Weight]
     addends: Sequence[Tensor] = ()
     activation: str | None = None
-    consumer: Weight | None = None
+    next_weight: Weight | None = None
     x: Tensor | None = None
     dtype: torch.dtype | None = None
     memory: Tensor | None = None  # for the result; None: new
 
     @property
     def tokens(self) -> int:
-        return len(memory(self.acts[0]))
+        return len(memory(self.inputs[0]))
 
     @property
     def size(self) -> int:
@@ -180,7 +180,7 @@ class Operations:
         self._graphs = graphs or (None if interpreted() else CudaGraphs)
         self._local = _Local()
 
-    def act_dtype(self, weights: torch.dtype, device: torch.device) -> torch.dtype:
+    def activation_dtype(self, weights: torch.dtype, device: torch.device) -> torch.dtype:
         """The weights' own; float32 where the card has no bfloat16, announced."""
         if weights != torch.bfloat16 or self.machine(device).bfloat16:
             return weights
@@ -200,34 +200,34 @@ class Operations:
             )  # fmt: skip
         return x
 
-    def norms(self, x: Tensor, lns: Sequence[Norm], consumers: Sequence[Weight | None]) -> list[Act]:
-        """x (tokens, hidden) -> one LayerNorm of x for each (gain, bias, eps), as its consumer reads it."""
-        acts = [self._empty(w, x, x.shape[1]) for w in consumers]
+    def layer_norms(self, x: Tensor, lns: Sequence[Norm], next_weights: Sequence[Weight | None]) -> list[Activation]:
+        """x (tokens, hidden) -> one LayerNorm of x for each (gain, bias, eps), as its next weight reads it."""
+        outs = [self._empty(w, x, x.shape[1]) for w in next_weights]
         for i in range(0, len(lns), 2):
-            self._norms(x.contiguous(), lns[i : i + 2], acts[i : i + 2])
-        return acts
+            self._norms(x.contiguous(), lns[i : i + 2], outs[i : i + 2])
+        return outs
 
-    def linears(
+    def grouped_linear(
         self,
-        acts: Sequence[Act],
+        inputs: Sequence[Activation],
         weights: Sequence[Weight],
         addends: Sequence[Tensor | None],
         activations: Sequence[str | None],
-        consumers: Sequence[Weight | None],
-    ) -> list[Act]:
-        """out[i] = activation[i](acts[i] @ weights[i].T + addends[i]); addends (out,) or (tokens, out), or None."""
+        next_weights: Sequence[Weight | None],
+    ) -> list[Activation]:
+        """out[i] = activation[i](inputs[i] @ weights[i].T + addends[i]); addends (out,) or (tokens, out), or None."""
         given = [[] if a is None else [a] for a in addends]
-        outputs = map(Output, ([a] for a in acts), ([w] for w in weights), given, activations, consumers)
+        outputs = map(Output, ([a] for a in inputs), ([w] for w in weights), given, activations, next_weights)
         return self._products(list(outputs))
 
-    def attend(
-        self, qkv: Act, cache: PagePool, layer: int, batch: Batch, rotary: Tensor, consumer: Weight | None
-    ) -> Act:
+    def attention(
+        self, qkv: Activation, cache: PagePool, layer: int, batch: Batch, rotary: Tensor, next_weight: Weight | None
+    ) -> Activation:
         """Rotary, append to the cache, causal attention: qkv (tokens, heads * 3 * head_dim) -> (tokens, heads * head_dim)."""
         assert isinstance(qkv, Tensor)
         storage = cache.storage[layer]
         heads, dim = storage.shape[2], storage.shape[4]
-        out = self._empty(consumer, qkv, heads * dim)
+        out = self._empty(next_weight, qkv, heads * dim)
         if not len(qkv):
             return out
         qkv, rotary = qkv.contiguous(), rotary.to(qkv.device).contiguous()
@@ -278,31 +278,31 @@ class Operations:
         block(self.tuned(qkv.device).pick(candidates, block if typical else None))
         return out
 
-    def sum_linears(
-        self, acts: Sequence[Act], weights: Sequence[Weight], addends: Sequence[Tensor | None], x: Tensor
+    def linear_residual(
+        self, inputs: Sequence[Activation], weights: Sequence[Weight], addends: Sequence[Tensor | None], x: Tensor
     ) -> Tensor:
-        """x + sum of acts[i] @ weights[i].T + sum of addends -> (tokens, hidden)."""
+        """x + sum of inputs[i] @ weights[i].T + sum of addends -> (tokens, hidden)."""
         given = [a for a in addends if a is not None]
-        if len(acts) > 2 or len(given) > 2:  # the rest first
-            x = self.sum_linears(acts[2:], weights[2:], given[2:], x)
-        if not acts:
+        if len(inputs) > 2 or len(given) > 2:  # the rest first
+            x = self.linear_residual(inputs[2:], weights[2:], given[2:], x)
+        if not inputs:
             return x + sum(given[:2])
-        (out,) = self._products([Output(acts[:2], weights[:2], given[:2], x=x.contiguous())])
+        (out,) = self._products([Output(inputs[:2], weights[:2], given[:2], x=x.contiguous())])
         assert isinstance(out, Tensor)
         return out
 
     def head(self, x: Tensor, rows: Tensor | None, norm: Norm, weight: Weight) -> Tensor:
         """Final norm and vocabulary projection of the chosen rows (None: all) -> (rows, vocabulary) float32 logits."""
         chosen = x if rows is None else x[rows.to(x.device, non_blocking=True)]
-        acts, step = self.norms(chosen, [norm], [weight]), self._local.step
+        inputs, step = self.layer_norms(chosen, [norm], [weight]), self._local.step
         memory = None if step is None else step.logits
-        (out,) = self._products([Output(acts, [weight], dtype=torch.float32, memory=memory)])
+        (out,) = self._products([Output(inputs, [weight], dtype=torch.float32, memory=memory)])
         assert isinstance(out, Tensor)
         return out
 
     def final_norm(self, x: Tensor, norm: Norm) -> Tensor:
         """x (tokens, hidden) -> the last hidden state, for models without a vocabulary projection."""
-        (out,) = self.norms(x, [norm], [None])
+        (out,) = self.layer_norms(x, [norm], [None])
         assert isinstance(out, Tensor)
         return out
 
@@ -364,25 +364,25 @@ class Operations:
             return _coded("tiles", bits, format.group_size, 32 // bits, 0, scale)
         return TORCH
 
-    def _empty(self, consumer: Weight | None, like: Tensor, features: int) -> Act:
+    def _empty(self, next_weight: Weight | None, like: Tensor, features: int) -> Activation:
         """Memory for so many features of the tokens of `like`, laid out for the weight that will read it."""
         memory = torch.empty(len(like), features, dtype=like.dtype, device=like.device)
-        layout = NATURAL if consumer is None else self._way(consumer, like).layout
+        layout = NATURAL if next_weight is None else self._way(next_weight, like).layout
         return memory if layout == NATURAL else Laid(layout, memory)
 
-    def _out(self, output: Output) -> Act:
+    def _out(self, output: Output) -> Activation:
         if output.memory is not None:
             return output.memory
-        like = memory(output.acts[0])
+        like = memory(output.inputs[0])
         if output.dtype is not None:
             return torch.empty(output.tokens, output.size, dtype=output.dtype, device=like.device)
-        return self._empty(output.consumer, like, output.size)
+        return self._empty(output.next_weight, like, output.size)
 
-    def _products(self, outputs: Sequence[Output]) -> list[Act]:
+    def _products(self, outputs: Sequence[Output]) -> list[Activation]:
         """Every output; two that agree in all that a kernel must know in one launch."""
-        ways = [[self._way(w, memory(o.acts[0])) for w in o.weights] for o in outputs]
+        ways = [[self._way(w, memory(o.inputs[0])) for w in o.weights] for o in outputs]
         outputs = [self._laid(o, w) for o, w in zip(outputs, ways, strict=True)]
-        single = all(len(o.acts) == 1 and o.x is None and o.tokens for o in outputs)
+        single = all(len(o.inputs) == 1 and o.x is None and o.tokens for o in outputs)
         if len(outputs) == 2 and single and ways[0][0].kind == "rows":
             columns = [o.weights[0].shape[1] for o in outputs]
             if ways[0] == ways[1] and columns[0] == columns[1]:
@@ -390,56 +390,56 @@ class Operations:
         return [self._product(o, w) for o, w in zip(outputs, ways, strict=True)]
 
     def _laid(self, output: Output, ways: Sequence[Way]) -> Output:
-        """The output with acts that are plain tensors laid out for the weights that read them."""
-        if all(layout_of(a) == w.layout for a, w in zip(output.acts, ways, strict=True)) or not output.tokens:
+        """The output with inputs that are plain tensors laid out for the weights that read them."""
+        if all(layout_of(a) == w.layout for a, w in zip(output.inputs, ways, strict=True)) or not output.tokens:
             return output
-        acts = [self._as(a, w.layout) for a, w in zip(output.acts, ways, strict=True)]
-        return replace(output, acts=acts)
+        inputs = [self._as(a, w.layout) for a, w in zip(output.inputs, ways, strict=True)]
+        return replace(output, inputs=inputs)
 
-    def _as(self, act: Act, layout: Layout) -> Act:
-        if layout_of(act) == layout:
-            return act
-        assert isinstance(act, Tensor)
-        out = Laid(layout, torch.empty(act.shape, dtype=act.dtype, device=act.device))
+    def _as(self, x: Activation, layout: Layout) -> Activation:
+        if layout_of(x) == layout:
+            return x
+        assert isinstance(x, Tensor)
+        out = Laid(layout, torch.empty(x.shape, dtype=x.dtype, device=x.device))
         _launch(
-            activations.finish, (len(act), triton.cdiv(act.shape[1], FINISHED)),
-            act.contiguous(), None, None, 0, None, 0, None, out.memory,
-            act.shape[1], FINISHED, None, *_placed(out), num_warps=4,
+            activations.finish, (len(x), triton.cdiv(x.shape[1], FINISHED)),
+            x.contiguous(), None, None, 0, None, 0, None, out.memory,
+            x.shape[1], FINISHED, None, *_placed(out), num_warps=4,
         )  # fmt: skip
         return out
 
-    def _product(self, output: Output, ways: Sequence[Way]) -> Act:
+    def _product(self, output: Output, ways: Sequence[Way]) -> Activation:
         if not output.tokens:
             return self._out(output)
         if len(ways) == 2 and ways[0] is not ways[1] and ways[0] != ways[1]:  # each part its own way
-            parts = [Output([a], [w], dtype=torch.float32) for a, w in zip(output.acts, output.weights, strict=True)]
+            parts = [Output([a], [w], dtype=torch.float32) for a, w in zip(output.inputs, output.weights, strict=True)]
             return self._finished(output, [memory(self._product(o, [w])) for o, w in zip(parts, ways, strict=True)])
         if ways[0].kind == "torch":
-            dtype = torch.float32 if len(ways) > 1 else output.dtype or memory(output.acts[0]).dtype
+            dtype = torch.float32 if len(ways) > 1 else output.dtype or memory(output.inputs[0]).dtype
             into = output.memory if len(ways) == 1 else None
-            products = [self._by_torch(a, w, dtype, into) for a, w in zip(output.acts, output.weights, strict=True)]
+            products = [self._by_torch(a, w, dtype, into) for a, w in zip(output.inputs, output.weights, strict=True)]
             return self._finished(output, products)
         if ways[0].kind == "tiles":
             return self._tiles(ways[0], output)
-        if output.x is None and len(output.acts) == 1:
+        if output.x is None and len(output.inputs) == 1:
             return self._beside(ways[0], [output])[0]
         return self._sum(ways[0], output)
 
-    def _beside(self, way: Way, outputs: Sequence[Output]) -> list[Act]:
+    def _beside(self, way: Way, outputs: Sequence[Output]) -> list[Activation]:
         """One or two products of the same kind over as many columns, in one launch of gemv.py."""
-        acts = [memory(o.acts[0]) for o in outputs]
+        inputs = [memory(o.inputs[0]) for o in outputs]
         outs = [self._out(o) for o in outputs]
-        tokens, columns = acts[0].shape
+        tokens, columns = inputs[0].shape
         pointers: list[object] = []
         shapes: list[object] = []
-        for output, act, out in zip(outputs, acts, outs, strict=True):
+        for output, x, out in zip(outputs, inputs, outs, strict=True):
             addend = _addend(output, 0)
-            pointers += [_pairs(act, way), *_stored(output.weights[0], way), *addend, memory(out)]
+            pointers += [_pairs(x, way), *_stored(output.weights[0], way), *addend, memory(out)]
             shapes += [output.size, output.activation, *_placed(out)]
         if len(outputs) == 1:
             pointers += [None, None, None, None, 0, None]
             shapes += [0, None, 1, 1, 1.0]
-        math = _math(way, acts[0])
+        math = _math(way, inputs[0])
 
         def launch(tile: choices.Rows) -> None:
             blocks = sum(triton.cdiv(o.size, tile.lanes * tile.rows) for o in outputs)
@@ -450,7 +450,7 @@ class Operations:
                 num_warps=tile.warps, maxnreg=tile.registers,
             )  # fmt: skip
 
-        size, device = sum(o.size for o in outputs), acts[0].device
+        size, device = sum(o.size for o in outputs), inputs[0].device
         words = (way.words(columns),)
         candidates = choices.rows(self.machine(device), size, words, way.bits, way.inner, tokens, math)
         launch(self.tuned(device).pick(candidates, launch))
@@ -458,9 +458,9 @@ class Operations:
 
     def _sum(self, way: Way, output: Output) -> Tensor:
         """The sum of one or two products and x, in one launch of gemv.py."""
-        acts, out = [memory(a) for a in output.acts], memory(self._out(output))
-        columns = [a.shape[1] for a in acts]
-        math = _math(way, acts[0])
+        inputs, out = [memory(a) for a in output.inputs], memory(self._out(output))
+        columns = [a.shape[1] for a in inputs]
+        math = _math(way, inputs[0])
 
         def launch(tile: choices.Rows) -> None:
             grid = triton.cdiv(output.size, tile.lanes * tile.rows), triton.cdiv(output.tokens, tile.tokens)
@@ -478,39 +478,39 @@ class Operations:
         launch(self.tuned(out.device).pick(candidates, launch))
         return out
 
-    def _tiles(self, way: Way, output: Output) -> Act:
+    def _tiles(self, way: Way, output: Output) -> Activation:
         """One or two products by tensor cores, matmul.py."""
-        acts, out = [memory(a) for a in output.acts], self._out(output)
-        columns = [a.shape[1] for a in acts]
+        inputs, out = [memory(a) for a in output.inputs], self._out(output)
+        columns = [a.shape[1] for a in inputs]
 
         def launch(tile: choices.Tiles) -> None:
             grid = triton.cdiv(output.tokens, tile.tokens), triton.cdiv(output.size, tile.rows)
             _launch(
                 matmul.multiply_tiles, grid,
                 *_sources(way, output), memory(out), output.tokens, *[*columns, 0][:2],
-                way.bits, way.group, MATH[acts[0].dtype], tile.rows, tile.tokens, tile.words,
+                way.bits, way.group, MATH[inputs[0].dtype], tile.rows, tile.tokens, tile.words,
                 output.size, output.activation, *_placed(out)[:2], num_warps=tile.warps, num_stages=tile.stages,
                 maxnreg=tile.registers,
             )  # fmt: skip
 
-        candidates = choices.tiles(output.size, sum(columns), output.tokens, way.bits, acts[0].dtype)
-        launch(self.tuned(acts[0].device).pick(candidates, launch))
+        candidates = choices.tiles(output.size, sum(columns), output.tokens, way.bits, inputs[0].dtype)
+        launch(self.tuned(inputs[0].device).pick(candidates, launch))
         return out
 
-    def _by_torch(self, act: Act, weight: Weight, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
-        """act @ weight.T by cuBLAS, integer codes written out in slices, in memory used again; nf4 by bitsandbytes."""
-        assert isinstance(act, Tensor)
+    def _by_torch(self, x: Activation, weight: Weight, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
+        """x @ weight.T by cuBLAS, integer codes written out in slices, in memory used again; nf4 by bitsandbytes."""
+        assert isinstance(x, Tensor)
         format, (size, columns) = weight.format, weight.shape
-        out = torch.empty(len(act), size, dtype=dtype, device=act.device) if into is None else into
+        out = torch.empty(len(x), size, dtype=dtype, device=x.device) if into is None else into
         if isinstance(format, NF4):
-            _nf4(act, weight, out)
+            _nf4(x, weight, out)
             return out
         if not isinstance(format, GroupInt):
-            _mm(act, weight.decode(act.dtype), out)
+            _mm(x, weight.decode(x.dtype), out)
             return out
         packed, scale = _stored(weight, Way("torch", format.bits))
-        step = min(size, max(1, self.slice_bytes // (columns * act.element_size())))
-        scratch = self._scratch_of(act, step * columns)
+        step = min(size, max(1, self.slice_bytes // (columns * x.element_size())))
+        scratch = self._scratch_of(x, step * columns)
         for first in range(0, size, step):
             count = min(step, size - first)
             rows = scratch[: count * columns].view(count, columns)
@@ -519,7 +519,7 @@ class Operations:
                 matmul.decode, grid, packed, scale, rows, first, count, columns, format.bits, format.group_size, *DECODED,
                 num_warps=4,
             )  # fmt: skip
-            _mm(act, rows, out[:, first : first + count])
+            _mm(x, rows, out[:, first : first + count])
         return out
 
     def _scratch_of(self, like: Tensor, count: int) -> Tensor:
@@ -531,7 +531,7 @@ class Operations:
             mine[like.device] = held = torch.empty(nbytes, dtype=torch.uint8, device=like.device)
         return held.view(like.dtype)
 
-    def _finished(self, output: Output, parts: Sequence[Tensor]) -> Act:
+    def _finished(self, output: Output, parts: Sequence[Tensor]) -> Activation:
         """What is left to do to one or two products."""
         out = self._out(output)
         rest = output.addends or output.activation or output.x is not None
@@ -546,14 +546,14 @@ class Operations:
 
     # Small things -----------------------------------------------------------------------------------------------------
 
-    def _norms(self, x: Tensor, lns: Sequence[Norm], acts: Sequence[Act]) -> None:
+    def _norms(self, x: Tensor, lns: Sequence[Norm], outs: Sequence[Activation]) -> None:
         if not len(x):
             return
         pointers: list[object] = []
         shapes: list[object] = []
-        for (gain, bias, eps), act in zip(lns, acts, strict=True):
-            pointers += [gain.contiguous(), bias.contiguous(), eps, memory(act)]
-            shapes += _placed(act)
+        for (gain, bias, eps), out in zip(lns, outs, strict=True):
+            pointers += [gain.contiguous(), bias.contiguous(), eps, memory(out)]
+            shapes += _placed(out)
         if len(lns) == 1:
             pointers += [None, None, 0.0, None]
             shapes += [1, 1, 1.0]
@@ -578,21 +578,21 @@ def _launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **options: o
         kernel[grid](*arguments, enable_fp_fusion=True, **options)
 
 
-def _placed(act: Act) -> tuple[int, int, float]:
+def _placed(x: Activation) -> tuple[int, int, float]:
     """Where a kernel writes features, and times what: W, PLANES, SCALE."""
-    layout = layout_of(act)
+    layout = layout_of(x)
     return layout.codes, layout.planes, layout.scale
 
 
-def _math(way: Way, act: Tensor) -> str:
-    return "halves" if way.layout.shift else str(act.dtype).removeprefix("torch.")
+def _math(way: Way, x: Tensor) -> str:
+    return "halves" if way.layout.shift else str(x.dtype).removeprefix("torch.")
 
 
-def _pairs(act: Tensor, way: Way) -> Tensor:
+def _pairs(x: Tensor, way: Way) -> Tensor:
     """Activations as gemv.py loads them: two at a time where they lie as pairs."""
     if way.kind != "rows" or not way.bits:
-        return act
-    return act.view(torch.int32 if act.element_size() == 2 else torch.int64)
+        return x
+    return x.view(torch.int32 if x.element_size() == 2 else torch.int64)
 
 
 def _stored(weight: Weight, way: Way) -> tuple[Tensor, Tensor | None]:
@@ -603,10 +603,10 @@ def _stored(weight: Weight, way: Way) -> tuple[Tensor, Tensor | None]:
 
 
 def _sources(way: Way, output: Output) -> list[object]:
-    """What one or two summed products are made of: acts and weights, addends, x."""
+    """What one or two summed products are made of: inputs and weights, addends, x."""
     sources: list[object] = []
-    for act, weight in zip(output.acts, output.weights, strict=True):
-        sources += [_pairs(memory(act), way), *_stored(weight, way)]
+    for x, weight in zip(output.inputs, output.weights, strict=True):
+        sources += [_pairs(memory(x), way), *_stored(weight, way)]
     sources += [None] * (6 - len(sources))
     return [*sources, *_addend(output, 0), *_addend(output, 1), output.x]
 
