@@ -333,6 +333,25 @@ class GPTNeoXConfig:
         return {k: v for k, v in self.rope_parameters.items() if k not in ("rope_theta", "partial_rotary_factor")}
 
     @property
+    def linear_shapes(self) -> dict[str, tuple[int, int, bool]]:
+        """The linear layers of one layer: name -> (out_features, in_features, whether it has a bias)."""
+        hidden, inner, bias = self.hidden_size, self.intermediate_size, self.attention_bias
+        return {
+            "attention.query_key_value": (3 * hidden, hidden, bias),
+            "attention.dense": (hidden, hidden, bias),
+            "mlp.dense_h_to_4h": (inner, hidden, True),
+            "mlp.dense_4h_to_h": (hidden, inner, True),
+        }
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights and biases of the language model, counted as numbers, whatever stores them."""
+        norm = 2 * self.hidden_size
+        layer = 2 * norm + sum(out * (columns + bias) for out, columns, bias in self.linear_shapes.values())
+        tables = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return self.num_hidden_layers * layer + tables + norm
+
+    @property
     def activation(self) -> str:
         """ "erf" or "tanh": the GELU that `hidden_act` names."""
         return ACTIVATIONS[self.hidden_act]

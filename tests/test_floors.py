@@ -18,7 +18,6 @@ FLOORS = [
     "neox_lite.user_cache",
     "neox_lite.hub",
     "neox_lite.config",
-    "neox_lite.offload.plan",
     "neox_lite.tokenizer",
     "neox_lite.checkpoint.safetensors_file",
     "neox_lite.checkpoint.folder_writer",

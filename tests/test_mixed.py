@@ -14,7 +14,6 @@ from neox_lite.errors import ArgumentError, FormatError
 from neox_lite.formats import GroupInt, formats_of, quantization_config
 from neox_lite.layers import Linear
 from neox_lite.loading.skeleton import Blueprint
-from neox_lite.offload.plan import linears_of
 from neox_lite_app.cli import main
 from neox_lite_quant import convert
 from neox_lite_quant.mixed import FORMATS, _activated, choose, predict, smallest, stored_bytes
@@ -134,8 +133,8 @@ def test_every_method_rounds_a_mix(source, target, tmp_path, method):
 # The choice -----------------------------------------------------------------------------------------------------------
 
 TINY = GPTNeoXConfig(vocab_size=131, hidden_size=128, num_hidden_layers=1, num_attention_heads=4, intermediate_size=256)
-NAMES = [f"gpt_neox.layers.0.{name}" for name in linears_of(TINY)]
-WEIGHT = [out * columns for out, columns, _ in linears_of(TINY).values()]
+NAMES = [f"gpt_neox.layers.0.{name}" for name in TINY.linear_shapes]
+WEIGHT = [out * columns for out, columns, _ in TINY.linear_shapes.values()]
 
 
 def losses_of(importances):

@@ -18,7 +18,6 @@ from neox_lite.layers import Linear
 from neox_lite.loading.save import parse_bytes
 from neox_lite.offload import profile as machine
 from neox_lite.offload.placement import device_of
-from neox_lite.offload.plan import linears_of
 
 from .terminal import amount, bar, note
 
@@ -140,7 +139,7 @@ def format_name(model: GPTNeoXForCausalLM) -> str:
 def formats_in(config: GPTNeoXConfig) -> set[Format]:
     """The formats of the linear layers."""
     lookup = formats_of(config.quantization_config)
-    return {lookup(f"gpt_neox.layers.{i}.{n}") for i in range(config.num_hidden_layers) for n in linears_of(config)}
+    return {lookup(f"gpt_neox.layers.{i}.{n}") for i in range(config.num_hidden_layers) for n in config.linear_shapes}
 
 
 def common_label(formats: Iterable[Format], plain: str) -> str:

@@ -19,7 +19,6 @@ from torch import Tensor
 from ..config import GPTNeoXConfig
 from ..errors import CheckpointError, ConfigError, UnsupportedError
 from ..hub import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MERGE
-from ..offload.plan import linears_of
 from .folder_writer import read_json
 from .reader import Checkpoint
 
@@ -292,7 +291,7 @@ def _lookup(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
 def _linears(config: GPTNeoXConfig) -> Iterator[tuple[str, tuple[int, int]]]:
     """Every linear layer of the blocks, named as in the base model, and its (out, in)."""
     for layer in range(config.num_hidden_layers):
-        for name, (size, columns, _) in linears_of(config).items():
+        for name, (size, columns, _) in config.linear_shapes.items():
             yield f"layers.{layer}.{name}", (size, columns)
 
 
@@ -308,7 +307,7 @@ def _check(
     if not targets:
         raise CheckpointError(
             f"{settings.path}: target_modules is {_short(settings.targets)}, which names no linear layer of this model; they "
-            f"are {', '.join(n.rpartition('.')[2] for n in linears_of(config))} of {config.num_hidden_layers} layers"
+            f"are {', '.join(n.rpartition('.')[2] for n in config.linear_shapes)} of {config.num_hidden_layers} layers"
         )
     for name in checkpoint.names():
         module, found, _ = name.removeprefix(PREFIX).partition(".lora_")

@@ -25,7 +25,7 @@ from ..hub import ADAPTER_CONFIG, HEAD, WEIGHTS, holds_adapter, resolve
 from ..layers import Linear, LowRank
 from ..offload.accelerator import Accelerator
 from ..offload.placement import Decision, check, decide, let_go, remember, settle, sizes_in
-from ..offload.plan import Sizes, linears_of
+from ..offload.plan import Sizes
 from ..offload.run import Placement
 from .options import DTYPES, LoadOptions
 from .quantize import read_ahead
@@ -148,7 +148,7 @@ def _sizes(blueprint: Blueprint, dtype: torch.dtype, folder: Path, exact: bool) 
     formats = formats_of(config.quantization_config)
     sizes = sizes_in(config, formats, dtype, scale_dtype, (folder / HEAD).exists())
     if exact:  # quantized weights, too, are written out for many tokens
-        sizes = replace(sizes, decoded=max(out * columns for out, columns, _ in linears_of(config).values()))
+        sizes = replace(sizes, decoded=max(out * columns for out, columns, _ in config.linear_shapes.values()))
     return sizes if "embed_out" in blueprint.heads else replace(sizes, head=0, small_head=None)
 
 
@@ -160,7 +160,7 @@ def _target(quantization: str | None, config: GPTNeoXConfig, folder: Path) -> Fo
     if config.quantization_config is None:
         return wanted
     format_of = formats_of(config.quantization_config)
-    layers = (f"gpt_neox.layers.{i}.{name}" for i in range(config.num_hidden_layers) for name in linears_of(config))
+    layers = (f"gpt_neox.layers.{i}.{name}" for i in range(config.num_hidden_layers) for name in config.linear_shapes)
     stored = {format_of(name).name for name in layers} - {DENSE.name}
     if stored == {wanted.name}:
         return None  # the folder is what was asked for

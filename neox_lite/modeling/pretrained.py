@@ -31,7 +31,7 @@ from ..loading import save as saving
 from ..loading.options import LoadOptions
 from ..loading.skeleton import Source, identity_of
 from ..offload.accelerator import Accelerator
-from ..offload.plan import KINDS, Plan, parameters
+from ..offload.plan import KINDS, Plan
 from ..offload.profile import free_memory
 from ..offload.run import Placement, Runner
 from ..outputs import ModelOutput
@@ -531,7 +531,7 @@ def _check_room(config: GPTNeoXConfig) -> None:
     """Refuse a model that memory does not hold, whose random weights would otherwise end the process."""
     if torch.empty(0).device.type != "cpu":  # "meta", which from_pretrained starts with, takes none
         return
-    count, dtype, free = parameters(config), torch.get_default_dtype(), free_memory()[1]
+    count, dtype, free = config.num_parameters, torch.get_default_dtype(), free_memory()[1]
     if config.quantization_config is None and free is not None and count * dtype.itemsize > free:
         raise ArgumentError(
             f"GPTNeoXModel(config): {count} weights of {str(dtype).removeprefix('torch.')} take "

@@ -117,14 +117,14 @@ def sizes_of(
 
     def layer(index: int) -> int:
         total = 2 * 2 * hidden * itemsize  # two norms, gain and bias
-        for name, (out, columns, bias) in linears_of(config).items():
+        for name, (out, columns, bias) in config.linear_shapes.items():
             full = _full(index, name)
             total += _weight_bytes(full, out, columns, packing(full), scale_bytes, itemsize) + bias * out * itemsize
         return total
 
     same = not callable(bits)
     every = [
-        (n, packing(_full(i, n))) for i in range(1 if same else config.num_hidden_layers) for n in linears_of(config)
+        (n, packing(_full(i, n))) for i in range(1 if same else config.num_hidden_layers) for n in config.linear_shapes
     ]
     plain = {n for n, found in every if found is None}
     written = {n for n, found in every if callable(found)}
@@ -138,9 +138,9 @@ def sizes_of(
         if groups
         else None,
         rest=2 * hidden * itemsize + config.max_position_embeddings * config.rotary_dim * 4,
-        weights=sum(out * columns for out, columns, _ in linears_of(config).values()),
+        weights=sum(out * columns for out, columns, _ in config.linear_shapes.values()),
         decoded=max(
-            (out * columns for n, (out, columns, _) in linears_of(config).items() if n in plain | written), default=0
+            (out * columns for n, (out, columns, _) in config.linear_shapes.items() if n in plain | written), default=0
         ),
         kv_fp16=2 * hidden * itemsize,
         kv_int8=2 * hidden + 2 * 2 * config.num_attention_heads,  # a 16-bit scale for each head's key and value
@@ -149,7 +149,7 @@ def sizes_of(
         vocabulary=vocabulary,
         context=config.max_position_embeddings,
         tied=config.tie_word_embeddings,
-        written=sum(out * columns for n, (out, columns, _) in linears_of(config).items() if n in written),
+        written=sum(out * columns for n, (out, columns, _) in config.linear_shapes.items() if n in written),
     )
 
 
@@ -157,26 +157,9 @@ def _full(layer: int, name: str) -> str:
     return f"gpt_neox.layers.{layer}.{name}"
 
 
-def linears_of(config: GPTNeoXConfig) -> dict[str, tuple[int, int, bool]]:
-    """The linear layers of one layer: name -> (out, in, whether it has a bias)."""
-    hidden, inner, bias = config.hidden_size, config.intermediate_size, config.attention_bias
-    return {
-        "attention.query_key_value": (3 * hidden, hidden, bias),
-        "attention.dense": (hidden, hidden, bias),
-        "mlp.dense_h_to_4h": (inner, hidden, True),
-        "mlp.dense_4h_to_h": (hidden, inner, True),
-    }
-
-
 def largest_group(config: GPTNeoXConfig) -> int | None:
     """The largest group size that divides the rows of every linear layer, None where none does."""
     return next((g for g in GROUP_SIZES if config.hidden_size % g == 0 == config.intermediate_size % g), None)
-
-
-def parameters(config: GPTNeoXConfig) -> int:
-    """Weights counted as numbers, whatever stores them."""
-    plain = sizes_of(config, None, itemsize=1)
-    return sum(plain.layers) + plain.head + (0 if plain.tied else plain.embedding) + 2 * config.hidden_size
 
 
 def _weight_bytes(

@@ -21,7 +21,6 @@ from neox_lite.kernels.reference import ACTIVATIONS
 from neox_lite.loading.quantize import SLICE_ELEMENTS, encode
 from neox_lite.loading.save import specs_of
 from neox_lite.loading.skeleton import Blueprint
-from neox_lite.offload.plan import linears_of
 
 FORMATS = (GroupInt(4, 128), GroupInt(4, 64), GroupInt(4, 32), GroupInt(8, 128), GroupInt(8, 64), GroupInt(8, 32))
 SAMPLED = 512  # rows of a weight that are quantized in every format, at even distances
@@ -97,7 +96,7 @@ def _shapes(config: GPTNeoXConfig) -> dict[str, tuple[int, int]]:
     return {
         f"gpt_neox.layers.{i}.{name}": (out, columns)
         for i in range(config.num_hidden_layers)
-        for name, (out, columns, _) in linears_of(config).items()
+        for name, (out, columns, _) in config.linear_shapes.items()
     }
 
 
@@ -129,7 +128,7 @@ def predict(
     for i in range(config.num_hidden_layers):
         inputs, importance, written = _sizes(weights, config, i)
         stream += written
-        for name in linears_of(config):
+        for name in config.linear_shapes:
             full = f"gpt_neox.layers.{i}.{name}"
             squares = (moments or {}).get(full, inputs[name])
             losses = _losses(weights.sample(f"{full}.weight"), squares, importance.get(name), dtype, method)

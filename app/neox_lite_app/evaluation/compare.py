@@ -28,7 +28,6 @@ from neox_lite.hub import resolve
 from neox_lite.layers import Linear
 from neox_lite.loading.quantize import SLICE_ELEMENTS
 from neox_lite.loading.skeleton import Blueprint
-from neox_lite.offload.plan import linears_of
 
 from ..load_for_command import load
 from ..terminal import bar, fold, note, print_json, read_text, terminal_width
@@ -243,7 +242,7 @@ class Linears:
 def weight_errors(source: str, path: str, progress: Any) -> Iterator[dict[str, LinearError]]:
     """For each layer, the errors of its linear weights under their names in it."""
     ours, theirs = Linears(path), Linears(source)
-    names, count = list(linears_of(ours.config)), ours.config.num_hidden_layers
+    names, count = list(ours.config.linear_shapes), ours.config.num_hidden_layers
     for layer in range(count):
         yield {name: _weight_error(f"gpt_neox.layers.{layer}.{name}", ours, theirs) for name in names}
         progress(layer + 1, count)

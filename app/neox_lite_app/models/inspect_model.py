@@ -15,7 +15,7 @@ from neox_lite.formats import FORMATS
 from neox_lite.hub import ADAPTER_CONFIG, MANIFEST, fetch_files, local_folder
 from neox_lite.loading.skeleton import Blueprint
 from neox_lite.modeling.heads import class_of
-from neox_lite.offload.plan import parameters, sizes_of
+from neox_lite.offload.plan import sizes_of
 from neox_lite.tokenizer import GPTNeoXTokenizerFast
 
 from ..load_for_command import MIXED, formats_in
@@ -86,7 +86,7 @@ def info(args: argparse.Namespace) -> None:
         "activation": config.hidden_act,
         "tied_head": config.tie_word_embeddings,
         "dtype": config.dtype,
-        "parameters": parameters(config),
+        "parameters": config.num_parameters,
         "format": format.name if len(formats) == 1 else MIXED,
         "group_size": getattr(format, "group_size", None) if len(formats) == 1 else None,
         "kv_bytes_per_token": 4 * config.num_hidden_layers * config.hidden_size,

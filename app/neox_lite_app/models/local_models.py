@@ -14,7 +14,6 @@ from neox_lite.config import GPTNeoXConfig, read_json
 from neox_lite.errors import ConfigError, NeoxLiteError
 from neox_lite.hub import HEAD, WEIGHTS
 from neox_lite.loading.load import cache_root
-from neox_lite.offload.plan import parameters
 
 from ..load_for_command import common_label, formats_in
 from ..paths import data_folder
@@ -140,7 +139,7 @@ def _model(name: str, folder: Path, where: str, revision: str | None = None) -> 
         revision,
         format=format,
         bytes=size,
-        parameters=parameters(config),
+        parameters=config.num_parameters,
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         heads=config.num_attention_heads,
