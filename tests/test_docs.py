@@ -41,7 +41,8 @@ NOT_RUN = {
     "neox-lite demo": "tests/test_cli.py runs it",
     "python -m pytest": "these are the tests",
     "bash .ci/run": "runs the tests",
-    "python benchmarks/": "takes minutes, or a GPU",
+    "python benchmarks/gpu.py": "takes minutes, or a GPU",
+    "python -m benchmarks.": "takes minutes, or a GPU",
     "neox-lite bench --shape": "takes minutes",
     "neox-lite generate pythia-1.4b-int4 --device cuda --prompt": "needs a GPU",
     "neox-lite quantize global_step150000": "tests/test_import.py makes such files",
@@ -305,7 +306,10 @@ def named_in(page):
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
 def test_named_commands_and_options_exist(page):
     """An option is the named command's; without one, that of any command, or of a script that the page names."""
-    scripts = set(re.findall(r"(?:benchmarks|docs)/\w+\.py", page.read_text(encoding="utf-8")))
+    text = page.read_text(encoding="utf-8")
+    scripts = set(re.findall(r"(?:benchmarks|docs)/[\w/]+\.py", text))
+    scripts |= {f"{name.replace('.', '/')}.py" for name in re.findall(r"-m (benchmarks[.\w]+)", text)}
+    scripts |= {"benchmarks/gpu/measure.py"} & {s.replace("gpu.py", "gpu/measure.py") for s in scripts}
     theirs = {flag for script in scripts for flag in re.findall(r'"(--[a-z-]+)"', (ROOT / script).read_text("utf-8"))}
     every = set.union(*options().values()) | {"--version"} | theirs | OTHERS.keys()
     wrong = []

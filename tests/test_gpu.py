@@ -1,9 +1,4 @@
-"""What only a GPU can show: the same results there as on the CPU, moving back and forth, and the benchmark's own checks."""
-
-import json
-import subprocess
-import sys
-from pathlib import Path
+"""What only a GPU can show: the same results there as on the CPU, and moving back and forth."""
 
 import pytest
 import torch
@@ -14,7 +9,6 @@ from neox_lite.offload import profile as machine
 from neox_lite.offload.accelerator import Cuda
 from neox_lite.offload.run import Placement
 
-ROOT = Path(__file__).parents[1]
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device here")]
 SHAPE = {
     "vocab_size": 257,
@@ -176,50 +170,3 @@ class TestGraphs:
         with ThreadPoolExecutor(2) as threads:
             calls = [threads.submit(generated, model, (5, 100), True, max_new_tokens=60) for model in models]
             assert [call.result() for call in calls] == expected
-
-
-def benchmark(tmp_path, *flags):
-    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--out", str(tmp_path), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    (written,) = tmp_path.glob("*.json")
-    result = json.loads(written.read_text())
-    assert done.returncode == 0 and result["ok"] and json.loads(done.stdout) == result, done.stderr
-    return result, done.stderr
-
-
-def test_the_benchmark_s_checks_pass_and_it_says_where_no_gpu_is(tmp_path):
-    result, told = benchmark(tmp_path, "--checks")
-    assert len(result["checks"]) > 5
-    assert (result["device"] is None) == (not torch.cuda.is_available()) == ("no CUDA device" in told)
-
-
-def test_every_path_of_the_benchmark_runs_without_a_gpu(tmp_path):
-    pytest.importorskip("triton", reason="triton is not installed")
-    result, _ = benchmark(tmp_path, "--rehearse")
-    needs = {"transformers": "bitsandbytes", "nf4": "bitsandbytes", "gemlite": "gemlite", "torch tinygemm": "CPU"}
-    assert result["rehearsal"] and set(result["section_s"]) == {
-        "first checks", "copy", "int4", "transformers", "nf4", "pairs", "torch tinygemm", "fp16", "cap 12", "gemlite",
-        "attention", "tuned", "tokens", "peers", "slices",
-    }  # fmt: skip
-    assert set(result["left_out"]) <= needs.keys()
-    assert all(needs[name] in why for name, why in result["left_out"].items())
-    assert {row["launch"] for row in result["pairs"]} == {"qkv beside h to 4h", "dense plus 4h to h", "norm and head"}
-    assert {row["tokens"] for row in result["tokens"]} == {1, 3, 260}
-    assert all(row["error_rms"] < 1e-3 for row in result["tokens"] if "error_rms" in row)
-    assert {row["engine"] for row in result["peers"]} == {"torch tinygemm", "bitsandbytes nf4", "gemlite"}
-    ours = [row for row in result["models"] if row["engine"] == "neox-lite"]
-    assert {row["section"] for row in ours} >= {"int4", "fp16", "tuned"}
-    assert all(rate > 0 for row in result["models"] for rate in row["tokens_per_s"].values())
-    assert [row["gpu_gib"] for row in result["caps"]] == [12] and result["choices"] and len(result["checks"]) > 5
-
-
-def test_a_wrong_kernel_is_reported(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import gpu_checks
-
-    right = gpu_checks.Case("reference", torch.float32, "product", ("int4", 32, 96, 2, 10))
-    assert gpu_checks.check(right, torch.device("cpu"))["ok"]
-    monkeypatch.setattr(gpu_checks.reference, "linear_residual", lambda inputs, weights, addends, x: x)
-    assert not gpu_checks.check(right, torch.device("cpu"))["ok"]
-    monkeypatch.setattr(gpu_checks.reference, "linear_residual", lambda *given: 1 / 0)
-    assert "ZeroDivisionError" in gpu_checks.check(right, torch.device("cpu"))["error"]

@@ -7,7 +7,6 @@ import struct
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -584,16 +583,15 @@ def test_the_command_writes_the_folder_and_tells_its_size(plain, tmp_path, capsy
 # -- llama.cpp itself -------------------------------------------------------------------------------------------------
 
 
-def test_llama_cpp_chooses_our_greedy_tokens(llama_cpp, tmp_path, monkeypatch):  # noqa: F811
-    """A bounded form of benchmarks/llama_cpp_tokens.py, on the bundled model."""
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
-    import llama_cpp_tokens as script
+def test_llama_cpp_chooses_our_greedy_tokens(llama_cpp, tmp_path):  # noqa: F811
+    """A bounded form of benchmarks/peers/llama_cpp_tokens.py, on the bundled model."""
+    from benchmarks.peers import llama_cpp_tokens as script
 
     prompts = script.demo_prompts(4)
-    convert(script.FOLDER, tmp_path / "int4", format="int4", group_size=32)
+    convert(script.DEMO, tmp_path / "int4", format="int4", group_size=32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # llama.cpp's GELU is another
-        plain, int4 = (script.compare(folder, tmp_path, prompts, 24) for folder in (script.FOLDER, tmp_path / "int4"))
+        plain, int4 = (script.compare(folder, tmp_path, prompts, 24) for folder in (script.DEMO, tmp_path / "int4"))
     assert plain["logits_identical_after_round_trip"] and int4["logits_identical_after_round_trip"]
     assert plain["ways"]["float32 activations, llama.cpp's GELU"]["equal_before_parting"] == 4 * 24
     for found in (*plain["ways"].values(), *int4["ways"].values()):

@@ -26,13 +26,12 @@ def compiled(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sass")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(folder / "cache")
-    script, started = ROOT / "benchmarks" / "sass.py", []
+    started, pipe = [], subprocess.PIPE
     for half in (CARDS[:3], CARDS[3:]):
         out = folder / f"{half[0]}.json"
-        command = [sys.executable, str(script), "--cards", *map(str, half), "--out", str(out)]
-        started.append(
-            (out, subprocess.Popen(command, env=environment, text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE))
-        )
+        command = [sys.executable, "-m", "benchmarks.gpu.sass", "--cards", *map(str, half), "--out", str(out)]
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stderr=pipe, stdout=pipe)
+        started.append((out, process))
     rows = []
     for out, process in started:
         _, errors = process.communicate()
@@ -69,14 +68,13 @@ def test_many_tokens_meet_weights_on_tensor_cores(compiled, card):
 def test_no_size_that_tuning_may_pick_spills(tmp_path):
     """On the youngest card, whose compiler spilled first when sizes were chosen."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, str(ROOT / "benchmarks" / "sass.py"), "--cards", "120", "--candidates"]
-    done = subprocess.run(command, env=environment, text=True, capture_output=True, check=False)
+    command = [sys.executable, "-m", "benchmarks.gpu.sass", "--cards", "120", "--candidates"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, check=False)
     assert done.returncode == 0 and done.stdout.count("multiply_tiles") > 20, done.stderr
 
 
-def test_the_rules_name_what_they_find(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import sass
+def test_the_rules_name_what_they_find():
+    from benchmarks.gpu import sass
 
     good = sass.Facts(
         "decode",
@@ -109,9 +107,8 @@ def test_the_rules_name_what_they_find(monkeypatch):
     )[1] == [(0, 4)]
 
 
-def test_a_summary_counts_what_spills_and_keeps_the_most(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import sass
+def test_a_summary_counts_what_spills_and_keeps_the_most():
+    from benchmarks.gpu import sass
 
     one = sass.Facts("decode", "append", 80, 4, 40, 0, 0, 64, 9, 0, None, {}, 0, 0, False, False)
     rows = [

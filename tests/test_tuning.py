@@ -395,14 +395,11 @@ class Nth:
 
 
 @pytest.fixture
-def checks(monkeypatch):
+def checks():
     pytest.importorskip("triton", reason="triton is not installed")
-    from pathlib import Path
+    from benchmarks.gpu import checks
 
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-    import gpu_checks
-
-    return gpu_checks
+    return checks
 
 
 @pytest.mark.parametrize("nth", range(choices.MOST))

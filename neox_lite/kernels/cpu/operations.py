@@ -25,7 +25,7 @@ from .compile import compiled
 from .pool import Call, Pool, rows_of, shared_pool
 from .target import Target, host
 
-# Where the way to multiply changes, in tokens; measured, see benchmarks/cpu.py.
+# Where the way to multiply changes, in tokens; measured, see benchmarks/peers/cpu.py.
 TILES_FROM = 5  # int8 activations: from here on, transposed words serve all tokens
 MANY = 13  # from here on, two vectors of rows at a time
 EXACT_ROWS = 8  # float32 activations: up to here, from the words; above, decoded weights and torch's product

@@ -1,7 +1,7 @@
 """What a card can do, and the sizes of tile that each kernel may take there, the shipped one first. Knows no tensor, no time.
 
-Shipped sizes come from what the compiler makes of them (benchmarks/sass.py) and from arithmetic; docs/gpu.md says which of them
-a card has confirmed. tuning.py picks among the candidates.
+Shipped sizes come from what the compiler makes of them (benchmarks/gpu/sass.py) and from arithmetic; docs/gpu.md says which of
+them a card has confirmed. tuning.py picks among the candidates.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """One engine in a process of its own: loads its form of the model once, then answers with measurements.
 
-    python benchmarks/peers_engines.py ENGINE HOME THREADS
+    python -m benchmarks.peers.engines ENGINE HOME THREADS
 
-`peers_cpu.py` runs this and knows what the figures mean, `peers_model.py` writes the models; here is how each library is
+`cpu.py` runs this and knows what the figures mean, `model.py` writes the models; here is how each library is
 driven. Libraries are imported where they are used, so that an engine's memory is its own.
 """
 
@@ -17,8 +17,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-sys.path[:0] = [str(Path(__file__).parents[1] / room) for room in (".", "quant", "app")]
 
 SHAPES = {  # layers, hidden size, heads, vocabulary
     "pythia-160m": (12, 768, 12, 50304),

@@ -1,8 +1,8 @@
 """What kept prefixes and drafts are worth on this machine, with random weights in the shapes of real models.
 
-    python benchmarks/speculation.py turn --shape pythia-160m [--history 1500] [--out FILE]
-    python benchmarks/speculation.py drafts --shape pythia-6.9b --draft pythia-160m [--acceptance 0,0.6,0.8] [--out FILE]
-    python benchmarks/speculation.py lookup --shape pythia-1.4b [--out FILE]
+    python -m benchmarks.serving.speculation turn --shape pythia-160m [--history 1500] [--out FILE]
+    python -m benchmarks.serving.speculation drafts --shape pythia-6.9b --draft pythia-160m [--acceptance 0,0.6] [--out FILE]
+    python -m benchmarks.serving.speculation lookup --shape pythia-1.4b [--out FILE]
 
 turn: seconds to the first token of a chat's second turn, with the pages of the first one and without. drafts: tokens a second
 without drafts and with those of a draft model that runs for its cost, while what it drafts is right with a given
@@ -19,26 +19,23 @@ import os
 import platform
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parents[1] / room) for room in (".", "quant", "app")]
+import torch
 
-import torch  # noqa: E402
-
-from neox_lite import GPTNeoXForCausalLM, Speculation  # noqa: E402
-from neox_lite.cache import PAGE, PrefixCache  # noqa: E402
-from neox_lite.formats import DENSE, GroupInt  # noqa: E402
-from neox_lite.generation.mixin import decode  # noqa: E402
-from neox_lite.generation.options import Options  # noqa: E402
-from neox_lite.generation.request import Row  # noqa: E402
-from neox_lite.generation.speculative import LONGEST, Drafter, Drafting, DraftModel, PassTimes, PromptLookup, estimate  # noqa: E402
-from neox_lite_app.load_for_command import default_threads  # noqa: E402
-from neox_lite_app.models.random_model import RandomModel, config_of  # noqa: E402
-from neox_lite_app.terminal import note  # noqa: E402
+from neox_lite import GPTNeoXForCausalLM, Speculation
+from neox_lite.cache import PAGE, PrefixCache
+from neox_lite.formats import DENSE, GroupInt
+from neox_lite.generation.mixin import decode
+from neox_lite.generation.options import Options
+from neox_lite.generation.request import Row
+from neox_lite.generation.speculative import LONGEST, Drafter, Drafting, DraftModel, PassTimes, PromptLookup, estimate
+from neox_lite_app.load_for_command import default_threads
+from neox_lite_app.models.random_model import RandomModel, config_of
+from neox_lite_app.terminal import note
 
 TURN = 6  # tokens of a run between those of the others
 FORMATS = {"int4": GroupInt(4, 128), "int8": GroupInt(8, 128), "fp16": DENSE}

@@ -1,6 +1,6 @@
-"""The random model of a shape in every form that an engine of `peers_engines.py` needs.
+"""The random model of a shape in every form that an engine of `engines.py` needs.
 
-    python benchmarks/peers_model.py WHAT HOME SHAPE
+    python -m benchmarks.peers.model WHAT HOME SHAPE
 
 All weights are the same in all forms: a linear weight is a 4-bit code times a scale of few digits, which int4, int8,
 float16 and bfloat16 hold exactly; embedding and head are 8-bit codes times a power of two. So one float32 run of the
@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peers_engines import GROUP, settings  # first: it makes the checkout importable
 from torch import Tensor, nn
 
+from benchmarks.peers.engines import GROUP, settings
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
 from neox_lite.checkpoint.safetensors_file import Spec
 from neox_lite.formats import DENSE, GroupInt, pack, quantization_config, unpack

@@ -1,6 +1,6 @@
 """What the kernels could reach on cards, by arithmetic, and beside it what was measured where there is a measurement.
 
-    python benchmarks/roofline.py [--write docs/kernels.md] [--plot docs/images/roofline.png] [--results FOLDER]
+    python -m benchmarks.gpu.roofline [--write docs/kernels.md] [--plot docs/images/roofline.png] [--results FOLDER]
 
 Predictions come from three figures of a card's data sheet and from the instructions that the compiler makes of each kernel
 (results/sass_triton-3.9.json). Measurements are the files that gpu.py has written. --write replaces the tables between the
@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results"
+from benchmarks.common import RESULTS
+
 REACHED = 0.92  # of the bandwidth, by a kernel that streams; what others' best kernels have reached
 LAUNCH_S = 4e-6  # to start a kernel, fill the card and drain it
 ISSUED = 0.85  # of the instructions that a card could issue

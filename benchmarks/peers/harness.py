@@ -1,8 +1,8 @@
 """neox-lite and lm-evaluation-harness's own `hf` model on the same tasks and weights, on this CPU, in turns.
 
-    python benchmarks/harness.py --shape pythia-410m [--rounds 3] [--documents 8]
+    python -m benchmarks.peers.harness --shape pythia-410m [--rounds 3] [--documents 8]
 
-Random weights that int4 and bfloat16 both hold exactly (`peers_model.py`), so the time is that of a trained model and the
+Random weights that int4 and bfloat16 both hold exactly (`model.py`), so the time is that of a trained model and the
 difference in log-likelihoods that of the arithmetic; the tokenizer and the text are the bundled model's. neox-lite runs the
 int4 folder with its default settings, hf a bfloat16 checkpoint with the best of --batches, found for each task in a run before.
 Each is a process of its own (`harness_engines.py`), stopped while the other works. Tasks: `ends`, five-shot with four ends of
@@ -27,12 +27,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from peers_cpu import Worker, machine, script
+from benchmarks.common import RESULTS, ROOT, Worker, environment, machine, module
+from benchmarks.peers.cpu import engine
 
 ENGINES = ("neox-lite-int4", "hf-bfloat16")
-DEMO = Path(__file__).parents[1] / "app" / "neox_lite_app" / "demo_model"
+DEMO = ROOT / "app" / "neox_lite_app" / "demo_model"
 PASSAGE, END = 200, 26  # characters: about 85 and 10 tokens
 WORDS = 5  # times as many documents: they are shorter
 
@@ -78,7 +77,9 @@ def prepare(home: Path, args: argparse.Namespace) -> None:
     for what in ("int4", "plain"):
         if not (home / what).exists():
             print(f"write {what} ...", file=sys.stderr)
-            subprocess.run(script("peers_model.py", what, home, args.shape), check=True, stdout=sys.stderr)
+            subprocess.run(
+                module("peers.model", what, home, args.shape), env=environment(), check=True, stdout=sys.stderr
+            )
         for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
             shutil.copy(DEMO / name, home / what / name)
     shutil.rmtree(home / "tasks", ignore_errors=True)
@@ -90,7 +91,7 @@ def measure(args: argparse.Namespace, home: Path) -> dict[str, Any]:
     try:
         for name in ENGINES:
             print(f"load {name} ...", file=sys.stderr)
-            workers[name] = Worker(name, args, home, "harness_engines.py")
+            workers[name] = engine(name, args, home, "peers.harness_engines")
         return {task: measured(task, workers, args) for task in args.tasks}
     finally:
         for worker in workers.values():
@@ -108,7 +109,7 @@ def measured(task: str, workers: dict[str, Worker], args: argparse.Namespace) ->
     for _ in range(args.rounds):
         for name, worker in workers.items():
             samples[name].append(worker.ask(f"{task} {best}"))
-    row: dict[str, Any] = {"hf_batch": best, "hf_seconds_by_batch": tried, "requests": ours.told["requests"][task]}
+    row: dict[str, Any] = {"hf_batch": best, "hf_seconds_by_batch": tried, "requests": ours.greeting["requests"][task]}
     for name, found in samples.items():
         seconds = [round(one["seconds"], 3) for one in found]
         others = round(max(one["others_cpu"] for one in found), 3)
@@ -140,7 +141,7 @@ def table(rows: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     names = lambda text: text.split(",")  # noqa: E731
-    parser.add_argument("--shape", default="pythia-410m", help="as of peers_cpu.py (default pythia-410m)")
+    parser.add_argument("--shape", default="pythia-410m", help="as of cpu.py (default pythia-410m)")
     parser.add_argument("--tasks", type=names, default=["ends", "letters", "words"], help="some of ends,letters,words")
     parser.add_argument("--documents", type=int, default=8, help="of ends and letters; words has five times as many")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each figure (default 3)")
@@ -149,9 +150,7 @@ def main() -> int:
     parser.add_argument(
         "--scratch", type=Path, default=Path(tempfile.gettempdir()) / "neox-lite-harness", help="for models"
     )
-    parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent / "results" / "harness.json", help="file of the result"
-    )
+    parser.add_argument("--out", type=Path, default=RESULTS / "harness.json", help="file of the result")
     args = parser.parse_args()
     home = args.scratch / args.shape
     home.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """Train the demo checkpoint: a 4-layer GPT-NeoX with a tokenizer of its own, from one small text file, on a CPU.
 
-    python benchmarks/train_demo.py --text shakespeare.txt --out demo --epochs 32 --threads 1
+    python -m benchmarks.quality.train_demo --text shakespeare.txt --out demo --epochs 32 --threads 1
 
 The text is cut at blank lines into 90 % training, 5 % validation and 5 % held out, in that order. The tokenizer and
 the weights see the training part only; the validation part chooses which checkpoint is kept; the held-out part is

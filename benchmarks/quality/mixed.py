@@ -1,6 +1,6 @@
 """Whether a mix of formats loses less than one format for all, at the same size: the bundled model, and its outlier variant.
 
-    python benchmarks/mixed.py [--out benchmarks/results/mixed_demo.json]
+    python -m benchmarks.quality.mixed [--out benchmarks/results/mixed_demo.json]
 
 Sizes are of whole folders. Between int4 g32 and int8 there is no single format; `kl_at_random` is what a mix of those two would
 lose there if its layers were drawn by lot, since KL adds up over layers. Activations are float32.
@@ -18,21 +18,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parents[1] / room) for room in (".", "quant", "app")]
+import torch
 
-import torch  # noqa: E402
-from quality import with_outliers  # noqa: E402
-
-from neox_lite import GPTNeoXForCausalLM  # noqa: E402
-from neox_lite.formats import GroupInt, label, make_format  # noqa: E402
-from neox_lite.layers import Linear  # noqa: E402
-from neox_lite.loading.quantize import encode  # noqa: E402
-from neox_lite_app.demo import CONTEXT  # noqa: E402
-from neox_lite_app.evaluation.quality import cut, log_probabilities, quality_of  # noqa: E402
-from neox_lite_app.evaluation.quality import measure as measure_of  # noqa: E402
-from neox_lite_app.paths import DEMO  # noqa: E402
-from neox_lite_quant import convert  # noqa: E402
-from neox_lite_quant.mixed import FORMATS, choose, stored_bytes  # noqa: E402
+from benchmarks.quality.formats import with_outliers
+from neox_lite import GPTNeoXForCausalLM
+from neox_lite.formats import GroupInt, label, make_format
+from neox_lite.layers import Linear
+from neox_lite.loading.quantize import encode
+from neox_lite_app.demo import CONTEXT
+from neox_lite_app.evaluation.quality import cut, log_probabilities, quality_of
+from neox_lite_app.evaluation.quality import measure as measure_of
+from neox_lite_app.paths import DEMO
+from neox_lite_quant import convert
+from neox_lite_quant.mixed import FORMATS, choose, stored_bytes
 
 UNIFORM = (("int4", 128), ("int4", 64), ("int4", 32), ("int8", 128))
 BETWEEN = (0.1, 0.25, 0.5, 0.75)  # of the way from int4 g32 to int8 g128

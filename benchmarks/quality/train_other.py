@@ -1,9 +1,9 @@
-"""Train the second model of benchmarks/quality.py: the demo's shape on Python's own standard library. Not committed: made anew.
+"""Train the second model of formats.py: the demo's shape on Python's own standard library. Not committed: made anew.
 
-    python benchmarks/train_other.py --out /tmp/other [--minutes 15]
+    python -m benchmarks.quality.train_other --out /tmp/other [--minutes 15]
 
 The text is the .py files at the top of the running Python's standard library, shuffled with a fixed seed so that training
-and held-out parts are alike, 3 MB of them. benchmarks/train_demo.py does the rest; with --minutes the weights depend on the
+and held-out parts are alike, 3 MB of them. train_demo.py does the rest; with --minutes the weights depend on the
 machine's speed.
 """
 

@@ -1,6 +1,6 @@
 """One program that answers lm-evaluation-harness, in a process of its own: loads its form of the model, then is timed.
 
-    python benchmarks/harness_engines.py ENGINE HOME THREADS
+    python -m benchmarks.peers.harness_engines ENGINE HOME THREADS
 
 `harness.py` runs this, and wrote the models and the tasks into HOME. A question is `TASK BATCH`; the answer is the seconds for
 all log-likelihoods of a task, tokenizing included and metrics not, those of the processor, the tokens that went through the
@@ -18,7 +18,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parents[1] / room) for room in (".", "quant", "app")]
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 

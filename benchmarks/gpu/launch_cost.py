@@ -1,6 +1,6 @@
 """What Python costs a decode step on a GPU beside the kernels: measured without one, with every launch replaced by nothing.
 
-    python benchmarks/launch_cost.py [--steps 30] [--out benchmarks/results/launch_cost.json]
+    python -m benchmarks.gpu.launch_cost [--steps 30] [--out benchmarks/results/launch_cost.json]
 
 The model has the shape of a real one and memory that nothing touches; its decode steps by the triton backend run on the host.
 What is timed is all that Python does up to Triton's own launcher: that is left out, as is what the driver does then. Each
@@ -22,19 +22,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parents[1] / room) for room in (".", "quant", "app")]
+import torch
+import triton
+from torch import Tensor
 
-import torch  # noqa: E402
-import triton  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM  # noqa: E402
-from neox_lite.cache import Batch  # noqa: E402
-from neox_lite.formats import make_format  # noqa: E402
-from neox_lite.kernels.backend import Choice  # noqa: E402
-from neox_lite.kernels.triton import operations  # noqa: E402
-from neox_lite.kernels.triton import tile_configs as choices  # noqa: E402
-from neox_lite.layers import Linear  # noqa: E402
+from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
+from neox_lite.cache import Batch
+from neox_lite.formats import make_format
+from neox_lite.kernels.backend import Choice
+from neox_lite.kernels.triton import operations
+from neox_lite.kernels.triton import tile_configs as choices
+from neox_lite.layers import Linear
 
 SHAPES = {  # layers, hidden size, heads, vocabulary
     "pythia-160m": (12, 768, 12, 50304),

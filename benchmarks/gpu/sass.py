@@ -1,6 +1,6 @@
 """What the compiler makes of the Triton kernels, for cards that need not be there: registers, spills, loads, instructions.
 
-    python benchmarks/sass.py [--cards 75 80 86 89 90 120] [--all] [--candidates] [--out benchmarks/results/sass.json]
+    python -m benchmarks.gpu.sass [--cards 75 80 86 89 90 120] [--all] [--candidates] [--out benchmarks/results/sass.json]
 
 A layer of GPT-NeoX-20B and its head run on tensors without memory, once for each number of tokens. Every launch is compiled for
 the card exactly as it would be there (same specialization, same options), not run; its machine code is then counted, and what
@@ -23,21 +23,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parents[1] / room) for room in (".", "quant", "app")]
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 
-import torch  # noqa: E402
-import triton  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.runtime import driver  # noqa: E402
-from triton.runtime.jit import JITFunction  # noqa: E402
-
-from neox_lite import GPTNeoXConfig  # noqa: E402
-from neox_lite.cache import Batch, PagePool  # noqa: E402
-from neox_lite.formats import DENSE, Weight, make_format  # noqa: E402
-from neox_lite.kernels.triton import tile_configs as choices  # noqa: E402
-from neox_lite.kernels.triton.operations import Operations  # noqa: E402
-from neox_lite.kernels.triton.steps import Inputs, Tables  # noqa: E402
-from neox_lite.layers import GPTNeoXLayer, Linear, Rotary, norm_of  # noqa: E402
+from neox_lite import GPTNeoXConfig
+from neox_lite.cache import Batch, PagePool
+from neox_lite.formats import DENSE, Weight, make_format
+from neox_lite.kernels.triton import tile_configs as choices
+from neox_lite.kernels.triton.operations import Operations
+from neox_lite.kernels.triton.steps import Inputs, Tables
+from neox_lite.layers import GPTNeoXLayer, Linear, Rotary, norm_of
 
 CARDS = (75, 80, 86, 89, 90, 120)
 SHARED_BYTES = {75: 64 << 10, 80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}

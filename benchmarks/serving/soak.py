@@ -1,6 +1,6 @@
 """A server of the bundled model for minutes under many clients and open pages: no answer of another, no growing memory.
 
-    python benchmarks/soak.py [--minutes 5] [--clients 64] [--pages 16] [--out FILE]
+    python -m benchmarks.serving.soak [--minutes 5] [--clients 64] [--pages 16] [--out FILE]
 
 Every client asks the same question of its own again and again, greedily, and leaves some answers in the middle; its first
 answer, given before the load, is what it must get. Pages are tabs of one Chromium that chat (needs playwright). The server's
@@ -29,11 +29,8 @@ from typing import Any
 
 import httpx
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(Path(__file__).parent))
-
-from peers_cpu import machine  # noqa: E402
-from serving import Server, free_port, running  # noqa: E402
+from benchmarks.common import ROOT, machine
+from benchmarks.serving.load import Server, free_port, running
 
 DEMO = ROOT / "app" / "neox_lite_app" / "demo_model"
 NAMES = ("ROMEO", "JULIET", "KING HENRY", "OPHELIA", "MACBETH", "PORTIA", "VIOLA", "DUKE")

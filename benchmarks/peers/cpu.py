@@ -1,8 +1,8 @@
 """neox-lite and its peers on this CPU: one shape, the same weights, measured in turns.
 
-    python benchmarks/peers_cpu.py --shape pythia-160m [--engines neox-lite-int4,llama.cpp-q4_0] [--rounds 5]
+    python -m benchmarks.peers.cpu --shape pythia-160m [--engines neox-lite-int4,llama.cpp-q4_0] [--rounds 5]
 
-Each engine is a process of its own (`peers_engines.py`) that loads the model once and then makes one measurement at a
+Each engine is a process of its own (`engines.py`) that loads the model once and then makes one measurement at a
 time, while all others are stopped: nobody spins beside the one who works. Rounds go A B C A B C ..., a figure is the median
 with its quartiles. What each engine needs is written once, below --scratch. An engine whose package is missing is left
 out, saying so; pip install llama-cpp-python openvino optimum-intel nncf ctranslate2 bitsandbytes transformers matplotlib.
@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import platform
-import signal
 import statistics
 import subprocess
 import sys
@@ -25,9 +24,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from peers_engines import ENGINES, GROUP, PROMPT, REFERENCE, SHAPES, settings
+from benchmarks.common import RESULTS, Worker, environment, last_line, machine, module
+from benchmarks.peers.engines import ENGINES, GROUP, PROMPT, REFERENCE, SHAPES, settings
 
 METRICS = {  # what a worker is asked; {n} is --tokens
     "decode 1": "decode {n}",
@@ -36,70 +34,14 @@ METRICS = {  # what a worker is asked; {n} is --tokens
     "prefill 128": "prefill 128",
     "prefill 512": "prefill 512",
 }
+
+
+def engine(name: str, args: argparse.Namespace, home: Path, program: str = "peers.engines") -> Worker:
+    """A process that loads an engine."""
+    return Worker(name, module(program, name, home, args.threads), args.threads, home / f"{name}.log")
+
+
 QUIET, TRIES = 0.05, 6  # a sample during which others took more than this share of the CPU is taken again
-
-
-class Worker:
-    """A worker as its parent sees it: stopped, except while it is asked something."""
-
-    def __init__(self, name: str, args: argparse.Namespace, home: Path, program: str = "peers_engines.py") -> None:
-        self.name, self.log = name, home / f"{name}.log"
-        self.command = script(program, name, home, args.threads)
-        threads = {f"{library}_NUM_THREADS": str(args.threads) for library in ("OMP", "MKL", "NUMBA", "OPENBLAS")}
-        self.environment = {**os.environ, **threads}
-        self.start()
-
-    def start(self) -> None:
-        with self.log.open("w") as log:
-            pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
-            self.process = subprocess.Popen(self.command, env=self.environment, text=True, **pipes)
-        self.told = self.read()
-        self.process.send_signal(signal.SIGSTOP)
-
-    def ask(self, question: str) -> dict[str, Any]:
-        """One measurement; `others_cpu` is the share of the machine that other processes took meanwhile."""
-        if self.process.poll() is not None:
-            self.start()
-        assert self.process.stdin
-        began, busy, own = time.perf_counter(), busy_seconds(), own_seconds(self.process.pid)
-        self.process.send_signal(signal.SIGCONT)
-        self.process.stdin.write(question + "\n")
-        self.process.stdin.flush()
-        found = self.read()
-        self.process.send_signal(signal.SIGSTOP)
-        others = (busy_seconds() - busy) - (own_seconds(self.process.pid) - own)
-        available = (time.perf_counter() - began) * (os.cpu_count() or 1)
-        return {**found, "others_cpu": max(0.0, others / available)}
-
-    def read(self) -> dict[str, Any]:
-        assert self.process.stdout
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(last_line(self.log.read_text(errors="replace")))  # it died; its log says why
-        return json.loads(line)
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-
-def script(name: str, *arguments: object) -> list[str]:
-    return [sys.executable, str(Path(__file__).with_name(name)), *map(str, arguments)]
-
-
-def busy_seconds() -> float:
-    """CPU seconds that all processes, and the hypervisor, have taken so far."""
-    user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
-    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-
-
-def own_seconds(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def last_line(text: str) -> str:
-    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "ended without a word")
 
 
 def prepared(args: argparse.Namespace, home: Path) -> dict[str, str]:
@@ -110,7 +52,8 @@ def prepared(args: argparse.Namespace, home: Path) -> dict[str, str]:
             continue
         print(f"write {what} ...", file=sys.stderr)
         done = subprocess.run(
-            script("peers_model.py", what, home, args.shape),
+            module("peers.model", what, home, args.shape),
+            env=environment(),
             stderr=subprocess.PIPE,
             stdout=sys.stderr,
             text=True,
@@ -125,21 +68,21 @@ def measure(args: argparse.Namespace, home: Path) -> dict[str, Any]:
     left_out, workers, started = prepared(args, home), [], []
     try:
         if args.errors and not (home / "truth.npy").exists():
-            started.append(reference := Worker(REFERENCE, args, home))
+            started.append(reference := engine(REFERENCE, args, home))
             reference.ask("error")
             reference.close()
         for name in (n for n in args.engines if n not in left_out):
             print(f"load {name} ...", file=sys.stderr)
             try:
-                started.append(worker := Worker(name, args, home))
-                worker.told["error"] = worker.ask("error")["error"] if args.errors else None
+                started.append(worker := engine(name, args, home))
+                worker.greeting["error"] = worker.ask("error")["error"] if args.errors else None
                 workers.append(worker)
                 if args.alone:
                     worker.close()
             except RuntimeError as error:
                 left_out[name] = str(error)
-        rows: dict[str, dict[str, Any]] = {w.name: {**w.told, "metrics": {}} for w in workers}
-        loads: dict[str, list[float]] = {w.name: [w.told["load_s"]] for w in workers}
+        rows: dict[str, dict[str, Any]] = {w.name: {**w.greeting, "metrics": {}} for w in workers}
+        loads: dict[str, list[float]] = {w.name: [w.greeting["load_s"]] for w in workers}
         for metric in args.metrics:
             question = METRICS[metric].format(n=args.tokens)
             samples: dict[str, list[dict[str, Any]]] = {w.name: [] for w in workers}
@@ -149,7 +92,7 @@ def measure(args: argparse.Namespace, home: Path) -> dict[str, Any]:
                         once = turn == 0 or args.alone  # loading has just moved all memory: the system is busy for long
                         found = {**worker.ask(question), "tries": 1} if once else undisturbed(worker, question)
                         samples[worker.name] += [found] if turn else []
-                        loads[worker.name].append(worker.told["load_s"])
+                        loads[worker.name].append(worker.greeting["load_s"])
                         if args.alone:
                             worker.close()
                     except RuntimeError as error:  # most likely the machine ran out of memory
@@ -235,19 +178,6 @@ def plot(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def machine() -> dict[str, Any]:
-    info = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
-    info = {key.strip(): value.strip() for key, value in info.items()}
-    flags = set(info.get("flags", "").split())
-    known = ("avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8")
-    return {
-        "cpu": info.get("model name", platform.machine()),
-        "cores": os.cpu_count(),
-        "features": [flag for flag in known if flag in flags],
-        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-    }
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     names = lambda text: text.split(",")  # noqa: E731
@@ -263,9 +193,7 @@ def main() -> int:
     parser.add_argument(
         "--scratch", type=Path, default=Path(tempfile.gettempdir()) / "neox-lite-peers", help="for models"
     )
-    parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent / "results", help="folder of the JSON and the plot"
-    )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON and the plot")
     parser.add_argument("--alone", action="store_true", help="no engine stays loaded while another works")
     parser.add_argument("--force", action="store_true", help="measure although the machine is busy")
     args = parser.parse_args()

@@ -1,6 +1,6 @@
 """The table "GPT-NeoX-20B on cards and memories that people have": what goes where and how fast it will be, as Markdown.
 
-    python benchmarks/offload_table.py [--out FILE]
+    python -m benchmarks.offload.table [--out FILE]
 
 Every figure is a prediction: cards by their specifications, the CPU and the disk as this machine's were measured.
 """
@@ -8,21 +8,17 @@ Every figure is a prediction: cards by their specifications, the CPU and the dis
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "app")]
+import torch
 
-import torch  # noqa: E402
-
-from neox_lite.offload import profile as machine  # noqa: E402
-from neox_lite.offload.plan import CARDS, Machine, Plan, Request, plan, sizes_of  # noqa: E402
-from neox_lite_app.load_for_command import default_threads  # noqa: E402
-from neox_lite_app.models.family import FAMILY  # noqa: E402
+from neox_lite.offload import profile as machine
+from neox_lite.offload.plan import CARDS, Machine, Plan, Request, plan, sizes_of
+from neox_lite_app.load_for_command import default_threads
+from neox_lite_app.models.family import FAMILY
 
 GPU_GIB, CPU_GIB = (8, 12, 16, 24), (16, 32)
 SYSTEM_BYTES = 2 << 30

@@ -1,12 +1,12 @@
 """Servers of the OpenAI API under load on this CPU: total tokens a second, and how long clients wait, in turns.
 
-    python benchmarks/serving.py --neox-lite FOLDER [--gguf FILE] [--clients 1,4,16,64] [--rounds 3] [--out FILE]
-    python benchmarks/serving.py --neox-lite HOME/int4 --gguf HOME/int4.gguf --openvino HOME --peers-python PYTHON
+    python -m benchmarks.serving.load --neox-lite FOLDER [--gguf FILE] [--clients 1,4,16,64] [--rounds 3] [--out FILE]
+    python -m benchmarks.serving.load --neox-lite HOME/int4 --gguf HOME/int4.gguf --openvino HOME --peers-python PYTHON
 
 Each client streams one completion after the other: a prompt of its own of --prompt random words, --tokens new tokens, greedy,
 for --seconds. Servers take turns, all others stopped. llama-cpp-python's server runs from --peers-python, one sequence at a
 time as it does; "openvino" is no server but its bare decoding of as many sequences together as there are clients
-(`peers_engines.py`), of the model that `peers_cpu.py` has written to HOME. A folder without a tokenizer gets --tokenizer FILE.
+(`peers/engines.py`), of the model that `peers/cpu.py` has written to HOME. A folder without a tokenizer gets --tokenizer FILE.
 """
 
 from __future__ import annotations
@@ -31,10 +31,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(Path(__file__).parent))
-
-from peers_cpu import Worker, machine  # noqa: E402
+from benchmarks.common import ROOT, machine
+from benchmarks.peers.cpu import engine
 
 READY_S = 300
 WORDS = "the sea was calm and a ship came slowly into the harbour while men waited on the shore".split()  # noqa: SIM905
@@ -178,7 +176,7 @@ def openvino(args: argparse.Namespace) -> dict[int, float]:
     own = sys.executable
     sys.executable = str(args.peers_python)
     try:
-        worker = Worker("openvino-int4", args, args.openvino)
+        worker = engine("openvino-int4", args, args.openvino)
         found = {
             n: statistics.median(worker.ask(f"batch {n} {args.tokens}")["tokens_per_s"] for _ in range(args.rounds))
             for n in args.clients
@@ -193,7 +191,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--neox-lite", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="the same model for llama-cpp-python's server")
-    parser.add_argument("--openvino", type=Path, metavar="HOME", help="where peers_cpu.py keeps the same shape")
+    parser.add_argument("--openvino", type=Path, metavar="HOME", help="where peers/cpu.py keeps the same shape")
     parser.add_argument("--peers-python", type=Path, default=Path(sys.executable))
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="tokenizer.json for a folder that has none")
     parser.add_argument("--clients", type=lambda t: [int(n) for n in t.split(",")], default=[1, 4, 16, 64])

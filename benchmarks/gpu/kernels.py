@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from gpu_peers import PEERS, once_for_each, torch_fp16
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks.gpu.peers import PEERS, once_for_each, torch_fp16
 from neox_lite.cache import Batch, PagePool
 from neox_lite.formats import DENSE, Weight, make_format
 from neox_lite.kernels.triton import tile_configs as choices

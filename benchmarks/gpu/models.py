@@ -12,9 +12,9 @@ from typing import Any
 from unittest import mock
 
 import torch
-from gpu_kernels import Clock
-from gpu_peers import PEERS, Transformers, substituted
 
+from benchmarks.gpu.kernels import Clock
+from benchmarks.gpu.peers import PEERS, Transformers, substituted
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
 from neox_lite.formats import DENSE, make_format
 from neox_lite.kernels import dispatch

@@ -1,6 +1,6 @@
 """Greedy tokens of llama.cpp from an exported GGUF file beside ours from the folder, and our logits after a round trip.
 
-    python benchmarks/llama_cpp_tokens.py [--prompts 20] [--tokens 64] [--out benchmarks/results/llama_cpp_tokens.json]
+    python -m benchmarks.peers.llama_cpp_tokens [--prompts 20] [--tokens 64] [--out benchmarks/results/llama_cpp_tokens.json]
 
 Needs llama-cpp-python. The bundled model, plain and as int4 and int8 in groups of 32; prompts are 64 tokens of held-out text
 each. llama.cpp has one GELU, the tanh form, and the model was trained with the other; so ours runs in three ways: as loaded
@@ -19,15 +19,13 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parents[1] / room) for room in (".", "quant", "app")]
+import numpy as np
+import torch
+from torch import Tensor
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM  # noqa: E402
-from neox_lite_app.paths import DEMO  # noqa: E402
-from neox_lite_quant import convert, export_gguf, import_gguf  # noqa: E402
+from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
+from neox_lite_app.paths import DEMO
+from neox_lite_quant import convert, export_gguf, import_gguf
 
 PROMPT = 64
 WAYS: dict[str, dict[str, Any]] = {

@@ -1,6 +1,6 @@
 """LAMBADA and wikitext-2 figures of real checkpoints, plain and quantized, beside the published ones. Needs a network.
 
-    python benchmarks/published.py --home FOLDER [--models ID,ID] [--formats plain,int8,int4] [--items N]
+    python -m benchmarks.quality.published --home FOLDER [--models ID,ID] [--formats plain,int8,int4] [--items N]
                                    [--text FILE] [--lambada FILE.jsonl] [--out benchmarks/results/published.json]
 
 Checkpoints come from the hub, and quantized folders are kept in --home. Texts come through the `datasets` package, or from
@@ -21,15 +21,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parents[1] / room) for room in (".", "quant", "app")]
+import torch
 
-import torch  # noqa: E402
-
-from neox_lite import GPTNeoXForCausalLM  # noqa: E402
-from neox_lite.errors import ArgumentError, NeoxLiteError  # noqa: E402
-from neox_lite_app.evaluation.quality import cut, perplexity_of  # noqa: E402
-from neox_lite_app.terminal import bar, note, read_text  # noqa: E402
-from neox_lite_quant import convert  # noqa: E402
+from neox_lite import GPTNeoXForCausalLM
+from neox_lite.errors import ArgumentError, NeoxLiteError
+from neox_lite_app.evaluation.quality import cut, perplexity_of
+from neox_lite_app.terminal import bar, note, read_text
+from neox_lite_quant import convert
 
 NEOX = "Black et al. 2022, GPT-NeoX-20B, zero-shot results; quoted, not yet checked against the paper"
 MAMBA = "Gu and Dao 2023, Mamba, table of zero-shot evaluations; quoted, not yet checked against the paper"

@@ -1,7 +1,7 @@
 """What quantizing costs at full size: a model of GPT-NeoX-20B's shape from a hub, and a slice of it beside llama.cpp.
 
-    python benchmarks/full_size.py slice --work DIR [--layers 1] [--rounds 3] [--peer PYTHON] [--out FILE]
-    python benchmarks/full_size.py hub --work DIR [--layers 44] [--method rtn] [--out FILE]
+    python -m benchmarks.peers.full_size slice --work DIR [--layers 1] [--rounds 3] [--peer PYTHON] [--out FILE]
+    python -m benchmarks.peers.full_size hub --work DIR [--layers 44] [--method rtn] [--out FILE]
 
 slice: a float16 folder of one or more layers, read past the page cache, with rtn and mse in turns with llama.cpp's own
 quantizer to Q4_0 from an F16 GGUF of the same weights (PYTHON: one that has llama-cpp-python). hub: all 46 weight files, 41 GB,
@@ -29,14 +29,10 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(Path(__file__).parent))
-
-from peers_cpu import machine  # noqa: E402
-
-from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM  # noqa: E402
-from neox_lite.checkpoint.folder_writer import FolderWriter  # noqa: E402
-from neox_lite.checkpoint.safetensors_file import SafetensorsFile, Spec, encode_header, layout  # noqa: E402
+from benchmarks.common import RESULTS, ROOT, machine
+from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
+from neox_lite.checkpoint.folder_writer import FolderWriter
+from neox_lite.checkpoint.safetensors_file import SafetensorsFile, Spec, encode_header, layout
 
 REPO, COMMIT = "made-up/neox-20b", "0" * 40
 NOISE_BYTES = 64 << 20
@@ -284,7 +280,7 @@ def main() -> None:
     parser.add_argument("--method", choices=("rtn", "mse"), default="rtn")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peer", help="a Python that has llama-cpp-python")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "full_size.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "full_size.json")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     load = os.getloadavg()[0]

@@ -1,6 +1,6 @@
 """What a plan predicts beside what happens: memory by the system's own counters, and tokens a second.
 
-    python benchmarks/offload.py --scratch DIR --shapes pythia-160m,20b [--cpu-memory 3GiB] [--gpu-memory 8GiB,12GiB] --out DIR
+    python -m benchmarks.offload.budgets --scratch DIR [--shapes pythia-160m,20b] [--cpu-memory 3GiB] [--gpu-memory 8GiB,12GiB]
 
 Each case is a process of its own that loads a model of random weights within its budgets, fills the context, and reads its
 counters. Writes a JSON and prints a table.
@@ -14,14 +14,13 @@ import os
 import re
 import statistics
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "quant"), str(ROOT / "app")]
+from benchmarks.common import environment, module
+
 DECODE_TOKENS = 16
 SAMPLE_S = 0.02
 
@@ -71,8 +70,8 @@ def made(shape: str, format: str, scratch: Path) -> Path:
 
 
 def run(case: dict[str, Any]) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--scratch", ".", "--case", json.dumps(case)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = module("offload.budgets", "--scratch", ".", "--case", json.dumps(case))
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     if done.returncode:
         return {**case, "error": (done.stderr.strip().splitlines() or ["no word"])[-1]}
     return {**case, **json.loads(done.stdout.splitlines()[-1])}

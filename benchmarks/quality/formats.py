@@ -1,6 +1,6 @@
 """What quantization costs: KL to the 16-bit model, perplexity and top-1, for every format and method, beside other tools'.
 
-    python benchmarks/quality.py [MODEL] [--outliers] [--peers] [--text FILE] [--out benchmarks/results/quality_demo.json]
+    python -m benchmarks.quality.formats [MODEL] [--outliers] [--peers] [--text FILE] [--out FILE]
 
 MODEL is the bundled one unless given. --outliers: norm gains of some channels times 30 and their columns divided by
 30, which is the same function. --peers: llama.cpp, bitsandbytes and HQQ too, as far as they are installed; their weights are
@@ -22,19 +22,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parents[1] / room) for room in (".", "quant", "app")]
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-import quality_peers  # noqa: E402
-import torch  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-from neox_lite import GPTNeoXForCausalLM  # noqa: E402
-from neox_lite.formats import make_format  # noqa: E402
-from neox_lite_app.demo import CONTEXT  # noqa: E402
-from neox_lite_app.evaluation.quality import cut, log_probabilities  # noqa: E402
-from neox_lite_app.paths import DEMO  # noqa: E402
-from neox_lite_quant import convert  # noqa: E402
+from benchmarks.quality import peers
+from neox_lite import GPTNeoXForCausalLM
+from neox_lite.formats import make_format
+from neox_lite_app.demo import CONTEXT
+from neox_lite_app.evaluation.quality import cut, log_probabilities
+from neox_lite_app.paths import DEMO
+from neox_lite_quant import convert
 
 FACTOR, CHANNELS = 30.0, 6  # of the outlier variant: gains times this, of so many channels of each norm
 METHODS = ("rtn", "mse", "balance", "gptq")
@@ -108,7 +106,7 @@ def quantizations(folder: Path, args: argparse.Namespace, scratch: Path) -> Iter
         name = f"int4-g128-gptq, calibrated with {args.calibration.name}"
         yield {"name": name, "method": "gptq", "bits_per_weight": bits}, out
     if args.peers:
-        for name, bits, note in quality_peers.quantized(folder, out):
+        for name, bits, note in peers.quantized(folder, out):
             yield {"name": name, "method": note, "bits_per_weight": bits}, out
 
 

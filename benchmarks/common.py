@@ -1,0 +1,98 @@
+"""What measurements share: paths, the machine's description, JSON files, processes that work in turns. Knows no engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def module(name: str, *arguments: object) -> list[str]:
+    """The command of a measurement by its module's name below benchmarks; it needs `environment()`."""
+    return [sys.executable, "-m", f"benchmarks.{name}", *map(str, arguments)]
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """This process's, where the checkout is importable without being installed."""
+    rooms = os.pathsep.join(str(ROOT / room) for room in (".", "quant", "app"))
+    return {**os.environ, "PYTHONPATH": rooms, **changes}
+
+
+def machine() -> dict[str, Any]:
+    info = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
+    info = {key.strip(): value.strip() for key, value in info.items()}
+    flags = set(info.get("flags", "").split())
+    known = ("avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8")
+    return {
+        "cpu": info.get("model name", platform.machine()),
+        "cores": os.cpu_count(),
+        "features": [flag for flag in known if flag in flags],
+        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+    }
+
+
+class Worker:
+    """A process that answers questions, a JSON line each; it is stopped except while it is asked, so no two work at once."""
+
+    def __init__(self, name: str, command: list[str], threads: int, log: Path) -> None:
+        self.name, self.command, self.log = name, command, log
+        libraries = ("OMP", "MKL", "NUMBA", "OPENBLAS")
+        self.environment = environment(**{f"{library}_NUM_THREADS": str(threads) for library in libraries})
+        self.start()
+
+    def start(self) -> None:
+        with self.log.open("w") as log:
+            pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
+            self.process = subprocess.Popen(self.command, env=self.environment, text=True, **pipes)
+        self.greeting = self.read()
+        self.process.send_signal(signal.SIGSTOP)
+
+    def ask(self, question: str) -> dict[str, Any]:
+        """One measurement; `others_cpu` is the share of the machine that other processes took meanwhile."""
+        if self.process.poll() is not None:
+            self.start()
+        assert self.process.stdin
+        began, busy, own = time.perf_counter(), busy_seconds(), own_seconds(self.process.pid)
+        self.process.send_signal(signal.SIGCONT)
+        self.process.stdin.write(question + "\n")
+        self.process.stdin.flush()
+        found = self.read()
+        self.process.send_signal(signal.SIGSTOP)
+        others = (busy_seconds() - busy) - (own_seconds(self.process.pid) - own)
+        available = (time.perf_counter() - began) * (os.cpu_count() or 1)
+        return {**found, "others_cpu": max(0.0, others / available)}
+
+    def read(self) -> dict[str, Any]:
+        assert self.process.stdout
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(last_line(self.log.read_text(errors="replace")))  # it died; its log says why
+        return json.loads(line)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def busy_seconds() -> float:
+    """CPU seconds that all processes, and the hypervisor, have taken so far."""
+    user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def own_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def last_line(text: str) -> str:
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "ended without a word")
