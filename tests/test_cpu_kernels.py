@@ -496,12 +496,12 @@ def elementwise(
     def build(module: Any) -> None:
         code = Code(module, name, 4)
         table, start, stop, _ = code.arguments
-        given, out = code.slots(table, 2)
-        with code.loop(start, stop, lanes) as i:
+        given, out = code.load_arguments(table, 2)
+        with code.for_range(start, stop, lanes) as i:
             value = apply(code, code.load(vector(kind, lanes), given, i * (4 if kind == F32 else 2)))
             size = 2 if value.type == vector(I16, lanes) else 4
             code.store(value, out, i * size)
-        code.give()
+        code.ret()
 
     assert x.numel() % lanes == 0
     narrow = name.startswith("to_")

@@ -52,17 +52,17 @@ def write_watch(module: Any) -> None:
     """
     code = Code(module, "watch", 4)
     table, start, stop, scratch = code.arguments
-    everything, earlier, counters, sums, scratches, polls = code.slots(table, 6)
-    with code.loop(start, stop) as item:
-        total = code.variable(code.number(0))
-        with code.loop(0, earlier) as i:
+    everything, earlier, counters, sums, scratches, polls = code.load_arguments(table, 6)
+    with code.for_range(start, stop) as item:
+        total = code.variable(code.constant(0))
+        with code.for_range(0, earlier) as i:
             total.value = total.value + code.load(I64, everything, i * 8)
         code.store(total.value, sums, item * 8)
         code.store(scratch, scratches, item * 8)
-        with code.loop(0, polls % (item + 7)):
-            code.load_atomic(everything)
-        code.add_atomically(counters + item * 8, 1)
-    code.give()
+        with code.for_range(0, polls % (item + 7)):
+            code.atomic_load(everything)
+        code.atomic_add(counters + item * 8, 1)
+    code.ret()
 
 
 def write_meet(module: Any) -> None:
@@ -72,19 +72,19 @@ def write_meet(module: Any) -> None:
     """
     code = Code(module, "meet", 4)
     table, start, stop, _ = code.arguments
-    begun, items, patience, give_way, polls = code.slots(table, 5)
-    with code.loop(start, stop) as item:
-        code.add_atomically(begun, 1)
-        turns = code.variable(code.number(0))
-        with code.forever() as leave:
-            leave((code.load_atomic(begun) >= items) | (turns.value > patience))
+    begun, items, patience, give_way, polls = code.load_arguments(table, 5)
+    with code.for_range(start, stop) as item:
+        code.atomic_add(begun, 1)
+        turns = code.variable(code.constant(0))
+        with code.loop() as break_if:
+            break_if((code.atomic_load(begun) >= items) | (turns.value > patience))
             code.call(give_way, [])
             turns.value = turns.value + 1
-        with code.when(turns.value > patience):
-            code.add_atomically(begun, -1)
-        with code.loop(0, item * polls):
-            code.load_atomic(begun)
-    code.give()
+        with code.if_then(turns.value > patience):
+            code.atomic_add(begun, -1)
+        with code.for_range(0, item * polls):
+            code.atomic_load(begun)
+    code.ret()
 
 
 def write_fill(module: Any) -> None:
@@ -94,17 +94,17 @@ def write_fill(module: Any) -> None:
     """
     code = Code(module, "fill", 4)
     table, start, stop, scratch = code.arguments
-    words, found = code.slots(table, 2)
-    with code.loop(start, stop) as item:
-        with code.loop(0, words) as i:
+    words, found = code.load_arguments(table, 2)
+    with code.for_range(start, stop) as item:
+        with code.for_range(0, words) as i:
             code.store(item + 1, scratch, i * 8)
-        with code.loop(0, 2000):
-            code.load_atomic(found)
-        same = code.variable(code.number(0))
-        with code.loop(0, words) as i:
-            same.value = same.value + code.load(I64, scratch, i * 8).equals(item + 1).extended(I64)
+        with code.for_range(0, 2000):
+            code.atomic_load(found)
+        same = code.variable(code.constant(0))
+        with code.for_range(0, words) as i:
+            same.value = same.value + code.load(I64, scratch, i * 8).equals(item + 1).zero_extend(I64)
         code.store(same.value, found, item * 8)
-    code.give()
+    code.ret()
 
 
 class Filled:

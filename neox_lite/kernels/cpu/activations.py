@@ -70,20 +70,20 @@ def write_block(code: Code, layout: Layout, place: Place, token: Value, block: V
         unit = place.values + (token * place.features + (block >> 2) * UNIT + (block & 3) * words) * 4
         for j in range(BLOCK // words):
             lanes = [BLOCK // words * w + j for w in range(words)]
-            code.store(x.shuffled(lanes), unit, j * (UNIT // BLOCK) * words * 4)
+            code.store(x.shuffle(lanes), unit, j * (UNIT // BLOCK) * words * 4)
     else:
         _write_codes(code, layout, place, token, block, x)
 
 
 def _write_codes(code: Code, layout: Layout, place: Place, token: Value, block: Value, x: Value) -> None:
-    peak = code.magnitude(x).peak()
+    peak = code.abs(x).reduce_max()
     is_zero = peak < 1e-30
-    inverse = is_zero.choose(0.0, 127.0 / peak)
-    rounded = code.fma(x, inverse.splat(BLOCK), code.number(ROUNDER, x.type)).bits(vector(I32, BLOCK))
-    codes, total = rounded.cut(I8), (rounded - ROUNDER_BITS).total()
-    scale = is_zero.choose(0.0, peak * (1 / 127.0))
+    inverse = is_zero.select(0.0, 127.0 / peak)
+    rounded = code.fma(x, inverse.splat(BLOCK), code.constant(ROUNDER, x.type)).bitcast(vector(I32, BLOCK))
+    codes, total = rounded.trunc(I8), (rounded - ROUNDER_BITS).reduce_add()
+    scale = is_zero.select(0.0, peak * (1 / 127.0))
     if layout.bits == 4:
-        even, odd = codes.shuffled(range(0, BLOCK, 2)), codes.shuffled(range(1, BLOCK, 2))
+        even, odd = codes.shuffle(range(0, BLOCK, 2)), codes.shuffle(range(1, BLOCK, 2))
     else:
         even, odd = codes.halves()
     if layout.kind == "rows":
@@ -112,34 +112,34 @@ def exp(code: Code, x: Value) -> Value:
 
     x = n ln 2 + r with |r| <= ln 2 / 2; the polynomial is Cephes' expf's (Moshier).
     """
-    x = (x < -87.0).choose(-87.0, (x > 88.0).choose(88.0, x))
-    shifted = code.fma(x, code.number(1.44269504088896341, x.type), code.number(ROUNDER, x.type))
+    x = (x < -87.0).select(-87.0, (x > 88.0).select(88.0, x))
+    shifted = code.fma(x, code.constant(1.44269504088896341, x.type), code.constant(ROUNDER, x.type))
     n = shifted - ROUNDER
-    r = code.fma(n, code.number(-0.693359375, x.type), x)
-    r = code.fma(n, code.number(2.12194440e-4, x.type), r)
-    p = code.number(1.9875691500e-4, x.type)
+    r = code.fma(n, code.constant(-0.693359375, x.type), x)
+    r = code.fma(n, code.constant(2.12194440e-4, x.type), r)
+    p = code.constant(1.9875691500e-4, x.type)
     for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
-        p = code.fma(p, r, code.number(c, x.type))
+        p = code.fma(p, r, code.constant(c, x.type))
     p = code.fma(p * r, r, r) + 1.0
-    power = (shifted.bits(vector(I32, x.lanes)) << 23) + 0x3F800000
-    return p * power.bits(x.type)
+    power = (shifted.bitcast(vector(I32, x.lanes)) << 23) + 0x3F800000
+    return p * power.bitcast(x.type)
 
 
 def gelu_erf(code: Code, x: Value) -> Value:
     """x * Phi(x); erfc by Chebyshev fitting (Numerical Recipes, 6.2), relative error below 1.2e-7 before rounding."""
-    z = code.magnitude(x) * 0.70710678118654752
-    t = 1.0 / code.fma(z, code.number(0.5, x.type), code.number(1.0, x.type))
-    p = code.number(0.17087277, x.type)
+    z = code.abs(x) * 0.70710678118654752
+    t = 1.0 / code.fma(z, code.constant(0.5, x.type), code.constant(1.0, x.type))
+    p = code.constant(0.17087277, x.type)
     for c in (-0.82215223, 1.48851587, -1.13520398, 0.27886807, -0.18628806, 0.09678418, 0.37409196, 1.00002368):
-        p = code.fma(p, t, code.number(c, x.type))
-    power = code.fma(p, t, code.number(-1.26551223, x.type))
+        p = code.fma(p, t, code.constant(c, x.type))
+    power = code.fma(p, t, code.constant(-1.26551223, x.type))
     tail = 0.5 * t * exp(code, code.fma(z * -1.0, z, power))  # Phi(-|x|)
-    return x * (x < 0.0).choose(tail, 1.0 - tail)
+    return x * (x < 0.0).select(tail, 1.0 - tail)
 
 
 def gelu_tanh(code: Code, x: Value) -> Value:
     """x * sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x**3): the tanh form of GELU, rewritten."""
-    u = 1.5957691216057308 * (x * code.fma(x * x, code.number(0.044715, x.type), code.number(1.0, x.type)))
+    u = 1.5957691216057308 * (x * code.fma(x * x, code.constant(0.044715, x.type), code.constant(1.0, x.type)))
     return x / (exp(code, -1.0 * u) + 1.0)
 
 

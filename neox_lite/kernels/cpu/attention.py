@@ -35,10 +35,10 @@ class Heads:
 
 def scratch_bytes(dim: int, length: int) -> int:
     """What one thread needs for sequences of up to `length` tokens."""
-    return 4 * (MOST_QUERIES * (-(-length // PAGE) * PAGE) + (1 + MOST_QUERIES) * (dim + 16))
+    return 4 * (MAX_QUERIES * (-(-length // PAGE) * PAGE) + (1 + MAX_QUERIES) * (dim + 16))
 
 
-MOST_QUERIES = 8
+MAX_QUERIES = 8
 
 
 def write_attention(target: Target, heads: Heads) -> tuple[str, Build]:
@@ -53,9 +53,9 @@ def write_attention(target: Target, heads: Heads) -> tuple[str, Build]:
         code = Code(module, name, 4)
         table, start, stop, scratch = code.arguments
         work = _Attention(code, target, heads, table, scratch)
-        with code.loop(start, stop) as item:
+        with code.for_range(start, stop) as item:
             work.item(item)
-        code.give()
+        code.ret()
 
     return name, build
 
@@ -65,30 +65,30 @@ class _Attention:
         self.code, self.target, self.dim, self.rotary, self.dtype = code, target, heads.dim, heads.rotary, heads.dtype
         self.width = target.width
         self.kind, self.size = KINDS[heads.dtype]
-        self.qkv, self.out, self.pages, self.scales, self.batch, self.table, self.positions, self.heads = code.slots(
-            table, 8
+        self.qkv, self.out, self.pages, self.scales, self.batch, self.table, self.positions, self.heads = (
+            code.load_arguments(table, 8)
         )
-        self.sequences, self.tokens, self.page_numbers = code.slots(self.batch, 3)
+        self.sequences, self.tokens, self.page_numbers = code.load_arguments(self.batch, 3)
         self.chunks = _chunks(0, self.dim, self.width)
-        self.queries = min(MOST_QUERIES, self.width)
+        self.queries = min(MAX_QUERIES, self.width)
         self.head_bytes = -(-self.dim // 16) * 16 * 4  # of a head as float32
-        self.rotated = scratch  # one key, then up to MOST_QUERIES queries, then their scores
+        self.rotated = scratch  # one key, then up to MAX_QUERIES queries, then their scores
         self.query = scratch + self.head_bytes
-        self.scores = scratch + self.head_bytes * (1 + MOST_QUERIES)
+        self.scores = scratch + self.head_bytes * (1 + MAX_QUERIES)
 
     def item(self, item: Value) -> None:
         code = self.code
         sequence, self.head = item // self.heads, item % self.heads
         entry = self.batch + (sequence * SEQUENCE + HEADER) * 8
-        self.start, self.first, count, pages = code.slots(entry, 4)
+        self.start, self.first, count, pages = code.load_arguments(entry, 4)
         self.numbers = self.page_numbers + pages * 8
         self.token_table = self.batch + (self.sequences * SEQUENCE + HEADER) * 8
-        with code.loop(0, count) as i:
+        with code.for_range(0, count) as i:
             self.append(self.first + i)
-        done = code.variable(code.number(0))
+        done = code.variable(code.constant(0))
         for size in (self.queries, 1):
-            with code.forever() as leave:
-                leave(done.value + size > count)
+            with code.loop() as break_if:
+                break_if(done.value + size > count)
                 self.attend(done.value, size)
                 done.value = done.value + size
 
@@ -105,7 +105,7 @@ class _Attention:
 
     def append(self, token: Value) -> None:
         entry = self.token_table + token * (TOKEN * 8)
-        position, page, slot = self.code.slots(entry, TOKEN)
+        position, page, slot = self.code.load_arguments(entry, TOKEN)
         self.rotate(self.source(token, 1), position, self.rotated, 1.0)
         self.keep(self.rotated, *self.slot(page, 0, slot))
         self.keep(self.source(token, 2), *self.slot(page, 1, slot))
@@ -132,19 +132,19 @@ class _Attention:
             for (at, _), value in zip(self.chunks, loads, strict=True):
                 code.store(from_float(self.target, value, self.dtype), place, at * self.size)
             return
-        peak = code.number(0.0, F32)
+        peak = code.constant(0.0, F32)
         for value in loads:
-            peak = code.maximum(peak, code.magnitude(value).peak())
+            peak = code.maximum(peak, code.abs(value).reduce_max())
         half = from_float(self.target, (peak * (1 / 127.0)).splat(1), "float16")
-        largest = code.number(0x7BFF, I16)  # 65504: a larger scale must not become infinite
-        half = half.equals(0x7C00).choose(largest, half)
+        largest = code.constant(0x7BFF, I16)  # 65504: a larger scale must not become infinite
+        half = half.equals(0x7C00).select(largest, half)
         code.store(half, scale_place)
         scale = to_float(self.target, half, "float16")
-        inverse = scale.equals(0.0).choose(0.0, 1.0 / scale)
+        inverse = scale.equals(0.0).select(0.0, 1.0 / scale)
         for (at, lanes), value in zip(self.chunks, loads, strict=True):
             near = value * inverse.splat(lanes)
-            near = (near < -127.0).choose(-127.0, (near > 127.0).choose(127.0, near)) + ROUNDER
-            code.store(near.bits(vector(I32, lanes)).cut(I8), place, at)
+            near = (near < -127.0).select(-127.0, (near > 127.0).select(127.0, near)) + ROUNDER
+            code.store(near.bitcast(vector(I32, lanes)).trunc(I8), place, at)
 
     # Attention ------------------------------------------------------------------------------------------------------
 
@@ -152,7 +152,7 @@ class _Attention:
         """Part of a cached head as float32, int8 codes unscaled."""
         at, lanes = chunk
         raw = self.code.load(vector(self.kind, lanes), place, at * self.size)
-        return raw.widened(I32).as_float() if self.dtype == "int8" else to_float(self.target, raw, self.dtype)
+        return raw.extend(I32).as_float() if self.dtype == "int8" else to_float(self.target, raw, self.dtype)
 
     def attend(self, first: Value, queries: int) -> None:
         """Queries first.. of the sequence's new tokens, against everything cached up to the last of them."""
@@ -173,9 +173,9 @@ class _Attention:
             [code.load(vector(F32, lanes), self.query + i * self.head_bytes, at * 4) for at, lanes in self.chunks]
             for i in range(queries)
         ]
-        with code.loop(0, length, PAGE) as place:
+        with code.for_range(0, length, PAGE) as place:
             page = code.load(I64, self.numbers, (place >> 7) * 8)
-            with code.loop(0, (length - place).least(PAGE), keys) as slot:
+            with code.for_range(0, (length - place).min(PAGE), keys) as slot:
                 dots: list[Value] = []
                 for k in range(keys):
                     at, _ = self.slot(page, 0, slot + k)
@@ -189,20 +189,20 @@ class _Attention:
 
     def spread(self, scales: Value, queries: int) -> Value:
         """One value a key -> [key][query]."""
-        return scales.shuffled([lane // queries for lane in range(scales.lanes * queries)])
+        return scales.shuffle([lane // queries for lane in range(scales.lanes * queries)])
 
     def dot(self, query: list[Value], parts: list[Value]) -> Value:
         """Products of a query and a key, summed to one full vector."""
-        total, rest = self.code.number(0.0, vector(F32, self.width)), None
+        total, rest = self.code.constant(0.0, vector(F32, self.width)), None
         for q, k in zip(query, parts, strict=True):
             if q.lanes == self.width:
                 total = self.code.fma(q, k, total)
             else:
-                product = (q * k).total()
+                product = (q * k).reduce_add()
                 rest = product if rest is None else rest + product
         if rest is None:
             return total
-        one = self.code.number([1.0] + [0.0] * (self.width - 1), total.type)
+        one = self.code.constant([1.0] + [0.0] * (self.width - 1), total.type)
         return self.code.fma(rest.splat(self.width), one, total)
 
     def sums(self, vectors: list[Value]) -> Value:
@@ -216,33 +216,35 @@ class _Attention:
     def folded(self, a: Value, b: Value, span: int) -> Value:
         """Add the second half of every span to the first, two vectors into one."""
         lanes = [lane for lane in range(2 * a.lanes) if lane % span < span // 2]
-        return a.shuffled(lanes, b) + a.shuffled([lane + span // 2 for lane in lanes], b)
+        return a.shuffle(lanes, b) + a.shuffle([lane + span // 2 for lane in lanes], b)
 
     def softmax(self, length: Value, queries: int) -> Value:
         """Replace scores by exp(score - the query's largest), zero for keys after its place; each query's sum of them."""
         code, width, keys = self.code, self.width, self.width // queries
         floats, ints = vector(F32, width), vector(I32, width)
-        key = code.number([lane // queries for lane in range(width)], ints)
+        key = code.constant([lane // queries for lane in range(width)], ints)
         # How many keys the query of each lane sees.
-        seen = (length - (queries - 1)).cut(I32).splat(width) + code.number([i % queries for i in range(width)], ints)
+        seen = (length - (queries - 1)).trunc(I32).splat(width) + code.constant(
+            [i % queries for i in range(width)], ints
+        )
 
         def over_keys(value: Value, combine: Callable[[Value, Value], Value]) -> Value:
             """Combine the lanes of each query; all of them then hold the result."""
             for step in _steps(queries, width):
-                value = combine(value, value.shuffled([lane ^ step for lane in range(width)]))
+                value = combine(value, value.shuffle([lane ^ step for lane in range(width)]))
             return value
 
-        peak = code.variable(code.number(float("-inf"), floats))
-        with code.loop(0, length, keys) as first:
-            is_seen = (key + first.cut(I32).splat(width)) < seen
+        peak = code.variable(code.constant(float("-inf"), floats))
+        with code.for_range(0, length, keys) as first:
+            is_seen = (key + first.trunc(I32).splat(width)) < seen
             score = code.load(floats, self.scores + first * (queries * 4))
-            peak.value = code.maximum(peak.value, is_seen.choose(score, code.number(float("-inf"), floats)))
+            peak.value = code.maximum(peak.value, is_seen.select(score, code.constant(float("-inf"), floats)))
         largest = over_keys(peak.value, code.maximum)
-        total = code.variable(code.number(0.0, floats))
-        with code.loop(0, length, keys) as first:
+        total = code.variable(code.constant(0.0, floats))
+        with code.for_range(0, length, keys) as first:
             at = self.scores + first * (queries * 4)
-            is_seen = (key + first.cut(I32).splat(width)) < seen
-            power = is_seen.choose(exp(code, code.load(floats, at) - largest), code.number(0.0, floats))
+            is_seen = (key + first.trunc(I32).splat(width)) < seen
+            power = is_seen.select(exp(code, code.load(floats, at) - largest), code.constant(0.0, floats))
             code.store(power, at)
             total.value = total.value + power
         return over_keys(total.value, lambda a, b: a + b)
@@ -253,10 +255,10 @@ class _Attention:
         at_once = max(1, self.target.registers * 3 // 4 // queries)
         for begin in range(0, len(self.chunks), at_once):
             chunks = self.chunks[begin : begin + at_once]
-            sums = [[code.variable(code.number(0.0, vector(F32, n))) for _, n in chunks] for _ in range(queries)]
-            with code.loop(0, length, PAGE) as place:
+            sums = [[code.variable(code.constant(0.0, vector(F32, n))) for _, n in chunks] for _ in range(queries)]
+            with code.for_range(0, length, PAGE) as place:
                 page = code.load(I64, self.numbers, (place >> 7) * 8)
-                with code.loop(0, (length - place).least(PAGE)) as slot:
+                with code.for_range(0, (length - place).min(PAGE)) as slot:
                     at, at_scale = self.slot(page, 1, slot)
                     share = self.scores + (place + slot) * (queries * 4)
                     shares = [code.load(F32, share, 4 * i) for i in range(queries)]

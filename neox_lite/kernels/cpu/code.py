@@ -132,32 +132,32 @@ class Value:
     def equals(self, other: Any) -> Value:
         return self._compare("==", other)
 
-    def choose(self, yes: Any, no: Value) -> Value:
+    def select(self, yes: Any, no: Value) -> Value:
         """self ? yes : no, lane by lane."""
         return Value(self.code, self.code.builder.select(self.ir, no._other(yes), no.ir))
 
-    def least(self, other: Any) -> Value:
-        return (self < other).choose(self, Value(self.code, self._other(other)))
+    def min(self, other: Any) -> Value:
+        return (self < other).select(self, Value(self.code, self._other(other)))
 
-    def most(self, other: Any) -> Value:
-        return (self > other).choose(self, Value(self.code, self._other(other)))
+    def max(self, other: Any) -> Value:
+        return (self > other).select(self, Value(self.code, self._other(other)))
 
     def _cast(self, how: str, element: ir.Type) -> Value:
         return Value(self.code, getattr(self.code.builder, how)(self.ir, vector(element, self.lanes)))
 
-    def bits(self, type: ir.Type) -> Value:
+    def bitcast(self, type: ir.Type) -> Value:
         """The same bits as another type of the same size."""
         return Value(self.code, self.code.builder.bitcast(self.ir, type))
 
-    def widened(self, element: ir.Type) -> Value:
+    def extend(self, element: ir.Type) -> Value:
         """To a larger type: integers keep their sign."""
         return self._cast("fpext" if self.is_float else "sext", element)
 
-    def extended(self, element: ir.Type) -> Value:
+    def zero_extend(self, element: ir.Type) -> Value:
         """To a larger integer type, as an unsigned number."""
         return self._cast("zext", element)
 
-    def cut(self, element: ir.Type) -> Value:
+    def trunc(self, element: ir.Type) -> Value:
         """To a smaller type: the low bits of integers, the nearest float."""
         return self._cast("fptrunc" if self.is_float else "trunc", element)
 
@@ -165,7 +165,7 @@ class Value:
         """Signed integers to float32."""
         return self._cast("sitofp", F32)
 
-    def shuffled(self, lanes: Sequence[int], other: Value | None = None) -> Value:
+    def shuffle(self, lanes: Sequence[int], other: Value | None = None) -> Value:
         """Lanes by number; those of `other` come after those of self."""
         second = other.ir if other is not None else ir.Constant(self.ir.type, ir.Undefined)
         mask = ir.Constant(ir.VectorType(I32, len(lanes)), list(lanes))
@@ -180,13 +180,13 @@ class Value:
             return self
         undefined = ir.Constant(ir.VectorType(self.ir.type, lanes), ir.Undefined)
         first = Value(self.code, self.code.builder.insert_element(undefined, self.ir, ir.Constant(I32, 0)))
-        return first.shuffled([0] * lanes)
+        return first.shuffle([0] * lanes)
 
     def halves(self) -> tuple[Value, Value]:
         half = self.lanes // 2
-        return self.shuffled(range(half)), self.shuffled(range(half, 2 * half))
+        return self.shuffle(range(half)), self.shuffle(range(half, 2 * half))
 
-    def total(self) -> Value:
+    def reduce_add(self) -> Value:
         """Sum of the lanes, pairwise."""
         value = self
         while value.lanes > 2:
@@ -194,7 +194,7 @@ class Value:
             value = low + high
         return value.lane(0) + value.lane(1) if value.lanes == 2 else value
 
-    def peak(self) -> Value:
+    def reduce_max(self) -> Value:
         """Largest lane of a float vector; NaN where one is NaN."""
         value = self
         while value.lanes > 2:
@@ -222,7 +222,7 @@ class Variable:
 
 
 class Code:
-    """One function under construction: int64 arguments in, int64 out (zero unless `give` says otherwise)."""
+    """One function under construction: int64 arguments in, int64 out (zero unless `ret` gives another)."""
 
     def __init__(self, module: ir.Module, name: str, arguments: int, exported: bool = True) -> None:
         self.module = module
@@ -235,12 +235,12 @@ class Code:
         self._body, self._entry = body, entry
         self.arguments = [Value(self, a) for a in self.function.args]
 
-    def give(self, value: Value | int = 0) -> None:
+    def ret(self, value: Value | int = 0) -> None:
         """Return; ends the function."""
         self.builder.ret(value.ir if isinstance(value, Value) else ir.Constant(I64, value))
         ir.IRBuilder(self._entry).branch(self._body)
 
-    def number(self, value: Any, type: ir.Type = I64) -> Value:
+    def constant(self, value: Any, type: ir.Type = I64) -> Value:
         return Value(self, constant(type, value))
 
     def variable(self, initial: Value) -> Variable:
@@ -258,7 +258,7 @@ class Code:
         where = self.builder.inttoptr((address + offset).ir, POINTER)
         self.builder.store(value.ir, where).align = SIZES[element_of(value.type)]
 
-    def slots(self, address: Value, count: int) -> list[Value]:
+    def load_arguments(self, address: Value, count: int) -> list[Value]:
         """The first `count` int64 of a table of arguments."""
         return [self.load(I64, address, 8 * i) for i in range(count)]
 
@@ -271,9 +271,9 @@ class Code:
     # Control ----------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def loop(self, start: Any, stop: Any, step: int = 1) -> Iterator[Value]:
+    def for_range(self, start: Any, stop: Any, step: int = 1) -> Iterator[Value]:
         """for i in range(start, stop, step), int64."""
-        first, last = (x if isinstance(x, Value) else self.number(x) for x in (start, stop))
+        first, last = (x if isinstance(x, Value) else self.constant(x) for x in (start, stop))
         before = self.builder.block
         body, after = self.function.append_basic_block(), self.function.append_basic_block()
         self.builder.cbranch((first < last).ir, body, after)
@@ -287,7 +287,7 @@ class Code:
         self.builder.position_at_end(after)
 
     @contextmanager
-    def when(self, condition: Value) -> Iterator[None]:
+    def if_then(self, condition: Value) -> Iterator[None]:
         body, after = self.function.append_basic_block(), self.function.append_basic_block()
         self.builder.cbranch(condition.ir, body, after)
         self.builder.position_at_end(body)
@@ -296,18 +296,18 @@ class Code:
         self.builder.position_at_end(after)
 
     @contextmanager
-    def forever(self) -> Iterator[Any]:
-        """Repeat; the value yielded is a function that leaves the loop when its condition holds."""
+    def loop(self) -> Iterator[Any]:
+        """Repeat until the function it yields, `break_if(condition)`, finds its condition true."""
         body, after = self.function.append_basic_block(), self.function.append_basic_block()
         self.builder.branch(body)
         self.builder.position_at_end(body)
 
-        def leave(condition: Value) -> None:
+        def break_if(condition: Value) -> None:
             more = self.function.append_basic_block()
             self.builder.cbranch(condition.ir, after, more)
             self.builder.position_at_end(more)
 
-        yield leave
+        yield break_if
         self.builder.branch(body)
         self.builder.position_at_end(after)
 
@@ -343,7 +343,7 @@ class Code:
     def sqrt(self, a: Value) -> Value:
         return self._mangled("sqrt", [a])
 
-    def magnitude(self, a: Value) -> Value:
+    def abs(self, a: Value) -> Value:
         return self._mangled("fabs", [a])
 
     def maximum(self, a: Value, b: Value) -> Value:
@@ -355,13 +355,13 @@ class Code:
     def _counter(self, address: Value) -> ir.Value:
         return self.builder.inttoptr(address.ir, I64.as_pointer())
 
-    def add_atomically(self, address: Value, amount: Any) -> Value:
+    def atomic_add(self, address: Value, amount: Any) -> Value:
         """Add to an int64 and return what was there."""
         given = amount.ir if isinstance(amount, Value) else ir.Constant(I64, amount)
         return Value(self, self.builder.atomic_rmw("add", self._counter(address), given, "seq_cst"))
 
-    def load_atomic(self, address: Value) -> Value:
+    def atomic_load(self, address: Value) -> Value:
         return Value(self, self.builder.load_atomic(self._counter(address), "seq_cst", 8))
 
-    def store_atomic(self, value: int, address: Value) -> None:
+    def atomic_store(self, value: int, address: Value) -> None:
         self.builder.store_atomic(ir.Constant(I64, value), self._counter(address), "seq_cst", 8)

@@ -21,7 +21,7 @@ import llvmlite
 import llvmlite.binding as llvm
 from llvmlite import ir
 
-from ... import user_cache as kept
+from ... import user_cache
 from .target import Target
 
 _lock = threading.RLock()
@@ -117,7 +117,7 @@ def cache_folders() -> list[Path]:
     user = getattr(os, "getuid", lambda: "user")()
     folders = []
     with suppress(OSError):  # there is no home
-        folders.append(kept.folder() / "kernels")
+        folders.append(user_cache.folder() / "kernels")
     with suppress(OSError):  # nor a folder for temporary files that can be written
         folders.append(Path(tempfile.gettempdir()) / f"neox-lite-kernels-{user}")
     return folders

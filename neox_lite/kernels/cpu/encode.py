@@ -71,18 +71,18 @@ def write_encode(target: Target, format: GroupInt, source: str, stored: str, met
         code = Code(module, name, 6)
         rows, packed, scales, factors, groups, count = code.arguments
         size = format.group_size
-        bad = code.variable(code.number(0))
-        with code.loop(0, groups) as i:
+        bad = code.variable(code.constant(0))
+        with code.for_range(0, groups) as i:
             raw = code.load(vector(STORED[source], size), rows + i * (size * (4 if source == "float32" else 2)))
             group = _Group(code, target, format.bits, stored, to_float(target, raw, source), bad)
             scale = group.mse(factors, count) if method == "mse" else group.rtn()
             codes = group.codes(scale) + (ROUNDER + (1 << (format.bits - 1)))
-            held = codes.bits(vector(I32, size)).cut(I8)
+            held = codes.bitcast(vector(I32, size)).trunc(I8)
             if format.bits == 4:
-                held = held.shuffled(range(0, size, 2)) | (held.shuffled(range(1, size, 2)) << 4)
+                held = held.shuffle(range(0, size, 2)) | (held.shuffle(range(1, size, 2)) << 4)
             code.store(held, packed + i * (size * format.bits // 8))
             code.store(from_float(target, scale, stored), scales + i * (4 if stored == "float32" else 2))
-        code.give(bad.value)
+        code.ret(bad.value)
 
     return name, build
 
@@ -96,35 +96,35 @@ class _Group:
         self.values, self.bad = values, bad
 
     def rtn(self) -> Value:
-        largest = _reduced(self._size(self.values), Value.most)  # as integers, sizes have the order of the floats
+        largest = _reduced(self._size(self.values), Value.max)  # as integers, sizes have the order of the floats
         self._note(largest)
-        size = largest.bits(F32)
-        peak = _reduced(self.values, Value.most).equals(size).choose(size, size * -1.0)
+        size = largest.bitcast(F32)
+        peak = _reduced(self.values, Value.max).equals(size).select(size, size * -1.0)
         return self._stored(peak / float(-self.top))
 
     def mse(self, factors: Value, count: Value) -> Value:
         code, first = self.code, self.rtn()
         units = self.values / first.splat(self.values.lanes)
-        best_gain, best = code.variable(code.number(-1.0, F32)), code.variable(code.number(1.0, F32))
-        with code.loop(0, count) as k:
+        best_gain, best = code.variable(code.constant(-1.0, F32)), code.variable(code.constant(1.0, F32))
+        with code.for_range(0, count) as k:
             factor = code.load(F32, factors + k * 4).splat(units.lanes)
             nearest = _rounded(units * factor, -self.top, self.top)
-            signed = ((1.0, nearest.least(self.top - 1.0)), (-1.0, nearest.most(1.0 - self.top)))
+            signed = ((1.0, nearest.min(self.top - 1.0)), (-1.0, nearest.max(1.0 - self.top)))
             sums = _totals([each for _, q in signed for each in (units * q, q * q)])
             for (sign, _), dot, square in zip(signed, sums[0::2], sums[1::2], strict=True):
                 gain = dot * dot / square
                 better = gain > best_gain.value
-                best.value = better.choose(dot / square * sign, best.value)
-                best_gain.value = better.choose(gain, best_gain.value)
+                best.value = better.select(dot / square * sign, best.value)
+                best_gain.value = better.select(gain, best_gain.value)
         candidate = self._stored(best.value * first)
         q = self.codes(candidate)
-        square = (q * q).total()
-        refined = self._stored((square > 0.0).choose((self.values * q).total() / square, square))
+        square = (q * q).reduce_add()
+        refined = self._stored((square > 0.0).select((self.values * q).reduce_add() / square, square))
         chosen, least = first, self._error(first)
         for scale in (candidate, refined):
             error = self._error(scale)
             better = error < least
-            chosen, least = better.choose(scale, chosen), better.choose(error, least)
+            chosen, least = better.select(scale, chosen), better.select(error, least)
         return chosen
 
     def codes(self, scale: Value) -> Value:
@@ -133,24 +133,24 @@ class _Group:
 
     def _error(self, scale: Value) -> Value:
         left = self.values - self.codes(scale) * scale.splat(self.values.lanes)
-        return (left * left).total()
+        return (left * left).reduce_add()
 
     def _stored(self, scale: Value) -> Value:
         """The scale as it will be read back; zero becomes 1."""
         stored = to_float(self.target, from_float(self.target, scale, self.dtype), self.dtype)
         self._note(self._size(stored))
-        return stored.equals(0.0).choose(1.0, stored)
+        return stored.equals(0.0).select(1.0, stored)
 
     def _size(self, values: Value) -> Value:
-        return values.bits(vector(I32, values.lanes)) & 0x7FFFFFFF
+        return values.bitcast(vector(I32, values.lanes)) & 0x7FFFFFFF
 
     def _note(self, size: Value) -> None:
-        self.bad.value = self.bad.value | (size >= INFINITE).extended(I64)
+        self.bad.value = self.bad.value | (size >= INFINITE).zero_extend(I64)
 
 
 def _rounded(values: Value, low: int, high: int) -> Value:
     """The nearest integers, of halves the even ones, within bounds."""
-    return values.most(float(low)).least(float(high)) + ROUNDER - ROUNDER
+    return values.max(float(low)).min(float(high)) + ROUNDER - ROUNDER
 
 
 def _reduced(values: Value, pick: Callable[[Value, Value], Value]) -> Value:
@@ -161,10 +161,10 @@ def _reduced(values: Value, pick: Callable[[Value, Value], Value]) -> Value:
 
 
 def _totals(values: list[Value]) -> list[Value]:
-    """What `total` gives of four vectors, with half of the additions: once they are short they share one."""
+    """What `reduce_add` gives of four vectors, with half of the additions: once they are short they share one."""
     while values[0].lanes > 4:
         values = [low + high for low, high in (value.halves() for value in values)]
-    ab, cd = (a.shuffled(range(8), b) for a, b in (values[:2], values[2:]))
-    twos = ab.shuffled((0, 1, 4, 5, 8, 9, 12, 13), cd) + ab.shuffled((2, 3, 6, 7, 10, 11, 14, 15), cd)
-    ones = twos.shuffled((0, 2, 4, 6)) + twos.shuffled((1, 3, 5, 7))
+    ab, cd = (a.shuffle(range(8), b) for a, b in (values[:2], values[2:]))
+    twos = ab.shuffle((0, 1, 4, 5, 8, 9, 12, 13), cd) + ab.shuffle((2, 3, 6, 7, 10, 11, 14, 15), cd)
+    ones = twos.shuffle((0, 2, 4, 6)) + twos.shuffle((1, 3, 5, 7))
     return [ones.lane(i) for i in range(4)]

@@ -55,30 +55,30 @@ def write_driver(module: ir.Module) -> None:
     """
     code = Code(module, "linear", 4)
     table, start, stop, scratch = code.arguments
-    tokens, outputs, finish, finish_arguments, parts = code.slots(table, 5)
+    tokens, outputs, finish, finish_arguments, parts = code.load_arguments(table, 5)
     free = scratch + tokens * (ROWS * 4)
-    with code.loop(start, stop) as block:
+    with code.for_range(start, stop) as block:
         n0 = block * ROWS
-        count = (outputs - n0).least(ROWS)
-        with code.loop(0, tokens) as t:
-            code.store(code.number(0.0, vector(F32, ROWS)), scratch + t * (ROWS * 4))
-        with code.loop(0, parts) as p:
-            part, arguments = code.slots(table + 40 + p * 16, 2)
+        count = (outputs - n0).min(ROWS)
+        with code.for_range(0, tokens) as t:
+            code.store(code.constant(0.0, vector(F32, ROWS)), scratch + t * (ROWS * 4))
+        with code.for_range(0, parts) as p:
+            part, arguments = code.load_arguments(table + 40 + p * 16, 2)
             code.call(part, [arguments, n0, count, scratch, free])
         code.call(finish, [finish_arguments, n0, count, scratch])
-    code.give()
+    code.ret()
 
 
 def write_given(module: ir.Module) -> None:
     """A part whose products were made elsewhere: arguments: products float32 (tokens, outputs), tokens, outputs."""
     code = Code(module, "given", 5)
     table, n0, count, y, _ = code.arguments
-    products, tokens, outputs = code.slots(table, 3)
-    with code.loop(0, tokens) as t:
+    products, tokens, outputs = code.load_arguments(table, 3)
+    with code.for_range(0, tokens) as t:
         source, target = products + (t * outputs + n0) * 4, y + t * (ROWS * 4)
-        with code.loop(0, count) as n:
+        with code.for_range(0, count) as n:
             code.store(code.load(F32, target, n * 4) + code.load(F32, source, n * 4), target, n * 4)
-    code.give()
+    code.ret()
 
 
 def write_finish(target: Target, addends: Sequence[str], activation: str | None, layout: Layout) -> tuple[str, Build]:
@@ -91,9 +91,9 @@ def write_finish(target: Target, addends: Sequence[str], activation: str | None,
     def build(module: ir.Module) -> None:
         code = Code(module, name, 4)
         table, n0, count, y = code.arguments
-        tokens, values, scales, sums, features = code.slots(table, 5)
+        tokens, values, scales, sums, features = code.load_arguments(table, 5)
         place = Place(values, scales, sums, features)
-        given = [code.slots(table + 40 + 16 * i, 2) for i in range(len(addends))]
+        given = [code.load_arguments(table + 40 + 16 * i, 2) for i in range(len(addends))]
 
         def value(t: Value, n: Value, lanes: int) -> Value:
             x = code.load(vector(F32, lanes), y + (t * ROWS + n) * 4)
@@ -104,13 +104,13 @@ def write_finish(target: Target, addends: Sequence[str], activation: str | None,
                 )
             return ACTIVATIONS[activation](code, x)
 
-        with code.loop(0, tokens) as t:
-            with code.when(count.equals(ROWS)):
-                write_block(code, layout, place, t, n0 >> 5, value(t, code.number(0), ROWS))
+        with code.for_range(0, tokens) as t:
+            with code.if_then(count.equals(ROWS)):
+                write_block(code, layout, place, t, n0 >> 5, value(t, code.constant(0), ROWS))
             if layout == NATURAL:  # only a natural layout has a last block of fewer features
-                with code.when(count < ROWS), code.loop(0, count) as n:
+                with code.if_then(count < ROWS), code.for_range(0, count) as n:
                     code.store(value(t, n, 1), values + (t * features + n0 + n) * 4)
-        code.give()
+        code.ret()
 
     return name, build
 
@@ -120,10 +120,10 @@ def write_finish(target: Target, addends: Sequence[str], activation: str | None,
 
 def token_tiles(code: Code, tokens: Value, sizes: Sequence[int], body: Callable[[Value, int], None]) -> None:
     """body(first token, number of tokens) until all are covered, in the given descending sizes, the last of which is 1."""
-    done = code.variable(code.number(0))
+    done = code.variable(code.constant(0))
     for size in sizes:
-        with code.forever() as leave:
-            leave(done.value + size > tokens)
+        with code.loop() as break_if:
+            break_if(done.value + size > tokens)
             body(done.value, size)
             done.value = done.value + size
 
@@ -147,33 +147,33 @@ def write_rows(target: Target, words: Words, exact: bool, tailed: bool) -> tuple
     def build(module: ir.Module) -> None:
         code = Code(module, name, 5)
         table, n0, count, y, scratch = code.arguments
-        packed, scale, row_words, units, tail, row_groups, tokens, x, x_scale, x_sum = code.slots(table, 10)
-        all_units = units + (tail > 0).extended(I64) if tailed else units
+        packed, scale, row_words, units, tail, row_groups, tokens, x, x_scale, x_sum = code.load_arguments(table, 10)
+        all_units = units + (tail > 0).zero_extend(I64) if tailed else units
 
         def exact_unit(raw: list[Value], weight_scale: Value, index: Value, total: Variable, _: Variable) -> None:
             values = x + index * (UNIT * 4)
             for v, word in enumerate(raw):
-                inner = code.number(0.0, vector(F32, width))
+                inner = code.constant(0.0, vector(F32, width))
                 for j in range(words.per_word):
                     magic = ((word >> words.bits * j) & (1 << words.bits) - 1) | 0x4B000000  # 2**23 + code
-                    stored = magic.bits(vector(F32, width)) - float(2**23 + (1 << words.bits - 1))
+                    stored = magic.bitcast(vector(F32, width)) - float(2**23 + (1 << words.bits - 1))
                     plane = code.load(vector(F32, width), values, (j * words.unit_words + v * width) * 4)
                     inner = code.fma(stored, plane, inner)
-                spread = weight_scale.splat(width) if groups == 1 else weight_scale.shuffled(group_of[v])
+                spread = weight_scale.splat(width) if groups == 1 else weight_scale.shuffle(group_of[v])
                 total.value = code.fma(inner, spread, total.value)
 
         def int8_unit(
             raw: list[Value], weight_scale: Value, index: Value, total: Variable, correction: Variable
         ) -> None:
             values, block = x + index * UNIT, index * (4 * UNIT // BLOCK)
-            quads = weight_scale.splat(4) if groups == 1 else weight_scale.shuffled([i * groups // 4 for i in range(4)])
+            quads = weight_scale.splat(4) if groups == 1 else weight_scale.shuffle([i * groups // 4 for i in range(4)])
             scales = code.load(vector(F32, 4), x_scale + block)
             both = scales if groups == 1 else scales * quads
-            inner = code.number(0.0, vector(F32, width))
+            inner = code.constant(0.0, vector(F32, width))
             for v, word in enumerate(raw):
                 pairs = _pairs(code, target, words, word, values + v * width * 4, 64)
-                product = target.dot(code, code.number(0, word.type), pairs, words.bits).as_float()
-                spread = both.shuffled(block_of[v])
+                product = target.dot(code, code.constant(0, word.type), pairs, words.bits).as_float()
+                spread = both.shuffle(block_of[v])
                 inner = code.fma(product, spread, inner)
             if groups == 1:
                 total.value = code.fma(inner, weight_scale.splat(width), total.value)
@@ -184,7 +184,7 @@ def write_rows(target: Target, words: Words, exact: bool, tailed: bool) -> tuple
 
         unit = exact_unit if exact else int8_unit
 
-        with code.loop(0, count) as n:
+        with code.for_range(0, count) as n:
             row, row_scale = packed + (n0 + n) * row_words * 4, scale + (n0 + n) * row_groups * scale_size
             if tailed:  # a copy, with zeros after it, of what is left of the row
                 _copy_tail(code, words, row, row_scale, units, tail, row_groups, scratch)
@@ -192,13 +192,13 @@ def write_rows(target: Target, words: Words, exact: bool, tailed: bool) -> tuple
             def few_tokens(
                 first: Value, size: int, row: Value = row, row_scale: Value = row_scale, n: Value = n
             ) -> None:
-                totals = [code.variable(code.number(0.0, vector(F32, width))) for _ in range(size)]
-                corrections = [code.variable(code.number(0.0, vector(F32, 4))) for _ in range(size)]
-                with code.loop(0, all_units) as u:
+                totals = [code.variable(code.constant(0.0, vector(F32, width))) for _ in range(size)]
+                corrections = [code.variable(code.constant(0.0, vector(F32, 4))) for _ in range(size)]
+                with code.for_range(0, all_units) as u:
                     at, at_scale = row + u * (words.unit_words * 4), row_scale + u * (groups * scale_size)
                     if tailed:
                         whole = u < units
-                        at, at_scale = whole.choose(at, scratch), whole.choose(at_scale, scratch + TAIL_SCALES)
+                        at, at_scale = whole.select(at, scratch), whole.select(at_scale, scratch + TAIL_SCALES)
                     for line in range(0, words.unit_words * 4, 64):
                         code.prefetch(at + AHEAD + line)
                     raw = [code.load(vector(I32, width), at, v * width * 4) for v in range(vectors)]
@@ -207,10 +207,12 @@ def write_rows(target: Target, words: Words, exact: bool, tailed: bool) -> tuple
                         unit(raw, weight_scale, (first + i) * all_units + u, total, correction)
                 for i, (total, correction) in enumerate(zip(totals, corrections, strict=True)):
                     place = y + ((first + i) * ROWS + n) * 4
-                    code.store(code.load(F32, place) + (total.value.total() - correction.value.total()), place)
+                    code.store(
+                        code.load(F32, place) + (total.value.reduce_add() - correction.value.reduce_add()), place
+                    )
 
             token_tiles(code, tokens, (2, 1), few_tokens)
-        code.give()
+        code.ret()
 
     return name, build
 
@@ -223,13 +225,13 @@ def _copy_tail(
     code: Code, words: Words, row: Value, row_scale: Value, units: Value, tail: Value, groups: Value, scratch: Value
 ) -> None:
     for offset in range(0, TAIL_BYTES, 8):
-        code.store(code.number(0), scratch, offset)
+        code.store(code.constant(0), scratch, offset)
     source = row + units * (words.unit_words * 4)
-    with code.loop(0, tail) as i:
+    with code.for_range(0, tail) as i:
         code.store(code.load(I32, source, i * 4), scratch, i * 4)
     first = units * (UNIT // words.group)
     kind, size = STORED[words.scales], 4 if words.scales == "float32" else 2
-    with code.loop(first, groups) as g:
+    with code.for_range(first, groups) as g:
         code.store(code.load(kind, row_scale, g * size), scratch + TAIL_SCALES, (g - first) * size)
 
 
@@ -250,18 +252,18 @@ def write_dense(target: Target, dtype: str) -> tuple[str, Build]:
     def build(module: ir.Module) -> None:
         code = Code(module, name, 5)
         table, n0, count, y, _ = code.arguments
-        weight, inputs, tokens, x = code.slots(table, 4)
+        weight, inputs, tokens, x = code.load_arguments(table, 4)
         whole = inputs & -(2 * width)
 
         def stored(address: Value, lanes: int) -> Value:
             return to_float(target, code.load(vector(STORED[dtype], lanes), address), dtype)
 
-        with code.loop(0, count) as n:
+        with code.for_range(0, count) as n:
             row = weight + (n0 + n) * inputs * size
 
             def few_tokens(first: Value, tile: int, row: Value = row, n: Value = n) -> None:
-                sums = [[code.variable(code.number(0.0, vector(F32, width))) for _ in range(2)] for _ in range(tile)]
-                with code.loop(0, whole, 2 * width) as k:
+                sums = [[code.variable(code.constant(0.0, vector(F32, width))) for _ in range(2)] for _ in range(tile)]
+                with code.for_range(0, whole, 2 * width) as k:
                     code.prefetch(row + k * size + AHEAD)
                     for half in range(2):
                         w = stored(row + (k + half * width) * size, width)
@@ -269,15 +271,15 @@ def write_dense(target: Target, dtype: str) -> tuple[str, Build]:
                             at = x + ((first + i) * inputs + k + half * width) * 4
                             sums[i][half].value = code.fma(w, code.load(vector(F32, width), at), sums[i][half].value)
                 for i in range(tile):
-                    total = code.variable((sums[i][0].value + sums[i][1].value).total())
-                    with code.loop(whole, inputs) as k:
+                    total = code.variable((sums[i][0].value + sums[i][1].value).reduce_add())
+                    with code.for_range(whole, inputs) as k:
                         value = code.load(F32, x + ((first + i) * inputs + k) * 4)
                         total.value = code.fma(stored(row + k * size, 1), value, total.value)
                     place = y + ((first + i) * ROWS + n) * 4
                     code.store(code.load(F32, place) + total.value, place)
 
             token_tiles(code, tokens, (4, 2, 1), few_tokens)
-        code.give()
+        code.ret()
 
     return name, build
 
@@ -293,9 +295,9 @@ def write_narrow(target: Target, dtype: str) -> tuple[str, Build]:
     def build(module: ir.Module) -> None:
         code = Code(module, name, 5)
         table, n0, count, y, turned = code.arguments
-        weight, inputs, tokens, x = code.slots(table, 4)
+        weight, inputs, tokens, x = code.load_arguments(table, 4)
 
-        with code.loop(0, ROWS, width) as first, code.when(first < count):
+        with code.for_range(0, ROWS, width) as first, code.if_then(first < count):
             _transpose(
                 code, width, STORED[dtype], size, weight, inputs, n0 + first, n0 + count - 1, turned,
                 lambda v: to_float(target, v, dtype),
@@ -304,7 +306,7 @@ def write_narrow(target: Target, dtype: str) -> tuple[str, Build]:
             def few_tokens(token: Value, tile: int, first: Value = first) -> None:
                 places = [y + ((token + i) * ROWS + first) * 4 for i in range(tile)]
                 sums = [code.variable(code.load(kind, place)) for place in places]
-                with code.loop(0, inputs) as k:
+                with code.for_range(0, inputs) as k:
                     column = code.load(kind, turned + k * (width * 4))
                     for i in range(tile):
                         value = code.load(F32, x + ((token + i) * inputs + k) * 4)
@@ -313,7 +315,7 @@ def write_narrow(target: Target, dtype: str) -> tuple[str, Build]:
                     code.store(total.value, place)
 
             token_tiles(code, tokens, (8, 2, 1), few_tokens)
-        code.give()
+        code.ret()
 
     return name, build
 
@@ -339,14 +341,14 @@ def write_tiles(target: Target, words: Words, many: bool) -> tuple[str, Build]:
     def build(module: ir.Module) -> None:
         code = Code(module, name, 5)
         table, n0, count, y, scratch = code.arguments
-        packed, scale, row_words, _, _, groups, tokens, x, x_scale, x_sum = code.slots(table, 10)
+        packed, scale, row_words, _, _, groups, tokens, x, x_scale, x_sum = code.load_arguments(table, 10)
         group_words = words.group // words.per_word
         turned = [scratch + r * row_words * (width * 4) for r in range(stacks)]
         turned_scales = [scratch + (stacks * row_words + r * groups) * (width * 4) for r in range(stacks)]
 
         def group(g: Value, base: Value, size: int, place: Value) -> None:
             """A group of every row times `size` tokens; base: index of the group's first block for the first of them."""
-            totals = [[code.number(0.0, kind)] * size for _ in range(stacks)]
+            totals = [[code.constant(0.0, kind)] * size for _ in range(stacks)]
             for b in range(blocks):
                 index = base + b * TILE
                 starts = [code.load(I32, x_sum + index * 4, 4 * i).splat(width) for i in range(size)]
@@ -364,7 +366,7 @@ def write_tiles(target: Target, words: Words, many: bool) -> tuple[str, Build]:
                     to = place + (i * ROWS + r * width) * 4
                     code.store(code.fma(totals[r][i], weight_scale, code.load(kind, to)), to)
 
-        with code.loop(0, ROWS, width * stacks) as first, code.when(first < count):
+        with code.for_range(0, ROWS, width * stacks) as first, code.if_then(first < count):
             last = n0 + count - 1
             for r in range(stacks):
                 row = n0 + first + r * width
@@ -372,25 +374,25 @@ def write_tiles(target: Target, words: Words, many: bool) -> tuple[str, Build]:
                 to = lambda v: to_float(target, v, words.scales)  # noqa: E731
                 _transpose(code, width, scale_kind, scale_size, scale, groups, row, last, turned_scales[r], to)
             coming = packed + (n0 + first + width * stacks) * row_words * 4
-            done = code.variable(code.number(0))
-            with code.forever() as leave:
-                leave(done.value >= tokens)
+            done = code.variable(code.constant(0))
+            with code.loop() as break_if:
+                break_if(done.value >= tokens)
                 lane = done.value % TILE
-                rest = (tokens - done.value).least(TILE - lane)
+                rest = (tokens - done.value).min(TILE - lane)
                 passes = (rest + (sizes[-1] - 1)) // sizes[-1]
                 share = (rest + passes - 1) // passes  # as even as can be
                 base = (done.value - lane) * (groups * blocks) + lane
                 place = y + (done.value * ROWS + first) * 4
-                taken = code.variable(code.number(0))
+                taken = code.variable(code.constant(0))
                 for below, size in zip((0, *sizes), sizes, strict=False):
-                    with code.when((share > below) & (share < size + 1)), code.loop(0, groups) as g:
-                        with code.when(done.value.equals(0)):  # while these rows are at work, fetch the next ones
+                    with code.if_then((share > below) & (share < size + 1)), code.for_range(0, groups) as g:
+                        with code.if_then(done.value.equals(0)):  # while these rows are at work, fetch the next ones
                             for i in range(width * stacks):
                                 code.prefetch(coming + (i * row_words + g * group_words) * 4)
                         group(g, base + g * (blocks * TILE), size, place)
-                        taken.value = code.number(size)
+                        taken.value = code.constant(size)
                 done.value = done.value + taken.value
-        code.give()
+        code.ret()
 
     return name, build
 
@@ -437,9 +439,9 @@ def _transpose(
     convert: Callable[[Value], Value],
 ) -> None:
     """Items of `width` rows from `first` on (row `last` again beyond it) -> [item][row], 4 bytes each, at `target`."""
-    rows = [source + (first + i).least(last) * row_items * size for i in range(width)]
+    rows = [source + (first + i).min(last) * row_items * size for i in range(width)]
     whole = row_items & -width
-    with code.loop(0, whole, width) as k:
+    with code.for_range(0, whole, width) as k:
         values = [convert(code.load(vector(kind, width), row + k * size)) for row in rows]
         stride = width // 2
         while stride:
@@ -447,7 +449,7 @@ def _transpose(
             stride //= 2
         for i, value in enumerate(values):
             code.store(value, target + (k + i) * (width * 4))
-    with code.loop(whole, row_items) as k:
+    with code.for_range(whole, row_items) as k:
         for i, row in enumerate(rows):
             code.store(convert(code.load(kind, row + k * size)), target + k * (width * 4), i * 4)
 
@@ -458,8 +460,8 @@ def _exchange(values: list[Value], stride: int) -> list[Value]:
     for i in range(count):
         if not i & stride:
             a, b = values[i], values[i + stride]
-            out[i] = a.shuffled([lane if not lane & stride else count + lane - stride for lane in range(count)], b)
-            out[i + stride] = a.shuffled(
+            out[i] = a.shuffle([lane if not lane & stride else count + lane - stride for lane in range(count)], b)
+            out[i + stride] = a.shuffle(
                 [lane + stride if not lane & stride else count + lane for lane in range(count)], b
             )
     return out

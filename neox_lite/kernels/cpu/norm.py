@@ -23,21 +23,21 @@ def write_norms(target: Target, layouts: Sequence[Layout], dtypes: Sequence[str]
     def build(module: ir.Module) -> None:
         code = Code(module, name, 4)
         table, start, stop, _ = code.arguments
-        x, features = code.slots(table, 2)
-        norms = [code.slots(table + 16 + 56 * i, 7) for i in range(len(layouts))]
+        x, features = code.load_arguments(table, 2)
+        norms = [code.load_arguments(table + 16 + 56 * i, 7) for i in range(len(layouts))]
         wide, whole = vector(F32, BLOCK), features & -BLOCK
 
         def summed(row: Value, term: object) -> Value:
             """Sum over the row of term(element)."""
-            total = code.variable(code.number(0.0, wide))
-            with code.loop(0, whole, BLOCK) as k:
+            total = code.variable(code.constant(0.0, wide))
+            with code.for_range(0, whole, BLOCK) as k:
                 total.value = total.value + term(code.load(wide, row + k * 4))  # type: ignore[operator]
-            rest = code.variable(total.value.total())
-            with code.loop(whole, features) as k:
+            rest = code.variable(total.value.reduce_add())
+            with code.for_range(whole, features) as k:
                 rest.value = rest.value + term(code.load(F32, row + k * 4))  # type: ignore[operator]
             return rest.value
 
-        with code.loop(start, stop) as token:
+        with code.for_range(start, stop) as token:
             row = x + token * features * 4
             count = features.as_float()
             if any(dtype != "none" for dtype in dtypes):
@@ -67,12 +67,12 @@ def write_norms(target: Target, layouts: Sequence[Layout], dtypes: Sequence[str]
                     gain, bias = (to_float(target, code.load(kind, at + k * size), dtype) for at in affine)
                     return code.fma((v - mean.splat(lanes)) * inverse.splat(lanes), gain, bias)
 
-                with code.loop(0, whole, BLOCK) as k:
+                with code.for_range(0, whole, BLOCK) as k:
                     write_block(code, layout, place, token, k >> 5, value(k, BLOCK))
                 if layout == NATURAL:
-                    with code.loop(whole, features) as k:
+                    with code.for_range(whole, features) as k:
                         code.store(value(k, 1), values + (token * padded + k) * 4)
-        code.give()
+        code.ret()
 
     return name, build
 
@@ -85,14 +85,14 @@ def write_embed(target: Target, dtype: str) -> tuple[str, Build]:
     def build(module: ir.Module) -> None:
         code = Code(module, name, 4)
         table, start, stop, _ = code.arguments
-        ids, weight, features, out = code.slots(table, 4)
+        ids, weight, features, out = code.load_arguments(table, 4)
         whole = features & -16
-        with code.loop(start, stop) as token:
+        with code.for_range(start, stop) as token:
             row, to = weight + code.load(I64, ids, token * 8) * features * size, out + token * features * 4
-            for first, last, lanes in ((code.number(0), whole, 16), (whole, features, 1)):
-                with code.loop(first, last, lanes) as k:
+            for first, last, lanes in ((code.constant(0), whole, 16), (whole, features, 1)):
+                with code.for_range(first, last, lanes) as k:
                     raw = code.load(vector(STORED[dtype], lanes), row + k * size)
                     code.store(to_float(target, raw, dtype), to + k * 4)
-        code.give()
+        code.ret()
 
     return name, build

@@ -162,18 +162,18 @@ def _pause(code: Code, polls: Value, give_way: Value) -> Value:
             code._external("llvm.aarch64.hint", ir.FunctionType(ir.VoidType(), [ir.IntType(32)])),
             [ir.Constant(ir.IntType(32), 1)],
         )
-    with code.when(polls > SPINS):
+    with code.if_then(polls > SPINS):
         code.call(give_way, [])
     return polls + 1
 
 
 def _wait_for(code: Code, rows: Value, first: Value, last: Value, give_way: Value) -> None:
     """Until all items of rows first..last are done."""
-    with code.loop(first, last) as r:
+    with code.for_range(first, last) as r:
         row = rows + r * (8 * ROW)
-        items, polls = code.load(I64, row, 8 * ITEMS), code.variable(code.number(0))
-        with code.forever() as leave:
-            leave(code.load_atomic(row + 8 * DONE) >= items)
+        items, polls = code.load(I64, row, 8 * ITEMS), code.variable(code.constant(0))
+        with code.loop() as break_if:
+            break_if(code.atomic_load(row + 8 * DONE) >= items)
             polls.value = _pause(code, polls.value, give_way)
 
 
@@ -181,18 +181,18 @@ def _work(module: ir.Module) -> ir.Function:
     """(rows, count, scratch, yield): take items of row after row until none are left."""
     code = Code(module, "work", 4, exported=False)
     rows, count, scratch, give_way = code.arguments
-    with code.loop(0, count) as r:
+    with code.for_range(0, count) as r:
         row = rows + r * (8 * ROW)
-        function, arguments, items, grain, waits = code.slots(row, 5)
-        with code.when(waits > 0):
-            _wait_for(code, rows, code.number(0), r, give_way)
-        with code.forever() as leave:
-            start = code.add_atomically(row + 8 * NEXT, grain)
-            leave(start >= items)
-            stop = (start + grain).least(items)
+        function, arguments, items, grain, waits = code.load_arguments(row, 5)
+        with code.if_then(waits > 0):
+            _wait_for(code, rows, code.constant(0), r, give_way)
+        with code.loop() as break_if:
+            start = code.atomic_add(row + 8 * NEXT, grain)
+            break_if(start >= items)
+            stop = (start + grain).min(items)
             code.call(function, [arguments, start, stop, scratch])
-            code.add_atomically(row + 8 * DONE, stop - start)
-    code.give()
+            code.atomic_add(row + 8 * DONE, stop - start)
+    code.ret()
     return code.function
 
 
@@ -201,21 +201,21 @@ def _write_run(module: ir.Module, work: ir.Function) -> None:
     code = Code(module, "run", 4)
     control, rows, count, scratch = code.arguments
     give_way = code.load(I64, control, 8 * YIELD)
-    with code.loop(0, count) as r:
+    with code.for_range(0, count) as r:
         for counter in (NEXT, DONE):
-            code.store(code.number(0), rows + r * (8 * ROW), 8 * counter)
+            code.store(code.constant(0), rows + r * (8 * ROW), 8 * counter)
     code.store(rows, control, 8 * ROWS)
     code.store(count, control, 8 * COUNT)
-    code.store_atomic(1, control + 8 * OPEN)
-    code.add_atomically(control + 8 * EPOCH, 1)
+    code.atomic_store(1, control + 8 * OPEN)
+    code.atomic_add(control + 8 * EPOCH, 1)
     code.call(work, [rows, count, scratch, give_way])
-    _wait_for(code, rows, code.number(0), count, give_way)
-    code.store_atomic(0, control + 8 * OPEN)  # whoever comes now stays out; wait for those inside
-    polls = code.variable(code.number(0))
-    with code.forever() as leave:
-        leave(code.load_atomic(control + 8 * ACTIVE).equals(0))
+    _wait_for(code, rows, code.constant(0), count, give_way)
+    code.atomic_store(0, control + 8 * OPEN)  # whoever comes now stays out; wait for those inside
+    polls = code.variable(code.constant(0))
+    with code.loop() as break_if:
+        break_if(code.atomic_load(control + 8 * ACTIVE).equals(0))
         polls.value = _pause(code, polls.value, give_way)
-    code.give()
+    code.ret()
 
 
 def _write_serve(module: ir.Module, work: ir.Function) -> None:
@@ -223,21 +223,21 @@ def _write_serve(module: ir.Module, work: ir.Function) -> None:
     code = Code(module, "serve", 3)
     control, scratch, state = code.arguments
     give_way = code.load(I64, control, 8 * YIELD)
-    seen, polls = code.variable(code.load(I64, state, 64)), code.variable(code.number(0))
-    with code.forever() as leave:
-        leave(code.load_atomic(control + 8 * STOP) > 0)
-        epoch = code.load_atomic(control + 8 * EPOCH)
+    seen, polls = code.variable(code.load(I64, state, 64)), code.variable(code.constant(0))
+    with code.loop() as break_if:
+        break_if(code.atomic_load(control + 8 * STOP) > 0)
+        epoch = code.atomic_load(control + 8 * EPOCH)
         is_new = epoch.equals(seen.value)
-        with code.when(is_new.equals(0)):
-            code.add_atomically(control + 8 * ACTIVE, 1)
-            seen.value = code.load_atomic(control + 8 * EPOCH)
-            with code.when(code.load_atomic(control + 8 * OPEN) > 0):
+        with code.if_then(is_new.equals(0)):
+            code.atomic_add(control + 8 * ACTIVE, 1)
+            seen.value = code.atomic_load(control + 8 * EPOCH)
+            with code.if_then(code.atomic_load(control + 8 * OPEN) > 0):
                 rows, count = code.load(I64, control, 8 * ROWS), code.load(I64, control, 8 * COUNT)
                 code.call(work, [rows, count, scratch, give_way])
-            code.add_atomically(control + 8 * ACTIVE, -1)
-            polls.value = code.number(0)
-        leave(polls.value > SPINS + YIELDS)
+            code.atomic_add(control + 8 * ACTIVE, -1)
+            polls.value = code.constant(0)
+        break_if(polls.value > SPINS + YIELDS)
         polls.value = _pause(code, polls.value, give_way)
     code.store(seen.value, state, 64)
-    code.store_atomic(1, state)  # asleep from here on
-    code.give()
+    code.atomic_store(1, state)  # asleep from here on
+    code.ret()

@@ -61,10 +61,10 @@ class Target:
         if self.path in ("avx512_vnni", "avx_vnni"):
             name = f"llvm.x86.avx512.vpdpbusd.{32 * self.width}"
             bytes_ = vector(I8, 4 * self.width)
-            sums = [start] if self.registers > 16 or len(pairs) < 4 else [start, code.number(0, start.type)]
+            sums = [start] if self.registers > 16 or len(pairs) < 4 else [start, code.constant(0, start.type)]
             for i, (codes, x) in enumerate(pairs):  # with few tokens at a time, two chains keep the unit busy
                 held = sums[i % len(sums)]
-                sums[i % len(sums)] = code.intrinsic(name, held.type, [held, codes.bits(bytes_), x.bits(bytes_)])
+                sums[i % len(sums)] = code.intrinsic(name, held.type, [held, codes.bitcast(bytes_), x.bitcast(bytes_)])
             return sums[0] if len(sums) == 1 else sums[0] + sums[1]
         if self.path == "avx2":
             return start + (_avx2_int4(code, pairs) if bits == 4 else _avx2_int8(code, pairs))
@@ -72,7 +72,7 @@ class Target:
             bytes_ = vector(I8, 16)
             for codes, x in pairs:
                 start = code.intrinsic(
-                    "llvm.aarch64.neon.sdot.v4i32.v16i8", start.type, [start, codes.bits(bytes_), x.bits(bytes_)]
+                    "llvm.aarch64.neon.sdot.v4i32.v16i8", start.type, [start, codes.bitcast(bytes_), x.bitcast(bytes_)]
                 )
             return start
         for codes, x in pairs:
@@ -96,7 +96,7 @@ def _avx2_int8(code: Code, pairs: Sequence[Pair]) -> Value:
     total = None
     for codes, x in pairs:
         signed = _bytes(codes)
-        size = code.intrinsic("llvm.abs.v32i8", signed.type, [signed, code.number(0, ir.IntType(1))])
+        size = code.intrinsic("llvm.abs.v32i8", signed.type, [signed, code.constant(0, ir.IntType(1))])
         turned = code.intrinsic("llvm.x86.avx2.psign.b", signed.type, [_bytes(x), signed])
         products = code.intrinsic("llvm.x86.avx2.pmadd.ub.sw", vector(I16, 16), [size, turned])
         sums = _pair_sums(code, products)
@@ -106,23 +106,23 @@ def _avx2_int8(code: Code, pairs: Sequence[Pair]) -> Value:
 
 
 def _bytes(words: Value) -> Value:
-    return words.bits(vector(I8, 4 * words.lanes))
+    return words.bitcast(vector(I8, 4 * words.lanes))
 
 
 def _pair_sums(code: Code, halves: Value) -> Value:
-    ones = code.number(1, halves.type)
+    ones = code.constant(1, halves.type)
     return code.intrinsic("llvm.x86.avx2.pmadd.wd", vector(I32, halves.lanes // 2), [halves, ones])
 
 
 def _portable(codes: Value, x: Value) -> Value:
     """Written the way in which LLVM knows `pmaddwd` and its like."""
-    a, b = (_bytes(v).widened(I16) for v in (codes, x))
+    a, b = (_bytes(v).extend(I16) for v in (codes, x))
     even, odd = (
-        a.shuffled(range(start, a.lanes, 2)).widened(I32) * b.shuffled(range(start, a.lanes, 2)).widened(I32)
+        a.shuffle(range(start, a.lanes, 2)).extend(I32) * b.shuffle(range(start, a.lanes, 2)).extend(I32)
         for start in (0, 1)
     )
     pairs = even + odd
-    return pairs.shuffled(range(0, pairs.lanes, 2)) + pairs.shuffled(range(1, pairs.lanes, 2))
+    return pairs.shuffle(range(0, pairs.lanes, 2)) + pairs.shuffle(range(1, pairs.lanes, 2))
 
 
 # Floats of 16 bits ----------------------------------------------------------------------------------------------------
@@ -133,14 +133,14 @@ def to_float(target: Target, value: Value, dtype: str) -> Value:
     if dtype == "float32":
         return value
     if dtype == "float16" and target.has_half:
-        return value.bits(vector(F16, value.lanes)).widened(F32)
-    wide = value.extended(I32)
+        return value.bitcast(vector(F16, value.lanes)).extend(F32)
+    wide = value.zero_extend(I32)
     floats = vector(F32, value.lanes)
     if dtype == "bfloat16":
-        return (wide << 16).bits(floats)
+        return (wide << 16).bitcast(floats)
     size, sign = (wide & 0x7FFF) << 13, (wide & 0x8000) << 16
-    finite = (size.bits(floats) * 2.0**112).bits(wide.type)  # the exponent's bias is 112 less in float16
-    return ((size < 0x0F800000).choose(finite, size | 0x7F800000) | sign).bits(floats)
+    finite = (size.bitcast(floats) * 2.0**112).bitcast(wide.type)  # the exponent's bias is 112 less in float16
+    return ((size < 0x0F800000).select(finite, size | 0x7F800000) | sign).bitcast(floats)
 
 
 def from_float(target: Target, value: Value, dtype: str) -> Value:
@@ -148,19 +148,19 @@ def from_float(target: Target, value: Value, dtype: str) -> Value:
     if dtype == "float32":
         return value
     if dtype == "float16" and target.has_half:
-        return value.cut(F16).bits(vector(I16, value.lanes))
-    raw = value.bits(vector(I32, value.lanes))
+        return value.trunc(F16).bitcast(vector(I16, value.lanes))
+    raw = value.bitcast(vector(I32, value.lanes))
     if dtype == "bfloat16":
         rounded = (raw + 0x7FFF + ((raw >> 16) & 1)) >> 16
         is_nan = (raw & 0x7FFFFFFF) > 0x7F800000
-        return is_nan.choose((raw >> 16) | 0x40, rounded).cut(I16)
+        return is_nan.select((raw >> 16) | 0x40, rounded).trunc(I16)
     # Adding a power of two that puts float16's last bit at float32's last place lets the hardware round.
-    bias = (raw & 0x7F800000).most(0x38800000) + 0x07800000
-    scaled = value.code.magnitude(value) * 2.0**112 * 2.0**-110  # too large a value becomes infinite on the way
-    base = (bias.bits(value.type) + scaled).bits(raw.type)
+    bias = (raw & 0x7F800000).max(0x38800000) + 0x07800000
+    scaled = value.code.abs(value) * 2.0**112 * 2.0**-110  # too large a value becomes infinite on the way
+    base = (bias.bitcast(value.type) + scaled).bitcast(raw.type)
     finite = ((base >> 13) & 0x7C00) + (base & 0xFFF)
     is_nan = (raw & 0x7FFFFFFF) > 0x7F800000
-    return (is_nan.choose(0x7E00, finite) | ((raw >> 16) & 0x8000)).cut(I16)
+    return (is_nan.select(0x7E00, finite) | ((raw >> 16) & 0x8000)).trunc(I16)
 
 
 # Choosing -------------------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ FILE = "tuning.json"
 VARIABLE = "NEOX_LITE_TUNE"
 LIMIT_S = 60.0  # of a process for timing, most of which goes into compiling; what is left is timed by the next one
 MARGIN = 0.02  # by which a candidate must beat the shipped one: less is noise
-MOST_CARDS = 8  # kept, drivers and versions counted apart
+MAX_CARDS = 8  # kept, drivers and versions counted apart
 RUNS = 15  # launches of a candidate that are timed
 
 
@@ -203,7 +203,7 @@ class Tuning:
         self._kept = {**mine, **self.kept, key: picked}
         choices = {name: asdict(choice) for name, choice in self._kept.items()}
         try:
-            kept.write(FILE, {"cards": [{"card": card, "choices": choices}, *others][:MOST_CARDS]})
+            kept.write(FILE, {"cards": [{"card": card, "choices": choices}, *others][:MAX_CARDS]})
         except OSError as error:
             self._stop(f"sizes of kernels cannot be kept, so no more are timed: {error.strerror or error}")
 
