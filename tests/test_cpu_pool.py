@@ -17,7 +17,7 @@ import torch
 
 from neox_lite.kernels.cpu.code import I64, Code
 from neox_lite.kernels.cpu.compile import compiled
-from neox_lite.kernels.cpu.pool import NEXT, Call, Pool, _yield_address, rows_of
+from neox_lite.kernels.cpu.pool import NEXT, Task, ThreadPool, _yield_address, task_table
 from neox_lite.kernels.cpu.target import host
 
 THREADS = [1, 2, 3, 5]  # more threads than this machine has cores are allowed, and meet in more orders
@@ -35,10 +35,10 @@ def no_hanging() -> Iterator[None]:
 
 
 @pytest.fixture
-def pool() -> Iterator[Pool]:
-    before, made = torch.get_num_threads(), Pool()
+def pool() -> Iterator[ThreadPool]:
+    before, made = torch.get_num_threads(), ThreadPool()
     yield made
-    made.stop()
+    made.shutdown()
     torch.set_num_threads(before)
 
 
@@ -46,9 +46,9 @@ def pool() -> Iterator[Pool]:
 
 
 def write_watch(module: Any) -> None:
-    """For each item: note the sum over all counters of earlier rows and the scratch memory, dawdle, then count the item.
+    """For each item: note the sum over all counters of earlier tasks and the scratch memory, dawdle, then count the item.
 
-    arguments: all counters, how many belong to earlier rows, then of this row counters, sums, scratches, and polls to dawdle.
+    arguments: all counters, how many belong to earlier tasks, then of this task counters, sums, scratches, and polls to dawdle.
     """
     code = Code(module, "watch", 4)
     table, start, stop, scratch = code.arguments
@@ -68,17 +68,17 @@ def write_watch(module: Any) -> None:
 def write_meet(module: Any) -> None:
     """Each of the items waits until all have begun, which takes as many threads; those of higher number then dawdle.
 
-    arguments: a counter, items, turns to give away before giving up, address of what gives one away, polls to dawdle.
+    arguments: a counter, items, turns to give away before giving up, the function that gives one away, polls to dawdle.
     """
     code = Code(module, "meet", 4)
     table, start, stop, _ = code.arguments
-    begun, items, patience, give_way, polls = code.load_arguments(table, 5)
+    begun, items, patience, yield_thread, polls = code.load_arguments(table, 5)
     with code.for_range(start, stop) as item:
         code.atomic_add(begun, 1)
         turns = code.variable(code.constant(0))
         with code.loop() as break_if:
             break_if((code.atomic_load(begun) >= items) | (turns.value > patience))
-            code.call(give_way, [])
+            code.call(yield_thread, [])
             turns.value = turns.value + 1
         with code.if_then(turns.value > patience):
             code.atomic_add(begun, -1)
@@ -113,11 +113,11 @@ class Filled:
     def __init__(self, items: int = 60, scratch_bytes: int = 1 << 12) -> None:
         self.words, self.found = scratch_bytes // 8, np.zeros(items, np.int64)
         self.table = np.array([self.words, self.found.ctypes.data], np.int64)
-        self.rows = rows_of([Call(compiled("fill", write_fill, host()), self.table.ctypes.data, items)])
+        self.tasks = task_table([Task(compiled("fill", write_fill, host()), self.table.ctypes.data, items)])
 
-    def run(self, pool: Pool) -> "Filled":
+    def run(self, pool: ThreadPool) -> "Filled":
         self.found.fill(-1)
-        pool.run(self.rows, 8 * self.words)
+        pool.run(self.tasks, 8 * self.words)
         return self
 
     @property
@@ -126,41 +126,43 @@ class Filled:
 
 
 class Watched:
-    """A program whose every row counts its items and what it saw of the earlier ones."""
+    """A program whose every task counts its items and what it saw of the earlier ones."""
 
     def __init__(self, shape: Sequence[tuple[int, int, bool]], polls: int = 0) -> None:
-        """shape: items, grain and waits of each row."""
+        """shape: items, grain and barrier of each task."""
         self.shape, self.starts = shape, np.cumsum([0, *(items for items, _, _ in shape)])
         self.counters, self.sums, self.scratches = (np.zeros(int(self.starts[-1]) + 1, np.int64) for _ in range(3))
         self.tables, calls = [], []
-        for (items, grain, waits), start in zip(shape, self.starts, strict=False):
+        for (items, grain, barrier), start in zip(shape, self.starts, strict=False):
             own = [a.ctypes.data + 8 * int(start) for a in (self.counters, self.sums, self.scratches)]
             self.tables.append(np.array([self.counters.ctypes.data, start, *own, polls], np.int64))
-            calls.append(Call(compiled("watch", write_watch, host()), self.tables[-1].ctypes.data, items, grain, waits))
-        self.rows = rows_of(calls)
+            calls.append(
+                Task(compiled("watch", write_watch, host()), self.tables[-1].ctypes.data, items, grain, barrier)
+            )
+        self.tasks = task_table(calls)
 
     @classmethod
     def random(cls, seed: int) -> "Watched":
         chance = random.Random(seed)
-        rows = range(chance.randint(1, 12))
+        tasks = range(chance.randint(1, 12))
         sizes = (0, 1, 2, 3, 7, 32, 100)
         return cls(
-            [(chance.choice(sizes), chance.randint(1, 9), chance.random() < 0.6) for _ in rows],
+            [(chance.choice(sizes), chance.randint(1, 9), chance.random() < 0.6) for _ in tasks],
             polls=chance.choice((0, 0, 50, 1000)),
         )
 
-    def run(self, pool: Pool, scratch_bytes: int = 0) -> "Watched":
+    def run(self, pool: ThreadPool, scratch_bytes: int = 0) -> "Watched":
         for seen in (self.counters, self.sums, self.scratches):
             seen.fill(0)
-        pool.run(self.rows, scratch_bytes)
+        pool.run(self.tasks, scratch_bytes)
         return self
 
     @property
     def is_right(self) -> bool:
-        """Every item ran once, and those of rows that wait saw all earlier items done."""
+        """Every item ran once, and those of tasks with a barrier saw all earlier items done."""
         once = bool((self.counters[:-1] == 1).all()) and self.counters[-1] == 0
-        rows = zip(self.shape, self.starts, self.starts[1:], strict=False)
-        return once and all(bool((self.sums[a:b] == a).all()) for (_, _, waits), a, b in rows if waits)
+        tasks = zip(self.shape, self.starts, self.starts[1:], strict=False)
+        return once and all(bool((self.sums[a:b] == a).all()) for (_, _, barrier), a, b in tasks if barrier)
 
     @property
     def threads(self) -> set[int]:
@@ -177,24 +179,24 @@ def until(condition: Callable[[], bool]) -> None:
     raise AssertionError("it did not come about")
 
 
-def asleep(pool: Pool) -> bool:
+def asleep(pool: ThreadPool) -> bool:
     return all(worker._state[0] == 1 for worker in pool._workers)
 
 
 class Meeting:
-    """A program that needs all of some threads at once, followed by rows without items."""
+    """A program that needs all of some threads at once, followed by tasks without items."""
 
-    def __init__(self, threads: int, polls: int = 0, empty_rows: int = 0) -> None:
+    def __init__(self, threads: int, polls: int = 0, empty_tasks: int = 0) -> None:
         self.begun, self.threads = np.zeros(1, np.int64), threads
         self.table = np.array([self.begun.ctypes.data, threads, 500_000, _yield_address(), polls], np.int64)
-        call = Call(compiled("meet", write_meet, host()), self.table.ctypes.data, threads)
-        self.rows = rows_of([call, *[call._replace(items=0, waits=False)] * empty_rows])
+        call = Task(compiled("meet", write_meet, host()), self.table.ctypes.data, threads)
+        self.tasks = task_table([call, *[call._replace(items=0, barrier=False)] * empty_tasks])
 
-    def run(self, pool: Pool) -> int:
+    def run(self, pool: ThreadPool) -> int:
         """How many threads took part. Tries more than once: a worker about to fall asleep may miss a program."""
         for _ in range(5):
             self.begun.fill(0)
-            pool.run(self.rows)
+            pool.run(self.tasks)
             if self.begun[0] == self.threads:
                 break
         return int(self.begun[0])
@@ -204,7 +206,9 @@ class Meeting:
 
 
 @pytest.mark.parametrize("threads", THREADS)
-def test_every_item_runs_once_and_rows_that_wait_see_what_earlier_ones_wrote(threads: int, pool: Pool) -> None:
+def test_every_item_runs_once_and_tasks_with_a_barrier_see_what_earlier_ones_wrote(
+    threads: int, pool: ThreadPool
+) -> None:
     torch.set_num_threads(threads)
     for seed in range(150):
         program = Watched.random(seed)
@@ -212,24 +216,24 @@ def test_every_item_runs_once_and_rows_that_wait_see_what_earlier_ones_wrote(thr
             assert program.run(pool).is_right, f"seed {seed}"
 
 
-def test_rows_without_items_hold_nobody_up(pool: Pool) -> None:
+def test_tasks_without_items_hold_nobody_up(pool: ThreadPool) -> None:
     assert Watched([(0, 1, True), (0, 3, False), (2, 5, True), (0, 1, True)]).run(pool).is_right
 
 
-def test_one_thread_works_without_workers(pool: Pool) -> None:
+def test_one_thread_works_without_workers(pool: ThreadPool) -> None:
     torch.set_num_threads(1)
     program = Watched([(100, 3, True)] * 3).run(pool)
     assert program.is_right and pool._workers == []
     assert program.threads == {pool._scratch[0].ctypes.data}
 
 
-def test_all_threads_take_part(pool: Pool) -> None:
+def test_all_threads_take_part(pool: ThreadPool) -> None:
     for threads in (2, 3):
         torch.set_num_threads(threads)
         assert Meeting(threads).run(pool) == threads
 
 
-def test_the_number_of_threads_follows_torch(pool: Pool) -> None:
+def test_the_number_of_threads_follows_torch(pool: ThreadPool) -> None:
     ended: list[threading.Thread] = []
     for threads in (1, 3, 2, 2, 4, 1):
         torch.set_num_threads(threads)
@@ -243,7 +247,7 @@ def test_the_number_of_threads_follows_torch(pool: Pool) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_python_threads_may_run_programs_at_the_same_time(threads: int, pool: Pool) -> None:
+def test_python_threads_may_run_programs_at_the_same_time(threads: int, pool: ThreadPool) -> None:
     torch.set_num_threads(threads)
     right: list[bool] = []
 
@@ -259,13 +263,13 @@ def test_python_threads_may_run_programs_at_the_same_time(threads: int, pool: Po
     assert right == [True] * 160
 
 
-def test_stop_ends_the_threads_and_the_next_program_starts_new_ones(pool: Pool) -> None:
+def test_shutdown_ends_the_threads_and_the_next_program_starts_new_ones(pool: ThreadPool) -> None:
     torch.set_num_threads(3)
     Watched.random(0).run(pool)
     until(lambda: asleep(pool))  # asleep or awake, they end
     for _ in range(2):
         threads = [worker._thread for worker in pool._workers]
-        pool.stop()
+        pool.shutdown()
         assert len(threads) == 2 and not any(t.is_alive() for t in threads)
         assert Watched.random(1).run(pool).is_right
 
@@ -273,7 +277,7 @@ def test_stop_ends_the_threads_and_the_next_program_starts_new_ones(pool: Pool) 
 # Sleeping and late workers --------------------------------------------------------------------------------------------
 
 
-def test_idle_workers_fall_asleep_and_wake_for_the_next_program(pool: Pool) -> None:
+def test_idle_workers_fall_asleep_and_wake_for_the_next_program(pool: ThreadPool) -> None:
     torch.set_num_threads(3)
     for seed in range(5):
         assert Watched.random(seed).run(pool).is_right
@@ -281,7 +285,7 @@ def test_idle_workers_fall_asleep_and_wake_for_the_next_program(pool: Pool) -> N
         assert Meeting(3).run(pool) == 3
 
 
-def test_programs_that_come_while_workers_fall_asleep_are_done(pool: Pool) -> None:
+def test_programs_that_come_while_workers_fall_asleep_are_done(pool: ThreadPool) -> None:
     """Pauses about as long as a worker spins: it goes to sleep while the next program starts."""
     torch.set_num_threads(3)
     chance = random.Random(0)
@@ -290,7 +294,7 @@ def test_programs_that_come_while_workers_fall_asleep_are_done(pool: Pool) -> No
         time.sleep(chance.uniform(0.0, 0.002))
 
 
-def test_a_worker_that_never_wakes_keeps_nobody_waiting(pool: Pool) -> None:
+def test_a_worker_that_never_wakes_keeps_nobody_waiting(pool: ThreadPool) -> None:
     torch.set_num_threads(2)
     Watched.random(0).run(pool)
     until(lambda: asleep(pool))
@@ -300,7 +304,7 @@ def test_a_worker_that_never_wakes_keeps_nobody_waiting(pool: Pool) -> None:
         assert program.is_right and program.threads <= {pool._scratch[0].ctypes.data}
 
 
-def test_a_worker_that_comes_late_leaves_the_finished_program_alone(pool: Pool) -> None:
+def test_a_worker_that_comes_late_leaves_the_finished_program_alone(pool: ThreadPool) -> None:
     torch.set_num_threads(2)
     Watched.random(0).run(pool)
     (worker,) = pool._workers
@@ -311,23 +315,23 @@ def test_a_worker_that_comes_late_leaves_the_finished_program_alone(pool: Pool) 
             program = Watched.random(seed).run(pool)
         assert program.is_right
         counted = program.counters.copy()
-        program.rows.fill(0)  # its memory is free for others: to take items from it now is to call address 0
-        program.rows[:, 2] = 1_000_000
+        program.tasks.fill(0)  # its memory is free for others: to take items from it now is to call address 0
+        program.tasks[:, 2] = 1_000_000
         worker.wake()
         until(lambda: asleep(pool))
         assert np.array_equal(program.counters, counted)
         assert Watched.random(seed).run(pool).is_right
 
 
-def test_nobody_is_left_inside_a_program_that_has_ended(pool: Pool) -> None:
-    """Its memory may be freed. The thread that works last has rows without items to pass when the other is done with them."""
+def test_nobody_is_left_inside_a_program_that_has_ended(pool: ThreadPool) -> None:
+    """Its memory may be freed. The thread that works last has tasks without items to pass when the other is done with them."""
     torch.set_num_threads(2)
     for _ in range(10):
-        program = Meeting(2, polls=1_000_000, empty_rows=20_000)
+        program = Meeting(2, polls=1_000_000, empty_tasks=20_000)
         assert program.run(pool) == 2
-        taken = int(program.rows[-1, NEXT])  # every thread that passes a row counts this up
+        taken = int(program.tasks[-1, NEXT])  # every thread that passes a task counts this up
         time.sleep(0.005)
-        assert program.rows[-1, NEXT] == taken
+        assert program.tasks[-1, NEXT] == taken
 
 
 # Forks ----------------------------------------------------------------------------------------------------------------
@@ -354,14 +358,14 @@ def in_a_child(compute: Callable[[], bytes]) -> bytes:
         return pipe.read()
 
 
-def several_right(pool: Pool) -> bytes:
+def several_right(pool: ThreadPool) -> bytes:
     """b"right 2" where programs run correctly, by 2 threads of this process."""
     right = all(Watched.random(seed).run(pool).is_right for seed in range(20))
     return f"{'right' if right else 'wrong'} {Meeting(2).run(pool)}".encode()
 
 
 @forking
-def test_a_forked_child_has_threads_of_its_own(pool: Pool) -> None:
+def test_a_forked_child_has_threads_of_its_own(pool: ThreadPool) -> None:
     torch.set_num_threads(2)
     assert several_right(pool) == b"right 2"
     assert in_a_child(lambda: several_right(pool)) == b"right 2"
@@ -369,7 +373,7 @@ def test_a_forked_child_has_threads_of_its_own(pool: Pool) -> None:
 
 
 @forking
-def test_a_fork_in_the_middle_of_another_thread_s_program_is_no_trap(pool: Pool) -> None:
+def test_a_fork_in_the_middle_of_another_thread_s_program_is_no_trap(pool: ThreadPool) -> None:
     torch.set_num_threads(2)
     program, done, right = Watched([(100, 1, True)] * 10, polls=3000), threading.Event(), [True]
 
@@ -389,7 +393,7 @@ def test_a_fork_in_the_middle_of_another_thread_s_program_is_no_trap(pool: Pool)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_each_thread_has_scratch_memory_of_its_own_on_a_cache_line(threads: int, pool: Pool) -> None:
+def test_each_thread_has_scratch_memory_of_its_own_on_a_cache_line(threads: int, pool: ThreadPool) -> None:
     torch.set_num_threads(threads)
     for size in (0, 1 << 12, 1 << 20, 1 << 14):  # more than before, and less
         assert Filled(60, size).run(pool).is_right

@@ -22,7 +22,7 @@ from ..backend import Norm
 from . import attention, linear, norm
 from .activations import BLOCK, NATURAL, TILE, Layout
 from .compile import compiled
-from .pool import Call, Pool, rows_of, shared_pool
+from .pool import Task, ThreadPool, shared_pool, task_table
 from .target import Target, host
 
 # Where the way to multiply changes, in tokens; measured, see benchmarks/peers/cpu.py.
@@ -67,7 +67,7 @@ class NotCapturable(Exception):
 class Program:
     """Kernel calls in order, what they need kept alive, and the scratch memory of a thread."""
 
-    calls: list[Call] = field(default_factory=list)
+    tasks: list[Task] = field(default_factory=list)
     kept: list[object] = field(default_factory=list)
     scratch_bytes: int = 0
     lent: dict[object, list[Tensor]] = field(default_factory=dict)
@@ -85,7 +85,7 @@ class Program:
     def add(self, part: Program) -> None:
         """Append a program."""
         lent = {id(tensor) for tensors in self.lent.values() for tensor in tensors}
-        self.calls += part.calls
+        self.tasks += part.tasks
         self.kept += [thing for thing in part.kept if id(thing) not in lent]
         self.scratch_bytes = max(self.scratch_bytes, part.scratch_bytes)
 
@@ -104,10 +104,10 @@ class Program:
 class Captured:
     """A pass as one program: new ids, positions and pages go in, the same calls run."""
 
-    def __init__(self, pool: Pool, ids: Tensor, table: BatchTable, program: Program, out: Tensor) -> None:
+    def __init__(self, pool: ThreadPool, ids: Tensor, table: BatchTable, program: Program, out: Tensor) -> None:
         self._pool, self._table, self._program, self._out = pool, table, program, out
         self._ids = ids.numpy()  # torch would refuse to write to what was made in inference mode
-        self._rows = rows_of(program.calls)
+        self._tasks = task_table(program.tasks)
         self._lock = threading.Lock()  # inputs and results lie in the same memory every time
 
     def replay(self, ids: Tensor, batch: Batch) -> Tensor:
@@ -115,7 +115,7 @@ class Captured:
         with self._lock:
             self._ids[:] = ids.numpy()
             self._table.fill(batch)
-            self._pool.run(self._rows, self._program.scratch_bytes)
+            self._pool.run(self._tasks, self._program.scratch_bytes)
             return torch.from_numpy(
                 self._out.numpy().copy()
             )  # torch's copy would wake threads that then spin beside ours
@@ -178,7 +178,7 @@ class Operations:
         x = self._empty(NATURAL, len(ids), weight.shape[1])
         assert isinstance(x, Tensor)
         arguments = program.table(program.keep(ids), program.keep(weight), weight.shape[1], program.keep(x))
-        self._call(program, norm.write_embed(self.target, _name(weight)), arguments, len(ids))
+        self._add_task(program, norm.write_embed(self.target, _name(weight)), arguments, len(ids))
         self._run(program)
         return x
 
@@ -238,7 +238,7 @@ class Operations:
         )
         program.kept.append(table)
         program.scratch_bytes = attention.scratch_bytes(dim, table.longest)
-        self._call(program, attention.write_attention(self.target, kind), arguments, len(batch.sequences) * heads)
+        self._add_task(program, attention.write_attention(self.target, kind), arguments, len(batch.sequences) * heads)
         attended = self._as(program, out, self._layout(next_weight, len(qkv)))
         self._run(program)
         return attended
@@ -297,8 +297,8 @@ class Operations:
     def _run(self, program: Program) -> None:
         captured = self._local.program
         if captured is None:
-            if program.calls:
-                self.pool.run(rows_of(program.calls), program.scratch_bytes)
+            if program.tasks:
+                self.pool.run(task_table(program.tasks), program.scratch_bytes)
             return
         captured.add(program)
 
@@ -307,7 +307,7 @@ class Operations:
         if self._local.program is not None:
             raise NotCapturable
         self._run(program)
-        program.calls = []
+        program.tasks = []
         return compute()
 
     def _batch_table(self, batch: Batch) -> BatchTable:
@@ -319,11 +319,11 @@ class Operations:
 
     # Pieces of programs -----------------------------------------------------------------------------------------------
 
-    def _call(
-        self, program: Program, kernel: tuple[str, linear.Build], arguments: int, items: int, waits: bool = True
+    def _add_task(
+        self, program: Program, kernel: tuple[str, linear.Build], arguments: int, items: int, barrier: bool = True
     ) -> None:
         grain = max(1, min(8, items // (8 * torch.get_num_threads())))
-        program.calls.append(Call(self._address(kernel), arguments, items, grain, waits))
+        program.tasks.append(Task(self._address(kernel), arguments, items, grain, barrier))
 
     def _address(self, kernel: tuple[str, linear.Build]) -> int:
         return compiled(*kernel, self.target)
@@ -347,7 +347,7 @@ class Operations:
             addresses = [program.keep(t) for t in (*affine, torch.tensor([eps]))]
             arguments += [*addresses, *self._place(program, out)]
         kernel = norm.write_norms(self.target, layouts, [_name(_plain(gain)) for gain, _, _ in lns])
-        self._call(program, kernel, program.table(*arguments), tokens)
+        self._add_task(program, kernel, program.table(*arguments), tokens)
         return outs
 
     def _as(self, program: Program, x: Activation, layout: Layout) -> Activation:
@@ -357,7 +357,7 @@ class Operations:
             return x
         out = self._empty(layout, *x.shape)
         arguments = program.table(program.keep(x.contiguous()), x.shape[1], 0, 0, 0, *self._place(program, out))
-        self._call(program, norm.write_norms(self.target, [layout], ["none"]), arguments, len(x))
+        self._add_task(program, norm.write_norms(self.target, [layout], ["none"]), arguments, len(x))
         return out
 
     def _empty(self, layout: Layout, tokens: int, features: int) -> Activation:
@@ -388,7 +388,7 @@ class Operations:
         """
         tokens, outputs = inputs[0].tokens if isinstance(inputs[0], Coded) else len(inputs[0]), weights[0].shape[0]
         out = self._empty(self._layout(next_weight, tokens), tokens, outputs)
-        earlier = len(program.calls)
+        tasks_before = len(program.tasks)
         parts: list[int] = []
         for x, weight in zip(inputs, weights, strict=True):
             parts += self._part(program, self._as(program, x, self._layout(weight, tokens)), weight, tokens)
@@ -403,8 +403,8 @@ class Operations:
         program.scratch_bytes = max(
             program.scratch_bytes, padded * linear.ROWS * 4 + max(map(self._part_bytes, weights))
         )
-        waits = not beside or len(program.calls) > earlier
-        self._call(program, ("linear", linear.write_driver), table, -(-outputs // linear.ROWS), waits)
+        barrier = not beside or len(program.tasks) > tasks_before
+        self._add_task(program, ("linear", linear.write_driver), table, -(-outputs // linear.ROWS), barrier)
         return out
 
     def _part(self, program: Program, x: Activation, weight: Weight, tokens: int) -> tuple[int, int]:
