@@ -23,8 +23,7 @@ from neox_lite.errors import ArgumentError, CheckpointError, ConfigError, HubErr
 from neox_lite.kernels import dispatch, reference
 from neox_lite.layers import Linear, LowRank
 from neox_lite.loading.load import cache_root, place
-from neox_lite.offload import placement as decisions
-from neox_lite.offload import profile as machine
+from neox_lite.offload import placement, profile
 from neox_lite.offload.plan import Machine, Rates
 from neox_lite.offload.run import Placement
 from neox_lite_app.cli import main
@@ -239,9 +238,10 @@ def test_steps_that_are_graphs_choose_the_same_tokens():
     pytest.importorskip("triton", reason="triton is not installed")
     from support.simulated_graphs import SimulatedGraphs
     from test_graphs import generate, graphed, ids, small
-    from test_triton_kernels import backend
 
-    if not backend.interpreted():
+    from neox_lite.kernels import triton
+
+    if not triton.interpreted():
         pytest.skip("a GPU is there: tests/test_gpu.py captures on it")
     model, device = small(), SimulatedGraphs()
     for module in list(model.gpt_neox.layers.modules()):
@@ -276,7 +276,7 @@ def test_the_adapter_goes_where_its_layers_go(every, tiers):
 
 
 def test_a_plan_counts_the_adapter(every, monkeypatch):
-    monkeypatch.setattr(decisions, "PLANNED", WeakSet())
+    monkeypatch.setattr(placement, "PLANNED", WeakSet())
     base, adapter, theirs = every
     model = load(base, adapter, device_map="auto", quantization="int4")
     actual = tuple(sum(t.nbytes for t in (*x.parameters(), *x.buffers())) for x in model.base_model.blocks)
@@ -546,7 +546,7 @@ def test_a_module_s_scale_is_peft_s(every):
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
     """The bundled model, and an adapter for it."""
-    monkeypatch.setattr(decisions, "PLANNED", WeakSet())
+    monkeypatch.setattr(placement, "PLANNED", WeakSet())
     import transformers
 
     train(transformers.AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32), tmp_path / "adapter", r=8)
@@ -593,7 +593,7 @@ def test_info_says_what_an_adapter_is(folders, every, capsys):
 def test_commands_say_in_one_line_what_an_adapter_is_not(every, words, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        machine, "profile", lambda *given, **options: Machine(Rates(4e10, 1e12, 1e-4), 1e9, 4 << 26, None)
+        profile, "profile", lambda *given, **options: Machine(Rates(4e10, 1e12, 1e-4), 1e9, 4 << 26, None)
     )
     names = {"ADAPTER": str(every[1]), "MODEL": str(every[0])}
     assert main([names.get(word, word) for word in words]) == 1

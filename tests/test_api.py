@@ -21,8 +21,7 @@ httpx = pytest.importorskip("httpx", reason="needs pip install '.[test]'")
 from neox_lite import GPTNeoXForCausalLM  # noqa: E402
 from neox_lite_app.conversations.prompt_forms import form_of  # noqa: E402
 from neox_lite_app.paths import DEMO  # noqa: E402
-from neox_lite_app.serving import api  # noqa: E402
-from neox_lite_app.serving import schema as fields  # noqa: E402
+from neox_lite_app.serving import api, schema  # noqa: E402
 from neox_lite_app.serving.engine import Engine  # noqa: E402
 from neox_lite_app.serving.responses import Tokens, event  # noqa: E402
 
@@ -569,10 +568,10 @@ def test_a_prompt_longer_than_the_context_is_refused(client):
 
 
 def test_the_tables_of_fields_do_not_overlap():
-    known = fields.COMPLETION.keys() | fields.CHAT.keys()
-    tables = [known, fields.HARMLESS.keys(), fields.OFF_ONLY.keys(), fields.REPEATED.keys()]
+    known = schema.COMPLETION.keys() | schema.CHAT.keys()
+    tables = [known, schema.HARMLESS.keys(), schema.OFF_ONLY.keys(), schema.REPEATED.keys()]
     assert sum(map(len, tables)) == len(set().union(*tables))
-    assert set(fields.REPEATED.values()) <= known
+    assert set(schema.REPEATED.values()) <= known
 
 
 @pytest.mark.parametrize("path", RECORDED, ids=lambda p: p.stem)
@@ -762,11 +761,11 @@ class Fuzzer:
         *("[a-z]{2}", "(a|b)*", "(", {"type": "object", "properties": {"a": {"type": "string"}}}, {"enum": []}),
     )
     NAMES = sorted(
-        fields.COMPLETION.keys()
-        | fields.CHAT.keys()
-        | fields.OFF_ONLY.keys()
-        | fields.HARMLESS.keys()
-        | fields.REPEATED.keys()
+        schema.COMPLETION.keys()
+        | schema.CHAT.keys()
+        | schema.OFF_ONLY.keys()
+        | schema.HARMLESS.keys()
+        | schema.REPEATED.keys()
     )
 
     def __init__(self, seed):

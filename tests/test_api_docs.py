@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from neox_lite_app.serving import schema as fields
+from neox_lite_app.serving import schema
 
 TEXT = (Path(__file__).parents[1] / "docs" / "api.md").read_text(encoding="utf-8")
 
@@ -14,13 +14,13 @@ def test_the_harness_is_pointed_at_an_endpoint_that_exists():
 
 
 def test_the_limits_that_it_names_are_those_of_the_code():
-    assert f"{fields.MAX_SCHEMA:,} characters" in TEXT and f"regexes {fields.MAX_REGEX:,}" in TEXT
-    assert f"up to {fields.MAX_STOPS} texts" in TEXT and f"1 to {fields.MAX_ANSWERS}" in TEXT
-    assert f"up to {fields.MAX_BIASES} ids" in TEXT and f"1 to {fields.MAX_MESSAGES}" in TEXT
+    assert f"{schema.MAX_SCHEMA:,} characters" in TEXT and f"regexes {schema.MAX_REGEX:,}" in TEXT
+    assert f"up to {schema.MAX_STOPS} texts" in TEXT and f"1 to {schema.MAX_ANSWERS}" in TEXT
+    assert f"up to {schema.MAX_BIASES} ids" in TEXT and f"1 to {schema.MAX_MESSAGES}" in TEXT
 
 
 def test_every_field_stands_in_it():
-    known = fields.COMPLETION.keys() | fields.CHAT.keys() | {"include_usage"}
+    known = schema.COMPLETION.keys() | schema.CHAT.keys() | {"include_usage"}
     assert [
         name for name in sorted(known - {"add_generation_prompt", "model"}) if not re.search(f"[`.]{name}[`.]", TEXT)
     ] == []

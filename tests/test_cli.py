@@ -16,7 +16,7 @@ import torch
 
 from neox_lite import GPTNeoXForCausalLM
 from neox_lite.checkpoint.folder_writer import JOURNAL
-from neox_lite_app import load_for_command as running
+from neox_lite_app import load_for_command
 from neox_lite_app.cli import build_parser, main
 from neox_lite_app.paths import DEMO
 from neox_lite_app.terminal import bar
@@ -187,12 +187,12 @@ def test_what_is_wrong_with_a_draft_is_said_of_the_draft(run, int4, tmp_path, mo
     for draft, message in ((narrow, "context is 300, but"), ("/no/such/folder", "no such folder")):
         code, _, err = run(*words, "--draft", draft)
         assert code == 1 and "error: --draft: " in err and message in err
-    load = running.GPTNeoXForCausalLM.from_pretrained
+    load = load_for_command.GPTNeoXForCausalLM.from_pretrained
 
     def tight(name, **options):
         return load(name, **{**options, "max_memory": {"cpu": 1 << 20}} if name == str(DEMO) else options)
 
-    monkeypatch.setattr(running.GPTNeoXForCausalLM, "from_pretrained", tight)
+    monkeypatch.setattr(load_for_command.GPTNeoXForCausalLM, "from_pretrained", tight)
     code, _, err = run(*words, "--draft", DEMO)
     assert code == 1 and re.search(r"error: --draft: the model does not fit: \d+ MiB", err)
 
@@ -413,7 +413,7 @@ def test_a_gpu_s_memory_limit_is_that_of_the_gpu_that_is_used(monkeypatch, devic
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     words = ["generate", "m", "--prompt", "x", "--device", device, "--gpu-memory", "2KiB", "--cpu-memory", "3KiB"]
-    assert running.placing(build_parser().parse_args(words))["max_memory"] == {name: 2048, "cpu": 3072}
+    assert load_for_command.placing(build_parser().parse_args(words))["max_memory"] == {name: 2048, "cpu": 3072}
 
 
 def test_closed_streams_change_nothing_but_what_is_seen():

@@ -12,7 +12,7 @@ from support.peers import peer
 
 from neox_lite import GPTNeoXForCausalLM
 from neox_lite_app.cli import main
-from neox_lite_app.evaluation import compare as module
+from neox_lite_app.evaluation import compare
 from neox_lite_app.evaluation.compare import weight_errors
 from neox_lite_app.evaluation.quality import cut, last_states, log_probabilities, quality_of
 from neox_lite_app.evaluation.quality_plot import draw, linear_axis, log_axis
@@ -157,10 +157,10 @@ def test_the_text_table_has_a_line_for_each_layer(run, folders):
 
 
 def test_states_after_layers_are_kept_of_as_many_windows_as_there_is_room_for(run, folders, monkeypatch):
-    monkeypatch.setattr(module, "LAYER_BYTES", 3 * 4 * 64 * 256 * 4)  # windows, layers, tokens, hidden, bytes
+    monkeypatch.setattr(compare, "LAYER_BYTES", 3 * 4 * 64 * 256 * 4)  # windows, layers, tokens, hidden, bytes
     _, out, _ = run(DEMO, folders["g32"], "--layers", "--windows", 5, "--json")
     assert json.loads(out)["layer_windows"] == 3
-    monkeypatch.setattr(module, "LAYER_BYTES", 1)
+    monkeypatch.setattr(compare, "LAYER_BYTES", 1)
     _, out, _ = run(DEMO, folders["g32"], "--layers", "--windows", 5, "--json")
     assert json.loads(out)["layer_windows"] == 1
 
@@ -174,7 +174,7 @@ def test_weights_of_any_two_folders_are_comparable(folders):
 
 
 def test_the_source_is_gone_before_the_first_folder_is_loaded(run, folders, monkeypatch):
-    alive, load = [], module.load
+    alive, load = [], compare.load
 
     def watched(name, *rest, **options):
         models = [m for m in alive if m() is not None]
@@ -183,23 +183,23 @@ def test_the_source_is_gone_before_the_first_folder_is_loaded(run, folders, monk
         alive.append(__import__("weakref").ref(model))
         return model
 
-    monkeypatch.setattr(module, "load", watched)
+    monkeypatch.setattr(compare, "load", watched)
     assert run(DEMO, folders["int8"], folders["g32"], "--windows", 2)[0] == 0 and len(alive) == 3
 
 
 def test_a_source_whose_states_find_no_room_is_refused(run, folders, monkeypatch):
-    monkeypatch.setattr(module, "free_bytes", lambda path: 1000)
+    monkeypatch.setattr(compare, "free_bytes", lambda path: 1000)
     code, out, err = run(DEMO, folders["g32"], "--windows", 2)
     assert code == 1 and out == "" and "131072 bytes" in err and "1000 are free; use fewer --windows" in err
 
 
 def test_an_interrupt_leaves_nothing_behind(run, folders, monkeypatch, tmp_path):
-    monkeypatch.setattr(module.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(compare.tempfile, "tempdir", str(tmp_path))
 
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module.Reference, "log_probabilities", stop)
+    monkeypatch.setattr(compare.Reference, "log_probabilities", stop)
     code, out, err = run(DEMO, folders["g32"], "--windows", 2)
     assert code == 130 and out == "" and err.endswith("interrupted\n") and list(tmp_path.iterdir()) == []
 

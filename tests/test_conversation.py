@@ -7,7 +7,6 @@ import random
 import pytest
 
 from neox_lite.errors import ContextLengthError
-from neox_lite_app.conversations import conversation as module
 from neox_lite_app.conversations.conversation import (
     MAX_BYTES,
     MAX_MESSAGES,
@@ -122,7 +121,7 @@ def test_what_cannot_be_saved_is_refused_when_it_is_said(talk, monkeypatch):
         talk.extend("", tokens_per_s=float("nan"))
     with pytest.raises(ConversationError, match="no message 'x'"):
         talk.edit("x", "y")
-    monkeypatch.setattr(module, "MAX_MESSAGES", 4)
+    monkeypatch.setattr("neox_lite_app.conversations.conversation.MAX_MESSAGES", 4)
     with pytest.raises(ConversationError, match="4 messages, the most"):
         talk.append("user", "five")
     assert texts(talk) == ["one", "1", "two", "2"]
@@ -423,7 +422,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_partial_one(talk, tmp_path, monk
     def full(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module.os, "fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(ConversationError, match="No space left"):
         store.save(talk)
     assert store.load(talk.id) == before and len(list(tmp_path.iterdir())) == 1

@@ -27,8 +27,7 @@ from neox_lite.errors import ArgumentError, ContextLengthError
 from neox_lite.formats import DENSE, Format, GroupInt
 from neox_lite.kernels import cpu, dispatch
 from neox_lite.kernels.captured import MOST_PASSES, MOST_TOKENS
-from neox_lite.kernels.cpu import compile as compiling
-from neox_lite.kernels.cpu import target
+from neox_lite.kernels.cpu import compile, target
 from neox_lite.kernels.cpu.code import Code
 from neox_lite.layers import Linear, norm_of
 from neox_lite_app.evaluation.quality import cut, log_probabilities
@@ -477,7 +476,7 @@ class Process:
     """As a new process would, compile a function that returns a number, run it, and see what that took."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-        self.patch, self.captured, self.optimized = monkeypatch, capfd, compiling._optimized
+        self.patch, self.captured, self.optimized = monkeypatch, capfd, compile._optimized
 
     def run(self, number: int = 7) -> tuple[int, int, str]:
         """-> (what the function returned, how often LLVM was at work, what was said)."""
@@ -487,15 +486,15 @@ class Process:
             compiled.append(arguments)
             return self.optimized(*arguments)
 
-        self.patch.setattr(compiling, "_loaded", {})
-        self.patch.setattr(compiling, "_announced", False)
-        self.patch.setattr(compiling, "_optimized", optimized)
+        self.patch.setattr(compile, "_loaded", {})
+        self.patch.setattr(compile, "_announced", False)
+        self.patch.setattr(compile, "_optimized", optimized)
         self.captured.readouterr()
 
         def build(module: Any) -> None:
             Code(module, f"give_{number}", 0).give(number)
 
-        addresses = {compiling.compiled(f"give_{number}", build, target.host()) for _ in range(2)}
+        addresses = {compile.compiled(f"give_{number}", build, target.host()) for _ in range(2)}
         assert len(addresses) == 1
         result = ctypes.CFUNCTYPE(ctypes.c_int64)(addresses.pop())()
         return result, len(compiled), self.captured.readouterr().err
@@ -525,9 +524,9 @@ def test_another_processor_llvm_or_source_has_files_of_its_own(
     for changed in ("llvmlite.__version__", "source"):
         with monkeypatch.context() as patch:
             if changed == "source":
-                patch.setattr(compiling, "_source_hash", lambda: "another")
+                patch.setattr(compile, "_source_hash", lambda: "another")
             else:
-                patch.setattr(compiling.llvmlite, "__version__", "another")
+                patch.setattr(compile.llvmlite, "__version__", "another")
             process.patch = patch
             assert process.run()[1] == 1
         process.patch = monkeypatch
@@ -563,7 +562,7 @@ def test_where_nothing_can_be_written_kernels_are_compiled_each_time(
     tmp_path: Path, process: Process, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("no folder")
-    monkeypatch.setattr(compiling, "cache_folders", lambda: [tmp_path / "file" / "a", tmp_path / "file" / "b"])
+    monkeypatch.setattr(compile, "cache_folders", lambda: [tmp_path / "file" / "a", tmp_path / "file" / "b"])
     assert [process.run() for _ in range(2)] == [(7, 1, SAID)] * 2
 
 
@@ -577,7 +576,7 @@ def test_systems_without_a_home_or_without_room_for_temporary_files_use_the_othe
     monkeypatch.setenv("XDG_CACHE_HOME", "~nosuchuser/cache" if missing == "home" else str(tmp_path))
     if missing != "home":
         monkeypatch.setattr(tempfile, "gettempdir", refuse)
-    (folder,) = compiling.cache_folders()
+    (folder,) = compile.cache_folders()
     assert folder.name == "kernels" if missing != "home" else folder.name.startswith("neox-lite-kernels-")
 
 

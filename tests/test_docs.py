@@ -24,8 +24,7 @@ from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
 from neox_lite.generation.options import Options
 from neox_lite.generation.sampling import Sampling
 from neox_lite.loading.options import LoadOptions
-from neox_lite.offload import placement as place
-from neox_lite.offload import profile as machine
+from neox_lite.offload import placement, profile
 from neox_lite.offload.plan import Machine, Rates
 from neox_lite_app.cli import build_parser, main
 from neox_lite_app.conversations.conversation import Conversation, Store
@@ -125,9 +124,9 @@ def session(hub, prepared, tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     rates = Rates(40e9, 1e12, 100e-6, 20e-6)
     here = Machine(rates, 1e9, 400 << 20, None)
-    monkeypatch.setattr(machine, "profile", lambda *given, **options: here)
-    monkeypatch.setattr(machine, "renew", lambda *given: here)
-    monkeypatch.setattr(place, "PLANNED", WeakSet())
+    monkeypatch.setattr(profile, "profile", lambda *given, **options: here)
+    monkeypatch.setattr(profile, "renew", lambda *given: here)
+    monkeypatch.setattr(placement, "PLANNED", WeakSet())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")

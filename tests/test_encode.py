@@ -7,7 +7,7 @@ from neox_lite.errors import FormatError
 from neox_lite.formats import GROUP_SIZES, GroupInt
 from neox_lite.kernels.cpu import encode, target
 from neox_lite.kernels.cpu.target import PATHS
-from neox_lite.loading.quantize import encode as chosen
+from neox_lite.loading import quantize
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 METHODS = ["rtn", "mse"]
@@ -79,5 +79,5 @@ def test_rows_that_the_kernel_does_not_take_go_to_plain_torch(monkeypatch):
     assert "float64" in encode.why_not(values)
     expected = GroupInt(4, 128).encode(values, torch.float16, "mse")
     assert torch.equal(
-        chosen(GroupInt(4, 128), values, torch.float16, "mse")["weight_packed"], expected["weight_packed"]
+        quantize.encode(GroupInt(4, 128), values, torch.float16, "mse")["weight_packed"], expected["weight_packed"]
     )

@@ -5,7 +5,7 @@ import torch
 
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
 from neox_lite.loading.load import place
-from neox_lite.offload import profile as machine
+from neox_lite.offload import profile
 from neox_lite.offload.accelerator import Cuda
 from neox_lite.offload.run import Placement
 
@@ -81,13 +81,13 @@ class TestOnTheGpu:
             num_hidden_layers=6, hidden_size=768, num_attention_heads=12, intermediate_size=3072
         ).half().save_pretrained(tmp_path)
         torch.cuda.empty_cache()
-        before = torch.cuda.memory_reserved() + machine.context_bytes()
+        before = torch.cuda.memory_reserved() + profile.context_bytes()
         scratch = 220 << 20
         model = GPTNeoXForCausalLM.from_pretrained(
             tmp_path, device_map="auto", max_memory={"cuda": before + scratch + (mebibytes << 20), "cpu": "8GiB"}
         )
         model.generate(torch.randint(257, (1, 400)), max_new_tokens=20)
-        assert torch.cuda.memory_reserved() + machine.context_bytes() <= before + scratch + (mebibytes << 20)
+        assert torch.cuda.memory_reserved() + profile.context_bytes() <= before + scratch + (mebibytes << 20)
 
 
 def quantized(tmp_path, **changes):

@@ -13,20 +13,19 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from support.simulated_graphs import NotCapturable, SimulatedGraphs
-from test_triton_kernels import AMPERE, INT4, INT8, MODELS, TURING, backend, tiny
+from test_triton_kernels import AMPERE, INT4, INT8, MODELS, TURING, tiny
 
 from neox_lite.cache import Batch
 from neox_lite.errors import NeoxLiteError
 from neox_lite.generation.options import Options
 from neox_lite.generation.request import Row
 from neox_lite.generation.sampling import Sampling, choose, exclude
-from neox_lite.kernels import reference
+from neox_lite.kernels import reference, triton
 from neox_lite.kernels.backend import Choice
-from neox_lite.kernels.triton import embed_and_sample as ends
-from neox_lite.kernels.triton import operations, steps
+from neox_lite.kernels.triton import embed_and_sample, operations, steps
 from neox_lite.kernels.triton.operations import Operations
 
-pytestmark = [pytest.mark.skipif(not backend.interpreted(), reason="a GPU is there: tests/test_gpu.py captures on it")]
+pytestmark = [pytest.mark.skipif(not triton.interpreted(), reason="a GPU is there: tests/test_gpu.py captures on it")]
 
 
 def small(format=INT4):
@@ -229,7 +228,7 @@ def drawn(logits, missing, samplings, streams, starts, block):
     values, listed = torch.full((rows, vocabulary), float("nan")), torch.full((rows, vocabulary), -1, dtype=torch.int32)
     chosen = torch.full((rows,), -2)
     operations._launch(
-        ends.draw,
+        embed_and_sample.draw,
         (rows,),
         logits,
         excluded,

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import secrets
 
 import pytest
 from support.serving import ask
@@ -10,7 +11,6 @@ pytest.importorskip("starlette", reason="needs pip install '.[page]'")
 
 from starlette.responses import PlainTextResponse
 
-from neox_lite_app.serving import keys as keys_module
 from neox_lite_app.serving.keys import GUESSES, MOST_ADDRESSES, MOST_SESSIONS, SESSION_S, WINDOW_S, Keys
 from neox_lite_app.serving.security import Guard, Hosts
 
@@ -550,10 +550,8 @@ def test_memory_of_guesses_is_bounded():
 
 def test_keys_are_compared_in_constant_time(monkeypatch):
     calls = []
-    real = keys_module.secrets.compare_digest
-    monkeypatch.setattr(
-        keys_module.secrets, "compare_digest", lambda a, b: calls.append((len(a), len(b))) or real(a, b)
-    )
+    real = secrets.compare_digest
+    monkeypatch.setattr(secrets, "compare_digest", lambda a, b: calls.append((len(a), len(b))) or real(a, b))
     assert not Keys(KEY).check("x", "::1") and Keys(KEY).check(KEY, "::1")
     assert calls == [(32, 32)] * 2  # digests, so that not even the length is told
 

@@ -15,9 +15,7 @@ from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXForSequenceClass
 from neox_lite.errors import ArgumentError, CheckpointError, UnsupportedError
 from neox_lite.kernels import cpu, reference
 from neox_lite.loading.load import place
-from neox_lite.offload import placement as decisions
-from neox_lite.offload import plan
-from neox_lite.offload import profile as machine
+from neox_lite.offload import plan, profile
 from neox_lite.offload.plan import Card, Machine, Rates
 from neox_lite.offload.run import Placement
 from neox_lite.offload.stream import Image
@@ -410,12 +408,12 @@ def gpu(monkeypatch):
     here = Machine(SLOW, 1e9, 100 << 20, Card("simulated", 1 << 34, FAST, 2e10, CONTEXT_BYTES))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(decisions, "Cuda", lambda *_: device)
-    monkeypatch.setattr(machine, "profile", lambda progress=None, measure=True: here)
-    monkeypatch.setattr(machine, "free_memory", lambda: (1 << 34, 1 << 34))
-    monkeypatch.setattr(machine, "free_gpu", lambda gpu: (1 << 34, 1 << 34))
-    monkeypatch.setattr(machine, "resident", lambda: 50 << 20)
-    monkeypatch.setattr(decisions, "PLANNED", WeakSet())
+    monkeypatch.setattr("neox_lite.offload.placement.Cuda", lambda *_: device)
+    monkeypatch.setattr(profile, "profile", lambda progress=None, measure=True: here)
+    monkeypatch.setattr(profile, "free_memory", lambda: (1 << 34, 1 << 34))
+    monkeypatch.setattr(profile, "free_gpu", lambda gpu: (1 << 34, 1 << 34))
+    monkeypatch.setattr(profile, "resident", lambda: 50 << 20)
+    monkeypatch.setattr("neox_lite.offload.placement.PLANNED", WeakSet())
     monkeypatch.setattr(plan, "DECODED_SLICE", 0)
     monkeypatch.setattr(plan, "CUBLAS_WORKSPACE", 0)
     monkeypatch.setattr(plan, "GRAPHS", 0)

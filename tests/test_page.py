@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,8 +36,7 @@ from neox_lite_app.page.stream import Feed, batches
 from neox_lite_app.page.work import Work
 from neox_lite_app.paths import DEMO
 from neox_lite_app.server import build
-from neox_lite_app.serving import engine as engines
-from neox_lite_app.serving.engine import Engine, Step
+from neox_lite_app.serving.engine import Engine, Step, Ticket
 from neox_lite_app.serving.keys import Keys
 from neox_lite_app.serving.security import Hosts
 
@@ -98,13 +98,13 @@ def demo(engine):
 @pytest.fixture
 def slow(monkeypatch):
     """Tokens come one by one, as those of a large model do."""
-    put = engines.Ticket._put
+    put = Ticket._put
 
     def later(ticket, step):
         time.sleep(0.02)
         put(ticket, step)
 
-    monkeypatch.setattr(engines.Ticket, "_put", later)
+    monkeypatch.setattr(Ticket, "_put", later)
 
 
 @pytest.fixture
@@ -291,7 +291,7 @@ def test_a_folder_without_a_tokenizer_is_not_offered(open_page, data):
 
 def test_loading_can_be_called_off(open_page, engine, monkeypatch):
     engine.unload()
-    gate = engines.threading.Event()
+    gate = threading.Event()
 
     def wait(model, progress):
         while not gate.wait(0.01):
@@ -1314,8 +1314,8 @@ def long_demo(engine, tmp_path):
 
 @pytest.mark.parametrize("view", ["Chat", "Notebook"])
 def test_an_update_costs_the_same_at_2000_tokens(open_page, long_demo, monkeypatch, view):
-    put = engines.Ticket._put
-    monkeypatch.setattr(engines.Ticket, "_put", lambda t, s: (time.sleep(0.002), put(t, s))[1])
+    put = Ticket._put
+    monkeypatch.setattr(Ticket, "_put", lambda t, s: (time.sleep(0.002), put(t, s))[1])
     streams, sizes = set(), []
 
     def watch(page):

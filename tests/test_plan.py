@@ -14,10 +14,9 @@ from safetensors.torch import load_file
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM, cache
 from neox_lite.errors import ArgumentError, FormatError
 from neox_lite.formats import GROUP_SIZES, GroupInt, formats_of, quantization_config
-from neox_lite.generation import protocols as stepper
+from neox_lite.generation import protocols
 from neox_lite.loading.save import parse_bytes
-from neox_lite.offload import plan
-from neox_lite.offload import profile as machine
+from neox_lite.offload import plan, profile
 from neox_lite.offload.plan import CARDS, Card, Machine, Plan, Rates, Request, sizes_of
 from neox_lite_app.cli import main
 from neox_lite_app.models.family import FAMILY
@@ -160,7 +159,7 @@ def test_sizes_name_a_row_that_groups_do_not_divide():
 
 
 def test_numbers_that_stand_in_several_rooms_agree():
-    assert (plan.PAGE, plan.CHUNK) == (cache.PAGE, stepper.PREFILL_TOKENS)
+    assert (plan.PAGE, plan.CHUNK) == (cache.PAGE, protocols.PREFILL_TOKENS)
     assert sorted(plan.GROUP_SIZES) == sorted(GROUP_SIZES)
 
 
@@ -396,13 +395,13 @@ def run(capsys, monkeypatch):
     """The command on a machine of 16 GiB without a GPU, or with the one that it is called with."""
 
     def call(*words, here=HOME, free=(16 << 30, None)):
-        monkeypatch.setattr(machine, "profile", lambda measure: replace(here, card=here.card if free[1] else None))
-        monkeypatch.setattr(machine, "free_memory", lambda: (64 << 30, free[0] + machine.HOST_MARGIN))
-        monkeypatch.setattr(machine, "_own_memory", lambda: None)
+        monkeypatch.setattr(profile, "profile", lambda measure: replace(here, card=here.card if free[1] else None))
+        monkeypatch.setattr(profile, "free_memory", lambda: (64 << 30, free[0] + profile.HOST_MARGIN))
+        monkeypatch.setattr(profile, "_own_memory", lambda: None)
         if free[1] is not None:
-            driver = here.card.context_bytes - machine.GPU_MARGIN
+            driver = here.card.context_bytes - profile.GPU_MARGIN
             monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-            monkeypatch.setattr(machine, "free_gpu", lambda gpu: (here.card.bytes, free[1] - driver))
+            monkeypatch.setattr(profile, "free_gpu", lambda gpu: (here.card.bytes, free[1] - driver))
         code = main(["plan", *map(str, words)])
         out = capsys.readouterr()
         return code, out.out, out.err
@@ -492,7 +491,7 @@ def test_a_quantized_folder_is_planned_as_it_is(run, int8):
 
 def test_a_model_on_disk_is_planned_with_the_speed_of_its_own_disk(run, int8, monkeypatch):
     asked = []
-    monkeypatch.setattr(machine, "disk_rate", lambda path: asked.append(path) or 1e6)
+    monkeypatch.setattr(profile, "disk_rate", lambda path: asked.append(path) or 1e6)
     least = json.loads(run(int8, "--cpu-memory", "0B", "--json")[1])["short_by"]
     result = json.loads(run(int8, "--cpu-memory", f"{least}B", "--json")[1])
     assert set(asked) == {int8 / "model.safetensors"} and result["layers"]["disk"] > 0

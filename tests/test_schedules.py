@@ -20,8 +20,7 @@ from neox_lite.generation.options import Options
 from neox_lite.generation.request import Row
 from neox_lite.generation.sampling import Sampling, choose
 from neox_lite.generation.scheduler import Scheduler
-from neox_lite.kernels.triton import attention, steps
-from neox_lite.kernels.triton import embed_and_sample as ends
+from neox_lite.kernels.triton import attention, embed_and_sample, steps
 
 VOCABULARY, POSITIONS = 67, 3 * PAGE
 MISSING = torch.tensor([3, 50])
@@ -106,8 +105,13 @@ class Toy:
             inputs.chosen[row] = self._draw(inputs, row, start + 1)
 
     def _draw(self, inputs, row, position):
-        seed, stream, top_k = (int(inputs.choices[row, c.value]) for c in (ends.SEED, ends.STREAM, ends.TOP_K))
-        temperature, rest, least = inputs.choices[row].view(torch.float64)[ends.TEMPERATURE.value :][:3].tolist()
+        seed, stream, top_k = (
+            int(inputs.choices[row, c.value])
+            for c in (embed_and_sample.SEED, embed_and_sample.STREAM, embed_and_sample.TOP_K)
+        )
+        temperature, rest, least = (
+            inputs.choices[row].view(torch.float64)[embed_and_sample.TEMPERATURE.value :][:3].tolist()
+        )
         sampling = Sampling(temperature > 0, temperature, top_k, 1 - rest, math.exp(least), seed=seed % (1 << 64))
         logits = torch.where(inputs.excluded.bool(), -math.inf, inputs.logits[row])
         try:

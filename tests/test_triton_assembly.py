@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from neox_lite.formats.group_int import pack
-from neox_lite.kernels.triton import packing as words
+from neox_lite.kernels.triton import packing
 
 SUM_OF_FOUR_CODES = 8 * 4
 
@@ -110,28 +110,28 @@ def register_of(pairs):
 
 def test_halves_of_gives_every_code_exactly():
     codes, word = some_words(4)
-    for j, register in enumerate(run(words.halves_of, word)):
+    for j, register in enumerate(run(packing.halves_of, word)):
         assert (as_halves(register) == codes[:, [j, j + 4]]).all()
 
 
 def test_dot_of_halves_is_the_sum_of_eight_products_and_cannot_overflow():
     codes, word = some_words(4)
-    pairs = run(words.halves_of, word)
+    pairs = run(packing.halves_of, word)
     x = np.random.default_rng(0).normal(size=(len(word), 8))
     for scale in (1.0, 3000.0, 65504 / np.abs(x).max()):
-        stored = (x * scale).astype(np.float16).astype(np.float64) * 2.0**-words.SHIFT
+        stored = (x * scale).astype(np.float16).astype(np.float64) * 2.0**-packing.SHIFT
         planes = [register_of(stored[:, [j, j + 4]]) for j in range(4)]
-        (found,) = run(words.dot_of_halves, *pairs, *planes)
+        (found,) = run(packing.dot_of_halves, *pairs, *planes)
         exact = (codes * stored).sum(1)
         rounding = 4 * 2.0**-11 * np.abs(codes * stored).sum(1) + 2.0**-23
         assert (np.abs(found.view(np.float32) - exact) <= rounding).all()
-    worst = np.full((len(word), 2), 65504 * 2.0**-words.SHIFT)
+    worst = np.full((len(word), 2), 65504 * 2.0**-packing.SHIFT)
     lowest = [register_of(np.full((len(word), 2), -8.0))] * 4
-    (found,) = run(words.dot_of_halves, *lowest, *[register_of(worst)] * 4)
-    assert np.isfinite(found.view(np.float32)).all() and 2**words.SHIFT >= SUM_OF_FOUR_CODES
+    (found,) = run(packing.dot_of_halves, *lowest, *[register_of(worst)] * 4)
+    assert np.isfinite(found.view(np.float32)).all() and 2**packing.SHIFT >= SUM_OF_FOUR_CODES
 
 
-@pytest.mark.parametrize(("bits", "function"), [(4, words._int4_planes), (8, words._int8_planes)])
+@pytest.mark.parametrize(("bits", "function"), [(4, packing._int4_planes), (8, packing._int8_planes)])
 def test_planes_are_scaled_codes_of_two_words(bits, function):
     codes, word = some_words(bits)
     scale = np.random.default_rng(0).normal(size=(len(word) // 2, 2)).astype(np.float16)
@@ -149,6 +149,6 @@ def test_code_reads_every_place_with_the_mask_and_mantissa_it_names(bits):
         shift = (12 if bits == 4 else 16) if upper else 0
         at = element * bits - shift
         signed = (word.view(np.int32) >> shift).view(np.uint32)
-        (big,) = run(words.code, signed, constants=(((1 << bits) - 1) << at, 0x4B000000))
+        (big,) = run(packing.code, signed, constants=(((1 << bits) - 1) << at, 0x4B000000))
         value = big.view(np.float32).astype(np.float64) / (1 << at) - ((1 << 23) / (1 << at) + (1 << (bits - 1)))
         assert (value == codes[:, element]).all()

@@ -14,16 +14,17 @@ pytest.importorskip("triton", reason="triton is not installed")
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
 from neox_lite.cache import Batch, PagePool
 from neox_lite.formats import DENSE, Weight, make_format
-from neox_lite.kernels import dispatch, reference
-from neox_lite.kernels import triton as backend
-from neox_lite.kernels.triton import operations
-from neox_lite.kernels.triton import tile_configs as choices
+from neox_lite.kernels import dispatch, reference, triton
+from neox_lite.kernels.triton import operations, tile_configs
 from neox_lite.kernels.triton.operations import NATURAL, Laid, Layout, Operations, Output
 from neox_lite.layers import Rotary
 
-pytestmark = [] if backend.interpreted() else [pytest.mark.gpu]
-DEVICE = torch.device("cpu" if backend.interpreted() else "cuda")
-AMPERE, TURING = choices.Machine((8, 0)), choices.Machine((7, 5))  # with tensor cores and bfloat16, and without
+pytestmark = [] if triton.interpreted() else [pytest.mark.gpu]
+DEVICE = torch.device("cpu" if triton.interpreted() else "cuda")
+AMPERE, TURING = (
+    tile_configs.Machine((8, 0)),
+    tile_configs.Machine((7, 5)),
+)  # with tensor cores and bfloat16, and without
 HALVES = 3e-3  # sums of four products rounded to halves, in the interpreter after every step
 ROUNDED = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}  # of weights or results, in a dtype
 
@@ -529,26 +530,26 @@ def test_a_card_without_bfloat16_computes_such_models_in_float32():
 
 
 def test_what_is_declined_has_a_reason(monkeypatch, tmp_path):
-    monkeypatch.setattr(backend, "interpreted", lambda: False)
-    assert "CUDA devices only" in backend.why_not(torch.device("cpu"))
+    monkeypatch.setattr(triton, "interpreted", lambda: False)
+    assert "CUDA devices only" in triton.why_not(torch.device("cpu"))
     monkeypatch.setattr(torch.version, "hip", "6.0", raising=False)
-    assert "AMD" in backend.why_not(torch.device("cuda"))
+    assert "AMD" in triton.why_not(torch.device("cuda"))
     monkeypatch.setattr(torch.version, "hip", None, raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
-    assert "needs compute capability 7.5, Tesla V100 has 7.0" in backend.why_not(torch.device("cuda"))
+    assert "needs compute capability 7.5, Tesla V100 has 7.0" in triton.why_not(torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
-    monkeypatch.setattr(backend.shutil, "which", lambda name: None)
-    assert "install gcc" in backend.why_not(torch.device("cuda"))
-    monkeypatch.setattr(backend.shutil, "which", lambda name: "/usr/bin/cc")
+    monkeypatch.setattr(triton.shutil, "which", lambda name: None)
+    assert "install gcc" in triton.why_not(torch.device("cuda"))
+    monkeypatch.setattr(triton.shutil, "which", lambda name: "/usr/bin/cc")
     for variable in ("CPATH", "C_INCLUDE_PATH"):
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(backend.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
-    assert f"finds no {tmp_path / 'Python.h'}; install python3-dev" in backend.why_not(torch.device("cuda"))
+    monkeypatch.setattr(triton.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
+    assert f"finds no {tmp_path / 'Python.h'}; install python3-dev" in triton.why_not(torch.device("cuda"))
     (tmp_path / "Python.h").write_text("")
-    assert backend.why_not(torch.device("cuda")) is None
-    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
-    assert "triton is not installed; pip install triton" in backend.why_not(torch.device("cuda"))
+    assert triton.why_not(torch.device("cuda")) is None
+    monkeypatch.setattr(triton.importlib.util, "find_spec", lambda name: None)
+    assert "triton is not installed; pip install triton" in triton.why_not(torch.device("cuda"))
 
 
 def test_cuda_devices_are_offered_triton_first_and_the_cpu_never():
@@ -561,5 +562,5 @@ def test_tiles_are_whole_for_every_shape_of_the_family():
         for columns in (hidden, 4 * hidden):
             for bits in (4, 8):
                 words = columns * bits // 32
-                for tile in choices.rows(AMPERE, 4 * hidden, (words,), bits, 128 * bits // 32, 1, "halves").tiles:
+                for tile in tile_configs.rows(AMPERE, 4 * hidden, (words,), bits, 128 * bits // 32, 1, "halves").tiles:
                     assert words % (tile.groups * tile.inner) == 0  # no masks in the loop

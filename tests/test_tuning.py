@@ -10,10 +10,9 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from neox_lite import user_cache as kept
+from neox_lite import user_cache
 from neox_lite.errors import ArgumentError
-from neox_lite.kernels.triton import tile_configs as choices
-from neox_lite.kernels.triton import tuning
+from neox_lite.kernels.triton import tile_configs, tuning
 from neox_lite.kernels.triton.tile_configs import Candidates, Machine, Page
 
 KNOWN, UNKNOWN = Machine((8, 6)), Machine((10, 3))
@@ -54,7 +53,7 @@ class Bench:
 def test_a_card_of_a_known_class_takes_what_is_shipped_and_times_nothing():
     bench = Bench()
     assert bench.tuning(KNOWN).pick(PAGES, bench.launch) == Page(8)
-    assert bench.launched == bench.said == [] and not kept.folder().exists()
+    assert bench.launched == bench.said == [] and not user_cache.folder().exists()
 
 
 def test_a_choice_is_made_once(monkeypatch):
@@ -71,7 +70,7 @@ def test_an_unknown_card_takes_the_fastest_and_the_next_start_finds_it():
     assert first.pick(PAGES, bench.launch) == Page(16, 8) == first.pick(PAGES, bench.launch)
     assert bench.launched == list(PAGES.tiles)
     assert bench.tuning().pick(PAGES, bench.launch) == Page(16, 8) and len(bench.launched) == 3
-    assert [f.name for f in kept.folder().iterdir()] == ["tuning.json"]
+    assert [f.name for f in user_cache.folder().iterdir()] == ["tuning.json"]
 
 
 def test_what_is_going_on_is_said():
@@ -137,7 +136,7 @@ def test_nothing_is_timed_while_launches_are_recorded_but_later():
 def test_a_launch_that_is_not_typical_decides_nothing():
     bench = Bench()
     here = bench.tuning()
-    assert here.pick(PAGES, None) == Page(8) and not kept.folder().exists()
+    assert here.pick(PAGES, None) == Page(8) and not user_cache.folder().exists()
     assert here.pick(PAGES, bench.launch) == Page(16, 8) == here.pick(PAGES, None)
 
 
@@ -146,7 +145,7 @@ def test_time_is_bounded_and_the_next_start_goes_on():
     here = bench.tuning(limit_s=0.0)
     assert here.pick(PAGES, bench.launch) == Page(8) == here.pick(PAGES, bench.launch) and len(bench.launched) == 1
     assert here.pick(OTHERS, bench.launch) == Page(8) and len(bench.launched) == 1
-    assert "used up after 0 s; the next start goes on" in bench.said[-1] and not kept.folder().exists()
+    assert "used up after 0 s; the next start goes on" in bench.said[-1] and not user_cache.folder().exists()
     assert bench.tuning().pick(PAGES, bench.launch) == Page(16, 8)
 
 
@@ -194,7 +193,7 @@ def test_threads_that_ask_at_once_time_once():
 
 
 def spoiled(*path, to):
-    found = json.loads((kept.folder() / "tuning.json").read_text())
+    found = json.loads((user_cache.folder() / "tuning.json").read_text())
     inner = found
     for key in path[:-1]:
         inner = inner[key]
@@ -217,7 +216,7 @@ CHOICE = ("cards", 0, "choices", "page: heads")
         lambda: '{"profiles": []}',
         lambda: '{"cards": 7}',
         lambda: '{"cards": [7]}',
-        lambda: (kept.folder() / "tuning.json").read_text()[:-30],
+        lambda: (user_cache.folder() / "tuning.json").read_text()[:-30],
         lambda: spoiled("cards", 0, "choices", to=[]),
         lambda: spoiled(*CHOICE, to=None),
         lambda: spoiled(*CHOICE, "tile", to="large"),
@@ -230,11 +229,11 @@ CHOICE = ("cards", 0, "choices", "page: heads")
 def test_a_file_that_makes_no_sense_is_said_in_a_line_and_replaced(text):
     bench = Bench()
     bench.tuning().pick(PAGES, bench.launch)
-    (kept.folder() / "tuning.json").write_text(text(), encoding="utf-8")
+    (user_cache.folder() / "tuning.json").write_text(text(), encoding="utf-8")
     bench.said.clear()
     assert bench.tuning().pick(PAGES, bench.launch) == Page(16, 8) and len(bench.launched) == 6
     complaint = bench.said[0]
-    assert complaint.startswith(f"{kept.folder() / 'tuning.json'} is not used: ")
+    assert complaint.startswith(f"{user_cache.folder() / 'tuning.json'} is not used: ")
     assert "\n" not in complaint and len(complaint) < 300
     assert bench.tuning().pick(PAGES, bench.launch) == Page(16, 8) and len(bench.launched) == 6
 
@@ -243,7 +242,7 @@ def test_a_file_that_makes_no_sense_is_said_in_a_line_and_replaced(text):
 def test_a_kept_size_that_is_no_candidate_is_not_used(tile):
     bench = Bench()
     bench.tuning().pick(PAGES, bench.launch)
-    (kept.folder() / "tuning.json").write_text(spoiled(*CHOICE, "tile", to=tile))
+    (user_cache.folder() / "tuning.json").write_text(spoiled(*CHOICE, "tile", to=tile))
     assert bench.tuning().pick(PAGES, bench.launch) == Page(16, 8) and len(bench.launched) == 6
 
 
@@ -267,13 +266,15 @@ def test_a_folder_that_cannot_be_written_is_said_once(tmp_path, monkeypatch):
 
 
 def test_where_files_are_kept(monkeypatch, tmp_path):
-    assert kept.folder() == tmp_path / "cache"
+    assert user_cache.folder() == tmp_path / "cache"
     monkeypatch.delenv("NEOX_LITE_CACHE")
-    assert kept.folder().parts[-1] == "neox-lite" and str(kept.folder()).startswith(os.environ["XDG_CACHE_HOME"])
+    assert user_cache.folder().parts[-1] == "neox-lite" and str(user_cache.folder()).startswith(
+        os.environ["XDG_CACHE_HOME"]
+    )
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     if os.name != "nt":
-        assert kept.folder() == tmp_path / ".cache" / "neox-lite"
+        assert user_cache.folder() == tmp_path / ".cache" / "neox-lite"
 
 
 # Why ------------------------------------------------------------------------------------------------------------------
@@ -290,7 +291,7 @@ def test_it_says_what_is_used_and_why():
 
 
 def test_doctor_tells_it_and_times_anew_when_it_measures(monkeypatch, capsys):
-    from neox_lite.offload import profile as machine
+    from neox_lite.offload import profile
     from neox_lite.offload.plan import Machine as Profile
     from neox_lite.offload.plan import Rates
     from neox_lite_app import doctor
@@ -301,7 +302,7 @@ def test_doctor_tells_it_and_times_anew_when_it_measures(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "cards", lambda: [device])
     monkeypatch.setattr(tuning, "of", lambda found: here)
     rates = Profile(Rates(2e10, 3e11, 1e-5, 1e-9, 1e11), None, 400 << 20, None)
-    monkeypatch.setattr(machine, "_measured", lambda progress: here.pick(PAGES, bench.launch) and rates)
+    monkeypatch.setattr(profile, "_measured", lambda progress: here.pick(PAGES, bench.launch) and rates)
     assert main(["doctor"]) == 0 and bench.launched == []
     assert "kernels  on cuda:0: all as shipped for RTX 30" in capsys.readouterr().out
     assert main(["doctor", "--measure", "--json"]) == 0 and len(bench.launched) == 3
@@ -331,27 +332,29 @@ def test_the_driver_s_version_is_read_where_the_system_tells_it(monkeypatch, tmp
 
 HALF = torch.float16
 ROWS = [
-    choices.rows(Machine(capability), size, words, bits, inner, tokens, math)
-    for capability in (*choices.SHIPPED, (10, 0))
+    tile_configs.rows(Machine(capability), size, words, bits, inner, tokens, math)
+    for capability in (*tile_configs.SHIPPED, (10, 0))
     for size, words in ((43008, (768,)), (6144, (768, 3072)), (768, (96,)), (2560, (320, 1280)))
     for bits, inner, math in ((4, 16, "halves"), (8, 32, "float16"), (4, 4, "float32"), (0, 1, "float16"))
     for tokens in (1, 2, 7)
 ]
 TILES = [
-    choices.tiles(size, 6144, tokens, bits, dtype)
+    tile_configs.tiles(size, 6144, tokens, bits, dtype)
     for size in (768, 43008)
     for tokens in (3, 17, 33, 200)
     for bits in (4, 8)
     for dtype in (HALF, torch.bfloat16)
 ]
-BLOCKS = [choices.blocks(Machine(c), dim, True, HALF) for c in choices.SHIPPED for dim in (64, 96, 256)]
-PAGE_SIZES = [choices.page(piece, True, HALF) for piece in (16, 32, 128, 256)]
+BLOCKS = [tile_configs.blocks(Machine(c), dim, True, HALF) for c in tile_configs.SHIPPED for dim in (64, 96, 256)]
+PAGE_SIZES = [tile_configs.page(piece, True, HALF) for piece in (16, 32, 128, 256)]
 
 
 @pytest.mark.parametrize("every", [ROWS, TILES, BLOCKS, PAGE_SIZES], ids=["rows", "tiles", "blocks", "page"])
 def test_a_kernel_has_two_to_six_different_candidates_of_powers_of_two(every):
     for candidates in every:
-        assert 2 <= len(candidates.tiles) <= 6 == choices.MOST and len(set(candidates.tiles)) == len(candidates.tiles)
+        assert 2 <= len(candidates.tiles) <= 6 == tile_configs.MOST and len(set(candidates.tiles)) == len(
+            candidates.tiles
+        )
         for tile in candidates.tiles:
             sizes = [value for name, value in asdict(tile).items() if name not in ("registers", "stages")]
             assert all(value & (value - 1) == 0 and value > 0 for value in sizes)
@@ -368,15 +371,15 @@ def test_shapes_of_a_class_share_their_candidates():
     by_shape = {}
     for candidates in ROWS:
         by_shape.setdefault(candidates.shape, set()).add(candidates.tiles[1:])
-    assert choices.tiles(43008, 6144, 3, 4, HALF).shape == choices.tiles(40000, 5120, 9, 4, HALF).shape
-    assert choices.tiles(43008, 6144, 3, 4, HALF).shape != choices.tiles(6144, 6144, 3, 4, HALF).shape
+    assert tile_configs.tiles(43008, 6144, 3, 4, HALF).shape == tile_configs.tiles(40000, 5120, 9, 4, HALF).shape
+    assert tile_configs.tiles(43008, 6144, 3, 4, HALF).shape != tile_configs.tiles(6144, 6144, 3, 4, HALF).shape
     assert len(by_shape) > 20
 
 
 def test_large_products_of_one_token_are_cut_otherwise_on_cards_short_of_instructions():
-    here, there = (choices.rows(Machine(c), 43008, (768,), 4, 16, 1, "halves").tiles[0] for c in ((9, 0), (8, 6)))
+    here, there = (tile_configs.rows(Machine(c), 43008, (768,), 4, 16, 1, "halves").tiles[0] for c in ((9, 0), (8, 6)))
     assert (here.rows, there.rows) == (4, 2) and replace(here, rows=2) == there
-    assert choices.rows(Machine((9, 0)), 6144, (768,), 4, 16, 1, "halves").tiles[0].rows == 2
+    assert tile_configs.rows(Machine((9, 0)), 6144, (768,), 4, 16, 1, "halves").tiles[0].rows == 2
 
 
 # Results --------------------------------------------------------------------------------------------------------------
@@ -402,12 +405,12 @@ def checks():
     return checks
 
 
-@pytest.mark.parametrize("nth", range(choices.MOST))
+@pytest.mark.parametrize("nth", range(tile_configs.MOST))
 def test_every_candidate_is_within_the_kernel_s_bounds(checks, nth):
-    from neox_lite.kernels import triton as backend
+    from neox_lite.kernels import triton
     from neox_lite.kernels.triton.operations import Operations
 
-    device, picks = torch.device("cpu" if backend.interpreted() else "cuda"), Nth(nth)
+    device, picks = torch.device("cpu" if triton.interpreted() else "cuda"), Nth(nth)
     ops = Operations(False, lambda device: Machine((8, 0)), lambda device: picks)
     here = checks.Checks("triton", ops, HALF, device)
     verdicts = [
@@ -422,13 +425,13 @@ def test_every_candidate_is_within_the_kernel_s_bounds(checks, nth):
 
 
 def test_candidates_that_keep_a_row_in_a_warp_give_the_same_bits(checks):
-    from neox_lite.kernels import triton as backend
+    from neox_lite.kernels import triton
     from neox_lite.kernels.triton.operations import Operations
 
-    device = torch.device("cpu" if backend.interpreted() else "cuda")
+    device = torch.device("cpu" if triton.interpreted() else "cuda")
     weight = checks.Checks("triton", None, HALF, device).weight("int4", 32, 43, 2048, 1)
     x, found = torch.randn(1, 2048, generator=torch.Generator().manual_seed(0)).half().to(device), {}
-    for nth in range(choices.MOST):
+    for nth in range(tile_configs.MOST):
         picks = Nth(nth)
         ops = Operations(False, lambda device: Machine((8, 0)), lambda device, picks=picks: picks)
         inputs = ops.layer_norms(x, [(torch.ones_like(x[0]), torch.zeros_like(x[0]), 1e-5)], [weight])

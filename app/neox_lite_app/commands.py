@@ -424,7 +424,7 @@ COMMANDS = (
         _plan,
         "what goes where, bytes and predicted speed; without MODEL, of every known checkpoint",
     ),
-    Command("list", "models.shelf", _list, "models on this machine", "show"),
+    Command("list", "models.local_models", _list, "models on this machine", "show"),
     Command("info", "models.inspect_model", _info, "what a model or an adapter is: architecture, format, sizes"),
     Command("doctor", "doctor", _doctor, "what this machine has, what will be used, and why not more"),
 )

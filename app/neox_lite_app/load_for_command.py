@@ -16,7 +16,7 @@ from neox_lite.formats import Format, formats_of, label
 from neox_lite.generation.sampling import BOUNDS
 from neox_lite.layers import Linear
 from neox_lite.loading.save import parse_bytes
-from neox_lite.offload import profile as machine
+from neox_lite.offload import profile
 from neox_lite.offload.placement import device_of
 
 from .terminal import amount, bar, note
@@ -66,11 +66,11 @@ def memory_limit(args: argparse.Namespace, side: str) -> int | None:
         raise ArgumentError(f"--{side}-memory is {text[:40]!r}, expected a size such as 8GiB or 500MB") from error
 
 
-def measure_machine() -> machine.Machine:
+def measure_machine() -> profile.Machine:
     """Measure this machine's speed, with a progress bar, and keep it."""
     warn_if_busy()
     with bar("measure this machine", "step") as progress:
-        return machine.renew(progress)
+        return profile.renew(progress)
 
 
 def warn_if_busy() -> float | None:

@@ -19,7 +19,7 @@ from torch.nn import functional
 from benchmarks.gpu.peers import PEERS, once_for_each, torch_fp16
 from neox_lite.cache import Batch, PagePool
 from neox_lite.formats import DENSE, Weight, make_format
-from neox_lite.kernels.triton import tile_configs as choices
+from neox_lite.kernels.triton import tile_configs
 from neox_lite_app.bench import copy_gb_per_s
 
 
@@ -301,7 +301,7 @@ class Bench:
             yield row | {"torch_sdpa_us": self.clock.seconds(sdpa) * 1e6}
 
 
-class TilesAlways(choices.Machine):
+class TilesAlways(tile_configs.Machine):
     """A card for which no number of tokens is too large for tiles."""
 
     tiles_up_to = 1 << 30

@@ -30,8 +30,7 @@ from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
 from neox_lite.cache import Batch
 from neox_lite.formats import make_format
 from neox_lite.kernels.backend import Choice
-from neox_lite.kernels.triton import operations
-from neox_lite.kernels.triton import tile_configs as choices
+from neox_lite.kernels.triton import operations, tile_configs
 from neox_lite.layers import Linear
 
 SHAPES = {  # layers, hidden size, heads, vocabulary
@@ -116,7 +115,7 @@ def measure(shape: str, steps: int) -> Iterator[dict[str, Any]]:
     """Microseconds of a step, launch by launch and as a graph, for one sequence and eight; then operation by operation."""
     model, ops = (
         model_of(shape),
-        operations.Operations(False, lambda _: choices.Machine((8, 0)), graphs=lambda _: NoGraphs()),
+        operations.Operations(False, lambda _: tile_configs.Machine((8, 0)), graphs=lambda _: NoGraphs()),
     )
     model.ops = ops
     with without_launches() as count:

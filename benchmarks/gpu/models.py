@@ -18,8 +18,7 @@ from benchmarks.gpu.peers import PEERS, Transformers, substituted
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
 from neox_lite.formats import DENSE, make_format
 from neox_lite.kernels import dispatch
-from neox_lite.kernels.triton import tile_configs as choices
-from neox_lite.kernels.triton import tuning
+from neox_lite.kernels.triton import tile_configs, tuning
 from neox_lite.loading.load import put
 from neox_lite.offload.placement import Wish, decide
 from neox_lite.offload.profile import context_bytes
@@ -81,8 +80,8 @@ class Models:
         return type(dispatch.load("triton").bind(False))(False, **options)
 
     @property
-    def machine(self) -> choices.Machine:
-        return choices.machine(self.device)
+    def machine(self) -> tile_configs.Machine:
+        return tile_configs.machine(self.device)
 
     def card(self) -> tuning.Card:
         return tuning.card_of(self.device) if self.device.type == "cuda" else tuning.Card("none", "", "", "")

@@ -32,7 +32,7 @@ from triton.runtime.jit import JITFunction
 from neox_lite import GPTNeoXConfig
 from neox_lite.cache import Batch, PagePool
 from neox_lite.formats import DENSE, Weight, make_format
-from neox_lite.kernels.triton import tile_configs as choices
+from neox_lite.kernels.triton import tile_configs
 from neox_lite.kernels.triton.operations import Operations
 from neox_lite.kernels.triton.steps import Inputs, Tables
 from neox_lite.layers import GPTNeoXLayer, Linear, Rotary, norm_of
@@ -147,7 +147,7 @@ class Nth:
 
     number: int
 
-    def pick(self, candidates: choices.Candidates[Any], launch: object) -> Any:
+    def pick(self, candidates: tile_configs.Candidates[Any], launch: object) -> Any:
         return candidates.tiles[self.number % len(candidates.tiles)]
 
 
@@ -297,14 +297,14 @@ def main() -> int:
     args = parser.parse_args()
     found: dict[Any, Facts] = {}
     for card in args.cards:
-        machine = choices.Machine((card // 10, card % 10))
+        machine = tile_configs.Machine((card // 10, card % 10))
         for run in ALL if args.all else FEW:
 
             def keep(kernel: Any, given: dict[str, Any], run: Run = run, card: int = card) -> None:
                 if id(kernel) not in found:
                     found[id(kernel)] = facts(run.name, card, kernel, given)
 
-            for number in range(choices.MOST if args.candidates else 1):
+            for number in range(tile_configs.MOST if args.candidates else 1):
                 nth = Nth(number)
                 with recorded(card, keep):
                     step(

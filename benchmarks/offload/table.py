@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from neox_lite.offload import profile as machine
+from neox_lite.offload import profile
 from neox_lite.offload.plan import CARDS, Machine, Plan, Request, plan, sizes_of
 from neox_lite_app.load_for_command import default_threads
 from neox_lite_app.models.family import FAMILY
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="file to write (default: stdout)")
     args = parser.parse_args()
     torch.set_num_threads(default_threads())
-    here = machine.profile()
+    here = profile.profile()
     text = "\n".join((*rows(here), "", *notes(here))) + "\n"
     if args.out:
         args.out.write_text(text, encoding="utf-8")
@@ -45,7 +45,7 @@ def rows(here: Machine) -> Iterator[str]:
     yield f"| {' | '.join(titles)} |"
     yield "|" + "---|" * len(titles)
     for gpu, cpu in product(GPU_GIB, CPU_GIB):
-        request = Request(CONTEXT, (cpu << 30) - SYSTEM_BYTES, (gpu << 30) - machine.GPU_MARGIN)
+        request = Request(CONTEXT, (cpu << 30) - SYSTEM_BYTES, (gpu << 30) - profile.GPU_MARGIN)
         plans = [plan(sizes, replace(here, card=card), request) for card in CARDS.values()]
         (placed,) = {placement(found) for found in plans}  # memory decides that, not speed
         yield f"| {gpu} GB | {cpu} GB | {placed} | {' | '.join(map(figures, plans))} |"
@@ -69,12 +69,12 @@ def notes(here: Machine) -> Iterator[str]:
     yield (
         f"GPT-NeoX-20B, int4 g128, context {CONTEXT}. For each card: tokens/s of decoding and of a prompt, and the length of a "
         "pass from which on the CPU's layers are streamed to the GPU. **Predictions**: cards by their specifications, whatever "
-        f"memory they are sold with; {machine.GPU_MARGIN >> 20} MiB of it are left to the display, and "
+        f"memory they are sold with; {profile.GPU_MARGIN >> 20} MiB of it are left to the display, and "
         f"{SYSTEM_BYTES >> 30} GiB of the host's to the system."
     )
     yield (
-        f"The CPU as measured on this machine ({machine.cpu_name()}, {torch.get_num_threads()} threads): "
-        f"{cpu.read_bytes_per_s / 1e9:.1f} GB/s of int4 weights, {cpu.flops_per_s / 1e9:.0f} GFLOP/s at {machine.MANY} tokens, "
+        f"The CPU as measured on this machine ({profile.cpu_name()}, {torch.get_num_threads()} threads): "
+        f"{cpu.read_bytes_per_s / 1e9:.1f} GB/s of int4 weights, {cpu.flops_per_s / 1e9:.0f} GFLOP/s at {profile.MANY} tokens, "
         f"{cpu.layer_s * 1e6:.0f} µs a layer; disk {f'{disk / 1e9:.1f} GB/s' if disk else 'unknown'}."
     )
 

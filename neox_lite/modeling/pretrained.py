@@ -26,7 +26,7 @@ from ..generation.mixin import Event, GenerationMixin
 from ..kernels.backend import Backend, Choice, Decoder, Flight
 from ..kernels.captured import MOST_TOKENS
 from ..layers import GPTNeoXLayer, Linear, Rotary, norm_of
-from ..loading import load as loading
+from ..loading import load
 from ..loading import save as saving
 from ..loading.options import LoadOptions
 from ..loading.skeleton import Source, identity_of
@@ -113,7 +113,7 @@ class GPTNeoXPreTrainedModel(nn.Module):
     @classmethod
     def from_pretrained(cls: type[Model], name: str | os.PathLike[str], **options: Any) -> Model:
         """Load a folder or hub id. Options: those of `LoadOptions`."""
-        return loading.from_pretrained(cls, name, LoadOptions.parse(options))
+        return load.from_pretrained(cls, name, LoadOptions.parse(options))
 
     @classmethod
     def from_config(cls: type[Model], config: GPTNeoXConfig) -> Model:
@@ -302,7 +302,7 @@ class GPTNeoXPreTrainedModel(nn.Module):
 
     def warm(self, progress: Callable[[int, int], object] | None = None) -> None:
         """Read mapped weights from the disk now rather than token by token; progress is told bytes done and in all."""
-        loading.warm(self, progress)
+        load.warm(self, progress)
 
     # Running ----------------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..config import GPTNeoXConfig
 from ..errors import ArgumentError, FormatError, UnsupportedError
 from ..formats import DENSE, Format, GroupInt
-from . import profile as machine
+from . import profile
 from .accelerator import Accelerator, Cuda
 from .plan import CPU, DISK, GPU, NO, Bytes, Machine, Plan, Rates, Request, Sizes, plan, sizes_of
 from .run import Placement
@@ -169,7 +169,7 @@ def _by_plan(wish: Wish, sizes: Sizes, not_on_disk: str | None) -> Decision:
     device, limits = _gpu_of(wish), dict(wish.max_memory or {})
     here = known_machine(measure=device is not None)
     limit = next((n for key, n in limits.items() if device is not None and key in _names_of(device)), None)
-    cpu_bytes, gpu_bytes = machine.budgets(here, limits.get("cpu"), limit, None if device is None else device.index)
+    cpu_bytes, gpu_bytes = profile.budgets(here, limits.get("cpu"), limit, None if device is None else device.index)
     request = Request(
         context=wish.context or sizes.context,
         cpu_bytes=cpu_bytes,
@@ -220,11 +220,11 @@ def known_machine(measure: bool) -> Machine:
 
     What the process holds already, and what models that were planned before may come to hold, counts as the process's own.
     """
-    found = machine.profile(measure=False)
+    found = profile.profile(measure=False)
     if found is None and measure:
-        found = machine.profile()
-    own = machine.resident()
-    process = own + PROCESS_GROWTH if own is not None else machine.PROCESS_BYTES
+        found = profile.profile()
+    own = profile.resident()
+    process = own + PROCESS_GROWTH if own is not None else profile.PROCESS_BYTES
     if PLANNED:
         gc.collect()  # a model that nobody refers to may still be in a cycle
     planned = [model.plan.totals for model in PLANNED if model.plan is not None]

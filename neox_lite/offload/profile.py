@@ -25,7 +25,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from .. import user_cache as kept
+from .. import user_cache
 from ..cache import PAGE, Batch, PagePool
 from ..config import GPTNeoXConfig
 from ..errors import ArgumentError
@@ -114,7 +114,7 @@ def identity() -> dict[str, Any]:
 
 def cache_file() -> Path:
     """Where the profile is kept. Raises OSError where the user has no home."""
-    return kept.folder() / FILE
+    return user_cache.folder() / FILE
 
 
 def _load(here: dict[str, Any]) -> Machine | None:
@@ -130,7 +130,7 @@ def _load(here: dict[str, Any]) -> Machine | None:
 
 def _kept() -> list[Any]:
     """The entries of the file, whatever they are; none where there is no file. Raises ValueError if it holds anything else."""
-    found = kept.read(FILE)
+    found = user_cache.read(FILE)
     entries = [] if found is None else entry(found, "profiles")
     if not isinstance(entries, list):
         raise ValueError("profiles is no list")
@@ -176,7 +176,7 @@ def _keep(here: dict[str, Any], found: Machine) -> None:
         others = [p for p in _kept() if isinstance(p, dict) and p.get("identity") != here]
     profiles = [{"identity": here, "machine": asdict(found)}, *others][:MOST_KEPT]
     try:
-        kept.write(FILE, {"profiles": profiles})
+        user_cache.write(FILE, {"profiles": profiles})
     except OSError as error:
         reason = error.strerror or error
         _say(f"the machine's measured speed cannot be kept, so it is measured every time: {reason}")

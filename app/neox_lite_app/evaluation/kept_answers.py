@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from neox_lite import user_cache as kept
+from neox_lite import user_cache
 from neox_lite.errors import ArgumentError
 
 FOLDER = "eval"  # below kept.folder()
@@ -38,7 +38,7 @@ class KeptAnswers:
     """
 
     def __init__(self, who: Any, fresh: bool = False) -> None:
-        self.path = kept.folder() / FOLDER / f"{digest(who)[:32]}.db"
+        self.path = user_cache.folder() / FOLDER / f"{digest(who)[:32]}.db"
         self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         if fresh:
             with suppress(FileNotFoundError):

@@ -19,7 +19,7 @@ from neox_lite.errors import ArgumentError, FormatError
 from neox_lite.formats import GROUPED, formats_of, label, make_format
 from neox_lite.hub import HEAD, MANIFEST, fetch_files, local_folder
 from neox_lite.loading.options import DTYPES
-from neox_lite.offload import profile as machine
+from neox_lite.offload import profile
 from neox_lite.offload.placement import sizes_in
 from neox_lite.offload.plan import (
     CARDS,
@@ -63,7 +63,7 @@ def plan(args: argparse.Namespace) -> None:
     request = replace(place.request(args, args.context or model.sizes.context), disk=model.disk)
     found = make_plan(model.sizes, place.machine, request)
     if found.disk_layers and model.shard is not None:  # its own disk may be another than the one that was measured
-        here = replace(place.machine, disk_bytes_per_s=machine.disk_rate(model.shard) or place.machine.disk_bytes_per_s)
+        here = replace(place.machine, disk_bytes_per_s=profile.disk_rate(model.shard) or place.machine.disk_bytes_per_s)
         found = make_plan(model.sizes, here, found.request)
     advice = [*found.advice, *smaller_format(model, found)]
     if args.json:
@@ -183,7 +183,7 @@ class Place:
         """This machine, measured if it was not before, with what is free now; or with the card that is asked for."""
         card = card_of(args.card) if args.card is not None else None
         gpu_bytes, cpu_bytes = memory_limit(args, "gpu"), memory_limit(args, "cpu")
-        here = machine.profile(measure=False) or measure_machine()
+        here = profile.profile(measure=False) or measure_machine()
         if card is not None:
             here = replace(here, card=card)
         if gpu_bytes == 0 and here.card is None:  # nothing of a GPU can be had anywhere
@@ -191,8 +191,8 @@ class Place:
         if gpu_bytes is not None and here.card is None:
             raise ArgumentError(f"--gpu-memory: there is no GPU here; plan for one with --card: {', '.join(CARDS)}")
         if card is not None and gpu_bytes is None:
-            gpu_bytes = card.bytes - machine.GPU_MARGIN
-        return cls(here, *machine.budgets(here, cpu_bytes, gpu_bytes), card is not None)
+            gpu_bytes = card.bytes - profile.GPU_MARGIN
+        return cls(here, *profile.budgets(here, cpu_bytes, gpu_bytes), card is not None)
 
     def request(self, args: argparse.Namespace, context: int) -> Request:
         return Request(context, self.cpu_bytes, self.gpu_bytes, kv=args.kv, head=args.head)

@@ -23,7 +23,7 @@ from neox_lite.errors import ContextLengthError, NeoxLiteError
 from neox_lite.version import __version__
 
 from ..conversations.prompt_forms import Reader, form_of
-from . import schema as fields
+from . import schema
 from .engine import Busy, Engine, Job, NotLoaded, Step, Ticket
 from .grammar import Grammar, Vocabulary
 from .responses import Chats, Choice, Completions, Envelope, Scored, Tokens, event, usage
@@ -102,14 +102,14 @@ class Api:
         return about
 
     async def completions(self, request: Request) -> Response:
-        wanted = fields.completion(await _body(request))
+        wanted = schema.completion(await _body(request))
         name = self._check_model(wanted.model)
         model = self._current(name)
         prompts = [await self._aside(model.prompt, prompt) for prompt in wanted.prompts]
         return await self._answer(request, wanted, prompts, Completions(model.tokens), model, wanted.options)
 
     async def chat(self, request: Request) -> Response:
-        wanted = fields.chat(await _body(request))
+        wanted = schema.chat(await _body(request))
         name = self._check_model(wanted.model)
         model = self._current(name)
         ids, options = await self._aside(model.chat, wanted)
@@ -228,7 +228,7 @@ class _Model:
         answer = wanted.messages[-1]["content"] if wanted.go_on else None
         return None if wanted.constraint is not None else self._form.reader(answer)
 
-    def grammar(self, constraint: fields.Constraint, options: Any) -> Grammar:
+    def grammar(self, constraint: schema.Constraint, options: Any) -> Grammar:
         ends = tuple(options.get("eos_token_id", self._ends))
         if ends not in self._vocabularies:
             self._vocabularies[ends] = Vocabulary(self.tokenizer, self._vocabulary_size, ends)
@@ -423,7 +423,7 @@ async def _body(request: Request) -> dict[str, Any]:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise RequestError(f"the body's Content-Type is {kind[:100]!r}, expected application/json", status=415)
-    return fields.read_json(await request.body())
+    return schema.read_json(await request.body())
 
 
 def _short(name: str) -> str:

@@ -28,7 +28,7 @@ from neox_lite.generation.options import GenerationConfig, Options, as_dict
 from neox_lite.generation.request import Row, StopText, check_ids
 from neox_lite.generation.sampling import Score
 from neox_lite.generation.scheduler import ReadingPace, Scheduler
-from neox_lite.offload import profile as machine
+from neox_lite.offload import profile
 from neox_lite.offload.run import Placement
 
 KEPT_BYTES = 2 << 30  # of pages that stay for later prompts that begin alike; one context's where that is more
@@ -392,7 +392,7 @@ class Engine:
         memory = dict(known.weights) if known is not None and model is not None else {}
         if model is not None:
             memory |= cache_by_tier(model)
-        if (process := machine.resident()) is not None:
+        if (process := profile.resident()) is not None:
             memory["process"] = process
         return Status(state, name, active, waiting, rate, cached, memory, fault)
 

@@ -23,9 +23,7 @@ from ...cache import PAGE, Batch, PagePool
 from ...formats import NF4, Dense, GroupInt, Weight
 from .. import nf4
 from ..backend import Norm
-from . import activations, attention, gemv, interpreted, matmul, tuning
-from . import embed_and_sample as ends
-from . import tile_configs as choices
+from . import activations, attention, embed_and_sample, gemv, interpreted, matmul, tile_configs, tuning
 from .cuda_graph import CudaGraphs
 from .packing import SHIFT
 from .steps import Graphs, Inputs, Steps
@@ -170,7 +168,7 @@ class Operations:
     def __init__(
         self,
         exact: bool,
-        machine: Callable[[torch.device], choices.Machine] = choices.machine,
+        machine: Callable[[torch.device], tile_configs.Machine] = tile_configs.machine,
         tuned: Callable[[torch.device], tuning.Tuning] = tuning.of,
         graphs: Callable[[torch.device], Graphs] | None = None,
     ) -> None:
@@ -195,7 +193,7 @@ class Operations:
         x = torch.empty(len(ids), features, dtype=dtype, device=weight.device)
         if len(ids):
             _launch(
-                ends.embed, (len(ids), triton.cdiv(features, FINISHED)), ids, ids.stride(0),
+                embed_and_sample.embed, (len(ids), triton.cdiv(features, FINISHED)), ids, ids.stride(0),
                 None if step is None else step.chosen, weight.contiguous(), x, features, FINISHED, num_warps=4,
             )  # fmt: skip
         return x
@@ -243,7 +241,7 @@ class Operations:
             many = (0,) if alone else (len(qkv), heads, splits)
             parts, stats = torch.empty(*many, dim, device=qkv.device), torch.empty(*many, 2, device=qkv.device)
 
-            def page(tile: choices.Page) -> None:
+            def page(tile: tile_configs.Page) -> None:
                 _launch(
                     attention.attend_page, (table.count, heads, splits),
                     qkv, rotary, rotary.shape[1], *pool, *pages, table.tokens, scaling, parts, stats, memory(out),
@@ -251,7 +249,7 @@ class Operations:
                 )  # fmt: skip
 
             typical = splits >= PAGES_TO_TIME
-            page(self.tuned(qkv.device).pick(choices.page(piece, int8, qkv.dtype), page if typical else None))
+            page(self.tuned(qkv.device).pick(tile_configs.page(piece, int8, qkv.dtype), page if typical else None))
             if not alone:
                 _launch(
                     attention.combine, (len(qkv), heads), parts, stats, splits, memory(out),
@@ -266,7 +264,7 @@ class Operations:
         )  # fmt: skip
         heads, dim, _, *pieces = shape
 
-        def block(tile: choices.Blocks) -> None:
+        def block(tile: tile_configs.Blocks) -> None:
             _launch(
                 attention.attend_block, (table.block_count, heads), q, *pool, *pages, table.blocks, memory(out),
                 heads, dim, *pieces, table.queries, tile.keys, int8, MATH[qkv.dtype], *_placed(out),
@@ -274,7 +272,7 @@ class Operations:
             )  # fmt: skip
 
         typical = len(qkv) >= TOKENS_TO_TIME
-        candidates = choices.blocks(self.machine(qkv.device), dim, int8, qkv.dtype)
+        candidates = tile_configs.blocks(self.machine(qkv.device), dim, int8, qkv.dtype)
         block(self.tuned(qkv.device).pick(candidates, block if typical else None))
         return out
 
@@ -333,7 +331,7 @@ class Operations:
         rows, vocabulary = logits.shape
         values, ids = torch.empty_like(logits), torch.empty_like(logits, dtype=torch.int32)
         _launch(
-            ends.draw, (rows,), logits, inputs.excluded, inputs.sequences, attention.SEQUENCE.value, inputs.choices,
+            embed_and_sample.draw, (rows,), logits, inputs.excluded, inputs.sequences, attention.SEQUENCE.value, inputs.choices,
             values, ids, inputs.chosen, vocabulary, min(LISTED, triton.next_power_of_2(vocabulary)), num_warps=16,
         )  # fmt: skip
 
@@ -441,7 +439,7 @@ class Operations:
             shapes += [0, None, 1, 1, 1.0]
         math = _math(way, inputs[0])
 
-        def launch(tile: choices.Rows) -> None:
+        def launch(tile: tile_configs.Rows) -> None:
             blocks = sum(triton.cdiv(o.size, tile.lanes * tile.rows) for o in outputs)
             _launch(
                 gemv.multiply_beside, (blocks, triton.cdiv(tokens, tile.tokens)),
@@ -452,7 +450,7 @@ class Operations:
 
         size, device = sum(o.size for o in outputs), inputs[0].device
         words = (way.words(columns),)
-        candidates = choices.rows(self.machine(device), size, words, way.bits, way.inner, tokens, math)
+        candidates = tile_configs.rows(self.machine(device), size, words, way.bits, way.inner, tokens, math)
         launch(self.tuned(device).pick(candidates, launch))
         return outs
 
@@ -462,7 +460,7 @@ class Operations:
         columns = [a.shape[1] for a in inputs]
         math = _math(way, inputs[0])
 
-        def launch(tile: choices.Rows) -> None:
+        def launch(tile: tile_configs.Rows) -> None:
             grid = triton.cdiv(output.size, tile.lanes * tile.rows), triton.cdiv(output.tokens, tile.tokens)
             _launch(
                 gemv.multiply_sum, grid,
@@ -472,7 +470,7 @@ class Operations:
             )  # fmt: skip
 
         words = tuple(map(way.words, columns))
-        candidates = choices.rows(
+        candidates = tile_configs.rows(
             self.machine(out.device), output.size, words, way.bits, way.inner, output.tokens, math
         )
         launch(self.tuned(out.device).pick(candidates, launch))
@@ -483,7 +481,7 @@ class Operations:
         inputs, out = [memory(a) for a in output.inputs], self._out(output)
         columns = [a.shape[1] for a in inputs]
 
-        def launch(tile: choices.Tiles) -> None:
+        def launch(tile: tile_configs.Tiles) -> None:
             grid = triton.cdiv(output.tokens, tile.tokens), triton.cdiv(output.size, tile.rows)
             _launch(
                 matmul.multiply_tiles, grid,
@@ -493,7 +491,7 @@ class Operations:
                 maxnreg=tile.registers,
             )  # fmt: skip
 
-        candidates = choices.tiles(output.size, sum(columns), output.tokens, way.bits, inputs[0].dtype)
+        candidates = tile_configs.tiles(output.size, sum(columns), output.tokens, way.bits, inputs[0].dtype)
         launch(self.tuned(inputs[0].device).pick(candidates, launch))
         return out
 
@@ -566,7 +564,11 @@ class Operations:
             return self._local.step
         held = self._local.batch
         if held is None or held[0] is not batch or held[1] != device:
-            self._local.batch = held = batch, device, BatchTable(batch, device, choices.queries(self.machine(device)))
+            self._local.batch = held = (
+                batch,
+                device,
+                BatchTable(batch, device, tile_configs.queries(self.machine(device))),
+            )
         return held[2]
 
 

@@ -19,8 +19,7 @@ from ...cache import PAGE, Batch, PagePool
 from ...errors import GraphError
 from ..backend import Choice, Flight
 from ..captured import PerPool
-from . import attention
-from . import embed_and_sample as ends
+from . import attention, embed_and_sample
 
 MOST_ROWS = 64  # of a step; a power of two, so that every table begins where kernels like it
 MOST_GRAPHS = 32  # of a pool; the least recently used one goes first
@@ -64,7 +63,12 @@ class Tables(NamedTuple):
     @staticmethod
     def _columns(pages: int) -> list[tuple[int, int]]:
         """Bytes of a number, and how many a row has."""
-        return [(8, ends.CHOICE.value), (4, attention.SEQUENCE.value), (4, attention.TOKEN.value), (4, pages)]
+        return [
+            (8, embed_and_sample.CHOICE.value),
+            (4, attention.SEQUENCE.value),
+            (4, attention.TOKEN.value),
+            (4, pages),
+        ]
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,7 @@ class Seat:
         """A batch of one token a sequence, and rows without any up to so many."""
         count, (tables, numbers) = len(ids), (self.tables, self.numbers)
         tables.sequences[:rows] = 0  # no token: such a row writes nothing
-        tables.choices[:rows, ends.GIVEN] = 0
+        tables.choices[:rows, embed_and_sample.GIVEN] = 0
         tables.sequences[:count] = [(start, i, 1) for i, start in enumerate(batch.starts)]
         tables.tokens[:count, attention.POSITION] = batch.positions.numpy()
         tables.tokens[:count, attention.PAGE_OF] = batch.pages.numpy()
@@ -220,7 +224,7 @@ class Steps:
                     self._logits[rows] = torch.empty(rows, self._vocabulary, dtype=torch.float32, device=self._device)
             tables = Tables.cut(self._data, self._pages)
             inputs = Inputs(
-                rows, pages, self._pages, tables.choices[:rows, ends.GIVEN.value], *tables,
+                rows, pages, self._pages, tables.choices[:rows, embed_and_sample.GIVEN.value], *tables,
                 self._chosen, self._excluded, self._logits[rows],
             )  # fmt: skip
             return self._graphs.capture(lambda: self._step(pool, inputs))

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ... import user_cache as kept
+from ... import user_cache
 from ...errors import ArgumentError
 from ...version import __version__
 from . import interpreted
@@ -187,8 +187,8 @@ class Tuning:
             cards = _cards()
             here = asdict(self._card()) if cards else {}  # asking for the driver takes a moment
             for one in cards:
-                if kept.entry(one, "card") == here:
-                    return dict(_parsed(kept.entry(one, "choices")))
+                if user_cache.entry(one, "card") == here:
+                    return dict(_parsed(user_cache.entry(one, "choices")))
         except ValueError as error:
             self._report(f"{_place()} is not used: {error}")
         return {}
@@ -199,11 +199,13 @@ class Tuning:
         with suppress(ValueError):  # a file that is not one of ours is replaced
             cards = [one for one in _cards() if isinstance(one, dict)]
             others = [one for one in cards if one.get("card") != card]
-            mine = next((dict(_parsed(kept.entry(one, "choices"))) for one in cards if one.get("card") == card), {})
+            mine = next(
+                (dict(_parsed(user_cache.entry(one, "choices"))) for one in cards if one.get("card") == card), {}
+            )
         self._kept = {**mine, **self.kept, key: picked}
         choices = {name: asdict(choice) for name, choice in self._kept.items()}
         try:
-            kept.write(FILE, {"cards": [{"card": card, "choices": choices}, *others][:MAX_CARDS]})
+            user_cache.write(FILE, {"cards": [{"card": card, "choices": choices}, *others][:MAX_CARDS]})
         except OSError as error:
             self._stop(f"sizes of kernels cannot be kept, so no more are timed: {error.strerror or error}")
 
@@ -222,14 +224,14 @@ def _fields(tile: Any) -> dict[str, int]:
 
 def _place() -> str:
     try:
-        return str(kept.folder() / FILE)
+        return str(user_cache.folder() / FILE)
     except OSError:
         return FILE
 
 
 def _cards() -> list[Any]:
-    found = kept.read(FILE)
-    cards = [] if found is None else kept.entry(found, "cards")
+    found = user_cache.read(FILE)
+    cards = [] if found is None else user_cache.entry(found, "cards")
     if not isinstance(cards, list):
         raise ValueError("cards is no list")
     return cards
@@ -240,11 +242,13 @@ def _parsed(choices: Any) -> Iterator[tuple[str, Picked]]:
     if not isinstance(choices, dict):
         raise ValueError("choices is no object")
     for name, choice in choices.items():
-        tile, saved, timed = (kept.entry(choice, key) for key in ("tile", "saved", "timed"))
+        tile, saved, timed = (user_cache.entry(choice, key) for key in ("tile", "saved", "timed"))
         if not isinstance(tile, dict) or any(type(value) is not int for value in tile.values()):
-            raise ValueError(f"tile is {kept.shown(tile)}, expected whole numbers by name")
+            raise ValueError(f"tile is {user_cache.shown(tile)}, expected whole numbers by name")
         if type(saved) not in (int, float) or not 0 <= saved <= 1 or type(timed) is not int:
-            raise ValueError(f"saved is {kept.shown(saved)}, expected 0 to 1, and timed {kept.shown(timed)}")
+            raise ValueError(
+                f"saved is {user_cache.shown(saved)}, expected 0 to 1, and timed {user_cache.shown(timed)}"
+            )
         yield name, Picked(tile, saved, timed)
 
 
