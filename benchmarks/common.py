@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+DEMO = ROOT / "app" / "neox_lite_app" / "demo_model"
 
 
 def module(name: str, *arguments: object) -> list[str]:
@@ -21,10 +23,38 @@ def module(name: str, *arguments: object) -> list[str]:
     return [sys.executable, "-m", f"benchmarks.{name}", *map(str, arguments)]
 
 
-def environment(**changes: str) -> dict[str, str]:
-    """This process's, where the checkout is importable without being installed."""
-    rooms = os.pathsep.join(str(ROOT / room) for room in (".", "quant", "app"))
+def environment(checkout: Path = ROOT, **changes: str) -> dict[str, str]:
+    """This process's, where a checkout is importable without being installed."""
+    rooms = os.pathsep.join(str(checkout / room) for room in (".", "quant", "app"))
     return {**os.environ, "PYTHONPATH": rooms, **changes}
+
+
+def threads_of(count: int) -> dict[str, str]:
+    """Environment in which every library takes so many threads."""
+    return {f"{library}_NUM_THREADS": str(count) for library in ("OMP", "MKL", "NUMBA", "OPENBLAS")}
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def model_folder(shape: str, format: str, scratch: Path, **changes: int) -> Path:
+    """The folder of a shape's random model, written if it is not there: int4, int8 (both with an int8 head) or fp16.
+
+    changes: of the config, as vocab_size. The tokenizer is the bundled model's.
+    """
+    from neox_lite.formats import DENSE, GroupInt
+    from neox_lite_app.models.random_model import RandomModel, config_of
+
+    folder = scratch / "-".join([shape, *([] if format == "int4" else [format]), *map(str, changes.values())])
+    if not (folder / "config.json").is_file():
+        packing = DENSE if format == "fp16" else GroupInt({"int4": 4, "int8": 8}[format], 128)
+        model = RandomModel(config_of(shape).copy(**changes), packing, small_head=format != "fp16")
+        model.write(folder, lambda done, total: None)
+        for path in DEMO.glob("*token*.json"):
+            shutil.copy(path, folder)
+    return folder
 
 
 def machine() -> dict[str, Any]:
@@ -43,16 +73,18 @@ def machine() -> dict[str, Any]:
 class Worker:
     """A process that answers questions, a JSON line each; it is stopped except while it is asked, so no two work at once."""
 
-    def __init__(self, name: str, command: list[str], threads: int, log: Path) -> None:
-        self.name, self.command, self.log = name, command, log
-        libraries = ("OMP", "MKL", "NUMBA", "OPENBLAS")
-        self.environment = environment(**{f"{library}_NUM_THREADS": str(threads) for library in libraries})
+    def __init__(
+        self, name: str, command: list[str], env: dict[str, str], log: Path, folder: Path | None = None
+    ) -> None:
+        """folder: to run in."""
+        self.name, self.command, self.env, self.log, self.folder = name, command, env, log, folder
+        log.parent.mkdir(parents=True, exist_ok=True)
         self.start()
 
     def start(self) -> None:
         with self.log.open("w") as log:
             pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
-            self.process = subprocess.Popen(self.command, env=self.environment, text=True, **pipes)
+            self.process = subprocess.Popen(self.command, env=self.env, cwd=self.folder, text=True, **pipes)
         self.greeting = self.read()
         self.process.send_signal(signal.SIGSTOP)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-FILES = [p.relative_to(ROOT / "benchmarks") for p in (ROOT / "benchmarks").glob("*/*.py")]
+FILES = [p.relative_to(ROOT / "benchmarks") for p in (ROOT / "benchmarks").rglob("*.py")]
 COMMANDS = sorted(
     ".".join(f.with_suffix("").parts) for f in FILES if "argparse" in (ROOT / "benchmarks" / f).read_text()
 )

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import environment, module
+from benchmarks.common import environment, model_folder, module
 
 DECODE_TOKENS = 16
 SAMPLE_S = 0.02
@@ -44,7 +44,7 @@ def main() -> None:
         return
     rows = []
     for shape in args.shapes.split(","):
-        folder = made(shape, args.format, args.scratch)
+        folder = model_folder(shape, args.format, args.scratch)
         for gpu in args.gpu_memory.split(","):
             for cpu in args.cpu_memory.split(","):
                 case = {"folder": str(folder), "context": args.context, "kv": args.kv, "decode": args.decode}
@@ -54,19 +54,6 @@ def main() -> None:
     if args.out:
         target = args.out / f"{args.name}.json"
         target.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
-
-
-def made(shape: str, format: str, scratch: Path) -> Path:
-    """The folder of a shape's random model, quantized ones with an int8 head, written if it is not there."""
-    from neox_lite.formats import DENSE, GroupInt
-    from neox_lite_app.models.random_model import RandomModel, config_of
-
-    folder = scratch / (shape if format == "int4" else f"{shape}-{format}")
-    if not (folder / "config.json").is_file():
-        packing = DENSE if format == "fp16" else GroupInt({"int4": 4, "int8": 8}[format], 128)
-        model = RandomModel(config_of(shape), packing, small_head=format != "fp16")
-        model.write(folder, lambda done, total: None)
-    return folder
 
 
 def run(case: dict[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS, Worker, environment, last_line, machine, module
+from benchmarks.common import RESULTS, Worker, environment, last_line, machine, module, threads_of
 from benchmarks.peers.engines import ENGINES, GROUP, PROMPT, REFERENCE, SHAPES, settings
 
 METRICS = {  # what a worker is asked; {n} is --tokens
@@ -38,7 +38,9 @@ METRICS = {  # what a worker is asked; {n} is --tokens
 
 def engine(name: str, args: argparse.Namespace, home: Path, program: str = "peers.engines") -> Worker:
     """A process that loads an engine."""
-    return Worker(name, module(program, name, home, args.threads), args.threads, home / f"{name}.log")
+    return Worker(
+        name, module(program, name, home, args.threads), environment(**threads_of(args.threads)), home / f"{name}.log"
+    )
 
 
 QUIET, TRIES = 0.05, 6  # a sample during which others took more than this share of the CPU is taken again

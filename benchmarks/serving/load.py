@@ -31,7 +31,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import ROOT, machine
+from benchmarks.common import ROOT, environment, machine
 from benchmarks.peers.cpu import engine
 
 READY_S = 300
@@ -65,14 +65,12 @@ def free_port() -> int:
 
 
 @contextmanager
-def running(name: str, command: list[str], port: int, log: Path) -> Iterator[Server]:
+def running(name: str, command: list[str], port: int, log: Path, checkout: Path = ROOT) -> Iterator[Server]:
     """A server in a process group of its own, once it answers."""
-    paths = os.pathsep.join(str(ROOT / room) for room in (".", "app", "quant"))
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as out:
-        process = subprocess.Popen(
-            command, stdout=out, stderr=out, start_new_session=True, env={**os.environ, "PYTHONPATH": paths}
-        )
+        env = environment(checkout)
+        process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True, env=env, cwd=checkout)
     try:
         server, ends = Server(name, f"http://127.0.0.1:{port}/v1", process), time.monotonic() + READY_S
         while True:
@@ -119,15 +117,17 @@ async def ask(url: str, prompt: str, tokens: int) -> Sample:
 
 
 async def load(server: Server, clients: int, seconds: float, words: int, tokens: int, seed: int) -> dict[str, float]:
-    """Clients that ask again and again; every answer that began within the time counts, and so does the time of the last."""
+    """Clients that ask once, and again until so many seconds are over; the time of the last answer counts, too."""
     samples: list[Sample] = []
     began = time.perf_counter()
 
     async def one(number: int) -> None:
         draw = random.Random(f"{seed} {number}")
-        while time.perf_counter() - began < seconds:
+        while True:
             prompt = " ".join(draw.choice(WORDS) for _ in range(words))
             samples.append(await ask(server.url, prompt, tokens))
+            if time.perf_counter() - began >= seconds:
+                return
 
     await asyncio.gather(*(one(number) for number in range(clients)))
     wall = time.perf_counter() - began
