@@ -3,7 +3,7 @@
 import contextlib
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -41,6 +41,46 @@ def own_caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     home = tmp_path_factory.mktemp("hf_home")
     monkeypatch.setenv("HF_HOME", str(home))
     yield home
+
+
+@pytest.fixture
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine without a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """neox-lite in this process: exit code, stdout, stderr."""
+    from neox_lite_app.cli import main
+
+    def call(*words: object) -> tuple[int, str, str]:
+        code = main([str(word) for word in words])
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def demo_int4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model in int4; copy it before you change it."""
+    from neox_lite_app.paths import DEMO
+    from neox_lite_quant import convert
+
+    folder = tmp_path_factory.mktemp("demo") / "int4"
+    convert(DEMO, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def heldout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text that the bundled model was not trained on."""
+    from neox_lite_app.paths import DEMO
+
+    path = tmp_path_factory.mktemp("text") / "heldout.txt"
+    path.write_text((DEMO / "heldout.txt").read_text(encoding="utf-8")[:6000], encoding="utf-8")
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,6 @@ from weakref import WeakSet
 
 import pytest
 import torch
-from huggingface_hub import constants
 from support import peers
 from support.fake_hub import FakeHub
 from support.peers import difference, random_ids
@@ -401,12 +400,7 @@ def hub(every, monkeypatch, tmp_path):
         files[1]["adapter_config.json"] = json.dumps({**settings, "base_model_name_or_path": "ann/base"}).encode()
         hub.add("ann/base", files[0])
         hub.add("ann/adapter", files[1])
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        hub.stand_in(monkeypatch, tmp_path)
         yield hub
 
 

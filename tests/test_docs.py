@@ -15,7 +15,6 @@ from weakref import WeakSet
 import generated
 import pytest
 import torch
-from huggingface_hub import constants
 from support.documents import PAGES, ROOT, Session, blocks_of, commands_of, prose_of
 from support.fake_hub import FakeHub
 
@@ -128,12 +127,7 @@ def session(hub, prepared, tmp_path, monkeypatch):
     monkeypatch.setattr(profile, "renew", lambda *given: here)
     monkeypatch.setattr(placement, "PLANNED", WeakSet())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    hub.stand_in(monkeypatch, tmp_path, TOKEN)
     monkeypatch.setenv("NEOX_LITE_DATA", str(tmp_path / "data"))
     monkeypatch.setenv("TERM", "dumb")
     Store().save(Conversation())

@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.checkpoints import SHAPE
+from support.checkpoints import write_source as write_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXForSequenceClassification, GPTNeoXTokenizerFast
+from neox_lite import GPTNeoXForCausalLM, GPTNeoXForSequenceClassification, GPTNeoXTokenizerFast
 from neox_lite.errors import ArgumentError, CheckpointError, FormatError, ShapeError, TokenizerError
 from neox_lite.formats import GroupInt, pack
 from neox_lite.kernels import reference
@@ -19,16 +21,6 @@ from neox_lite_quant import convert, export_gguf, gguf_export, gguf_file
 from neox_lite_quant.gguf_file import F16, F32, Q4_0, Q8_0, GgufTensor, write_gguf
 from neox_lite_quant.gguf_tensors import blocks
 
-SHAPE = {
-    "vocab_size": 131,
-    "hidden_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 256,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.1,
-    "hidden_act": "gelu_fast",  # the one activation that llama.cpp has
-}
 IDS = [i * 7 % 131 for i in range(40)]
 LAYER = {
     "attn_norm": "input_layernorm",
@@ -42,13 +34,9 @@ ENDS = {"token_embd": "gpt_neox.embed_in", "output_norm": "gpt_neox.final_layer_
 pytestmark = pytest.mark.filterwarnings("ignore:.*(no tokenizer.json|NFC normalizer)")
 
 
-def write_source(folder, dtype=torch.float16, cls=GPTNeoXForCausalLM, **changes):
-    torch.manual_seed(0)
-    model = cls(GPTNeoXConfig(**{**SHAPE, **changes}))
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:
-            parameter.normal_(1.0 if name.endswith("norm.weight") else 0.0, 0.2)
-    model.to(dtype).save_pretrained(folder)
+def write_source(folder, dtype=torch.float16, **config):
+    """With the one activation that llama.cpp has."""
+    write_model(folder, dtype, **{"hidden_act": "gelu_fast", **config})
     return folder
 
 

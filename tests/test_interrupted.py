@@ -4,7 +4,6 @@ Killed at 10 random moments and before every 8th call that writes; with NEOX_LIT
 """
 
 import errno
-import hashlib
 import json
 import os
 import random
@@ -18,8 +17,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.checkpoints import digests
+from support.checkpoints import write_source as write_model
+from support.commands import environment, run_python
 
-from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
+from neox_lite import GPTNeoXForCausalLM
 from neox_lite.checkpoint.folder_writer import ShardWriter
 from neox_lite.checkpoint.reader import verify_folder
 from neox_lite.errors import CheckpointError, ConfigError, NeoxLiteError
@@ -27,24 +29,12 @@ from neox_lite_quant import convert
 
 KILLS = int(os.environ.get("NEOX_LITE_KILLS", "10"))
 STRIDE = 1 if KILLS >= 200 else 8  # of the calls before which a run is killed, or in which the disk is full
-ROOT = Path(__file__).resolve().parents[1]
-ROOMS = os.pathsep.join(map(str, (ROOT, ROOT / "quant", ROOT / "app", ROOT / "tests")))
-SHAPE = {
-    "vocab_size": 131,
-    "hidden_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 256,
-}
 CALLS = [(os, "pwrite"), (os, "fsync"), (os, "posix_fallocate"), (Path, "replace"), (Path, "unlink"), (Path, "mkdir")]
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 
 
 def write_source(folder):
-    torch.manual_seed(0)
-    GPTNeoXForCausalLM(GPTNeoXConfig(**SHAPE, initializer_range=0.1)).half().save_pretrained(
-        folder, max_shard_size="200KB"
-    )
+    write_model(folder, shard_size="200KB")
     (folder / "tokenizer.json").write_text("{}")
 
 
@@ -55,10 +45,6 @@ def quantize(source, folder):
         for module in ("neox_lite.loading.quantize", "neox_lite_quant.convert"):
             patch.setattr(sys.modules[module], "SLICE_ELEMENTS", 16_384)
         convert(source, folder, threads=2)
-
-
-def digests(folder):
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
 @pytest.fixture
@@ -175,10 +161,7 @@ def kill_before_every_call(root, older):
 
 def in_a_process(call, root):
     """A forking function of this file, in a process without threads; what it returns."""
-    code = f"import sys, test_interrupted as t; print(t.{call})"
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(root)], env={**os.environ, "PYTHONPATH": ROOMS}, capture_output=True, text=True
-    )
+    done = run_python(f"import sys, test_interrupted as t; print(t.{call})", root)
     assert done.returncode == 0, done.stderr
     return int(done.stdout)
 
@@ -348,7 +331,7 @@ def test_an_interrupt_leaves_whole_files_and_the_next_run_goes_on(source, tmp_pa
         "t.quantize(*map(t.Path, sys.argv[1:]))"
     )
     command = [sys.executable, "-c", code, str(source), str(tmp_path / "out")]
-    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": ROOMS}, stdout=-1, stderr=-1, text=True) as process:
+    with subprocess.Popen(command, env=environment(), stdout=-1, stderr=-1, text=True) as process:
         assert process.stdout
         process.stdout.readline()
         while not all(list((tmp_path / "out").glob(name)) for name in ("*.safetensors", "*.safetensors.partial")):

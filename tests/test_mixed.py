@@ -5,8 +5,8 @@ import json
 
 import pytest
 import torch
+from support.checkpoints import IDS, digests, write_source
 from support.peers import opened_by_transformers
-from test_quantize import IDS, digests, write_source
 
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXModel
 from neox_lite.checkpoint.reader import Checkpoint, verify_folder

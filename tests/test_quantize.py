@@ -1,6 +1,5 @@
 """The quantizer: the folder's form, equality with transformers + compressed-tensors, bounded memory, refusals."""
 
-import hashlib
 import json
 import os
 import sys
@@ -9,41 +8,21 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from support.checkpoints import IDS, digests, flip, write_source
 from support.peers import opened_by_transformers
 
-from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
+from neox_lite import GPTNeoXForCausalLM
 from neox_lite.checkpoint.folder_writer import ShardWriter
 from neox_lite.checkpoint.reader import verify_folder
 from neox_lite.errors import ArgumentError, CheckpointError, FormatError
 from neox_lite.formats import FORMATS, GROUPED
 from neox_lite_quant import convert
 
-SHAPE = {
-    "vocab_size": 131,
-    "hidden_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 256,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.1,
-}
-IDS = torch.arange(40)[None] * 7 % 131
-
-
-def write_source(folder, dtype=torch.float16, cls=GPTNeoXForCausalLM, **changes):
-    torch.manual_seed(0)
-    model = cls(GPTNeoXConfig(**{**SHAPE, **changes}))
-    for parameter in model.parameters():
-        if parameter.dim() == 1:
-            parameter.normal_(1.0, 0.2)
-    model.to(dtype).save_pretrained(folder, max_shard_size="200KB")
-    return model
-
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp("source") / "model"
-    write_source(folder)
+    write_source(folder, shard_size="200KB")
     return folder
 
 
@@ -59,10 +38,6 @@ def quantized(request, source, tmp_path_factory):
     folder = tmp_path_factory.mktemp("quantized") / "model"
     report = convert(source, folder, format=format, group_size=group_size, method=method)
     return folder, report
-
-
-def digests(folder):
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
 
 
 def test_the_folder_is_whole(quantized):
@@ -301,10 +276,6 @@ def test_values_that_cannot_be_stored_are_refused_and_leave_no_folder(tmp_path, 
 # -- a run that is ended, and the next one ------------------------------------------------------------------------------
 
 
-def shard_names(folder):
-    return sorted(p.name for p in folder.glob("*.safetensors"))
-
-
 @pytest.fixture
 def small_shards(monkeypatch):
     """Weight files of one module each, so that a tiny model has many."""
@@ -329,7 +300,7 @@ def test_a_run_that_was_ended_goes_on_where_it_was_and_ends_in_the_same_bytes(
     source, tmp_path, monkeypatch, small_shards
 ):
     convert(source, tmp_path / "whole")
-    count = len(shard_names(tmp_path / "whole"))
+    count = len(list((tmp_path / "whole").glob("*.safetensors")))
     for ended in (1, count // 2, count - 1):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             end_after(patch, ended)
@@ -362,10 +333,7 @@ def test_a_weight_file_that_changed_since_is_written_again(source, tmp_path, mon
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         end_after(patch, 3)
         convert(source, tmp_path / "out")
-    damaged = tmp_path / "out" / shard_names(tmp_path / "out")[1]
-    raw = bytearray(damaged.read_bytes())
-    raw[-1] ^= 1
-    damaged.write_bytes(raw)
+    flip(sorted((tmp_path / "out").glob("*.safetensors"))[1], -1)
     convert(source, tmp_path / "out")
     assert verify_folder(tmp_path / "out") == []
 

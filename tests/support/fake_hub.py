@@ -6,9 +6,15 @@ import json
 import re
 import threading
 import time
+import types
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+import huggingface_hub.utils._http
+import pytest
+from huggingface_hub import constants, file_download
 
 
 @dataclass
@@ -60,6 +66,26 @@ class FakeHub:
     def __exit__(self, *exc: object) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+    def stand_in(self, patch: pytest.MonkeyPatch, home: Path, token: str | None = None) -> None:
+        """Be the hub of this process, whose cache is in `home`, with no token but this one."""
+        patch.setattr(constants, "ENDPOINT", self.url)
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", self.url + "/{repo_id}/resolve/{revision}/{filename}")
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        patch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+        patch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
+        # Its retries wait for seconds; where a version keeps them elsewhere, they do.
+        impatient = types.SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
+        for module in (file_download, huggingface_hub.utils._http):
+            patch.setattr(module, "time", impatient, raising=False)
+        if token is None:
+            patch.delenv("HF_TOKEN", raising=False)
+        else:
+            patch.setenv("HF_TOKEN", token)
+
+    def files_of(self, repo_id: str, branch: str = "main") -> dict[str, bytes]:
+        return self.commits[repo_id][self.branches[repo_id][branch]]
 
     def add(self, repo_id: str, files: dict[str, bytes], branch: str = "main") -> str:
         """Push a commit with exactly these files to a branch; return the commit."""
