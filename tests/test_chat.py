@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support import commands
 
 from neox_lite import GPTNeoXForCausalLM
 from neox_lite.errors import ArgumentError, ContextLengthError
@@ -26,7 +27,6 @@ from neox_lite_app.session import Session
 from neox_lite_app.terminal import printable
 
 pty, fcntl, termios = (pytest.importorskip(name) for name in ("pty", "fcntl", "termios"))
-ROOT = Path(__file__).parents[1]
 PATIENCE_S = 120  # with a process that shows nothing new; no test waits so long unless it fails
 
 
@@ -172,15 +172,14 @@ def test_every_command_in_the_list_is_there():
 
 @pytest.fixture
 def environment(tmp_path):
-    path = os.pathsep.join(str(ROOT / room) for room in (".", "quant", "app"))
-    data = {"NEOX_LITE_DATA": str(tmp_path / "data"), "TERM": "xterm", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
-    return {**{k: v for k, v in os.environ.items() if k != "NO_COLOR"}, **data}
+    data = {"NEOX_LITE_DATA": str(tmp_path / "data"), "TERM": "xterm", "CUDA_VISIBLE_DEVICES": ""}
+    return commands.environment(NO_COLOR=None, **data)
 
 
 @pytest.fixture
 def piped(environment):
     def run(text, *words):
-        command = [sys.executable, "-m", "neox_lite_app", "chat", str(DEMO), "--threads", "1", *words]
+        command = commands.command("chat", DEMO, "--threads", 1, *words)
         text = text if isinstance(text, bytes) else text.encode()
         done = subprocess.run(command, input=text, env=environment, capture_output=True, check=False)
         return done.returncode, done.stdout.decode(), done.stderr.decode()
@@ -280,7 +279,7 @@ def terminal(environment):
     screens = []
 
     def start(*words, **variables):
-        command = [sys.executable, "-m", "neox_lite_app", "chat", str(DEMO), "--threads", "1", "--seed", "3", *words]
+        command = commands.command("chat", DEMO, "--threads", 1, "--seed", 3, *words)
         screens.append(Screen(command, {**environment, **variables}))
         screens[-1].expect("/help lists the commands")
         screens[-1].expect("> ")

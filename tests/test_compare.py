@@ -4,14 +4,12 @@ import json
 import math
 import shutil
 import xml.etree.ElementTree as ElementTree
-from pathlib import Path
 
 import pytest
 import torch
 from support.peers import peer
 
 from neox_lite import GPTNeoXForCausalLM
-from neox_lite_app.cli import main
 from neox_lite_app.evaluation import compare
 from neox_lite_app.evaluation.compare import weight_errors
 from neox_lite_app.evaluation.quality import cut, last_states, log_probabilities, quality_of
@@ -23,9 +21,7 @@ FORMATS = {"int8": ("int8", 128), "g32": ("int4", 32), "g128": ("int4", 128)}
 LINEARS = ["attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"]
 
 
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 
 @pytest.fixture(scope="module")
@@ -36,32 +32,29 @@ def folders(tmp_path_factory):
     return {name: root / name for name in FORMATS}
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "heldout.txt"
-    path.write_text((DEMO / "heldout.txt").read_text(encoding="utf-8")[:6000], encoding="utf-8")
-    return path
-
-
 @pytest.fixture
-def run(capsys, text):
+def run(run, heldout):
     def call(*words):
-        fixed = () if "--text" in words else ("--text", text, "--context", 64)
-        code = main([str(w) for w in ("compare", *words, *fixed)])
-        out = capsys.readouterr()
-        return code, out.out, out.err
+        fixed = () if "--text" in words else ("--text", heldout, "--context", 64)
+        return run("compare", *words, *fixed)
 
     return call
+
+
+@pytest.fixture(scope="module")
+def both(folders):
+    """The source and its int4 folder, computing in float32."""
+    return [GPTNeoXForCausalLM.from_pretrained(folder, exact=True) for folder in (DEMO, folders["g128"])]
 
 
 # What is measured -----------------------------------------------------------------------------------------------------
 
 
-def test_rows_are_those_of_both_models_side_by_side(run, folders, text):
+def test_rows_are_those_of_both_models_side_by_side(run, folders, heldout):
     code, out, _ = run(DEMO, *folders.values(), "--windows", 5, "--json", "--exact")
     rows = json.loads(out)["rows"]
     source = GPTNeoXForCausalLM.from_pretrained(DEMO, exact=True)
-    windows = cut(source, text.read_text(encoding="utf-8"), 64)[:5]
+    windows = cut(source, heldout.read_text(encoding="utf-8"), 64)[:5]
     assert code == 0 and [row["path"] for row in rows] == [str(DEMO), *map(str, folders.values())]
     for row in rows[1:]:
         model = GPTNeoXForCausalLM.from_pretrained(row["path"], exact=True)
@@ -70,12 +63,10 @@ def test_rows_are_those_of_both_models_side_by_side(run, folders, text):
         assert (row["top1"], row["bytes"], row["head"]) == (both.top1, both.bytes, "float16")
 
 
-def test_the_distance_is_the_definition_of_kl_and_its_error_that_of_a_mean_of_windows(folders):
-    source, model = (GPTNeoXForCausalLM.from_pretrained(f, exact=True) for f in (DEMO, folders["g128"]))
-    windows = cut(source, (DEMO / "heldout.txt").read_text(encoding="utf-8"), 64)[:6]
-    truth, found = (
-        torch.stack([m(w[None]).logits[0, :-1].double().log_softmax(-1) for w in windows]) for m in (source, model)
-    )
+def test_the_distance_is_the_definition_of_kl_and_its_error_that_of_a_mean_of_windows(both, heldout):
+    source, model = both
+    windows = cut(source, heldout.read_text(encoding="utf-8"), 64)[:6]
+    truth, found = (torch.stack([m(w[None]).logits[0, :-1].double().log_softmax(-1) for w in windows]) for m in both)
     means = (truth.exp() * (truth - found)).sum(-1).mean(1)  # of each window
     quality = quality_of(source, model, windows, "")
     assert quality.kl == pytest.approx(float(means.mean()), rel=1e-4)  # float32 log-softmax
@@ -95,9 +86,8 @@ def test_states_window_by_window_are_what_the_model_computes():
         if layer < 3:  # the last of transformers' hidden states is after the final norm
             assert float((x - out.hidden_states[layer + 1][window]).abs().max()) < 2e-2  # those are rounded to float16
     for scores, logits in zip(log_probabilities(model, windows), out.logits, strict=True):
-        assert (
-            float((scores - logits[:-1].log_softmax(-1)).abs().max()) < 1e-4
-        )  # one product for all windows, or one each
+        # one product for all windows, or one each
+        assert float((scores - logits[:-1].log_softmax(-1)).abs().max()) < 1e-4
 
 
 def test_an_int4_head_counts_and_is_named(run, folders):
@@ -110,29 +100,25 @@ def test_an_int4_head_counts_and_is_named(run, folders):
 # Layers ---------------------------------------------------------------------------------------------------------------
 
 
-def test_errors_by_layer_are_those_of_the_weights_and_of_the_states(run, folders):
+def test_errors_by_layer_are_those_of_the_weights_and_of_the_states(run, folders, both):
     code, out, _ = run(DEMO, folders["int8"], folders["g128"], "--layers", "--json", "--exact")
     result = json.loads(out)
     plain, int8, int4 = result["rows"]
     assert code == 0 and "layers" not in plain and result["layer_windows"] == result["windows"]
-    source, model = (GPTNeoXForCausalLM.from_pretrained(f, exact=True) for f in (DEMO, folders["g128"]))
     for layer in int4["layers"]:
         assert list(layer["weights"]) == LINEARS
         for name, found in layer["weights"].items():
-            a, b = (
-                m.gpt_neox.layers[layer["layer"]].get_submodule(name).handle.decode().double() for m in (source, model)
-            )
+            a, b = (m.gpt_neox.layers[layer["layer"]].get_submodule(name).handle.decode().double() for m in both)
             assert found["error"] == pytest.approx(float((a - b).norm() / a.norm()), rel=1e-6)
             assert found["format"] == "int4 g128"
     for small, large in zip(int8["layers"], int4["layers"], strict=True):
         assert 0 < small["hidden"] < large["hidden"] / 5
 
 
-def test_the_state_after_each_layer_is_as_far_as_both_models_say(run, folders, text):
+def test_the_state_after_each_layer_is_as_far_as_both_models_say(run, folders, both, heldout):
     _, out, _ = run(DEMO, folders["g128"], "--layers", "--json", "--exact", "--windows", 3)
-    source, model = (GPTNeoXForCausalLM.from_pretrained(f, exact=True) for f in (DEMO, folders["g128"]))
-    windows = cut(source, text.read_text(encoding="utf-8"), 64)[:3]
-    a, b = (m(windows, output_hidden_states=True).hidden_states for m in (source, model))
+    windows = cut(both[0], heldout.read_text(encoding="utf-8"), 64)[:3]
+    a, b = (m(windows, output_hidden_states=True).hidden_states for m in both)
     for layer in json.loads(out)["rows"][1]["layers"][:-1]:  # after the last one they are after the final norm
         x, y = (states[layer["layer"] + 1].float() for states in (a, b))
         expected = float(((x - y).norm(dim=-1) / x.norm(dim=-1)).mean())
@@ -222,6 +208,7 @@ def test_what_cannot_be_compared_is_said_before_the_source_is_scored(run, folder
         (folders["g32"], "--plot", tmp_path / "a.png"): "ends in .svg",
         (folders["g32"], "--plot", tmp_path / "no" / "a.svg"): "no such folder",
         (tmp_path / "missing",): "no such folder",
+        (DEMO, "--text", "/no/such/text"): "cannot be read",
     }
     for words, said in refused.items():
         code, out, err = run(DEMO, *words)
@@ -271,8 +258,3 @@ def test_a_logarithmic_axis_contains_its_values_and_has_ticks(low, high):
 def test_a_linear_axis_has_round_ticks_within_its_ends():
     assert linear_axis(3.6, 8.7, 0, 100).ticks == (4, 5, 6, 7, 8)
     assert linear_axis(0, 43, 0, 100, 10).ticks == tuple(range(0, 44, 5))
-
-
-def test_a_text_that_is_no_path_is_one_line(run):
-    code, _, err = run(DEMO, DEMO, "--text", Path("/no/such/text"))
-    assert code == 1 and len(err.splitlines()) == 1

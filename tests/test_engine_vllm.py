@@ -1,21 +1,20 @@
 """serve --engine vllm: the command line that an installed vLLM would get, recorded by a stand-in; never run on a GPU."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import jinja2
 import pytest
+from support.commands import environment, start
 
-from neox_lite_app.cli import main
+from neox_lite_app.cli import build_parser, main
 from neox_lite_app.conversations.prompt_forms import FORMS
+from neox_lite_app.paths import DEMO
 from neox_lite_app.serving.vllm import LEFT_OUT, template_of
 from neox_lite_quant import convert
 
-DEMO = Path(__file__).parents[1] / "app" / "neox_lite_app" / "demo_model"
 STAND_IN = """#!{python}
 import json, os, sys
 json.dump({{"argv": sys.argv, "environment": dict(os.environ)}}, open({out!r}, "w"))
@@ -33,15 +32,14 @@ def stand_in(tmp_path):
     return tmp_path
 
 
-def serve(home, *words, code=7, path=None, **environment):
+def serve(home, *words, code=7, path=None, **variables):
     """Run the command; the stand-in's record, and stderr."""
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **environment}
-    env["PATH"] = str(home / "bin") if path is None else path
-    command = [sys.executable, "-m", "neox_lite_app", "serve", *map(str, words), "--engine", "vllm"]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
-    assert done.returncode == code, done.stderr
+    env = environment(PATH=str(home / "bin") if path is None else path, **variables)
+    process = start("serve", *words, "--engine", "vllm", env=env)
+    _, err = process.communicate()
+    assert process.returncode == code, err
     record = home / "record.json"
-    return json.loads(record.read_text()) if record.exists() else None, done.stderr
+    return json.loads(record.read_text()) if record.exists() else None, err
 
 
 def flags(record):
@@ -66,16 +64,7 @@ def test_the_command_line_is_the_recorded_one(stand_in):
 
 def test_every_flag_that_vllm_knows_is_handed_over(stand_in):
     words = [
-        "--host",
-        "::1",
-        "--port",
-        "9000",
-        "--context",
-        "256",
-        "--max-sequences",
-        "8",
-        "--form",
-        "dolly",
+        *("--host", "::1", "--port", "9000", "--context", "256", "--max-sequences", "8", "--form", "dolly"),
         "--no-page",
     ]
     words += ["--tensor-parallel", "2", "--pipeline-parallel", "4", "--distributed", "ray"]
@@ -84,13 +73,8 @@ def test_every_flag_that_vllm_knows_is_handed_over(stand_in):
     assert Path(found.pop("--chat-template")).name.startswith("dolly-")
     assert found == {
         "--served-model-name": "demo_model",
-        "--host": "::1",
-        "--port": "9000",
-        "--max-model-len": "256",
-        "--max-num-seqs": "8",
-        "--dtype": "float16",
-        "--tensor-parallel-size": "2",
-        "--pipeline-parallel-size": "4",
+        **{"--host": "::1", "--port": "9000", "--max-model-len": "256", "--max-num-seqs": "8", "--dtype": "float16"},
+        **{"--tensor-parallel-size": "2", "--pipeline-parallel-size": "4"},
         "--distributed-executor-backend": "ray",
     }
     assert f"every machine needs it at {DEMO}" in told and "chat page" not in told
@@ -99,8 +83,8 @@ def test_every_flag_that_vllm_knows_is_handed_over(stand_in):
 @pytest.mark.parametrize("how", ["flag", "environment", "auto"])
 def test_the_key_is_in_the_environment_and_never_in_the_command_line(stand_in, how):
     words = {"flag": ["--api-key", "sesame-sesame"], "auto": ["--api-key", "auto"], "environment": []}[how]
-    environment = {"NEOX_LITE_API_KEY": "sesame-sesame"} if how == "environment" else {}
-    record, told = serve(stand_in, DEMO, "--host", "0.0.0.0", *words, **environment)
+    variables = {"NEOX_LITE_API_KEY": "sesame-sesame"} if how == "environment" else {}
+    record, told = serve(stand_in, DEMO, "--host", "0.0.0.0", *words, **variables)
     key = record["environment"]["VLLM_API_KEY"]
     assert key == "sesame-sesame" or (how == "auto" and len(key) > 30 and f"shown this once: {key}" in told)
     assert not any(key in word for word in record["argv"]) and "NEOX_LITE_API_KEY" not in record["environment"]
@@ -123,16 +107,7 @@ def test_a_machine_without_vllm_is_told_what_to_install(tmp_path):
 
 def test_every_flag_that_vllm_lacks_is_said(stand_in):
     words = [
-        "--gpu-memory",
-        "8GiB",
-        "--cpu-memory",
-        "8GiB",
-        "--kv",
-        "int8",
-        "--head",
-        "int8",
-        "--threads",
-        "1",
+        *("--gpu-memory", "8GiB", "--cpu-memory", "8GiB", "--kv", "int8", "--head", "int8", "--threads", "1"),
         "--exact",
     ]
     words += ["--warm", "--queue", "7", "--idle-unload", "60", "--allowed-host", "x.example", "--device", "cpu"]
@@ -142,8 +117,6 @@ def test_every_flag_that_vllm_lacks_is_said(stand_in):
 
 
 def test_every_argument_of_serve_is_handed_over_or_said():
-    from neox_lite_app.cli import build_parser
-
     known = {"model", "revision", "host", "port", "api_key", "max_sequences", "context", "form", "engine"}
     known |= {"tensor_parallel", "pipeline_parallel", "distributed", "command", "module", "function"}
     known |= {"adapter"}  # refused: tests/test_adapter.py

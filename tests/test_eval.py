@@ -5,11 +5,10 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import statistics
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,42 +18,38 @@ from lm_eval import evaluator
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from support.commands import run_python
 
 from neox_lite import GPTNeoXForCausalLM
 from neox_lite.errors import ArgumentError, UnsupportedError
-from neox_lite_app.cli import main
 from neox_lite_app.conversations.prompt_forms import FORMS
 from neox_lite_app.evaluation import quality, scoring, tasks
 from neox_lite_app.evaluation.harness import NeoxLiteLM
 from neox_lite_app.evaluation.kept_answers import KeptAnswers
 from neox_lite_app.evaluation.scoring import Text, score
 from neox_lite_app.paths import DEMO
-from neox_lite_quant import convert
 
-ROOT = Path(__file__).parents[1]
 HELDOUT = (DEMO / "heldout.txt").read_text(encoding="utf-8")
 LINES = [line.strip() for line in HELDOUT.splitlines() if len(line.split()) > 6]
 
 
 @pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch, own_caches):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+def own_answers(on_the_cpu, monkeypatch, own_caches):
     monkeypatch.setenv("NEOX_LITE_CACHE", str(own_caches))
 
 
-@pytest.fixture(scope="module")
-def int4(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("eval") / "int4"
-    convert(DEMO, folder, format="int4")
-    return folder
-
-
 @pytest.fixture(scope="module", params=["dense", "int4"])
-def both(request, int4):
+def both(request, demo_int4):
     """(this package's, the harness's own) on the same folder, computing in float32."""
-    folder = DEMO if request.param == "dense" else int4
+    folder = DEMO if request.param == "dense" else demo_int4
     model = GPTNeoXForCausalLM.from_pretrained(folder, dtype=torch.float32, exact=True)
     return NeoxLiteLM(model), HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=2)
+
+
+@pytest.fixture
+def int4(demo_int4, tmp_path):
+    """Answers of a folder belong to this copy of it."""
+    return shutil.copytree(demo_int4, tmp_path / "demo-int4")
 
 
 @pytest.fixture(scope="module")
@@ -107,16 +102,6 @@ def folder(tmp_path_factory):
             task["generation_kwargs"] = {"until": ["\n", ":"], "max_gen_toks": 12}
         (out / f"{name}.yaml").write_text(json.dumps(task), encoding="utf-8")  # JSON is YAML
     return out
-
-
-@pytest.fixture
-def run(capsys):
-    def call(*words):
-        code = main([str(word) for word in words])
-        out = capsys.readouterr()
-        return code, out.out, out.err
-
-    return call
 
 
 @pytest.fixture
@@ -244,9 +229,8 @@ def test_a_question_is_computed_once_for_all_its_answers(dense, counted):
     assert sum(counted["rows"]) == 1 + 4 + 6 + 8 + 1  # the question's last row says all first tokens
     for answer, found in zip(answers, scores, strict=True):
         logits = dense(torch.tensor([question + answer[:-1]])).logits[0, -len(answer) :].log_softmax(-1)
-        assert found.log_likelihood == pytest.approx(
-            float(logits.gather(1, torch.tensor(answer)[:, None]).sum()), abs=1e-4
-        )
+        wanted = float(logits.gather(1, torch.tensor(answer)[:, None]).sum())
+        assert found.log_likelihood == pytest.approx(wanted, abs=1e-4)
 
 
 def test_answers_of_one_token_need_no_pass_of_their_own(dense, counted):
@@ -294,8 +278,8 @@ def test_a_pool_of_few_pages_gives_the_same_scores(dense, pages, monkeypatch):
     monkeypatch.setattr(dense, "cache_pages", pages)
     found, computed = score(dense, texts)
     assert computed >= least
-    for a, b in zip(found, wanted, strict=True):
-        assert a.log_likelihood == pytest.approx(b.log_likelihood, abs=1e-4, rel=1e-6)
+    wanted = [one.log_likelihood for one in wanted]
+    assert [one.log_likelihood for one in found] == pytest.approx(wanted, abs=1e-4, rel=1e-6)
 
 
 # The command ----------------------------------------------------------------------------------------------------------
@@ -336,10 +320,9 @@ def test_mistakes_are_one_line(run, folder, monkeypatch, tmp_path):
         return err.splitlines()[-1]
 
     assert "no such folder" in error("--tasks", "ends", "--include-path", tmp_path / "nowhere")
-    assert "no such folder" in error(
-        "--tasks", "ends", "--include-path", folder, "--output", tmp_path / "nowhere" / "x.json"
-    )
-    many = error("--tasks", "ends", "--include-path", folder, "--num-fewshot", 999)
+    ends = ("--tasks", "ends", "--include-path", folder)
+    assert "no such folder" in error(*ends, "--output", tmp_path / "nowhere" / "x.json")
+    many = error(*ends, "--num-fewshot", 999)
     assert re.search(r"task ends: has (\d+) examples beside each document, not 999: --num-fewshot \1$", many)
     (tmp_path / "hub.yaml").write_text('{"task": "hub_task", "dataset_path": "nobody/nothing", "test_split": "test"}')
     import datasets
@@ -410,21 +393,8 @@ def test_compare_tells_differences_with_their_errors(run, folder, int4, tmp_path
 
 
 def test_a_model_may_be_compared_with_itself_in_another_setting(run, folder):
-    words = (
-        "eval",
-        DEMO,
-        "--compare",
-        DEMO,
-        "--tasks",
-        "words",
-        "--include-path",
-        folder,
-        "--limit",
-        3,
-        "--kv",
-        "int8",
-    )
-    result = json.loads(run(*words, "--json")[1])
+    words = ("--tasks", "words", "--include-path", folder, "--limit", 3, "--kv", "int8", "--json")
+    result = json.loads(run("eval", DEMO, "--compare", DEMO, *words)[1])
     assert (result["source"]["kv"], result["kv"]) == ("fp16", "int8")
     assert {row["metric"]: row["difference"] != 0 for row in result["results"]}["perplexity"]
 
@@ -466,8 +436,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(run, folder, int4, monkeypatch, 
     monkeypatch.setattr(scoring, "BLOCK_TOKENS", 256)
     words = ["eval", str(int4), "--tasks", "ends", "--include-path", str(folder), "--num-fewshot", "2", "--json"]
     words += ["--threads", "1"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / room) for room in (".", "quant", "app"))}
-    killed = subprocess.run([sys.executable, "-c", KILLED, *words], env=environment, capture_output=True)
+    killed = run_python(KILLED, *words)
     assert killed.returncode == -signal.SIGKILL
     resumed = json.loads(run(*words, "--output", tmp_path / "resumed.json")[1])
     fresh = json.loads(run(*words, "--fresh", "--output", tmp_path / "fresh.json")[1])

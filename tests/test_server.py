@@ -9,12 +9,12 @@ import re
 import signal
 import socket
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("uvicorn", reason="needs pip install '.[page]'")
+
+from support.commands import environment, run_python, start
 
 from neox_lite.errors import ArgumentError, UnsupportedError
 from neox_lite_app import server
@@ -23,8 +23,6 @@ from neox_lite_app.paths import DEMO
 from neox_lite_app.server import KEY_VARIABLE
 from neox_lite_app.serving.security import PAGE
 
-ROOT = Path(__file__).parents[1]
-PATHS = os.pathsep.join(str(ROOT / room) for room in (".", "quant", "app"))
 LONG = 60  # seconds that nothing here takes, unless it hangs
 posix = pytest.mark.skipif(os.name != "posix", reason="signals as on Unix")
 
@@ -32,12 +30,8 @@ posix = pytest.mark.skipif(os.name != "posix", reason="signals as on Unix")
 class Serving:
     """The command in a process of its own, once its port is open."""
 
-    def __init__(self, *words, **environment):
-        command = [sys.executable, "-m", "neox_lite_app", "serve", *map(str, words)]
-        environment = {**os.environ, "PYTHONPATH": PATHS, "HF_HUB_OFFLINE": "1", **environment}
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-        )
+    def __init__(self, *words, **variables):
+        self.process = start("serve", *words, env=environment(HF_HUB_OFFLINE="1", **variables))
         self.line = self.process.stdout.readline()
         found = re.search(r"http://(127\.0\.0\.1|\[::1\]):(\d+)", self.line)
         if found is None:
@@ -64,8 +58,8 @@ class Serving:
         return self.process.returncode, out, err
 
 
-def serve_demo(*words, **environment):
-    return Serving(DEMO, "--no-page", "--port", 0, "--device", "cpu", *words, **environment)
+def serve_demo(*words, **variables):
+    return Serving(DEMO, "--no-page", "--port", 0, "--device", "cpu", *words, **variables)
 
 
 def answer(serving, tokens, stream=True, n=1):
@@ -156,21 +150,14 @@ def test_the_api_alone_needs_no_gradio():
         "from neox_lite_app.server import build\n"
         "engine = Engine(); build(engine, Hosts(), page=False); engine.close(); print('built')"
     )
-    environment = {**os.environ, "PYTHONPATH": PATHS}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=LONG)
+    done = run_python(code)
     assert done.stdout == "built\n", done.stderr
 
 
 def test_wrong_usage_is_seen_before_anything_is_imported():
-    for words in (
-        ["--port", "65536"],
-        ["--port", "-1"],
-        ["--queue", "-1"],
-        ["--max-sequences", "0"],
-        ["--idle-unload", "0"],
-    ):
+    for words in ("--port 65536", "--port -1", "--queue -1", "--max-sequences 0", "--idle-unload 0"):
         with pytest.raises(SystemExit) as error:
-            build_parser().parse_args(["serve", *words])
+            build_parser().parse_args(["serve", *words.split()])
         assert error.value.code == 2
 
 
@@ -205,9 +192,8 @@ def test_with_a_key_in_the_environment_it_is_asked_for_and_not_shown():
         assert serving.ask("GET", "/v1/models").status == 401
         assert serving.ask("GET", "/v1/models", authorization="Bearer home-network-key").status == 200
         assert serving.ask("GET", "/health").status == 200
-        shown = subprocess.run(
-            ["ps", "-o", "args", "-p", str(serving.process.pid)], capture_output=True, text=True
-        ).stdout
+        pid = str(serving.process.pid)
+        shown = subprocess.run(["ps", "-o", "args", "-p", pid], capture_output=True, text=True).stdout
         _, out, err = serving.end(signal.SIGTERM)
         assert "home-network-key" not in shown + serving.line + out + err
 
@@ -244,9 +230,9 @@ def test_a_body_in_chunks_ends_at_the_limit_of_the_real_server():
 # The page -------------------------------------------------------------------------------------------------------------
 
 
-def serve_page(**environment):
+def serve_page(**variables):
     pytest.importorskip("gradio", reason="needs pip install '.[page]'")
-    return Serving(DEMO, "--port", 0, "--device", "cpu", **environment)
+    return Serving(DEMO, "--port", 0, "--device", "cpu", **variables)
 
 
 def test_the_page_is_served_and_what_the_environment_says_of_gradio_is_ignored(tmp_path):
@@ -275,7 +261,7 @@ def test_of_gradios_routes_only_those_of_a_page_are_let_through():
         "inner = [getattr(r, 'original_router', None) for r in page.routes]\n"  # newer FastAPIs keep routers as they are
         "print(json.dumps([r.path for r in [*page.routes, *(r for i in inner if i for r in i.routes)] if hasattr(r, 'path')]))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=LONG)
+    done = run_python(code)
     routes = json.loads(done.stdout.splitlines()[-1])
     assert len(routes) > 50 and any("file=" in route for route in routes)
     let = {route for route in routes if PAGE.fullmatch(re.sub("{[^}]*}", "x", route))}
@@ -304,9 +290,8 @@ def test_a_page_that_is_open_does_not_hold_the_server():
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_idle_server_ends_at_once_and_in_order(number):
     with serve_demo() as serving:
-        waiting = socket.create_connection(
-            (serving.host, serving.port)
-        )  # a connection that stays open is no reason to stay
+        # a connection that stays open is no reason to stay
+        waiting = socket.create_connection((serving.host, serving.port))
         code, _, err = serving.end(number)
         assert code == 0 and "Traceback" not in err
         waiting.close()
