@@ -9,9 +9,10 @@ from collections import Counter
 import pytest
 import torch
 from support.peers import pair, random_ids
+from support.scripted import ScriptedModel, certain
 from torch import Tensor
 
-from neox_lite.cache import PAGE, Batch, PagePool, PrefixCache
+from neox_lite.cache import PAGE, PrefixCache
 from neox_lite.errors import CacheError
 from neox_lite.generation.options import Options
 from neox_lite.generation.protocols import PREFILL_TOKENS
@@ -22,50 +23,11 @@ from neox_lite.generation.scheduler import LEAST_TOKENS, SCORED_TOKENS, ReadingP
 VOCABULARY = 50
 
 
-class Scripted:
-    """A Stepper that says (last token + tokens so far) % 50, and notes how many tokens of each sequence its passes take.
-
-    A pass takes cost(tokens) seconds of its own clock; fails(pass number) says what it raises.
-    """
-
-    def __init__(self, limit=None, cost=lambda tokens: 0.0, fails=lambda number: None) -> None:
-        self.cost, self.fails, self.now, self.passes = cost, fails, 0.0, []
-        self.pool = PagePool(1, 1, torch.float32, [torch.device("cpu")], 0, limit)
-
-    def new_pool(self, pages: int = 0, limit: int | None = None) -> PagePool:
-        return self.pool
-
-    def step(self, pool, sequences, tokens, every=False) -> Tensor:
-        starts = [s.length for s in sequences]
-        batch = Batch.reserve(pool, sequences, [len(t) for t in tokens])
-        self.passes.append([len(t) for t in tokens])
-        if (error := self.fails(len(self.passes))) is not None:
-            raise error
-        batch.commit()
-        self.now += self.cost(sum(map(len, tokens)))
-        out = []
-        for start, new in zip(starts, tokens, strict=True):
-            places = range(len(new)) if every else [len(new) - 1]
-            out += [says(new[i], start + i + 1) for i in places]
-        return torch.stack(out)
-
-
-def says(token: int, place: int) -> Tensor:
-    logits = torch.zeros(VOCABULARY)
-    logits[(token + place) % VOCABULARY] = 9.0
-    return logits
-
-
 def expected(prompt: list[int], count: int) -> list[int]:
     ids = list(prompt)
     for _ in range(count):
         ids.append((ids[-1] + len(ids)) % VOCABULARY)
     return ids[len(prompt) :]
-
-
-def scheduler_of(model: Scripted, budget: int = 0, pace: bool = False) -> Scheduler:
-    own = ReadingPace(1.0, lambda: model.now) if pace else None
-    return Scheduler(model, PrefixCache(model.pool, budget), pace=own)
 
 
 def run(scheduler: Scheduler, passes: int | None = None) -> list[list[Row]]:
@@ -77,7 +39,21 @@ def run(scheduler: Scheduler, passes: int | None = None) -> list[list[Row]]:
     return found
 
 
-def used(model: Scripted) -> int:
+def says(place: int, token: int) -> Tensor:
+    return certain((token + place) % VOCABULARY)
+
+
+def scheduler_with(rows: list[Row], budget: int = 0, pace: bool = False, **script) -> tuple[ScriptedModel, Scheduler]:
+    """A scripted model that says (last token + tokens so far) % 50, and a scheduler of it with rows that wait."""
+    model = ScriptedModel(says, **script)
+    pace = ReadingPace(1.0, lambda: model.now) if pace else None
+    scheduler = Scheduler(model, PrefixCache(model.pool, budget), pace=pace)
+    for row in rows:
+        scheduler.add(row)
+    return model, scheduler
+
+
+def used(model: ScriptedModel) -> int:
     return model.pool.pages - model.pool.free_pages
 
 
@@ -115,13 +91,8 @@ class Flying:
     """A model on a device that chooses tokens itself, but for now and then."""
 
     def __init__(self, model, choice: random.Random) -> None:
-        self.model, self.choice, self.seen, self.new_pool, self.step = (
-            model,
-            choice,
-            Counter(),
-            model.new_pool,
-            model.step,
-        )
+        self.model, self.choice, self.seen = model, choice, Counter()
+        self.new_pool, self.step = model.new_pool, model.step
 
     @property
     def graph_reason(self):
@@ -220,20 +191,17 @@ def check_scores(model, row: Row) -> None:
     assert row.scored[0] == (None, ())
     assert [score.logprob for score in row.scored[1:]] == pytest.approx(own, abs=1e-3)
     for score, line in zip(row.scored[1:], logs, strict=False):
-        assert [logprob for _, logprob in score.top] == pytest.approx(
-            line.topk(row.prompt_scores).values.tolist(), abs=1e-3
-        )
+        best = line.topk(row.prompt_scores).values.tolist()
+        assert [logprob for _, logprob in score.top] == pytest.approx(best, abs=1e-3)
 
 
 # Reading beside answering ---------------------------------------------------------------------------------------------
 
 
 def test_rows_that_are_answered_get_a_token_in_every_pass_while_a_long_prompt_is_read():
-    model = Scripted(cost=lambda tokens: 0.01 * tokens)  # 100 tokens a second; a pass may take one
-    scheduler = scheduler_of(model, pace=True)
     short = [Row([i + 5], 60, 0) for i in range(3)]
-    for row in short:
-        scheduler.add(row)
+    # 100 tokens a second; a pass may take one
+    model, scheduler = scheduler_with(short, pace=True, cost=lambda tokens: 0.01 * tokens)
     run(scheduler, 2)
     scheduler.add(long := Row([1] * 700, 5, 0))
     before = len(model.passes)
@@ -249,22 +217,16 @@ def test_rows_that_are_answered_get_a_token_in_every_pass_while_a_long_prompt_is
 
 
 def test_prompts_are_read_in_large_pieces_while_nobody_is_answered():
-    model = Scripted(cost=lambda tokens: 0.01 * tokens)
-    scheduler = scheduler_of(model, pace=True)
-    for i, length in enumerate((700, 400, 5)):
-        scheduler.add(Row([i + 1] * length, 1, 0))
+    rows = [Row([i + 1] * length, 1, 0) for i, length in enumerate((700, 400, 5))]
+    model, scheduler = scheduler_with(rows, pace=True, cost=lambda tokens: 0.01 * tokens)
     run(scheduler)
     assert [sum(lengths) for lengths in model.passes][:1] == [PREFILL_TOKENS]
     assert sum(map(sum, model.passes)) == 1105
 
 
 def test_the_pace_finds_what_fits_into_a_pass_and_follows_it():
-    for base, slope, fits in (
-        (0.0, 0.001, 250),
-        (0.1, 0.001, 150),
-        (0.2, 0.01, LEAST_TOKENS),
-        (0.0, 1e-5, PREFILL_TOKENS),
-    ):
+    cases = ((0.0, 0.001, 250), (0.1, 0.001, 150), (0.2, 0.01, LEAST_TOKENS), (0.0, 1e-5, PREFILL_TOKENS))
+    for base, slope, fits in cases:
         pace = ReadingPace(0.25)
         for _ in range(60):
             pace.took(pace.tokens, base + slope * pace.tokens)
@@ -289,11 +251,8 @@ def test_the_pace_grows_at_most_twofold_and_a_short_rest_does_not_shrink_it():
 @pytest.mark.parametrize("budget", [0, 50])
 @pytest.mark.parametrize(("length", "read"), [(600, [[512], [88]]), (20, [[20]]), (1, [[1]])])
 def test_equal_prompts_are_read_once_and_answered_together(length, read, budget):
-    model = Scripted()
-    scheduler = scheduler_of(model, budget)
     rows = [Row([1] * length, 3, i) for i in range(4)]
-    for row in rows:
-        scheduler.add(row)
+    model, scheduler = scheduler_with(rows, budget)
     first = run(scheduler, len(read))
     assert model.passes == read and first == [rows]
     run(scheduler)
@@ -304,11 +263,8 @@ def test_equal_prompts_are_read_once_and_answered_together(length, read, budget)
 def test_a_common_beginning_of_a_page_is_read_once_and_a_shorter_one_is_not_waited_for():
     trunk = [7] * (2 * PAGE)
     for length, passes in ((2 * PAGE, [[258], [1, 2, 2]]), (PAGE - 1, [[129] * 3])):
-        model = Scripted()
-        scheduler = scheduler_of(model)
         rows = [Row([*trunk[:length], i, i], 2, 0) for i in range(3)]
-        for row in rows:
-            scheduler.add(row)
+        model, scheduler = scheduler_with(rows)
         run(scheduler, len(passes))
         assert model.passes == passes
         run(scheduler)
@@ -316,10 +272,8 @@ def test_a_common_beginning_of_a_page_is_read_once_and_a_shorter_one_is_not_wait
 
 
 def test_who_waits_for_another_to_read_goes_on_when_that_one_is_cancelled():
-    model = Scripted()
-    scheduler = scheduler_of(model)
     first, second = Row([1] * 600, 3, 0), Row([1] * 600, 3, 1)
-    scheduler.add(first), scheduler.add(second)
+    _, scheduler = scheduler_with([first, second])
     run(scheduler, 1)
     scheduler.cancel(first)
     run(scheduler)
@@ -327,9 +281,7 @@ def test_who_waits_for_another_to_read_goes_on_when_that_one_is_cancelled():
 
 
 def test_a_prompt_that_begins_like_a_row_at_work_takes_its_pages():
-    model = Scripted()
-    scheduler = scheduler_of(model)
-    scheduler.add(first := Row([1] * 300, 50, 0))
+    model, scheduler = scheduler_with([first := Row([1] * 300, 50, 0)])
     run(scheduler, 5)
     scheduler.add(second := Row([1] * 300 + first.tokens[:3] + [9], 2, 0))
     pages = used(model)
@@ -341,9 +293,7 @@ def test_a_prompt_that_begins_like_a_row_at_work_takes_its_pages():
 
 
 def test_the_next_turn_of_a_conversation_reads_what_is_new():
-    model = Scripted()
-    scheduler = scheduler_of(model, budget=20)
-    scheduler.add(first := Row([1] * 300, 20, 0))
+    model, scheduler = scheduler_with([first := Row([1] * 300, 20, 0)], budget=20)
     run(scheduler)
     scheduler.add(second := Row([1] * 300 + first.tokens + [3, 4, 5], 2, 0))
     run(scheduler, 1)
@@ -354,9 +304,7 @@ def test_the_next_turn_of_a_conversation_reads_what_is_new():
 
 
 def test_prompts_that_are_scored_are_read_whole_and_in_small_pieces():
-    model = Scripted()
-    scheduler = scheduler_of(model, budget=20)
-    scheduler.add(Row([1] * 300, 1, 0))
+    model, scheduler = scheduler_with([Row([1] * 300, 1, 0)], budget=20)
     run(scheduler)
     rows = [Row([1] * 300, 1, 0, prompt_scores=2), Row([2] * 30, 4, 0)]
     for row in rows:
@@ -369,9 +317,7 @@ def test_prompts_that_are_scored_are_read_whole_and_in_small_pieces():
 
 
 def test_a_row_that_gives_way_while_its_prompt_is_scored_is_scored_from_the_start():
-    model = Scripted()
-    scheduler = scheduler_of(model, budget=20)
-    scheduler.add(row := Row([i % 7 for i in range(300)], 2, 0, prompt_scores=1))
+    _, scheduler = scheduler_with([row := Row([i % 7 for i in range(300)], 2, 0, prompt_scores=1)], budget=20)
     run(scheduler, 2)
     assert len(row.scored) == 2 * SCORED_TOKENS + 1
     scheduler._put_back(row)
@@ -381,9 +327,7 @@ def test_a_row_that_gives_way_while_its_prompt_is_scored_is_scored_from_the_star
 
 
 def test_a_row_that_wants_scores_alone_ends_without_a_token():
-    model = Scripted()
-    scheduler = scheduler_of(model)
-    scheduler.add(row := Row([1, 2, 4, 7], 0, 0, prompt_scores=1))
+    model, scheduler = scheduler_with([row := Row([1, 2, 4, 7], 0, 0, prompt_scores=1)])
     scheduler.add(one := Row([1], 0, 0, prompt_scores=1))
     scheduler.add(nothing := Row([1, 2], 0, 0))
     assert nothing.finish_reason == one.finish_reason == "length"  # nothing comes before a first token
@@ -398,7 +342,7 @@ def test_a_row_that_wants_scores_alone_ends_without_a_token():
 
 @pytest.mark.parametrize("budget", [0, 4])
 def test_the_youngest_row_gives_way_and_goes_on_later_with_the_same_tokens(budget):
-    model = Scripted(limit=4)
+    model = ScriptedModel(says, limit=4)
     scheduler = Counting(model, PrefixCache(model.pool, budget))
     rows = [Row([i + 1] * 100, 200, 0) for i in range(3)]  # three pages each in the end
     for row in rows:
@@ -414,22 +358,16 @@ def test_the_youngest_row_gives_way_and_goes_on_later_with_the_same_tokens(budge
 
 def test_no_row_is_admitted_before_all_of_it_fits():
     """Read again and again in vain, prompts would cost more passes than they have tokens."""
-    model = Scripted(limit=10)
-    scheduler = scheduler_of(model)
     rows = [Row([i + 1] * 700, 120, 0) for i in range(4)]  # seven pages each
-    for row in rows:
-        scheduler.add(row)
+    model, scheduler = scheduler_with(rows, limit=10)
     run(scheduler)
     assert all(row.finish_reason == "length" for row in rows)
     assert sum(sum(lengths) for lengths in model.passes) == 4 * (700 + 119)
 
 
 def test_a_row_that_does_not_fit_alone_ends_with_an_error_and_the_others_go_on():
-    model = Scripted(limit=3)
-    scheduler = scheduler_of(model)
     rows = [Row([1] * 200, 10, 0), Row([2] * 500, 10, 0), Row([3] * 200, 300, 0), Row([4] * 10, 10, 0)]
-    for row in rows:
-        scheduler.add(row)
+    model, scheduler = scheduler_with(rows, limit=3)
     run(scheduler)
     assert [row.finish_reason for row in rows] == ["length", "error", "error", "length"]
     assert all(isinstance(row.error, CacheError) for row in rows[1:3])
@@ -438,7 +376,7 @@ def test_a_row_that_does_not_fit_alone_ends_with_an_error_and_the_others_go_on()
 
 
 def test_kept_prefixes_make_room_before_anybody_gives_way():
-    model = Scripted(limit=4)
+    model = ScriptedModel(says, limit=4)
     scheduler = Counting(model, PrefixCache(model.pool, 4))
     for i in range(6):
         scheduler.add(Row([i + 1] * 300, 3, 0))
@@ -450,11 +388,8 @@ def test_kept_prefixes_make_room_before_anybody_gives_way():
 
 
 def test_a_cancelled_row_frees_its_pages_at_once_wherever_it_is():
-    model = Scripted()
-    scheduler = scheduler_of(model)
     rows = [Row([1] * 20, 50, 0), Row([2] * 900, 50, 0), Row([2] * 900, 50, 1)]
-    for row in rows:
-        scheduler.add(row)
+    model, scheduler = scheduler_with(rows)
     run(scheduler, 1)
     answered, read, waiting = rows
     assert answered.tokens and not read.tokens and waiting.sequence is None
@@ -471,9 +406,9 @@ def test_a_cancelled_row_frees_its_pages_at_once_wherever_it_is():
 
 def test_a_failing_pass_ends_its_rows_and_nothing_else():
     boom = MemoryError("boom")
-    model = Scripted(fails=lambda number: boom if number == 3 else None)
-    scheduler = scheduler_of(model, budget=20)
-    scheduler.add(Row([9] * 200, 1, 0))
+    model, scheduler = scheduler_with(
+        [Row([9] * 200, 1, 0)], budget=20, fails=lambda number: boom if number == 3 else None
+    )
     run(scheduler)
     assert scheduler._prefixes.pages == 2
     rows = [Row([1], 9, 0), Row([2], 9, 0)]
@@ -493,11 +428,8 @@ def test_a_processor_that_fails_ends_its_own_row():
             raise ValueError("grammar")
         return logits
 
-    model = Scripted()
-    scheduler = scheduler_of(model)
     rows = [Row([1], 9, 0, options=Options(logits_processor=(fail,))), Row([2], 9, 0)]
-    for row in rows:
-        scheduler.add(row)
+    model, scheduler = scheduler_with(rows)
     run(scheduler)
     assert rows[0].finish_reason == "error" and str(rows[0].error) == "grammar" and len(rows[0].tokens) == 3
     assert rows[1].tokens == expected([2], 9)
@@ -505,10 +437,7 @@ def test_a_processor_that_fails_ends_its_own_row():
 
 
 def test_every_row_is_told_once_for_each_token_and_its_end():
-    model = Scripted()
-    scheduler = scheduler_of(model)
     rows = [Row([i + 1] * (i + 1), 5 + i, 0) for i in range(5)]
-    for row in rows:
-        scheduler.add(row)
+    _, scheduler = scheduler_with(rows)
     told = Counter(row for changed in run(scheduler) for row in changed)
     assert [told[row] for row in rows] == [row.limit for row in rows]

@@ -5,16 +5,16 @@ The clock is simulated, so that no figure depends on the machine.
 
 import random
 from collections import Counter
-from types import SimpleNamespace
 
 import pytest
 import tokenizers
 import torch
 from support.peers import pair, random_ids
+from support.scripted import ScriptedModel, certain
 from torch import Tensor
 
 from neox_lite import GPTNeoXForCausalLM, GPTNeoXTokenizerFast, Speculation
-from neox_lite.cache import Batch, PagePool, PrefixCache
+from neox_lite.cache import PrefixCache
 from neox_lite.errors import ArgumentError
 from neox_lite.generation.mixin import decode
 from neox_lite.generation.options import Options
@@ -78,9 +78,8 @@ def backend(request):
 def any_length(monkeypatch):
     """Drafts of random lengths, whether they pay or not."""
     choice = random.Random(0)
-    monkeypatch.setattr(
-        Pace, "length", lambda self, rows, drafting, longest: choice.randint(0, longest if drafting else 0)
-    )
+    length = lambda self, rows, drafting, longest: choice.randint(0, longest if drafting else 0)  # noqa: E731
+    monkeypatch.setattr(Pace, "length", length)
 
 
 def prompts(count: int) -> list[Tensor]:
@@ -185,9 +184,9 @@ def test_sampled_tokens_with_speculation_follow_the_targets_distribution(spread,
     """20,000 tokens of a model whose logits depend on the last token, drafted by another that is `spread` away."""
     generator = torch.Generator().manual_seed(1)
     table = 2 * torch.randn(VOCABULARY, VOCABULARY, generator=generator)
-    target = Scripted(lambda place, token: table[token])
+    target = ScriptedModel(lambda place, token: table[token])
     draft_table = table + spread * torch.randn(VOCABULARY, VOCABULARY, generator=generator)
-    draft = Scripted(lambda place, token: draft_table[token])
+    draft = ScriptedModel(lambda place, token: draft_table[token])
     sampling = Sampling(do_sample=True, top_k=0, seed=11)
 
     def drawn(row, history, logits):
@@ -230,38 +229,13 @@ def first_accepted(rows, table, draft_table, sampling) -> float:
 # With everything else -------------------------------------------------------------------------------------------------
 
 
-class Scripted:
-    """A Stepper whose logits after a token are logits(number of tokens, token); passes of n tokens cost cost(n) seconds."""
-
-    def __init__(self, logits, cost=lambda tokens: 0.0, vocabulary: int = VOCABULARY) -> None:
-        self.logits, self.cost, self.now, self.passes = logits, cost, 0.0, []
-        self.config = SimpleNamespace(vocab_size=vocabulary, max_position_embeddings=10**6)
-        self.source = SimpleNamespace(folder=None)
-
-    def new_pool(self, pages: int = 0, limit: int | None = None) -> PagePool:
-        return PagePool(1, 1, torch.float32, [torch.device("cpu")], pages, limit)
-
-    def step(self, pool, sequences, tokens, every=False) -> Tensor:
-        starts = [s.length for s in sequences]
-        Batch.reserve(pool, sequences, [len(t) for t in tokens]).commit()
-        self.now += self.cost(sum(map(len, tokens)))
-        self.passes.append([len(t) for t in tokens])
-        out = []
-        for start, new in zip(starts, tokens, strict=True):
-            places = range(len(new)) if every else [len(new) - 1]
-            out += [self.logits(start + i + 1, new[i]) for i in places]
-        return torch.stack(out)
-
-
 def truth(place: int) -> int:
     """The token that a script has at a place, never 0."""
     return 1 + place * 7919 % (VOCABULARY - 1)
 
 
 def says(place: int, token: int) -> Tensor:
-    logits = torch.zeros(VOCABULARY)
-    logits[truth(place)] = 9.0
-    return logits
+    return certain(truth(place))
 
 
 @pytest.fixture
@@ -271,7 +245,7 @@ def always_five(monkeypatch):
 
 def test_a_row_yields_its_tokens_one_by_one_in_order(always_five):
     rows = [Row([1], 13, 0), Row([1], 4, 0)]
-    target = Scripted(says)
+    target = ScriptedModel(says)
     counts, lengths = Counter(), []
     prefixes = PrefixCache(target.new_pool(), 0)
     drafting = Drafting(Liar(truth), 5, PassTimes(), Speculation(), lambda: 0.0)
@@ -289,11 +263,11 @@ def test_a_row_yields_its_tokens_one_by_one_in_order(always_five):
 def test_an_end_inside_an_accepted_draft_drops_what_follows(always_five):
     end = truth(4)
     row = Row([1], 40, 0)
-    speculate(target := Scripted(says), Liar(truth), [row], Options(eos_token_id=(end,)))
+    speculate(target := ScriptedModel(says), Liar(truth), [row], Options(eos_token_id=(end,)))
     assert row.tokens == [truth(1), truth(2), truth(3), end] and row.finish_reason == "stop"
     assert target.passes == [[1], [6]]
     held = Row([1], 9, 0)
-    speculate(Scripted(says), Liar(truth), [held], Options(eos_token_id=(end,), min_new_tokens=6))
+    speculate(ScriptedModel(says), Liar(truth), [held], Options(eos_token_id=(end,), min_new_tokens=6))
     assert len(held.tokens) == 9 and end not in held.tokens[:6]
 
 
@@ -413,7 +387,7 @@ def test_prompt_lookup_takes_in_each_token_once():
 
 
 def test_without_a_match_there_is_no_draft_and_no_pass_of_several_tokens():
-    target = Scripted(says)
+    target = ScriptedModel(says)
     row = Row([1], 40, 0)  # 49 different tokens
     _, counts = speculate(target, PromptLookup(), [row])
     assert counts.drafted == 0 and counts.passes == 39
@@ -422,11 +396,11 @@ def test_without_a_match_there_is_no_draft_and_no_pass_of_several_tokens():
 
 def test_a_draft_model_reads_every_token_once_and_forgets_what_was_refused(any_length):
     wrong = {7, 11, 12, 30}
-    draft = Scripted(lambda place, token: says(place + (place in wrong), token))
+    draft = ScriptedModel(lambda place, token: says(place + (place in wrong), token))
     prefixes = PrefixCache(draft.new_pool(), 0)
     row = Row([1] * 5, 45, 0)
     drafter = DraftModel(draft, prefixes, lambda row, history, logits: int(logits.argmax()), VOCABULARY, 10**6)
-    _, counts = speculate(Scripted(says), drafter, [row])
+    _, counts = speculate(ScriptedModel(says), drafter, [row])
     assert row.tokens == [truth(5 + i) for i in range(45)]
     read = sum(sum(lengths) for lengths in draft.passes)
     assert read <= 5 + counts.drafted + counts.passes  # the prompt, its own drafts, and one token of the target a pass
@@ -434,16 +408,16 @@ def test_a_draft_model_reads_every_token_once_and_forgets_what_was_refused(any_l
 
 
 def test_a_draft_model_stops_at_its_context_and_at_ids_that_it_lacks(always_five):
-    draft = Scripted(says)
+    draft = ScriptedModel(says)
     argmax = lambda row, history, logits: int(logits.argmax())  # noqa: E731
     short = DraftModel(draft, PrefixCache(draft.new_pool(), 0), argmax, VOCABULARY, 12)
     row = Row([1], 30, 0)
-    speculate(Scripted(says), short, [row])
+    speculate(ScriptedModel(says), short, [row])
     assert row.tokens == [truth(1 + i) for i in range(30)]
     small = DraftModel(draft, PrefixCache(draft.new_pool(), 0), argmax, 40, 10**6)
     rows = [Row([1], 30, 0), Row([45], 30, 0)]  # the second begins with an id that the draft model lacks
     assert small.ready(rows) == rows[:1]
-    speculate(Scripted(says), small, rows)
+    speculate(ScriptedModel(says), small, rows)
     assert all(row.tokens == [truth(1 + i) for i in range(30)] for row in rows)
     first_lacking = next(i for i in range(1, 40) if truth(i) >= 40)
     assert max(map(len, [[]] + [p for p in draft.passes if p])) <= 2 and first_lacking < 30
@@ -458,10 +432,8 @@ def test_vocabularies_of_other_sizes_are_padded_and_cut(folder, tmp_path_factory
             for ids in prompts(6):
                 ids = ids.clamp(max=100)
                 plain = model.generate(ids, max_new_tokens=30, **NO_EOS, **options)
-                out = model.generate(
-                    ids, max_new_tokens=30, assistant_model=draft, speculation=counts, **NO_EOS, **options
-                )
-                assert torch.equal(out, plain)
+                drafted = {"assistant_model": draft, "speculation": counts}
+                assert torch.equal(model.generate(ids, max_new_tokens=30, **drafted, **NO_EOS, **options), plain)
             assert counts.drafted > 0
 
 
@@ -492,8 +464,8 @@ def test_a_draft_model_with_another_tokenizer_is_refused_with_the_first_id_that_
     ("options", "message"),
     [
         ({"assistant_model": "EleutherAI/pythia-160m"}, "assistant_model is a str, expected a GPTNeoXForCausalLM"),
-        ({"assistant_model": Scripted(says), "prompt_lookup_num_tokens": 3}, "exclude each other"),
-        ({"assistant_model": Scripted(says, vocabulary=5000)}, "its vocab_size is 5000, but this model's is 131"),
+        ({"assistant_model": ScriptedModel(says), "prompt_lookup_num_tokens": 3}, "exclude each other"),
+        ({"assistant_model": ScriptedModel(says, vocabulary=5000)}, "its vocab_size is 5000, but this model's is 131"),
         ({"prompt_lookup_num_tokens": 0}, "prompt_lookup_num_tokens is 0, expected an integer of at least 1"),
         ({"num_assistant_tokens": 2.5}, "num_assistant_tokens is 2.5"),
         ({"prompt_lookup_num_tokens": 4, "speculation": {}}, "speculation is a dict"),
@@ -501,8 +473,8 @@ def test_a_draft_model_with_another_tokenizer_is_refused_with_the_first_id_that_
     ids=["name", "both", "vocabulary", "zero", "fraction", "counts"],
 )
 def test_what_cannot_draft_is_refused(model, options, message):
-    model._tokenizer = Scripted(says)._tokenizer = None
-    for draft in (d for d in options.values() if isinstance(d, Scripted)):
+    model._tokenizer = ScriptedModel(says)._tokenizer = None
+    for draft in (d for d in options.values() if isinstance(d, ScriptedModel)):
         draft._has_tokenizer = False
     with pytest.raises(ArgumentError, match=message):
         model.generate(random_ids(1, 4), **options)
@@ -522,7 +494,7 @@ PROMPT = 400
 
 def speed(cost, acceptance, draft_s: float, tokens: int, rows: int = 1, seed: int = 1) -> tuple[float, list[float]]:
     """Tokens a second on a simulated clock with drafts right with probability acceptance(place), and when each token came."""
-    target, choice = Scripted(says, cost), random.Random(seed)
+    target, choice = ScriptedModel(says, cost), random.Random(seed)
 
     def guess(place: int) -> int:
         return truth(place) if choice.random() < acceptance(place) else truth(place) % (VOCABULARY - 1) + 1
@@ -567,9 +539,8 @@ def test_drafts_get_nearly_the_speed_of_the_best_length(cost, draft_s, acceptanc
 def test_drafts_of_a_batch_get_nearly_the_speed_of_the_best_length():
     cost = lambda n: 1 + 0.03 * n  # noqa: E731
     found, _ = speed(cost, lambda place: 0.8, 0.05, 1500, rows=4)
-    assert (
-        0.9 < found / optimum(cost, 0.8, 0.05, rows=4) < 1.05
-    )  # rows wait for no other, so that few have equal drafts
+    # rows wait for no other, so that few have equal drafts
+    assert 0.9 < found / optimum(cost, 0.8, 0.05, rows=4) < 1.05
 
 
 @pytest.mark.parametrize("cost", COSTS)
