@@ -7,15 +7,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
 
-SHAPE = {
-    "vocab_size": 131,
-    "hidden_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 256,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.1,
-}
+SHAPE = {"vocab_size": 131, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256,
+         "max_position_embeddings": 256, "initializer_range": 0.1}  # fmt: skip
 IDS = torch.arange(40)[None] * 7 % 131
 
 
@@ -42,8 +35,8 @@ def digests(folder, pattern="*"):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob(pattern)}
 
 
-def flip(path, at):
+def flip(path, at, bit=0):
     """Change one bit of a file."""
     raw = bytearray(path.read_bytes())
-    raw[at] ^= 1
+    raw[at] ^= 1 << bit
     path.write_bytes(raw)
