@@ -39,9 +39,30 @@ def engine():
 
 
 @pytest.fixture(scope="module")
-def url(engine):
-    with serving(application(engine)) as url:
+def app(engine):
+    return application(engine)
+
+
+@pytest.fixture(scope="module")
+def url(app):
+    with serving(app) as url:
         yield url
+
+
+@pytest.fixture
+def before_step(engine, monkeypatch):
+    """Have something done before each pass of the model."""
+
+    def arrange(do):
+        step = type(engine._model).step
+
+        def wrapped(self, *given, **options):
+            do()
+            return step(self, *given, **options)
+
+        monkeypatch.setattr(type(engine._model), "step", wrapped)
+
+    return arrange
 
 
 @pytest.fixture
@@ -223,9 +244,8 @@ def test_a_stop_string_is_cut_off(client):
 
 
 def test_characters_that_take_several_tokens_are_never_torn(client):
-    pieces = [
-        c.choices[0].text for c in complete(client, stream=True, max_tokens=60, extra_body={"regex": "é漢😀{8}!"})
-    ]
+    chunks = complete(client, stream=True, max_tokens=60, extra_body={"regex": "é漢😀{8}!"})
+    pieces = [chunk.choices[0].text for chunk in chunks]
     assert "".join(pieces) == "é漢" + "😀" * 8 + "!" and not any("\ufffd" in piece for piece in pieces)
 
 
@@ -250,9 +270,8 @@ def test_echo_gives_the_log_probability_of_every_token_of_the_prompt(client, mod
     text = "KING RICHARD III:\nNow is the winter of our discontent"
     ids = model.tokenizer(text).input_ids
     expected = scores(model, ids)
-    reply = complete(
-        client, prompt=ids if as_ids else text, echo=True, logprobs=2, max_tokens=max_tokens, temperature=0
-    )
+    options = {"echo": True, "logprobs": 2, "max_tokens": max_tokens, "temperature": 0}
+    reply = complete(client, prompt=ids if as_ids else text, **options)
     found = reply.choices[0].logprobs
     assert reply.choices[0].text.startswith(text) and reply.usage.completion_tokens == max_tokens
     assert len(found.tokens) == len(found.token_logprobs) == len(found.top_logprobs) == len(ids) + max_tokens
@@ -325,9 +344,8 @@ def test_roles_and_parts_say_the_same_as_plain_messages(client):
 
 def test_without_max_tokens_a_chat_goes_on_to_the_end_of_the_context(client):
     reply = chat(client, max_tokens=openai.NOT_GIVEN, extra_body={"ignore_eos": True, "regex": None}, stop="\x00")
-    assert reply.usage.total_tokens <= 512 and (
-        reply.choices[0].finish_reason == "stop" or reply.usage.total_tokens == 512
-    )
+    total = reply.usage.total_tokens
+    assert total <= 512 and (reply.choices[0].finish_reason == "stop" or total == 512)
 
 
 def test_max_completion_tokens_is_max_tokens(client):
@@ -484,9 +502,9 @@ TABLE += [("/v1/chat/completions", *case) for case in BOTH + CHAT_ONLY]
 
 
 @pytest.mark.parametrize(("path", "field", "value"), TABLE, ids=lambda v: repr(v)[:40])
-def test_a_bad_field_is_refused_by_its_name(engine, path, field, value):
+def test_a_bad_field_is_refused_by_its_name(app, path, field, value):
     body = {"prompt": PROMPT} if path == "/v1/completions" else {"messages": CHAT}
-    reply = asyncio.run(ask_json(application(engine), path, body | {"max_tokens": 2} | {field: value}))
+    reply = asyncio.run(ask_json(app, path, body | {"max_tokens": 2} | {field: value}))
     error = reply.json()["error"]
     assert reply.status == 400
     assert set(error) == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
@@ -508,15 +526,7 @@ def test_the_nearest_name_is_offered(url):
 @pytest.mark.parametrize(
     "body",
     [
-        b"",
-        b"{",
-        b"[]",
-        b"5",
-        b'"x"',
-        b"null",
-        b"\xff\xfe",
-        b'{"prompt": "\\ud800"}',
-        b'{"\\ud800": 1}',
+        *(b"", b"{", b"[]", b"5", b'"x"', b"null", b"\xff\xfe", b'{"prompt": "\\ud800"}', b'{"\\ud800": 1}'),
         b'{"prompt": ["\\udfff"]}',
         b'{"prompt": "x", "user": "\\ud800"}',
         b'{"prompt": "x", "metadata": [NaN]}',
@@ -531,8 +541,8 @@ def test_the_nearest_name_is_offered(url):
     ],
     ids=lambda b: repr(b[:30]),
 )
-def test_what_is_not_a_json_object_is_refused(engine, body):
-    reply = asyncio.run(ask_json(application(engine), "/v1/completions", body))
+def test_what_is_not_a_json_object_is_refused(app, body):
+    reply = asyncio.run(ask_json(app, "/v1/completions", body))
     assert reply.status == 400 and reply.json()["error"]["type"] == "invalid_request_error"
 
 
@@ -542,12 +552,9 @@ def test_a_body_of_another_type_is_refused(url):
 
 
 def test_unknown_paths_and_methods_are_refused_in_the_same_form(url):
-    for method, path, status in (
-        ("GET", "/v1/embeddings", 404),
-        ("POST", "/v1/x/y", 404),
-        ("GET", "/v1/completions", 405),
-        ("DELETE", "/v1/models", 405),
-    ):
+    cases = {"GET /v1/embeddings": 404, "POST /v1/x/y": 404, "GET /v1/completions": 405, "DELETE /v1/models": 405}
+    for asked, status in cases.items():
+        method, path = asked.split()
         reply = httpx.request(method, f"{url}{path}")
         assert reply.status_code == status and set(reply.json()["error"]) == {"message", "type", "param", "code"}
 
@@ -580,9 +587,8 @@ def test_recorded_requests_of_front_ends_are_answered(url, path):
     body = recorded.get("body")
     if body is not None:
         body["model"] = "demo_model"
-    reply = httpx.request(
-        recorded["method"], url + recorded["path"], json=body, headers=recorded.get("headers"), timeout=60
-    )
+    asked = {"json": body, "headers": recorded.get("headers"), "timeout": 60}
+    reply = httpx.request(recorded["method"], url + recorded["path"], **asked)
     assert reply.status_code == 200, reply.text
     if body is not None and body.get("stream"):
         assert reply.text.endswith("data: [DONE]\n\n") and '"error"' not in reply.text
@@ -631,23 +637,14 @@ def test_a_closed_connection_frees_its_slot(engine, url, stream):
     assert post(url, "/v1/completions", {"prompt": PROMPT, "max_tokens": 2}).status_code == 200
 
 
-def test_who_leaves_stops_the_work_within_a_token(engine, url):
+def test_who_leaves_stops_the_work_within_a_token(engine, url, before_step):
     """The generated tokens of an answer that is left stay far below what was asked for."""
     seen = []
-    step = type(engine._model).step
+    before_step(lambda: (seen.append(1), time.sleep(0.005)))
     body = {"prompt": PROMPT, "max_tokens": 480, "stream": True, "ignore_eos": True}
-
-    def counting(self, *args, **options):
-        seen.append(1)
-        time.sleep(0.005)
-        return step(self, *args, **options)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(engine._model), "step", counting)
-        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as reply:
-            next(reply.iter_bytes())
-        assert idle(engine)
-    assert len(seen) < 240
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as reply:
+        next(reply.iter_bytes())
+    assert idle(engine) and len(seen) < 240
 
 
 def test_who_leaves_is_counted_as_such(engine):
@@ -686,30 +683,23 @@ def test_a_full_queue_answers_429_and_recovers():
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_fault_of_the_engine_is_a_503_in_words_and_the_next_request_works(engine, url, stream, monkeypatch):
+def test_a_fault_of_the_engine_is_a_503_in_words_and_the_next_request_works(url, stream, before_step, monkeypatch):
     body = {"prompt": f"{stream} {PROMPT}", "max_tokens": 4, "stream": stream}
-
-    def broken(self, *args, **options):
-        raise RuntimeError("the card fell off")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(type(engine._model), "step", broken)
-        reply = post(url, "/v1/completions", body)
+    before_step(fall_off)
+    reply = post(url, "/v1/completions", body)
+    monkeypatch.undo()
     assert reply.status_code == 503 and reply.json()["error"]["code"] == "engine_error"
     assert "the card fell off" in reply.json()["error"]["message"]
     assert post(url, "/v1/completions", body).status_code == 200
 
 
-def test_a_fault_in_the_middle_of_a_stream_is_an_event(engine, client, monkeypatch):
-    step, calls = type(engine._model).step, []
+def fall_off():
+    raise RuntimeError("the card fell off")
 
-    def breaking(self, *args, **options):
-        calls.append(1)
-        if len(calls) > 3:
-            raise RuntimeError("the card fell off")
-        return step(self, *args, **options)
 
-    monkeypatch.setattr(type(engine._model), "step", breaking)
+def test_a_fault_in_the_middle_of_a_stream_is_an_event(client, before_step):
+    steps = iter(range(100))
+    before_step(lambda: next(steps) < 3 or fall_off())
     with pytest.raises(openai.APIError, match="the card fell off"):
         list(complete(client, stream=True, prompt="Another: "))
 
@@ -724,15 +714,10 @@ def test_a_model_that_is_unloaded_ends_its_answers_in_words():
             assert '"model_not_loaded"' in list(filter(None, lines))[-1]
 
 
-def test_long_silence_is_broken_by_comments(engine, url, monkeypatch):
+def test_long_silence_is_broken_by_comments(url, before_step, monkeypatch):
     monkeypatch.setattr(api, "KEEP_ALIVE_S", 0.02)
-    step, free = type(engine._model).step, threading.Event()
-
-    def slow(self, *args, **options):
-        free.wait(20)
-        return step(self, *args, **options)
-
-    monkeypatch.setattr(type(engine._model), "step", slow)
+    free = threading.Event()
+    before_step(lambda: free.wait(20))
     with httpx.stream("POST", f"{url}/v1/completions", json={"prompt": "Slow: ", "stream": True}, timeout=60) as reply:
         lines = reply.iter_lines()
         assert next(lines).startswith(":")
@@ -754,19 +739,12 @@ class Fuzzer:
         *(None, True, False, 0, 1, -1, 2**31, 2**63, -(2**63), 2**64, 10**40, 0.5, -0.0, 1e-320, 1e308, -1e308),
         *("", "x", "\x00", "\n", "é漢😀", "<|endoftext|>", "x" * 3000, "-1", "NaN", "null", "../../etc/passwd"),
         *([], {}, [[]], [None], [1, "x"], {"type": "text"}, {"": ""}, [0] * 600, ["x"] * 20, {"a": {"b": [1]}}),
-        *(
-            {"type": "json_object"},
-            {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "integer"}}},
-        ),
+        {"type": "json_object"},
+        {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "integer"}}},
         *("[a-z]{2}", "(a|b)*", "(", {"type": "object", "properties": {"a": {"type": "string"}}}, {"enum": []}),
     )
-    NAMES = sorted(
-        schema.COMPLETION.keys()
-        | schema.CHAT.keys()
-        | schema.OFF_ONLY.keys()
-        | schema.HARMLESS.keys()
-        | schema.REPEATED.keys()
-    )
+    TABLES = (schema.COMPLETION, schema.CHAT, schema.OFF_ONLY, schema.HARMLESS, schema.REPEATED)
+    NAMES = sorted(set().union(*TABLES))
 
     def __init__(self, seed):
         self.random = random.Random(seed)
@@ -805,8 +783,8 @@ class Fuzzer:
         return [{"role": self.random.choice(roles), "content": self.random.choice(contents)} for _ in range(count)]
 
 
-def test_no_request_is_answered_with_a_server_error(engine):
-    app, counts = application(engine), {}
+def test_no_request_is_answered_with_a_server_error(engine, app):
+    counts = {}
 
     async def fuzz():
         fuzzers = [Fuzzer(seed) for seed in range(8)]

@@ -50,6 +50,21 @@ def request(guard, method="GET", path="/", **options):
     return asyncio.run(ask(guard, method, path, **options))
 
 
+def raw(guard, lines, method="GET", path="/", kind="http", messages=()):
+    """What is sent to a request of these very header lines."""
+    scope = {"type": kind, "method": method, "path": path, "headers": lines, "client": ("127.0.0.1", 1)}
+    coming, sent = list(messages), []
+
+    async def receive():
+        return coming.pop(0)
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(guard(scope, receive, send))
+    return sent
+
+
 def guarded(hosts=None, key=None, clock=None, **options):
     inside = Inside()
     keys = None if key is None else Keys(key, clock or Clock())
@@ -61,46 +76,14 @@ def guarded(hosts=None, key=None, clock=None, **options):
 LOOPBACK_HOSTS = ("127.0.0.1", "127.0.0.1:7860", "localhost:7860", "LOCALHOST:7860", "LocalHost", "[::1]:7860", "[::1]")
 FOREIGN_HOSTS = (
     *("evil.example", "evil.example:7860", "127.0.0.1.evil.example", "localhost.evil.example", "evil-localhost"),
-    *(
-        "localhost.",
-        "localhost.:7860",
-        "127.0.0.1.",
-        "127.0.0.1@evil.example",
-        "evil.example@127.0.0.1",
-        "user:pass@localhost",
-    ),
-    *(
-        "",
-        " ",
-        "127.0.0.1:",
-        "127.0.0.1:abc",
-        "127.0.0.1:99999",
-        "127.0.0.1:7860:7860",
-        "127.0.0.1:-1",
-        "127.0.0.1:\uff17860",
-    ),
-    *(
-        "127.1",
-        "2130706433",
-        "0x7f.0.0.1",
-        "0177.0.0.1",
-        "127.0.0.2",
-        "0.0.0.0",
-        "[::]",
-        "::1",
-        "[::1",
-        "::1]",
-        "[::ffff:127.0.0.1]",
-    ),
-    *(
-        "127.0.0.1/evil",
-        "127.0.0.1, evil.example",
-        "127.0.0.1 evil",
-        "127.0.0.1\tx",
-        "localhost#x",
-        "http://localhost",
-        "ⓛocalhost",
-    ),
+    *("localhost.", "localhost.:7860", "127.0.0.1.", "127.0.0.1@evil.example", "evil.example@127.0.0.1"),
+    "user:pass@localhost",
+    *("", " ", "127.0.0.1:", "127.0.0.1:abc", "127.0.0.1:99999", "127.0.0.1:7860:7860", "127.0.0.1:-1"),
+    "127.0.0.1:\uff17860",
+    *("127.1", "2130706433", "0x7f.0.0.1", "0177.0.0.1", "127.0.0.2", "0.0.0.0", "[::]", "::1", "[::1", "::1]"),
+    "[::ffff:127.0.0.1]",
+    *("127.0.0.1/evil", "127.0.0.1, evil.example", "127.0.0.1 evil", "127.0.0.1\tx", "localhost#x", "http://localhost"),
+    "ⓛocalhost",
     *("192.168.1.5:7860", "8.8.8.8", "localhost%00.evil.example", "local\x00host"),
 )
 
@@ -121,71 +104,44 @@ def test_any_other_host_is_refused(host):
 def test_a_missing_or_double_host_is_refused():
     guard, inside = guarded()
     for lines in ([], [(b"host", b"localhost"), (b"host", b"evil.example")], [(b"host", b"localhost")] * 2):
-        scope = {"type": "http", "method": "GET", "path": "/", "headers": lines, "client": ("127.0.0.1", 1)}
-        sent = []
-
-        async def send(message, sent=sent):
-            sent.append(message)
-
-        asyncio.run(guard(scope, None, send))
-        assert sent[0]["status"] == 400
+        assert raw(guard, lines)[0]["status"] == 400
     assert inside.reached == []
 
 
 def test_bound_to_one_address_that_one_is_a_name_too():
-    guard, _ = guarded(Hosts("192.168.1.5", ["Chat.Home"]))
-    assert [
-        request(guard, headers={"host": host}).status for host in ("192.168.1.5:7860", "chat.home", "localhost")
-    ] == [200] * 3
-    assert [request(guard, headers={"host": host}).status for host in ("192.168.1.6", "home", "x.chat.home")] == [
-        400
-    ] * 3
+    check_hosts(
+        Hosts("192.168.1.5", ["Chat.Home"]), "192.168.1.5:7860 chat.home localhost", "192.168.1.6 home x.chat.home"
+    )
 
 
 @pytest.mark.parametrize("bound", ["0.0.0.0", "::"])
 def test_bound_to_all_addresses_every_address_but_no_foreign_name_is_let_in(bound):
-    guard, _ = guarded(Hosts(bound))
-    for host in ("192.168.1.5:7860", "[fe80::1]:7860", "10.0.0.1", "localhost"):
-        assert request(guard, headers={"host": host}).status == 200
-    for host in ("evil.example", "192.168.1.5.evil.example", "10.1", "1.2.3", "[::g]", "[1.2.3.4.5]"):
-        assert request(guard, headers={"host": host}).status == 400
+    foreign = "evil.example 192.168.1.5.evil.example 10.1 1.2.3 [::g] [1.2.3.4.5]"
+    check_hosts(Hosts(bound), "192.168.1.5:7860 [fe80::1]:7860 10.0.0.1 localhost", foreign)
 
 
-@pytest.mark.parametrize(
-    ("bound", "loopback"), [("127.0.0.1", True), ("localhost", True), ("::1", True), ("127.0.0.9", True)]
-)
-def test_loopback_addresses_are_known(bound, loopback):
-    assert Hosts(bound).loopback is loopback
-    assert not any(
-        Hosts(other).loopback for other in ("0.0.0.0", "::", "192.168.1.5", "my.machine", "localhost.evil.example")
-    )
+def check_hosts(hosts, own, foreign):
+    guard, _ = guarded(hosts)
+    for names, status in ((own, 200), (foreign, 400)):
+        assert {name: request(guard, headers={"host": name}).status for name in names.split()} == dict.fromkeys(
+            names.split(), status
+        )
+
+
+def test_loopback_addresses_are_known():
+    assert all(Hosts(own).loopback for own in ("127.0.0.1", "localhost", "::1", "127.0.0.9"))
+    others = ("0.0.0.0", "::", "192.168.1.5", "my.machine", "localhost.evil.example")
+    assert not any(Hosts(other).loopback for other in others)
 
 
 # Origin ---------------------------------------------------------------------------------------------------------------
 
 FOREIGN_ORIGINS = (
-    *(
-        "null",
-        "http://evil.example",
-        "https://evil.example",
-        "http://127.0.0.1:8000",
-        "http://127.0.0.1",
-        "http://localhost:7860",
-    ),
-    *(
-        "http://127.0.0.1:7860.evil.example",
-        "http://evil.example:7860",
-        "http://127.0.0.1:7860@evil.example",
-        "",
-        "127.0.0.1:7860",
-    ),
-    *(
-        "file://",
-        "chrome-extension://x",
-        "http://127.0.0.1:78600",
-        "http://127.0.0.1:7860/",
-        "http://127.0.0.1:7860 http://x",
-    ),
+    *("null", "http://evil.example", "https://evil.example", "http://127.0.0.1:8000", "http://127.0.0.1"),
+    "http://localhost:7860",
+    *("http://127.0.0.1:7860.evil.example", "http://evil.example:7860", "http://127.0.0.1:7860@evil.example", ""),
+    *("127.0.0.1:7860", "file://", "chrome-extension://x", "http://127.0.0.1:78600", "http://127.0.0.1:7860/"),
+    "http://127.0.0.1:7860 http://x",
 )
 
 
@@ -217,14 +173,7 @@ def test_our_own_pages_are_let_in(host, origin):
 def test_a_second_origin_header_does_not_hide_a_foreign_one():
     guard, inside = guarded()
     lines = [(b"host", b"localhost"), (b"origin", b"http://localhost"), (b"origin", b"http://evil.example")]
-    scope = {"type": "http", "method": "POST", "path": "/", "headers": lines, "client": ("127.0.0.1", 1)}
-    sent = []
-
-    async def send(message):
-        sent.append(message)
-
-    asyncio.run(guard(scope, None, send))
-    assert sent[0]["status"] == 403 and inside.reached == []
+    assert raw(guard, lines, "POST")[0]["status"] == 403 and inside.reached == []
 
 
 @pytest.mark.parametrize("site", ["cross-site", "same-site", "strange"])
@@ -247,28 +196,15 @@ def test_a_link_from_elsewhere_may_be_followed():
 def websocket(guard, **headers):
     lines = {"host": "127.0.0.1:7860", **headers}
     path = lines.pop("path", "/")
-    raw = [(name.encode(), value.encode()) for name, value in lines.items()]
-    scope = {"type": "websocket", "path": path, "headers": raw, "client": ("127.0.0.1", 1)}
-    sent = []
-
-    async def receive():
-        return {"type": "websocket.connect"}
-
-    async def send(message):
-        sent.append(message)
-
-    asyncio.run(guard(scope, receive, send))
-    return sent
+    encoded = [(name.encode(), value.encode()) for name, value in lines.items()]
+    return raw(guard, encoded, path=path, kind="websocket", messages=[{"type": "websocket.connect"}])
 
 
 @pytest.mark.parametrize(
     "headers",
     [
-        {"host": "evil.example"},
-        {"origin": "null"},
-        {"origin": "http://evil.example"},
-        {"sec-fetch-site": "cross-site"},
-        {"path": "/x"},
+        *({"host": "evil.example"}, {"origin": "null"}, {"origin": "http://evil.example"}),
+        *({"sec-fetch-site": "cross-site"}, {"path": "/x"}),
     ],
     ids=str,
 )
@@ -301,72 +237,22 @@ def test_answers_carry_security_headers_and_open_nothing_to_other_sites():
 # Paths ----------------------------------------------------------------------------------------------------------------
 
 NEEDED = (
-    *(
-        "/",
-        "/config",
-        "/theme.css",
-        "/static/img/logo.svg",
-        "/assets/index-1.js",
-        "/gradio_api/info",
-        "/gradio_api/heartbeat/abc1",
-    ),
-    *(
-        "/gradio_api/queue/join",
-        "/gradio_api/queue/data",
-        "/v1/models",
-        "/v1/x/y",
-        "/health",
-        "/metrics",
-        "/favicon.ico",
-    ),
+    *("/", "/config", "/theme.css", "/static/img/logo.svg", "/assets/index-1.js", "/gradio_api/info"),
+    "/gradio_api/heartbeat/abc1",
+    *("/gradio_api/queue/join", "/gradio_api/queue/data", "/v1/models", "/v1/x/y", "/health", "/metrics"),
+    "/favicon.ico",
 )
 REFUSED = (
-    *(
-        "/gradio_api/file=/etc/passwd",
-        "/file=/etc/passwd",
-        "/gradio_api/file/etc/passwd",
-        "/file/x",
-        "/proxy=http://evil.example",
-    ),
-    *(
-        "/gradio_api/proxy=http://evil.example",
-        "/upload",
-        "/gradio_api/upload",
-        "/gradio_api/upload_progress",
-        "//file=/etc/passwd",
-    ),
-    *(
-        "/gradio_api//file=/etc/passwd",
-        "/gradio_api/../file=/etc/passwd",
-        "/gradio_api/stream/x",
-        "/gradio_api/component_server",
-    ),
-    *(
-        "/gradio_api/run/predict",
-        "/gradio_api/api/x",
-        "/gradio_api/call/x",
-        "/gradio_api/runs",
-        "/gradio_api/vibe-edit",
-        "/monitoring",
-    ),
-    *(
-        "/gradio_api/dev/reload",
-        "/gradio_api/deep_link",
-        "/gradio_api/process_recording",
-        "/gradio_api/mcp/sse",
-        "/custom_component/x",
-    ),
-    *(
-        "/docs",
-        "/openapi.json",
-        "/gradio_api/openapi.json",
-        "/logout",
-        "/token",
-        "/user",
-        "/FILE=/etc/passwd",
-        "/\nfile=x",
-        "/v1\n",
-    ),
+    *("/gradio_api/file=/etc/passwd", "/file=/etc/passwd", "/gradio_api/file/etc/passwd", "/file/x", "/upload"),
+    *("/proxy=http://evil.example", "/gradio_api/proxy=http://evil.example", "/gradio_api/upload"),
+    *("/gradio_api/upload_progress", "//file=/etc/passwd", "/gradio_api//file=/etc/passwd"),
+    *("/gradio_api/../file=/etc/passwd", "/gradio_api/stream/x", "/gradio_api/component_server"),
+    *("/gradio_api/run/predict", "/gradio_api/api/x", "/gradio_api/call/x", "/gradio_api/runs"),
+    *("/gradio_api/vibe-edit", "/monitoring"),
+    *("/gradio_api/dev/reload", "/gradio_api/deep_link", "/gradio_api/process_recording", "/gradio_api/mcp/sse"),
+    "/custom_component/x",
+    *("/docs", "/openapi.json", "/gradio_api/openapi.json", "/logout", "/token", "/user", "/FILE=/etc/passwd"),
+    *("/\nfile=x", "/v1\n"),
     *("/config/../file=x", "/gradio_api/heartbeat/x/../../file=y", "/static\n/x", "/gradio_api/queue/join\n"),
 )
 
@@ -420,13 +306,7 @@ def test_health_needs_no_key():
 @pytest.mark.parametrize(
     "header",
     [
-        "Bearer wrong",
-        "Bearer",
-        "Bearer ",
-        f"Basic {KEY}",
-        KEY,
-        f"Bearer {KEY}x",
-        f"Bearer {KEY[:-1]}",
+        *("Bearer wrong", "Bearer", "Bearer ", f"Basic {KEY}", KEY, f"Bearer {KEY}x", f"Bearer {KEY[:-1]}"),
         f"Bearer {KEY.upper()}",
     ],
 )
@@ -444,9 +324,8 @@ def test_the_key_opens_everything_there_is():
 
 def test_the_key_does_not_help_a_foreign_site():
     guard, inside = guarded(key=KEY)
-    assert (
-        request(guard, "POST", "/v1/completions", headers=bearer(KEY) | {"origin": "http://evil.example"}).status == 403
-    )
+    headers = bearer(KEY) | {"origin": "http://evil.example"}
+    assert request(guard, "POST", "/v1/completions", headers=headers).status == 403
     assert request(guard, headers=bearer(KEY) | {"host": "evil.example"}).status == 400 and inside.reached == []
 
 
@@ -593,20 +472,8 @@ def test_a_body_that_does_not_come_is_given_up():
 
 def test_who_leaves_in_the_middle_of_a_body_is_forgotten():
     guard, inside = guarded()
-    scope = {
-        "type": "http",
-        "method": "POST",
-        "path": "/v1/x",
-        "headers": [(b"host", b"localhost")],
-        "client": ("::1", 1),
-    }
     messages = [{"type": "http.request", "body": b"x", "more_body": True}, {"type": "http.disconnect"}]
-
-    async def receive():
-        return messages.pop(0)
-
-    asyncio.run(guard(scope, receive, None))
-    assert inside.reached == [] and messages == []
+    assert raw(guard, [(b"host", b"localhost")], "POST", "/v1/x", messages=messages) == [] and inside.reached == []
 
 
 def test_a_server_that_is_closing_takes_nothing_new():
