@@ -56,15 +56,9 @@ OTHERS = {
     "--verbose": "text-generation-webui",
     "--multi-user": "text-generation-webui",
     "--trust-remote-code": "text-generation-webui",
-    "--pure": "llama-quantize",
-    "--address": "ray",
-    "--grammar": "llama.cpp",
-    "--json-schema": "llama.cpp",
-    "--kl-divergence": "llama.cpp",
-    "--mlock": "llama.cpp",
-    "--no-mmap": "llama.cpp",
-    "--repeat-penalty": "llama.cpp",
-    "--temp": "llama.cpp",
+    **{"--pure": "llama-quantize", "--address": "ray", "--grammar": "llama.cpp", "--json-schema": "llama.cpp"},
+    **{"--kl-divergence": "llama.cpp", "--mlock": "llama.cpp", "--no-mmap": "llama.cpp"},
+    **{"--repeat-penalty": "llama.cpp", "--temp": "llama.cpp"},
 }
 SMALL = GPTNeoXConfig(
     vocab_size=1536,

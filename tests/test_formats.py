@@ -258,15 +258,8 @@ def test_regular_expressions_choose_a_format_by_module():
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("symmetric", False),
-        ("type", "float"),
-        ("strategy", "channel"),
-        ("num_bits", 3),
-        ("num_bits", 4.0),
-        ("group_size", 100),
-        ("group_size", 128.0),
-        ("actorder", "group"),
-        ("dynamic", True),
+        *(("symmetric", False), ("type", "float"), ("strategy", "channel"), ("num_bits", 3), ("num_bits", 4.0)),
+        *(("group_size", 100), ("group_size", 128.0), ("actorder", "group"), ("dynamic", True)),
     ],
 )
 def test_schemes_that_are_not_symmetric_groups_are_refused_by_key(key, value):

@@ -85,12 +85,8 @@ OPEN = {  # how it ends where an answer is to be continued
     "human-bot": "\n<bot>: Well,",
     "question-answer": "\nA: Well,",
     "dolly": "### Response:\nWell,",
-    "h2ogpt": "\n<bot>: Well,",
-    "h2ogpt-gm": "<|answer|>Well,",
-    "oasst": "<|assistant|>Well,",
-    "stablelm": "<|ASSISTANT|>Well,",
-    "japanese": "\nシステム: Well,",
-    "rinna": "<NL>システム: Well,",
+    **{"h2ogpt": "\n<bot>: Well,", "h2ogpt-gm": "<|answer|>Well,", "oasst": "<|assistant|>Well,"},
+    **{"stablelm": "<|ASSISTANT|>Well,", "japanese": "\nシステム: Well,", "rinna": "<NL>システム: Well,"},
 }
 
 

@@ -11,16 +11,8 @@ from torch import Tensor
 
 import neox_lite
 
-TINY = {
-    "vocab_size": 131,
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 96,
-    "max_position_embeddings": 256,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-}
+TINY = {"vocab_size": 131, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96,
+        "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 0}  # fmt: skip
 
 
 def peer(cls: str = "GPTNeoXForCausalLM", seed: int = 0, **config: Any) -> Any:

@@ -58,20 +58,9 @@ async def ask(app, method, path, body=b"", headers=(), client="127.0.0.1", parts
     given = {name.lower().encode(): str(value).encode("latin-1") for name, value in dict(headers).items()}
     lines = list(({b"host": b"127.0.0.1:7860"} | given).items())
     path, _, query = path.partition("?")
-    scope = {
-        "type": "http",
-        "asgi": {"version": "3.0"},
-        "http_version": "1.1",
-        "method": method,
-        "scheme": "http",
-        "path": path,
-        "raw_path": path.encode(),
-        "query_string": query.encode(),
-        "root_path": "",
-        "headers": lines,
-        "client": (client, 1),
-        "server": ("127.0.0.1", 7860),
-    }
+    scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "scheme": "http",
+             "path": path, "raw_path": path.encode(), "query_string": query.encode(), "root_path": "", "headers": lines,
+             "client": (client, 1), "server": ("127.0.0.1", 7860)}  # fmt: skip
     waiting = [body] if parts is None else list(parts)
     sent = []
 
