@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
+from .files import read_json, write_atomically
 from .hub import UNFINISHED, Access, fetch_files, holds_adapter, local_folder, no_model
+from .units import dtype_name
 
-MAX_JSON_BYTES = 16 << 20
 MAX_LABELS = 1 << 16
 MAX_ROTARY_ELEMENTS = 1 << 27  # half a GiB of cosines and sines: a million positions of 128 dimensions
 
@@ -173,48 +174,6 @@ FIELDS: dict[str, Field] = {
         None, _optional(_one_of("regression", "single_label_classification", "multi_label_classification"))
     ),
 }
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Parse one JSON object from a file; duplicate keys, NaN and anything but an object raise ConfigError."""
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise ConfigError(f"{path}: {path.stat().st_size} bytes, expected at most {MAX_JSON_BYTES}")
-        return parse_json(path.read_text(encoding="utf-8"), str(path))
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text ({error})") from error
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from error
-
-
-def parse_json(text: str, where: str) -> dict[str, Any]:
-    """Parse one JSON object from text; `where` names it in errors."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        seen: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in seen:
-                raise ConfigError(f"{where}: key {key!r} appears twice; keep one")
-            seen[key] = value
-        return seen
-
-    def no_constant(name: str) -> Any:
-        raise ConfigError(f"{where}: contains {name}, which is not JSON")
-
-    def finite(digits: str) -> float:
-        if math.isinf(number := float(digits)):
-            raise ConfigError(f"{where}: {digits} is too large for a float")
-        return number
-
-    try:
-        value = json.loads(text, object_pairs_hook=unique, parse_float=finite, parse_constant=no_constant)
-    except ConfigError:
-        raise
-    except (ValueError, RecursionError) as error:  # ValueError: also an integer of thousands of digits
-        raise ConfigError(f"{where}: not valid JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{where}: found a JSON {type(value).__name__}, expected an object")
-    return value
 
 
 class GPTNeoXConfig:
@@ -387,7 +346,7 @@ class GPTNeoXConfig:
             layers = any(folder.glob("layer_00-model_*-model_states.pt"))
             advice = "; copy that of the same model on the hub beside its layer files" if layers else ""
             raise ConfigError(f"{folder}: no config.json; a model folder holds config.json and its weights{advice}")
-        return cls(**{**_overridden(read_json(path), overrides), "_where": str(path)})
+        return cls(**{**_overridden(read_json(path, ConfigError), overrides), "_where": str(path)})
 
     def to_dict(self) -> dict[str, Any]:
         """All keys, in both the v4 and the v5 form, ready for config.json."""
@@ -415,11 +374,7 @@ class GPTNeoXConfig:
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write config.json into `folder`, under its final name only when complete."""
-        target = Path(folder) / "config.json"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name("config.json.partial")
-        partial.write_text(self.to_json_string(), encoding="utf-8")
-        partial.replace(target)
+        write_atomically(Path(folder) / "config.json", self.to_json_string())
 
     def copy(self, **overrides: Any) -> GPTNeoXConfig:
         """An independent copy with some keys replaced; rotary keys may be given in either form."""
@@ -469,7 +424,7 @@ def _refuse(keys: dict[str, Any], where: str) -> None:
 def _pop_dtype(keys: dict[str, Any], where: str) -> str | None:
     old, new = keys.pop("torch_dtype", None), keys.pop("dtype", None)
     found = new if new is not None else old
-    name = str(found).removeprefix("torch.") if found is not None else None
+    name = dtype_name(found) if found is not None else None
     if name not in (None, "auto", *DTYPES):
         raise ConfigError(f"{where}: dtype is {found!r}, expected one of {', '.join(DTYPES)}")
     return None if name == "auto" else name

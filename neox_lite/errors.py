@@ -1,4 +1,6 @@
-"""The exception family. Every message says what, where, found, expected and what to try; nothing here knows why."""
+"""The exception family, and how names stand in a message. A message says what, where, found, expected and what to try."""
+
+from collections.abc import Sequence
 
 
 class NeoxLiteError(Exception):
@@ -49,3 +51,16 @@ class GraphError(NeoxLiteError, RuntimeError):
 
 class CacheError(NeoxLiteError, RuntimeError):
     """The KV cache has no page left, or a sequence was used after it was freed."""
+
+
+def shown(name: object) -> str:
+    """A name from a file as it may stand in a one-line message: printable and at most 120 characters."""
+    text = str(name)
+    text = text if text and text.isprintable() else repr(text)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def first_few(items: Sequence[str], count: int = 4) -> str:
+    """A list as it may stand in a one-line message."""
+    rest = len(items) - count
+    return ", ".join(items[:count]) + (f" and {rest} more" if rest > 0 else "")

@@ -5,7 +5,6 @@ huggingface_hub's own. Everything is fetched at one commit, so files of two revi
 """
 
 import errno
-import json
 import logging
 import os
 import re
@@ -18,6 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from .errors import ArgumentError, CheckpointError, HubError
+from .files import parse_json, write_atomically
 
 logger = logging.getLogger("neox_lite")
 
@@ -269,8 +269,8 @@ def _one_set_of_weights(repo_id: str, listed: Collection[str], read: Callable[[s
     if not entry.endswith(".index.json"):
         return [entry, *extra]
     try:
-        shards = sorted(set(json.loads(read(entry))["weight_map"].values()))
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        shards = sorted(set(parse_json(read(entry), f"{repo_id}: {entry}", HubError)["weight_map"].values()))
+    except (LookupError, TypeError, AttributeError):
         raise HubError(f"{repo_id}: {entry} is not an index of weight files") from None
     suffix = ".bin" if ".bin." in entry else ".safetensors"
     for name in shards:
@@ -367,10 +367,7 @@ def _remember(folder: Path, revision: str, commit: str) -> None:
     if revision == commit or (ref.is_file() and ref.read_text() == commit):
         return
     try:
-        ref.parent.mkdir(parents=True, exist_ok=True)
-        partial = ref.with_name(f"{ref.name}.{os.getpid()}.partial")
-        partial.write_text(commit)
-        partial.replace(ref)
+        write_atomically(ref, commit, durable=False)
     except OSError as error:  # a cache that is shared and read-only still serves
         logger.warning("%s: cannot be written (%s), so %s cannot be found offline", ref, error.strerror, revision)
 

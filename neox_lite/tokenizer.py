@@ -18,11 +18,13 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
 
 from .errors import TokenizerError
+from .files import read_json, write_atomically
 from .hub import OTHER_TOKENIZER_FILES, TOKENIZER_FILES, Access, fetch_files
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # What transformers' GPTNeoXTokenizer assumes where the files are silent; here, only if the vocabulary has the token.
 DEFAULTS = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>") | {"pad_token": "<|padding|>"}
+MAX_BYTES = 256 << 20  # of a JSON file; the largest vocabularies take a tenth of that
 NO_LIMIT = int(1e30)  # how transformers writes "no model_max_length"; it reads anything above 1e20 so
 OPTIONS = (
     *SPECIAL,
@@ -458,9 +460,7 @@ class GPTNeoXTokenizerFast:
         else:
             (folder / "chat_template.jinja").unlink(missing_ok=True)  # it would give this tokenizer another's template
         for name, text in files.items():
-            temporary = folder / f".{name}.{os.getpid()}.tmp"
-            temporary.write_text(text, encoding="utf-8", newline="")
-            temporary.replace(folder / name)
+            write_atomically(folder / name, text)
         return tuple(str(folder / name) for name in files)
 
 
@@ -548,14 +548,8 @@ def read_backend(path: Path) -> Tokenizer:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; {} if there is no file."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"{path}: broken JSON: {error}; fetch the file again") from None
-    if not isinstance(found, dict):
-        raise TokenizerError(f"{path}: found a {type(found).__name__}, expected a JSON object; fetch the file again")
-    return found
+    """The JSON object in a file; {} if there is no file. What transformers reads passes: repeated keys, for instance."""
+    return read_json(path, TokenizerError, MAX_BYTES, strict=False) if path.is_file() else {}
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-MOST_BYTES = 4 << 20  # of a file: what we write is a few kilobytes
+from .errors import ConfigError
+from .files import read_json, write_atomically
+
+MAX_BYTES = 4 << 20  # of a file: what we write is a few kilobytes
 
 
 def folder() -> Path:
@@ -25,42 +26,23 @@ def folder() -> Path:
         raise OSError(str(error)) from error
 
 
-def read(name: str) -> Any:
-    """What the file of this name in the folder holds; None where there is no file. Raises ValueError for what is no JSON."""
+def read(name: str) -> dict[str, Any] | None:
+    """The JSON object in the file of this name; None where there is no file. Raises ValueError for anything else."""
     try:
         path = folder() / name
-        if path.stat().st_size > MOST_BYTES:
-            raise ValueError(f"it is larger than {MOST_BYTES >> 20} MiB")
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError:  # there is no home; `write` raises the same, and its caller reports it
         return None
-    except OSError as error:  # and what cannot be written either is said where it is written
-        if error.filename is None:  # there is no home
-            return None
-        raise ValueError(f"it cannot be read: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError("it is not JSON") from error
-    if found is None:
-        raise ValueError("it holds null")
-    return found
+    if not os.path.lexists(path):
+        return None
+    try:
+        return read_json(path, ConfigError, MAX_BYTES)
+    except ConfigError as error:
+        raise ValueError(str(error).removeprefix(f"{path}: ")) from error  # the caller names the file
 
 
 def write(name: str, value: Any) -> None:
     """Replace the file of this name by another, whole or not at all. Raises OSError."""
-    text = json.dumps(value, indent=1) + "\n"
-    partial = None
-    try:
-        target = folder() / name
-        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.NamedTemporaryFile("w", dir=target.parent, delete=False, encoding="utf-8") as written:
-            partial = Path(written.name)
-            written.write(text)
-        partial.replace(target)
-    except OSError:
-        if partial is not None:
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
-        raise
+    write_atomically(folder() / name, json.dumps(value, indent=1) + "\n", durable=False, private=True)
 
 
 def entry(kept: Any, key: str) -> Any:

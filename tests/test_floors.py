@@ -15,15 +15,13 @@ PACKAGES = {"neox_lite": ROOT, "neox_lite_quant": ROOT / "quant", "neox_lite_app
 FLOORS = [
     "neox_lite.version",
     "neox_lite.errors",
+    "neox_lite.files",
+    "neox_lite.units",
     "neox_lite.user_cache",
     "neox_lite.hub",
     "neox_lite.config",
     "neox_lite.tokenizer",
-    "neox_lite.checkpoint.safetensors_file",
-    "neox_lite.checkpoint.folder_writer",
-    "neox_lite.checkpoint.megatron",
-    "neox_lite.checkpoint.reader",
-    "neox_lite.checkpoint.adapter",
+    "neox_lite.checkpoint",
     "neox_lite.formats",
     "neox_lite.cache",
     "neox_lite.kernels",
@@ -105,7 +103,8 @@ def imports(module, path):
 
 
 def test_every_module_has_a_room():
-    assert [m for m, _ in modules() if room(m) is None] == []
+    empty = [m for m, path in modules() if path.name == "__init__.py" and not list(imports(m, path))]
+    assert [m for m, _ in modules() if room(m) is None and m not in empty] == []
 
 
 def test_rooms_import_only_rooms_below_them():

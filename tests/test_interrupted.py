@@ -25,6 +25,7 @@ from neox_lite import GPTNeoXForCausalLM
 from neox_lite.checkpoint.folder_writer import ShardWriter
 from neox_lite.checkpoint.reader import verify_folder
 from neox_lite.errors import CheckpointError, ConfigError, NeoxLiteError
+from neox_lite.files import partials
 from neox_lite_quant import convert
 
 KILLS = int(os.environ.get("NEOX_LITE_KILLS", "10"))
@@ -60,7 +61,7 @@ def begun(folder):
     """The weight files that a run has noted as whole, and those that it left half-written."""
     journal = folder / "neox_lite_journal.json"
     noted = set(json.loads(journal.read_text())["files"]) if journal.exists() else set()
-    return noted | {path.name.removesuffix(".partial") for path in folder.glob("*.safetensors.partial")}
+    return noted | {path.name.partition(".safetensors")[0] + ".safetensors" for path in partials(folder)}
 
 
 def go_on(source, folder, whole):
@@ -206,7 +207,7 @@ def test_a_full_disk_at_any_write_is_said_and_the_next_run_goes_on(source, tmp_p
         finally:
             monkeypatch.setattr(owner, call, real)
         assert not (folder / "config.json").exists() or verify_folder(folder) == []
-        assert not list(folder.glob("*.safetensors.partial"))
+        assert not partials(folder)
         quantize(source, folder)
         assert digests(folder) == whole
     assert k > 4
@@ -289,13 +290,13 @@ def test_an_interrupt_leaves_whole_files_and_the_next_run_goes_on(source, tmp_pa
     with subprocess.Popen(command, env=environment(), stdout=-1, stderr=-1, text=True) as process:
         assert process.stdout
         process.stdout.readline()
-        while not all(list((tmp_path / "out").glob(name)) for name in ("*.safetensors", "*.safetensors.partial")):
+        while not all(list((tmp_path / "out").glob(name)) for name in ("*.safetensors", "*.safetensors.*.partial")):
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
     left = {path.name for path in (tmp_path / "out").iterdir()}
     assert process.returncode != 0 and "config.json" not in left
-    assert not any(name.endswith(".safetensors.partial") for name in left)
+    assert not partials(tmp_path / "out")
     with pytest.raises(ConfigError, match="unfinished"):
         GPTNeoXForCausalLM.from_pretrained(tmp_path / "out")
     quantize(source, tmp_path / "out")

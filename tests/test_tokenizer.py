@@ -801,9 +801,8 @@ def test_bad_files_are_refused_with_their_path(tmp_path, small_folder):
     refused("found vocab.json, .*convert once with transformers", vocab__json="{}", merges__txt="")
     refused("tokenizer.json: not a tokenizer.json that `tokenizers` reads: .*fetch the file again", tokenizer__json="{")
     refused("run git lfs pull", tokenizer__json="version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
-    refused("tokenizer_config.json: broken JSON: .* line 1", tokenizer__json=good, tokenizer_config__json="{,}")
-    refused("tokenizer_config.json: broken JSON: .* depth", tokenizer__json=good, tokenizer_config__json="[" * 100_000)
-    refused("special_tokens_map.json: found a list", tokenizer__json=good, special_tokens_map__json="[]")
+    refused("tokenizer_config.json: not valid JSON: .* line 1", tokenizer__json=good, tokenizer_config__json="{,}")
+    refused("special_tokens_map.json: found a JSON list", tokenizer__json=good, special_tokens_map__json="[]")
     refused(
         "auto_map names code", tokenizer__json=good, tokenizer_config__json='{"auto_map": {"AutoTokenizer": "x.Y"}}'
     )

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..config import GPTNeoXConfig
 from ..errors import CheckpointError, ConfigError, UnsupportedError
+from ..files import read_json
 from ..hub import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MERGE
-from .folder_writer import read_json
 from .reader import Checkpoint
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -81,9 +81,7 @@ class Settings:
         path = folder / ADAPTER_CONFIG
         if not path.is_file():
             raise ConfigError(f"{folder}: no {ADAPTER_CONFIG}; an adapter's folder holds it and {ADAPTER_WEIGHTS[0]}")
-        keys = read_json(path)
-        if not isinstance(keys, dict):
-            raise ConfigError(f"{path}: expected an object, found a {type(keys).__name__}")
+        keys = read_json(path, ConfigError)
         _refuse(keys, path)
         field = _Fields(keys, path)
         rank = field.number("r", 8)

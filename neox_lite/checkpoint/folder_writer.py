@@ -1,106 +1,58 @@
 """The atomic writer of a model folder, and the manifest it leaves; it never opens a weight file to read tensors.
 
-A weight file is written at NAME.partial and renamed when every byte is there, synced and hashed. config.json comes last,
-so a folder that looks complete is complete. Outputs carry no times and no paths: the same input gives the same bytes.
+A weight file gets its name when every byte is there, synced and hashed. config.json comes last, so a folder that looks
+complete is complete. Outputs carry no times and no paths: the same input gives the same bytes.
 A writer that knows its job leaves a journal of the weight files that are whole, from which the same job goes on.
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import logging
 import os
-import re
-import shutil
 import threading
 from bisect import bisect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
-from ..hub import MANIFEST, UNFINISHED
-from ..version import __version__
-from .safetensors_file import (
-    DTYPE_NAMES,
-    MAX_HEADER_BYTES,
-    Spec,
-    dtype_name,
-    encode_header,
-    first_few,
-    layout,
-    open_regular,
-    shown,
-    strict_json,
+from ..errors import CheckpointError, first_few, shown
+from ..files import (
+    PARTIAL,
+    UNSUPPORTED,
+    AtomicFile,
+    disk_errors,
+    free_bytes,
+    lock,
+    partials,
+    sync_folder,
+    write_atomically,
 )
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from ..hub import MANIFEST, UNFINISHED
+from ..units import dtype_name
+from ..version import __version__
+from .manifest import (
+    CHUNK_BYTES,
+    CONFIG,
+    EXTRA_WEIGHTS,
+    FORMAT_VERSION,
+    INDEX,
+    OUR_WEIGHTS,
+    check_file_name,
+    compare_file,
+    is_model_file,
+    manifest_entry,
+    read_manifest,
+)
+from .safetensors_file import DTYPE_NAMES, Spec, encode_header, layout
 
 logger = logging.getLogger("neox_lite")
 
-CONFIG = "config.json"
-INDEX = "model.safetensors.index.json"
-PARTIAL = ".partial"
 JOURNAL = "neox_lite_journal.json"  # there while a folder is being written: for which job, and the weight files that are whole
-FORMAT_VERSION = 1
-CHUNK_BYTES = 16 << 20
-
-UNSUPPORTED = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)  # what network and Windows drives say to calls they lack
-
-EXTRA_WEIGHTS = re.compile(r"neox_lite_[a-z_]+\.safetensors")
-OUR_WEIGHTS = re.compile(r"model(-[0-9]+-of-[0-9]+)?\.safetensors(\.index\.json)?|" + EXTRA_WEIGHTS.pattern)
-ANY_WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|gguf)")
-
-
-# -- names and hashes -------------------------------------------------------------------------------------------------
-
-
-def check_file_name(name: str, where: object) -> None:
-    """Raises CheckpointError unless name is a plain relative path on every system; where is the file that names it."""
-    parts = name.split("/")
-    plain = not re.search(r"[\\:\x00-\x1f]", name) and not any(part in ("", ".", "..") for part in parts)
-    if not plain or len(name.encode()) > 255:
-        raise CheckpointError(f"{where}: unsafe file name {shown(repr(name))}; expected a plain name inside the folder")
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file of sane size, read strictly. Raises CheckpointError."""
-    with open_regular(path) as file:
-        raw = file.read(MAX_HEADER_BYTES + 1)
-    if len(raw) > MAX_HEADER_BYTES:
-        raise CheckpointError(f"{path}: larger than {MAX_HEADER_BYTES} bytes")
-    return strict_json(raw, str(path))
-
-
-def read_manifest(path: Path) -> dict[str, dict[str, Any]]:
-    """The files that a manifest lists: name -> {"bytes", "sha256"}. Raises CheckpointError if it is not one of ours."""
-    manifest = read_json(path)
-    files = manifest.get("files") if isinstance(manifest, dict) else None
-    if not isinstance(files, dict) or manifest.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(f"{path}: not a manifest of format_version {FORMAT_VERSION}")
-    for name, entry in files.items():
-        check_file_name(name, path)
-        if "/" in name or not isinstance(entry, dict) or not {"bytes", "sha256"} <= entry.keys():
-            raise CheckpointError(f"{path}: {shown(name)}: expected a file of this folder with bytes and sha256")
-    return files
-
-
-def sha256_of(path: Path, told: Callable[[int], object] = lambda count: None) -> str:
-    """SHA-256 of a file, read in pieces whose sizes are told; hashlib.file_digest needs Python 3.11."""
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK_BYTES))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
-            told(count)
-    return digest.hexdigest()
 
 
 # -- one weight file --------------------------------------------------------------------------------------------------
@@ -119,19 +71,6 @@ def split_into_shards(groups: Sequence[Sequence[Spec]], max_bytes: int = 5_000_0
     return shards
 
 
-def compare_file(path: Path, entry: Mapping[str, Any], told: Callable[[int], object] = lambda count: None) -> list[str]:
-    """What is wrong with a file beside its entry in a manifest: its size or its SHA-256; [] if nothing."""
-    try:
-        size = path.stat().st_size
-        if size != entry["bytes"]:
-            return [f"{path}: {size} bytes, expected {entry['bytes']}"]
-        if sha256_of(path, told) != entry["sha256"]:
-            return [f"{path}: SHA-256 differs from the manifest: the file has changed"]
-    except OSError as error:
-        return [f"{path}: cannot be read: {error.strerror or error}"]
-    return []
-
-
 class ShardWriter:
     """One weight file while it is written. It gets its name when every byte is there and on the disk."""
 
@@ -142,7 +81,7 @@ class ShardWriter:
         self.path = path
         self.sha256 = ""  # known when the file is complete
         self._finished = finished
-        self._partial = path.with_name(path.name + PARTIAL)
+        self._atomic = AtomicFile(path)
         self._specs = {spec.name: spec for spec in layout(specs)}
         self._prefix, self._offsets = encode_header(self._specs.values())
         self.size = len(self._prefix) + sum(spec.nbytes for spec in specs)
@@ -150,16 +89,15 @@ class ShardWriter:
         self._written: dict[str, list[tuple[int, int]]] = {name: [] for name in self._specs}
         self._lock = threading.Lock()
         self._digest, self._settled = hashlib.sha256(), 0  # of the file's first bytes
-        self._file: Any = None
 
     def __enter__(self) -> "ShardWriter":
         with disk_errors(self.path, self.size):
-            self._file = self._partial.open("w+b", buffering=0)
+            self._file: Any = self._atomic.__enter__().raw  # type: ignore[attr-defined]
             try:
                 _preallocate(self._file, self.size)
                 self._put(memoryview(self._prefix), 0)
             except BaseException:
-                self._discard()
+                self.discard()
                 raise
         return self
 
@@ -186,10 +124,10 @@ class ShardWriter:
         if rows:
             self._note(self._written, name, row, row + rows)
 
-    def settle(self, told: Callable[[], object] = lambda: None) -> None:
+    def settle(self, progress: Callable[[], object] = lambda: None) -> None:
         """Hash what is whole from the file's start on, and send it to the disk, so that less is left to do at the end.
 
-        May run beside writes; in one thread at a time. told is called every 16 MB.
+        May run beside writes; in one thread at a time. progress is called every 16 MB.
         """
         stop, buffer = self._whole_bytes(), memoryview(bytearray(CHUNK_BYTES))
         with disk_errors(self.path, self.size):
@@ -197,7 +135,7 @@ class ShardWriter:
                 count = self._get(buffer[: min(CHUNK_BYTES, stop - self._settled)], self._settled)
                 self._digest.update(buffer[:count])
                 self._settled += count
-                told()
+                progress()
             os.fsync(self._file.fileno())
 
     def _whole_bytes(self) -> int:
@@ -216,29 +154,26 @@ class ShardWriter:
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
         try:
             if kind is None:
-                self._finish()
-        finally:
-            self._discard()  # nothing is left to discard after a good finish
+                self._check_is_whole()
+                self.settle()
+        except BaseException:
+            self.discard()
+            raise
+        with disk_errors(self.path, self.size):
+            self._atomic.__exit__(kind, error, trace)
+        if kind is None:
+            self.sha256 = self._digest.hexdigest()
+            self._finished(self)
 
-    def _finish(self) -> None:
+    def _check_is_whole(self) -> None:
         for name, spec in self._specs.items():
             rows = spec.shape[0] if spec.shape else 1
             if rows and self._written[name] != [(0, rows)]:
                 raise CheckpointError(f"{self.path}: {name}: only rows {self._written[name]} of {rows} are written")
-        self.settle()
-        with disk_errors(self.path, self.size):
-            self._file.close()
-            self._partial.replace(self.path)
-            sync_folder(self.path.parent)
-        self.sha256 = self._digest.hexdigest()
-        self._finished(self)
 
-    def _discard(self) -> None:
-        """Close and remove what is not whole; does nothing after a good finish."""
-        if self._file is not None:
-            self._file.close()
-        if not self.sha256:
-            self._partial.unlink(missing_ok=True)
+    def discard(self) -> None:
+        """Remove what is not whole; harmless after a good end."""
+        self._atomic.discard()
 
     def _note(self, of: dict[str, list[tuple[int, int]]], name: str, start: int, stop: int) -> None:
         """Add rows start..stop to the spans of a tensor; touching ones are merged, so a complete tensor has one span."""
@@ -333,8 +268,8 @@ class FolderWriter:
         sizes = {self.shard_name(i): sum(spec.nbytes for spec in shard) for i, shard in enumerate(self.plan)}
         sizes |= others or {}
         with disk_errors(self.folder):
-            free = free_bytes(self.folder) + self._bytes_of(name + PARTIAL for name in sizes)
-            # a file that replaces another lies beside it till it is whole
+            # What a killed run left is removed first; a file that replaces another lies beside it until it is whole.
+            free = free_bytes(self.folder) + self._bytes_of(path.name for path in partials(self.folder))
             needed = scratch_bytes + max(sum(sizes.values()) - self._bytes_of(sizes), *sizes.values(), 0)
         if needed > free:
             raise CheckpointError(f"{self.folder}: needs {needed} bytes, {free} are free; choose another folder")
@@ -362,11 +297,11 @@ class FolderWriter:
 
     def file(self, name: str, content: str | bytes) -> None:
         """Write a small file atomically."""
-        if "/" in name or name == MANIFEST or name.endswith(PARTIAL) or _is_model(Path(name)):
+        if "/" in name or name == MANIFEST or name.endswith(PARTIAL) or is_model_file(name):
             raise CheckpointError(f"{name}: not a small file; weights go through shard, config.json through finish")
         check_file_name(name, self.folder)
         self._begin()
-        self._small[name] = _write_atomically(self.folder / name, content)
+        self._small[name] = self._write_small(name, content)
 
     def finish(self, config_json: str, **manifest_fields: Any) -> None:
         """Write index and manifest, remove what an older model left behind, and let config.json appear.
@@ -382,13 +317,13 @@ class FolderWriter:
             raise CheckpointError(f"{self.folder}: manifest fields {sorted(clash)} are the writer's own")
         self._begin()
         if len(self.plan) > 1:
-            self._small[INDEX] = _write_atomically(self.folder / INDEX, self._index())
-        files = {**self._weights, **self._small, CONFIG: _manifest_entry(config_json.encode())}
+            self._small[INDEX] = self._write_small(INDEX, self._index())
+        files = {**self._weights, **self._small, CONFIG: manifest_entry(config_json.encode())}
         with disk_errors(self.folder):
             for name in self._stale - files.keys():
                 (self.folder / name).unlink(missing_ok=True)
         self._publish_manifest({**own, **manifest_fields, "files": dict(sorted(files.items()))})
-        _write_atomically(self.folder / CONFIG, config_json)
+        self._write_small(CONFIG, config_json)
         self._finished = True
         with disk_errors(self.folder):
             (self.folder / JOURNAL).unlink(missing_ok=True)  # last: until here the same job would go on from it
@@ -397,10 +332,10 @@ class FolderWriter:
         """Raises CheckpointError if finish was forgotten. After an error only whole shards stay, and no config.json."""
         if self._marker is not None:
             for writer in self._writers.values():
-                writer._discard()  # an interrupt may have come between opening a file and its with statement
-            if not self._finished and not any(map(_is_model, self.folder.iterdir())):
+                writer.discard()  # an interrupt may have come between opening a file and its with statement
+            if not self._finished and not any(is_model_file(path.name) for path in self.folder.iterdir()):
                 (self.folder / UNFINISHED).unlink(missing_ok=True)  # an error before the first shard was whole
-            self._marker.close()  # lets the lock go
+            self._marker.close()  # which ends the lock
             if self._is_new and not self._finished:
                 with contextlib.suppress(OSError):  # not empty: whole shards stay
                     self.folder.rmdir()
@@ -430,7 +365,14 @@ class FolderWriter:
     def _write_journal(self) -> None:
         if self._job is not None:
             journal = {"format_version": FORMAT_VERSION, "job": self._job, "files": {**self._kept, **self._weights}}
-            _write_atomically(self.folder / JOURNAL, json.dumps(journal, indent=2) + "\n")
+            self._write_small(JOURNAL, json.dumps(journal, indent=2) + "\n")
+
+    def _write_small(self, name: str, content: str | bytes) -> dict[str, Any]:
+        """Write a small file; return its manifest entry."""
+        raw = content.encode() if isinstance(content, str) else content
+        with disk_errors(self.folder / name, len(raw)):
+            write_atomically(self.folder / name, raw)
+        return manifest_entry(raw)
 
     def _read_journal(self) -> None:
         """Take over what an earlier run of the same job left; of another job, begin anew and say so."""
@@ -438,7 +380,8 @@ class FolderWriter:
         if not path.exists():
             return
         try:
-            self._kept, job = read_manifest(path), read_json(path).get("job")
+            journal = read_manifest(path)
+            self._kept, job = journal["files"], journal.get("job")
         except CheckpointError as error:
             logger.warning("%s; the folder is written anew", error)
             job = None
@@ -463,9 +406,15 @@ class FolderWriter:
             ours = present & {MANIFEST, UNFINISHED}
             _check_is_ours(folder)
             found = folder / MANIFEST if MANIFEST in ours else marker
+            if found.is_symlink():
+                raise CheckpointError(
+                    f"{found}: is a link, which is not written through; remove it or choose another folder"
+                )
             file = found.open("r+b" if ours else "x+b")
             try:
                 _lock(file, found)
+                for left in partials(folder):
+                    left.unlink(missing_ok=True)
                 (folder / CONFIG).unlink(missing_ok=True)
                 if found != marker:  # the old manifest becomes the marker: a second attempt still knows the old files
                     found.replace(marker)
@@ -477,9 +426,9 @@ class FolderWriter:
         with disk_errors(folder):
             self._read_journal()
         if ours:
-            self._stale = {name for name in present if OUR_WEIGHTS.fullmatch(name.removesuffix(PARTIAL))}
+            self._stale = {name for name in present if OUR_WEIGHTS.fullmatch(name)}
             with contextlib.suppress(CheckpointError):  # an unreadable old manifest only means fewer names to tidy up
-                self._stale |= read_manifest(marker).keys() - {MANIFEST, UNFINISHED}
+                self._stale |= read_manifest(marker)["files"].keys() - {MANIFEST, UNFINISHED}
 
     def _publish_manifest(self, manifest: dict[str, Any]) -> None:
         with disk_errors(self.folder / MANIFEST):
@@ -488,7 +437,7 @@ class FolderWriter:
             self._marker.write(json.dumps(manifest, indent=2).encode() + b"\n")
             self._marker.flush()
             os.fsync(self._marker.fileno())
-            if fcntl is None:  # Windows renames no open file
+            if os.name == "nt":  # Windows renames no open file
                 self._marker.close()
             (self.folder / UNFINISHED).replace(self.folder / MANIFEST)
             sync_folder(self.folder)
@@ -513,34 +462,9 @@ def check_destination(folder: Path, source: Path | None = None) -> None:
 
 def _check_is_ours(folder: Path) -> None:
     """Raises CheckpointError for a folder with a model that somebody else wrote."""
-    present = list(folder.iterdir())
-    if not {MANIFEST, UNFINISHED} & {path.name for path in present} and any(map(_is_model, present)):
+    present = {path.name for path in folder.iterdir()}
+    if not {MANIFEST, UNFINISHED} & present and any(map(is_model_file, present)):
         raise CheckpointError(f"{folder}: holds a model that neox-lite did not write; choose another folder")
-
-
-def _is_model(path: Path) -> bool:
-    """Whether a file is part of a model, whoever wrote it."""
-    name = path.name
-    return name == CONFIG or bool(OUR_WEIGHTS.fullmatch(name) or ANY_WEIGHTS.fullmatch(name))
-
-
-@contextlib.contextmanager
-def disk_errors(path: Path, size: int | None = None) -> Iterator[None]:
-    """Turn the system's errors while writing path into one line that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
-        free = free_bytes(path)
-        needs = "" if size is None else f"needs {size} bytes, "
-        raise CheckpointError(f"{path}: disk full: {needs}{free} are free; choose another folder") from error
-
-
-def free_bytes(path: Path) -> int:
-    """The free space where path is or will be."""
-    above = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    return shutil.disk_usage(above).free
 
 
 def _preallocate(file: Any, size: int) -> None:
@@ -555,54 +479,10 @@ def _preallocate(file: Any, size: int) -> None:
     return None
 
 
-def _lock(file: Any, path: Path) -> None:
+def _lock(file: BinaryIO, path: Path) -> None:
     """Keep other writers out until the file is closed. Raises CheckpointError if one is there already."""
-    if fcntl is None:
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        taken = not os.path.samestat(os.fstat(file.fileno()), path.stat())  # another writer finished just now
-    except BlockingIOError:
-        taken = True
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, *UNSUPPORTED):
-            raise
-        logger.warning("%s: this file system has no locks; do not write there from two processes at once", path.parent)
-        return
-    if taken:
+    locked = lock(file, path)
+    if locked is False:
         raise CheckpointError(f"{path.parent}: another process is writing there; wait for it or choose another folder")
-
-
-def _write_atomically(path: Path, content: str | bytes) -> dict[str, Any]:
-    """Write a small file so that it is there whole or not at all; return its manifest entry."""
-    raw = content.encode() if isinstance(content, str) else content
-    partial = path.with_name(path.name + PARTIAL)
-    with disk_errors(path, len(raw)):
-        try:
-            with partial.open("wb") as file:
-                file.write(raw)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-        sync_folder(path.parent)
-    return _manifest_entry(raw)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in the folder durable."""
-    if hasattr(os, "O_DIRECTORY"):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        except OSError as error:
-            if error.errno not in UNSUPPORTED:
-                raise
-        finally:
-            os.close(descriptor)
-
-
-def _manifest_entry(raw: bytes) -> dict[str, Any]:
-    return {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+    if locked is None and os.name != "nt":
+        logger.warning("%s: this file system has no locks; do not write there from two processes at once", path.parent)

@@ -15,8 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
-from .safetensors_file import TensorInfo, shown
+from ..errors import CheckpointError, shown
+from .safetensors_file import TensorInfo
 
 FILE_NAME = re.compile(r"layer_([0-9]{2,4})-model_([0-9]{2,4})-model_states\.pt")
 # How the parts of a tensor make the whole.

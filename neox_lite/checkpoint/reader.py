@@ -12,9 +12,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, first_few, shown
+from ..files import open_regular, read_json
 from ..hub import MANIFEST, UNFINISHED, holds_adapter, no_model
-from .folder_writer import (
+from ..units import dtype_name
+from .manifest import (
     ANY_WEIGHTS,
     CHUNK_BYTES,
     CONFIG,
@@ -22,11 +24,10 @@ from .folder_writer import (
     INDEX,
     check_file_name,
     compare_file,
-    read_json,
     read_manifest,
 )
 from .megatron import layer_files, open_layers
-from .safetensors_file import DTYPE_NAMES, SafetensorsFile, TensorInfo, dtype_name, first_few, open_regular, shown
+from .safetensors_file import DTYPE_NAMES, MAX_HEADER_BYTES, SafetensorsFile, TensorInfo
 
 # Buffers that old transformers versions saved; recomputed, never read. Not to be confused with query_key_value.bias.
 OLD_BUFFER = re.compile(r"(gpt_neox\.)?layers\.[0-9]+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)")
@@ -246,8 +247,7 @@ def _check_index(index: Path, weight_map: Mapping[str, str], files: Mapping[str,
 
 def _read_weight_map(folder: Path, index: Path, suffix: str) -> dict[str, str]:
     """weight_map of an index file, tensor name -> file name, every file name safe and of the index's kind."""
-    content = read_json(inside(folder, index.name))
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    weight_map = read_json(inside(folder, index.name), CheckpointError, MAX_HEADER_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: expected an object with a non-empty weight_map")
     for name, file_name in weight_map.items():
@@ -315,7 +315,7 @@ def verify_folder(
     weights = sorted(path.name for path in folder.iterdir() if ANY_WEIGHTS.fullmatch(path.name))
     try:
         if _exists(folder / MANIFEST):
-            listed = read_manifest(folder / MANIFEST)
+            listed = read_manifest(folder / MANIFEST)["files"]
             for name, entry in listed.items():
                 problems += compare_file(folder / name, entry, told)
             problems += [f"{folder / name}: not in {MANIFEST}" for name in weights if name not in listed]

@@ -1,15 +1,13 @@
 """One safetensors file: its strict header, its memory map, its bytes when written. It knows no folder and no model."""
 
-import contextlib
 import ctypes
 import json
 import math
 import mmap
 import os
 import platform
-import stat
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, shown
+from ..files import open_regular, parse_json
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -78,82 +77,7 @@ class Spec:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def shown(name: object) -> str:
-    """A name from a file as it may stand in a one-line message: printable and at most 120 characters."""
-    text = str(name)
-    text = text if text and text.isprintable() else repr(text)
-    return text if len(text) <= 120 else text[:117] + "..."
-
-
-def first_few(items: Sequence[str], count: int = 4) -> str:
-    """A list as it may stand in a one-line message."""
-    rest = len(items) - count
-    return ", ".join(items[:count]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-# -- strict JSON ------------------------------------------------------------------------------------------------------
-
-
-def strict_json(raw: bytes, where: str) -> Any:
-    """Parse UTF-8 JSON that nobody may read in two ways.
-
-    Duplicate keys, NaN, integers of over 19 digits, lone surrogates and too deep nesting raise CheckpointError.
-    """
-    try:
-        text = raw.decode("utf-8")
-        value = json.loads(
-            text,
-            object_pairs_hook=_unique_keys,
-            parse_int=_bounded_int,
-            parse_constant=_refuse_constant,
-        )
-        if "\\u" in text:  # an escaped lone surrogate is legal JSON but not a legal string
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except RecursionError:
-        raise CheckpointError(f"{where}: JSON nested too deeply") from None
-    except MemoryError:
-        raise CheckpointError(f"{where}: JSON too large for this machine's memory") from None
-    except ValueError as error:  # UnicodeError and JSONDecodeError are ValueErrors
-        raise CheckpointError(f"{where}: not valid JSON: {shown(error)}") from None
-    return value
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        seen: set[str] = set()
-        repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"duplicate key {shown(repeated)}")
-    return result
-
-
-def _bounded_int(digits: str) -> int:
-    if len(digits) > 19:
-        raise ValueError(f"integer of {len(digits)} digits")
-    return int(digits)
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
 # -- reading ----------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def open_regular(path: Path) -> Iterator[Any]:
-    """Open a file for reading. Raises CheckpointError if it is a device or pipe, or if reading fails."""
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise CheckpointError(f"{path}: not a regular file")
-        with path.open("rb") as file:
-            yield file
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 class SafetensorsFile:
@@ -229,9 +153,7 @@ def parse_header(header: bytes, data_start: int, size: int, path: Path) -> tuple
 
     data_start and size in bytes. Tensors must fill data_start..size without holes or overlaps. Raises CheckpointError.
     """
-    entries = strict_json(header, f"{path}: header")
-    if not isinstance(entries, dict):
-        raise CheckpointError(f"{path}: header is not a JSON object")
+    entries = parse_json(header, f"{path}: header", CheckpointError)
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"{path}: __metadata__ must map names to strings")

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..checkpoint.safetensors_file import strict_json
-from ..errors import CheckpointError, FormatError
+from ..errors import FormatError
+from ..files import parse_json
 from .weight import ByRows, Specs
 
 BLOCK = 64  # weights that share a scale: what transformers writes, as bitsandbytes does unless told otherwise
@@ -159,10 +159,7 @@ class NF4(ByRows):
         for key in (ABSMAX, NESTED_ABSMAX, NESTED_MAP):
             if key in tensors and tensors[key].is_floating_point() and not torch.isfinite(tensors[key]).all():
                 raise FormatError(f"{key}: holds values that are not finite")
-        try:
-            state = strict_json(bytes(tensors[STATE].tolist()), STATE)
-        except CheckpointError as error:
-            raise FormatError(str(error)) from error
+        state = parse_json(bytes(tensors[STATE].tolist()), STATE, FormatError)
         expected: dict[str, tuple[Any, ...]] = {
             "quant_type": ("nf4",),
             "blocksize": (BLOCK,),
@@ -172,7 +169,7 @@ class NF4(ByRows):
         if self.double:
             expected |= {"nested_blocksize": (NESTED_BLOCK,), "nested_dtype": ("float32",)}
         known = expected.keys() | ({"nested_offset"} if self.double else set())
-        if not isinstance(state, dict) or state.keys() != known:
+        if state.keys() != known:
             raise FormatError(f"{STATE}: expected an object with {', '.join(sorted(known))}")
         for key, allowed in expected.items():
             if not any(state[key] == value and type(state[key]) is type(value) for value in allowed):  # 64.0 is no size

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import read_json
-from ..errors import ArgumentError, ContextLengthError, UnsupportedError
+from ..errors import ArgumentError, ConfigError, ContextLengthError, UnsupportedError
+from ..files import read_json
 from ..hub import Access, fetch_files, local_folder
 from .sampling import Sampling
 from .speculative import Speculation
@@ -360,7 +360,7 @@ class GenerationConfig:
         access = Access.take(options)
         folder = local_folder(name if isinstance(name, Path) else os.fspath(name), revision)
         path = (folder or fetch_files(os.fspath(name), [FILE], revision, access)) / FILE
-        return cls(**{**(read_json(path) if path.is_file() else {}), **options})
+        return cls(**{**(read_json(path, ConfigError) if path.is_file() else {}), **options})
 
     def to_json_string(self) -> str:
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint.adapter import Adapter, Settings
-from ..checkpoint.folder_writer import CONFIG
+from ..checkpoint.manifest import CONFIG
 from ..checkpoint.reader import Checkpoint
 from ..config import GPTNeoXConfig
 from ..errors import ArgumentError, CheckpointError, FormatError, NeoxLiteError

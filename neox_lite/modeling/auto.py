@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from ..config import GPTNeoXConfig, read_json
+from ..config import GPTNeoXConfig
 from ..errors import ArgumentError, ConfigError
+from ..files import read_json
 from ..hub import Access
 from ..tokenizer import GPTNeoXTokenizerFast, folder_of
 from .heads import (
@@ -44,7 +45,7 @@ class AutoTokenizer:
         """GPTNeoXTokenizerFast.from_pretrained. Raises ConfigError where config.json names another architecture."""
         tokenizer = GPTNeoXTokenizerFast.from_pretrained(name, revision, **options)
         path = folder_of(os.fspath(name), ["config.json"], revision, Access.take(options)) / "config.json"
-        kind = read_json(path).get("model_type", "gpt_neox") if path.is_file() else "gpt_neox"
+        kind = read_json(path, ConfigError).get("model_type", "gpt_neox") if path.is_file() else "gpt_neox"
         if kind != "gpt_neox":
             raise ConfigError(f"{path}: model_type is {kind!r}, expected 'gpt_neox', the one architecture this runs")
         return tokenizer

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from neox_lite.cache import Batch, PagePool
-from neox_lite.checkpoint.folder_writer import free_bytes
 from neox_lite.checkpoint.reader import Checkpoint
 from neox_lite.config import GPTNeoXConfig
 from neox_lite.errors import ArgumentError, FormatError
+from neox_lite.files import free_bytes
 from neox_lite.formats import DENSE, GroupInt
 from neox_lite.kernels import reference
 from neox_lite.layers import GPTNeoXLayer, Linear, Rotary

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neox_lite.checkpoint.folder_writer import PARTIAL, disk_errors, free_bytes, sync_folder
-from neox_lite.checkpoint.safetensors_file import first_few, open_regular, private_map, shown
-from neox_lite.errors import CheckpointError, FormatError, ShapeError
+from neox_lite.checkpoint.safetensors_file import private_map
+from neox_lite.errors import CheckpointError, FormatError, ShapeError, first_few, shown
+from neox_lite.files import AtomicFile, disk_errors, free_bytes, open_regular
 
 VERSION, ALIGNMENT, BLOCK = 3, 32, 32
 F32, F16, Q4_0, Q8_0, BF16 = 0, 1, 2, 8, 30  # ggml's numbers
@@ -70,32 +70,22 @@ def write_gguf(
         raise CheckpointError(f"{path}: exists already; delete it or choose another name")
     prefix = _header(metadata, tensors)
     size = len(prefix) + sum(_padded(tensor.nbytes) for tensor in tensors)
-    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")  # another process may write the same name
     with disk_errors(path, size):
         if (free := free_bytes(path)) < size:
             raise CheckpointError(f"{path}: needs {size} bytes, {free} are free; choose another folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("wb") as file:
-                file.write(prefix)
-                for tensor in tensors:
-                    written = 0
-                    for rows in tensor.rows():
-                        file.write(rows.contiguous().numpy().data)
-                        written += rows.nbytes
-                        progress(rows.nbytes)
-                    if written != tensor.nbytes:
-                        raise ShapeError(f"{path}: {tensor.name}: {written} bytes, expected {tensor.nbytes}")
-                    file.write(bytes(_padded(written) - written))
-                file.flush()
-                os.fsync(file.fileno())
+        with AtomicFile(path) as file:
+            file.write(prefix)
+            for tensor in tensors:
+                written = 0
+                for rows in tensor.rows():
+                    file.write(rows.contiguous().numpy().data)
+                    written += rows.nbytes
+                    progress(rows.nbytes)
+                if written != tensor.nbytes:
+                    raise ShapeError(f"{path}: {tensor.name}: {written} bytes, expected {tensor.nbytes}")
+                file.write(bytes(_padded(written) - written))
             if path.exists():
                 raise CheckpointError(f"{path}: was written by another process meanwhile; choose another name")
-            partial.replace(path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-        sync_folder(path.parent)
     return size
 
 

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from neox_lite.checkpoint.reader import Checkpoint
-from neox_lite.checkpoint.safetensors_file import Spec, TensorInfo, first_few, shown
+from neox_lite.checkpoint.safetensors_file import Spec, TensorInfo
 from neox_lite.config import GPTNeoXConfig
-from neox_lite.errors import ArgumentError, ConfigError, FormatError
+from neox_lite.errors import ArgumentError, ConfigError, FormatError, first_few, shown
 from neox_lite.formats import DENSE, Format, GroupInt
 from neox_lite.loading.options import parse_dtype
 from neox_lite.loading.quantize import SLICE_ELEMENTS

@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import stat
-import tempfile
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,8 +15,8 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from neox_lite.config import parse_json
 from neox_lite.errors import ContextLengthError, NeoxLiteError
+from neox_lite.files import parse_json, read_regular, write_atomically
 
 from ..paths import data_folder
 
@@ -197,7 +194,7 @@ class Conversation:
     def from_json(cls, text: str, where: str = "the file") -> Conversation:
         """Read what to_json wrote. Raises ConversationError, one sentence, for anything else."""
         try:
-            value = parse_json(_sized(text, where), where)
+            value = parse_json(_sized(text, where), where, ConversationError)
         except NeoxLiteError as error:
             raise ConversationError(" ".join(str(error).split())[:300]) from error
         if value.get("schema") != SCHEMA:
@@ -372,18 +369,9 @@ class Store:
         """Write a conversation in place of what its file held."""
         text = conversation.to_json().encode()
         path = self._path(conversation.id)
-        temporary: str | None = None
         try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            number, temporary = tempfile.mkstemp(prefix=".", suffix=".partial", dir=self.folder)
-            with os.fdopen(number, "wb") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(temporary).replace(path)
+            write_atomically(path, text, private=True)
         except OSError as error:
-            if temporary is not None:
-                Path(temporary).unlink(missing_ok=True)
             raise ConversationError(
                 f"{path}: cannot be written: {error.strerror}; free some space or check it"
             ) from error
@@ -446,14 +434,7 @@ class Store:
 def _read(path: Path) -> str:
     """A regular UTF-8 file of bounded size."""
     try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_BYTES:  # a pipe would hang us
-            raise ConversationError(
-                f"{path}: not a file of at most {MAX_BYTES} bytes; name an export of a conversation"
-            )
-        return path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise ConversationError(f"{path}: cannot be read: {error.strerror}") from error
+        return read_regular(path, ConversationError, MAX_BYTES).decode("utf-8")
     except UnicodeDecodeError as error:
         raise ConversationError(f"{path}: not UTF-8 text: byte {error.start} is wrong") from error
 

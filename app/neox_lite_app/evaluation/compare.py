@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
-from neox_lite.checkpoint.folder_writer import disk_errors, free_bytes
 from neox_lite.checkpoint.reader import Checkpoint
 from neox_lite.errors import ArgumentError
+from neox_lite.files import disk_errors, free_bytes
 from neox_lite.formats import Weight, label
 from neox_lite.hub import resolve
 from neox_lite.layers import Linear

@@ -24,8 +24,8 @@ import torch
 
 import neox_lite
 from neox_lite import GPTNeoXForCausalLM
-from neox_lite.checkpoint.folder_writer import disk_errors
 from neox_lite.errors import ArgumentError
+from neox_lite.files import disk_errors
 from neox_lite.formats import label
 
 from ..conversations.prompt_forms import form_of

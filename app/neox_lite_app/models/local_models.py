@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from neox_lite.config import GPTNeoXConfig, read_json
+from neox_lite.config import GPTNeoXConfig
 from neox_lite.errors import ConfigError, NeoxLiteError
+from neox_lite.files import read_json
 from neox_lite.hub import HEAD, WEIGHTS
 from neox_lite.loading.load import cache_root
 
@@ -123,7 +124,7 @@ def _model(name: str, folder: Path, where: str, revision: str | None = None) -> 
     try:
         if not (folder / "config.json").is_file() or (folder / "config.json").stat().st_size == 0:
             return None
-        if read_json(folder / "config.json").get("model_type") != GPTNeoXConfig.model_type:
+        if read_json(folder / "config.json", ConfigError).get("model_type") != GPTNeoXConfig.model_type:
             return None
         config = GPTNeoXConfig.from_pretrained(folder)
         format = common_label(formats_in(config), str(config.dtype or "as stored"))
@@ -156,7 +157,7 @@ def _weights(folder: Path) -> tuple[int, str | None]:
         return 0, "no weight files"
     names = [entry]
     if entry.endswith(".index.json"):
-        index: Any = read_json(folder / entry).get("weight_map")
+        index: Any = read_json(folder / entry, ConfigError).get("weight_map")
         plain = isinstance(index, dict) and all(isinstance(n, str) and Path(n).name == n for n in index.values())
         if not plain:
             raise ConfigError(f"{folder / entry}: not an index of weight files; fetch it again")

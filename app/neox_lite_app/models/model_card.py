@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -10,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from neox_lite.config import GPTNeoXConfig, parse_json
-from neox_lite.errors import ArgumentError, ConfigError
+from neox_lite.checkpoint.manifest import read_manifest
+from neox_lite.config import GPTNeoXConfig
+from neox_lite.errors import ArgumentError
+from neox_lite.files import read_json
 from neox_lite.hub import MANIFEST
 
 from ..load_for_command import common_label, formats_in
@@ -43,7 +44,7 @@ class Origin:
 def origin_of(folder: Path, base_model: str | None = None, license: str | None = None) -> Origin:
     """What the arguments say, else the manifest: the source's hub id. Raises ArgumentError for what is neither."""
     if base_model is None and (folder / MANIFEST).is_file():
-        named = json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("source_name")
+        named = read_manifest(folder / MANIFEST).get("source_name")
         base_model = named if isinstance(named, str) and HUB_ID.fullmatch(named) else None
     if base_model is not None and not HUB_ID.fullmatch(base_model):
         raise ArgumentError(f"--base-model is {base_model[:80]!r}, expected a hub id such as EleutherAI/gpt-neox-20b")
@@ -97,7 +98,7 @@ def _front(origin: Origin, name: str, quantized: bool) -> str:
 def _method(folder: Path) -> str | None:
     if not (folder / MANIFEST).is_file():
         return None
-    found = json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("method")
+    found = read_manifest(folder / MANIFEST).get("method")
     return found if isinstance(found, str) and found.replace("-", "").isalnum() else None
 
 
@@ -126,9 +127,9 @@ def _escaped(text: str) -> str:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of what `neox-lite compare --json` printed. Raises ArgumentError for anything else."""
     try:
-        rows = parse_json(path.read_text(encoding="utf-8"), str(path)).get("rows")
-    except (OSError, UnicodeDecodeError, ConfigError) as error:
-        raise ArgumentError(f"--compare {path}: {getattr(error, 'strerror', None) or error}") from None
+        rows = read_json(path, ArgumentError).get("rows")
+    except ArgumentError as error:
+        raise ArgumentError(f"--compare {error}") from None
     kinds = {"path": str, "format": str, "bytes": int} | dict.fromkeys(
         ("bits_per_weight", "perplexity", "kl", "top1"), float
     )

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from neox_lite.checkpoint.folder_writer import read_manifest
+from neox_lite.checkpoint.manifest import read_manifest
 from neox_lite.checkpoint.reader import Checkpoint
 from neox_lite.config import GPTNeoXConfig
 from neox_lite.errors import ArgumentError, FormatError
@@ -107,7 +107,7 @@ class Model:
                 else cls.quantized(config, args.format or "int4", dtype)
             )
         else:
-            files = read_manifest(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
+            files = read_manifest(folder / MANIFEST)["files"] if (folder / MANIFEST).is_file() else {}
             formats, small_head = formats_of(config.quantization_config), HEAD in files or (folder / HEAD).is_file()
             format = label(formats("gpt_neox.layers.0.mlp.dense_h_to_4h"), name_of(dtype))
             if args.format not in (None, format.split()[0]):

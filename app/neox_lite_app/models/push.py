@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from neox_lite.checkpoint.folder_writer import ANY_WEIGHTS, INDEX
+from neox_lite.checkpoint.manifest import ANY_WEIGHTS, INDEX
 from neox_lite.checkpoint.reader import Checkpoint, inside
 from neox_lite.errors import ArgumentError, CheckpointError, HubError
 from neox_lite.hub import HEAD, SMALL_FILES, asked, check_id, fetch_files

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from neox_lite import GPTNeoXConfig
-from neox_lite.checkpoint.folder_writer import disk_errors
 from neox_lite.checkpoint.reader import Checkpoint
 from neox_lite.config import DTYPES
 from neox_lite.errors import ArgumentError, FormatError, UnsupportedError
+from neox_lite.files import disk_errors, write_atomically
 from neox_lite.formats import DENSE, Format, GroupInt, formats_of
 from neox_lite.hub import resolve
 from neox_lite.loading.load import cache_root
@@ -183,8 +183,5 @@ def _template_file(form: TurnForm) -> Path:
     path = cache_root() / "vllm" / f"{form.name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.jinja"
     if not path.is_file():
         with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(path)
+            write_atomically(path, text, durable=False)
     return path

@@ -22,6 +22,7 @@ import llvmlite.binding as llvm
 from llvmlite import ir
 
 from ... import user_cache
+from ...files import write_atomically
 from .target import Target
 
 _lock = threading.RLock()
@@ -134,18 +135,12 @@ def _intact(found: bytes) -> bool:
 
 
 def _keep(folder: Path, file: str, code: bytes) -> bool:
-    partial = None
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not _ours(folder):
             return False
-        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as written:
-            partial = Path(written.name)
-            written.write(code + hashlib.sha256(code).digest())
-        partial.replace(folder / file)
+        write_atomically(folder / file, code + hashlib.sha256(code).digest(), durable=False, private=True)
     except OSError:
-        if partial is not None:
-            partial.unlink(missing_ok=True)
         return False
     return True
 
