@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .errors import ArgumentError, CacheError
+from .units import PAGE
 
-PAGE = 128  # tokens a page
 KEPT = 64  # sequences that a PrefixCache holds at most
 TOP = 127  # largest int8 code; -128 is left out, so that the codes of x and -x are each other's negatives
 

@@ -17,14 +17,13 @@ from typing import Any
 from .errors import ConfigError
 from .files import read_json, write_atomically
 from .hub import UNFINISHED, Access, fetch_files, holds_adapter, local_folder, no_model
-from .units import dtype_name
+from .units import DTYPES, dtype_name
 
 MAX_LABELS = 1 << 16
 MAX_ROTARY_ELEMENTS = 1 << 27  # half a GiB of cosines and sines: a million positions of 128 dimensions
 
 # The two activation functions of the family under the names checkpoints give them: the erf form and the tanh form.
 ACTIVATIONS = {"gelu": "erf", "gelu_fast": "tanh", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
-DTYPES = ("float32", "float16", "bfloat16")
 
 # Required and optional keys of each rope form that is computed once and never changes cached keys.
 ROPE_KEYS: dict[str, tuple[set[str], set[str]]] = {

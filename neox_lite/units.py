@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch
 
@@ -10,10 +11,25 @@ from .errors import ArgumentError
 
 PAGE = 128  # tokens in a page of the KV cache
 
+# The dtypes that a model can have, by their names in config.json.
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+SHORT_DTYPES = {"half": "float16", "fp16": "float16", "bf16": "bfloat16", "float": "float32", "fp32": "float32"}
+
 
 def dtype_name(dtype: torch.dtype | str) -> str:
     """A dtype's name, as config.json and torch's attributes have it: "float16" of torch.float16 or "torch.float16"."""
     return str(dtype).removeprefix("torch.")
+
+
+def parse_dtype(value: Any) -> torch.dtype | None:
+    """A torch dtype or its name as a dtype; None for None and "auto", the checkpoint's own. Raises ArgumentError."""
+    if value is None or value == "auto":
+        return None
+    name = dtype_name(value)
+    name = SHORT_DTYPES.get(name, name)
+    if name not in DTYPES:
+        raise ArgumentError(f"dtype is {value!r}, expected one of {', '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 def parse_bytes(value: int | str) -> int:

@@ -11,10 +11,11 @@ from support.peers import TINY, difference, pair, random_ids
 from torch import Tensor
 
 from neox_lite import GPTNeoXForCausalLM
-from neox_lite.cache import KEPT, PAGE, Batch, KVCache, PagePool, PrefixCache, quantize
+from neox_lite.cache import KEPT, Batch, KVCache, PagePool, PrefixCache, quantize
 from neox_lite.cache import Sequence as CachedSequence
 from neox_lite.errors import ArgumentError, CacheError
 from neox_lite.kernels import dispatch
+from neox_lite.units import PAGE, dtype_name
 from neox_lite_app.evaluation.quality import cut, quality_of
 from neox_lite_app.paths import DEMO
 
@@ -429,7 +430,7 @@ def nan_pool(model, dtype: torch.dtype | None = None) -> NanPool:
     return NanPool(config.num_attention_heads, config.head_dim, dtype, [CPU] * config.num_hidden_layers)
 
 
-@pytest.mark.parametrize("dtype", STORED, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("dtype", STORED, ids=lambda dtype: dtype_name(dtype))
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_500_random_steps_of_sequences_match_uncached_logits(model, backend, dtype, monkeypatch):
     """Split, rewind, branch, free, keep, take up again, in batches of 1-8: every token's logits are those of the whole."""

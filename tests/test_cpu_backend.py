@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
-from neox_lite.cache import PAGE, Batch, PagePool
+from neox_lite.cache import Batch, PagePool
 from neox_lite.errors import ArgumentError, ContextLengthError
 from neox_lite.formats import DENSE, Format, GroupInt
 from neox_lite.kernels import cpu, dispatch
@@ -30,6 +30,7 @@ from neox_lite.kernels.captured import MOST_PASSES, MOST_TOKENS
 from neox_lite.kernels.cpu import compile, target
 from neox_lite.kernels.cpu.code import Code
 from neox_lite.layers import Linear, norm_of
+from neox_lite.units import PAGE
 from neox_lite_app.evaluation.quality import cut, log_probabilities
 from neox_lite_app.models.random_model import RandomModel
 from neox_lite_app.paths import DEMO

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from neox_lite.cache import PAGE, Batch, PagePool
+from neox_lite.cache import Batch, PagePool
 from neox_lite.errors import ArgumentError
 from neox_lite.formats import DENSE, GroupInt, Weight, pack, unpack
 from neox_lite.kernels import reference
@@ -33,6 +33,7 @@ from neox_lite.kernels.cpu.code import F32, I16, Code, Value, vector
 from neox_lite.kernels.cpu.compile import assembly, compiled
 from neox_lite.kernels.cpu.operations import Coded, Operations, Program
 from neox_lite.kernels.cpu.target import PATHS
+from neox_lite.units import PAGE, dtype_name
 
 ROOT = Path(__file__).parents[1]
 KINDS = ["rows", "planes", "tiles"]  # how products take activations: int8 for few tokens, float32, int8 for many
@@ -568,7 +569,7 @@ def same_bits(found: Tensor, expected: Tensor) -> bool:
 @pytest.mark.parametrize("lanes", LANES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_floats_of_16_bits_are_widened_exactly(path: str, dtype: torch.dtype, lanes: int) -> None:
-    name, machine = str(dtype).removeprefix("torch."), target.chosen(path)
+    name, machine = dtype_name(dtype), target.chosen(path)
     every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16)
     found = elementwise(
         path, f"from_{name}_{lanes}", lambda _, v: target.to_float(machine, v, name), lanes, every, kind=I16
@@ -588,7 +589,7 @@ def rounding_cases() -> Tensor:
 @pytest.mark.parametrize("lanes", LANES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_floats_are_narrowed_to_the_nearest_even(path: str, dtype: torch.dtype, lanes: int) -> None:
-    name, machine = str(dtype).removeprefix("torch."), target.chosen(path)
+    name, machine = dtype_name(dtype), target.chosen(path)
     x = rounding_cases()
     found = elementwise(path, f"to_{name}_{lanes}", lambda _, v: target.from_float(machine, v, name), lanes, x)
     assert same_bits(found, x.to(dtype))

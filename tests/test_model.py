@@ -16,10 +16,10 @@ from support.peers import TINY, difference, ours, pair, peer, random_ids
 from torch import Tensor
 
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXForSequenceClassification, GPTNeoXModel
-from neox_lite.cache import PAGE
 from neox_lite.errors import ArgumentError, CacheError, ContextLengthError, UnsupportedError
 from neox_lite.layers import Rotary
 from neox_lite.modeling.pretrained import ABSENT
+from neox_lite.units import PAGE
 
 EQUAL = 2e-5
 LONG = PAGE + 22  # tokens: the second page of a sequence is in use

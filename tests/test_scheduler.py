@@ -12,13 +12,14 @@ from support.peers import pair, random_ids
 from support.scripted import ScriptedModel, certain
 from torch import Tensor
 
-from neox_lite.cache import PAGE, PrefixCache
+from neox_lite.cache import PrefixCache
 from neox_lite.errors import CacheError
 from neox_lite.generation.options import Options
 from neox_lite.generation.protocols import PREFILL_TOKENS
 from neox_lite.generation.request import Row
 from neox_lite.generation.sampling import Sampling, choose
 from neox_lite.generation.scheduler import LEAST_TOKENS, SCORED_TOKENS, ReadingPace, Scheduler
+from neox_lite.units import PAGE
 
 VOCABULARY = 50
 

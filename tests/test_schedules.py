@@ -14,13 +14,14 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from support.simulated_graphs import SimulatedGraphs
 
-from neox_lite.cache import PAGE, Batch, PagePool, PrefixCache
+from neox_lite.cache import Batch, PagePool, PrefixCache
 from neox_lite.errors import NeoxLiteError
 from neox_lite.generation.options import Options
 from neox_lite.generation.request import Row
 from neox_lite.generation.sampling import Sampling, choose
 from neox_lite.generation.scheduler import Scheduler
 from neox_lite.kernels.triton import attention, embed_and_sample, steps
+from neox_lite.units import PAGE
 
 VOCABULARY, POSITIONS = 67, 3 * PAGE
 MISSING = torch.tensor([3, 50])

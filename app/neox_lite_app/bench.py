@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
-from neox_lite.cache import PAGE, Batch, PagePool
+from neox_lite.cache import Batch, PagePool
 from neox_lite.cache import Sequence as CachedSequence
 from neox_lite.errors import ArgumentError
 from neox_lite.formats import DENSE, NF4, Dense, GroupInt, Weight, make_format
@@ -31,6 +31,7 @@ from neox_lite.loading.load import put
 from neox_lite.loading.options import LoadOptions
 from neox_lite.offload.placement import Wish, check, decide
 from neox_lite.offload.profile import context_bytes, free_gpu, free_memory
+from neox_lite.units import PAGE, dtype_name
 
 from .load_for_command import default_threads, describe, load, placing, warn_if_busy
 from .models.random_model import RandomModel, config_of
@@ -196,7 +197,7 @@ def label(weight: Weight) -> str:
     """int4, int8, fp16, bfloat16 or float32."""
     if weight.format != DENSE:
         return weight.format.name
-    name = str(weight.tensors["weight"].dtype).removeprefix("torch.")
+    name = dtype_name(weight.tensors["weight"].dtype)
     return "fp16" if name == "float16" else name
 
 

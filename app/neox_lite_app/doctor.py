@@ -18,10 +18,11 @@ from neox_lite.kernels.triton import tuning
 from neox_lite.loading.load import cache_root
 from neox_lite.offload.plan import Machine
 from neox_lite.offload.profile import cpu_name, free_memory, profile
+from neox_lite.units import format_bytes
 from neox_lite.version import __version__
 
 from .load_for_command import default_threads, measure_machine
-from .terminal import print_json, size
+from .terminal import print_json
 
 PACKAGES = (
     "torch",
@@ -167,7 +168,8 @@ def describe(result: dict[str, Any]) -> str:
         f"memory   {known(result['memory_free_bytes'])} free of {known(result['memory_bytes'])}",
     ]
     for gpu in result["gpus"]:
-        sm, free, total = gpu["capability"].replace(".", ""), size(gpu["free_bytes"]), size(gpu["bytes"])
+        sm = gpu["capability"].replace(".", "")
+        free, total = format_bytes(gpu["free_bytes"]), format_bytes(gpu["bytes"])
         lines.append(f"GPU      {gpu['name']}, sm_{sm}: {free} free of {total}")
     if result["gpu_why_not"]:
         lines.append(f"GPU      none: {result['gpu_why_not']}")
@@ -176,7 +178,7 @@ def describe(result: dict[str, Any]) -> str:
     lines += [f"kernels  on {where}: {found['why']}" for where, found in result["gpu_kernels"].items()]
     lines += _choice("kernels  for this processor: ", result["cpu_kernels"]) if result["cpu_kernels"] else []
     lines.append(f"speed    {speed(result['measured'])}")
-    lines.append(f"cache    {result['cache']}, {size(result['cache_free_bytes'])} free on its disk")
+    lines.append(f"cache    {result['cache']}, {format_bytes(result['cache_free_bytes'])} free on its disk")
     lines.append("packages " + ", ".join(f"{name} {found}" for name, found in result["packages"].items() if found))
     absent = [name for name, found in result["packages"].items() if not found]
     lines += [f"         not installed: {', '.join(absent)}"] if absent else []
@@ -195,4 +197,4 @@ def _choice(what: str, reasons: dict[str, str | None]) -> list[str]:
 
 
 def known(count: int | None) -> str:
-    return "unknown" if count is None else size(count)
+    return "unknown" if count is None else format_bytes(count)

@@ -15,9 +15,9 @@ from neox_lite.errors import ArgumentError
 from neox_lite.formats import Format, formats_of, label
 from neox_lite.generation.sampling import BOUNDS
 from neox_lite.layers import Linear
-from neox_lite.loading.save import parse_bytes
 from neox_lite.offload import profile
 from neox_lite.offload.placement import device_of
+from neox_lite.units import dtype_name, parse_bytes
 
 from .terminal import amount, bar, note
 
@@ -133,7 +133,7 @@ def _side(model: GPTNeoXForCausalLM, side: str) -> str:
 def format_name(model: GPTNeoXForCausalLM) -> str:
     """How the linear layers are stored, in words."""
     linears = (m for m in model.gpt_neox.layers.modules() if isinstance(m, Linear))
-    return common_label((m.format for m in linears), str(model.dtype).removeprefix("torch."))
+    return common_label((m.format for m in linears), dtype_name(model.dtype))
 
 
 def formats_in(config: GPTNeoXConfig) -> set[Format]:

@@ -26,14 +26,6 @@ def amount(count: float, unit: str = "") -> str:
     return f"{value:.{digits}f}{' ' if unit else ''}{prefixes[power]}{unit}"
 
 
-def size(count: int) -> str:
-    """Bytes as memory is sold: 22.3 GiB, 319 MiB."""
-    for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if count >= 1024**power:
-            return f"{count / 1024**power:.{1 if power == 3 else 0}f} {unit}"
-    return f"{count} bytes" if count else "0 GiB"
-
-
 def terminal_width() -> int | None:
     """Columns of the terminal that stdout is, or that COLUMNS names; None where nothing bounds a line."""
     return shutil.get_terminal_size((0, 0)).columns or None

@@ -23,6 +23,7 @@ from neox_lite.cache import Batch, PagePool, quantize
 from neox_lite.formats import DENSE, Weight, make_format
 from neox_lite.kernels import dispatch, reference
 from neox_lite.layers import Rotary
+from neox_lite.units import dtype_name
 from neox_lite_app.paths import DEMO
 from neox_lite_quant.convert import convert
 
@@ -151,7 +152,7 @@ class Checks:
     def verdict(self, check: str, found: Tensor, exact: Tensor, least: float = 0.0) -> dict[str, Any]:
         error = (found.double().cpu() - exact).abs().max().item() / exact.square().mean().sqrt().item()
         bound = max(BOUNDS[self.dtype], least)
-        name = str(self.dtype).removeprefix("torch.")
+        name = dtype_name(self.dtype)
         return {
             "backend": self.backend,
             "check": check,

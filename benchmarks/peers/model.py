@@ -26,6 +26,7 @@ from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
 from neox_lite.checkpoint.safetensors_file import Spec
 from neox_lite.formats import DENSE, GroupInt, pack, quantization_config, unpack
 from neox_lite.loading.save import Part, write_model
+from neox_lite.units import dtype_name
 from neox_lite_quant import export_gguf
 
 Rows = Iterator[tuple[str, Tensor, int]]  # full name, rows, first row
@@ -39,7 +40,7 @@ class RandomModel:
         self.bits = bits
         self.format = {4: INT4, 8: INT8, 16: DENSE}[bits]
         self.dtype = torch.bfloat16 if bits == 16 else torch.float16
-        self.config = GPTNeoXConfig(**settings(shape), dtype=str(self.dtype).removeprefix("torch."))
+        self.config = GPTNeoXConfig(**settings(shape), dtype=dtype_name(self.dtype))
         if bits < 16:
             self.config.quantization_config = quantization_config(self.format)
         with torch.device("meta"):

@@ -27,12 +27,13 @@ from typing import Any
 import torch
 
 from neox_lite import GPTNeoXForCausalLM, Speculation
-from neox_lite.cache import PAGE, PrefixCache
+from neox_lite.cache import PrefixCache
 from neox_lite.formats import DENSE, GroupInt
 from neox_lite.generation.mixin import decode
 from neox_lite.generation.options import Options
 from neox_lite.generation.request import Row
 from neox_lite.generation.speculative import LONGEST, Drafter, Drafting, DraftModel, PassTimes, PromptLookup, estimate
+from neox_lite.units import PAGE
 from neox_lite_app.load_for_command import default_threads
 from neox_lite_app.models.random_model import RandomModel, config_of
 from neox_lite_app.terminal import note

@@ -20,9 +20,10 @@ from ..config import GPTNeoXConfig
 from ..errors import CheckpointError, ConfigError, UnsupportedError
 from ..files import read_json
 from ..hub import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MERGE
+from ..units import DTYPES
 from .reader import Checkpoint
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FLOATING = tuple(DTYPES.values())
 PREFIX, BASE = "base_model.model.", "gpt_neox."  # of every tensor's name, and of blocks that stand under a head
 HEADS = {"score": ("weight",), "classifier": ("weight", "bias"), "qa_outputs": ("weight", "bias")}
 # Settings that change nothing once training is over. fan_in_fan_out: peft, too, drops it where weights are (out, in).
@@ -317,15 +318,15 @@ def _check(
     expected: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {}
     for target, (size, columns) in targets.items():
         rank = settings.rank_of(prefix[len(PREFIX) :] + target)
-        expected[f"{prefix}{target}.lora_A.weight"] = (rank, columns), DTYPES
-        expected[f"{prefix}{target}.lora_B.weight"] = (size, rank), DTYPES
+        expected[f"{prefix}{target}.lora_A.weight"] = (rank, columns), FLOATING
+        expected[f"{prefix}{target}.lora_B.weight"] = (size, rank), FLOATING
     shapes = {"weight": (_head_size(head, config), config.hidden_size), "bias": (_head_size(head, config),)}
     for name in _head_names(settings, head):
-        expected[PREFIX + name] = shapes[name.rpartition(".")[2]], DTYPES
+        expected[PREFIX + name] = shapes[name.rpartition(".")[2]], FLOATING
     for name in checkpoint.names():  # a class leaves the heads of others alone
         module = name.removeprefix(PREFIX).partition(".")[0]
         if module in HEADS and module != head and module in settings.heads:
-            expected[name] = checkpoint.info(name).shape, DTYPES
+            expected[name] = checkpoint.info(name).shape, FLOATING
     checkpoint.check(expected, f"{checkpoint.files[0]}", f"{ADAPTER_CONFIG} and the model")
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FormatError, ShapeError
+from ..units import dtype_name
 from .weight import ByRows, Specs
 
 GROUP_SIZES = (32, 64, 128)
@@ -146,7 +147,7 @@ def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The scale as it will be read back; zero (an all-zero group) becomes 1, so that nothing divides by zero."""
     stored = scale.to(dtype)
     if torch.isinf(stored).any():
-        raise FormatError(f"a scale of {scale.abs().max().item():.3g} overflows {str(dtype).removeprefix('torch.')}")
+        raise FormatError(f"a scale of {scale.abs().max().item():.3g} overflows {dtype_name(dtype)}")
     return torch.where(stored == 0, torch.ones_like(stored), stored)
 
 

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from ..errors import FormatError
 from ..files import parse_json
+from ..units import dtype_name
 from .weight import ByRows, Specs
 
 BLOCK = 64  # weights that share a scale: what transformers writes, as bitsandbytes does unless told otherwise
@@ -98,7 +99,7 @@ class NF4(ByRows):
             "load_in_8bit": False,
             "bnb_4bit_quant_type": "nf4",
             "bnb_4bit_use_double_quant": self.double,
-            "bnb_4bit_compute_dtype": _name(dtype),
+            "bnb_4bit_compute_dtype": dtype_name(dtype),
             "bnb_4bit_quant_storage": "uint8",
             "llm_int8_skip_modules": dense,
         }
@@ -145,7 +146,7 @@ class NF4(ByRows):
         }
 
     def _state(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        state = {"quant_type": "nf4", "blocksize": BLOCK, "dtype": _name(dtype), "shape": list(shape)}
+        state = {"quant_type": "nf4", "blocksize": BLOCK, "dtype": dtype_name(dtype), "shape": list(shape)}
         if self.double:
             state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": self.offset}
         return torch.tensor(list(json.dumps(state).encode().ljust(STATE_BYTES)), dtype=torch.uint8)
@@ -199,10 +200,6 @@ class NF4(ByRows):
         pairs = functional.embedding(weight.int(), _pairs(weight.device))  # (n, in / 2, 2)
         blocks = pairs.view(len(weight), -1, BLOCK).mul_(absmax.float()[..., None])
         return blocks.flatten(1).to(dtype)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _nearest(values: Tensor, levels: Tensor) -> Tensor:

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cache import PAGE, PrefixCache
+from ..cache import PrefixCache
 from ..config import GPTNeoXConfig
 from ..errors import ArgumentError, UnsupportedError
 from ..outputs import ModelOutput
 from ..tokenizer import GPTNeoXTokenizerFast
+from ..units import PAGE
 from .options import GenerationConfig, Options, as_dict
 from .protocols import Stepper
 from .request import Row, StopText, check_ids, hold_back_end, processors

@@ -19,10 +19,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..cache import PAGE, Kept, PrefixCache, common_length, copied
+from ..cache import Kept, PrefixCache, common_length, copied
 from ..cache import Sequence as CachedSequence
 from ..errors import CacheError
 from ..kernels.backend import Flight
+from ..units import PAGE
 from .protocols import PREFILL_TOKENS, Ahead, Stepper
 from .request import Row
 from .sampling import nothing_to_choose

@@ -27,7 +27,8 @@ from ..offload.accelerator import Accelerator
 from ..offload.placement import Decision, check, decide, let_go, remember, settle, sizes_in
 from ..offload.plan import Sizes
 from ..offload.run import Placement
-from .options import DTYPES, LoadOptions
+from ..units import DTYPES, dtype_name
+from .options import LoadOptions
 from .quantize import read_ahead
 from .skeleton import Blueprint, Source, _converted
 
@@ -66,7 +67,7 @@ def _from_folder(
             cached = _cached_folder(cls, name, options.quantization, changed, folder, checkpoint, dtype)
             if (cached / CONFIG).is_file():
                 return _from_cache(cls, cached, options, Source(folder, os.fspath(name), options.revision), dtype)
-        config.dtype = str(dtype).removeprefix("torch.")
+        config.dtype = dtype_name(dtype)
         blueprint = Blueprint(cls, config, checkpoint, target, dtype)
         adapter = blueprint.adapter(options.adapter, options.access)
         sizes = _sizes(blueprint, dtype, folder, options.exact)

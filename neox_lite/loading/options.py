@@ -16,12 +16,11 @@ from ..errors import ArgumentError, UnsupportedError
 from ..formats import make_format
 from ..hub import USUAL, Access
 from ..offload.placement import Wish
-from .save import parse_bytes
+from ..units import parse_bytes, parse_dtype
 
 if TYPE_CHECKING:
     pass
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Options of transformers that scripts pass, and what stands for them here.
 EXPLAINED = {
     "trust_remote_code": "code from checkpoints is never run",
@@ -170,16 +169,3 @@ def _take_bits(given: dict[str, Any]) -> None:
     if given.setdefault("quantization", chosen) != chosen:
         raise ArgumentError(f"load_in_{chosen[3:]}bit and quantization={given['quantization']!r} contradict each other")
     warnings.warn(f"load_in_{chosen[3:]}bit means quantization={chosen!r} here (int groups of 128)", stacklevel=4)
-
-
-def parse_dtype(value: Any) -> torch.dtype | None:
-    """A torch dtype, its name, or None and "auto" for the checkpoint's own."""
-    if value is None or value == "auto":
-        return None
-    name = str(value).removeprefix("torch.")
-    name = {"half": "float16", "fp16": "float16", "bf16": "bfloat16", "float": "float32", "fp32": "float32"}.get(
-        name, name
-    )
-    if name not in DTYPES:
-        raise ArgumentError(f"dtype is {value!r}, expected one of {', '.join(DTYPES)}")
-    return DTYPES[name]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
@@ -21,6 +20,7 @@ from ..errors import ArgumentError, UnsupportedError
 from ..formats import DENSE, Format
 from ..hub import COMPANIONS, HEAD, MERGE
 from ..layers import Linear
+from ..units import dtype_name, parse_bytes
 
 if TYPE_CHECKING:
     from ..modeling.pretrained import GPTNeoXPreTrainedModel
@@ -188,7 +188,7 @@ def save_pretrained(model: GPTNeoXPreTrainedModel, folder: Path, max_shard_size:
     head = getattr(model, "embed_out", None)
     if isinstance(head, Linear) and head.format != DENSE:
         raise ArgumentError("save_pretrained: the model runs with the int8 head; load it with head='fp16' to save it")
-    config = model.config.copy(dtype=str(model.dtype).removeprefix("torch."), architectures=[type(model).__name__])
+    config = model.config.copy(dtype=dtype_name(model.dtype), architectures=[type(model).__name__])
     groups: dict[str, dict[str, Tensor]] = {}
     stated = {
         spec.name: spec.stated
@@ -227,14 +227,3 @@ def whole(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, int]]:
 def read_companions(folder: Path) -> dict[str, bytes]:
     """The small files of a model folder that a copy of it needs."""
     return {name: (folder / name).read_bytes() for name in COMPANIONS if (folder / name).is_file()}
-
-
-def parse_bytes(value: int | str) -> int:
-    """A number of bytes, or text such as "8GiB" or "500MB"."""
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return value
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(value), re.IGNORECASE)
-    if match is None:
-        raise ArgumentError(f"{value!r} is not a size; write for instance '8GiB' or '500MB'")
-    power = " KMGT".index(match[2].upper() or " ")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)

@@ -22,7 +22,7 @@ from ..formats import DENSE, Format, formats_of, quantization_config
 from ..hub import Access, resolve_adapter
 from ..layers import Linear
 from ..offload.stream import Origin, Origins
-from .options import DTYPES
+from ..units import DTYPES, dtype_name
 from .quantize import quantize_module
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ class Blueprint:
                 if info.offset is None:
                     return f"{info.file.name} is no safetensors file; save the model as one, or quantize it"
                 if module.format == DENSE and info.dtype != dtype:
-                    stored, wanted = (str(kind).removeprefix("torch.") for kind in (info.dtype, dtype))
+                    stored, wanted = (dtype_name(kind) for kind in (info.dtype, dtype))
                     return f"{info.file.name} holds {stored}, and they are to be {wanted}; pass dtype={stored!r}, or quantize"
         return None
 

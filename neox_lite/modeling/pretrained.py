@@ -35,6 +35,7 @@ from ..offload.plan import KINDS, Plan
 from ..offload.profile import free_memory
 from ..offload.run import Placement, Runner
 from ..outputs import ModelOutput
+from ..units import dtype_name
 
 Model = TypeVar("Model", bound="GPTNeoXPreTrainedModel")
 Result = TypeVar("Result")
@@ -534,7 +535,7 @@ def _check_room(config: GPTNeoXConfig) -> None:
     count, dtype, free = config.num_parameters, torch.get_default_dtype(), free_memory()[1]
     if config.quantization_config is None and free is not None and count * dtype.itemsize > free:
         raise ArgumentError(
-            f"GPTNeoXModel(config): {count} weights of {str(dtype).removeprefix('torch.')} take "
+            f"GPTNeoXModel(config): {count} weights of {dtype_name(dtype)} take "
             f"{count * dtype.itemsize / 1e9:.1f} GB, {free / 1e9:.1f} GB of memory are free; give a smaller config, or load "
             "a checkpoint with from_pretrained(..., quantization='int4')"
         )

@@ -16,10 +16,10 @@ from itertools import product
 
 from ..config import GPTNeoXConfig
 from ..errors import ArgumentError, FormatError
+from ..units import PAGE, format_bytes
 
 TIERS = ("gpu", "cpu", "disk")
 KINDS = ("fp16", "int8")  # of the KV cache and of the head; fp16 stands for the model's own dtype
-PAGE = 128  # tokens a page of the KV cache
 CHUNK = 512  # tokens of a prompt that go through the model at a time
 WINDOW = 64 << 10  # bytes of a sparsely mapped file that come into memory with one row of the embedding
 SLOTS = 2  # layers on their way at a time: one is computed while the next one arrives
@@ -610,7 +610,7 @@ def _advice(best: Plan) -> Iterator[str]:
     for tier, wanted in dict.fromkeys(_wanted(best)):
         more = wanted - getattr(request, f"{tier}_bytes")
         if more > 0 and (text := gain(**{f"{tier}_bytes": wanted})):
-            yield f"{wanted / 2**30:.1f}GiB of {tier.upper()} memory, {_gib(more)} more than the budget, {text}"
+            yield f"{wanted / 2**30:.1f}GiB of {tier.upper()} memory, {format_bytes(more)} more than the budget, {text}"
 
 
 def _wanted(best: Plan) -> Iterator[tuple[str, int]]:
@@ -631,7 +631,3 @@ def _wanted(best: Plan) -> Iterator[tuple[str, int]]:
 def _tenths(count: int) -> int:
     """Rounded up, as far as a size is written."""
     return -(-count * 10 >> 30) * (1 << 30) // 10
-
-
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 1 << 30 else f"{count / 2**20:.0f} MiB"

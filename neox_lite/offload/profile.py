@@ -26,12 +26,13 @@ import torch
 from torch import Tensor
 
 from .. import user_cache
-from ..cache import PAGE, Batch, PagePool
+from ..cache import Batch, PagePool
 from ..config import GPTNeoXConfig
 from ..errors import ArgumentError
 from ..formats import DENSE, Format, GroupInt
 from ..kernels import cpu, dispatch
 from ..layers import GPTNeoXLayer, Linear, Rotary
+from ..units import PAGE
 from ..user_cache import entry, shown
 from ..version import __version__
 from .plan import Card, Machine, Rates

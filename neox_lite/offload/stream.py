@@ -19,10 +19,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..cache import PAGE, Batch, PagePool
+from ..cache import Batch, PagePool
 from ..cache import Sequence as CachedSequence
 from ..errors import CheckpointError
 from ..layers import GPTNeoXLayer
+from ..units import PAGE
 from .accelerator import Accelerator, Mark
 
 SLOTS = 2

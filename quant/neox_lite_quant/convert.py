@@ -25,11 +25,11 @@ from neox_lite.errors import ArgumentError, FormatError
 from neox_lite.formats import GROUP_SIZES, Format, GroupInt, label, make_format
 from neox_lite.hub import local_folder, remote_checkpoint, resolve
 from neox_lite.layers import Linear
-from neox_lite.loading.options import DTYPES
 from neox_lite.loading.quantize import SLICE_ELEMENTS, Encoding
 from neox_lite.loading.save import Part, Rows, Slice, read_companions, specs_of, write_model
 from neox_lite.loading.skeleton import Blueprint
 from neox_lite.modeling.heads import class_of
+from neox_lite.units import DTYPES, dtype_name
 from neox_lite.version import __version__
 
 from .balance import Balanced
@@ -274,7 +274,7 @@ def _target_config(config: GPTNeoXConfig, checkpoint: Checkpoint) -> tuple[GPTNe
     dtype = named if named in (torch.float16, torch.bfloat16) else torch.float16
     if stored == {torch.bfloat16}:
         dtype = torch.bfloat16
-    return config.copy(dtype=str(dtype).removeprefix("torch.")), dtype
+    return config.copy(dtype=dtype_name(dtype)), dtype
 
 
 def _part(
@@ -355,7 +355,7 @@ def _cast_rows(rows: Tensor, stored: str, name: str, start: int, dtype: torch.dt
     """Raises FormatError for values that are not finite, or overflow the narrower dtype."""
     values = rows.to(dtype)
     if not torch.isfinite(values).all():
-        raise FormatError(f"{stored}: holds values that are not finite as {str(dtype).removeprefix('torch.')}")
+        raise FormatError(f"{stored}: holds values that are not finite as {dtype_name(dtype)}")
     return [(name, values, start)]
 
 

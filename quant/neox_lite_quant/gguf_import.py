@@ -31,6 +31,7 @@ from neox_lite.loading.quantize import SLICE_ELEMENTS
 from neox_lite.loading.save import Part, specs_of, write_model
 from neox_lite.loading.skeleton import Blueprint
 from neox_lite.modeling.pretrained import GPTNeoXForCausalLM
+from neox_lite.units import dtype_name
 
 from .convert import Progress, Report, _Meter
 from .gguf_file import BF16, F32, Q8_0, GgufFile
@@ -65,7 +66,7 @@ def import_gguf(
     config = config_of(file, hidden_act)
     named = _named(file, config)
     chosen = parse_dtype(dtype) or _dtype_of(file)
-    config.dtype = str(chosen).removeprefix("torch.")
+    config.dtype = dtype_name(chosen)
     formats = {name.removesuffix(".weight"): _format(file, theirs) for name, theirs in named.items()}
     if chosen == torch.bfloat16 and any(format != DENSE for format in formats.values()):
         raise ArgumentError("dtype is bfloat16, which cannot hold the file's scales; choose float16 or float32")
@@ -298,7 +299,7 @@ def _tell_what_is_rounded(weights: GgufWeights, dtype: torch.dtype, path: Path) 
                 break
     if rounded:
         warnings.warn(
-            f"{path}: {len(rounded)} tensors are rounded to {str(dtype).removeprefix('torch.')} ({first_few(rounded, 2)}); "
+            f"{path}: {len(rounded)} tensors are rounded to {dtype_name(dtype)} ({first_few(rounded, 2)}); "
             "--dtype float32 keeps their numbers",
             stacklevel=3,
         )
@@ -335,7 +336,7 @@ def _rows(checkpoint: Checkpoint, specs: list[Spec]) -> Iterator[tuple[str, Tens
         for start in range(0, spec.shape[0], step):
             rows = checkpoint.rows(spec.name, start, min(spec.shape[0], start + step)).to(spec.dtype)
             if spec.dtype.is_floating_point and not torch.isfinite(rows).all():
-                kind = str(spec.dtype).removeprefix("torch.")
+                kind = dtype_name(spec.dtype)
                 raise FormatError(f"{checkpoint.folder}: {spec.name}: holds values that are not finite as {kind}")
             yield spec.name, rows, start
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from neox_lite.errors import FormatError
 from neox_lite.formats import GroupInt, pack
+from neox_lite.units import dtype_name
 
 DAMPING = 0.03  # added to H's diagonal, as a share of it: relative, so that the scale of a channel does not matter
 ROUNDING = 1e-5  # of float32 sums, with room to spare
@@ -82,7 +83,7 @@ def quantize(
 def _check(tensors: dict[str, Tensor]) -> None:
     for subject, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
-            kind = str(tensor.dtype).removeprefix("torch.")
+            kind = dtype_name(tensor.dtype)
             raise FormatError(f"the {subject} values that are not finite as {kind}")
 
 
@@ -165,7 +166,7 @@ def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """As it will be read back; 1 for a group of zeros."""
     stored = scale.to(dtype)
     if torch.isinf(stored).any():
-        raise FormatError(f"a scale of {scale.abs().max().item():.3g} overflows {str(dtype).removeprefix('torch.')}")
+        raise FormatError(f"a scale of {scale.abs().max().item():.3g} overflows {dtype_name(dtype)}")
     return torch.where(stored == 0, torch.ones_like(stored), stored)
 
 

@@ -28,6 +28,7 @@ from neox_lite.hub import resolve
 from neox_lite.layers import Linear
 from neox_lite.loading.quantize import SLICE_ELEMENTS
 from neox_lite.loading.skeleton import Blueprint
+from neox_lite.units import dtype_name
 
 from ..load_for_command import load
 from ..terminal import bar, fold, note, print_json, read_text, terminal_width
@@ -257,7 +258,7 @@ def _weight_error(name: str, ours: Linears, theirs: Linears) -> LinearError:
         truth = wanted.decode(torch.float32, start, stop)
         norm += float(truth.square().sum(dtype=torch.double))
         error += float((found.decode(torch.float32, start, stop) - truth).square().sum(dtype=torch.double))
-    plain = str(next(iter(found.tensors.values())).dtype).removeprefix("torch.")
+    plain = dtype_name(next(iter(found.tensors.values())).dtype)
     return LinearError(math.sqrt(error / norm) if norm else math.sqrt(error), label(found.format, plain))
 
 

@@ -25,11 +25,11 @@ from lm_eval.models.utils import (
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from neox_lite import GPTNeoXForCausalLM
-from neox_lite.cache import PAGE
 from neox_lite.errors import ArgumentError
 from neox_lite.generation.options import Options, as_dict
 from neox_lite.generation.request import Row, StopText
 from neox_lite.generation.scheduler import Scheduler
+from neox_lite.units import PAGE
 
 from ..conversations.prompt_forms import Form
 from ..terminal import bar, note

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from neox_lite import GPTNeoXForCausalLM
-from neox_lite.cache import PAGE, Batch, PagePool
+from neox_lite.cache import Batch, PagePool
 from neox_lite.cache import Sequence as CachedSequence
 from neox_lite.errors import ArgumentError
 from neox_lite.formats import Weight, label
 from neox_lite.kernels.backend import Backend, Norm
 from neox_lite.layers import Linear, norm_of
+from neox_lite.units import PAGE, dtype_name
 
 from ..load_for_command import format_name, load
 from ..terminal import bar, print_json, read_text
@@ -202,7 +203,7 @@ def measure(
         path,
         format_name(model),
         stored * 8 / weights,
-        label(model.embed_out.format, str(model.dtype).removeprefix("torch.")),
+        label(model.embed_out.format, dtype_name(model.dtype)),
         model.get_memory_footprint(),
         math.exp(loss / tokens),
         float(kl.mean()),

@@ -27,6 +27,7 @@ from neox_lite import GPTNeoXForCausalLM
 from neox_lite.errors import ArgumentError
 from neox_lite.files import disk_errors
 from neox_lite.formats import label
+from neox_lite.units import dtype_name
 
 from ..conversations.prompt_forms import form_of
 from ..load_for_command import format_name, load
@@ -222,7 +223,7 @@ class Suite:
         facts = {
             "model": path,
             "format": format_name(model),
-            "head": label(model.embed_out.format, str(model.dtype).removeprefix("torch.")),
+            "head": label(model.embed_out.format, dtype_name(model.dtype)),
             "kv": model.kv,
             "requests": lm.asked,
             "known_before": lm.found,

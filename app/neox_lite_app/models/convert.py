@@ -9,7 +9,7 @@ from pathlib import Path
 from neox_lite.checkpoint.folder_writer import JOURNAL
 from neox_lite.errors import ArgumentError
 from neox_lite.formats import label, make_format
-from neox_lite.loading.save import parse_bytes
+from neox_lite.units import parse_bytes
 from neox_lite_quant import Report, convert, export_gguf, import_gguf
 
 from ..load_for_command import default_threads

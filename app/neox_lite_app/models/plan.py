@@ -18,7 +18,6 @@ from neox_lite.config import GPTNeoXConfig
 from neox_lite.errors import ArgumentError, FormatError
 from neox_lite.formats import GROUPED, formats_of, label, make_format
 from neox_lite.hub import HEAD, MANIFEST, fetch_files, local_folder
-from neox_lite.loading.options import DTYPES
 from neox_lite.offload import profile
 from neox_lite.offload.placement import sizes_in
 from neox_lite.offload.plan import (
@@ -39,9 +38,10 @@ from neox_lite.offload.plan import (
     sizes_of,
 )
 from neox_lite.offload.plan import plan as make_plan
+from neox_lite.units import DTYPES, dtype_name, format_bytes
 
 from ..load_for_command import default_threads, measure_machine, memory_limit
-from ..terminal import amount, fold, print_json, size, terminal_width
+from ..terminal import amount, fold, print_json, terminal_width
 from .family import FAMILY
 
 WEIGHT_FILES = (".safetensors", ".bin", ".index.json")
@@ -132,7 +132,7 @@ class Model:
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {"format": self.format, "dtype": str(self.dtype).removeprefix("torch."), "has_weights": self.has_weights}
+        return {"format": self.format, "dtype": dtype_name(self.dtype), "has_weights": self.has_weights}
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class Stored:
 
 def name_of(dtype: torch.dtype) -> str:
     """As users write it: fp16, bfloat16, float32."""
-    return "fp16" if dtype == torch.float16 else str(dtype).removeprefix("torch.")
+    return "fp16" if dtype == torch.float16 else dtype_name(dtype)
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,9 @@ def figures(found: Plan) -> dict[str, Any]:
 def describe(name: str, model: Model, place: Place, found: Plan, advice: list[str], width: int | None) -> Iterator[str]:
     """A picture of the memories, then speed, choices and advice, in lines of at most `width`."""
     verdict = (
-        f"runs {WHERE[found.level]}" if found.fits else f"does not fit, {size(found.short_by)} of CPU memory short"
+        f"runs {WHERE[found.level]}"
+        if found.fits
+        else f"does not fit, {format_bytes(found.short_by)} of CPU memory short"
     )
     made = ", once quantized" if model.made else ""
     yield from fold(f"{name}, {model.format}{made}, context {found.context}: {verdict}", width, HANG)
@@ -329,7 +331,8 @@ def picture(place: Place, found: Plan, width: int | None) -> Iterator[str]:
 
 def usage(found: Plan, tier: str, budget: int) -> tuple[str, str]:
     """Used bytes, and of how many."""
-    return size(found.totals[tier]) if found.totals[tier] else "0", "" if tier == "disk" else f" of {size(budget)}"
+    used = format_bytes(found.totals[tier]) if found.totals[tier] else "0"
+    return used, "" if tier == "disk" else f" of {format_bytes(budget)}"
 
 
 def held(found: Plan, tier: str) -> str:
@@ -393,7 +396,7 @@ def table(rows: list[dict[str, Any]], place: Place, width: int | None) -> Iterat
     fitting = (lines for lines in layouts if width is None or max(map(len, lines)) <= width)
     yield from next(fitting, None) or listed(cells, width or WIDTH)
     budgets = (("GPU", place.gpu_bytes), ("CPU memory", place.cpu_bytes))
-    memory = " and ".join(f"{size(count)} of {name}" for name, count in budgets if count is not None)
+    memory = " and ".join(f"{format_bytes(count)} of {name}" for name, count in budgets if count is not None)
     yield ""
     said = f"within {memory}; tokens/s decoding, and reading a prompt, predicted from {source(place)}"
     yield from fold(said, width)

@@ -15,12 +15,12 @@ from typing import Any
 
 from neox_lite.errors import NeoxLiteError
 from neox_lite.offload.plan import CPU, DISK, GPU, MIXED
+from neox_lite.units import format_bytes
 
 from ..models.family import FAMILY
 from ..models.plan import WHERE, Model, Place, make_plan
 from ..models.plan import speed as speed_of
 from ..serving.engine import Engine
-from ..terminal import size
 from .events import sentence, unforeseen
 
 FRESH_S = 60.0  # for so long free memory counts as what it was
@@ -98,15 +98,13 @@ class Badges:
             plan = make_plan(found.sizes, place.machine, place.request(self._args, self._context(found)))
         except NeoxLiteError as error:
             return {"error": sentence(error)}
-        total = size(found.sizes.total)
+        total = format_bytes(found.sizes.total)
         if not plan.fits:
-            short = f"{found.format} does not fit: {size(plan.short_by)} of memory short"
+            short = f"{found.format} does not fit: {format_bytes(plan.short_by)} of memory short"
             return {"level": "no", "text": f"does not fit · {total}", "rate": "", "sentence": short}
         level, where = LEVELS[plan.level]
-        rate = plan.decode_tokens_per_s
-        words = (
-            f"{found.format}, runs {WHERE[plan.level]} in {size(sum(plan.totals.values()))}, predicted {speed_of(rate)}"
-        )
+        rate, memory = plan.decode_tokens_per_s, sum(plan.totals.values())
+        words = f"{found.format}, runs {WHERE[plan.level]} in {format_bytes(memory)}, predicted {speed_of(rate)}"
         short_rate = "" if rate is None else f"~{rate:.{0 if rate >= 10 else 1}f} tok/s"
         return {"level": level, "text": f"{where} · {total}", "rate": short_rate, "sentence": words}
 

@@ -18,7 +18,6 @@ from typing import NoReturn
 
 from neox_lite import GPTNeoXConfig
 from neox_lite.checkpoint.reader import Checkpoint
-from neox_lite.config import DTYPES
 from neox_lite.errors import ArgumentError, FormatError, UnsupportedError
 from neox_lite.files import disk_errors, write_atomically
 from neox_lite.formats import DENSE, Format, GroupInt, formats_of
@@ -27,6 +26,7 @@ from neox_lite.loading.load import cache_root
 from neox_lite.modeling.heads import class_of
 from neox_lite.modeling.pretrained import GPTNeoXForCausalLM
 from neox_lite.tokenizer import GPTNeoXTokenizerFast
+from neox_lite.units import DTYPES
 
 from ..conversations.prompt_forms import Form, TurnForm, form_of
 from ..terminal import note

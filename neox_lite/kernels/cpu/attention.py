@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
+from ...units import PAGE
 from .activations import ROUNDER, exp
 from .code import F32, I8, I16, I32, I64, Code, Value, vector
 from .linear import Build
 from .target import Target, from_float, to_float
 
-PAGE = 128  # tokens of a page: cache.PAGE
 KINDS = {"float32": (F32, 4), "float16": (I16, 2), "bfloat16": (I16, 2), "int8": (I8, 1)}
 HEADER, SEQUENCE, TOKEN = 4, 4, 3  # int64 slots of the batch's table
 

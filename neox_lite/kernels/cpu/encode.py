@@ -14,6 +14,7 @@ from llvmlite import ir
 from torch import Tensor
 
 from ...formats.group_int import GroupInt, search_factors
+from ...units import dtype_name
 from .activations import ROUNDER
 from .code import F32, I8, I32, I64, Code, Value, Variable, vector
 from .compile import compiled
@@ -27,8 +28,8 @@ def why_not(rows: Tensor) -> str | None:
     """None where `encode` takes these rows, else the reason."""
     if rows.device.type != "cpu":
         return f"runs on the CPU only, the rows are on {rows.device.type}"
-    if _name(rows.dtype) not in STORED:
-        return f"reads {', '.join(STORED)}, the rows are {_name(rows.dtype)}"
+    if dtype_name(rows.dtype) not in STORED:
+        return f"reads {', '.join(STORED)}, the rows are {dtype_name(rows.dtype)}"
     return None
 
 
@@ -37,7 +38,10 @@ def encode(format: GroupInt, rows: Tensor, dtype: torch.dtype, method: str) -> d
     if format.why_not((rows.shape[0], rows.shape[1])) is None and method in format.methods:
         specs = format.specs((rows.shape[0], rows.shape[1]), dtype)
         packed, scales = (torch.empty(specs[key][1], dtype=specs[key][0]) for key in ("weight_packed", "weight_scale"))
-        kernel, factors = _kernel(format, _name(rows.dtype), _name(dtype), method, host()), _factors(format.bits)
+        kernel, factors = (
+            _kernel(format, dtype_name(rows.dtype), dtype_name(dtype), method, host()),
+            _factors(format.bits),
+        )
         rows = rows.contiguous()
         tensors = (rows, packed, scales, factors)
         if kernel(*(tensor.data_ptr() for tensor in tensors), scales.numel(), len(factors)) == 0:
@@ -48,10 +52,6 @@ def encode(format: GroupInt, rows: Tensor, dtype: torch.dtype, method: str) -> d
 @cache
 def _factors(bits: int) -> Tensor:
     return search_factors(bits)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 @cache

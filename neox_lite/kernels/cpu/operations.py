@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...cache import Batch, PagePool
 from ...formats import NF4, Dense, GroupInt, Weight
+from ...units import PAGE, dtype_name
 from .. import nf4, reference
 from ..backend import Norm
 from . import attention, linear, norm
@@ -131,7 +132,7 @@ class BatchTable:
         self.pages = np.zeros(max(1, sequences * pages), np.int64)
         self.table[:3] = sequences, tokens, self.pages.ctypes.data
         self._stride = pages
-        self.longest = pages * attention.PAGE
+        self.longest = pages * PAGE
         self.fill(batch)
 
     def fill(self, batch: Batch) -> None:
@@ -277,7 +278,7 @@ class Operations:
 
         limit: most tokens a sequence will hold. None if the step needs more than kernels.
         """
-        held, table = ids.clone(), BatchTable(batch, -(-limit // attention.PAGE))
+        held, table = ids.clone(), BatchTable(batch, -(-limit // PAGE))
         self._local.program, self._local.batch = Program(), (batch, table)
         self._local.program.kept.append(held)
         try:
@@ -469,7 +470,7 @@ def _held(tensor: Tensor) -> Tensor:
 
 
 def _name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+    return dtype_name(tensor.dtype)
 
 
 def _is_low_rank(weight: Weight) -> bool:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ... import units
 from .packing import dot, place
 
-PAGE = tl.constexpr(128)
+PAGE = tl.constexpr(units.PAGE)
 LEAST = tl.constexpr(-1e30)  # below every score, and finite, so that its difference to itself is a number
 # Columns of the tables that describe a batch, int32; see operations.BatchTable.
 START, FIRST, COUNT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)

@@ -19,8 +19,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
-from ...cache import PAGE, Batch, PagePool
+from ...cache import Batch, PagePool
 from ...formats import NF4, Dense, GroupInt, Weight
+from ...units import PAGE, dtype_name
 from .. import nf4
 from ..backend import Norm
 from . import activations, attention, embed_and_sample, gemv, interpreted, matmul, tile_configs, tuning
@@ -587,7 +588,7 @@ def _placed(x: Activation) -> tuple[int, int, float]:
 
 
 def _math(way: Way, x: Tensor) -> str:
-    return "halves" if way.layout.shift else str(x.dtype).removeprefix("torch.")
+    return "halves" if way.layout.shift else dtype_name(x.dtype)
 
 
 def _pairs(x: Tensor, way: Way) -> Tensor:

@@ -15,8 +15,9 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ...cache import PAGE, Batch, PagePool
+from ...cache import Batch, PagePool
 from ...errors import GraphError
+from ...units import PAGE
 from ..backend import Choice, Flight
 from ..captured import PerPool
 from . import attention, embed_and_sample

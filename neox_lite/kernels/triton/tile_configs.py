@@ -12,6 +12,7 @@ from typing import Generic, TypeVar
 
 import torch
 
+from ...units import dtype_name
 from . import interpreted
 
 MOST = 6  # candidates of a choice: each is compiled where they are timed
@@ -180,7 +181,7 @@ def tiles(size: int, columns: int, tokens: int, bits: int, dtype: torch.dtype) -
         first = [Tiles(128, 64, words, registers=255), Tiles(64, 64, words, registers=255)]
         found = first if half else first[::-1]
         found += [replace(found[0], stages=2), Tiles(128, 64, words, 8), Tiles(128, 128, words, 8, 2, 255)]
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     shape = f"int{bits}, {name}, up to {band} tokens, {magnitude(size)} rows of {magnitude(columns)} columns"
     return _candidates("tiles", shape, found)
 
@@ -212,7 +213,7 @@ def blocks(machine: Machine, head_dim: int, int8: bool, dtype: torch.dtype) -> C
         found = [first, replace(first, warps=8), replace(first, stages=3)]  # long heads do not fit 4 warps' registers
         found += [replace(first, keys=64, warps=8), replace(first, keys=64, warps=8, stages=1)]
     cache = "int8" if int8 else "plain"
-    return _candidates("blocks", f"heads of {head_dim}, {cache} cache, {str(dtype).removeprefix('torch.')}", found)
+    return _candidates("blocks", f"heads of {head_dim}, {cache} cache, {dtype_name(dtype)}", found)
 
 
 @dataclass(frozen=True)
@@ -235,4 +236,4 @@ def page(piece: int, int8: bool, dtype: torch.dtype) -> Candidates[Page]:
         Page(max(1, lanes // 4), 1),
     ]
     cache = "int8" if int8 else "plain"
-    return _candidates("page", f"pieces of {piece}, {cache} cache, {str(dtype).removeprefix('torch.')}", found)
+    return _candidates("page", f"pieces of {piece}, {cache} cache, {dtype_name(dtype)}", found)
