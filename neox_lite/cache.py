@@ -214,9 +214,8 @@ class PrefixCache:
     def __init__(self, pool: PagePool, budget: int) -> None:
         self.pool, self.budget = pool, budget
         self._kept: list[Kept] = []  # the one used last is last
-        give_up = WeakMethod(
-            self.give_up
-        )  # else the two would keep each other alive, until the garbage collector comes
+        # A strong reference would keep pool and cache alive until the garbage collector runs.
+        give_up = WeakMethod(self.give_up)
         pool.reclaim = lambda wanted: (call := give_up()) and call(wanted)
 
     def take(self, ids: List[int] | Tensor, live: Iterable[Kept] = ()) -> tuple[Sequence, Tensor | None]:

@@ -27,11 +27,8 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-UNSUPPORTED = (
-    errno.EINVAL,
-    errno.EOPNOTSUPP,
-    errno.ENOSYS,
-)  # what network and Windows drives answer to calls they lack
+# What network and Windows drives answer to calls that they do not support.
+UNSUPPORTED = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
 PARTIAL = ".partial"  # end of the name of a file that is not whole
 MAX_JSON_BYTES = 16 << 20
 MAX_DIGITS = 40  # of an integer: tokenizer_config.json has some of 31, and a message stays short with a hostile one

@@ -133,9 +133,8 @@ def build(plan: RandomModel, args: argparse.Namespace) -> GPTNeoXForCausalLM:
     with bar("make random weights") as progress:
         model = plan.build(progress, there)
     model.exact = args.exact
-    put(
-        model, replace(decision, placement=None) if there.type == "cuda" else decision
-    )  # nothing is left to place there
+    # On a GPU the random weights are already in place.
+    put(model, replace(decision, placement=None) if there.type == "cuda" else decision)
     note(f"{args.shape}: {describe(model)}")
     return model
 
@@ -223,9 +222,8 @@ def measure(model: GPTNeoXForCausalLM, args: argparse.Namespace) -> dict[str, An
             done += 1
             progress(done, total)
 
-        prefill_s(
-            model, min(16, *args.prefill), 1, lambda: None
-        )  # binds the kernels and brings the weights into memory
+        # The first pass binds the kernels and reads the weights into memory; it is not timed.
+        prefill_s(model, min(16, *args.prefill), 1, lambda: None)
         decodes: dict[tuple[int, int], list[float]] = {kind: [] for kind in kinds}
         for (n, context), times in decodes.items():
             for step_s in decode_s(model, n, context, WARM_UP + args.decode):

@@ -121,9 +121,8 @@ class SafetensorsFile:
         if sys.platform != "linux" or info.offset % info.dtype.itemsize or not info.nbytes:
             return self.read(name)
         with open_regular(info.file) as file:
-            if not os.path.samestat(
-                os.fstat(file.fileno()), self._stat
-            ):  # replaced since; the whole map is of the old one
+            # The file was replaced since; the map of the whole file still has the old one.
+            if not os.path.samestat(os.fstat(file.fileno()), self._stat):
                 return self.read(name)
             memory, offset = _small_pages_map(file.fileno(), info.offset, info.nbytes)
         return torch.frombuffer(memory, dtype=info.dtype, count=math.prod(info.shape), offset=offset).reshape(
@@ -225,9 +224,8 @@ def _small_pages_map(fileno: int, start: int, size: int) -> tuple[mmap.mmap, int
     """
     first = start // mmap.PAGESIZE * mmap.PAGESIZE
     length = start + size - first
-    memory = mmap.mmap(
-        -1, length + 2 * HUGE_PAGE, flags=_map_flags()
-    )  # owns the addresses; most of them become the file's
+    # This map owns the addresses; the file is mapped over most of them below.
+    memory = mmap.mmap(-1, length + 2 * HUGE_PAGE, flags=_map_flags())
     base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     target = base + (first + HUGE_PAGE // 2 - base) % HUGE_PAGE
     system = ctypes.CDLL(None, use_errno=True)

@@ -64,9 +64,8 @@ def _compressed_tensors(config: dict[str, Any]) -> Lookup:
     rules: dict[str, Format] = {}
     for name, group in groups.items():
         rules |= dict.fromkeys(_names(group, "targets"), _group(name, group))
-    order = sorted(
-        rules, key=lambda target: ("re:" in target, target)
-    )  # of several that match, the library takes the first
+    # The library takes the first target that matches, in this order.
+    order = sorted(rules, key=lambda target: ("re:" in target, target))
     ignore = [*_names(config, "ignore"), *HEAD_NAMES]
 
     def lookup(name: str) -> Format:
@@ -149,9 +148,8 @@ def _pattern(key: str) -> re.Pattern[str]:
 
 def _expect(keys: dict[str, Any], key: str, allowed: tuple[Any, ...], where: str = WHERE) -> None:
     found = keys.get(key)
-    same_kind = any(
-        found is a or (found == a and type(found) is type(a)) for a in allowed
-    )  # 4.0 equals 4, but is no size
+    # 4.0 equals 4, but it is not a size.
+    same_kind = any(found is a or (found == a and type(found) is type(a)) for a in allowed)
     if not same_kind:
         expected = " or ".join(repr(a) for a in allowed if a is not None) or "none"
         advice = f"{ADVICE[key]}, {AGAIN}" if key in ADVICE else AGAIN.removeprefix("or ")

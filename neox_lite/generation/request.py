@@ -86,9 +86,8 @@ class Row:
     finish_reason: str | None = None  # "stop", "length", "cancelled", "error"
     error: Exception | None = None
     reused: int | None = None  # tokens of the prompt that were in the cache
-    kept_scores: list[Tensor] = field(
-        default_factory=list
-    )  # (vocabulary,) of each new token, where options ask for them
+    # (vocabulary,) of each new token, where options ask for them.
+    kept_scores: list[Tensor] = field(default_factory=list)
     kept_logits: list[Tensor] = field(default_factory=list)
 
     sequence: CachedSequence | None = None  # what of the history is in the cache
@@ -121,9 +120,8 @@ class Row:
 
     def choose(self, logits: Tensor) -> None:
         """Append the token that follows, from logits (vocabulary,) on the CPU, and see whether that is the end."""
-        own = (
-            copied(logits) if self.scores is not None or self.options.output_logits else logits
-        )  # steps may write to them
+        # The steps below may write into the logits, so that what is returned needs a copy.
+        own = copied(logits) if self.scores is not None or self.options.output_logits else logits
         if self.options.output_logits:
             self.kept_logits.append(own)
         logits = hold_back_end(len(self.prompt), self.length, logits, self.options)

@@ -132,9 +132,8 @@ class Crew:
 
     def write(self, file: ShardWriter, parts: Sequence[Part], progress: Callable[[int], object]) -> None:
         """Write all of these parts; returns when every byte is in the file."""
-        waiting: deque[tuple[Part, Future[int] | None]] = (
-            deque()
-        )  # in order; None where a part's last slice has gone before
+        # In the order of the file; None stands behind a part's last slice.
+        waiting: deque[tuple[Part, Future[int] | None]] = deque()
         settled, unsettled = self._settler.submit(self._check), 0
 
         def told(count: int) -> None:

@@ -41,9 +41,8 @@ GROUP_SIZES = (128, 64, 32)
 
 # The model ------------------------------------------------------------------------------------------------------------
 
-Bytes = Callable[
-    [int, int], int
-]  # (out, in) -> bytes of a stored weight that the CPU writes out as float32 in every pass
+# (out, in) -> bytes of a stored weight that the CPU decodes to float32 in every pass.
+Bytes = Callable[[int, int], int]
 Packing = Callable[[str], "tuple[int, int] | Bytes | None"]  # module name -> (bits, group size), or bytes; None: plain
 
 
@@ -444,9 +443,8 @@ class Plan:
         kv = (self.context // 2 if cached is None else cached) * self.sizes.kv_bytes(self.kv)
         layers = sum(self._layer_s(i, where, tokens, kv) for i, where in enumerate(self.layers))
         rates = self._card.rates if self.gpu_layers else self.machine.cpu
-        operations = (
-            2 * self.sizes.hidden * self.sizes.vocabulary
-        )  # of one row: only the last token's logits are asked for
+        # For one row: only the last token's logits are computed.
+        operations = 2 * self.sizes.hidden * self.sizes.vocabulary
         head = max(self.sizes.head_bytes(self.head) / rates.read_bytes_per_s, operations / rates.flops_per_s)
         return layers + head + (2 * CROSSING_S if self.mixed else 0)
 
@@ -475,9 +473,8 @@ class Plan:
 
     def in_place_s(self, stored: int, tokens: int) -> float:
         """Seconds that the CPU takes for a layer of `stored` bytes, weights and cache, in its own memory."""
-        through_caches = (
-            4 * self.sizes.written
-        )  # written as float32 at about the speed at which memory is read; measured
+        # Measured: writing them as float32 takes about as long as reading as many bytes from memory.
+        through_caches = 4 * self.sizes.written
         return _layer_s(self.machine.cpu, max(stored, through_caches), self.sizes, tokens)
 
     def streamed_s(self, stored: int, tokens: int) -> float:

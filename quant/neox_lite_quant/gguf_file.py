@@ -24,13 +24,14 @@ from neox_lite.files import AtomicFile, disk_errors, free_bytes, open_regular
 
 VERSION, ALIGNMENT, BLOCK = 3, 32, 32
 F32, F16, Q4_0, Q8_0, BF16 = 0, 1, 2, 8, 30  # ggml's numbers
+# Weights in a block, and its bytes.
 BYTES_OF = {
     F32: (1, 4),
     F16: (1, 2),
     BF16: (1, 2),
     Q4_0: (BLOCK, 18),
     Q8_0: (BLOCK, 34),
-}  # weights and bytes of a block
+}
 UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9
 
 Value = str | int | float | Sequence[str] | Sequence[int]

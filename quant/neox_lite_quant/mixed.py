@@ -207,9 +207,8 @@ def _sizes(weights: _Weights, config: GPTNeoXConfig, index: int) -> tuple[dict[s
     squares, varying = (mean.square() + variance).view(heads), variance.view(heads)[:, 2]
     read = _column_squares(weights.sample(f"{dense}.weight")).view(-1, config.head_dim)
     spread = (read * varying).sum(1, keepdim=True)  # of a head's part of the output, over the tokens attended to
-    scores = (
-        torch.stack((squares[:, 1], squares[:, 0]), 1) / config.head_dim
-    )  # a query's error meets keys, a key's queries
+    # A query's error is multiplied with keys, a key's error with queries.
+    scores = torch.stack((squares[:, 1], squares[:, 0]), 1) / config.head_dim
     attended = torch.cat((scores * spread[:, None], read[:, None]), 1).flatten()
     mean, variance = weights.outputs(f"{up}.weight", gain2, shift2, weights.vector(f"{up}.bias"))
     inner, inner_mean, slope = _activated(mean, variance.sqrt(), config.activation)

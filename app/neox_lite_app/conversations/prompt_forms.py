@@ -195,9 +195,8 @@ class TemplateForm(Form):
         if open_answer is None:
             return render_template(self._template, variables)
         (mark,) = _unused("".join(turn["content"] for turn in turns) + open_answer, 1)
-        turns.append(
-            {"role": "assistant", "content": open_answer + mark}
-        )  # the mark also keeps what a template would trim
+        # The mark also protects whitespace that a template would trim.
+        turns.append({"role": "assistant", "content": open_answer + mark})
         text, found, _ = render_template(self._template, variables).rpartition(mark)
         if not found:
             raise PromptError("the chat template does not show the answer that is to be continued; choose another form")

@@ -45,9 +45,8 @@ def problems_of(folder: Path) -> list[str]:
             Blueprint(class_of(config), config, checkpoint).check_formats()
     except NeoxLiteError as error:
         problems, ours = [str(error)], True
-    total = 2 * sum(
-        f.stat().st_size for f in folder.iterdir() if f.is_file()
-    )  # weights are read for hash and for values
+    # Weights are read twice: for their hashes and for their values.
+    total = 2 * sum(f.stat().st_size for f in folder.iterdir() if f.is_file())
     done = 0
     with bar("verify") as progress:
 

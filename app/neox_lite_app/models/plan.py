@@ -416,9 +416,8 @@ def side_by_side(cells: list[dict[str, str]]) -> list[str]:
         for a, b in zip(cells[::2], cells[1::2], strict=True)
     ]
     lines = aligned(["checkpoint", "context", *FIGURES, *FIGURES], rows)
-    first, second = (
-        lines[0].index(title) + len(title) + 2 for title in ("context", "prompt")
-    )  # where these columns end
+    # The columns at which "context" and "prompt" end.
+    first, second = (lines[0].index(title) + len(title) + 2 for title in ("context", "prompt"))
     return [f"{'':<{first}}{'int4':<{second - first}}int8", *lines]
 
 

@@ -117,9 +117,8 @@ class Captured:
             self._ids[:] = ids.numpy()
             self._table.fill(batch)
             self._pool.run(self._tasks, self._program.scratch_bytes)
-            return torch.from_numpy(
-                self._out.numpy().copy()
-            )  # torch's copy would wake threads that then spin beside ours
+            # A copy by torch would wake its threads, which then spin beside ours.
+            return torch.from_numpy(self._out.numpy().copy())
 
 
 class BatchTable:

@@ -262,9 +262,8 @@ def of(device: torch.device) -> Tuning:
 
 @cache
 def _of(device: torch.device) -> Tuning:
-    if (
-        interpreted() or device.type != "cuda"
-    ):  # where kernels are interpreted, or compiled for cards that are not there
+    # There is nothing to time where kernels are interpreted, or compiled for cards that this machine does not have.
+    if interpreted() or device.type != "cuda":
         return Tuning(Machine((8, 0)), lambda: Card("none", "8.0", "none", "none"), None, "never")
     timer = EventTimer(device)
     return Tuning(machine(device), lambda: card_of(device), timer, when(), busy=torch.cuda.is_current_stream_capturing)
@@ -306,10 +305,8 @@ class EventTimer:
         self._device = device
 
     def __call__(self, launch: Callable[[], object]) -> float:
-        with (
-            CAPTURING,
-            torch.cuda.device(self._device),
-        ):  # to wait for a device breaks what another thread captures there
+        # Waiting for a device breaks a capture of another thread on it.
+        with CAPTURING, torch.cuda.device(self._device):
             launch()  # compiles
             cache = torch.cuda.get_device_properties(self._device).L2_cache_size
             other = torch.empty(max(1 << 20, 2 * cache), dtype=torch.uint8, device=self._device)
