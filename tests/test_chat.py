@@ -1,6 +1,7 @@
 """The terminal chat, through pipes and through a real pseudo-terminal, and the session underneath."""
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -177,14 +178,15 @@ def environment(tmp_path):
 
 
 @pytest.fixture
-def piped(environment):
-    def run(text, *words):
-        command = commands.command("chat", DEMO, "--threads", 1, *words)
-        text = text if isinstance(text, bytes) else text.encode()
-        done = subprocess.run(command, input=text, env=environment, capture_output=True, check=False)
-        return done.returncode, done.stdout.decode(), done.stderr.decode()
+def piped(run, environment, monkeypatch):
+    monkeypatch.setenv("NEOX_LITE_DATA", environment["NEOX_LITE_DATA"])
 
-    return run
+    def call(text, *words):
+        raw = io.BytesIO(text if isinstance(text, bytes) else text.encode())
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(raw, encoding="utf-8"))
+        return run("chat", DEMO, "--device", "cpu", *words)
+
+    return call
 
 
 def test_lines_of_a_pipe_are_turns_and_only_answers_are_printed(piped, session, environment):
@@ -336,6 +338,7 @@ def test_ctrl_c_drops_a_line_and_leaves_at_an_empty_one(terminal):
 
 def test_ctrl_d_leaves(terminal):
     screen = terminal()
+    assert "\x1b[1m" in screen.shown
     screen.type("\x04")
     assert screen.end() == 0
 
@@ -421,11 +424,16 @@ def test_the_history_outlives_the_session_and_edit_brings_the_text_back(terminal
     assert [message.text for message in conversation.path()][::2] == ["remember me well", "remember me"]
 
 
-def test_colours_are_for_terminals_that_want_them(terminal):
-    assert "\x1b[1m" in terminal().shown
-    for variables in ({"NO_COLOR": "1"}, {"TERM": "dumb"}):
-        shown = terminal(**variables).shown
-        assert "\x1b[1m" not in shown and "\x1b[2m" not in shown
+@pytest.mark.parametrize("variable", [("NO_COLOR", "1"), ("TERM", "dumb")])
+def test_colours_are_for_terminals_that_want_them(session, monkeypatch, capsys, variable):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    for wanted in (True, False):
+        Terminal(session, session.store)._tell("noted")
+        out = capsys.readouterr()
+        assert ("\x1b[" in out.out + out.err) == wanted
+        monkeypatch.setenv(*variable)
 
 
 def test_text_of_others_does_not_reach_the_terminal_as_it_is(terminal, tmp_path):
