@@ -1,6 +1,5 @@
 """neox-lite serve as a process: when the port opens, what it prints, how it ends, and what it needs."""
 
-import argparse
 import contextlib
 import http.client
 import json
@@ -70,14 +69,6 @@ def answer(serving, tokens, stream=True, n=1):
 # Start ----------------------------------------------------------------------------------------------------------------
 
 
-def test_it_prints_one_line_when_it_can_be_used():
-    with serve_demo() as serving:
-        assert serving.ask("GET", "/health").status == 200
-        assert json.load(answer(serving, 4, stream=False))["usage"]["completion_tokens"] == 4
-        code, out, err = serving.end(signal.SIGTERM)
-        assert code == 0 and out == "" and "Traceback" not in err
-
-
 def test_connections_are_refused_until_everything_is_ready(monkeypatch, capsys):
     """While the model is loaded the port is ours, but closed."""
     seen = []
@@ -102,10 +93,16 @@ def test_connections_are_refused_until_everything_is_ready(monkeypatch, capsys):
     assert seen == taken and capsys.readouterr().err == "neox-lite: error: enough\n"
 
 
-def test_without_a_model_it_serves_and_says_so():
-    with Serving("--no-page", "--port", 0) as serving:
-        assert serving.ask("GET", "/health").status == 503
-        assert json.load(answer(serving, 1))["error"]["code"] == "model_not_loaded"
+@pytest.fixture(scope="module")
+def bare():
+    """A server without a model, which no test ends."""
+    with Serving("--no-page", "--port", 0, "--allowed-host", "chat.home") as serving:
+        yield serving
+
+
+def test_without_a_model_it_serves_and_says_so(bare):
+    assert bare.ask("GET", "/health").status == 503
+    assert json.load(answer(bare, 1))["error"]["code"] == "model_not_loaded"
 
 
 def test_a_port_that_is_taken_is_said_with_another(capsys):
@@ -198,26 +195,18 @@ def test_with_a_key_in_the_environment_it_is_asked_for_and_not_shown():
         assert "home-network-key" not in shown + serving.line + out + err
 
 
-def test_a_made_up_key_is_printed_once():
-    with Serving("--no-page", "--port", 0, "--api-key", "auto") as serving:
-        assert serving.ask("GET", "/v1/models").status == 401
-        _, _, err = serving.end(signal.SIGTERM)
-        assert len(re.findall("API key, shown this once: ", err)) == 1
+def test_other_hosts_and_origins_are_refused_by_the_real_server(bare):
+    assert bare.ask("GET", "/v1/models", host="evil.example").status == 400
+    assert bare.ask("GET", "/v1/models", host="chat.home").status == 200
+    assert bare.ask("POST", "/v1/completions", {}, origin="http://evil.example").status == 403
+    assert bare.ask("POST", "/v1/completions", {}, origin="null").status == 403
+    reply = bare.ask("GET", "/v1/models")
+    assert reply.getheader("server") is None and "default-src" in reply.getheader("content-security-policy")
 
 
-def test_other_hosts_and_origins_are_refused_by_the_real_server():
-    with Serving("--no-page", "--port", 0, "--allowed-host", "chat.home") as serving:
-        assert serving.ask("GET", "/v1/models", host="evil.example").status == 400
-        assert serving.ask("GET", "/v1/models", host="chat.home").status == 200
-        assert serving.ask("POST", "/v1/completions", {}, origin="http://evil.example").status == 403
-        assert serving.ask("POST", "/v1/completions", {}, origin="null").status == 403
-        reply = serving.ask("GET", "/v1/models")
-        assert reply.getheader("server") is None and "default-src" in reply.getheader("content-security-policy")
-
-
-def test_a_body_in_chunks_ends_at_the_limit_of_the_real_server():
-    with Serving("--no-page", "--port", 0) as serving, socket.create_connection((serving.host, serving.port)) as raw:
-        head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost:{serving.port}\r\ntransfer-encoding: chunked\r\n\r\n"
+def test_a_body_in_chunks_ends_at_the_limit_of_the_real_server(bare):
+    with socket.create_connection((bare.host, bare.port)) as raw:
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost:{bare.port}\r\ntransfer-encoding: chunked\r\n\r\n"
         raw.sendall(head.encode())
         try:
             for _ in range(64):
@@ -230,17 +219,13 @@ def test_a_body_in_chunks_ends_at_the_limit_of_the_real_server():
 # The page -------------------------------------------------------------------------------------------------------------
 
 
-def serve_page(**variables):
+def test_the_page_is_served_whatever_the_environment_says_and_holds_no_server_when_it_is_open(tmp_path):
     pytest.importorskip("gradio", reason="needs pip install '.[page]'")
-    return Serving(DEMO, "--port", 0, "--device", "cpu", **variables)
-
-
-def test_the_page_is_served_and_what_the_environment_says_of_gradio_is_ignored(tmp_path):
     secret = tmp_path / "secret.txt"
     secret.write_text("secret")
     hostile = {"GRADIO_SHARE": "True", "GRADIO_ALLOWED_PATHS": "/", "GRADIO_VIBE_MODE": "1", "GRADIO_ROOT_PATH": "/x"}
     hostile |= {"GRADIO_ANALYTICS_ENABLED": "True", "GRADIO_MCP_SERVER": "True", "GRADIO_SSR_MODE": "True"}
-    with serve_page(**hostile) as serving:
+    with Serving(DEMO, "--port", 0, "--device", "cpu", **hostile) as serving:
         reply = serving.ask("GET", "/")
         page = reply.read().decode()
         assert reply.status == 200 and '"title":"neox-lite"' in page
@@ -251,6 +236,10 @@ def test_the_page_is_served_and_what_the_environment_says_of_gradio_is_ignored(t
             assert serving.ask("GET", f"{path}{secret}").status == 404
         assert serving.ask("POST", "/gradio_api/upload", {}).status == 404
         assert serving.ask("POST", "/gradio_api/vibe-edit", {}).status == 404
+        beat = serving.ask("GET", "/gradio_api/heartbeat/abc")
+        assert beat.status == 200
+        code, _, err = serving.end(signal.SIGTERM)
+        assert code == 0 and "Traceback" not in err
 
 
 def test_of_gradios_routes_only_those_of_a_page_are_let_through():
@@ -274,26 +263,18 @@ def test_of_gradios_routes_only_those_of_a_page_are_let_through():
     }
 
 
-@posix
-def test_a_page_that_is_open_does_not_hold_the_server():
-    with serve_page() as serving:
-        beat = serving.ask("GET", "/gradio_api/heartbeat/abc")
-        assert beat.status == 200
-        code, _, err = serving.end(signal.SIGTERM)
-        assert code == 0 and "Traceback" not in err
-
-
 # End ------------------------------------------------------------------------------------------------------------------
 
 
 @posix
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_idle_server_ends_at_once_and_in_order(number):
+def test_it_prints_one_line_and_ends_at_once_and_in_order(number):
     with serve_demo() as serving:
+        assert json.load(answer(serving, 4, stream=False))["usage"]["completion_tokens"] == 4
         # a connection that stays open is no reason to stay
         waiting = socket.create_connection((serving.host, serving.port))
-        code, _, err = serving.end(number)
-        assert code == 0 and "Traceback" not in err
+        code, out, err = serving.end(number)
+        assert code == 0 and out == "" and "Traceback" not in err
         waiting.close()
 
 
@@ -308,7 +289,7 @@ def closing(serving):
 def test_a_running_answer_is_finished_and_nothing_new_is_taken():
     with serve_demo() as serving:
         kept = http.client.HTTPConnection(serving.host, serving.port, timeout=LONG)  # it stays open
-        reply = answer(serving, 450, n=16)
+        reply = answer(serving, 450, n=4)
         reply.read(1)
         serving.process.send_signal(signal.SIGTERM)
         status = 200
@@ -320,7 +301,7 @@ def test_a_running_answer_is_finished_and_nothing_new_is_taken():
         assert status == 503
         closing(serving)
         text = reply.read().decode()
-        assert text.endswith("data: [DONE]\n\n") and text.count('"finish_reason":"length"') == 16
+        assert text.endswith("data: [DONE]\n\n") and text.count('"finish_reason":"length"') == 4
         code, _, err = serving.end()
         assert code == 0 and "Traceback" not in err
 
@@ -328,7 +309,7 @@ def test_a_running_answer_is_finished_and_nothing_new_is_taken():
 @posix
 def test_a_second_signal_ends_it_without_waiting():
     with serve_demo() as serving:
-        reply = answer(serving, 480, n=64)
+        reply = answer(serving, 480, n=8)
         reply.read(1)
         serving.process.send_signal(signal.SIGINT)
         closing(serving)
@@ -338,16 +319,7 @@ def test_a_second_signal_ends_it_without_waiting():
             reply.read()
 
 
-def test_idle_unload_gives_the_memory_back_and_the_next_request_works():
-    with serve_demo("--idle-unload", 1) as serving:
-        assert answer(serving, 1, stream=False).status == 200
-        state = None
-        while state != "idle":
-            state = json.load(serving.ask("GET", "/health"))["status"]
-        assert answer(serving, 1, stream=False).status == 200
-
-
-def test_the_command_hands_over_its_options(monkeypatch):
+def test_the_command_hands_over_its_options_and_prints_a_made_up_key_once(monkeypatch, capsys):
     seen = {}
 
     class Engine:
@@ -359,7 +331,19 @@ def test_the_command_hands_over_its_options(monkeypatch):
 
     monkeypatch.setattr(server, "Engine", Engine)
     monkeypatch.setattr(server, "_run", lambda *_: 0)
-    words = ["--max-sequences", "3", "--queue", "5", "--idle-unload", "60", "--no-page", "--port", "0"]
-    args = build_parser().parse_args(["serve", *words])
-    assert isinstance(args, argparse.Namespace) and server.serve(args) == 0
+    words = [
+        "--max-sequences",
+        "3",
+        "--queue",
+        "5",
+        "--idle-unload",
+        "60",
+        "--no-page",
+        "--port",
+        "0",
+        "--api-key",
+        "auto",
+    ]
+    assert main(["serve", *words]) == 0
     assert seen == {"sequences": 3, "waiting": 5, "idle_s": 60, "closed": True}
+    assert capsys.readouterr().err.count("API key, shown this once: ") == 1
