@@ -46,6 +46,7 @@ def test_the_benchmark_s_checks_pass_and_it_says_where_no_gpu_is(tmp_path):
     assert (result["device"] is None) == (not torch.cuda.is_available()) == ("no CUDA device" in told)
 
 
+@pytest.mark.slow
 def test_every_path_of_the_benchmark_runs_without_a_gpu(tmp_path):
     pytest.importorskip("triton", reason="triton is not installed")
     result, _ = benchmark(tmp_path, "--rehearse")
