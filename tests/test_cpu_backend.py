@@ -493,7 +493,7 @@ class Process:
         self.captured.readouterr()
 
         def build(module: Any) -> None:
-            Code(module, f"give_{number}", 0).give(number)
+            Code(module, f"give_{number}", 0).ret(number)
 
         addresses = {compile.compiled(f"give_{number}", build, target.host()) for _ in range(2)}
         assert len(addresses) == 1

@@ -27,16 +27,17 @@ from neox_lite.cache import Batch, PagePool
 from neox_lite.errors import ArgumentError
 from neox_lite.formats import DENSE, GroupInt, Weight, pack, unpack
 from neox_lite.kernels import reference
-from neox_lite.kernels.cpu import activations, attention, linear, norm, operations, target
+from neox_lite.kernels.cpu import activations, attention, gemm, gemv, linear, norm, operations, target
 from neox_lite.kernels.cpu.activations import BLOCK, NATURAL, TILE, UNIT, Layout
 from neox_lite.kernels.cpu.code import F32, I16, Code, Value, vector
 from neox_lite.kernels.cpu.compile import assembly, compiled
-from neox_lite.kernels.cpu.operations import Coded, Operations, Program
+from neox_lite.kernels.cpu.operations import Operations
+from neox_lite.kernels.cpu.program import PackedActivation, Program
 from neox_lite.kernels.cpu.target import PATHS
 from neox_lite.units import PAGE, dtype_name
 
 ROOT = Path(__file__).parents[1]
-KINDS = ["rows", "planes", "tiles"]  # how products take activations: int8 for few tokens, float32, int8 for many
+KINDS = ["gemv", "interleaved", "gemm"]  # how products take activations: int8 for few tokens, float32, int8 for many
 FORMATS = [(bits, group) for bits in (4, 8) for group in (32, 64, 128)]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 # One and two at a time; a tile less than half full, more, and full; a second tile, a third. The last ones are many, for which
@@ -63,22 +64,22 @@ here = pytest.mark.parametrize("path", [on(path) for path in PATHS])
 class Forced(Operations):
     """The operations on one path, with the activations of quantized weights in one layout whatever the number of tokens."""
 
-    def __init__(self, path: str, kind: Any = "rows") -> None:
-        super().__init__(exact=kind == "planes")
-        self.target, self.kind = target.chosen(path), kind
+    def __init__(self, path: str, kind: Any = "gemv") -> None:
+        super().__init__(exact=kind == "interleaved")
+        self.target, self.kind = target.for_path(path), kind
 
     def _layout(self, next_weight: Weight | None, tokens: int) -> Layout:
         if next_weight is None or not isinstance(next_weight.format, GroupInt):
             return NATURAL
         bits = next_weight.format.bits
-        return Layout(self.kind, bits, 0 if self.kind == "planes" else self.target.offset(bits))
+        return Layout(self.kind, bits, 0 if self.kind == "interleaved" else self.target.offset(bits))
 
-    def coded(self, x: Tensor, weight: Weight) -> Coded:
+    def coded(self, x: Tensor, weight: Weight) -> PackedActivation:
         """x as `weight` reads it."""
         program = Program()
         coded = self._as(program, x, self._layout(weight, len(x)))
         self._run(program)
-        assert isinstance(coded, Coded)
+        assert isinstance(coded, PackedActivation)
         return coded
 
     def product(self, x: Any, weight: Weight) -> Tensor:
@@ -138,12 +139,12 @@ def wide(weight: Weight) -> Tensor:
     return (codes.view(len(codes), -1, weight.format.group_size) * scale.unsqueeze(-1)).flatten(1)
 
 
-def decoded(coded: Coded) -> Tensor:
+def decoded(coded: PackedActivation) -> Tensor:
     """What activations in a layout stand for, (tokens, features) float64, by the words of activations.py; padding is zero."""
     tokens, features = coded.padded
-    if coded.layout.kind == "planes":
-        per_word = 32 // coded.layout.bits
-        planes = coded.memory.view(torch.float32).view(tokens, -1, per_word, UNIT // per_word)
+    if coded.layout.kind == "interleaved":
+        codes_per_word = 32 // coded.layout.bits
+        planes = coded.memory.view(torch.float32).view(tokens, -1, codes_per_word, UNIT // codes_per_word)
         values = planes.transpose(2, 3).reshape(tokens, features).double()
     else:
         codes, scales, _ = pieces(coded)
@@ -152,14 +153,14 @@ def decoded(coded: Coded) -> Tensor:
     return values[:, : coded.features]
 
 
-def pieces(coded: Coded) -> tuple[Tensor, Tensor, Tensor]:
+def pieces(coded: PackedActivation) -> tuple[Tensor, Tensor, Tensor]:
     """Codes (tokens, features) int8 in natural order, and of each block the scale and the sum as stored."""
     tokens, features = coded.padded
     size = tokens * features
     codes, numbers = coded.memory[:size].view(torch.int8), coded.memory[size:]
     scales = numbers[: size // BLOCK * 4].view(torch.float32)
-    sums = numbers[size // BLOCK * 4 :].view(torch.float32 if coded.layout.kind == "rows" else torch.int32)
-    if coded.layout.kind == "rows":
+    sums = numbers[size // BLOCK * 4 :].view(torch.float32 if coded.layout.kind == "gemv" else torch.int32)
+    if coded.layout.kind == "gemv":
         half = UNIT // 2 if coded.layout.bits == 4 else 1
         codes = codes.view(tokens, -1, UNIT // half if half == 1 else 2, half).transpose(2, 3).reshape(tokens, features)
         return codes, scales.view(tokens, -1), sums.view(tokens, -1)
@@ -190,7 +191,7 @@ def scales_of(bits: int, group: int, kind: str) -> torch.dtype:
 def columns_of(kind: str, group: int) -> list[int]:
     """Sizes that exercise a layout: for rows and planes whole units of 128, only a tail, and both; for tiles, more words
     and more groups than a transposed square, and fewer."""
-    if kind == "tiles":
+    if kind == "gemm":
         return [17 * group, group]
     return [3 * UNIT] if group == UNIT else [3 * UNIT, group, 3 * UNIT + (UNIT - group)]
 
@@ -201,7 +202,7 @@ def columns_of(kind: str, group: int) -> list[int]:
 def worst_product(path: str, kind: str, bits: int, group: int, many: bool) -> float:
     """The worst error of any number of tokens, columns and outputs."""
     ops, worst = Forced(path, kind), 0.0
-    counts = [n for n in TOKENS if (n >= operations.MANY) == many]
+    counts = [n for n in TOKENS if (n >= operations.MIN_WIDE_GEMM_TOKENS) == many]
     for columns in columns_of(kind, group):
         for rows in (OUTPUTS, 1):
             weight = random_weight(bits, group, columns, scales_of(bits, group, kind), rows)
@@ -219,7 +220,7 @@ PRODUCTS = [
     for path in PATHS
     for kind in KINDS
     for bits, group in FORMATS
-    if (path, kind) != ("avx_vnni", "planes") and (path == "avx512_vnni" or (kind, group) != ("tiles", 64))
+    if (path, kind) != ("avx_vnni", "interleaved") and (path == "avx512_vnni" or (kind, group) != ("gemm", 64))
 ]
 
 
@@ -231,11 +232,11 @@ def test_products_equal_float64(path: str, kind: str, bits: int, group: int) -> 
 @here
 @pytest.mark.parametrize("bits, group", [(4, 128), (8, 32)])
 def test_products_of_many_tokens_equal_float64(path: str, bits: int, group: int) -> None:
-    assert worst_product(path, "tiles", bits, group, many=True) < ROUNDING
+    assert worst_product(path, "gemm", bits, group, many=True) < ROUNDING
 
 
 @here
-@pytest.mark.parametrize("kind", ["rows", "tiles"])
+@pytest.mark.parametrize("kind", ["gemv", "gemm"])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_products_of_extreme_codes_and_activations_do_not_saturate(path: str, kind: str, bits: int) -> None:
     ops, top, columns = Forced(path, kind), 1 << (bits - 1), 256
@@ -298,10 +299,10 @@ def shifted(tensor: Tensor, elements: int) -> Tensor:
 
 @here
 def test_products_are_summed_with_each_other_the_addends_and_x(path: str) -> None:
-    ops = Forced(path, "rows")
+    ops = Forced(path, "gemv")
     weights = [
-        random_weight(4, 128, 384, scales_of(4, 128, "rows")),
-        random_weight(8, 128, 256, scales_of(8, 128, "rows")),
+        random_weight(4, 128, 384, scales_of(4, 128, "gemv")),
+        random_weight(8, 128, 256, scales_of(8, 128, "gemv")),
     ]
     weights.append(dense((torch.randn(OUTPUTS, 33) * 0.1).half()))
     for tokens in (1, 2, 3):
@@ -317,7 +318,7 @@ def test_products_are_summed_with_each_other_the_addends_and_x(path: str) -> Non
 
 
 @here
-@pytest.mark.parametrize("kind", ["rows", "tiles"])
+@pytest.mark.parametrize("kind", ["gemv", "gemm"])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_int8_activations_are_the_nearest_codes_for_the_largest_of_32(path: str, kind: str, bits: int) -> None:
     ops, weight = Forced(path, kind), random_weight(bits, 32, 160, rows=1)
@@ -336,14 +337,14 @@ def test_int8_activations_are_the_nearest_codes_for_the_largest_of_32(path: str,
     assert int(codes.abs().max()) == 127
     totals = codes.view(13, -1, BLOCK).sum(-1).double()
     offset = ops.target.offset(bits)
-    expected = totals * offset * scales.double() if kind == "rows" else totals * -offset
+    expected = totals * offset * scales.double() if kind == "gemv" else totals * -offset
     assert torch.allclose(sums.double(), expected, rtol=2e-7, atol=0.0)  # whole numbers, then one product
 
 
 @here
 @pytest.mark.parametrize("bits", [4, 8])
 def test_planes_hold_the_activations_themselves(path: str, bits: int) -> None:
-    ops, weight, x = Forced(path, "planes"), random_weight(bits, 32, 160, rows=1), torch.randn(3, 160)
+    ops, weight, x = Forced(path, "interleaved"), random_weight(bits, 32, 160, rows=1), torch.randn(3, 160)
     assert torch.equal(decoded(ops.coded(x, weight)), x.double())
 
 
@@ -392,9 +393,13 @@ def test_two_norms_of_one_pass_go_into_two_layouts(path: str) -> None:
         found = Forced(path, kind).layer_norms(x, lns, weights)
         for coded, (gain, bias, eps) in zip(found, lns, strict=True):
             expected = functional.layer_norm(x.double(), (hidden,), gain.double(), bias.double(), eps)
-            values = decoded(coded) if isinstance(coded, Coded) else coded.double()
+            values = decoded(coded) if isinstance(coded, PackedActivation) else coded.double()
             # int8: half a step of the row's largest element at most; float32: a few roundings
-            step = float(expected.abs().max()) / 127 if isinstance(coded, Coded) and kind != "planes" else 0.0
+            step = (
+                float(expected.abs().max()) / 127
+                if isinstance(coded, PackedActivation) and kind != "interleaved"
+                else 0.0
+            )
             assert float((values - expected).abs().max()) < step / 2 * 1.001 + 4e-6
 
 
@@ -427,8 +432,8 @@ def test_finishing_writes_every_layout(path: str, kind: str, bits: int) -> None:
         x = torch.randn(tokens, 33)
         (coded,) = ops.grouped_linear([x], [dense(matrix)], [bias], [activation], [random_weight(bits, 32, 96)])
         expected = GELU[activation](x.double() @ matrix.double().T + bias.double())
-        step = float(expected.abs().max()) / 127 if kind != "planes" else 0.0
-        assert isinstance(coded, Coded)
+        step = float(expected.abs().max()) / 127 if kind != "interleaved" else 0.0
+        assert isinstance(coded, PackedActivation)
         assert float((decoded(coded) - expected).abs().max()) < step / 2 * 1.001 + ROUNDING
 
 
@@ -439,7 +444,7 @@ def test_nothing_beyond_weights_and_activations_is_read(path: str, kind: str) ->
     if not hasattr(os, "fork"):
         pytest.skip("needs fork")
     quantized = [random_weight(bits, 128, 256, scales_of(bits, 128, kind)) for bits in (4, 8)]
-    if kind != "tiles":  # one row of words ends within a unit
+    if kind != "gemm":  # one row of words ends within a unit
         quantized += [random_weight(bits, 64, 192, scales_of(bits, 64, kind)) for bits in (4, 8)]
     matrix = torch.randn(OUTPUTS, 33).half()
     x, gain, ids = torch.randn(12, 256), torch.randn(256), torch.tensor([0, OUTPUTS - 1])
@@ -507,7 +512,7 @@ def elementwise(
     assert x.numel() % lanes == 0
     narrow = name.startswith("to_")
     out = torch.empty(x.numel(), dtype=torch.int16 if narrow else torch.float32)
-    function = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 4)(compiled(name, build, target.chosen(path)))
+    function = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 4)(compiled(name, build, target.for_path(path)))
     table = torch.tensor([x.data_ptr(), out.data_ptr()])
     function(table.data_ptr(), 0, x.numel(), 0)
     return out
@@ -569,7 +574,7 @@ def same_bits(found: Tensor, expected: Tensor) -> bool:
 @pytest.mark.parametrize("lanes", LANES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_floats_of_16_bits_are_widened_exactly(path: str, dtype: torch.dtype, lanes: int) -> None:
-    name, machine = dtype_name(dtype), target.chosen(path)
+    name, machine = dtype_name(dtype), target.for_path(path)
     every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16)
     found = elementwise(
         path, f"from_{name}_{lanes}", lambda _, v: target.to_float(machine, v, name), lanes, every, kind=I16
@@ -589,7 +594,7 @@ def rounding_cases() -> Tensor:
 @pytest.mark.parametrize("lanes", LANES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_floats_are_narrowed_to_the_nearest_even(path: str, dtype: torch.dtype, lanes: int) -> None:
-    name, machine = dtype_name(dtype), target.chosen(path)
+    name, machine = dtype_name(dtype), target.for_path(path)
     x = rounding_cases()
     found = elementwise(path, f"to_{name}_{lanes}", lambda _, v: target.from_float(machine, v, name), lanes, x)
     assert same_bits(found, x.to(dtype))
@@ -732,29 +737,29 @@ def test_attention_survives_large_scores_and_many_equal_ones(path: str) -> None:
 # Assembly: also of instruction sets that this machine lacks -----------------------------------------------------------
 
 
-def kernels(machine: target.Target) -> list[tuple[str, linear.Build]]:
+def kernels(machine: target.Target) -> list[tuple[str, linear.BuildKernel]]:
     """A kernel of every kind, but those that call others by address."""
-    words = [linear.Words(4, 128, "float16"), linear.Words(8, 32, "bfloat16")]
+    formats = [linear.PackedFormat(4, 128, "float16"), linear.PackedFormat(8, 32, "bfloat16")]
     return [
-        *(linear.write_rows(machine, w, exact, True) for w in words for exact in (False, True)),
+        *(gemv.write_gemv(machine, w, exact, True) for w in formats for exact in (False, True)),
         *(
-            linear.write_tiles(machine, linear.Words(bits, 32, "float16"), many)
+            gemm.write_gemm(machine, linear.PackedFormat(bits, 32, "float16"), many)
             for bits, many in ((4, True), (8, False))
         ),
-        linear.write_dense(machine, "float16"),
-        linear.write_finish(machine, ["float16", "float32"], "erf", Layout("rows", 4, 8)),
-        linear.write_finish(machine, ["bfloat16"], "tanh", NATURAL),
-        norm.write_norms(machine, [Layout("tiles", 8), Layout("planes", 4)], ["float16", "float32"]),
+        gemv.write_dense(machine, "float16"),
+        linear.write_epilogue(machine, ["float16", "float32"], "erf", Layout("gemv", 4, 8)),
+        linear.write_epilogue(machine, ["bfloat16"], "tanh", NATURAL),
+        norm.write_layer_norms(machine, [Layout("gemm", 8), Layout("interleaved", 4)], ["float16", "float32"]),
         norm.write_embed(machine, "float16"),
-        attention.write_attention(machine, attention.Heads(20, 6, "int8")),
-        ("given", linear.write_given),
+        attention.write_attention(machine, attention.HeadShape(20, 6, "int8")),
+        ("precomputed", linear.write_precomputed),
     ]
 
 
 @cache
 def listings(path: str, triple: str | None = None) -> dict[str, str]:
     """Assembly of every kernel."""
-    machine = target.elsewhere(path, triple)
+    machine = target.generic(path, triple)
     return {name: assembly(build, machine) for name, build in kernels(machine)}
 
 
@@ -794,7 +799,7 @@ MULTIPLIERS = {
 
 @pytest.mark.parametrize("path", PATHS)
 def test_products_of_bytes_use_the_instruction_of_their_path_and_no_other_s(path: str) -> None:
-    of_bytes = {n: text for n, text in listings(path).items() if n.startswith(("rows_int8", "tiles"))}
+    of_bytes = {n: text for n, text in listings(path).items() if n.startswith(("gemv_int8", "gemm"))}
     assert len(of_bytes) == 4
     for name, listing in of_bytes.items():
         used = [p for p, wanted in MULTIPLIERS.items() if any(re.match(wanted, x) for x in instructions(listing))]
@@ -834,8 +839,8 @@ def test_the_portable_path_needs_no_more_than_sse2() -> None:
 @cache
 def decode_loops(path: str, bits: int, exact: bool = False) -> list[list[str]]:
     """The loops over the units of a row, for two tokens and for one; LLVM may have made several of one."""
-    machine = target.elsewhere(path)
-    _, build = linear.write_rows(machine, linear.Words(bits, 128, "float16"), exact, False)
+    machine = target.generic(path)
+    _, build = gemv.write_gemv(machine, linear.PackedFormat(bits, 128, "float16"), exact, False)
     found = [body for body in loops(assembly(build, machine)) if any("prefetch" in x or "prfm" in x for x in body)]
     assert len(found) >= 2
     return found
@@ -876,7 +881,7 @@ def run_python(script: str, **environment: str) -> subprocess.CompletedProcess[s
 def test_the_fastest_path_is_taken() -> None:
     assert target.why_not(target.fastest()) is None
     assert all(target.why_not(p) for p in PATHS[: PATHS.index(target.fastest())])
-    assert target.chosen(target.fastest()).path == target.fastest()
+    assert target.for_path(target.fastest()).path == target.fastest()
 
 
 def test_neox_lite_cpu_forces_a_path() -> None:

@@ -17,7 +17,7 @@ METHODS = ["rtn", "mse"]
 def path(request, monkeypatch):
     if reason := target.why_not(request.param):
         pytest.skip(reason)
-    monkeypatch.setattr(encode, "host", lambda: target.chosen(request.param))
+    monkeypatch.setattr(encode, "host", lambda: target.for_path(request.param))
 
 
 def rows(dtype):

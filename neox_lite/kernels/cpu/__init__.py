@@ -1,7 +1,7 @@
 """The operations on the CPU, compiled for this processor by LLVM: weights are read where the file is mapped.
 
 Products with int4 and int8 weights take activations as int8 codes with a scale per 32 elements, or, `exact`, as float32. What
-each kernel does stands in linear.py, norm.py and attention.py; this file turns tensors into calls, and calls into programs.
+each kernel does stands in gemv.py, gemm.py, linear.py, norm.py and attention.py; operations.py turns tensors into their calls.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """How activations lie in memory between operations, and the code that writes them. Knows no weight and no kernel.
 
-natural   float32 (tokens, n).
-planes    float32 for the exact product: in each unit of 128 elements, plane j holds element j of every 32-bit word of codes.
-rows      int8 codes with a scale per 32 elements, for one token or two: in each unit of 128, for 4-bit weights the elements
-          of even index and then those of odd index (the low and the high nibbles), for 8-bit weights natural order.
-tiles     the same codes for many tokens: the 32 bytes of a block for TILE tokens side by side, even before odd.
+natural      float32 (tokens, features).
+interleaved  float32 for the exact product. In each unit of 128 elements, plane j holds element j of every 32-bit word of the
+             weight's codes.
+gemv         int8 codes with a scale per 32 elements, for a few tokens. In each unit of 128, for 4-bit weights the elements of
+             even index and then those of odd index (the low and the high nibbles), for 8-bit weights natural order.
+gemm         The same codes for many tokens: the 32 bytes of a block for TILE tokens side by side, even before odd.
 
 A code is the nearest integer to x / scale, scale = max |x| / 127 over its block of 32.
 """
@@ -16,24 +17,25 @@ from typing import Literal
 
 from .code import I8, I32, Code, Value, vector
 
-UNIT = 128  # elements that the kernels for one token take at a time
+UNIT = 128  # elements that a GEMV kernel takes at a time
 BLOCK = 32  # elements that share a scale
-TILE = 12  # tokens that the kernels for many tokens take at a time
-ROUNDER = 12582912.0  # 1.5 * 2**23: adding it to a float of small magnitude leaves the nearest integer in the low bits
+TILE = 12  # tokens that lie side by side in the gemm layout
+# 1.5 * 2**23: added to a float of small magnitude, it leaves the nearest integer in the low bits.
+ROUNDER = 12582912.0
 ROUNDER_BITS = 0x4B400000
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One of the four ways, for weights of `bits` bits; offset: what stored codes are above their values."""
+    """One of the four layouts, for weights of `bits` bits. offset: stored code - value of the weight's codes."""
 
-    kind: Literal["natural", "planes", "rows", "tiles"] = "natural"
+    kind: Literal["natural", "interleaved", "gemv", "gemm"] = "natural"
     bits: int = 0
     offset: int = 0
 
     @property
     def is_int8(self) -> bool:
-        return self.kind in ("rows", "tiles")
+        return self.kind in ("gemv", "gemm")
 
     @property
     def name(self) -> str:
@@ -43,7 +45,7 @@ class Layout:
         """Tokens and features that the memory must have room for."""
         if self.kind == "natural":
             return tokens, features
-        if self.kind == "tiles":
+        if self.kind == "gemm":
             return -(-tokens // TILE) * TILE, features
         return tokens, -(-features // UNIT) * UNIT
 
@@ -52,7 +54,7 @@ NATURAL = Layout()
 
 
 @dataclass(frozen=True)
-class Place:
+class Destination:
     """Where a kernel writes: addresses of values, scales and sums, and features as `Layout.padded` says."""
 
     values: Value
@@ -61,21 +63,21 @@ class Place:
     features: Value
 
 
-def write_block(code: Code, layout: Layout, place: Place, token: Value, block: Value, x: Value) -> None:
+def write_block(code: Code, layout: Layout, out: Destination, token: Value, block: Value, x: Value) -> None:
     """Write elements 32 * block.. of a token, float32 in 32 lanes."""
     if layout.kind == "natural":
-        code.store(x, place.values + (token * place.features + block * BLOCK) * 4)
-    elif layout.kind == "planes":
+        code.store(x, out.values + (token * out.features + block * BLOCK) * 4)
+    elif layout.kind == "interleaved":
         words = 4 if layout.bits == 4 else 8  # of a block
-        unit = place.values + (token * place.features + (block >> 2) * UNIT + (block & 3) * words) * 4
+        unit = out.values + (token * out.features + (block >> 2) * UNIT + (block & 3) * words) * 4
         for j in range(BLOCK // words):
             lanes = [BLOCK // words * w + j for w in range(words)]
             code.store(x.shuffle(lanes), unit, j * (UNIT // BLOCK) * words * 4)
     else:
-        _write_codes(code, layout, place, token, block, x)
+        _write_codes(code, layout, out, token, block, x)
 
 
-def _write_codes(code: Code, layout: Layout, place: Place, token: Value, block: Value, x: Value) -> None:
+def _write_codes(code: Code, layout: Layout, out: Destination, token: Value, block: Value, x: Value) -> None:
     peak = code.abs(x).reduce_max()
     is_zero = peak < 1e-30
     inverse = is_zero.select(0.0, 127.0 / peak)
@@ -86,22 +88,22 @@ def _write_codes(code: Code, layout: Layout, place: Place, token: Value, block: 
         even, odd = codes.shuffle(range(0, BLOCK, 2)), codes.shuffle(range(1, BLOCK, 2))
     else:
         even, odd = codes.halves()
-    if layout.kind == "rows":
-        unit = place.values + token * place.features + (block >> 2) * UNIT
+    if layout.kind == "gemv":
+        unit = out.values + token * out.features + (block >> 2) * UNIT
         step, gap = (16, 64) if layout.bits == 4 else (32, 16)
         first = unit + (block & 3) * step
-        index = token * (place.features // BLOCK) + block
+        index = token * (out.features // BLOCK) + block
     else:
         tile, lane = token // TILE, token % TILE
-        index = (tile * (place.features // BLOCK) + block) * TILE + lane
-        first, gap = place.values + index * BLOCK, 16
+        index = (tile * (out.features // BLOCK) + block) * TILE + lane
+        first, gap = out.values + index * BLOCK, 16
     code.store(even, first)
     code.store(odd, first, gap)
-    code.store(scale, place.scales + index * 4)
-    if layout.kind == "rows":
-        code.store(total.as_float() * float(layout.offset) * scale, place.sums + index * 4)
+    code.store(scale, out.scales + index * 4)
+    if layout.kind == "gemv":
+        code.store(total.as_float() * float(layout.offset) * scale, out.sums + index * 4)
     else:
-        code.store(total * -layout.offset, place.sums + index * 4)
+        code.store(total * -layout.offset, out.sums + index * 4)
 
 
 # Functions of floats, in any number of lanes ----------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from llvmlite import ir
 from ...units import PAGE
 from .activations import ROUNDER, exp
 from .code import F32, I8, I16, I32, I64, Code, Value, vector
-from .linear import Build
+from .linear import BuildKernel
 from .target import Target, from_float, to_float
 
 KINDS = {"float32": (F32, 4), "float16": (I16, 2), "bfloat16": (I16, 2), "int8": (I8, 1)}
@@ -25,7 +25,7 @@ HEADER, SEQUENCE, TOKEN = 4, 4, 3  # int64 slots of the batch's table
 
 
 @dataclass(frozen=True)
-class Heads:
+class HeadShape:
     """dim elements a head, the first `rotary` of them rotated; cached in `dtype`, int8 with a scale per token and head."""
 
     dim: int
@@ -41,18 +41,18 @@ def scratch_bytes(dim: int, length: int) -> int:
 MAX_QUERIES = 8
 
 
-def write_attention(target: Target, heads: Heads) -> tuple[str, Build]:
+def write_attention(target: Target, shape: HeadShape) -> tuple[str, BuildKernel]:
     """kernel over sequence * head.
 
     arguments: qkv float32 (tokens, heads * 3 * dim), out float32 (tokens, heads * dim), pages of the layer, their scales, the
     batch's table, rotary table float32 (2, positions, rotary / 2), positions, heads.
     """
-    name = f"attention_{heads.dim}_{heads.rotary}_{heads.dtype}"
+    name = f"attention_{shape.dim}_{shape.rotary}_{shape.dtype}"
 
     def build(module: ir.Module) -> None:
         code = Code(module, name, 4)
         table, start, stop, scratch = code.arguments
-        work = _Attention(code, target, heads, table, scratch)
+        work = _Attention(code, target, shape, table, scratch)
         with code.for_range(start, stop) as item:
             work.item(item)
         code.ret()
@@ -61,10 +61,10 @@ def write_attention(target: Target, heads: Heads) -> tuple[str, Build]:
 
 
 class _Attention:
-    def __init__(self, code: Code, target: Target, heads: Heads, table: Value, scratch: Value) -> None:
-        self.code, self.target, self.dim, self.rotary, self.dtype = code, target, heads.dim, heads.rotary, heads.dtype
+    def __init__(self, code: Code, target: Target, shape: HeadShape, table: Value, scratch: Value) -> None:
+        self.code, self.target, self.dim, self.rotary, self.dtype = code, target, shape.dim, shape.rotary, shape.dtype
         self.width = target.width
-        self.kind, self.size = KINDS[heads.dtype]
+        self.kind, self.size = KINDS[shape.dtype]
         self.qkv, self.out, self.pages, self.scales, self.batch, self.table, self.positions, self.heads = (
             code.load_arguments(table, 8)
         )
@@ -84,31 +84,31 @@ class _Attention:
         self.numbers = self.page_numbers + pages * 8
         self.token_table = self.batch + (self.sequences * SEQUENCE + HEADER) * 8
         with code.for_range(0, count) as i:
-            self.append(self.first + i)
+            self.append_kv(self.first + i)
         done = code.variable(code.constant(0))
         for size in (self.queries, 1):
             with code.loop() as break_if:
                 break_if(done.value + size > count)
-                self.attend(done.value, size)
+                self.attend_block(done.value, size)
                 done.value = done.value + size
 
     # Keys and values in ---------------------------------------------------------------------------------------------
 
-    def source(self, token: Value, which: int) -> Value:
+    def head_address(self, token: Value, which: int) -> Value:
         """Address of a token's query (0), key (1) or value (2) of this head."""
         return self.qkv + ((token * self.heads + self.head) * 3 + which) * (self.dim * 4)
 
-    def slot(self, page: Value, which: int, slot: Value | int) -> tuple[Value, Value]:
+    def cache_address(self, page: Value, which: int, slot: Value | int) -> tuple[Value, Value]:
         """Addresses of a cached key (0) or value (1) and of its scale."""
         index = ((page * 2 + which) * self.heads + self.head) * PAGE + slot
         return self.pages + index * (self.dim * self.size), self.scales + index * 2
 
-    def append(self, token: Value) -> None:
+    def append_kv(self, token: Value) -> None:
         entry = self.token_table + token * (TOKEN * 8)
         position, page, slot = self.code.load_arguments(entry, TOKEN)
-        self.rotate(self.source(token, 1), position, self.rotated, 1.0)
-        self.keep(self.rotated, *self.slot(page, 0, slot))
-        self.keep(self.source(token, 2), *self.slot(page, 1, slot))
+        self.rotate(self.head_address(token, 1), position, self.rotated, 1.0)
+        self.write_head(self.rotated, *self.cache_address(page, 0, slot))
+        self.write_head(self.head_address(token, 2), *self.cache_address(page, 1, slot))
 
     def rotate(self, source: Value, position: Value, to: Value, factor: float) -> None:
         """Rotate the first elements, paired half against half (GPT-NeoX's order), and multiply all by factor."""
@@ -124,13 +124,13 @@ class _Attention:
         for at, lanes in _chunks(2 * half, self.dim, self.width):
             code.store(code.load(vector(F32, lanes), source, at * 4) * factor, to, at * 4)
 
-    def keep(self, source: Value, place: Value, scale_place: Value) -> None:
+    def write_head(self, source: Value, address: Value, scale_address: Value) -> None:
         """Write a float32 head into a page."""
         code = self.code
         loads = [code.load(vector(F32, lanes), source, at * 4) for at, lanes in self.chunks]
         if self.dtype != "int8":
             for (at, _), value in zip(self.chunks, loads, strict=True):
-                code.store(from_float(self.target, value, self.dtype), place, at * self.size)
+                code.store(from_float(self.target, value, self.dtype), address, at * self.size)
             return
         peak = code.constant(0.0, F32)
         for value in loads:
@@ -138,56 +138,58 @@ class _Attention:
         half = from_float(self.target, (peak * (1 / 127.0)).splat(1), "float16")
         largest = code.constant(0x7BFF, I16)  # 65504: a larger scale must not become infinite
         half = half.equals(0x7C00).select(largest, half)
-        code.store(half, scale_place)
+        code.store(half, scale_address)
         scale = to_float(self.target, half, "float16")
         inverse = scale.equals(0.0).select(0.0, 1.0 / scale)
         for (at, lanes), value in zip(self.chunks, loads, strict=True):
             near = value * inverse.splat(lanes)
             near = (near < -127.0).select(-127.0, (near > 127.0).select(127.0, near)) + ROUNDER
-            code.store(near.bitcast(vector(I32, lanes)).trunc(I8), place, at)
+            code.store(near.bitcast(vector(I32, lanes)).trunc(I8), address, at)
 
     # Attention ------------------------------------------------------------------------------------------------------
 
-    def cached(self, place: Value, chunk: tuple[int, int]) -> Value:
+    def load_cached(self, address: Value, chunk: tuple[int, int]) -> Value:
         """Part of a cached head as float32, int8 codes unscaled."""
         at, lanes = chunk
-        raw = self.code.load(vector(self.kind, lanes), place, at * self.size)
+        raw = self.code.load(vector(self.kind, lanes), address, at * self.size)
         return raw.extend(I32).as_float() if self.dtype == "int8" else to_float(self.target, raw, self.dtype)
 
-    def attend(self, first: Value, queries: int) -> None:
+    def attend_block(self, first: Value, queries: int) -> None:
         """Queries first.. of the sequence's new tokens, against everything cached up to the last of them."""
         code = self.code
         for i in range(queries):
             token = self.first + first + i
             position = code.load(I64, self.token_table + token * (TOKEN * 8))
-            self.rotate(self.source(token, 0), position, self.query + i * self.head_bytes, self.dim**-0.5)
+            self.rotate(self.head_address(token, 0), position, self.query + i * self.head_bytes, self.dim**-0.5)
         length = self.start + first + queries
-        self.score(length, queries)
+        self.compute_scores(length, queries)
         totals = self.softmax(length, queries)
-        self.mix(length, queries, first, totals)
+        self.weighted_values(length, queries, first, totals)
 
-    def score(self, length: Value, queries: int) -> None:
-        """Scores [key][query] of every key, a page at a time; those after a query's own place are computed and not used."""
+    def compute_scores(self, length: Value, queries: int) -> None:
+        """Scores [key][query] of every key, a page at a time; those after a query's own position are computed and not used."""
         code, keys = self.code, self.width // queries
         query = [
             [code.load(vector(F32, lanes), self.query + i * self.head_bytes, at * 4) for at, lanes in self.chunks]
             for i in range(queries)
         ]
-        with code.for_range(0, length, PAGE) as place:
-            page = code.load(I64, self.numbers, (place >> 7) * 8)
-            with code.for_range(0, (length - place).min(PAGE), keys) as slot:
+        with code.for_range(0, length, PAGE) as first_key:
+            page = code.load(I64, self.numbers, (first_key >> 7) * 8)
+            with code.for_range(0, (length - first_key).min(PAGE), keys) as slot:
                 dots: list[Value] = []
                 for k in range(keys):
-                    at, _ = self.slot(page, 0, slot + k)
-                    parts = [self.cached(at, chunk) for chunk in self.chunks]
+                    at, _ = self.cache_address(page, 0, slot + k)
+                    parts = [self.load_cached(at, chunk) for chunk in self.chunks]
                     dots += [self.dot(q, parts) for q in query]
-                values = self.sums(dots)
+                values = self.reduce_vectors(dots)
                 if self.dtype == "int8":
-                    scale = to_float(self.target, code.load(vector(I16, keys), self.slot(page, 0, slot)[1]), "float16")
-                    values = values * (scale.splat(queries) if keys == 1 else self.spread(scale, queries))
-                code.store(values, self.scores + (place + slot) * (queries * 4))
+                    scale = to_float(
+                        self.target, code.load(vector(I16, keys), self.cache_address(page, 0, slot)[1]), "float16"
+                    )
+                    values = values * (scale.splat(queries) if keys == 1 else self.repeat_per_query(scale, queries))
+                code.store(values, self.scores + (first_key + slot) * (queries * 4))
 
-    def spread(self, scales: Value, queries: int) -> Value:
+    def repeat_per_query(self, scales: Value, queries: int) -> Value:
         """One value a key -> [key][query]."""
         return scales.shuffle([lane // queries for lane in range(scales.lanes * queries)])
 
@@ -205,21 +207,21 @@ class _Attention:
         one = self.code.constant([1.0] + [0.0] * (self.width - 1), total.type)
         return self.code.fma(rest.splat(self.width), one, total)
 
-    def sums(self, vectors: list[Value]) -> Value:
+    def reduce_vectors(self, vectors: list[Value]) -> Value:
         """The total of each of `width` vectors, side by side: folded in pairs, so that every addition has full width."""
         span = self.width  # lanes that belong to one of the totals
         while len(vectors) > 1:
-            vectors = [self.folded(a, b, span) for a, b in zip(vectors[::2], vectors[1::2], strict=True)]
+            vectors = [self.fold(a, b, span) for a, b in zip(vectors[::2], vectors[1::2], strict=True)]
             span //= 2
         return vectors[0]
 
-    def folded(self, a: Value, b: Value, span: int) -> Value:
+    def fold(self, a: Value, b: Value, span: int) -> Value:
         """Add the second half of every span to the first, two vectors into one."""
         lanes = [lane for lane in range(2 * a.lanes) if lane % span < span // 2]
         return a.shuffle(lanes, b) + a.shuffle([lane + span // 2 for lane in lanes], b)
 
     def softmax(self, length: Value, queries: int) -> Value:
-        """Replace scores by exp(score - the query's largest), zero for keys after its place; each query's sum of them."""
+        """Replace scores by exp(score - the query's largest), zero for keys after its position; each query's sum of them."""
         code, width, keys = self.code, self.width, self.width // queries
         floats, ints = vector(F32, width), vector(I32, width)
         key = code.constant([lane // queries for lane in range(width)], ints)
@@ -249,20 +251,20 @@ class _Attention:
             total.value = total.value + power
         return over_keys(total.value, lambda a, b: a + b)
 
-    def mix(self, length: Value, queries: int, first: Value, totals: Value) -> None:
+    def weighted_values(self, length: Value, queries: int, first: Value, totals: Value) -> None:
         """The values, weighted by the scores, into the output; as many elements at a time as the registers hold sums of."""
         code, inverse = self.code, 1.0 / totals
         at_once = max(1, self.target.registers * 3 // 4 // queries)
         for begin in range(0, len(self.chunks), at_once):
             chunks = self.chunks[begin : begin + at_once]
             sums = [[code.variable(code.constant(0.0, vector(F32, n))) for _, n in chunks] for _ in range(queries)]
-            with code.for_range(0, length, PAGE) as place:
-                page = code.load(I64, self.numbers, (place >> 7) * 8)
-                with code.for_range(0, (length - place).min(PAGE)) as slot:
-                    at, at_scale = self.slot(page, 1, slot)
-                    share = self.scores + (place + slot) * (queries * 4)
+            with code.for_range(0, length, PAGE) as first_key:
+                page = code.load(I64, self.numbers, (first_key >> 7) * 8)
+                with code.for_range(0, (length - first_key).min(PAGE)) as slot:
+                    at, at_scale = self.cache_address(page, 1, slot)
+                    share = self.scores + (first_key + slot) * (queries * 4)
                     shares = [code.load(F32, share, 4 * i) for i in range(queries)]
-                    values = [self.cached(at, chunk) for chunk in chunks]
+                    values = [self.load_cached(at, chunk) for chunk in chunks]
                     if self.dtype == "int8":
                         scale = to_float(self.target, code.load(I16, at_scale), "float16")
                         values = [value * scale.splat(value.lanes) for value in values]

@@ -18,7 +18,7 @@ from ...units import dtype_name
 from .activations import ROUNDER
 from .code import F32, I8, I32, I64, Code, Value, Variable, vector
 from .compile import compiled
-from .linear import STORED, Build
+from .linear import STORAGE_TYPES, BuildKernel
 from .target import Target, from_float, host, to_float
 
 INFINITE = 0x7F800000  # the least bits of a float32 that is not finite
@@ -28,8 +28,8 @@ def why_not(rows: Tensor) -> str | None:
     """None where `encode` takes these rows, else the reason."""
     if rows.device.type != "cpu":
         return f"runs on the CPU only, the rows are on {rows.device.type}"
-    if dtype_name(rows.dtype) not in STORED:
-        return f"reads {', '.join(STORED)}, the rows are {dtype_name(rows.dtype)}"
+    if dtype_name(rows.dtype) not in STORAGE_TYPES:
+        return f"reads {', '.join(STORAGE_TYPES)}, the rows are {dtype_name(rows.dtype)}"
     return None
 
 
@@ -38,10 +38,8 @@ def encode(format: GroupInt, rows: Tensor, dtype: torch.dtype, method: str) -> d
     if format.why_not((rows.shape[0], rows.shape[1])) is None and method in format.methods:
         specs = format.specs((rows.shape[0], rows.shape[1]), dtype)
         packed, scales = (torch.empty(specs[key][1], dtype=specs[key][0]) for key in ("weight_packed", "weight_scale"))
-        kernel, factors = (
-            _kernel(format, dtype_name(rows.dtype), dtype_name(dtype), method, host()),
-            _factors(format.bits),
-        )
+        kernel = _kernel(format, dtype_name(rows.dtype), dtype_name(dtype), method, host())
+        factors = _factors(format.bits)
         rows = rows.contiguous()
         tensors = (rows, packed, scales, factors)
         if kernel(*(tensor.data_ptr() for tensor in tensors), scales.numel(), len(factors)) == 0:
@@ -60,7 +58,7 @@ def _kernel(format: GroupInt, source: str, stored: str, method: str, target: Tar
     return ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 6)(address)
 
 
-def write_encode(target: Target, format: GroupInt, source: str, stored: str, method: str) -> tuple[str, Build]:
+def write_encode(target: Target, format: GroupInt, source: str, stored: str, method: str) -> tuple[str, BuildKernel]:
     """kernel(rows, packed, scales, factors, groups, number of factors) -> 0, or not if a value or a scale is not finite.
 
     source, stored: dtypes of rows and scales.
@@ -73,7 +71,7 @@ def write_encode(target: Target, format: GroupInt, source: str, stored: str, met
         size = format.group_size
         bad = code.variable(code.constant(0))
         with code.for_range(0, groups) as i:
-            raw = code.load(vector(STORED[source], size), rows + i * (size * (4 if source == "float32" else 2)))
+            raw = code.load(vector(STORAGE_TYPES[source], size), rows + i * (size * (4 if source == "float32" else 2)))
             group = _Group(code, target, format.bits, stored, to_float(target, raw, source), bad)
             scale = group.mse(factors, count) if method == "mse" else group.rtn()
             codes = group.codes(scale) + (ROUNDER + (1 << (format.bits - 1)))

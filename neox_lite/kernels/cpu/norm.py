@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 from llvmlite import ir
 
-from .activations import BLOCK, NATURAL, Layout, Place, write_block
+from .activations import BLOCK, NATURAL, Destination, Layout, write_block
 from .code import F32, I64, Code, Value, vector
-from .linear import STORED, Build
+from .linear import STORAGE_TYPES, BuildKernel
 from .target import Target, to_float
 
 
-def write_norms(target: Target, layouts: Sequence[Layout], dtypes: Sequence[str]) -> tuple[str, Build]:
+def write_layer_norms(target: Target, layouts: Sequence[Layout], dtypes: Sequence[str]) -> tuple[str, BuildKernel]:
     """kernel over tokens: one LayerNorm of x per layout; dtypes: of its gain and bias, or "none" for x as it is.
 
     Mean and variance are summed in float32, 32 lanes apart. arguments: x float32 (tokens, features), features, then for each
@@ -50,7 +50,7 @@ def write_norms(target: Target, layouts: Sequence[Layout], dtypes: Sequence[str]
                 variance = summed(row, squared) / count
             for layout, dtype, slots in zip(layouts, dtypes, norms, strict=True):
                 affine, eps, (values, scales, sums, padded) = slots[:2], slots[2], slots[3:]
-                place = Place(values, scales, sums, padded)
+                out = Destination(values, scales, sums, padded)
                 inverse = 1.0 / code.sqrt(variance + code.load(F32, eps)) if dtype != "none" else None
 
                 def value(
@@ -63,12 +63,12 @@ def write_norms(target: Target, layouts: Sequence[Layout], dtypes: Sequence[str]
                     v = code.load(vector(F32, lanes), row + k * 4)
                     if inverse is None:
                         return v
-                    kind, size = vector(STORED[dtype], lanes), 4 if dtype == "float32" else 2
+                    kind, size = vector(STORAGE_TYPES[dtype], lanes), 4 if dtype == "float32" else 2
                     gain, bias = (to_float(target, code.load(kind, at + k * size), dtype) for at in affine)
                     return code.fma((v - mean.splat(lanes)) * inverse.splat(lanes), gain, bias)
 
                 with code.for_range(0, whole, BLOCK) as k:
-                    write_block(code, layout, place, token, k >> 5, value(k, BLOCK))
+                    write_block(code, layout, out, token, k >> 5, value(k, BLOCK))
                 if layout == NATURAL:
                     with code.for_range(whole, features) as k:
                         code.store(value(k, 1), values + (token * padded + k) * 4)
@@ -77,7 +77,7 @@ def write_norms(target: Target, layouts: Sequence[Layout], dtypes: Sequence[str]
     return name, build
 
 
-def write_embed(target: Target, dtype: str) -> tuple[str, Build]:
+def write_embed(target: Target, dtype: str) -> tuple[str, BuildKernel]:
     """kernel over tokens: rows of a matrix as float32. arguments: ids int64, weight, features, out."""
     name = f"embed_{dtype}"
     size = 4 if dtype == "float32" else 2
@@ -91,7 +91,7 @@ def write_embed(target: Target, dtype: str) -> tuple[str, Build]:
             row, to = weight + code.load(I64, ids, token * 8) * features * size, out + token * features * 4
             for first, last, lanes in ((code.constant(0), whole, 16), (whole, features, 1)):
                 with code.for_range(first, last, lanes) as k:
-                    raw = code.load(vector(STORED[dtype], lanes), row + k * size)
+                    raw = code.load(vector(STORAGE_TYPES[dtype], lanes), row + k * size)
                     code.store(to_float(target, raw, dtype), to + k * 4)
         code.ret()
 

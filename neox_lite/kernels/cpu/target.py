@@ -178,7 +178,7 @@ VARIABLE = "NEOX_LITE_CPU"  # forces a path
 @cache
 def host() -> Target:
     """This machine's processor and its fastest path, or the one that NEOX_LITE_CPU names."""
-    return chosen(forced() or fastest())
+    return for_path(forced() or fastest())
 
 
 def forced() -> str | None:
@@ -186,16 +186,16 @@ def forced() -> str | None:
     return os.environ.get(VARIABLE) or None
 
 
-def chosen(path: str) -> Target:
+def for_path(path: str) -> Target:
     """A path on this machine. Raises ArgumentError if the machine lacks its instructions."""
     if (reason := why_not(path)) is not None:
         raise ArgumentError(f"{VARIABLE}={path}: {reason}")
     if path == fastest():
         return Target(path, llvm.get_process_triple(), llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten())
-    return elsewhere(path, llvm.get_process_triple())
+    return generic(path, llvm.get_process_triple())
 
 
-def elsewhere(path: str, triple: str | None = None) -> Target:
+def generic(path: str, triple: str | None = None) -> Target:
     """A path on the plainest processor that has it, whatever this machine is."""
     if path == "neon_dot":
         return Target(path, triple or "aarch64-unknown-linux-gnu", "generic", "+neon,+dotprod,+fullfp16")
