@@ -273,12 +273,6 @@ def test_the_manifest_names_the_text(plain, tmp_path):
     assert [m[k] for k in keys for m in manifests[1:]] == ["gptq", "own text", None, 3, 64]
 
 
-def test_two_runs_write_the_same_bytes(plain, tmp_path):
-    for name in ("one", "two"):
-        convert(plain, tmp_path / name, method="gptq", calibration_windows=4)
-    assert digests(tmp_path / "one") == digests(tmp_path / "two")
-
-
 def test_a_run_that_was_ended_goes_on_to_the_same_bytes(plain, tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules["neox_lite_quant.convert"], "SHARD_BYTES", 60_000)
 

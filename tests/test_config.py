@@ -86,28 +86,16 @@ PUBLISHED = {
 def test_reads_the_published_shapes(name: str) -> None:
     layers, hidden, heads, share, parallel, vocab, head_dim, rotary_dim = PUBLISHED[name]
     config = quiet(
-        architectures=["GPTNeoXForCausalLM"],
-        attention_probs_dropout_prob=0,
-        bos_token_id=0,
-        eos_token_id=0,
+        **{"architectures": ["GPTNeoXForCausalLM"], "attention_probs_dropout_prob": 0, "hidden_dropout_prob": 0},
+        **{"bos_token_id": 0, "eos_token_id": 0, "initializer_range": 0.02, "layer_norm_eps": 1e-5},
+        **{"model_type": "gpt_neox", "torch_dtype": "float16", "transformers_version": "4.28.1"},
+        **{"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_attention_heads": heads},
+        **{"num_hidden_layers": layers, "rotary_emb_base": 10000, "rotary_pct": share, "vocab_size": vocab},
         hidden_act="gelu_fast" if name == "gpt-neox-20b" else "gelu",
-        hidden_dropout_prob=0,
-        hidden_size=hidden,
-        initializer_range=0.02,
-        intermediate_size=4 * hidden,
-        layer_norm_eps=1e-5,
         max_position_embeddings=4096 if "stablelm" in name else 2048,
-        model_type="gpt_neox",
-        num_attention_heads=heads,
-        num_hidden_layers=layers,
-        rotary_emb_base=10000,
-        rotary_pct=share,
         tie_word_embeddings=name == "line-3.6b",
-        torch_dtype="float16",
-        transformers_version="4.28.1",
         use_cache="dolly" not in name,
         use_parallel_residual=parallel,
-        vocab_size=vocab,
     )
     assert (config.head_dim, config.rotary_dim) == (head_dim, rotary_dim)
     assert config.use_parallel_residual is parallel
@@ -164,35 +152,6 @@ def test_v5_keys_win_over_v4_keys() -> None:
     assert quiet(**SMALL, torch_dtype="float16", dtype="bfloat16").dtype == "bfloat16"
 
 
-@pytest.mark.parametrize(
-    ("keys", "told"),
-    [
-        (
-            {
-                "rope_parameters": {"rope_type": "linear", "factor": 2.0},
-                "rope_scaling": {"type": "linear", "factor": 4.0},
-            },
-            "rope_parameters.factor is 2.0 but rope_scaling.factor is 4.0",
-        ),
-        (
-            {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "linear", "factor": 4.0}},
-            "rope_parameters.rope_type is 'default' but rope_scaling.rope_type is 'linear'",
-        ),
-        (
-            {"rope_scaling": {"rope_type": "linear", "type": "yarn", "factor": 4.0}},
-            "rope_type is 'linear' but type is 'yarn'",
-        ),
-        (
-            {"rope_scaling": ROPES["yarn"], "original_max_position_embeddings": 128},
-            "original_max_position_embeddings is 128 but the rope settings say 64",
-        ),
-    ],
-)
-def test_two_rope_forms_that_contradict_each_other_are_refused(keys: dict[str, Any], told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
-        GPTNeoXConfig(**SMALL, **keys)
-
-
 def test_both_names_of_a_rope_type_may_agree() -> None:
     scaling = {"rope_type": "linear", "type": "linear", "factor": 4.0}
     assert quiet(**SMALL, rope_scaling=scaling).rope_parameters["rope_type"] == "linear"
@@ -246,6 +205,25 @@ def test_a_copy_is_independent() -> None:
     assert config.rope_parameters["factor"] == 4.0
 
 
+WIDE = {"hidden_size": 4096, "num_attention_heads": 1, "rotary_pct": 1.0, "max_position_embeddings": 1 << 20}
+TWICE, FOUR = {"rope_type": "linear", "factor": 2.0}, {"type": "linear", "factor": 4.0}
+ROPES_REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"rope_type": "dynamic", "factor": 2.0}, "rope_type 'dynamic' is refused: it changes keys"),
+    ({"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}, "rope_type 'longrope' is refused"),
+    ({"rope_type": "su"}, "rope_type is 'su', expected one of default, linear, llama3, yarn"),
+    ({"rope_type": "linear"}, "rope_type 'linear' needs factor"),
+    ({"rope_type": "linear", "factor": 0.5}, "rope factor is 0.5, expected a number at least 1"),
+    ({"rope_type": "linear", "factor": True}, "rope factor is True"),
+    ({"rope_type": "linear", "factor": 2.0, "beta_fast": 32}, "rope_type 'linear' does not know beta_fast"),
+    ({"rope_type": "default", "factor": 2.0}, "rope_type 'default' does not know factor"),
+    ({"rope_type": "llama3", "factor": 8.0}, "rope_type 'llama3' needs high_freq_factor, low_freq_factor"),
+    ({**ROPES["llama3"], "high_freq_factor": 1.0}, "high_freq_factor must be above low_freq_factor"),
+    ({**ROPES["yarn"], "rope_theta": 1}, "rope_theta is 1, expected a number above 1 for yarn"),
+    ({**ROPES["yarn"], "truncate": 1}, "rope truncate is 1, expected true or false"),
+    ({**ROPES["yarn"], "original_max_position_embeddings": 64.5}, "original_max_position_embeddings is 64.5"),
+]
+
+
 @pytest.mark.parametrize(
     ("keys", "told"),
     [
@@ -269,6 +247,22 @@ def test_a_copy_is_independent() -> None:
         ({"id2label": {"0": "a"}, "label2id": {"a": "x"}}, "label2id is"),
         ({"id2label": {"0": "a"}, "label2id": ["a"]}, "label2id is"),
         ({"num_labels": 0}, "num_labels is 0, expected an integer of at least 1"),
+        ({"rotary_pct": 0.1}, r"rotary share 0.1 of head size 32 gives 3 rotary dimensions"),
+        (WIDE, "4096 rotary dimensions at max_position_embeddings 1048576 make tables"),
+        (
+            {"rope_parameters": TWICE, "rope_scaling": FOUR},
+            "rope_parameters.factor is 2.0 but rope_scaling.factor",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default"}, "rope_scaling": FOUR},
+            "is 'default' but rope_scaling.rope_type is",
+        ),
+        ({"rope_scaling": {"rope_type": "linear", "type": "yarn", "factor": 4.0}}, "is 'linear' but type is 'yarn'"),
+        (
+            {"rope_scaling": ROPES["yarn"], "original_max_position_embeddings": 128},
+            "is 128 but the rope settings say 64",
+        ),
+        *(({"rope_parameters": rope}, told) for rope, told in ROPES_REFUSED),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_by_name(keys: dict[str, Any], told: str) -> None:
@@ -308,40 +302,6 @@ def test_a_value_of_the_wrong_type_or_range_is_refused_by_name(key: str, value: 
     names = {"rotary_pct": "partial_rotary_factor", "rotary_emb_base": "rope_theta", "rope_scaling": "rope_"}
     with pytest.raises(ConfigError, match=names.get(key, key)):
         GPTNeoXConfig(**{**SMALL, key: value})
-
-
-def test_a_rotary_share_that_gives_no_whole_pairs_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"rotary share 0.1 of head size 32 gives 3 rotary dimensions"):
-        GPTNeoXConfig(**SMALL, rotary_pct=0.1)
-
-
-def test_a_config_cannot_ask_for_rotary_tables_that_fill_the_memory() -> None:
-    wide = {"hidden_size": 4096, "num_attention_heads": 1, "rotary_pct": 1.0, "max_position_embeddings": 1 << 20}
-    with pytest.raises(ConfigError, match="4096 rotary dimensions at max_position_embeddings 1048576 make tables"):
-        GPTNeoXConfig(**{**SMALL, **wide})
-
-
-@pytest.mark.parametrize(
-    ("rope", "told"),
-    [
-        ({"rope_type": "dynamic", "factor": 2.0}, "rope_type 'dynamic' is refused: it changes keys"),
-        ({"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}, "rope_type 'longrope' is refused"),
-        ({"rope_type": "su"}, "rope_type is 'su', expected one of default, linear, llama3, yarn"),
-        ({"rope_type": "linear"}, "rope_type 'linear' needs factor"),
-        ({"rope_type": "linear", "factor": 0.5}, "rope factor is 0.5, expected a number at least 1"),
-        ({"rope_type": "linear", "factor": True}, "rope factor is True"),
-        ({"rope_type": "linear", "factor": 2.0, "beta_fast": 32}, "rope_type 'linear' does not know beta_fast"),
-        ({"rope_type": "default", "factor": 2.0}, "rope_type 'default' does not know factor"),
-        ({"rope_type": "llama3", "factor": 8.0}, "rope_type 'llama3' needs high_freq_factor, low_freq_factor"),
-        ({**ROPES["llama3"], "high_freq_factor": 1.0}, "high_freq_factor must be above low_freq_factor"),
-        ({**ROPES["yarn"], "rope_theta": 1}, "rope_theta is 1, expected a number above 1 for yarn"),
-        ({**ROPES["yarn"], "truncate": 1}, "rope truncate is 1, expected true or false"),
-        ({**ROPES["yarn"], "original_max_position_embeddings": 64.5}, "original_max_position_embeddings is 64.5"),
-    ],
-)
-def test_rope_settings_that_cannot_be_honoured_are_refused_by_name(rope: dict[str, Any], told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
-        GPTNeoXConfig(**SMALL, rope_parameters=rope)
 
 
 def test_config_json_is_read_strictly(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def sample(model, vocabulary, wanted, seed, most=200, **options):
     return "".join(event.text for event in events), events[-1].finish_reason, processor
 
 
-@pytest.mark.parametrize("seed", range(50))
+@pytest.mark.parametrize("seed", range(20))
 def test_whatever_is_drawn_is_json_of_the_schema(model, vocabulary, seed):
     text, reason, _ = sample(model, vocabulary, constraint("json", PERSON), seed, most=400)
     value = json.loads(text)
@@ -128,36 +128,18 @@ UNUSABLE = [
     *[("json", {"const": "x" * 5000}), ("json", {"type": "string", "pattern": "x?" * 3000})],
     *[("regex", regex) for regex in ("[", "(?=a)b", "\\b", "(?P<n>a)\\1", "a{5,2}", "*", "\\p{Nowhere}")],
 ]
+OBJECT, TEXT = {"type": "object"}, {"type": "string"}
 HEAVY = [
     ("json", deep(40)),
     ("json", {"enum": [f"value {i}" for i in range(4000)]}),
     ("json", {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(1500)}}),
-    (
-        "json",
-        {
-            "anyOf": [
-                {"type": "object", "properties": {f"p{i}": {"type": "string"}}, "required": [f"p{i}"]}
-                for i in range(600)
-            ]
-        },
-    ),
+    ("json", {"anyOf": [{**OBJECT, "properties": {f"p{i}": TEXT}, "required": [f"p{i}"]} for i in range(600)]}),
     ("json", {"type": "array", "items": {"type": "string", "minLength": 1000}, "minItems": 10**5, "maxItems": 10**6}),
     ("json", {"$defs": {"n": {"type": "object", "properties": {"c": {"$ref": "#/$defs/n"}}}}, "$ref": "#/$defs/n"}),
-    (
-        "json",
-        {
-            "type": "object",
-            "properties": {f"p{i}": {"type": "string", "pattern": "^([a-z]+[0-9]*)+x{1,100}$"} for i in range(300)},
-        },
-    ),
-    *[
-        ("regex", regex)
-        for regex in ("(a{1000}){1000}", "((((a{10}){10}){10}){10}){10}", "(.*a){20}", ".*" * 200, "(x+x+)+y")
-    ],
-    *[
-        ("regex", regex)
-        for regex in ("(?:a?){500}a{500}", ".{0,2000}b.{0,2000}", "(a|b)*a(a|b){18}", "(.{0,50}a.{0,50}){30}")
-    ],
+    ("json", {**OBJECT, "properties": {f"p{i}": {**TEXT, "pattern": "^([a-z]+[0-9]*)+x{1,100}$"} for i in range(300)}}),
+    *[("regex", text) for text in ("(a{1000}){1000}", "((((a{10}){10}){10}){10}){10}", "(.*a){20}", ".*" * 200)],
+    *[("regex", text) for text in ("(x+x+)+y", "(?:a?){500}a{500}", ".{0,2000}b.{0,2000}", "(a|b)*a(a|b){18}")],
+    ("regex", "(.{0,50}a.{0,50}){30}"),
 ]
 
 

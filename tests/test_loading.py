@@ -136,17 +136,6 @@ def test_opens_old_bin_files_and_skips_exactly_their_buffers(shards: int, tmp_pa
     assert difference(outputs(ours(reference, tmp_path)), outputs(reference)) <= EQUAL
 
 
-def test_skips_old_buffers_in_safetensors_too(saved: Path) -> None:
-    expected = outputs(GPTNeoXForCausalLM.from_pretrained(saved))
-
-    def age(tensors: dict[str, Tensor]) -> None:
-        old = {name: tensor.clone() for name, tensor in with_old_buffers(tensors).items()}
-        tensors.clear()
-        tensors.update(old)
-
-    assert torch.equal(outputs(GPTNeoXForCausalLM.from_pretrained(rewrite(saved, age))), expected)
-
-
 def test_a_base_model_opens_every_heads_checkpoint(tmp_path: Path) -> None:
     for cls in TASKS:
         reference = peer(cls)

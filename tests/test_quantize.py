@@ -1,6 +1,7 @@
 """The quantizer: the folder's form, equality with transformers + compressed-tensors, bounded memory, refusals."""
 
 import json
+import math
 import os
 import sys
 
@@ -96,16 +97,6 @@ def test_a_small_head_of_another_shape_is_refused(source, tmp_path):
             GPTNeoXForCausalLM.from_pretrained(tmp_path / "int4", head="int8")
 
 
-def test_int8_is_near_the_source_and_int4_nearer_with_small_groups(source, tmp_path):
-    exact = GPTNeoXForCausalLM.from_pretrained(source)(IDS).logits.log_softmax(-1)
-    kl = {}
-    for format, group_size in (("int8", 128), ("int4", 32), ("int4", 128)):
-        convert(source, tmp_path / f"{format}-{group_size}", format=format, group_size=group_size)
-        found = GPTNeoXForCausalLM.from_pretrained(tmp_path / f"{format}-{group_size}")(IDS).logits.log_softmax(-1)
-        kl[format, group_size] = float((exact.exp() * (exact - found)).sum(-1).mean())
-    assert kl["int8", 128] < kl["int4", 32] / 20 < kl["int4", 128] / 20
-
-
 def test_quantizing_while_loading_gives_the_same_weights(source, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     convert(source, tmp_path / "int4", format="int4")
@@ -139,12 +130,6 @@ def test_a_weight_shape_that_lies_is_refused(source, tmp_path):
         GPTNeoXForCausalLM.from_pretrained(tmp_path / "out")
 
 
-def test_two_runs_write_the_same_bytes(source, tmp_path):
-    for name in ("one", "two"):
-        convert(source, tmp_path / name)
-    assert digests(tmp_path / "one") == digests(tmp_path / "two")
-
-
 def test_packed_weights_start_at_multiples_of_64_bytes_and_shapes_come_last(source, tmp_path):
     convert(source, tmp_path / "out")
     path = next((tmp_path / "out").glob("model*.safetensors"))
@@ -175,16 +160,6 @@ def test_the_small_head_lies_outside_the_index_and_is_used_on_request(source, tm
         small.save_pretrained(tmp_path / "again")
 
 
-def test_tied_and_sequential_checkpoints_quantize_too(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    write_source(tmp_path / "source", tie_word_embeddings=True, use_parallel_residual=False, rotary_pct=1.0)
-    convert(tmp_path / "source", tmp_path / "out")
-    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
-    ours = GPTNeoXForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, exact=True)
-    with torch.no_grad():
-        assert float((ours(IDS).logits - peer(IDS).logits).abs().max()) < 1e-5
-
-
 @pytest.mark.parametrize(
     ("stored", "written"), [("float32", "float16"), ("bfloat16", "bfloat16"), ("float16", "float16")]
 )
@@ -197,16 +172,10 @@ def test_sixteen_bit_dtypes_stay_and_float32_becomes_float16(tmp_path, stored, w
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == written
 
 
-def test_a_dry_run_names_the_sizes_and_writes_nothing(source, tmp_path):
-    report = convert(source, tmp_path / "out", dry_run=True)
-    assert not (tmp_path / "out").exists()
+def test_a_dry_run_tells_sizes_a_time_and_memory_and_writes_nothing(source, tmp_path):
+    report, one = (convert(source, tmp_path / "out", dry_run=True, threads=n) for n in (2, 1))
+    assert not (tmp_path / "out").exists() and report.seconds > 0 and report.peak_bytes > one.peak_bytes
     assert report.bytes_out == convert(source, tmp_path / "real").bytes_out < report.bytes_in
-
-
-def test_a_dry_run_tells_a_time_and_memory(source, tmp_path):
-    report = convert(source, tmp_path / "out", dry_run=True, threads=2)
-    assert report.seconds > 0
-    assert report.peak_bytes > convert(source, tmp_path / "out", dry_run=True, threads=1).peak_bytes
 
 
 def test_too_little_memory_is_said_before_anything_is_written(source, tmp_path, monkeypatch):
@@ -224,17 +193,11 @@ def test_progress_ends_at_its_total(source, tmp_path):
     assert seen[-1][0] == seen[-1][1] and [d for d, _ in seen] == sorted(d for d, _ in seen)
 
 
-def test_a_folder_written_before_is_replaced_and_a_foreign_one_is_not(source, tmp_path):
+def test_a_folder_written_before_is_replaced(source, tmp_path):
     convert(source, tmp_path / "out", format="int4")
     convert(source, tmp_path / "out", format="int8")
     assert GPTNeoXForCausalLM.from_pretrained(tmp_path / "out").gpt_neox.layers[0].mlp.dense_h_to_4h.format.bits == 8
     assert verify_folder(tmp_path / "out") == []
-    (tmp_path / "foreign").mkdir()
-    (tmp_path / "foreign" / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="did not write"):
-        convert(source, tmp_path / "foreign")
-    with pytest.raises(CheckpointError, match="being read"):
-        convert(tmp_path / "source2" if (tmp_path / "source2").exists() else source, source)
 
 
 def test_bad_sources_are_refused_by_name(source, tmp_path):
@@ -251,13 +214,9 @@ def test_bad_sources_are_refused_by_name(source, tmp_path):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        (
-            "gpt_neox.layers.1.mlp.dense_h_to_4h.weight",
-            float("nan"),
-            r"layers.1.mlp.dense_h_to_4h.weight, rows 0 to 255.*finite",
-        ),
+        ("gpt_neox.layers.1.mlp.dense_h_to_4h.weight", math.nan, r"1.mlp.dense_h_to_4h.weight, rows 0 to 255.*finite"),
         ("gpt_neox.layers.0.mlp.dense_4h_to_h.weight", 1e30, "overflows float16"),
-        ("gpt_neox.final_layer_norm.weight", float("inf"), "final_layer_norm.weight: holds values that are not finite"),
+        ("gpt_neox.final_layer_norm.weight", math.inf, "final_layer_norm.weight: holds values that are not finite"),
         ("gpt_neox.embed_in.weight", 1e6, "embed_in.weight: holds values that are not finite as float16"),
     ],
 )
