@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
+from support.often import times
 from support.peers import TINY, difference, pair, random_ids
 from torch import Tensor
 
@@ -84,12 +85,12 @@ def check_counts(pool: PagePool, sequences: list[CachedSequence]) -> None:
     assert sorted(pool._free) == [page for page in range(pool.pages) if page not in held]
 
 
-def test_500_random_operations_match_plain_tensors(new_pool):
+def test_random_operations_match_plain_tensors(new_pool):
     choice = random.Random(0)
     pool = new_pool(limit=30)
     model: dict[CachedSequence, Tensor] = {}  # what each sequence should hold
     seen: Counter[str] = Counter()
-    while seen.total() < 500:
+    while seen.total() < times(500):
         live = list(model)
         doing = choice.choice(["append"] * 4 + ["new", "fork", "truncate", "free"]) if live else "new"
         if doing == "new":
@@ -432,7 +433,7 @@ def nan_pool(model, dtype: torch.dtype | None = None) -> NanPool:
 
 @pytest.mark.parametrize("dtype", STORED, ids=lambda dtype: dtype_name(dtype))
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_500_random_steps_of_sequences_match_uncached_logits(model, backend, dtype, monkeypatch):
+def test_random_steps_of_sequences_match_uncached_logits(model, backend, dtype, monkeypatch):
     """Split, rewind, branch, free, keep, take up again, in batches of 1-8: every token's logits are those of the whole."""
     if (reason := dispatch.load(backend).why_not(CPU)) is not None:
         pytest.skip(reason)
@@ -447,7 +448,7 @@ def test_500_random_steps_of_sequences_match_uncached_logits(model, backend, dty
         del texts[sequence][length:]
         pool.truncate(sequence, length)
 
-    for _ in range(500):
+    for _ in range(times(200)):
         for sequence in list(texts):
             doing = choice.choices(["rewind", "fork", "free", "keep", "stay"], [3, 3, 1, 2, 11])[0]
             if doing == "rewind":
@@ -482,7 +483,7 @@ def test_500_random_steps_of_sequences_match_uncached_logits(model, backend, dty
         worst = max(worst, difference(logits[check], whole[-counts[check] :]))
         assert prefixes.pages <= 12
     assert worst < STORED[dtype], worst
-    assert min(seen[name] for name in ("rewind", "fork", "free", "keep", "taken")) > 50, seen
+    assert min(seen[name] for name in ("rewind", "fork", "free", "keep", "taken")) > 20, seen
     for sequence in texts:
         pool.free(sequence)
     prefixes.clear()
@@ -490,10 +491,10 @@ def test_500_random_steps_of_sequences_match_uncached_logits(model, backend, dty
 
 
 @pytest.mark.parametrize("kv", ROUNDING)
-def test_100_random_splits_of_padded_batches_match_uncached_logits(model, kv, monkeypatch):
+def test_random_splits_of_padded_batches_match_uncached_logits(model, kv, monkeypatch):
     monkeypatch.setattr(model, "kv", kv)
     choice, worst = random.Random(1), 0.0
-    for _ in range(100):
+    for _ in range(times(40)):
         rows, width = choice.randint(1, 8), choice.randint(2, 200)
         ids = random_ids(rows, width, seed=choice.randrange(2**31))
         mask = torch.ones_like(ids)

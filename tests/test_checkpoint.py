@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.checkpoints import digests, flip
 from support.commands import PIPES, environment, run_python
+from support.often import times
 from torch import Tensor
 
 from neox_lite.checkpoint.folder_writer import FolderWriter, split_into_shards
@@ -31,7 +32,7 @@ from neox_lite.checkpoint.safetensors_file import DTYPES, MAX_HEADER_BYTES, Spec
 from neox_lite.errors import CheckpointError
 from neox_lite.files import partials
 
-MUTATIONS = int(os.environ.get("NEOX_LITE_MUTATIONS", "2000"))  # of headers; 10000 for the long form
+MUTATIONS = times(1000)  # of headers
 PREFIX = "gpt_neox.layers.0.attention"
 
 

@@ -19,6 +19,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from support.often import times
 from support.peers import TINY, pair, random_ids
 from torch import Tensor
 
@@ -486,12 +487,12 @@ def first_stop(text: str, stops: list[str]) -> str | None:
     return None
 
 
-def test_2000_random_texts_are_cut_exactly(tokenizer):
+def test_random_texts_are_cut_exactly(tokenizer):
     choice = random.Random(0)
     tokens = [tokenizer(text).input_ids[0] for text in ("a", "b", "c", "ab", "bc", "abc")]
     tokens += tokenizer("é").input_ids  # two bytes: alone, each is a replacement character
     ends = dict.fromkeys(("stop", "length"), 0)
-    for _ in range(2000):
+    for _ in range(times(600)):
         says = [choice.choice(tokens) for _ in range(choice.randint(1, 12))]
         stops = ["".join(choice.choices("abcé", k=choice.randint(1, 4))) for _ in range(choice.randint(1, 3))]
         text, reason = said(Scripted(says, tokenizer), stop_strings=stops, max_new_tokens=len(says))
@@ -500,7 +501,7 @@ def test_2000_random_texts_are_cut_exactly(tokenizer):
         assert text == (whole if cut is None else cut), (whole, stops)
         assert reason == ("length" if cut is None else "stop")
         ends[reason] += 1
-    assert min(ends.values()) > 300, ends
+    assert min(ends.values()) > 90, ends
 
 
 def test_generate_keeps_the_token_that_completes_a_stop_string_row_by_row(tokenizer):

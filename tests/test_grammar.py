@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from support.often import times
 
 pytest.importorskip("llguidance", reason="needs pip install '.[page]'")
 
@@ -47,7 +48,7 @@ def sample(model, vocabulary, wanted, seed, most=200, **options):
     return "".join(event.text for event in events), events[-1].finish_reason, processor
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(times(20)))
 def test_whatever_is_drawn_is_json_of_the_schema(model, vocabulary, seed):
     text, reason, _ = sample(model, vocabulary, constraint("json", PERSON), seed, most=400)
     value = json.loads(text)

@@ -11,6 +11,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from support.often import times
 from test_gguf import IDS, Reader, expected, give_tokenizer, llama_cpp, write_source  # noqa: F401 - a fixture
 from tokenizers import processors
 
@@ -524,7 +525,7 @@ def test_every_truncation_is_refused(small, tmp_path):
 
 def test_mutated_headers_end_in_a_model_or_a_sentence(small, tmp_path):
     """Anything but a NeoxLiteError, or a folder that is whole, fails; each is tried under a limit of memory."""
-    count = int(os.environ.get("NEOX_LITE_MUTATIONS", "300"))
+    count = times(120)
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-c", MUTATE, str(small), str(tmp_path), str(count)]
     out = subprocess.run(command, capture_output=True, text=True, check=False, env=env)

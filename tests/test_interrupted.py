@@ -1,6 +1,6 @@
 """Whole `quantize` runs that are killed, run out of disk, or are given something hostile: never a folder that lies.
 
-Killed at 10 random moments and before every 8th call that writes; with NEOX_LITE_KILLS=200 at 200 and before every one.
+Killed at 6 random moments and before every 12th call that writes; with NEOX_LITE_TIMES=12 or more before every one.
 """
 
 import errno
@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from support.checkpoints import digests
 from support.checkpoints import write_source as write_model
 from support.commands import environment, run_python
+from support.often import TIMES, times
 
 from neox_lite import GPTNeoXForCausalLM
 from neox_lite.checkpoint.folder_writer import ShardWriter
@@ -28,8 +29,8 @@ from neox_lite.errors import CheckpointError, ConfigError, NeoxLiteError
 from neox_lite.files import partials
 from neox_lite_quant import convert
 
-KILLS = int(os.environ.get("NEOX_LITE_KILLS", "10"))
-STRIDE = 1 if KILLS >= 200 else 8  # of the calls before which a run is killed, or in which the disk is full
+KILLS = times(6)
+STRIDE = max(1, 12 // TIMES)  # of the calls before which a run is killed, or in which the disk is full
 CALLS = [(os, "pwrite"), (os, "fsync"), (os, "posix_fallocate"), (Path, "replace"), (Path, "unlink"), (Path, "mkdir")]
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 

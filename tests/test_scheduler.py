@@ -8,6 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
+from support.often import times
 from support.peers import pair, random_ids
 from support.scripted import ScriptedModel, certain
 from torch import Tensor
@@ -115,13 +116,13 @@ class Flying:
 
 
 @pytest.mark.parametrize("flying", [False, True])
-def test_30_random_schedules_give_every_row_the_tokens_it_gets_alone(model, flying):
+def test_random_schedules_give_every_row_the_tokens_it_gets_alone(model, flying):
     """Arrivals, cancels, preemptions, shared beginnings, scores; rows with penalties, filters and seeds of their own.
 
     flying: passes are in the air, and rows are such that a device can choose for them, but for a few.
     """
     seen = Counter()
-    for seed in range(30):
+    for seed in range(times(15)):
         choice = random.Random(seed)
         limit = choice.choice([None, 4, 5])
         pace = ReadingPace(1.0, lambda: 0.0)
@@ -147,8 +148,8 @@ def test_30_random_schedules_give_every_row_the_tokens_it_gets_alone(model, flyi
             seen[row.finish_reason] += 1
         assert scheduler._pool.pages - scheduler._pool.free_pages == scheduler._prefixes.pages
         seen += scheduler.seen + (stepper.seen if flying else Counter())
-    assert not flying or seen["in the air"] > 0.8 * seen["launched"] > 500
-    assert min(seen[name] for name in ("put back", "cancelled", "length", "stop")) >= 10, seen
+    assert not flying or seen["in the air"] > 0.8 * seen["launched"] > 250
+    assert min(seen[name] for name in ("put back", "cancelled", "length", "stop")) >= 5, seen
 
 
 def random_row(choice: random.Random, trunk: list[int], number: int, plain: bool = False) -> Row:

@@ -12,6 +12,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from support.often import times
 from support.simulated_graphs import SimulatedGraphs
 
 from neox_lite.cache import Batch, PagePool, PrefixCache
@@ -169,7 +170,7 @@ def run(model, seed):
 
 
 @pytest.mark.parametrize("late", [True, False])
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(times(20)))
 def test_passes_in_the_air_give_the_tokens_of_passes_one_by_one(seed, late):
     found, model = [], None
     for graph in (True, False):
