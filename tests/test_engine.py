@@ -22,7 +22,7 @@ from neox_lite.errors import ArgumentError, CacheError, ContextLengthError, Unsu
 from neox_lite.generation.request import Row
 from neox_lite.kernels import dispatch
 from neox_lite_app.paths import DEMO
-from neox_lite_app.serving.engine import Busy, Engine, Job, NotLoaded, Step, Ticket, sentence
+from neox_lite_app.serving.engine import Busy, Engine, Job, NotLoaded, Ticket, Update, sentence
 
 SAMPLED = {"do_sample": True, "temperature": 0.8, "top_p": 0.95}
 PATIENCE_S = 60  # a test that waits so long has failed
@@ -56,7 +56,7 @@ def exact():
     return lambda: model
 
 
-def text_of(steps: list[Step]) -> str:
+def text_of(steps: list[Update]) -> str:
     return "".join(step.text for step in steps)
 
 
@@ -264,7 +264,7 @@ def test_a_cancelled_job_ends_at_the_next_pass_and_others_go_on(engine):
         first.cancel()
         allow.release(1)  # the pass that has begun
         steps = list(first)
-        assert len(steps) == 5 and steps[-1] == Step("", None, "cancelled")
+        assert len(steps) == 5 and steps[-1] == Update("", None, "cancelled")
         allow.release(2)
         wait_until(lambda: len(sizes) == 7)
         assert [len(lengths) for lengths in sizes[2:]] == [2, 2, 1, 1, 1]
@@ -279,7 +279,7 @@ def test_a_job_that_waits_is_cancelled_without_a_pass():
     with gate(engine._model) as (allow, sizes):
         running, waiting = (engine.submit(Job([9, i], {"max_new_tokens": 3})) for i in range(2))
         waiting.cancel()
-        assert list(waiting) == [Step("", None, "cancelled")] and len(sizes) <= 1
+        assert list(waiting) == [Update("", None, "cancelled")] and len(sizes) <= 1
         allow.release(100)
         assert list(running)[-1].finish_reason in ("length", "stop")
     engine.close()
@@ -379,7 +379,7 @@ def test_a_load_that_fails_leaves_nothing_and_says_why(engine):
 
     with pytest.raises(ArgumentError, match="other: no such folder"):
         engine.load("other", fail)
-    assert list(ticket)[-1] == Step("", None, "cancelled")
+    assert list(ticket)[-1] == Update("", None, "cancelled")
     status = engine.status()
     assert (status.state, status.name, status.fault) == ("failed", None, "other: no such folder")
     with pytest.raises(NotLoaded, match=r"no model is loaded \(other: no such folder\)"):

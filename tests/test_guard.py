@@ -11,7 +11,7 @@ pytest.importorskip("starlette", reason="needs pip install '.[page]'")
 
 from starlette.responses import PlainTextResponse
 
-from neox_lite_app.serving.keys import GUESSES, MOST_ADDRESSES, MOST_SESSIONS, SESSION_S, WINDOW_S, Keys
+from neox_lite_app.serving.keys import GUESSES, MAX_ADDRESSES, MAX_SESSIONS, SESSION_S, WINDOW_S, Keys
 from neox_lite_app.serving.security import Guard, Hosts
 
 KEY = "correct-horse-battery"
@@ -373,8 +373,8 @@ def test_sessions_end_and_their_number_is_bounded():
     clock = Clock()
     keys = Keys(KEY, clock)
     first = keys.new_session()
-    tokens = [keys.new_session() for _ in range(MOST_SESSIONS)]
-    assert not keys.know_session(first) and keys.know_session(tokens[0]) and len(set(tokens)) == MOST_SESSIONS
+    tokens = [keys.new_session() for _ in range(MAX_SESSIONS)]
+    assert not keys.know_session(first) and keys.know_session(tokens[0]) and len(set(tokens)) == MAX_SESSIONS
     clock.now += SESSION_S + 1
     assert not keys.know_session(tokens[-1])
 
@@ -422,9 +422,9 @@ def test_a_guesser_with_a_whole_ipv6_network_is_one():
 
 def test_memory_of_guesses_is_bounded():
     keys = Keys(KEY, Clock())
-    for i in range(MOST_ADDRESSES + 50):
+    for i in range(MAX_ADDRESSES + 50):
         keys.check("x", f"10.{i >> 16}.{i >> 8 & 255}.{i & 255}")
-    assert len(keys._wrong) <= MOST_ADDRESSES
+    assert len(keys._wrong) <= MAX_ADDRESSES
 
 
 def test_keys_are_compared_in_constant_time(monkeypatch):

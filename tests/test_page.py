@@ -30,7 +30,7 @@ from neox_lite_app.page import badges, chat, chat_tab, notebook
 from neox_lite_app.page.settings import FIELDS, PRESETS
 from neox_lite_app.paths import DEMO
 from neox_lite_app.server import build
-from neox_lite_app.serving.engine import Engine, Step, Ticket
+from neox_lite_app.serving.engine import Engine, Ticket, Update
 from neox_lite_app.serving.keys import Keys
 from neox_lite_app.serving.security import Hosts
 
@@ -791,9 +791,9 @@ def test_payloads_that_stream_in_stay_text(open_page, demo, monkeypatch):
 
     async def hostile(ticket):
         for start in range(0, len(text), 7):
-            yield [Step(text[start : start + 7], 5)]
+            yield [Update(text[start : start + 7], 5)]
             await asyncio.sleep(0.001)
-        yield [Step("", None, "stop")]
+        yield [Update("", None, "stop")]
 
     monkeypatch.setattr(chat, "batches", hostile)
     page = chat_page(open_page)

@@ -13,12 +13,12 @@ from neox_lite.errors import ArgumentError
 from neox_lite_app.cli import build_parser
 from neox_lite_app.models.local_models import LocalModel
 from neox_lite_app.page import badges, model_tab
-from neox_lite_app.page.events import Said
+from neox_lite_app.page.events import PageEvent
 from neox_lite_app.page.settings import DEFAULT, FIELDS, options_of
 from neox_lite_app.page.stream import Feed, batches
 from neox_lite_app.page.work import Work
 from neox_lite_app.paths import DEMO
-from neox_lite_app.serving.engine import Engine, Step
+from neox_lite_app.serving.engine import Engine, Update
 
 ARGS = build_parser().parse_args(["serve", "--device", "cpu"])
 
@@ -41,20 +41,20 @@ def test_nf4_is_offered_where_the_library_for_it_is_there(engine, monkeypatch):
         for module in (badges, model_tab):
             monkeypatch.setattr(module, "offered", lambda formats=formats: formats)
         tab = model_tab.Tab(engine, ARGS)
-        shown = asyncio.run(anext(tab.list(Said({}, "tab"))))["models"]
+        shown = asyncio.run(anext(tab.list(PageEvent({}, "tab"))))["models"]
         assert shown["formats"] == formats and all(tuple(member["plans"]) == formats for member in shown["family"])
         with pytest.raises(ArgumentError, match=f"expected {' or '.join(formats)}"):
-            tab.quantize(Said({"model": "m", "format": "fp4"}, "tab"))
+            tab.quantize(PageEvent({"model": "m", "format": "fp4"}, "tab"))
 
 
 @pytest.mark.parametrize("format", ["int4 g128", "int8 g32", "nf4", "nf4-double"])
 def test_a_quantized_folder_is_not_offered_to_be_quantized_again(format):
-    assert not model_tab.on_shelf(LocalModel("m", "/m", "folder", format=format, tokenizer=True))["plain"]
+    assert not model_tab.local_card(LocalModel("m", "/m", "folder", format=format, tokenizer=True))["plain"]
 
 
 def test_a_folder_without_a_tokenizer_says_so():
     plain, wordless = (
-        model_tab.on_shelf(LocalModel("m", "/m", "folder", format="float16", tokenizer=has)) for has in (True, False)
+        model_tab.local_card(LocalModel("m", "/m", "folder", format="float16", tokenizer=has)) for has in (True, False)
     )
     assert plain["plain"] and plain["problem"] == "" and "no tokenizer.json" in wordless["problem"]
 
@@ -111,7 +111,7 @@ class Ready:
     """A ticket whose steps are all there at once."""
 
     def __init__(self, count):
-        self.steps = [Step("a", 5) for _ in range(count)] + [Step("", None, "stop")]
+        self.steps = [Update("a", 5) for _ in range(count)] + [Update("", None, "stop")]
         self.cancelled = False
 
     async def __aiter__(self):

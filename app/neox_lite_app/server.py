@@ -34,7 +34,7 @@ KEY_VARIABLE = "NEOX_LITE_API_KEY"
 DRAIN_S = 30.0  # that running answers may take after the first Ctrl-C
 LAST_BYTES_S = 0.2  # for the page to show the last of them
 BACKLOG = 512
-MOST_CONNECTIONS = 1024
+MAX_CONNECTIONS = 1024
 
 
 def serve(args: argparse.Namespace) -> int:
@@ -239,7 +239,7 @@ def _run(app: ASGIApp, guard: Guard, engine: Engine, listener: socket.socket, ho
         proxy_headers=False,  # whoever sends X-Forwarded-For would choose the address that wrong keys count against
         server_header=False,
         backlog=BACKLOG,
-        limit_concurrency=MOST_CONNECTIONS,
+        limit_concurrency=MAX_CONNECTIONS,
         timeout_graceful_shutdown=1,
     )
     server = Server(config)

@@ -13,12 +13,12 @@ from .conversations.prompt_forms import Form
 from .load_for_command import DRAWS
 from .serving.engine import Engine, Job, Ticket
 
-LEAST_ANSWER = 512  # tokens that old turns make room for, at most a quarter of the context; max_new_tokens overrules it
+MIN_ANSWER = 512  # tokens that old turns make room for, at most a quarter of the context; max_new_tokens overrules it
 
 
 @dataclass
 class Figures:
-    """Of one answer. first_s: from the question to the first token. finish_reason as of a Step."""
+    """Of one answer. first_s: from the question to the first token. finish_reason as of a Update."""
 
     fit: Fit
     tokens: int = 0
@@ -82,7 +82,7 @@ class Session:
             return self.form.encode(tokenizer, part, talk.system, open_answer or None)
 
         context = self.engine.context
-        room = context - (self.settings.get("max_new_tokens") or min(LEAST_ANSWER, context // 4))
+        room = context - (self.settings.get("max_new_tokens") or min(MIN_ANSWER, context // 4))
         found = fit(messages, room, lambda part: len(encode(part)))
         return encode(found.messages), found
 

@@ -25,7 +25,7 @@ from .quality import Head, append
 PASS_TOKENS = 512  # of a pass
 HEAD_LOGITS = 1 << 23  # held at a time: 32 MB
 BLOCK_TOKENS = 1 << 14  # to compute of a block
-LEAST_SAVED = 16  # tokens: less is computed again, beside all that follows it, without waiting for it
+MIN_SAVED = 16  # tokens: less is computed again, beside all that follows it, without waiting for it
 
 
 class Text(NamedTuple):
@@ -108,7 +108,7 @@ def blocks(texts: Sequence[Text]) -> list[list[int]]:
 
 
 def tree(texts: Sequence[Text]) -> list[Piece]:
-    """The pieces of all texts but their last ids, each after its parent; what saves less than LEAST_SAVED is not shared."""
+    """The pieces of all texts but their last ids, each after its parent; what saves less than MIN_SAVED is not shared."""
     root = Piece([], 0, 0, None)
     path, before = [root], root.ids
     for index in sorted(range(len(texts)), key=lambda i: texts[i].ids[:-1]):
@@ -128,7 +128,7 @@ def tree(texts: Sequence[Text]) -> list[Piece]:
     while waiting:
         piece = waiting.pop()
         users = len(piece.children) + bool(piece.texts)
-        is_shared = (piece.end - piece.start) * (users - 1) >= LEAST_SAVED
+        is_shared = (piece.end - piece.start) * (users - 1) >= MIN_SAVED
         for child in () if is_shared else piece.children:
             child.start, child.parent = piece.start, piece.parent
         waiting += piece.children[::-1]

@@ -20,7 +20,7 @@ from ..load_for_command import common_label, formats_in
 from ..paths import data_folder
 from ..terminal import amount, print_json, printable
 
-MOST_FOLDERS = 1000  # looked at in one place
+MAX_FOLDERS = 1000  # looked at in one place
 
 
 @dataclass(frozen=True)
@@ -171,12 +171,12 @@ def _weights(folder: Path) -> tuple[int, str | None]:
 
 def _folders(place: Path) -> list[Path]:
     """Sub-folders by name. Raises OSError where the place cannot be listed."""
-    entries = itertools.islice(place.iterdir(), MOST_FOLDERS)
+    entries = itertools.islice(place.iterdir(), MAX_FOLDERS)
     return sorted(path for path in entries if not path.name.startswith(".") and _is_folder(path))
 
 
 def _files(place: Path) -> list[Path]:
-    return sorted(path for path in itertools.islice(place.rglob("*"), MOST_FOLDERS) if path.is_file())
+    return sorted(path for path in itertools.islice(place.rglob("*"), MAX_FOLDERS) if path.is_file())
 
 
 def _entries(listing: Callable[[], list[Path]]) -> list[Path]:

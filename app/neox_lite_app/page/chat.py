@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,8 +12,8 @@ from neox_lite.errors import ArgumentError, NeoxLiteError
 
 from ..conversations.conversation import Conversation, Fit, Message, Store, fit
 from ..conversations.prompt_forms import Form, form_of
-from ..serving.engine import Engine, Job, Step, Ticket
-from .events import Running, Told, sentence
+from ..serving.engine import Engine, Job, Ticket, Update
+from .events import PageUpdate, Running, Updates, sentence
 from .stream import Meter, batches
 
 ENDS = {"length": "cut at the limit", "cancelled": "stopped", "error": "broken off"}
@@ -111,8 +110,8 @@ class Chat:
             options["max_new_tokens"] = min(options["max_new_tokens"], self.engine.context - len(prompt.ids))
         return self.engine.submit(Job(prompt.ids, options, client=asked.session))
 
-    async def answer(self, conversation: Conversation, answer: Message, asked: Asked) -> AsyncGenerator[Told, None]:
-        """The news of an answer, or of more of one; kept in the Store however that ends. The first come when it is submitted.
+    async def answer(self, conversation: Conversation, answer: Message, asked: Asked) -> Updates:
+        """An answer, or more of one, as it comes; kept in the Store however that ends. The first update says it is submitted.
 
         What is refused is refused before the conversation is saved: an error leaves it as it was.
         """
@@ -155,19 +154,19 @@ class _Writing:
         self.reader = self.prompt.form.reader(self.answer.text or None)
         self.before = int(self.answer.details.get("tokens", 0))
 
-    def take(self, steps: list[Step]) -> Told:
-        """The news that some steps make."""
+    def take(self, steps: list[Update]) -> PageUpdate:
+        """The update that some steps make."""
         self.meter.count(steps)
         last = steps[-1]
         text = "".join(self.reader.put(step.text) for step in steps)
-        told: Told = {"meter": self.meter.figures}
+        update: PageUpdate = {"meter": self.meter.figures}
         if last.finish_reason is not None:
             text += self.reader.end(last.finish_reason)
             self.end = last.finish_reason
             if last.error is not None:
-                told["notice"] = sentence(NeoxLiteError(last.error))
+                update["notice"] = sentence(NeoxLiteError(last.error))
         self.parts.append(text)
-        return {**told, "answer": {"id": self.answer.id, "text": text, "end": last.finish_reason}}
+        return {**update, "answer": {"id": self.answer.id, "text": text, "end": last.finish_reason}}
 
     @property
     def message(self) -> Message:

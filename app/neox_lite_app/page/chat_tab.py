@@ -5,7 +5,7 @@ A browser tab says in each event which conversation it shows; the ids of new one
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from contextlib import aclosing
 
 import gradio as gr
@@ -17,33 +17,34 @@ from ..conversations.prompt_forms import names
 from ..serving.engine import Engine
 from .chat import Asked, Chat
 from .components import part
-from .events import Handler, Running, Said, Told, listen
+from .events import Handler, PageEvent, PageUpdate, Running, Updates, listen
 from .settings import options_of
 
 AUTO = "auto"  # the prompt form that the model is known by
-MOST_SENT = 500_000  # characters of a message or system text
-Change = Callable[[Conversation, Said], Message | None]  # changes a conversation and says which answer is to be written
+MAX_SENT = 500_000  # characters of a message or system text
+# Changes a conversation, and returns the answer that is to be written.
+Change = Callable[[Conversation, PageEvent], Message | None]
 
 
-def send(conversation: Conversation, said: Said) -> Message:
-    conversation.append("user", said.text("text"))
+def send(conversation: Conversation, event: PageEvent) -> Message:
+    conversation.append("user", event.text("text"))
     return conversation.append("assistant")
 
 
-def regenerate(conversation: Conversation, said: Said) -> Message:
-    return conversation.regenerate(said.text("id"))
+def regenerate(conversation: Conversation, event: PageEvent) -> Message:
+    return conversation.regenerate(event.text("id"))
 
 
-def resume(conversation: Conversation, said: Said) -> Message:
+def resume(conversation: Conversation, event: PageEvent) -> Message:
     last = conversation.last
-    if last is None or last.id != said.text("id") or last.role != "assistant":
+    if last is None or last.id != event.text("id") or last.role != "assistant":
         raise ArgumentError("only the newest answer can be continued")
     return last
 
 
-def edit(conversation: Conversation, said: Said) -> Message | None:
+def edit(conversation: Conversation, event: PageEvent) -> Message | None:
     """An edited message of the user's is answered anew; an edited answer stays as it was written."""
-    changed = conversation.edit(said.text("id"), said.text("text"))
+    changed = conversation.edit(event.text("id"), event.text("text"))
     return conversation.append("assistant") if changed.role == "user" else None
 
 
@@ -95,101 +96,101 @@ class Tab:
     def _answering(self, change: Change) -> Handler:
         """The handler of an event that asks for an answer."""
 
-        async def handler(said: Said) -> AsyncGenerator[Told, None]:
-            conversation = self._load(said)
-            answer, taken = change(conversation, said), False
+        async def handler(event: PageEvent) -> Updates:
+            conversation = self._load(event)
+            answer, taken = change(conversation, event), False
             if answer is None:
                 self.store.save(conversation)
             else:
                 try:
-                    async with aclosing(self.chat.answer(conversation, answer, self._asked(said))) as news:
-                        async for told in news:
-                            yield told if taken else self._show(conversation, said)
+                    async with aclosing(self.chat.answer(conversation, answer, self._asked(event))) as updates:
+                        async for update in updates:
+                            yield update if taken else self._show(conversation, event)
                             taken = True
                 except Exception:
                     if taken:  # what cannot be kept is shown all the same
-                        yield self._show(conversation, said)
+                        yield self._show(conversation, event)
                     raise
-            yield self._show(self.chat.load(conversation.id), said)
+            yield self._show(self.chat.load(conversation.id), event)
 
         return handler
 
-    def _asked(self, said: Said) -> Asked:
-        form = said.text("form")
-        return Asked(options_of(said.settings), self.default_form if form == AUTO else form, said.session)
+    def _asked(self, event: PageEvent) -> Asked:
+        form = event.text("form")
+        return Asked(options_of(event.settings), self.default_form if form == AUTO else form, event.session)
 
-    async def stop(self, said: Said) -> AsyncGenerator[Told, None]:
-        self.running.stop(said.session, "chat")
+    async def stop(self, event: PageEvent) -> Updates:
+        self.running.stop(event.session, "chat")
         yield {}
 
-    async def raw(self, said: Said) -> AsyncGenerator[Told, None]:
+    async def raw(self, event: PageEvent) -> Updates:
         """What the model is given, to the letter."""
-        text, note = self.chat.raw(self._load(said), self._asked(said))
+        text, note = self.chat.raw(self._load(event), self._asked(event))
         yield {"prompt": {"text": text, "note": note}}
 
     # Conversations ----------------------------------------------------------------------------------------------------
 
-    async def open(self, said: Said) -> AsyncGenerator[Told, None]:
+    async def open(self, event: PageEvent) -> Updates:
         """Another conversation, or a new one; an answer that streams into the last one ends."""
         yield {"conversations": self.chat.entries()}  # also where this one cannot be read
-        conversation = self.chat.load(said.text("conversation"))
-        if self.running.written(said.session, "chat") not in conversation.messages:
-            self.running.stop(said.session, "chat")
-        yield self._show(conversation, said)
+        conversation = self.chat.load(event.text("conversation"))
+        if self.running.written(event.session, "chat") not in conversation.messages:
+            self.running.stop(event.session, "chat")
+        yield self._show(conversation, event)
 
-    async def switch(self, said: Said) -> AsyncGenerator[Told, None]:
-        conversation = self._load(said)
-        conversation.switch(said.text("id"), -1 if said.data.get("step") == -1 else 1)
+    async def switch(self, event: PageEvent) -> Updates:
+        conversation = self._load(event)
+        conversation.switch(event.text("id"), -1 if event.data.get("step") == -1 else 1)
         self.store.save(conversation)
-        yield self._show(conversation, said)
+        yield self._show(conversation, event)
 
-    async def branch(self, said: Said) -> AsyncGenerator[Told, None]:
-        conversation = self._load(said).branch(said.text("id"))
+    async def branch(self, event: PageEvent) -> Updates:
+        conversation = self._load(event).branch(event.text("id"))
         self.store.save(conversation)
-        yield self._show(conversation, said)
+        yield self._show(conversation, event)
 
-    async def rename(self, said: Said) -> AsyncGenerator[Told, None]:
-        self.store.rename(said.text("id"), said.text("title"))
-        yield self._show(self._load(said), said)
+    async def rename(self, event: PageEvent) -> Updates:
+        self.store.rename(event.text("id"), event.text("title"))
+        yield self._show(self._load(event), event)
 
-    async def delete(self, said: Said) -> AsyncGenerator[Told, None]:
-        self.store.delete(said.text("id"))
+    async def delete(self, event: PageEvent) -> Updates:
+        self.store.delete(event.text("id"))
         yield {"conversations": self.chat.entries()}
 
-    async def keep(self, said: Said) -> AsyncGenerator[Told, None]:
+    async def keep(self, event: PageEvent) -> Updates:
         """A system text is kept as soon as it is left, in a conversation that has been saved."""
-        if said.text("conversation") in self.store:
-            self.store.save(self._load(said))
+        if event.text("conversation") in self.store:
+            self.store.save(self._load(event))
         yield {}
 
-    async def export(self, said: Said) -> AsyncGenerator[Told, None]:
-        conversation = self._load(said)
+    async def export(self, event: PageEvent) -> Updates:
+        conversation = self._load(event)
         if not conversation.messages:
             raise ArgumentError("there is nothing to export yet; write a message first")
-        markdown = said.data.get("kind") == "markdown"
+        markdown = event.data.get("kind") == "markdown"
         text = conversation.to_markdown() if markdown else conversation.to_json()
         name = "".join(c if c.isalnum() else "-" for c in conversation.label)[:60].strip("-") or "conversation"
         kind = ("md", "text/markdown") if markdown else ("json", "application/json")
         yield {"download": {"name": f"{name}.{kind[0]}", "type": kind[1], "text": text}}
 
-    async def import_(self, said: Said) -> AsyncGenerator[Told, None]:
-        conversation = imported(said.text("text"), said.text("name")[:200])
+    async def import_(self, event: PageEvent) -> Updates:
+        conversation = imported(event.text("text"), event.text("name")[:200])
         self.store.save(conversation)
-        yield self._show(conversation, said)
+        yield self._show(conversation, event)
 
-    def _load(self, said: Said) -> Conversation:
+    def _load(self, event: PageEvent) -> Conversation:
         """The conversation that the tab shows, with the system text as it stands there, once the tab knows it."""
-        conversation = self.chat.load(said.text("conversation"))
-        if said.data.get("system") is not None:
-            conversation.system = said.text("system")
-            if len(conversation.system) > MOST_SENT:
+        conversation = self.chat.load(event.text("conversation"))
+        if event.data.get("system") is not None:
+            conversation.system = event.text("system")
+            if len(conversation.system) > MAX_SENT:
                 raise ArgumentError(
-                    f"the system text has {len(conversation.system):,} characters; at most {MOST_SENT:,}"
+                    f"the system text has {len(conversation.system):,} characters; at most {MAX_SENT:,}"
                 )
         return conversation
 
-    def _show(self, conversation: Conversation, said: Said) -> Told:
-        """What is there now, for a tab that asked for it when it showed said's conversation, by a wish of that name."""
-        view = self.chat.view(conversation, live=self.running.written(said.session, "chat"))
-        view |= {"asked": said.text("conversation"), "wish": said.data.get("wish")}
+    def _show(self, conversation: Conversation, event: PageEvent) -> PageUpdate:
+        """What is there now. asked: the conversation that the tab showed when it asked; request: the id of what it asked."""
+        view = self.chat.view(conversation, live=self.running.written(event.session, "chat"))
+        view |= {"asked": event.text("conversation"), "request": event.data.get("request")}
         return {"transcript": view, "conversations": self.chat.entries()}

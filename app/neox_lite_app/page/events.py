@@ -1,4 +1,4 @@
-"""What every handler of the page shares: what the browser said, errors as sentences, and the jobs that a browser tab runs.
+"""What every handler of the page shares: what the browser sent, errors as sentences, and the jobs that a browser tab runs.
 
 All that a handler depends on comes with its event, as JSON that a part made: nothing of a browser tab is kept between two.
 """
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Said:
+class PageEvent:
     """What a part sent with its event. session: the browser tab that sent it."""
 
     data: dict[str, Any]
@@ -42,34 +42,36 @@ class Said:
         return value if isinstance(value, dict) else {}
 
 
-Told = dict[str, Any]  # what the browser is told: news of each kind, as JSON
-Handler = Callable[[Said], AsyncGenerator[Told, None]]
+# What one line of an answer brings to the browser: a value for each kind of update, as JSON.
+PageUpdate = dict[str, Any]
+Updates = AsyncGenerator[PageUpdate, None]
+Handler = Callable[[PageEvent], Updates]
 
 
-def listen(place: gr.HTML, event: str, handler: Handler) -> None:
+def listen(place: gr.HTML, name: str, handler: Handler) -> None:
     """Answer an event of a part; errors become notices on the page.
 
     Each event has a part of its own for its answers, for two reasons. Of several values that a part is given between two
     frames Gradio shows the last; and each part beside that a handler could write to would cost it a millisecond an update.
     """
-    reply = part("reply", name=f"{place.elem_id}-{event}")
+    reply = part("reply", name=f"{place.elem_id}-{name}")
 
     async def run(sent: gr.EventData, request: gr.Request) -> AsyncGenerator[str, None]:
-        said, feed = Said(sent._data if isinstance(sent._data, dict) else {}, request.session_hash or ""), Feed()
+        event, feed = PageEvent(sent._data if isinstance(sent._data, dict) else {}, request.session_hash or ""), Feed()
         try:
-            async with aclosing(handler(said)) as news:
-                async for told in news:
-                    yield feed.add(told)
+            async with aclosing(handler(event)) as updates:
+                async for update in updates:
+                    yield feed.add(update)
         except Exception as error:
             foreseen = isinstance(error, NeoxLiteError)
             if not foreseen:
                 log.exception("the page could not handle an event")
             notice = sentence(error) if foreseen else unforeseen(error)
-            yield feed.add({"notice": notice, "refused": {"wish": said.data.get("wish")}})
+            yield feed.add({"notice": notice, "refused": {"request": event.data.get("request")}})
 
     # By itself Gradio drops what comes while an earlier event of the same kind is being answered.
     options: Any = {"show_progress": "hidden", "api_visibility": "private", "trigger_mode": "multiple"}
-    getattr(place, event)(run, None, [reply], **options)
+    getattr(place, name)(run, None, [reply], **options)
 
 
 def sentence(error: BaseException) -> str:

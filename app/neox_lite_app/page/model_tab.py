@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,11 @@ from ..serving.engine import Engine
 from ..terminal import amount
 from .badges import Badges, offered
 from .components import part
-from .events import Handler, Said, Told, listen, sentence
+from .events import Handler, PageEvent, Updates, listen, sentence
 from .work import DEMO_NAME, Work, name_of
 
 TIERS = ("gpu", "cpu", "disk")
-LONGEST = 4096  # characters of a folder's path
+MAX_PATH_CHARACTERS = 4096  # characters of a folder's path
 
 
 class Tab:
@@ -46,16 +46,16 @@ class Tab:
 
     # What the browser shows -------------------------------------------------------------------------------------------
 
-    async def poll(self, said: Said) -> AsyncGenerator[Told, None]:
+    async def poll(self, event: PageEvent) -> Updates:
         yield {"status": self.figures()}
 
-    async def list(self, said: Said) -> AsyncGenerator[Told, None]:
+    async def list(self, event: PageEvent) -> Updates:
         found = await asyncio.to_thread(local_models)
-        models = [DEMO_CARD, *(on_shelf(model) for model in found if Path(model.path) != DEMO)]
+        models = [DEMO_CARD, *(local_card(model) for model in found if Path(model.path) != DEMO)]
         self.badges.refresh({m["id"]: "fp16" if m["plain"] else None for m in models if not m["problem"]})
-        shelf = [{**m, "demo": m is DEMO_CARD, "plan": self.badges.of(m["id"])} for m in models]
+        local = [{**m, "demo": m is DEMO_CARD, "plan": self.badges.of(m["id"])} for m in models]
         family = [self._member(member) for member in FAMILY]
-        yield {"models": {"shelf": shelf, "family": family, "formats": offered()}}
+        yield {"models": {"local": local, "family": family, "formats": offered()}}
 
     def _member(self, member: Member) -> dict[str, Any]:
         about = (
@@ -72,7 +72,7 @@ class Tab:
         }
         known: dict[str, Any] = {}
         if status.state in ("ready", "idle") and status.name is not None:
-            known = self._known(status.name)
+            known = self._about_model(status.name)
         return {
             "state": status.state,
             "name": name_of(status.name) if status.name else None,
@@ -85,7 +85,7 @@ class Tab:
             **known,
         }
 
-    def _known(self, name: str) -> dict[str, Any]:
+    def _about_model(self, name: str) -> dict[str, Any]:
         try:
             base = form_of(name, self.engine.tokenizer, self.args.form).name in ("dialogue", "completion")
             return {
@@ -93,45 +93,45 @@ class Tab:
                 "context": self.engine.context,
                 "about": self.work.about.get(name, f"context {self.engine.context:,}"),
             }
-        except NeoxLiteError:  # unloaded meanwhile, or without a tokenizer, which is said where one is needed
+        except NeoxLiteError:  # unloaded meanwhile, or without a tokenizer, which an error says where one is needed
             return {}
 
     # What it does -----------------------------------------------------------------------------------------------------
 
-    def _doing(self, do: Callable[[Said], None]) -> Handler:
-        async def handler(said: Said) -> AsyncGenerator[Told, None]:
-            do(said)
+    def _doing(self, do: Callable[[PageEvent], None]) -> Handler:
+        async def handler(event: PageEvent) -> Updates:
+            do(event)
             yield {"status": self.figures()}
 
         return handler
 
-    def start(self, said: Said) -> None:
-        self.work.load(_model(said))
+    def start(self, event: PageEvent) -> None:
+        self.work.load(_model(event))
 
-    def quantize(self, said: Said) -> None:
-        format = said.text("format")
+    def quantize(self, event: PageEvent) -> None:
+        format = event.text("format")
         if format not in offered():
             raise ArgumentError(f"format is {format[:20]!r}, expected {' or '.join(offered())}")
-        self.work.quantize(_model(said), format)
+        self.work.quantize(_model(event), format)
 
-    def cancel(self, said: Said) -> None:
+    def cancel(self, event: PageEvent) -> None:
         self.work.cancel()
 
-    def release(self, said: Said) -> None:
+    def release(self, event: PageEvent) -> None:
         self.engine.unload()
 
-    def dismiss(self, said: Said) -> None:
+    def dismiss(self, event: PageEvent) -> None:
         self.work.dismiss()
 
 
-def _model(said: Said) -> str:
-    model = said.text("model")
-    if not model or len(model) > LONGEST or not model.isprintable():
+def _model(event: PageEvent) -> str:
+    model = event.text("model")
+    if not model or len(model) > MAX_PATH_CHARACTERS or not model.isprintable():
         raise ArgumentError("name a folder, or a hub id such as EleutherAI/pythia-70m")
     return model
 
 
-def on_shelf(model: LocalModel) -> dict[str, Any]:
+def local_card(model: LocalModel) -> dict[str, Any]:
     """A model of this computer for the part `models`. plain: a checkpoint that can be quantized."""
     plain = model.format is not None and model.format.split()[0] not in (*FORMATS, MIXED)
     known = [f"{amount(model.parameters)} parameters" if model.parameters else None, model.format]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
@@ -13,11 +12,11 @@ from neox_lite.errors import ArgumentError, NeoxLiteError
 
 from ..serving.engine import Engine, Job
 from .components import part
-from .events import Running, Said, Told, listen, sentence
+from .events import PageEvent, Running, Updates, listen, sentence
 from .settings import options_of
 from .stream import ALTERNATIVES, Meter, Spans, batches
 
-MOST_SCORED = 100_000  # characters of a text that is scored
+MAX_SCORED = 100_000  # characters of a text that is scored
 
 
 def build() -> gr.HTML:
@@ -28,18 +27,18 @@ def build() -> gr.HTML:
 def wire(engine: Engine, page: gr.HTML, running: Running) -> None:
     """Say which event goes where."""
 
-    async def complete(said: Said) -> AsyncGenerator[Told, None]:
-        async with aclosing(_ended(_complete(engine, running, said))) as news:
-            async for told in news:
-                yield told
+    async def complete(event: PageEvent) -> Updates:
+        async with aclosing(_ended(_complete(engine, running, event))) as updates:
+            async for update in updates:
+                yield update
 
-    async def score(said: Said) -> AsyncGenerator[Told, None]:
-        async with aclosing(_ended(_score(engine, said))) as news:
-            async for told in news:
-                yield told
+    async def score(event: PageEvent) -> Updates:
+        async with aclosing(_ended(_score(engine, event))) as updates:
+            async for update in updates:
+                yield update
 
-    async def stop(said: Said) -> AsyncGenerator[Told, None]:
-        running.stop(said.session, "notebook")
+    async def stop(event: PageEvent) -> Updates:
+        running.stop(event.session, "notebook")
         yield {}
 
     listen(page, "complete", complete)
@@ -47,21 +46,21 @@ def wire(engine: Engine, page: gr.HTML, running: Running) -> None:
     listen(page, "stop", stop)
 
 
-async def _ended(news: AsyncGenerator[Told, None]) -> AsyncGenerator[Told, None]:
-    """News that end also where they break off, so that the browser never waits for more."""
+async def _ended(updates: Updates) -> Updates:
+    """Updates that end also where they break off, so that the browser never waits for more."""
     try:
-        async with aclosing(news) as found:
-            async for told in found:
-                yield told
+        async with aclosing(updates) as found:
+            async for update in found:
+                yield update
     except Exception:
         yield {"completion": {"end": "error"}}
         raise
 
 
-async def _complete(engine: Engine, running: Running, said: Said) -> AsyncGenerator[Told, None]:
-    """The news of a text that goes on."""
-    text, scores, session = said.text("text"), bool(said.data.get("scores")), said.session
-    options, tokenizer, context = options_of(said.settings), engine.tokenizer, engine.context
+async def _complete(engine: Engine, running: Running, event: PageEvent) -> Updates:
+    """A text that goes on, as it comes."""
+    text, scores, session = event.text("text"), bool(event.data.get("scores")), event.session
+    options, tokenizer, context = options_of(event.settings), engine.tokenizer, engine.context
     ids: list[int] = await asyncio.to_thread(lambda: list(tokenizer(text).input_ids))
     new = min(options.get("max_new_tokens", context // 4), context // 2)
     if len(ids) > context - new:
@@ -88,15 +87,15 @@ async def _complete(engine: Engine, running: Running, said: Said) -> AsyncGenera
         running.end(session, "notebook", ticket)
 
 
-async def _score(engine: Engine, said: Said) -> AsyncGenerator[Told, None]:
+async def _score(engine: Engine, event: PageEvent) -> Updates:
     """The probabilities of a text's own tokens."""
-    text, tokenizer, context = said.text("text"), engine.tokenizer, engine.context
-    if len(text) > MOST_SCORED:
-        raise ArgumentError(f"the text has {len(text):,} characters; at most {MOST_SCORED:,} can be scored")
+    text, tokenizer, context = event.text("text"), engine.tokenizer, engine.context
+    if len(text) > MAX_SCORED:
+        raise ArgumentError(f"the text has {len(text):,} characters; at most {MAX_SCORED:,} can be scored")
     ids: list[int] = await asyncio.to_thread(lambda: list(tokenizer(text).input_ids))
     if not 0 < len(ids) < context:
         raise ArgumentError(f"the text has {len(ids):,} tokens; 1 to {context - 1:,} can be scored")
-    ticket = engine.submit(Job(ids, {"max_new_tokens": 1}, client=said.session, prompt_scores=ALTERNATIVES))
+    ticket = engine.submit(Job(ids, {"max_new_tokens": 1}, client=event.session, prompt_scores=ALTERNATIVES))
     async with aclosing(batches(ticket)) as steps_of:
         async for steps in steps_of:
             if steps[-1].error is not None:

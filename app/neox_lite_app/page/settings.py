@@ -53,7 +53,7 @@ PRESETS = {
     "Greedy": {"temperature": 0.0},
 }
 DEFAULT = {**NEUTRAL, **PRESETS["Balanced"], "max_new_tokens": 256, "seed": "", "stop": "", "logit_bias": ""}
-MOST_STOPS, MOST_BIASES, LONGEST = 16, 300, 200  # stop strings, biased ids, characters of a stop string
+MAX_STOPS, MAX_BIASES, MAX_STOP_CHARACTERS = 16, 300, 200  # stop strings, biased ids, characters of a stop string
 SEEDS = 2**63
 
 
@@ -106,8 +106,8 @@ def _seed(text: str) -> int:
 
 def _stops(text: str) -> list[str]:
     stops = [line.replace("\\n", "\n") for line in text.splitlines() if line]
-    if len(stops) > MOST_STOPS or max(map(len, stops), default=0) > LONGEST:
-        raise ArgumentError(f"Stop strings: at most {MOST_STOPS} lines of at most {LONGEST} characters")
+    if len(stops) > MAX_STOPS or max(map(len, stops), default=0) > MAX_STOP_CHARACTERS:
+        raise ArgumentError(f"Stop strings: at most {MAX_STOPS} lines of at most {MAX_STOP_CHARACTERS} characters")
     return stops
 
 
@@ -121,6 +121,6 @@ def _biases(text: str) -> dict[int, float]:
             biases[int(id)] = float(bias)
         except ValueError:
             raise ArgumentError(f"Logit bias: {line[:40]!r} is not of the form id:bias, as in 42:-5") from None
-    if len(biases) > MOST_BIASES:
-        raise ArgumentError(f"Logit bias: {len(biases)} ids, at most {MOST_BIASES}")
+    if len(biases) > MAX_BIASES:
+        raise ArgumentError(f"Logit bias: {len(biases)} ids, at most {MAX_BIASES}")
     return biases

@@ -16,17 +16,17 @@ from neox_lite import GPTNeoXTokenizerFast
 from neox_lite.generation.sampling import Score
 from neox_lite.tokenizer import StreamDecoder
 
-from ..serving.engine import Step, Ticket
+from ..serving.engine import Ticket, Update
 
 SECONDS = 0.1  # between two updates, at least
 ALTERNATIVES = 5  # likeliest tokens that are shown beside the one that was chosen
 
 
-async def batches(ticket: Ticket, seconds: float = SECONDS) -> AsyncGenerator[list[Step], None]:
+async def batches(ticket: Ticket, seconds: float = SECONDS) -> AsyncGenerator[list[Update], None]:
     """A ticket's steps as they come, those within `seconds` together. Closed early, the job is cancelled."""
     loop, steps = asyncio.get_running_loop(), aiter(ticket)
-    coming: asyncio.Future[Step] = asyncio.ensure_future(anext(steps))
-    sent, batch = -math.inf, list[Step]()
+    coming: asyncio.Future[Update] = asyncio.ensure_future(anext(steps))
+    sent, batch = -math.inf, list[Update]()
     try:
         while not batch or batch[-1].finish_reason is None:
             wait = max(0.0, sent + seconds - loop.time()) if batch else None
@@ -46,13 +46,13 @@ async def batches(ticket: Ticket, seconds: float = SECONDS) -> AsyncGenerator[li
 
 
 class Feed:
-    """What the browser is told in answer to one event, growing at its end only. value: the whole of it so far."""
+    """What the browser is sent in answer to one event, growing at its end only. value: the whole of it so far."""
 
     def __init__(self) -> None:
         self.value = json.dumps({"event": secrets.token_hex(8)}) + "\n"
 
-    def add(self, told: dict[str, Any]) -> str:
-        self.value += json.dumps(told, separators=(",", ":")) + "\n"
+    def add(self, update: dict[str, Any]) -> str:
+        self.value += json.dumps(update, separators=(",", ":")) + "\n"
         return self.value
 
 
@@ -62,7 +62,7 @@ class Meter:
     def __init__(self, ticket: Ticket, context: int) -> None:
         self.ticket, self.context, self.tokens = ticket, context, 0
 
-    def count(self, steps: list[Step]) -> None:
+    def count(self, steps: list[Update]) -> None:
         self.tokens += sum(step.token is not None for step in steps)
 
     @property

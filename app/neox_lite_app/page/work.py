@@ -132,8 +132,8 @@ class Work:
     def _quantize(self, source: str, format: str, task: Task) -> None:
         from neox_lite_quant import convert  # heavy
 
-        wished = argparse.Namespace(**{**vars(self.args), "format": format, "revision": None})
-        config = Model.of(source, wished).config
+        with_format = argparse.Namespace(**{**vars(self.args), "format": format, "revision": None})
+        config = Model.of(source, with_format).config
         destination = data_folder("models") / f"{Path(source).name}-{format}"
         destination.parent.mkdir(parents=True, exist_ok=True)
         group = largest_group(config) or 128  # if none fits, convert says so

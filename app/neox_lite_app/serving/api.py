@@ -1,4 +1,4 @@
-"""The OpenAI-compatible API as Starlette routes over one engine. Knows nothing of keys, hosts and origins: see guard.py."""
+"""The OpenAI-compatible API as Starlette routes over one engine. Knows nothing of keys, hosts and origins: see security.py."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from neox_lite.version import __version__
 
 from ..conversations.prompt_forms import Reader, form_of
 from . import schema
-from .engine import Busy, Engine, Job, NotLoaded, Step, Ticket
+from .engine import Busy, Engine, Job, NotLoaded, Ticket, Update
 from .grammar import Grammar, Vocabulary
 from .responses import Chats, Choice, Completions, Envelope, Scored, Tokens, event, usage
-from .schema import RequestError, Wanted
+from .schema import GenerationRequest, RequestError
 
 if TYPE_CHECKING:
     from .metrics import Metrics
@@ -74,26 +74,26 @@ class Api:
 
     # Routes -----------------------------------------------------------------------------------------------------------
 
-    async def health(self, request: Request) -> Response:
+    async def health(self, http_request: Request) -> Response:
         """Whether a request would be answered now."""
         status = self._engine.status()
         well = status.state in ("ready", "idle")
         body = {"status": status.state, "active": status.active, "waiting": status.waiting}
         return JSONResponse(body, 200 if well else 503, {"cache-control": "no-store"})
 
-    async def show_metrics(self, request: Request) -> Response:
+    async def show_metrics(self, http_request: Request) -> Response:
         if self._metrics is None:
             raise RequestError("metrics need prometheus-client: pip install 'neox-lite[page]'", status=501)
         from .metrics import CONTENT_TYPE
 
         return Response(self._metrics.text(), headers={"content-type": CONTENT_TYPE})
 
-    async def models(self, request: Request) -> Response:
+    async def models(self, http_request: Request) -> Response:
         name = self._engine.name
         return JSONResponse({"object": "list", "data": [] if name is None else [self._describe(name)]})
 
-    async def model(self, request: Request) -> Response:
-        return JSONResponse(self._describe(self._check_model(request.path_params["id"])))
+    async def model(self, http_request: Request) -> Response:
+        return JSONResponse(self._describe(self._check_model(http_request.path_params["id"])))
 
     def _describe(self, name: str) -> dict[str, Any]:
         about = {"id": _short(name), "object": "model", "created": self._started, "owned_by": "neox-lite"}
@@ -101,19 +101,19 @@ class Api:
             about["max_model_len"] = self._engine.context
         return about
 
-    async def completions(self, request: Request) -> Response:
-        wanted = schema.completion(await _body(request))
-        name = self._check_model(wanted.model)
+    async def completions(self, http_request: Request) -> Response:
+        request = schema.completion(await _body(http_request))
+        name = self._check_model(request.model)
         model = self._current(name)
-        prompts = [await self._aside(model.prompt, prompt) for prompt in wanted.prompts]
-        return await self._answer(request, wanted, prompts, Completions(model.tokens), model, wanted.options)
+        prompts = [await self._aside(model.prompt, prompt) for prompt in request.prompts]
+        return await self._answer(http_request, request, prompts, Completions(model.tokens), model, request.options)
 
-    async def chat(self, request: Request) -> Response:
-        wanted = schema.chat(await _body(request))
-        name = self._check_model(wanted.model)
+    async def chat(self, http_request: Request) -> Response:
+        request = schema.chat(await _body(http_request))
+        name = self._check_model(request.model)
         model = self._current(name)
-        ids, options = await self._aside(model.chat, wanted)
-        return await self._answer(request, wanted, [Prompt(ids, None)], Chats(model.tokens), model, options)
+        ids, options = await self._aside(model.chat, request)
+        return await self._answer(http_request, request, [Prompt(ids, None)], Chats(model.tokens), model, options)
 
     def _check_model(self, asked: str | None) -> str:
         """The loaded model's name. Raises NotLoaded, or RequestError where another is asked for."""
@@ -139,35 +139,35 @@ class Api:
 
     async def _answer(
         self,
-        request: Request,
-        wanted: Wanted,
+        http_request: Request,
+        request: GenerationRequest,
         prompts: Sequence[Prompt],
         shapes: Completions | Chats,
         model: _Model,
         options: Any,
     ) -> Response:
         grammars: list[Grammar] = []
-        if wanted.constraint is not None:
-            grammar = await self._aside(model.grammar, wanted.constraint, options)
-            grammars = [grammar.copy() for _ in range(len(prompts) * wanted.n)]
-        client = f"api {request.client.host if request.client else ''} {wanted.user}"
-        jobs = _jobs(wanted, prompts, options, grammars, client)
+        if request.constraint is not None:
+            grammar = await self._aside(model.grammar, request.constraint, options)
+            grammars = [grammar.copy() for _ in range(len(prompts) * request.n)]
+        client = f"api {http_request.client.host if http_request.client else ''} {request.user}"
+        jobs = _jobs(request, prompts, options, grammars, client)
         tickets = self._submit(jobs)
         choices = [
             Choice(
                 index,
                 ticket,
                 model.tokenizer,
-                prompts[index // wanted.n].text if wanted.echo else None,
-                wanted.top,
-                model.reader(wanted) if wanted.messages else None,
+                prompts[index // request.n].text if request.echo else None,
+                request.top,
+                model.reader(request) if request.messages else None,
             )
             for index, ticket in enumerate(tickets)
         ]
         exchange = _Exchange(
-            choices, shapes, Envelope(shapes, model.id, model.fingerprint), wanted, grammars, self._metrics
+            choices, shapes, Envelope(shapes, model.id, model.fingerprint), request, grammars, self._metrics
         )
-        return _Stream(exchange) if wanted.stream else await exchange.whole(request, self._aside)
+        return _Stream(exchange) if request.stream else await exchange.whole(http_request, self._aside)
 
     def _submit(self, jobs: Sequence[Job]) -> list[Ticket]:
         """All of a request's jobs, or none."""
@@ -210,23 +210,23 @@ class _Model:
             raise RequestError("prompt is empty, and this model names no token to start from", "prompt")
         return Prompt(ids or [self._start], text)
 
-    def chat(self, wanted: Wanted) -> tuple[list[int], dict[str, Any]]:
+    def chat(self, request: GenerationRequest) -> tuple[list[int], dict[str, Any]]:
         """Ids of the messages in the model's prompt form, and the options with the form's own ends."""
         messages, answer = (
-            (wanted.messages[:-1], wanted.messages[-1]["content"]) if wanted.go_on else (wanted.messages, None)
+            (request.messages[:-1], request.messages[-1]["content"]) if request.go_on else (request.messages, None)
         )
         ids = self._form.encode(self.tokenizer, messages, open_answer=answer)
-        options = dict(wanted.options)
+        options = dict(request.options)
         if "eos_token_id" not in options:
             options["eos_token_id"] = [*self._ends, *self._form.stop_ids(self.tokenizer)]
-        if wanted.constraint is None:  # in JSON, a form's stop string may be part of a text
+        if request.constraint is None:  # in JSON, a form's stop string may be part of a text
             options["stop_strings"] = [*options["stop_strings"], *self._form.stops]
         return ids, options
 
-    def reader(self, wanted: Wanted) -> Reader | None:
+    def reader(self, request: GenerationRequest) -> Reader | None:
         """What tidies an answer in the model's prompt form; text of a grammar is as it is."""
-        answer = wanted.messages[-1]["content"] if wanted.go_on else None
-        return None if wanted.constraint is not None else self._form.reader(answer)
+        answer = request.messages[-1]["content"] if request.go_on else None
+        return None if request.constraint is not None else self._form.reader(answer)
 
     def grammar(self, constraint: schema.Constraint, options: Any) -> Grammar:
         ends = tuple(options.get("eos_token_id", self._ends))
@@ -236,18 +236,18 @@ class _Model:
 
 
 def _jobs(
-    wanted: Wanted, prompts: Sequence[Prompt], options: Any, grammars: Sequence[Grammar], client: str
+    request: GenerationRequest, prompts: Sequence[Prompt], options: Any, grammars: Sequence[Grammar], client: str
 ) -> list[Job]:
     """One job for each choice; of one seed, the choices are different samples."""
-    own = {**options, "max_new_tokens": wanted.max_tokens}
+    own = {**options, "max_new_tokens": request.max_tokens}
     if own["do_sample"]:
-        own["seed"] = (secrets.randbits(63) if wanted.seed is None else wanted.seed) % 2**64
-    prompt_scores = wanted.top if wanted.echo else None
+        own["seed"] = (secrets.randbits(63) if request.seed is None else request.seed) % 2**64
+    prompt_scores = request.top if request.echo else None
     jobs = []
-    for number in range(len(prompts) * wanted.n):
+    for number in range(len(prompts) * request.n):
         constrained = {"logits_processor": [grammars[number]]} if grammars else {}
-        ids, stream = prompts[number // wanted.n].ids, number % wanted.n
-        jobs.append(Job(ids, own | constrained, client, wanted.top, prompt_scores, stream))
+        ids, stream = prompts[number // request.n].ids, number % request.n
+        jobs.append(Job(ids, own | constrained, client, request.top, prompt_scores, stream))
     return jobs
 
 
@@ -256,7 +256,7 @@ class _Steps:
 
     def __init__(self, choices: Sequence[Choice], receive: Receive, metrics: Metrics | None) -> None:
         self._choices, self._receive, self._metrics = choices, receive, metrics
-        self._queue: asyncio.Queue[tuple[Choice, Step] | Exception | None] = asyncio.Queue()
+        self._queue: asyncio.Queue[tuple[Choice, Update] | Exception | None] = asyncio.Queue()
         self._silent = True
 
     async def __aenter__(self) -> _Steps:
@@ -270,7 +270,7 @@ class _Steps:
         for task in self._tasks:
             task.cancel()
 
-    async def next(self) -> tuple[Choice, Step] | None:
+    async def next(self) -> tuple[Choice, Update] | None:
         """The next step; None after some silence. Raises ClientGone."""
         item = await self._queue.get()
         if isinstance(item, Exception):
@@ -313,19 +313,19 @@ class _Exchange:
         choices: Sequence[Choice],
         shapes: Completions | Chats,
         envelope: Envelope,
-        wanted: Wanted,
+        request: GenerationRequest,
         grammars: Sequence[Grammar],
         metrics: Metrics | None,
     ) -> None:
-        self._choices, self._shapes, self._envelope, self._wanted = choices, shapes, envelope, wanted
+        self._choices, self._shapes, self._envelope, self._request = choices, shapes, envelope, request
         self._grammars, self._metrics = grammars, metrics
 
-    async def whole(self, request: Request, aside: Callable[..., Awaitable[Response]]) -> Response:
+    async def whole(self, http_request: Request, aside: Callable[..., Awaitable[Response]]) -> Response:
         """Everything in one piece. aside: runs a function beside the event loop; a batch of scored prompts takes seconds."""
         texts: list[list[str]] = [[] for _ in self._choices]
         scored: list[Scored] = [[] for _ in self._choices]
         try:
-            async for choice, text, found in self._pieces(request.receive):
+            async for choice, text, found in self._pieces(http_request.receive):
                 if choice is not None:
                     texts[choice.index].append(text)
                     scored[choice.index] += found
@@ -338,11 +338,11 @@ class _Exchange:
             self._shapes.choice(c.index, "".join(text), found if c.top is not None else None, c.finish_reason)
             for c, text, found in zip(self._choices, texts, scored, strict=True)
         ]
-        return JSONResponse(self._envelope.whole(shown, usage(self._choices, self._wanted.n)))
+        return JSONResponse(self._envelope.whole(shown, usage(self._choices, self._request.n)))
 
     async def events(self, receive: Receive) -> AsyncGenerator[bytes, None]:
         """Server-sent events. An error is raised where it comes first, and is an event later."""
-        chunk = self._envelope.chunks(self._wanted.include_usage)
+        chunk = self._envelope.chunks(self._request.include_usage)
         begun, opened = False, set[int]()
         try:
             async with contextlib.aclosing(self._pieces(receive)) as pieces:
@@ -362,8 +362,8 @@ class _Exchange:
                 raise
             yield event(_error_body(error))
             return
-        if self._wanted.include_usage:
-            yield self._envelope.usage(usage(self._choices, self._wanted.n))
+        if self._request.include_usage:
+            yield self._envelope.usage(usage(self._choices, self._request.n))
         yield b"data: [DONE]\n\n"
 
     async def _pieces(self, receive: Receive) -> AsyncGenerator[tuple[Choice | None, str, Scored], None]:
@@ -381,14 +381,14 @@ class _Exchange:
                     running.discard(choice.index)
                 yield choice, *choice.take(step)
 
-    def _check(self, choice: Choice, step: Step) -> None:
+    def _check(self, choice: Choice, step: Update) -> None:
         """Raises NeoxLiteError for an answer that ended otherwise than it should."""
         if step.finish_reason == "error":
             raise RequestError(step.error or "the engine failed", None, "engine_error", 503, "server_error")
         if step.finish_reason == "cancelled":
             raise RequestError("the model was unloaded; ask again", None, "model_not_loaded", 503, "server_error")
         if step.finish_reason and self._grammars and (error := self._grammars[choice.index].error):
-            param = self._wanted.constraint.param if self._wanted.constraint else None
+            param = self._request.constraint.param if self._request.constraint else None
             raise RequestError(f"{param}: given up while the answer was written: {error}", param)
 
 
@@ -419,11 +419,11 @@ class _Stream(Response):
 # Bodies and errors ----------------------------------------------------------------------------------------------------
 
 
-async def _body(request: Request) -> dict[str, Any]:
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+async def _body(http_request: Request) -> dict[str, Any]:
+    kind = http_request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise RequestError(f"the body's Content-Type is {kind[:100]!r}, expected application/json", status=415)
-    return schema.read_json(await request.body())
+    return schema.read_json(await http_request.body())
 
 
 def _short(name: str) -> str:
@@ -458,7 +458,7 @@ def _error_body(error: Exception) -> dict[str, Any]:
     return {"error": {"message": str(known), "type": known.type, "param": known.param, "code": known.code}}
 
 
-async def _failed(request: Request | None, error: Exception) -> Response:
+async def _failed(http_http_request: Request | None, error: Exception) -> Response:
     known = _error_of(error)
     headers = dict(getattr(error, "headers", None) or {})
     if known.status in (429, 503):

@@ -52,7 +52,7 @@ class NotLoaded(NeoxLiteError):
 
 
 @dataclass(frozen=True)
-class Step:
+class Update:
     """One token as it is chosen. text: what it completes, "" where a character or stop string is still open.
 
     score: where the job asked for it. finish_reason: "stop" or "length" with the last one, "cancelled" or "error" (then
@@ -94,7 +94,7 @@ class Ticket:
         self.first_s: float | None = None  # when the first step came, and the last one
         self.last_s: float | None = None
         self._row, self._cancel = row, cancel
-        self._steps: queue.SimpleQueue[Step] = queue.SimpleQueue()
+        self._steps: queue.SimpleQueue[Update] = queue.SimpleQueue()
         self._over = False  # the last step was read
         self._listener: Listener | None = None
 
@@ -102,27 +102,27 @@ class Ticket:
         """End it at the next pass; harmless when it has ended."""
         self._cancel(self)
 
-    def __iter__(self) -> Iterator[Step]:
+    def __iter__(self) -> Iterator[Update]:
         while not self._over:
             yield self._read()
 
-    async def __aiter__(self) -> AsyncIterator[Step]:
-        come = asyncio.Event()
-        self._listener = asyncio.get_running_loop(), come
+    async def __aiter__(self) -> AsyncIterator[Update]:
+        arrived = asyncio.Event()
+        self._listener = asyncio.get_running_loop(), arrived
         while not self._over:
-            come.clear()
+            arrived.clear()
             while not self._over and not self._steps.empty():
                 yield self._read()
             if not self._over:
-                await come.wait()
+                await arrived.wait()
 
-    def _read(self) -> Step:
+    def _read(self) -> Update:
         step = self._steps.get()
         self._over = step.finish_reason is not None
         return step
 
-    def _put(self, step: Step) -> None:
-        """Add a step; who listens is still to be told."""
+    def _put(self, step: Update) -> None:
+        """Add a step; who listens is still to be notified."""
         self.last_s = time.monotonic()
         self.first_s = self.first_s or self.last_s
         self._steps.put(step)
@@ -131,13 +131,13 @@ class Ticket:
 Listener = tuple[asyncio.AbstractEventLoop, asyncio.Event]  # an event loop, and what is set there when there are steps
 
 
-def tell(tickets: Iterable[Ticket]) -> None:
+def notify(tickets: Iterable[Ticket]) -> None:
     """Wake the event loops that wait for steps of these tickets, each once: every call may cost the lock of the interpreter."""
     events: dict[asyncio.AbstractEventLoop, list[asyncio.Event]] = {}
     for ticket in tickets:
         if ticket._listener is not None:
-            loop, come = ticket._listener
-            events.setdefault(loop, []).append(come)
+            loop, arrived = ticket._listener
+            events.setdefault(loop, []).append(arrived)
     for loop, of_loop in events.items():
         with suppress(RuntimeError):  # the loop is closed: nobody listens any more
             loop.call_soon_threadsafe(set_all, of_loop)
@@ -148,7 +148,7 @@ def set_all(events: Iterable[asyncio.Event]) -> None:
         event.set()
 
 
-class Turns:
+class FairQueue:
     """Tickets that wait: clients take turns, and a client's own come first come, first served."""
 
     def __init__(self) -> None:
@@ -197,7 +197,7 @@ class Status:
 
 
 @dataclass(frozen=True)
-class Known:
+class LoadedModel:
     """What is known of a model also while it is idle."""
 
     name: str
@@ -210,11 +210,11 @@ class Known:
     weights: Mapping[str, int]  # bytes by tier
 
     @classmethod
-    def of(cls, name: str, load: Callable[[], GPTNeoXForCausalLM], model: GPTNeoXForCausalLM) -> Known:
+    def of(cls, name: str, load: Callable[[], GPTNeoXForCausalLM], model: GPTNeoXForCausalLM) -> LoadedModel:
         tokenizer = model.tokenizer if model._has_tokenizer else None
         context = model.plan.context if model.plan is not None else model.config.max_position_embeddings
-        known = (model.config, model.generation_config, tokenizer, model.missing_ids)
-        return cls(name, load, *known, context, weights_by_tier(model))
+        loaded = (model.config, model.generation_config, tokenizer, model.missing_ids)
+        return cls(name, load, *loaded, context, weights_by_tier(model))
 
     def row(self, job: Job) -> Row:
         """What the scheduler is to run. Raises what is wrong with the job."""
@@ -259,12 +259,12 @@ class Engine:
         self._idle_s = idle_s
         self._switching = threading.Lock()  # one load or unload at a time
         self._changed = threading.Condition()  # guards what follows
-        self._known: Known | None = None
+        self._loaded: LoadedModel | None = None
         self._model: GPTNeoXForCausalLM | None = None
         self._state = "empty"
         self._name: str | None = None
         self._fault: str | None = None
-        self._queue = Turns()
+        self._queue = FairQueue()
         self._running: dict[Row, Ticket] = {}
         self._cancelled: list[Ticket] = []  # of those running
         self._halted = self._closed = False  # no pass may begin; never again
@@ -290,22 +290,22 @@ class Engine:
         with self._halting():
             if self._closed:
                 raise NotLoaded("the engine is closed; make a new one")
-            self._let_go("loading", name)
+            self._drop_model("loading", name)
             try:
                 model = load()
-                known = Known.of(name, load, model)
+                loaded = LoadedModel.of(name, load, model)
             except BaseException as error:
-                self._let_go("failed", None, sentence(error))
+                self._drop_model("failed", None, sentence(error))
                 raise
             with self._changed:
-                self._model, self._known, self._state = model, known, "ready"
+                self._model, self._loaded, self._state = model, loaded, "ready"
                 self._pace = ReadingPace()
                 self._used_s = time.monotonic()
 
     def unload(self) -> None:
         """Forget the model and return its memory; what runs is cancelled."""
         with self._halting():
-            self._let_go("empty", None)
+            self._drop_model("empty", None)
 
     def close(self) -> None:
         """End everything and the thread."""
@@ -322,7 +322,7 @@ class Engine:
                 self._halted = True
                 self._changed.notify_all()
                 self._changed.wait_for(lambda: not self._serving)
-                self._end_queue(Step("", None, "cancelled"))
+                self._end_queue(Update("", None, "cancelled"))
             try:
                 yield
             finally:
@@ -330,38 +330,38 @@ class Engine:
                     self._halted = False
                     self._changed.notify_all()
 
-    def _let_go(self, state: str, name: str | None, fault: str | None = None) -> None:
+    def _drop_model(self, state: str, name: str | None, fault: str | None = None) -> None:
         with self._changed:
-            self._model = self._known = None
+            self._model = self._loaded = None
             self._state, self._name, self._fault = state, name, fault
             self._cached_tokens = 0
-            self._end_queue(Step("", None, "cancelled"))
+            self._end_queue(Update("", None, "cancelled"))
         return_memory()
 
     # Of the model, also while it is idle; NotLoaded where there is none.
 
     @property
     def tokenizer(self) -> GPTNeoXTokenizerFast:
-        if (tokenizer := self._loaded().tokenizer) is None:
+        if (tokenizer := self._require_loaded().tokenizer) is None:
             raise ArgumentError("this model's folder has no tokenizer; put its tokenizer.json there")
         return tokenizer
 
     @property
     def config(self) -> GPTNeoXConfig:
-        return self._loaded().config
+        return self._require_loaded().config
 
     @property
     def generation_config(self) -> GenerationConfig:
-        return self._loaded().generation_config
+        return self._require_loaded().generation_config
 
     @property
     def context(self) -> int:
         """Tokens that a sequence may hold."""
-        return self._loaded().context
+        return self._require_loaded().context
 
-    def _loaded(self) -> Known:
-        if (known := self._known) is not None:
-            return known
+    def _require_loaded(self) -> LoadedModel:
+        if (loaded := self._loaded) is not None:
+            return loaded
         if self._state == "loading":
             raise NotLoaded(f"{self._name} is being loaded; try again in a moment")
         why = f" ({self._fault})" if self._fault else ""
@@ -371,10 +371,10 @@ class Engine:
 
     def submit(self, job: Job) -> Ticket:
         """Queue a job. Raises Busy, NotLoaded, ContextLengthError, ArgumentError."""
-        known = self._loaded()
-        ticket = Ticket(job, known.row(job), self._cancel)
+        loaded = self._require_loaded()
+        ticket = Ticket(job, loaded.row(job), self._cancel)
         with self._changed:
-            if self._closed or self._known is not known:
+            if self._closed or self._loaded is not loaded:
                 raise NotLoaded("the model was unloaded just now; try again")
             if len(self._queue) + len(self._running) >= self._most:
                 raise Busy(f"{self._most} jobs are running or waiting, as many as the queue holds; try again later")
@@ -384,12 +384,12 @@ class Engine:
 
     def status(self) -> Status:
         with self._changed:
-            scheduler, model, known = self._scheduler, self._model, self._known
+            scheduler, model, loaded = self._scheduler, self._model, self._loaded
             behind = len(scheduler.waiting) if scheduler is not None else 0
             active, waiting = len(self._running) - behind, len(self._queue) + behind
             rate, cached = self._tokens_per_s(), self._cached_tokens
             state, name, fault = self._state, self._name, self._fault
-        memory = dict(known.weights) if known is not None and model is not None else {}
+        memory = dict(loaded.weights) if loaded is not None and model is not None else {}
         if model is not None:
             memory |= cache_by_tier(model)
         if (process := profile.resident()) is not None:
@@ -405,17 +405,17 @@ class Engine:
     def _cancel(self, ticket: Ticket) -> None:
         with self._changed:
             if self._queue.remove(ticket):
-                ticket._put(Step("", None, "cancelled"))
-                tell([ticket])
+                ticket._put(Update("", None, "cancelled"))
+                notify([ticket])
             elif ticket._row in self._running:
                 self._cancelled.append(ticket)
 
-    def _end_queue(self, step: Step) -> None:
+    def _end_queue(self, step: Update) -> None:
         ended = []
         while len(self._queue):
             ended.append(self._queue.get())
             ended[-1]._put(step)
-        tell(ended)
+        notify(ended)
 
     # The thread -------------------------------------------------------------------------------------------------------
 
@@ -473,11 +473,11 @@ class Engine:
 
     def _ready_model(self) -> GPTNeoXForCausalLM | None:
         """The model, loaded again where it is idle; None, and the jobs have ended, where that fails."""
-        known = self._loaded()
+        loaded = self._require_loaded()
         if self._model is None:
             self._state = "loading"
             try:
-                self._model = known.load()
+                self._model = loaded.load()
             except Exception as error:
                 self._fail(error)
                 self._state = "failed"
@@ -494,15 +494,15 @@ class Engine:
             cancelled = [ticket for ticket in cancelled if ticket._row in self._running]
             for ticket in cancelled:
                 scheduler.cancel(ticket._row)
-                self._end(ticket, Step("", None, "cancelled"))
-            tell(cancelled)
+                self._end(ticket, Update("", None, "cancelled"))
+            notify(cancelled)
             while not self._halted and len(self._queue) and len(self._running) < self._sequences:
                 ticket = self._queue.get()
                 self._running[ticket._row] = ticket
                 scheduler.add(ticket._row)
                 if ticket._row.finish_reason:  # it asked for nothing
-                    self._end(ticket, Step("", None, ticket._row.finish_reason))
-                    tell([ticket])
+                    self._end(ticket, Update("", None, ticket._row.finish_reason))
+                    notify([ticket])
         return scheduler.busy
 
     def _deliver(self, changed: list[Row]) -> None:
@@ -519,23 +519,23 @@ class Engine:
                 ticket._put(step)
             else:
                 self._end(ticket, step)
-        tell(tickets)
+        notify(tickets)
 
-    def _step_of(self, row: Row) -> Step:
+    def _step_of(self, row: Row) -> Update:
         """What a row got last."""
         if row.error is not None:
             error, row.error = row.error, None  # its traceback holds on to tensors
             if not isinstance(error, NeoxLiteError):  # what a user could not cause is a fault of the engine
                 self._fault = sentence(error)
                 self._short = self._short or is_short_of_memory(error)
-            return Step("", None, "error", None, sentence(error))
+            return Update("", None, "error", None, sentence(error))
         if row.finish_reason is not None:
             self._fault = None
         if not row.tokens:
-            return Step("", None, row.finish_reason)
-        return Step(row.piece, row.tokens[-1], row.finish_reason, row.score)
+            return Update("", None, row.finish_reason)
+        return Update(row.piece, row.tokens[-1], row.finish_reason, row.score)
 
-    def _end(self, ticket: Ticket, step: Step) -> None:
+    def _end(self, ticket: Ticket, step: Update) -> None:
         with self._changed:
             if self._running.pop(ticket._row, None) is not None:
                 ticket._put(step)
@@ -551,11 +551,11 @@ class Engine:
         """End all jobs with an error."""
         with self._changed:
             self._fault = sentence(error)
-            step = Step("", None, "error", None, self._fault)
+            step = Update("", None, "error", None, self._fault)
             ended = list(self._running.values())
             for ticket in ended:
                 self._end(ticket, step)
-            tell(ended)
+            notify(ended)
             self._end_queue(step)
             if self._model is not None:
                 self._model.forget()

@@ -33,7 +33,7 @@ LIMITS: dict[str, Any] = {
     "max_grammar_size": 100_000,
     "verbose_errors": False,
 }
-MOST_REMAINDERS = 1000  # that the multipleOf of a schema make together; nothing else bounds what they cost
+MAX_REMAINDERS = 1000  # that the multipleOf of a schema make together; nothing else bounds what they cost
 
 
 class Vocabulary:
@@ -143,10 +143,10 @@ def _check_schema(constraint: Constraint) -> None:
         values += value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
     digits = [step.as_tuple().exponent for step in steps]
     decimals = -min([0, *(digit for digit in digits if isinstance(digit, int))])
-    if math.lcm(*(int(step.scaleb(decimals)) for step in steps)) > MOST_REMAINDERS:
+    if math.lcm(*(int(step.scaleb(decimals)) for step in steps)) > MAX_REMAINDERS:
         raise RequestError(
             f"{constraint.param}: multipleOf takes too long; all values of it, without their decimal points, may have a least "
-            f"common multiple of at most {MOST_REMAINDERS}",
+            f"common multiple of at most {MAX_REMAINDERS}",
             constraint.param,
         )
 

@@ -12,8 +12,8 @@ from collections.abc import Callable
 GUESSES = 10  # different wrong keys from one address within WINDOW_S
 WINDOW_S = 60.0
 SESSION_S = 30 * 24 * 3600
-MOST_SESSIONS = 1024
-MOST_ADDRESSES = 4096
+MAX_SESSIONS = 1024
+MAX_ADDRESSES = 4096
 
 
 class Keys:
@@ -42,13 +42,13 @@ class Keys:
     def _recent(self, address: str) -> dict[bytes, float]:
         since, place = self._clock() - WINDOW_S, _network(address)
         recent = {digest: at for digest, at in self._wrong.pop(place, {}).items() if at > since}
-        while len(self._wrong) >= MOST_ADDRESSES:
+        while len(self._wrong) >= MAX_ADDRESSES:
             del self._wrong[next(iter(self._wrong))]
         self._wrong[place] = recent
         return recent
 
     def new_session(self) -> str:
-        while len(self._sessions) >= MOST_SESSIONS:
+        while len(self._sessions) >= MAX_SESSIONS:
             del self._sessions[next(iter(self._sessions))]
         token = secrets.token_urlsafe(32)
         self._sessions[_digest(token)] = self._clock() + SESSION_S

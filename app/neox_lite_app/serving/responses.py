@@ -17,10 +17,10 @@ from neox_lite.generation.sampling import Score
 from neox_lite.tokenizer import StreamDecoder, token_bytes
 
 from ..conversations.prompt_forms import Reader
-from .engine import Step, Ticket
+from .engine import Ticket, Update
 
 KNOWN_TOKENS = 1 << 16
-LEAST = -9999.0  # JSON has no -Infinity; OpenAI writes this
+MIN_LOGPROB = -9999.0  # JSON has no -Infinity; OpenAI writes this
 
 
 class Tokens:
@@ -79,7 +79,7 @@ class Choice:
     def __post_init__(self) -> None:
         self._decoder = StreamDecoder(self.tokenizer, skip_special_tokens=True)
 
-    def take(self, step: Step) -> tuple[str, Scored]:
+    def take(self, step: Update) -> tuple[str, Scored]:
         """What a step adds to the answer: text, and tokens to report."""
         text, scored = ("", []) if self._begun else self._prompt()
         self._begun, self.finish_reason = True, step.finish_reason
@@ -90,7 +90,7 @@ class Choice:
                 self._length += len(self._decoder.put(step.token))
         return text + self._tidy(step), scored
 
-    def _tidy(self, step: Step) -> str:
+    def _tidy(self, step: Update) -> str:
         if self.reader is None:
             return step.text
         text = self.reader.put(step.text)
@@ -187,7 +187,7 @@ class Chats:
 
 
 def _finite(logprob: float | None) -> float | None:
-    return logprob if logprob is None else max(logprob, LEAST)
+    return logprob if logprob is None else max(logprob, MIN_LOGPROB)
 
 
 class Envelope:

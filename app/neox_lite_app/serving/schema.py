@@ -54,7 +54,7 @@ class Constraint:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class GenerationRequest:
     """A request's fields, checked. options: those of the engine's Job that come from the request alone."""
 
     model: str | None
@@ -396,7 +396,7 @@ REPEATED: dict[str, str] = {
 }
 
 
-# From bytes to Wanted -------------------------------------------------------------------------------------------------
+# From bytes to requests -----------------------------------------------------------------------------------------------
 
 
 def read_json(raw: bytes) -> dict[str, Any]:
@@ -464,7 +464,7 @@ def _check(body: Mapping[str, Any], known: Mapping[str, Check]) -> dict[str, Any
     return found
 
 
-def completion(body: Mapping[str, Any]) -> Wanted:
+def completion(body: Mapping[str, Any]) -> GenerationRequest:
     """What a body of POST /v1/completions asks for."""
     given = _check(body, COMPLETION)
     if "prompt" not in given:
@@ -478,7 +478,7 @@ def completion(body: Mapping[str, Any]) -> Wanted:
     prompts = given["prompt"]
     _count_answers(len(prompts), given, "prompt")
     max_tokens = given.get("max_tokens", DEFAULT_MAX_TOKENS)
-    return Wanted(
+    return GenerationRequest(
         **_common(given),
         max_tokens=max_tokens,
         top=given.get("logprobs"),
@@ -487,7 +487,7 @@ def completion(body: Mapping[str, Any]) -> Wanted:
     )
 
 
-def chat(body: Mapping[str, Any]) -> Wanted:
+def chat(body: Mapping[str, Any]) -> GenerationRequest:
     """What a body of POST /v1/chat/completions asks for; max_tokens None: to the end of the context."""
     given = _check(body, CHAT)
     if "messages" not in given:
@@ -506,7 +506,7 @@ def chat(body: Mapping[str, Any]) -> Wanted:
         )
     top = given.get("top_logprobs", 0) if given.get("logprobs") else None
     max_tokens = given.get("max_tokens", limit)
-    return Wanted(**_common(given), max_tokens=max_tokens, top=top, messages=given["messages"], go_on=go_on)
+    return GenerationRequest(**_common(given), max_tokens=max_tokens, top=top, messages=given["messages"], go_on=go_on)
 
 
 def _count_answers(prompts: int, given: Mapping[str, Any], param: str) -> None:
@@ -535,12 +535,12 @@ def _common(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _options(given: Mapping[str, Any]) -> dict[str, Any]:
     """OpenAI's defaults (temperature 1, everything kept) and what the request says, under the engine's names."""
-    wanted = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, **given}
-    sampled = wanted["temperature"] > 0
+    values = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, **given}
+    sampled = values["temperature"] > 0
     options = {
-        ours: wanted[name]
+        ours: values[name]
         for name, (ours, _) in SAMPLING.items()
-        if name in wanted and (sampled or name not in WHEN_SAMPLED)
+        if name in values and (sampled or name not in WHEN_SAMPLED)
     }
     options |= {"do_sample": sampled, "stop_strings": given.get("stop", [])}
     if options.get("top_k") == -1:

@@ -69,13 +69,13 @@ neox.replace = (place, rows, otherwise) => {
 
 // Parts ---------------------------------------------------------------------------------------------------------------
 
-const MOST_SENT = 1000000; // bytes of an event; with what Gradio writes around them, as many as the server takes
+const MAX_SENT = 1000000; // bytes of an event; with what Gradio writes around them, as many as the server takes
 /** Start a part in the element that Gradio made for it. Its `trigger` tells whether the event is sent, or else why not. */
 neox.mount = (kind, element, props, trigger, watch) => neox.parts[kind](element, props, (event, data) => {
   const { size } = new Blob([JSON.stringify(data)]);
-  if (size > MOST_SENT) neox.notice(`These are ${neox.bytes(size)} of text, more than the 1 MB that the page can send; shorten it.`);
+  if (size > MAX_SENT) neox.notice(`These are ${neox.bytes(size)} of text, more than the 1 MB that the page can send; shorten it.`);
   else trigger(event, data);
-  return size <= MOST_SENT;
+  return size <= MAX_SENT;
 }, watch);
 
 const busy = new Set();
@@ -90,7 +90,7 @@ neox.isBusy = (name) => busy.has(name);
 neox.emit = (name, detail) => document.dispatchEvent(new CustomEvent(`neox:${name}`, { detail }));
 neox.on = (name, listener) => document.addEventListener(`neox:${name}`, (event) => listener(event.detail));
 
-/** What the server says in answer to an event: lines of JSON, news by their kinds. Gradio hands over the whole text each
+/** What the server sends in answer to an event: lines of JSON, updates by their kinds. Gradio hands over the whole text each
  *  time, of which only the end is new; its first line is another one for each event, as two may be answered at once. */
 neox.parts.reply = (element, props, trigger, watch) => {
   const seen = new Map(); // first line -> characters read
@@ -100,12 +100,12 @@ neox.parts.reply = (element, props, trigger, watch) => {
     const lines = text.slice(seen.get(first) ?? first.length).split("\n");
     seen.set(first, text.length - lines.pop().length);
     for (const line of lines) {
-      for (const [kind, news] of Object.entries(JSON.parse(line))) neox.emit(`told:${kind}`, news);
+      for (const [kind, update] of Object.entries(JSON.parse(line))) neox.emit(`update:${kind}`, update);
     }
   });
 };
-/** Listen to news of one kind. */
-neox.told = (kind, listener) => neox.on(`told:${kind}`, listener);
+/** Listen to updates of one kind. */
+neox.onUpdate = (kind, listener) => neox.on(`update:${kind}`, listener);
 
 // Views, theme, storage -----------------------------------------------------------------------------------------------
 
@@ -129,8 +129,8 @@ neox.remember = (key, value, store = "localStorage") => {
 
 const dark = window.matchMedia("(prefers-color-scheme: dark)");
 neox.theme = () => {
-  const wish = neox.recall("theme");
-  const on = wish ? wish === "dark" : dark.matches;
+  const chosen = neox.recall("theme");
+  const on = chosen ? chosen === "dark" : dark.matches;
   document.body.classList.toggle("dark", on);
   document.documentElement.style.colorScheme = on ? "dark" : "light";
   neox.emit("theme", on);
@@ -216,9 +216,9 @@ neox.pick = (accept) =>
     input.click();
   });
 
-neox.told("notice", neox.notice);
-neox.told("download", ({ name, type, text }) => neox.download(name, type, text));
-neox.told("prompt", ({ text, note }) =>
+neox.onUpdate("notice", neox.notice);
+neox.onUpdate("download", ({ name, type, text }) => neox.download(name, type, text));
+neox.onUpdate("prompt", ({ text, note }) =>
   neox.dialog("Raw prompt", h("p", { class: "muted" }, note), h("pre", { tabindex: "0", class: "raw" }, text)));
 
 neox.bytes = (count) => {

@@ -1,10 +1,10 @@
 // The chat: the list of conversations, the turns of one, the answer that streams in, and the box to write in.
 "use strict";
 
-/** The conversation that this browser tab shows. system: null until the server has told it. */
+/** The conversation that this browser tab shows. system: null until the server has sent it. */
 const shown = { id: "", system: null, form: "auto" };
-/** What every event of the chat says. */
-const said = (more = {}) => ({ conversation: shown.id, system: shown.system, form: shown.form, settings: neox.settings(), ...more });
+/** What every event of the chat carries. */
+const payload = (more = {}) => ({ conversation: shown.id, system: shown.system, form: shown.form, settings: neox.settings(), ...more });
 const show = (id, system) => {
   Object.assign(shown, { id, system });
   neox.remember("conversation", id, "sessionStorage");
@@ -27,7 +27,7 @@ neox.parts.conversations = (element, props, trigger) => {
     const file = await neox.pick(".json,.md,.markdown,application/json,text/markdown");
     if (!file) return;
     if (file.size > 900000) neox.notice(`${file.name}: ${neox.bytes(file.size)}, more than the 0.9 MB that the page can import.`);
-    else trigger("import", said({ name: file.name, text: await file.text() }));
+    else trigger("import", payload({ name: file.name, text: await file.text() }));
   };
   element.append(
     h("div", { class: "panel-head" }, h("h2", {}, "Conversations"),
@@ -37,11 +37,11 @@ neox.parts.conversations = (element, props, trigger) => {
   );
   const rename = async (entry) => {
     const title = await neox.ask("Rename the conversation", { value: entry.title, action: "Rename" });
-    if (title !== null) trigger("rename", said({ id: entry.id, title }));
+    if (title !== null) trigger("rename", payload({ id: entry.id, title }));
   };
   const remove = async (entry) => {
     if (!(await neox.ask(`Delete “${entry.title}”?`, { action: "Delete" }))) return;
-    trigger("delete", said({ id: entry.id }));
+    trigger("delete", payload({ id: entry.id }));
     if (entry.id === shown.id) open(unused(), "");
   };
   const when = (iso) => {
@@ -65,7 +65,7 @@ neox.parts.conversations = (element, props, trigger) => {
   };
   neox.on("new", () => { neox.go("chat"); neox.toggleIfNarrow("conversations"); open(unused(), ""); });
   neox.on("shown", draw);
-  neox.told("conversations", (found) => {
+  neox.onUpdate("conversations", (found) => {
     if (found.read < listed.read) return;
     listed = found;
     draw();
@@ -83,7 +83,7 @@ neox.parts.transcript = (element, props, trigger) => {
   const aloud = h("div", { class: "offscreen", "aria-live": "polite" });
   const foot = h("button", { type: "button", class: "to-end", hidden: true, click: () => end(true) }, "↓ Newest");
   const title = h("h2", { class: "conversation-title" });
-  const exportAs = (kind) => trigger("export", said({ kind }));
+  const exportAs = (kind) => trigger("export", payload({ kind }));
   const menu = h("details", { class: "menu" },
     h("summary", { class: "tool", "aria-label": "Export", title: "Export" }, neox.icon("save")),
     h("div", { class: "sheet" },
@@ -94,7 +94,7 @@ neox.parts.transcript = (element, props, trigger) => {
   element.append(
     h("div", { class: "chat-head" },
       neox.tool("list", "Conversations", () => neox.toggle("conversations"), { id: "nx-open-conversations" }),
-      title, neox.tool("code", "Raw prompt", () => trigger("raw", said())), menu),
+      title, neox.tool("code", "Raw prompt", () => trigger("raw", payload())), menu),
     scroll, foot, aloud);
 
   // Stay at the end while it grows, unless the reader has scrolled up.
@@ -105,8 +105,8 @@ neox.parts.transcript = (element, props, trigger) => {
     foot.hidden = following;
   });
 
-  let view = { turns: [], read: 0 }; // the conversation as the server told it last
-  let asked = null; // a wish that the server has not answered yet: {wish, text of a message, id of an edited one}
+  let view = { turns: [], read: 0 }; // the conversation as the server sent it last
+  let asked = null; // what the server has not answered yet: {request: its id, text of a message, id of an edited one}
   let live = null; // the answer that streams in
   let halting = false; // it is to be stopped as soon as there is one
   const coming = new Map(); // answer -> what has streamed in of it
@@ -115,10 +115,10 @@ neox.parts.transcript = (element, props, trigger) => {
   const act = (name, id, more = {}) => {
     if (neox.isBusy("chat")) return;
     following = true;
-    const wish = unused();
-    if (!trigger(name, said({ id, wish, ...more }))) return;
+    const request = unused();
+    if (!trigger(name, payload({ id, request, ...more }))) return;
     if (name === "switch") return;
-    asked = { wish, edited: name === "edit" && id };
+    asked = { request, edited: name === "edit" && id };
     if (document.activeElement.closest(".turn-tools")) scroll.focus({ preventScroll: true }); // they are hidden meanwhile
     neox.setBusy("chat", true);
   };
@@ -204,7 +204,7 @@ neox.parts.transcript = (element, props, trigger) => {
         : h("button", { type: "button", class: "button primary", click: () => neox.go("model") }, "Choose a model"));
   };
 
-  neox.told("answer", ({ id, text, end: ended }) => {
+  neox.onUpdate("answer", ({ id, text, end: ended }) => {
     coming.set(id, (coming.get(id) || "") + text);
     if (live?.id !== id) return;
     live.prose.add(text);
@@ -223,15 +223,15 @@ neox.parts.transcript = (element, props, trigger) => {
   });
   neox.on("stop", (place) => { halting = place === "chat" && !live; });
   neox.on("asked", (message) => { asked = message; following = true; draw(); });
-  neox.told("refused", ({ wish }) => { if (asked?.wish === wish) { asked = null; draw(); } });
+  neox.onUpdate("refused", ({ request }) => { if (asked?.request === request) { asked = null; draw(); } });
   neox.on("shown", () => {
     if (view.id === shown.id) return;
     [view, asked, following] = [{ id: shown.id, turns: [], read: 0 }, null, true];
     draw();
   });
-  neox.told("transcript", (value) => {
+  neox.onUpdate("transcript", (value) => {
     if (value.asked !== shown.id) return; // another conversation is shown by now
-    if (asked?.wish === value.wish) {
+    if (asked?.request === value.request) {
       edits.delete(asked?.edited);
       asked = null;
     }
@@ -253,7 +253,7 @@ const fitHeight = (area, most) => {
 /** The system text and the prompt form. */
 neox.parts.about = (element, props, trigger) => {
   const area = h("textarea", { id: "nx-system-text", rows: "2", "aria-describedby": "nx-system-hint",
-    input: () => { shown.system = area.value; fitHeight(area, 200); }, change: () => trigger("keep", said()) });
+    input: () => { shown.system = area.value; fitHeight(area, 200); }, change: () => trigger("keep", payload()) });
   const form = h("select", { id: "nx-form", change: () => { shown.form = form.value; } },
     ...props.forms.map(([label, value]) => h("option", { value }, label)));
   element.append(h("details", { class: "about", toggle: () => fitHeight(area, 200) }, h("summary", {}, "System text and prompt form"),
@@ -268,7 +268,7 @@ neox.parts.composer = (element, props, trigger) => {
   const send = h("button", { type: "button", class: "send", "aria-label": "Send", title: "Send (Enter)", click: () => go() }, neox.icon("send"));
   const stop = h("button", { type: "button", class: "stop", "aria-label": "Stop", title: "Stop (Esc)", click: () => neox.emit("stop", "chat") }, neox.icon("stop"));
   element.append(h("div", { class: "composer" }, area, send, stop));
-  let sent = null; // the message that the server has not answered yet: {text, wish}
+  let sent = null; // the message that the server has not answered yet: {text, request}
   const keep = () => neox.remember("draft", together(), "sessionStorage");
   const together = () => [sent?.text, area.value].filter(Boolean).join("\n");
   const write = (text) => {
@@ -279,10 +279,10 @@ neox.parts.composer = (element, props, trigger) => {
     const text = area.value;
     if (!text.trim() || neox.isBusy("chat")) return;
     neox.notice("");
-    const wish = unused();
-    if (!trigger("send", said({ text, wish }))) return;
+    const request = unused();
+    if (!trigger("send", payload({ text, request }))) return;
     write("");
-    sent = { text, wish };
+    sent = { text, request };
     keep();
     neox.emit("asked", sent);
   };
@@ -293,7 +293,7 @@ neox.parts.composer = (element, props, trigger) => {
       go();
     }
   });
-  neox.on("stop", (view) => view === "chat" && trigger("stop", said()));
+  neox.on("stop", (view) => view === "chat" && trigger("stop", payload()));
   neox.on("lost", () => { back(); neox.emit("asked", null); });
   neox.on("view", (view) => view === "chat" && setTimeout(() => area.focus({ preventScroll: true })));
   // What could not be sent stands in the box again, before what was written there meanwhile; a reload keeps it.
@@ -302,9 +302,9 @@ neox.parts.composer = (element, props, trigger) => {
     sent = null;
     keep();
   };
-  neox.told("refused", ({ wish }) => { if (sent?.wish === wish) back(); });
-  neox.told("transcript", ({ wish }) => {
-    if (sent?.wish !== wish) return;
+  neox.onUpdate("refused", ({ request }) => { if (sent?.request === request) back(); });
+  neox.onUpdate("transcript", ({ request }) => {
+    if (sent?.request !== request) return;
     sent = null;
     keep();
   });

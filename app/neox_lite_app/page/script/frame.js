@@ -135,7 +135,7 @@ neox.parts.status = (element, props, trigger) => {
     queue.value.textContent = `${status.active} running, ${status.waiting} waiting`;
     if (!used.value.dataset.mine && status.context) used.value.textContent = `0 of ${status.context.toLocaleString("en")}`;
   };
-  neox.told("meter", (meter) => {
+  neox.onUpdate("meter", (meter) => {
     used.value.dataset.mine = "yes";
     used.value.textContent = `${meter.used.toLocaleString("en")} of ${meter.context.toLocaleString("en")}`;
     used.element.classList.toggle("full", meter.used > 0.9 * meter.context);
@@ -159,7 +159,7 @@ neox.parts.status = (element, props, trigger) => {
     model.replaceChildren(h("span", { class: "dot failed" }), gone ? "No answer from neox-lite; is it still running?" : "neox-lite is slow to answer");
     if (gone) neox.emit("lost");
   };
-  neox.told("status", (status) => {
+  neox.onUpdate("status", (status) => {
     clearTimeout(missing);
     missing = null;
     element.classList.remove("lost");

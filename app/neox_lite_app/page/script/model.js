@@ -2,11 +2,11 @@
 "use strict";
 
 neox.parts.models = (element, props, trigger) => {
-  const loaded = h("div", {}), work = h("div", { "aria-live": "polite" }), shelf = h("div"), family = h("div");
+  const loaded = h("div", {}), work = h("div", { "aria-live": "polite" }), local = h("div"), family = h("div");
   const path = h("input", { type: "text", id: "nx-path", placeholder: "/path/to/folder or owner/model", "aria-label": "Folder or hub id", spellcheck: "false", autocomplete: "off" });
   element.append(h("div", { class: "models" },
     loaded, work,
-    h("section", {}, h("h2", {}, "On this computer"), shelf),
+    h("section", {}, h("h2", {}, "On this computer"), local),
     h("section", {}, h("h2", {}, "Another one"),
       h("form", { class: "path", submit: (event) => { event.preventDefault(); if (path.value.trim()) start("start", path.value.trim()); } },
         path, h("button", { type: "submit", class: "button" }, "Load"))),
@@ -33,7 +33,7 @@ neox.parts.models = (element, props, trigger) => {
   const quantize = (model, name, formats) => formats.map((format) =>
     action(format, () => start("quantize", model, format), false, `Quantize ${name} to ${format}`));
 
-  const drawShelf = (models, formats) => shelf.replaceChildren(h("ul", { class: "cards" }, ...models.map((model) =>
+  const drawLocal = (models, formats) => local.replaceChildren(h("ul", { class: "cards" }, ...models.map((model) =>
     h("li", { class: `card${model.demo ? " demo" : ""}` },
       h("div", { class: "what" }, h("h3", {}, model.name), h("p", { class: "muted" }, model.about),
         model.problem ? h("p", { class: "problem" }, model.problem) : badge(model.plan)),
@@ -97,8 +97,8 @@ neox.parts.models = (element, props, trigger) => {
     version = fresh;
     trigger("list", {});
   });
-  neox.told("models", ({ shelf: models, family: members, formats }) => {
-    drawShelf(models, formats);
+  neox.onUpdate("models", ({ local: models, family: members, formats }) => {
+    drawLocal(models, formats);
     drawFamily(members);
   });
   neox.on("view", (view) => { if (view === "model") { version = null; neox.poll?.(); } });

@@ -81,12 +81,12 @@ neox.parts.notebook = (element, props, trigger) => {
     if (show.checked) append(spans);
   };
 
-  neox.told("completion", (news) => {
+  neox.onUpdate("completion", (update) => {
     if (!now) return;
     now.begin ??= now.at;
-    if (news.text) put(news.text);
-    if (news.spans) scored(news.spans);
-    if (news.end) {
+    if (update.text) put(update.text);
+    if (update.spans) scored(update.spans);
+    if (update.end) {
       const { mode, at, begin } = now;
       if (mode !== "score" && at === begin) history.pop();
       now = null;
@@ -94,7 +94,7 @@ neox.parts.notebook = (element, props, trigger) => {
       area.readOnly = false;
       undo.disabled = !history.length;
       keep();
-      if (mode === "score" && news.end !== "error") show.checked = true;
+      if (mode === "score" && update.end !== "error") show.checked = true;
       view();
       if (!show.checked) {
         area.focus({ preventScroll: true });
@@ -128,7 +128,7 @@ neox.parts.notebook = (element, props, trigger) => {
     run(event.shiftKey ? "cursor" : "end");
   });
   neox.on("stop", (name) => name === "notebook" && trigger("stop", {}));
-  neox.on("lost", () => { trigger("stop", {}); neox.emit("told:completion", { end: "error" }); });
+  neox.on("lost", () => { trigger("stop", {}); neox.emit("update:completion", { end: "error" }); });
 
   // Probabilities -------------------------------------------------------------------------------------------------------
 
