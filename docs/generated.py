@@ -42,8 +42,9 @@ CLASSES = (
     neox_lite.GPTNeoXConfig,
 )
 # What a model has for those who run it step by step or place it themselves; its users need none of it.
-INTERNAL = {"base_model", "blocks", "compute_dtype", "first_pages", "launch", "lend", "missing_ids", "new_pool", "ops"}
-INTERNAL |= {"rebind", "run_layers", "runner", "step", "tie_weights", "train", "activation", "backend_tokenizer"}
+INTERNAL = {"acquire_prefix_cache", "base_model", "blocks", "compute_dtype", "first_pages", "launch", "padding_ids"}
+INTERNAL |= {"new_pool", "ops", "rebind", "run_layers", "runner", "step", "tie_weights", "train", "activation"}
+INTERNAL |= {"backend_tokenizer"}
 
 
 # The family -----------------------------------------------------------------------------------------------------------

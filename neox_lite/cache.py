@@ -1,12 +1,11 @@
-"""The paged KV cache: a pool of pages, sequences that share them, and the batch that one forward pass works on.
+"""The paged KV cache: a pool of pages, block tables that share them, and the batch that one forward pass works on.
 
 Knows no model: keys and values come and go as tensors; a page number means the same page in every layer's storage.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from collections.abc import Sequence as List
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from weakref import WeakMethod
 
@@ -16,13 +15,13 @@ from torch import Tensor
 from .errors import ArgumentError, CacheError
 from .units import PAGE
 
-KEPT = 64  # sequences that a PrefixCache holds at most
+MAX_ENTRIES = 64  # of a PrefixCache
 TOP = 127  # largest int8 code; -128 is left out, so that the codes of x and -x are each other's negatives
 
 
 @dataclass(eq=False)
-class Sequence:
-    """A list of pages and how many tokens of them are filled. Made, shared, cut and freed by its pool only."""
+class BlockTable:
+    """The pages of one sequence, and how many tokens of them are filled. Its pool alone makes, shares, cuts and frees it."""
 
     pages: list[int] = field(default_factory=list)
     length: int = 0
@@ -30,12 +29,12 @@ class Sequence:
 
 
 class PagePool:
-    """Keys and values of all layers in pages of 128 tokens, handed out to sequences and counted by reference.
+    """Keys and values of all layers in pages of 128 tokens, handed out to block tables and counted by reference.
 
     storage[layer] is (pages, 2, heads, 128, head_dim) in `dtype` on that layer's device; index 0 holds keys, 1 values.
     Where dtype is int8, storage holds codes and scales[layer], (pages, 2, heads, 128) float16, what one code of a token's
     head stands for; else scales is []. The pool doubles as it fills, up to `limit` pages; then CacheError. Before it grows or
-    fails, `reclaim` is told how many free pages are wanted and may free sequences that nobody waits for.
+    fails, it calls `reclaim` with the number of free pages it needs; that may free block tables which nobody waits for.
     """
 
     def __init__(
@@ -43,7 +42,7 @@ class PagePool:
         heads: int,
         head_dim: int,
         dtype: torch.dtype,
-        devices: List[torch.device],
+        devices: Sequence[torch.device],
         pages: int = 0,
         limit: int | None = None,
     ) -> None:
@@ -76,63 +75,65 @@ class PagePool:
     def nbytes(self) -> int:
         return sum(s.nbytes for s in (*self.storage, *self.scales))
 
-    def new(self) -> Sequence:
-        return Sequence()
+    def new(self) -> BlockTable:
+        return BlockTable()
 
-    def reserve(self, sequence: Sequence, count: int) -> None:
-        """Make room for `count` more tokens, so that the pages they land in belong to this sequence alone."""
-        self._alive(sequence)
-        self._trim(sequence)
-        used = sequence.length % PAGE
-        new = -(-(sequence.length + count) // PAGE) - len(sequence.pages)
-        if self.wanted(sequence, count) > len(self._free) and self.reclaim is not None:
-            self.reclaim(self.wanted(sequence, count))
-        if (lacking := self.wanted(sequence, count) - len(self._free)) > 0:
+    def reserve(self, block_table: BlockTable, count: int) -> None:
+        """Make room for `count` more tokens, so that the pages they land in belong to this block table alone."""
+        self._alive(block_table)
+        self._trim(block_table)
+        used = block_table.length % PAGE
+        new = -(-(block_table.length + count) // PAGE) - len(block_table.pages)
+        if self.wanted(block_table, count) > len(self._free) and self.reclaim is not None:
+            self.reclaim(self.wanted(block_table, count))
+        if (lacking := self.wanted(block_table, count) - len(self._free)) > 0:
             self._grow(self.pages + lacking)
-        if self.wanted(sequence, count) > new:  # copy on write
-            old, copy = sequence.pages[-1], self._take()
+        if self.wanted(block_table, count) > new:  # copy on write
+            old, copy = block_table.pages[-1], self._take()
             for s in (*self.storage, *self.scales):
                 s[copy, :, :, :used] = s[old, :, :, :used]
             self._drop(old)
-            sequence.pages[-1] = copy
-        sequence.pages += [self._take() for _ in range(new)]
+            block_table.pages[-1] = copy
+        block_table.pages += [self._take() for _ in range(new)]
 
-    def wanted(self, sequence: Sequence, count: int) -> int:
+    def wanted(self, block_table: BlockTable, count: int) -> int:
         """Pages that `reserve` would take, with the one for a copy where others hold the page that is written to."""
-        filled, used = divmod(sequence.length, PAGE)
-        new = -(-(sequence.length + count) // PAGE) - filled - (used > 0)
-        return new + (count > 0 and used > 0 and self._users[sequence.pages[filled]] > 1)
+        filled, used = divmod(block_table.length, PAGE)
+        new = -(-(block_table.length + count) // PAGE) - filled - (used > 0)
+        return new + (count > 0 and used > 0 and self._users[block_table.pages[filled]] > 1)
 
     @property
     def room(self) -> float:
         """Pages that are free, or that the pool may grow by; without a limit, infinitely many."""
         return self.free_pages + (float("inf") if self.limit is None else self.limit - self.pages)
 
-    def fork(self, sequence: Sequence) -> Sequence:
-        """A second sequence with the same tokens; the pages are shared until one of the two writes to them."""
-        self._alive(sequence)
-        self._trim(sequence)
-        for page in sequence.pages:
+    def fork(self, block_table: BlockTable) -> BlockTable:
+        """A second block table with the same tokens; both share the pages until one of them writes."""
+        self._alive(block_table)
+        self._trim(block_table)
+        for page in block_table.pages:
             self._users[page] += 1
-        return Sequence(list(sequence.pages), sequence.length)
+        return BlockTable(list(block_table.pages), block_table.length)
 
-    def truncate(self, sequence: Sequence, length: int) -> None:
-        """Forget all tokens from `length` on."""
-        self._alive(sequence)
-        if not 0 <= length <= sequence.length:
-            raise ArgumentError(f"length is {length}, expected 0 to {sequence.length}, the tokens the sequence holds")
-        sequence.length = length
-        self._trim(sequence)
+    def truncate(self, block_table: BlockTable, length: int) -> None:
+        """Drop all tokens from `length` on."""
+        self._alive(block_table)
+        if not 0 <= length <= block_table.length:
+            raise ArgumentError(
+                f"length is {length}, expected 0 to {block_table.length}, the tokens the sequence holds"
+            )
+        block_table.length = length
+        self._trim(block_table)
 
-    def free(self, sequence: Sequence) -> None:
-        """Give all pages back; the sequence cannot be used again."""
-        self._alive(sequence)
-        sequence.length = 0
-        self._trim(sequence)
-        sequence.freed = True
+    def free(self, block_table: BlockTable) -> None:
+        """Give all pages back; the block table cannot be used again."""
+        self._alive(block_table)
+        block_table.length = 0
+        self._trim(block_table)
+        block_table.freed = True
 
     def write(self, layer: int, batch: Batch, keys: Tensor, values: Tensor) -> None:
-        """Store keys and values (tokens, heads, head_dim) of the batch's tokens where its sequences reserved room."""
+        """Store keys and values (tokens, heads, head_dim) of the batch's tokens where its block tables reserved room."""
         storage = self.storage[layer]
         pages, slots = batch.pages.to(storage.device), batch.slots.to(storage.device)
         for i, vectors in enumerate((keys, values)):
@@ -140,26 +141,26 @@ class PagePool:
                 vectors, self.scales[layer][pages, i, :, slots] = quantize(vectors)
             storage[pages, i, :, slots] = vectors.to(storage.dtype)
 
-    def read(self, layer: int, sequence: Sequence, length: int) -> tuple[Tensor, Tensor]:
-        """Keys and values (heads, length, head_dim) of the sequence's first tokens: in the pool's dtype, int8 as float32."""
-        self._alive(sequence)
+    def read(self, layer: int, block_table: BlockTable, length: int) -> tuple[Tensor, Tensor]:
+        """Keys and values (heads, length, head_dim) of the first tokens: in the pool's dtype, int8 as float32."""
+        self._alive(block_table)
         storage = self.storage[layer]
-        numbers = torch.tensor(sequence.pages[: -(-length // PAGE)], dtype=torch.long, device=storage.device)
+        numbers = torch.tensor(block_table.pages[: -(-length // PAGE)], dtype=torch.long, device=storage.device)
         pages = storage[numbers]
         if self.scales:
             pages = pages * self.scales[layer][numbers].float().unsqueeze(-1)
         both = pages.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :length]  # (2, heads, length, head_dim)
         return both[0], both[1]
 
-    def _alive(self, sequence: Sequence) -> None:
-        if sequence.freed:
+    def _alive(self, block_table: BlockTable) -> None:
+        if block_table.freed:
             raise CacheError("the sequence was freed; make a new one")
 
-    def _trim(self, sequence: Sequence) -> None:
-        keep = -(-sequence.length // PAGE)
-        for page in sequence.pages[keep:]:
+    def _trim(self, block_table: BlockTable) -> None:
+        keep = -(-block_table.length // PAGE)
+        for page in block_table.pages[keep:]:
             self._drop(page)
-        del sequence.pages[keep:]
+        del block_table.pages[keep:]
 
     def _take(self) -> int:
         page = self._free.pop()
@@ -195,91 +196,94 @@ class PagePool:
 
 
 @dataclass(eq=False)
-class Kept:
-    """A sequence to begin others with: its ids (tokens,) int64, and the logits that followed the first `prompt` of them."""
+class PrefixEntry:
+    """A cached prefix: its ids (tokens,) int64, and the logits (vocabulary,) that followed the first `prompt` of them."""
 
     ids: Tensor
-    sequence: Sequence
+    block_table: BlockTable
     prompt: int
     logits: Tensor | None
 
 
 class PrefixCache:
-    """Sequences that outlive the call that made them, so that a prompt which begins like one is not computed again.
+    """Block tables of finished sequences, so that a prompt with the same prefix computes only what follows it.
 
-    Kept sequences hold at most `budget` pages of the pool, those they share counted once; the least recently used goes first,
-    also where live sequences need more pages than the budget, or the pool, has left. With a budget of 0 nothing is kept.
+    Entries hold at most `budget` pages of the pool; a page that several share counts once. The least recently used entry is
+    evicted first, also where running sequences need more pages than the pool has left. With a budget of 0 it stays empty.
     """
 
     def __init__(self, pool: PagePool, budget: int) -> None:
         self.pool, self.budget = pool, budget
-        self._kept: list[Kept] = []  # the one used last is last
-        # A strong reference would keep pool and cache alive until the garbage collector runs.
-        give_up = WeakMethod(self.give_up)
-        pool.reclaim = lambda wanted: (call := give_up()) and call(wanted)
+        self._entries: list[PrefixEntry] = []  # least recently used first
+        # A strong reference would make a cycle, and only the garbage collector would free the pool's memory.
+        evict = WeakMethod(self.evict)
+        pool.reclaim = lambda wanted: (call := evict()) and call(wanted)
 
-    def take(self, ids: List[int] | Tensor, live: Iterable[Kept] = ()) -> tuple[Sequence, Tensor | None]:
-        """A sequence with the longest known beginning of ids, and the logits after the last of ids where those are known.
+    def match_prefix(
+        self, ids: Sequence[int] | Tensor, live: Iterable[PrefixEntry] = ()
+    ) -> tuple[BlockTable, Tensor | None]:
+        """Fork the longest cached prefix of ids -> its block table, and the logits after the last of ids or None.
 
-        Without known logits, at least one id is left to compute. live: sequences at work, which count as known too.
+        Without logits the prefix is at least one id shorter than ids. live: running sequences, searched like entries.
         """
         wanted = torch.as_tensor(ids)
-        known = [*self._kept, *live]
+        known = [*self._entries, *live]
         lengths = [common_length(wanted, one.ids) for one in known]
         for one, length in zip(known, lengths, strict=True):
             if one.logits is not None and length == len(ids) == one.prompt:
-                return self._fork(one, length), copied(one.logits)  # a caller's processor may write to them
+                # A copy, because a caller's processor may write to it.
+                return self._fork(one, length), copied(one.logits)
         best = max(range(len(known)), key=lambda i: lengths[i], default=None)
         if best is None or (length := min(lengths[best], len(ids) - 1)) == 0:
             return self.pool.new(), None
         return self._fork(known[best], length), None
 
-    def keep(self, ids: Tensor, sequence: Sequence, prompt: int = 0, logits: Tensor | None = None) -> None:
-        """Take over a sequence and its ids (tokens,); logits (vocabulary,), if given, followed the first `prompt` of them."""
-        if not self.budget or not sequence.length:
-            self.pool.free(sequence)
+    def insert(self, ids: Tensor, block_table: BlockTable, prompt: int = 0, logits: Tensor | None = None) -> None:
+        """Take over the block table of ids (tokens,); logits (vocabulary,), if given, followed the first `prompt` of them."""
+        if not self.budget or not block_table.length:
+            self.pool.free(block_table)
             return
-        for i in reversed(range(len(self._kept))):
-            if torch.equal(self._kept[i].ids, ids):
+        for i in reversed(range(len(self._entries))):
+            if torch.equal(self._entries[i].ids, ids):
                 self._drop(i)
-        self._kept.append(Kept(ids.clone(), sequence, prompt, logits))
-        while len(self._kept) > KEPT or self.pages > self.budget:
+        self._entries.append(PrefixEntry(ids.clone(), block_table, prompt, logits))
+        while len(self._entries) > MAX_ENTRIES or self.pages > self.budget:
             self._drop(0)
 
     @property
     def pages(self) -> int:
-        """Pages that kept sequences hold."""
-        return len({page for kept in self._kept for page in kept.sequence.pages})
+        """Pages that entries hold."""
+        return len({page for entry in self._entries for page in entry.block_table.pages})
 
-    def tokens(self, live: Iterable[Sequence] = ()) -> int:
-        """Tokens in the cache, of kept sequences and of those at work, counted once where they share pages."""
+    def tokens(self, live: Iterable[BlockTable] = ()) -> int:
+        """Tokens in the pages of all entries and of `live`; those of a shared page count once."""
         filled: dict[int, int] = {}
-        for sequence in [*(kept.sequence for kept in self._kept), *live]:
-            for i, page in enumerate(sequence.pages):
-                filled[page] = max(filled.get(page, 0), min(PAGE, sequence.length - i * PAGE))
+        for block_table in [*(entry.block_table for entry in self._entries), *live]:
+            for i, page in enumerate(block_table.pages):
+                filled[page] = max(filled.get(page, 0), min(PAGE, block_table.length - i * PAGE))
         return sum(filled.values())
 
-    def give_up(self, wanted: int) -> None:
-        """Free kept sequences, until `wanted` pages are free or the pool may grow by what is lacking."""
-        while self._kept and self.pool.pages + max(0, wanted - self.pool.free_pages) > self.budget:
+    def evict(self, wanted: int) -> None:
+        """Drop entries until `wanted` pages are free, or the pool may grow by what is missing."""
+        while self._entries and self.pool.pages + max(0, wanted - self.pool.free_pages) > self.budget:
             self._drop(0)
 
     def clear(self) -> None:
-        """Free all kept sequences."""
-        while self._kept:
+        """Drop all entries."""
+        while self._entries:
             self._drop(0)
 
-    def _fork(self, known: Kept, length: int) -> Sequence:
-        """The first tokens of a sequence; if it is a kept one, it is now the one used last."""
-        if known in self._kept:
-            self._kept.remove(known)
-            self._kept.append(known)
-        fork = self.pool.fork(known.sequence)
+    def _fork(self, known: PrefixEntry, length: int) -> BlockTable:
+        """A block table of the first `length` tokens; an entry becomes the most recently used."""
+        if known in self._entries:
+            self._entries.remove(known)
+            self._entries.append(known)
+        fork = self.pool.fork(known.block_table)
         self.pool.truncate(fork, length)
         return fork
 
     def _drop(self, i: int) -> None:
-        self.pool.free(self._kept.pop(i).sequence)
+        self.pool.free(self._entries.pop(i).block_table)
 
 
 def copied(x: Tensor) -> Tensor:
@@ -288,7 +292,7 @@ def copied(x: Tensor) -> Tensor:
 
 
 def common_length(a: Tensor, b: Tensor) -> int:
-    """How many ids two sequences (tokens,) begin with in common."""
+    """Length of the common prefix of two lists of ids (tokens,)."""
     length = min(len(a), len(b))
     different = a[:length].numpy() != b[:length].numpy()
     return int(different.argmax()) if different.any() else length
@@ -311,11 +315,11 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
 class Batch:
     """The tokens of one forward pass, sequence after sequence, without padding.
 
-    Tokens offsets[i]:offsets[i + 1] belong to sequences[i] and follow its starts[i] cached tokens. For each token:
+    Tokens offsets[i]:offsets[i + 1] belong to block_tables[i] and follow its starts[i] cached tokens. For each token:
     positions (tokens,) int64 is its rotary position, pages and slots (tokens,) int64 where its key and value go.
     """
 
-    sequences: tuple[Sequence, ...]
+    block_tables: tuple[BlockTable, ...]
     starts: tuple[int, ...]
     offsets: tuple[int, ...]
     positions: Tensor
@@ -324,51 +328,51 @@ class Batch:
 
     @classmethod
     def reserve(
-        cls, pool: PagePool, sequences: List[Sequence], counts: List[int], positions: Tensor | None = None
+        cls, pool: PagePool, block_tables: Sequence[BlockTable], counts: Sequence[int], positions: Tensor | None = None
     ) -> Batch:
-        """Reserve room for counts[i] more tokens of each sequence, or on CacheError for none.
+        """Reserve room for counts[i] more tokens in each block table, or on CacheError for none.
 
-        positions default to the places in the sequence.
+        positions default to the places in the block table.
         """
         offsets, pages, slots = [0], [], []
         try:
-            for sequence, count in zip(sequences, counts, strict=True):
-                pool.reserve(sequence, count)
+            for block_table, count in zip(block_tables, counts, strict=True):
+                pool.reserve(block_table, count)
         except CacheError:
-            for sequence in sequences:
-                pool._trim(sequence)
+            for block_table in block_tables:
+                pool._trim(block_table)
             raise
-        for sequence, count in zip(sequences, counts, strict=True):
-            places = range(sequence.length, sequence.length + count)
-            pages += [sequence.pages[p // PAGE] for p in places]
+        for block_table, count in zip(block_tables, counts, strict=True):
+            places = range(block_table.length, block_table.length + count)
+            pages += [block_table.pages[p // PAGE] for p in places]
             slots += [p % PAGE for p in places]
             offsets.append(offsets[-1] + count)
-        starts = tuple(s.length for s in sequences)
+        starts = tuple(s.length for s in block_tables)
         if positions is None:
             positions = torch.tensor([s + i for s, n in zip(starts, counts, strict=True) for i in range(n)])
         where = torch.tensor([pages, slots], dtype=torch.long)  # (2, tokens)
-        return cls(tuple(sequences), starts, tuple(offsets), positions.long(), where[0], where[1])
+        return cls(tuple(block_tables), starts, tuple(offsets), positions.long(), where[0], where[1])
 
     def commit(self) -> None:
         """Count the tokens as cached: called once every layer has written them."""
-        for i, sequence in enumerate(self.sequences):
-            sequence.length = self.starts[i] + self.offsets[i + 1] - self.offsets[i]
+        for i, block_table in enumerate(self.block_tables):
+            block_table.length = self.starts[i] + self.offsets[i + 1] - self.offsets[i]
 
 
 class KVCache:
-    """`past_key_values`: the rows of a padded batch, each a sequence in one pool; every forward changes it in place.
+    """`past_key_values`: the rows of a padded batch, each a block table of one pool; every forward changes it in place.
 
     Masked tokens are not stored, so each row remembers the column of every token it holds.
     """
 
     def __init__(self, pool: PagePool, rows: int) -> None:
         self.pool = pool
-        self.sequences = [pool.new() for _ in range(rows)]
+        self.block_tables = [pool.new() for _ in range(rows)]
         self.columns: list[list[int]] = [[] for _ in range(rows)]
         self.width = 0
 
     def __len__(self) -> int:
-        return len(self.sequences)
+        return len(self.block_tables)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns of the padded batch seen so far, as transformers counts them."""
@@ -377,7 +381,7 @@ class KVCache:
     def append(self, keep: Tensor) -> None:
         """Note the columns of a forward pass; keep (rows, width) bool marks the tokens that were stored."""
         for row, columns in zip(keep.tolist(), self.columns, strict=True):
-            columns += [self.width + i for i, kept in enumerate(row) if kept]
+            columns += [self.width + i for i, stored in enumerate(row) if stored]
         self.width += keep.shape[1]
 
     def crop(self, max_length: int) -> None:
@@ -385,19 +389,19 @@ class KVCache:
         width = self.width + max_length if max_length < 0 else min(max_length, self.width)
         if width < 0:
             raise ArgumentError(f"max_length is {max_length}, but the cache holds {self.width} columns")
-        for sequence, columns in zip(self.sequences, self.columns, strict=True):
+        for block_table, columns in zip(self.block_tables, self.columns, strict=True):
             while columns and columns[-1] >= width:
                 columns.pop()
-            self.pool.truncate(sequence, len(columns))
+            self.pool.truncate(block_table, len(columns))
         self.width = width
 
     def fork(self) -> KVCache:
         """An independent cache with the same contents; pages are shared until written."""
         twin = KVCache(self.pool, 0)
-        twin.sequences = [self.pool.fork(s) for s in self.sequences]
+        twin.block_tables = [self.pool.fork(s) for s in self.block_tables]
         twin.columns, twin.width = [list(c) for c in self.columns], self.width
         return twin
 
     def free(self) -> None:
-        for sequence in self.sequences:
-            self.pool.free(sequence)
+        for block_table in self.block_tables:
+            self.pool.free(block_table)

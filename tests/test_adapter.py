@@ -222,12 +222,12 @@ def test_a_captured_step_equals_an_eager_one(every, format):
     found = []
     for captured in (True, False):
         pool = model.new_pool()
-        sequences = [pool.new(), pool.new()]
-        model.step(pool, sequences, IDS.tolist())
+        block_tables = [pool.new(), pool.new()]
+        model.step(pool, block_tables, IDS.tolist())
         whole = model.runner.whole
         if not captured:
             model.runner.whole = None
-        found.append([model.step(pool, sequences, [[5 + i], [9 + i]]) for i in range(3)])
+        found.append([model.step(pool, block_tables, [[5 + i], [9 + i]]) for i in range(3)])
         if captured and model.ops.name == "cpu":
             assert whole.shapes(pool)[2, 2] is not None
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

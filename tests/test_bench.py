@@ -318,8 +318,8 @@ def test_a_backend_that_works_beside_its_operations_has_no_outside_share(monkeyp
     assert 0 < bench.outside_share(model, 3, 2, lambda: None) < 1
     assert model.ops is before
 
-    def whole_step(pool, sequences, tokens):
-        return torch.zeros(len(sequences), 5)
+    def whole_step(pool, block_tables, tokens):
+        return torch.zeros(len(block_tables), 5)
 
     monkeypatch.setattr(model, "step", whole_step)
     assert bench.outside_share(model, 3, 2, lambda: None) is None
@@ -330,9 +330,9 @@ def test_a_backend_that_works_beside_its_operations_has_no_outside_share(monkeyp
 def test_decoding_starts_from_a_cache_of_the_asked_length(kv):
     model = GPTNeoXForCausalLM.from_pretrained(DEMO, kv=kv)
     pool = model.new_pool()
-    sequence = bench.filled(pool, 200)
-    assert sequence.length == 200 and len(sequence.pages) == 2
-    keys, values = pool.read(0, sequence, 200)
+    block_table = bench.filled(pool, 200)
+    assert block_table.length == 200 and len(block_table.pages) == 2
+    keys, values = pool.read(0, block_table, 200)
     assert 0.9 < float(keys.float().std()) < 1.1 and not torch.equal(keys, values)
     assert all(step_s > 0 for step_s in bench.decode_s(model, 2, 200, 3))
 

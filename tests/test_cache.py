@@ -12,8 +12,7 @@ from support.peers import TINY, difference, pair, random_ids
 from torch import Tensor
 
 from neox_lite import GPTNeoXForCausalLM
-from neox_lite.cache import KEPT, Batch, KVCache, PagePool, PrefixCache, quantize
-from neox_lite.cache import Sequence as CachedSequence
+from neox_lite.cache import MAX_ENTRIES, Batch, BlockTable, KVCache, PagePool, PrefixCache, quantize
 from neox_lite.errors import ArgumentError, CacheError
 from neox_lite.kernels import dispatch
 from neox_lite.units import PAGE, dtype_name
@@ -54,9 +53,9 @@ def new_pool(request):
     return make
 
 
-def append(pool: PagePool, sequences: list[CachedSequence], counts: list[int]) -> list[Tensor]:
+def append(pool: PagePool, block_tables: list[BlockTable], counts: list[int]) -> list[Tensor]:
     """Write random keys and values to all layers -> what each sequence should hold, (layers, 2, count, heads, head_dim)."""
-    batch = Batch.reserve(pool, sequences, counts)
+    batch = Batch.reserve(pool, block_tables, counts)
     written = torch.randn(LAYERS, 2, sum(counts), HEADS, HEAD_DIM)
     for layer, (keys, values) in enumerate(written):
         pool.write(layer, batch, keys, values)
@@ -72,15 +71,15 @@ def through_int8(x: Tensor) -> Tensor:
     return (x / scale).round() * scale
 
 
-def contents(pool: PagePool, sequence: CachedSequence) -> Tensor:
+def contents(pool: PagePool, block_table: BlockTable) -> Tensor:
     """All that a sequence holds, (layers, 2, length, heads, head_dim)."""
-    layers = [torch.stack(pool.read(layer, sequence, sequence.length)) for layer in range(LAYERS)]
+    layers = [torch.stack(pool.read(layer, block_table, block_table.length)) for layer in range(LAYERS)]
     return torch.stack(layers).transpose(2, 3)
 
 
-def check_counts(pool: PagePool, sequences: list[CachedSequence]) -> None:
+def check_counts(pool: PagePool, block_tables: list[BlockTable]) -> None:
     """Every page is either free or counted once for each sequence that holds it."""
-    held = [page for sequence in sequences for page in sequence.pages]
+    held = [page for block_table in block_tables for page in block_table.pages]
     assert pool._users == [held.count(page) for page in range(pool.pages)]
     assert sorted(pool._free) == [page for page in range(pool.pages) if page not in held]
 
@@ -88,7 +87,7 @@ def check_counts(pool: PagePool, sequences: list[CachedSequence]) -> None:
 def test_random_operations_match_plain_tensors(new_pool):
     choice = random.Random(0)
     pool = new_pool(limit=30)
-    model: dict[CachedSequence, Tensor] = {}  # what each sequence should hold
+    model: dict[BlockTable, Tensor] = {}  # what each sequence should hold
     seen: Counter[str] = Counter()
     while seen.total() < times(500):
         live = list(model)
@@ -120,11 +119,11 @@ def test_random_operations_match_plain_tensors(new_pool):
                 del model[gone]
         seen[doing] += 1
         check_counts(pool, list(model))
-        for sequence, expected in model.items():
-            assert torch.equal(contents(pool, sequence), expected), (doing, seen)
+        for block_table, expected in model.items():
+            assert torch.equal(contents(pool, block_table), expected), (doing, seen)
     assert min(seen[name] for name in ("append", "new", "fork", "truncate", "free", "full")) >= 10, seen
-    for sequence in model:
-        pool.free(sequence)
+    for block_table in model:
+        pool.free(block_table)
     assert pool._users == [0] * pool.pages
     assert pool.free_pages == pool.pages == 30
 
@@ -153,23 +152,23 @@ def test_a_batch_that_does_not_fit_takes_no_page(new_pool):
 
 def test_tokens_reserved_but_never_committed_leave_nothing_behind(new_pool):
     pool = new_pool()
-    sequence = pool.new()
-    (before,) = append(pool, [sequence], [5])
-    Batch.reserve(pool, [sequence], [300])  # a forward pass that failed
-    append(pool, [sequence], [0])
-    assert torch.equal(contents(pool, sequence), before)
-    assert len(sequence.pages) == 1
+    block_table = pool.new()
+    (before,) = append(pool, [block_table], [5])
+    Batch.reserve(pool, [block_table], [300])  # a forward pass that failed
+    append(pool, [block_table], [0])
+    assert torch.equal(contents(pool, block_table), before)
+    assert len(block_table.pages) == 1
 
 
 def test_growth_doubles_and_keeps_contents(new_pool):
     pool = new_pool(pages=1)
-    sequence = pool.new()
+    block_table = pool.new()
     sizes, parts = [], []
     for _ in range(9):
-        parts += append(pool, [sequence], [PAGE])
+        parts += append(pool, [block_table], [PAGE])
         sizes.append(pool.pages)
     assert sizes == [1, 2, 4, 4, 8, 8, 8, 8, 16]
-    assert torch.equal(contents(pool, sequence), torch.cat(parts, 2))
+    assert torch.equal(contents(pool, block_table), torch.cat(parts, 2))
     vector_bytes = {torch.float32: 4 * HEAD_DIM, torch.int8: HEAD_DIM + 2}[pool.dtype]
     assert pool.nbytes == 16 * 2 * HEADS * PAGE * vector_bytes * LAYERS
 
@@ -220,46 +219,46 @@ def test_a_fork_at_a_page_boundary_copies_nothing(new_pool):
 )
 def test_a_freed_sequence_is_refused(new_pool, use):
     pool = new_pool()
-    sequence, other = pool.new(), pool.new()
-    append(pool, [sequence, other], [PAGE, PAGE])
-    pool.free(sequence)
+    block_table, other = pool.new(), pool.new()
+    append(pool, [block_table, other], [PAGE, PAGE])
+    pool.free(block_table)
     with pytest.raises(CacheError, match="freed"):
-        use(pool, sequence)
+        use(pool, block_table)
     check_counts(pool, [other])
 
 
 @pytest.mark.parametrize("length", [-1, 11])
 def test_truncating_to_what_is_not_there_is_refused(new_pool, length):
     pool = new_pool()
-    sequence = pool.new()
-    append(pool, [sequence], [10])
+    block_table = pool.new()
+    append(pool, [block_table], [10])
     with pytest.raises(ArgumentError, match=f"length is {length}, expected 0 to 10"):
-        pool.truncate(sequence, length)
+        pool.truncate(block_table, length)
 
 
 def test_a_batch_of_nothing_is_legal(new_pool):
     pool = new_pool(pages=1)
-    sequence = pool.new()
-    assert append(pool, [sequence], [0])[0].shape[2] == 0
-    assert contents(pool, sequence).shape == (LAYERS, 2, 0, HEADS, HEAD_DIM)
+    block_table = pool.new()
+    assert append(pool, [block_table], [0])[0].shape[2] == 0
+    assert contents(pool, block_table).shape == (LAYERS, 2, 0, HEADS, HEAD_DIM)
 
 
 def test_crop_and_fork_follow_the_columns_of_a_padded_batch(new_pool):
     cache = KVCache(new_pool(), 2)
     keep = torch.tensor([[False, True, True, True], [True, True, False, True]])
-    append(cache.pool, cache.sequences, keep.sum(1).tolist())
+    append(cache.pool, cache.block_tables, keep.sum(1).tolist())
     cache.append(keep)
     twin = cache.fork()
     cache.crop(-1)
     assert cache.get_seq_length() == 3
     assert cache.columns == [[1, 2], [0, 1]]
-    assert [s.length for s in cache.sequences] == [2, 2]
+    assert [s.length for s in cache.block_tables] == [2, 2]
     cache.crop(100)  # more than it holds: nothing to forget
     assert cache.get_seq_length() == 3
     with pytest.raises(ArgumentError, match="max_length is -4, but the cache holds 3 columns"):
         cache.crop(-4)
     assert twin.get_seq_length() == 4
-    assert [s.length for s in twin.sequences] == [3, 3]
+    assert [s.length for s in twin.block_tables] == [3, 3]
     cache.free()
     twin.free()
     assert cache.pool.free_pages == cache.pool.pages
@@ -304,9 +303,9 @@ def test_a_cache_of_other_integers_is_refused():
 
 def kept(pool: PagePool, prefixes: PrefixCache, ids: list[int], **known) -> Tensor:
     """Write a sequence of these ids and keep it; what it holds."""
-    sequence = pool.new()
-    (written,) = append(pool, [sequence], [len(ids)])
-    prefixes.keep(torch.tensor(ids), sequence, **known)
+    block_table = pool.new()
+    (written,) = append(pool, [block_table], [len(ids)])
+    prefixes.insert(torch.tensor(ids), block_table, **known)
     return written
 
 
@@ -323,13 +322,13 @@ def test_the_longest_common_beginning_is_taken_and_its_pages_are_shared(new_pool
         ([3] * 40, 0, short),
         ([1], 0, short),
     ):
-        taken, logits = prefixes.take(wanted)
+        taken, logits = prefixes.match_prefix(wanted)
         assert taken.length == length and logits is None
         assert torch.equal(contents(pool, taken), source[:, :, :length])
         assert pool.free_pages == free
         append(pool, [taken], [1])  # into a page of its own
         pool.free(taken)
-    again, _ = prefixes.take([1] * 100 + [2] * 200)
+    again, _ = prefixes.match_prefix([1] * 100 + [2] * 200)
     assert torch.equal(contents(pool, again), long[:, :, :299])
 
 
@@ -337,12 +336,12 @@ def test_logits_come_back_for_the_very_prompt_they_followed_alone(new_pool):
     pool = new_pool()
     prefixes, logits = PrefixCache(pool, 8), torch.randn(9)
     kept(pool, prefixes, [1, 2, 3, 4, 5], prompt=3, logits=logits)
-    taken, found = prefixes.take([1, 2, 3])
+    taken, found = prefixes.match_prefix([1, 2, 3])
     assert taken.length == 3 and torch.equal(found, logits)
     found.zero_()
-    assert torch.equal(prefixes.take([1, 2, 3])[1], logits)
+    assert torch.equal(prefixes.match_prefix([1, 2, 3])[1], logits)
     for other in ([1, 2], [1, 2, 3, 4], [1, 2, 4]):
-        taken, found = prefixes.take(other)
+        taken, found = prefixes.match_prefix(other)
         assert found is None and taken.length < len(other)
 
 
@@ -351,11 +350,11 @@ def test_the_least_recently_used_goes_first_when_the_budget_is_full(new_pool):
     prefixes = PrefixCache(pool, 3)
     for first in (1, 2, 3):
         kept(pool, prefixes, [first] * 10)
-    pool.free(prefixes.take([1] * 5)[0])
+    pool.free(prefixes.match_prefix([1] * 5)[0])
     kept(pool, prefixes, [4] * 10)
-    assert [prefixes.take([first] * 11)[0].length for first in (1, 2, 3, 4)] == [10, 0, 10, 10]
+    assert [prefixes.match_prefix([first] * 11)[0].length for first in (1, 2, 3, 4)] == [10, 0, 10, 10]
     kept(pool, prefixes, [5] * 300)
-    assert [prefixes.take([first] * 301)[0].length for first in (1, 3, 4, 5)] == [0, 0, 0, 300]
+    assert [prefixes.match_prefix([first] * 301)[0].length for first in (1, 3, 4, 5)] == [0, 0, 0, 300]
     kept(pool, prefixes, [6] * 400)  # more than the budget
     assert prefixes.pages == 0
 
@@ -366,9 +365,9 @@ def test_equal_ids_are_kept_once_and_sequences_are_few(new_pool):
     for _ in range(5):
         kept(pool, prefixes, [1] * 10)
     assert prefixes.pages == 1
-    for i in range(KEPT + 5):
+    for i in range(MAX_ENTRIES + 5):
         kept(pool, prefixes, [i + 2] * 3)
-    assert prefixes.pages == KEPT
+    assert prefixes.pages == MAX_ENTRIES
     prefixes.clear()
     assert pool.free_pages == pool.pages
 
@@ -378,7 +377,7 @@ def test_live_sequences_get_the_pages_that_are_kept(new_pool):
     prefixes = PrefixCache(pool, 4)
     kept(pool, prefixes, [1] * 200)
     kept(pool, prefixes, [2] * 200)
-    taken, _ = prefixes.take([1] * 201)
+    taken, _ = prefixes.match_prefix([1] * 201)
     (new,) = append(pool, [taken], [250])  # the others' pages, and its own which it then need not copy
     assert torch.equal(contents(pool, taken)[:, :, 200:], new) and len(taken.pages) == 4
     with pytest.raises(CacheError, match="the KV cache is full"):
@@ -392,8 +391,8 @@ def test_a_pool_without_a_limit_grows_to_the_budget_before_anything_is_given_up(
     for first in range(20):
         kept(pool, prefixes, [first] * 100)
     assert prefixes.pages == pool.pages == 8
-    sequences = [pool.new() for _ in range(10)]
-    append(pool, sequences, [100] * 10)  # live ones may go beyond
+    block_tables = [pool.new() for _ in range(10)]
+    append(pool, block_tables, [100] * 10)  # live ones may go beyond
     assert prefixes.pages == 0 and pool.pages >= 10
 
 
@@ -401,7 +400,7 @@ def test_with_a_budget_of_nothing_nothing_is_kept(new_pool):
     pool = new_pool()
     prefixes = PrefixCache(pool, 0)
     kept(pool, prefixes, [1] * 10)
-    assert pool.free_pages == pool.pages and prefixes.take([1] * 11)[0].length == 0
+    assert pool.free_pages == pool.pages and prefixes.match_prefix([1] * 11)[0].length == 0
 
 
 def test_a_pool_and_its_kept_sequences_go_without_the_garbage_collector(new_pool):
@@ -440,32 +439,32 @@ def test_random_steps_of_sequences_match_uncached_logits(model, backend, dtype, 
     monkeypatch.setattr(model, "ops", dispatch.load(backend).bind(True))
     choice, pool = random.Random(0), nan_pool(model, dtype)
     prefixes = PrefixCache(pool, 12)
-    texts: dict[CachedSequence, list[int]] = {pool.new(): []}
+    texts: dict[BlockTable, list[int]] = {pool.new(): []}
     known: list[list[int]] = [[1, 2, 3]]
     context, worst, seen = TINY["max_position_embeddings"], 0.0, Counter()
 
-    def rewind(sequence: CachedSequence, length: int) -> None:
-        del texts[sequence][length:]
-        pool.truncate(sequence, length)
+    def rewind(block_table: BlockTable, length: int) -> None:
+        del texts[block_table][length:]
+        pool.truncate(block_table, length)
 
     for _ in range(times(200)):
-        for sequence in list(texts):
+        for block_table in list(texts):
             doing = choice.choices(["rewind", "fork", "free", "keep", "stay"], [3, 3, 1, 2, 11])[0]
             if doing == "rewind":
-                rewind(sequence, choice.randint(0, sequence.length))
+                rewind(block_table, choice.randint(0, block_table.length))
             elif doing == "fork" and len(texts) < 8:
-                texts[pool.fork(sequence)] = list(texts[sequence])
+                texts[pool.fork(block_table)] = list(texts[block_table])
             elif doing == "free" and len(texts) > 1:
-                pool.free(sequence)
-                del texts[sequence]
+                pool.free(block_table)
+                del texts[block_table]
             elif doing == "keep" and len(texts) > 1:
-                known.append(texts.pop(sequence))
-                prefixes.keep(torch.tensor(known[-1], dtype=torch.long), sequence)
+                known.append(texts.pop(block_table))
+                prefixes.insert(torch.tensor(known[-1], dtype=torch.long), block_table)
             seen[doing] += 1
         if choice.random() < 0.5 and len(texts) < 8:
             start = choice.choice(known[-8:])
             wanted = [*start[: choice.randint(0, len(start))], choice.randint(1, 130)]
-            taken, _ = prefixes.take(wanted)
+            taken, _ = prefixes.match_prefix(wanted)
             texts[taken] = wanted[: taken.length]
             seen["taken"] += taken.length > 0
         rows = choice.sample(list(texts), choice.randint(1, len(texts)))
@@ -484,8 +483,8 @@ def test_random_steps_of_sequences_match_uncached_logits(model, backend, dtype, 
         assert prefixes.pages <= 12
     assert worst < STORED[dtype], worst
     assert min(seen[name] for name in ("rewind", "fork", "free", "keep", "taken")) > 20, seen
-    for sequence in texts:
-        pool.free(sequence)
+    for block_table in texts:
+        pool.free(block_table)
     prefixes.clear()
     assert pool.free_pages == pool.pages
 

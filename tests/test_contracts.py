@@ -39,9 +39,9 @@ def checkpoint(tmp_path, parallel):
 def prefill_and_decode(model):
     """Logits after two prompts of different lengths in one pass, and after a step of both."""
     pool = model.new_pool(pages=4)
-    sequences = [pool.new(), pool.new()]
+    block_tables = [pool.new(), pool.new()]
     passes = [[IDS[:5], IDS[5:6]], [[7], [8]]]
-    return torch.stack([model.step(pool, sequences, tokens).cpu() for tokens in passes])
+    return torch.stack([model.step(pool, block_tables, tokens).cpu() for tokens in passes])
 
 
 @others

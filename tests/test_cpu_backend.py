@@ -94,10 +94,10 @@ def prefill_and_decode(model: GPTNeoXForCausalLM, lengths: Sequence[int] = (9, 3
     """Logits of three prompts of different lengths in one pass, of a longer one, then of steps of them all."""
     pool = model.new_pool(pages=8)
     prompts = [IDS[0, 3 * i : 3 * i + n].tolist() for i, n in enumerate(lengths)]
-    sequences = [pool.new() for _ in prompts]
-    out = [model.step(pool, sequences, prompts)]
+    block_tables = [pool.new() for _ in prompts]
+    out = [model.step(pool, block_tables, prompts)]
     out += [
-        model.step(pool, sequences, [[int(i)] for i in IDS[0, 20 + s : 20 + s + len(prompts)]]) for s in range(steps)
+        model.step(pool, block_tables, [[int(i)] for i in IDS[0, 20 + s : 20 + s + len(prompts)]]) for s in range(steps)
     ]
     return torch.stack(out)
 
@@ -209,10 +209,10 @@ def test_sequences_decoded_together_get_what_each_gets_alone(rows: int, int4: GP
 
         def decoded(group: Sequence[list[int]]) -> Tensor:
             pool = int4.new_pool(pages=16)
-            sequences = [pool.new() for _ in group]
-            for prompt, sequence in zip(group, sequences, strict=True):
-                int4.step(pool, [sequence], [prompt])
-            steps = [int4.step(pool, sequences, [[t + 3] for _ in group]) for t in range(3)]
+            block_tables = [pool.new() for _ in group]
+            for prompt, block_table in zip(group, block_tables, strict=True):
+                int4.step(pool, [block_table], [prompt])
+            steps = [int4.step(pool, block_tables, [[t + 3] for _ in group]) for t in range(3)]
             return torch.stack(steps, dim=1)  # (sequences, steps, vocabulary)
 
         together, alone = decoded(prompts), torch.cat([decoded([prompt]) for prompt in prompts])
@@ -226,9 +226,9 @@ def test_sequences_decoded_together_get_what_each_gets_alone(rows: int, int4: GP
 
 
 @torch.no_grad()
-def uncaptured(model: GPTNeoXForCausalLM, pool: PagePool, sequences: Sequence[Any], ids: Sequence[int]) -> Tensor:
+def uncaptured(model: GPTNeoXForCausalLM, pool: PagePool, block_tables: Sequence[Any], ids: Sequence[int]) -> Tensor:
     """A decode step by the same operations, called one after another."""
-    batch = Batch.reserve(pool, sequences, [1] * len(ids))
+    batch = Batch.reserve(pool, block_tables, [1] * len(ids))
     x = model.run_layers(model._embed(torch.tensor(ids)), pool, batch)
     return model.ops.head(x, None, norm_of(model.gpt_neox.final_layer_norm), model.embed_out.handle)
 
@@ -236,12 +236,12 @@ def uncaptured(model: GPTNeoXForCausalLM, pool: PagePool, sequences: Sequence[An
 def captured_equals_uncaptured(model: GPTNeoXForCausalLM, rows: int, length: int = 3, steps: int = 4) -> PagePool:
     """Runs both over forks of the same sequences; the pool they used."""
     pool = model.new_pool(pages=32)
-    sequences = [pool.new() for _ in range(rows)]
-    model.step(pool, sequences, [[(i + t) % 131 for t in range(length + i)] for i in range(rows)])
-    twins = [pool.fork(s) for s in sequences]
+    block_tables = [pool.new() for _ in range(rows)]
+    model.step(pool, block_tables, [[(i + t) % 131 for t in range(length + i)] for i in range(rows)])
+    twins = [pool.fork(s) for s in block_tables]
     for step in range(steps):
         ids = [(step * 7 + i) % 131 for i in range(rows)]
-        found = model.step(pool, sequences, [[i] for i in ids])
+        found = model.step(pool, block_tables, [[i] for i in ids])
         assert torch.equal(found, uncaptured(model, pool, twins, ids))
     return pool
 
@@ -270,14 +270,14 @@ def test_a_step_that_torch_has_a_part_in_is_not_captured_and_right(int4: GPTNeoX
 def test_one_capture_serves_all_steps_until_the_pool_moves_its_pages(int4: GPTNeoXForCausalLM) -> None:
     on(int4, exact=False)
     pool = int4.new_pool()  # without pages: it grows, and moves them, as they are needed
-    sequence, captures, sizes = pool.new(), [], []
+    block_table, captures, sizes = pool.new(), [], []
     for step in range(12):
         if step % 4 == 3:  # to just before the next page
-            int4.step(pool, [sequence], [[1] * (PAGE - 2 - sequence.length % PAGE)])
-        twin = pool.fork(sequence)
+            int4.step(pool, [block_table], [[1] * (PAGE - 2 - block_table.length % PAGE)])
+        twin = pool.fork(block_table)
         expected = uncaptured(int4, pool, [twin], [step])
         pool.free(twin)
-        assert torch.equal(int4.step(pool, [sequence], [[step]]), expected)
+        assert torch.equal(int4.step(pool, [block_table], [[step]]), expected)
         captures.append(int4.runner.whole.shapes(pool)[1, 1])
         sizes.append(pool.pages)
     assert len(set(sizes)) == 3
@@ -288,10 +288,10 @@ def test_one_capture_serves_all_steps_until_the_pool_moves_its_pages(int4: GPTNe
 def test_each_number_of_sequences_has_its_own_capture(int4: GPTNeoXForCausalLM) -> None:
     on(int4, exact=False)
     pool = int4.new_pool(pages=16)
-    sequences = [pool.new() for _ in range(3)]
+    block_tables = [pool.new() for _ in range(3)]
     for count in (3, 1, 2, 3, 1):
-        twins = [pool.fork(s) for s in sequences[:count]]
-        found = int4.step(pool, sequences[:count], [[5]] * count)
+        twins = [pool.fork(s) for s in block_tables[:count]]
+        found = int4.step(pool, block_tables[:count], [[5]] * count)
         assert torch.equal(found, uncaptured(int4, pool, twins, [5] * count))
     assert set(int4.runner.whole.shapes(pool)) == {(1, 1), (2, 2), (3, 3)}
 
@@ -303,16 +303,16 @@ def test_a_captured_pass_of_several_tokens_serves_every_split_of_them_bit_equall
 ) -> None:
     on(int4, exact=exact)
     pool = int4.new_pool(pages=32)
-    sequences = [pool.new() for _ in range(3)]
-    int4.step(pool, sequences, [[5] * (PAGE - 9 + i) for i in range(3)])  # soon over the end of a page
+    block_tables = [pool.new() for _ in range(3)]
+    int4.step(pool, block_tables, [[5] * (PAGE - 9 + i) for i in range(3)])  # soon over the end of a page
     for counts in ([2, 1, 4], [1, 1, 5], [5, 1, 1], [3, 3, 1], [1, 4, 2]):
         tokens = [[(7 * i + t) % 131 for t in range(n)] for i, n in enumerate(counts)]
-        twins = [pool.fork(s) for s in sequences]
-        found = int4.step(pool, sequences, tokens, every=True)
+        twins = [pool.fork(s) for s in block_tables]
+        found = int4.step(pool, block_tables, tokens, every=True)
         batch = Batch.reserve(pool, twins, counts)
         x = int4.run_layers(int4._embed(torch.tensor([i for t in tokens for i in t])), pool, batch)
         expected = int4.ops.head(x, None, norm_of(int4.gpt_neox.final_layer_norm), int4.embed_out.handle)
-        assert torch.equal(found, expected) and [s.length for s in sequences] == [t.length for t in twins]
+        assert torch.equal(found, expected) and [s.length for s in block_tables] == [t.length for t in twins]
         for twin in twins:
             pool.free(twin)
     assert {shape: c is not None for shape, c in int4.runner.whole.shapes(pool).items()} == {(3, 7): True}
@@ -322,16 +322,16 @@ def test_a_captured_pass_of_several_tokens_serves_every_split_of_them_bit_equall
 def test_captured_passes_are_few_and_small(int4: GPTNeoXForCausalLM) -> None:
     on(int4, exact=False)
     pool = int4.new_pool(pages=64)
-    sequences = [pool.new() for _ in range(40)]
+    block_tables = [pool.new() for _ in range(40)]
     for count in range(1, 41):
-        int4.step(pool, sequences[:count], [[5]] * count)
+        int4.step(pool, block_tables[:count], [[5]] * count)
     shapes = list(int4.runner.whole.shapes(pool))
     assert shapes == [(n, n) for n in range(41 - MOST_PASSES, 41)]
-    int4.step(pool, sequences[:9], [[5]] * 9)  # used again: it stays longest
+    int4.step(pool, block_tables[:9], [[5]] * 9)  # used again: it stays longest
     assert list(int4.runner.whole.shapes(pool))[-1] == (9, 9)
     for tokens in (MOST_TOKENS, MOST_TOKENS + 1):
-        int4.step(pool, sequences[:1], [[5] * tokens], every=True)
-        int4.step(pool, sequences[:1], [[5] * tokens])  # a prompt comes once
+        int4.step(pool, block_tables[:1], [[5] * tokens], every=True)
+        int4.step(pool, block_tables[:1], [[5] * tokens])  # a prompt comes once
     assert [n for _, n in int4.runner.whole.shapes(pool) if n > 1][-1] == MOST_TOKENS
 
 
@@ -348,12 +348,12 @@ def test_a_capture_is_forgotten_with_its_pool(int4: GPTNeoXForCausalLM) -> None:
 def test_moving_a_model_to_another_dtype_makes_captures_anew(int4: GPTNeoXForCausalLM) -> None:
     on(int4, exact=False)
     pool = int4.new_pool(pages=8)  # it stays, and keeps its dtype
-    sequence, logits = pool.new(), []
-    int4.step(pool, [sequence], [[1, 2, 3]])
+    block_table, logits = pool.new(), []
+    int4.step(pool, [block_table], [[1, 2, 3]])
     for move in (int4.float, int4.half, int4.bfloat16, int4.float):
         move()
         assert int4.runner.whole.pools == 0
-        twins = [pool.fork(sequence) for _ in range(2)]
+        twins = [pool.fork(block_table) for _ in range(2)]
         logits.append(int4.step(pool, twins[:1], [[5]]))
         assert torch.equal(logits[-1], uncaptured(int4, pool, twins[1:], [5]))
     differences = [relative(later, logits[0]) for later in logits[1:]]
@@ -363,23 +363,23 @@ def test_moving_a_model_to_another_dtype_makes_captures_anew(int4: GPTNeoXForCau
 def test_ids_outside_the_vocabulary_are_refused_by_captured_steps_too(int4: GPTNeoXForCausalLM) -> None:
     on(int4, exact=False)
     pool = int4.new_pool(pages=4)
-    sequence = pool.new()
+    block_table = pool.new()
     for _ in range(2):  # before there is a capture, and after
         for wrong in (131, -1, 1 << 40):
             with pytest.raises(ArgumentError, match=f"input_ids: found {wrong}, expected 0 to 130"):
-                int4.step(pool, [sequence], [[wrong]])
-        length, twin = sequence.length, pool.fork(sequence)
-        assert torch.equal(int4.step(pool, [sequence], [[7]]), uncaptured(int4, pool, [twin], [7]))
-        assert sequence.length == length + 1
+                int4.step(pool, [block_table], [[wrong]])
+        length, twin = block_table.length, pool.fork(block_table)
+        assert torch.equal(int4.step(pool, [block_table], [[7]]), uncaptured(int4, pool, [twin], [7]))
+        assert block_table.length == length + 1
 
 
 def test_results_of_captured_steps_are_the_callers_own(int4: GPTNeoXForCausalLM) -> None:
     on(int4, exact=False)
     pool = int4.new_pool(pages=4)
-    sequence = pool.new()
-    first = int4.step(pool, [sequence], [[1]])
+    block_table = pool.new()
+    first = int4.step(pool, [block_table], [[1]])
     kept = first.clone()
-    int4.step(pool, [sequence], [[2]])
+    int4.step(pool, [block_table], [[2]])
     assert torch.equal(first, kept)
 
 
@@ -438,9 +438,9 @@ def test_weights_are_read_where_the_file_is_mapped(exact: bool, tmp_path: Path) 
     def use(model: GPTNeoXForCausalLM) -> PagePool:
         """Read prompts and decode; the pool keeps the captured steps alive."""
         pool = model.new_pool(pages=2)
-        sequences = [pool.new(), pool.new()]
+        block_tables = [pool.new(), pool.new()]
         for tokens in ([[1, 2, 3], [4]], [[5], [6]], [[7], [8]]):
-            model.step(pool, sequences, tokens)
+            model.step(pool, block_tables, tokens)
         return pool
 
     # What modules, threads and compiling take for good: a model of the same kernels, for heads are as large.
@@ -674,28 +674,28 @@ def test_the_backend_declines_with_the_reason(monkeypatch: pytest.MonkeyPatch) -
 def test_steps_beyond_the_context_are_refused_and_append_nothing() -> None:
     model = on(tiny(GroupInt(4, 32), max_position_embeddings=128))
     pool = model.new_pool()
-    sequence = pool.new()
-    model.step(pool, [sequence], [[1] * 127])
-    model.step(pool, [sequence], [[1]])
+    block_table = pool.new()
+    model.step(pool, [block_table], [[1] * 127])
+    model.step(pool, [block_table], [[1]])
     for tokens in ([1], [1] * 200):
         with pytest.raises(ContextLengthError, match="after 128 cached ones do not fit: this model has 128 positions"):
-            model.step(pool, [sequence], [tokens])
-    assert sequence.length == 128
+            model.step(pool, [block_table], [tokens])
+    assert block_table.length == 128
 
 
 @torch.no_grad()
 def test_memory_that_a_weight_gave_up_stays_while_a_captured_step_reads_it() -> None:
     model = on(tiny(GroupInt(4, 32)))
     pool = model.new_pool(pages=1)
-    sequence = pool.new()
-    first = model.step(pool, [sequence], [[5]])
+    block_table = pool.new()
+    first = model.step(pool, [block_table], [[5]])
     layer = model.gpt_neox.layers[0]
     before = layer.input_layernorm.weight.data_ptr()
     layer.input_layernorm.weight.data = layer.input_layernorm.weight.data.clone()
     taken = [torch.full_like(layer.input_layernorm.weight, torch.nan) for _ in range(1000)]  # what is free is now this
     assert before not in {t.data_ptr() for t in taken}
-    pool.truncate(sequence, 0)
-    assert torch.equal(model.step(pool, [sequence], [[5]]), first)
+    pool.truncate(block_table, 0)
+    assert torch.equal(model.step(pool, [block_table], [[5]]), first)
 
 
 @torch.no_grad()
@@ -712,9 +712,9 @@ def test_threads_that_share_a_pool_get_their_own_tokens() -> None:
 
 
 def greedy(model: GPTNeoXForCausalLM, pool: PagePool, first: int, count: int = 60) -> list[int]:
-    sequence, tokens = pool.new(), [first + 1]
+    block_table, tokens = pool.new(), [first + 1]
     for _ in range(count):
-        tokens.append(int(model.step(pool, [sequence], [tokens[-1:]]).argmax()))
+        tokens.append(int(model.step(pool, [block_table], [tokens[-1:]]).argmax()))
     return tokens
 
 

@@ -639,9 +639,9 @@ def attention_of(pool: PagePool, batch: Batch, qkv: Tensor, rotary: Tensor, dim:
     """Causal attention in float64 over the keys and values that the pool holds now."""
     q = rotated(qkv.view(-1, HEADS, 3, dim)[:, :, 0], rotary, batch.positions) * dim**-0.5
     out = torch.zeros(len(qkv), HEADS, dim, dtype=torch.float64)
-    for i, sequence in enumerate(batch.sequences):
+    for i, block_table in enumerate(batch.block_tables):
         first, last = batch.offsets[i], batch.offsets[i + 1]
-        keys, values = stored(pool, sequence.pages, batch.starts[i] + last - first)
+        keys, values = stored(pool, block_table.pages, batch.starts[i] + last - first)
         places = batch.starts[i] + torch.arange(last - first)
         later = torch.arange(keys.shape[1]) > places[:, None]
         scores = torch.einsum("thd,hkd->htk", q[first:last], keys).masked_fill(later, -math.inf)
@@ -676,8 +676,8 @@ def worst_attention(path: str, dim: int, dtype: torch.dtype) -> float:
     rows = [[pool.new() for _ in PASSES[0]] for pool in pools]
     for counts in PASSES:
         if counts is PASSES[-1]:  # the last sequence goes on as a fork of the first, on pages that both share
-            for pool, sequences in zip(pools, rows, strict=True):
-                sequences[3] = pool.fork(sequences[0])
+            for pool, block_tables in zip(pools, rows, strict=True):
+                block_tables[3] = pool.fork(block_tables[0])
         ours, theirs = (Batch.reserve(pool, s, counts) for pool, s in zip(pools, rows, strict=True))
         qkv = torch.randn(sum(counts), HEADS * 3 * dim)
         found = plain(ops.attention(qkv, pools[0], 0, ours, rotary, None))
@@ -720,8 +720,8 @@ def test_attention_equals_float64_over_pages_and_forks(path: str, dim: int) -> N
 def test_attention_survives_large_scores_and_many_equal_ones(path: str) -> None:
     dim = SIZES[path][-1]  # compiled for the test above
     ops, pool, rotary = Forced(path), fresh_pool(dim, cached_as(path, dim)), rotary_table(8)
-    sequences = [pool.new(), pool.new()]
-    batch = Batch.reserve(pool, sequences, (40, 3))
+    block_tables = [pool.new(), pool.new()]
+    batch = Batch.reserve(pool, block_tables, (40, 3))
     qkv = torch.randn(43, HEADS, 3, dim)
     qkv[:40, :, :2] *= 60.0  # scores of some 10,000s
     qkv[40:, :, 1] = 0.0  # all scores zero

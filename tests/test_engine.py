@@ -19,7 +19,7 @@ import torch
 from neox_lite import GPTNeoXForCausalLM
 from neox_lite.cache import PagePool
 from neox_lite.errors import ArgumentError, CacheError, ContextLengthError, UnsupportedError
-from neox_lite.generation.request import Row
+from neox_lite.generation.request import Sequence
 from neox_lite.kernels import dispatch
 from neox_lite_app.paths import DEMO
 from neox_lite_app.serving.engine import Busy, Engine, Job, NotLoaded, Ticket, Update, sentence
@@ -73,7 +73,7 @@ def wait_until(condition) -> None:
 
 def pages_in_use(engine: Engine) -> int:
     """By rows at work: those that kept prefixes hold are not counted."""
-    prefixes = engine._model._lasting.prefixes
+    prefixes = engine._model._cache_holder.prefixes
     return prefixes.pool.pages - prefixes.pool.free_pages - prefixes.pages
 
 
@@ -82,10 +82,10 @@ def gate(model: GPTNeoXForCausalLM):
     """Passes wait until the gate lets them: yields a semaphore, one release for each, and what passes that came there take."""
     passes, sizes, step = threading.Semaphore(0), [], model.step
 
-    def waiting(pool, sequences, tokens, **options):
+    def waiting(pool, block_tables, tokens, **options):
         sizes.append([len(t) for t in tokens])
         passes.acquire(timeout=PATIENCE_S)
-        return step(pool, sequences, tokens, **options)
+        return step(pool, block_tables, tokens, **options)
 
     model.step = waiting
     try:
@@ -132,22 +132,22 @@ def test_an_empty_prompt_starts_with_bos(shared):
 def test_scores_are_the_models_own_log_probabilities(shared):
     prompt = ids_of(shared, "JULIET:\nO Romeo, Romeo")
     options = {"max_new_tokens": 6, "repetition_penalty": 5.0, "eos_token_id": []}
-    ticket = shared.submit(Job(prompt, options, scores=3, prompt_scores=2))
+    ticket = shared.submit(Job(prompt, options, logprobs=3, prompt_logprobs=2))
     steps = list(ticket)
     ids = prompt + [step.token for step in steps]
     logs = shared._model(torch.tensor([ids])).logits[0].log_softmax(-1)
-    scores = [*ticket.prompt_scores, *(step.score for step in steps)]
-    assert scores[0] == (None, ()) and len(scores) == len(ids)
-    for i, score in enumerate(scores[1:]):
+    logprobs = [*ticket.prompt_logprobs, *(step.logprob for step in steps)]
+    assert logprobs[0] == (None, ()) and len(logprobs) == len(ids)
+    for i, score in enumerate(logprobs[1:]):
         assert score.logprob == pytest.approx(float(logs[i, ids[i + 1]]), abs=0.05)  # activations of 8 bits
         assert len(score.top) == (2 if i + 1 < len(prompt) else 3)
-    spoilt = shared.submit(Job(prompt, options | {"logits_processor": lambda ids, logits: logits.zero_()}, scores=3))
-    assert next(iter(spoilt)).score.top == steps[0].score.top  # whatever is done to the logits afterwards
+    spoilt = shared.submit(Job(prompt, options | {"logits_processor": lambda ids, logits: logits.zero_()}, logprobs=3))
+    assert next(iter(spoilt)).logprob.top == steps[0].logprob.top  # whatever is done to the logits afterwards
     plain = list(shared.submit(Job(prompt, options)))
-    assert [s.token for s in plain] == [s.token for s in steps] and {s.score for s in plain} == {None}
-    echo = shared.submit(Job(prompt, {"max_new_tokens": 0}, prompt_scores=0))
+    assert [s.token for s in plain] == [s.token for s in steps] and {s.logprob for s in plain} == {None}
+    echo = shared.submit(Job(prompt, {"max_new_tokens": 0}, prompt_logprobs=0))
     assert [(s.token, s.finish_reason) for s in echo] == [(None, "length")]
-    assert len(echo.prompt_scores) == len(prompt) and {score.top for score in echo.prompt_scores} == {()}
+    assert len(echo.prompt_logprobs) == len(prompt) and {score.top for score in echo.prompt_logprobs} == {()}
 
 
 def test_a_ticket_says_what_was_reused_and_when_steps_came(shared):
@@ -177,8 +177,8 @@ def test_a_ticket_says_what_was_reused_and_when_steps_came(shared):
         (Job([5], {"logit_bias": {"a": 1}}), ArgumentError, "logit_bias: found 'a': 1"),
         (Job([5], {"logit_bias": [5]}), ArgumentError, r"logit_bias is \[5\]"),
         (Job([5], {"max_new_tokens": 600}), ContextLengthError, "600 new ones"),
-        (Job([5], scores=-1), ArgumentError, "scores is -1"),
-        (Job([5], prompt_scores=9999), ArgumentError, "prompt_scores is 9999"),
+        (Job([5], logprobs=-1), ArgumentError, "logprobs is -1"),
+        (Job([5], prompt_logprobs=9999), ArgumentError, "prompt_logprobs is 9999"),
     ],
     ids=str,
 )
@@ -323,7 +323,7 @@ def test_a_chat_goes_on_while_a_long_prompt_is_read(shared):
         allow.release(3)
         wait_until(lambda: len(sizes) == 4)
         long = shared.submit(Job([7] * 400, {"max_new_tokens": 1}))
-        shared._pace.tokens = 64
+        shared._prefill_budget.tokens = 64
         allow.release(1000)
         list(long), chat.cancel()
         read = [lengths for lengths in sizes if len(lengths) == 2]
@@ -340,7 +340,7 @@ def test_status_says_what_runs_and_what_is_in_memory(shared):
         assert (status.state, status.name, status.active, status.waiting) == ("ready", "demo", 3, 0)
         assert status.fault is None and status.tokens_per_s > 0
         assert status.memory["weights_cpu"] == shared._model.get_memory_footprint()
-        assert status.memory["cache_cpu"] == shared._model._lasting.prefixes.pool.nbytes
+        assert status.memory["cache_cpu"] == shared._model._cache_holder.prefixes.pool.nbytes
         assert status.memory["process"] > status.memory["weights_cpu"]
         for ticket in tickets:
             ticket.cancel()
@@ -394,7 +394,7 @@ def test_another_model_takes_the_place_of_the_first_whose_memory_is_given_back(e
     model, pool = weakref.ref(engine._model), None
     tickets = [engine.submit(Job([9, i], {"eos_token_id": []})) for i in range(10)]
     next(iter(tickets[0]))
-    pool = weakref.ref(engine._model._lasting.prefixes.pool)
+    pool = weakref.ref(engine._model._cache_holder.prefixes.pool)
 
     def second() -> GPTNeoXForCausalLM:
         assert model() is None and pool() is None  # before there are two
@@ -522,7 +522,7 @@ def test_memory_that_runs_out_anywhere_ends_the_jobs_and_the_next_one_works(exac
         assert {end.error for end in ends} <= {None, sentence(error)}
         monkeypatch.setattr(ops, name, real)
         wait_until(lambda: not engine._serving)
-        assert engine._model._lasting is None  # the pool is gone, and with it all pages
+        assert engine._model._cache_holder is None  # the pool is gone, and with it all pages
         assert text_of(list(engine.submit(Job(prompt, wanted)))) == expected
         assert engine.status().fault is None and engine.status().state == "ready"
     engine.close()
@@ -538,7 +538,7 @@ def test_an_error_that_ends_a_pass_is_told_as_a_fault_until_a_job_ends_well(engi
     tickets = [engine.submit(Job([9, i])) for i in range(3)]
     ends = [list(ticket)[-1] for ticket in tickets]
     assert {end.finish_reason for end in ends} == {"error"}
-    assert {ticket._row.error for ticket in tickets} == {None}  # its traceback would hold on to tensors
+    assert {ticket._sequence.error for ticket in tickets} == {None}  # its traceback would hold on to tensors
     assert "the engine failed with RuntimeError: CUDA error: an illegal memory access" in ends[0].error
     assert engine.status().fault == ends[0].error
     monkeypatch.undo()
@@ -557,7 +557,7 @@ def test_a_fault_of_the_engine_itself_ends_all_jobs_and_it_goes_on(engine, monke
     ends = [list(ticket)[-1] for ticket in tickets]
     assert {end.finish_reason for end in ends} == {"error"} and "KeyError" in ends[0].error
     wait_until(lambda: not engine._serving)
-    assert engine._model._lasting is None  # who knows what state it was in
+    assert engine._model._cache_holder is None  # who knows what state it was in
     tickets[0].cancel()
     monkeypatch.undo()
     assert list(engine.submit(Job([9], {"max_new_tokens": 3})))[-1].error is None
@@ -602,12 +602,12 @@ def test_memory_returns_to_where_it_was(shared):
 
     def count() -> Counter:
         gc.collect()
-        return Counter(type(thing) for thing in gc.get_objects() if type(thing) in (Row, Ticket, PagePool))
+        return Counter(type(thing) for thing in gc.get_objects() if type(thing) in (Sequence, Ticket, PagePool))
 
     choice, wanted = random.Random(1), {"max_new_tokens": 4}
     list(shared.submit(Job([5], wanted)))
     wait_until(lambda: not shared._serving)
-    shared._model._lasting.prefixes.clear()
+    shared._model._cache_holder.prefixes.clear()
     before = count()
     for _ in range(10):
         tickets = [shared.submit(Job([choice.randint(5, 99)] * choice.randint(1, 40), wanted)) for _ in range(50)]
@@ -617,5 +617,5 @@ def test_memory_returns_to_where_it_was(shared):
             list(ticket)
     del tickets, ticket
     wait_until(lambda: not shared._serving)
-    shared._model._lasting.prefixes.clear()
+    shared._model._cache_holder.prefixes.clear()
     assert count() <= before

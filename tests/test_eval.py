@@ -110,11 +110,11 @@ def counted(monkeypatch):
     found = {"tokens": 0, "rows": [], "passes": 0}
     append, logits = quality.append, quality.Head.logits
 
-    def counting(model, pool, sequences, counts, ids, each=None):
+    def counting(model, pool, block_tables, counts, ids, each=None):
         found["tokens"] += len(ids)
         found["passes"] += 1
         assert len(ids) == sum(counts) <= scoring.PASS_TOKENS
-        return append(model, pool, sequences, counts, ids, each)
+        return append(model, pool, block_tables, counts, ids, each)
 
     def counting_rows(head, x, rows=None):
         found["rows"].append(len(rows))

@@ -24,8 +24,7 @@ from support.peers import TINY, pair, random_ids
 from torch import Tensor
 
 from neox_lite import GenerationConfig, GPTNeoXTokenizerFast
-from neox_lite.cache import Batch, PagePool
-from neox_lite.cache import Sequence as CachedSequence
+from neox_lite.cache import Batch, BlockTable, PagePool
 from neox_lite.errors import (
     ArgumentError,
     CacheError,
@@ -95,7 +94,7 @@ class Scripted(GenerationMixin):
         )
         self.source, self.device = SimpleNamespace(folder=None), torch.device("cpu")
         self.scripts = iter(says) if says and isinstance(says[0], list) else itertools.repeat(says)
-        self.running: dict[CachedSequence, Iterator[int]] = {}
+        self.running: dict[BlockTable, Iterator[int]] = {}
         self.pools, self.steps = [], 0
         if tokenizer is not None:
             self.tokenizer = tokenizer
@@ -104,14 +103,14 @@ class Scripted(GenerationMixin):
         self.pools.append(PagePool(1, 1, torch.float32, [self.device], pages, limit))
         return self.pools[-1]
 
-    def step(self, pool, sequences, tokens) -> Tensor:
+    def step(self, pool, block_tables, tokens) -> Tensor:
         self.steps += 1
-        Batch.reserve(pool, sequences, [len(t) for t in tokens]).commit()
-        logits = torch.zeros(len(sequences), self.config.vocab_size)
-        for row, sequence in zip(logits, sequences, strict=True):
-            if sequence not in self.running:
-                self.running[sequence] = itertools.chain(next(self.scripts), itertools.repeat(0))
-            row[next(self.running[sequence])] = 50.0
+        Batch.reserve(pool, block_tables, [len(t) for t in tokens]).commit()
+        logits = torch.zeros(len(block_tables), self.config.vocab_size)
+        for row, block_table in zip(logits, block_tables, strict=True):
+            if block_table not in self.running:
+                self.running[block_table] = itertools.chain(next(self.scripts), itertools.repeat(0))
+            row[next(self.running[block_table])] = 50.0
         return logits
 
     def generate(self, ids=None, **options) -> Tensor:
@@ -273,7 +272,9 @@ def test_equal_prompts_are_computed_once_and_share_pages():
 def test_prompts_are_read_together_but_never_too_much_at_a_time(lengths):
     model, sizes = Scripted([7], context=2048), []
     step = model.step
-    model.step = lambda pool, sequences, tokens: sizes.append(sum(map(len, tokens))) or step(pool, sequences, tokens)
+    model.step = lambda pool, block_tables, tokens: (
+        sizes.append(sum(map(len, tokens))) or step(pool, block_tables, tokens)
+    )
     ids, mask = padded([random_ids(1, n, seed=i)[0] for i, n in enumerate(lengths)], "left")
     model.generate(ids, attention_mask=mask, max_new_tokens=1)
     full, rest = divmod(sum(lengths), PREFILL_TOKENS)
@@ -617,9 +618,9 @@ def own(tmp_path):
 def noting(model):
     model.sizes, step = [], type(model).step
 
-    def noted(pool, sequences, tokens, **options):
+    def noted(pool, block_tables, tokens, **options):
         model.sizes.append(sum(map(len, tokens)))
-        return step(model, pool, sequences, tokens, **options)
+        return step(model, pool, block_tables, tokens, **options)
 
     model.step = noted
     return model
@@ -627,8 +628,8 @@ def noting(model):
 
 def kept_pages(model) -> int:
     """Pages that are held between calls."""
-    pool = model._lasting.prefixes.pool
-    assert pool.pages - pool.free_pages == model._lasting.prefixes.pages
+    pool = model._cache_holder.prefixes.pool
+    assert pool.pages - pool.free_pages == model._cache_holder.prefixes.pages
     return pool.pages - pool.free_pages
 
 
@@ -725,10 +726,10 @@ def test_nothing_is_kept_where_that_is_turned_off_and_forget_frees_it(own):
     own.reuse_prefix = False
     for _ in range(2):
         own.generate(random_ids(1, 20), max_new_tokens=1, **NO_EOS)
-    assert own.sizes == [20, 20] and own._lasting is None
+    assert own.sizes == [20, 20] and own._cache_holder is None
     own.reuse_prefix = True
     own.generate(random_ids(1, 20), max_new_tokens=1, **NO_EOS)
-    pool = weakref.ref(own._lasting.prefixes.pool)
+    pool = weakref.ref(own._cache_holder.prefixes.pool)
     own.forget()
     assert pool() is None
 
@@ -749,7 +750,7 @@ def test_nothing_is_kept_where_that_is_turned_off_and_forget_frees_it(own):
 )
 def test_a_model_that_changes_forgets(own, change):
     own.generate(random_ids(1, 20), max_new_tokens=1, **NO_EOS)
-    pool = weakref.ref(own._lasting.prefixes.pool)
+    pool = weakref.ref(own._cache_holder.prefixes.pool)
     change(own)
     own.generate(random_ids(1, 20), max_new_tokens=1, **NO_EOS)
     assert own.sizes == [20, 20] and pool() is None
@@ -758,9 +759,9 @@ def test_a_model_that_changes_forgets(own, change):
 def test_copies_and_pickles_share_no_pages(own):
     del own.step
     expected = own.generate(random_ids(1, 20), **NO_EOS)
-    assert own._lasting is not None
+    assert own._cache_holder is not None
     for twin in (copy.deepcopy(own), pickle.loads(pickle.dumps(own))):
-        assert twin._lasting is None
+        assert twin._cache_holder is None
         assert torch.equal(twin.generate(random_ids(1, 20), **NO_EOS), expected)
 
 
@@ -793,13 +794,13 @@ def test_pages_kept_in_inference_mode_serve_outside_it(own):
 def test_a_planned_cache_is_allocated_once_and_never_grows(own):
     own.cache_pages = 6
     long = own.generate(random_ids(1, 600), max_new_tokens=20, **NO_EOS)
-    pool = own._lasting.prefixes.pool
+    pool = own._cache_holder.prefixes.pool
     places = [s.data_ptr() for s in pool.storage]
     assert pool.pages == pool.limit == 6
     for seed in range(5):  # kept pages make room
         own.generate(random_ids(1, 500, seed=seed), max_new_tokens=20, **NO_EOS)
     assert torch.equal(own.generate(random_ids(1, 600), max_new_tokens=20, **NO_EOS), long)
-    assert own._lasting.prefixes.pool is pool and [s.data_ptr() for s in pool.storage] == places
+    assert own._cache_holder.prefixes.pool is pool and [s.data_ptr() for s in pool.storage] == places
     with pytest.raises(CacheError, match=r"6 pages of 128 tokens, .* use fewer or shorter sequences"):
         own.generate(random_ids(1, 800), max_new_tokens=1, **NO_EOS)
     assert own.generate(random_ids(1, 700), max_new_tokens=1, **NO_EOS).shape == (1, 701)
@@ -807,9 +808,9 @@ def test_a_planned_cache_is_allocated_once_and_never_grows(own):
 
 def test_a_large_batch_leaves_at_most_one_context_behind(own):
     own.generate(random_ids(30, 300), max_new_tokens=2, **NO_EOS)
-    assert own._lasting is None
+    assert own._cache_holder is None
     own.generate(random_ids(1, 300), max_new_tokens=2, **NO_EOS)
-    assert own._lasting.prefixes.pool.pages <= 16
+    assert own._cache_holder.prefixes.pool.pages <= 16
 
 
 def test_captured_steps_outlive_a_call(own):
@@ -818,11 +819,11 @@ def test_captured_steps_outlive_a_call(own):
     if own.ops.name != "cpu":
         pytest.skip("only the cpu backend captures")
     own.generate(random_ids(1, 20), max_new_tokens=3, **NO_EOS)
-    captured = own.runner.whole.shapes(own._lasting.prefixes.pool)[1, 1]
+    captured = own.runner.whole.shapes(own._cache_holder.prefixes.pool)[1, 1]
     for seed in range(20):
         own.generate(random_ids(1, 200, seed=seed), max_new_tokens=3, **NO_EOS)
     assert captured is not None
-    assert own.runner.whole.shapes(own._lasting.prefixes.pool)[1, 1] is captured
+    assert own.runner.whole.shapes(own._cache_holder.prefixes.pool)[1, 1] is captured
 
 
 # Sampling -------------------------------------------------------------------------------------------------------------

@@ -64,11 +64,11 @@ class TestOnTheGpu:
         tiers = ("disk", "cpu", "cpu", "gpu", "gpu", "cpu")
         place(model, Placement(tiers, "cpu", "gpu", stream_from), Cuda(torch.device("cuda", 0)))
         pools = [m.new_pool() for m in (model, plain)]
-        sequences = [pool.new() for pool in pools]
+        block_tables = [pool.new() for pool in pools]
         for count in (150, 1, 1, 40, 3, 130, 1):
             ids = torch.randint(257, (count,)).tolist()
             found, expected = (
-                m.step(pool, [s], [ids]).cpu() for m, pool, s in zip((model, plain), pools, sequences, strict=True)
+                m.step(pool, [s], [ids]).cpu() for m, pool, s in zip((model, plain), pools, block_tables, strict=True)
             )
             # sums in another order; a key or value may then fall on the other side of an int8 code
             limit = 2e-5 if kv == "fp16" else 2e-2
@@ -123,7 +123,7 @@ class TestGraphs:
             lengths = (1, 60, 120, 250, 300)  # contexts of 1, 2 and 4 pages are crossed
             expected = generated(model, lengths, False, max_new_tokens=40, **given)
             assert generated(model, lengths, True, max_new_tokens=40, **given) == expected
-        assert model.graph_reason is None and model._decoder.graphs(model._lasting.prefixes.pool)
+        assert model.graph_reason is None and model._decoder.graphs(model._cache_holder.prefixes.pool)
 
     @pytest.mark.parametrize("rows", [2, 3, 7, 16])
     def test_batches_equal_those_launched_kernel_by_kernel(self, rows):

@@ -18,8 +18,8 @@ from test_triton_kernels import AMPERE, INT4, INT8, MODELS, TURING, tiny
 from neox_lite.cache import Batch
 from neox_lite.errors import NeoxLiteError
 from neox_lite.generation.options import Options
-from neox_lite.generation.request import Row
-from neox_lite.generation.sampling import Sampling, choose, exclude
+from neox_lite.generation.request import Sequence
+from neox_lite.generation.sampling import Sampling, exclude, sample_token
 from neox_lite.kernels import reference, triton
 from neox_lite.kernels.backend import Choice
 from neox_lite.kernels.triton import embed_and_sample, operations, steps
@@ -50,7 +50,7 @@ def ids(*lengths):
 
 def generate(model, prompts, options):
     """Rows generated together, each with options of its own."""
-    rows = [model._rows([ids], Options.parse(given))[0] for ids, given in zip(prompts, options, strict=True)]
+    rows = [model._sequences([ids], Options.parse(given))[0] for ids, given in zip(prompts, options, strict=True)]
     for _ in model._decode(rows, Options()):
         pass
     return [row.tokens for row in rows]
@@ -101,8 +101,8 @@ def test_a_step_is_given_before_the_last_one_is_read_and_an_end_found_late_throw
         assert found == expected[: expected.index(expected[3]) + 1] and len(found) > 1
         assert device.replays - replays == len(found)  # one more than there are tokens after the prompt's
         assert generate(model, [ids(5)[0] + found], [{"max_new_tokens": 2}])[0] == expected[len(found) :][:2]
-    pool = model._lasting.prefixes.pool
-    assert pool.pages - pool.free_pages == model._lasting.prefixes.pages
+    pool = model._cache_holder.prefixes.pool
+    assert pool.pages - pool.free_pages == model._cache_holder.prefixes.pages
 
 
 def test_work_is_late_and_host_memory_is_not_written_over_before_it_is_read(monkeypatch):
@@ -112,9 +112,9 @@ def test_work_is_late_and_host_memory_is_not_written_over_before_it_is_read(monk
     graphed(model, device)
     with device:
         pool = model.new_pool(4)
-        model.step(pool, sequences := [pool.new()], ids(4))
+        model.step(pool, block_tables := [pool.new()], ids(4))
         for token in (1, 2, 3):
-            model.launch(pool, sequences, [token], [Choice()])
+            model.launch(pool, block_tables, [token], [Choice()])
         ids_there = {int(seat.tables.choices[0, 0]) for seat in model._decoder._seats}
     assert device.behind >= 6 and ids_there == {2, 3}  # the first step's id is gone, and its copy has not run yet
 
@@ -134,10 +134,10 @@ def test_a_pool_that_grows_is_captured_anew():
     graphed(model, device)
     with device:
         pool = model.new_pool(1)
-        sequence = pool.new()
-        Batch.reserve(pool, [sequence], [3]).commit()
+        block_table = pool.new()
+        Batch.reserve(pool, [block_table], [3]).commit()
         for _ in range(2):
-            model.launch(pool, [sequence], [1], [Choice()])
+            model.launch(pool, [block_table], [1], [Choice()])
         other = pool.new()
         model.launch(pool, [other], [1], [Choice()])
         assert pool.pages == 2 and device.captures == 2 and model._decoder.graphs(pool) == [(1, 1)]
@@ -152,7 +152,7 @@ def test_tokens_of_a_step_that_another_followed_are_found_all_the_same():
         model.graph = False
         expected = [generate(model, [p], [GREEDY])[0] for p in prompts]
         model.graph, model.reuse_prefix = True, False
-        rows = [model._rows([p], Options.parse(GREEDY))[0] for p in prompts]
+        rows = [model._sequences([p], Options.parse(GREEDY))[0] for p in prompts]
         calls = [model._decode([row], Options()) for row in rows]
         for _ in range(GREEDY["max_new_tokens"]):
             for call in calls:
@@ -165,13 +165,13 @@ def test_rows_without_a_token_write_nothing():
     graphed(model, device)
     with device:
         pool = model.new_pool(8)
-        sequences = [pool.new() for _ in range(4)]
+        block_tables = [pool.new() for _ in range(4)]
         for _ in range(steps.IN_THE_AIR):
-            model.launch(pool, sequences, [1, 2, 3, 4], [Choice()] * 4).tokens()
-        pool.free(sequences.pop())  # its page is still in the tables
+            model.launch(pool, block_tables, [1, 2, 3, 4], [Choice()] * 4).tokens()
+        pool.free(block_tables.pop())  # its page is still in the tables
         for storage in pool.storage:
             storage[pool._free] = float("nan")
-        flight = model.launch(pool, sequences, [1, 2, 3], [Choice()] * 3)
+        flight = model.launch(pool, block_tables, [1, 2, 3], [Choice()] * 3)
         assert len(flight.tokens()) == 3 and model._decoder.graphs(pool) == [(4, 1)]
         assert all(bool(storage[pool._free].isnan().all()) for storage in pool.storage)
 
@@ -207,7 +207,7 @@ def test_draws_are_the_host_s_id_for_id():
         for i, sampling in enumerate(samplings):
             history, steps = torch.zeros(lengths[i] + 1), [lambda _, x, missing=missing: exclude(x, missing.long())]
             try:
-                expected = choose(logits[i], history, streams[i], sampling, steps)
+                expected = sample_token(logits[i], history, streams[i], sampling, steps)
             except NeoxLiteError:
                 expected = -1
             assert found[i] == expected, (vocabulary, sampling)
@@ -221,7 +221,7 @@ def drawn(logits, missing, samplings, streams, starts, block):
     batch = Batch(
         tuple(EMPTY for _ in starts), tuple(starts), tuple(range(rows + 1)), *torch.zeros(3, rows, dtype=torch.long)
     )
-    asked = [Row([0], 1, s, options=Options(sampling)) for s, sampling in zip(streams, samplings, strict=True)]
+    asked = [Sequence([0], 1, s, options=Options(sampling)) for s, sampling in zip(streams, samplings, strict=True)]
     seat.fill(batch, [0] * rows, [row.device_choice for row in asked], rows)
     tables = steps.Tables.cut(seat.data, 1)
     excluded = torch.zeros(vocabulary, dtype=torch.int8).index_fill_(0, missing.long(), 1)
@@ -254,7 +254,7 @@ def test_ids_that_do_not_exist_are_left_out_on_the_device_too():
     with device:
         first = generate(model, ids(5), [GREEDY])[0]
         model.forget()
-        model.missing_ids = torch.tensor(sorted(set(first)))
+        model.padding_ids = torch.tensor(sorted(set(first)))
         found = generate(model, ids(5), [GREEDY])[0]
         model.graph = False
         model.forget()
@@ -280,7 +280,7 @@ def test_a_row_that_needs_the_host_says_why_and_gets_its_tokens_from_a_graph_s_l
     given.pop("scores", None)
 
     def run():
-        row = Row(ids(5)[0], 4, 0, options=Options.parse({**given, "max_new_tokens": 4}), scores=scores)
+        row = Sequence(ids(5)[0], 4, 0, options=Options.parse({**given, "max_new_tokens": 4}), num_logprobs=scores)
         assert row.host_reason() == reason
         for _ in model._decode([row], Options()):
             pass
@@ -290,13 +290,13 @@ def test_a_row_that_needs_the_host_says_why_and_gets_its_tokens_from_a_graph_s_l
         found = run()
         assert device.replays == 3 or reason.startswith("the end")  # one for each token after the first, none in vain
         model.graph = False
-        assert run().tokens == found.tokens and (scores is None) == (found.score is None)
+        assert run().tokens == found.tokens and (scores is None) == (found.logprob is None)
 
 
 def test_nothing_to_choose_from_ends_the_row_with_the_host_s_error():
     model, device = small(), SimulatedGraphs()
     graphed(model, device)
-    (row,) = model._rows(ids(5), Options.parse(GREEDY))
+    (row,) = model._sequences(ids(5), Options.parse(GREEDY))
     with device, pytest.raises(NeoxLiteError, match="no id can be chosen"):
         for _ in model._decode([row], Options()):
             if len(row.tokens) == 2:  # the third is on its way
@@ -319,14 +319,14 @@ def test_a_step_of_any_bucket_launches_the_same_whatever_is_in_it(name, kv, dtyp
     with device:
         pool = model.new_pool(200)
         for rows, longest in ((1, 1), (2, 100), (3, 150), (9, 120), (33, 60)):
-            sequences = [pool.new() for _ in range(rows)]
-            Batch.reserve(pool, sequences, [longest * (i + 1) // rows for i in range(rows)]).commit()
+            block_tables = [pool.new() for _ in range(rows)]
+            Batch.reserve(pool, block_tables, [longest * (i + 1) // rows for i in range(rows)]).commit()
             flight = None
             for step in range(3):
                 given = [-1 - i if flight is not None else step for i in range(rows)]
-                flight = model.launch(pool, sequences, given, [Choice(seed=step)] * rows, previous=flight)
-            for sequence in sequences:
-                pool.free(sequence)
+                flight = model.launch(pool, block_tables, given, [Choice(seed=step)] * rows, previous=flight)
+            for block_table in block_tables:
+                pool.free(block_table)
         assert model._decoder.graphs(pool) == [(1, 1), (2, 1), (4, 2), (16, 1), (64, 1)]
     assert model.graph_reason is None and device.replays == 15
     if name == "int4":  # one token: embedding, two layers, norm and head, draw
@@ -379,21 +379,21 @@ def test_a_launch_that_depends_on_the_step_is_found_when_it_is_replayed(monkeypa
     model, device = small(), SimulatedGraphs(dry=True)
     graphed(model, device)
     pool = model.new_pool(2)
-    sequences, others = [pool.new()], torch.empty(4, 4)
+    block_tables, others = [pool.new()], torch.empty(4, 4)
     with device:
         launch = operations._launch
 
         def depends(kernel, grid, *arguments, **options):
             if kernel is operations.attention.attend_page:
-                now = sequences[0].length // 3
+                now = block_tables[0].length // 3
                 arguments += (now if fault == "a position as a number" else others[now],)
             launch(kernel, grid, *arguments, **options)
 
         monkeypatch.setattr(operations, "_launch", depends)
         for _ in range(3):
-            model.launch(pool, sequences, [1], [Choice()])
+            model.launch(pool, block_tables, [1], [Choice()])
         with pytest.raises(NotCapturable, match=r"launch .*attend_page.* where it was"):
-            model.launch(pool, sequences, [1], [Choice()])
+            model.launch(pool, block_tables, [1], [Choice()])
 
 
 # Buckets and bounds ---------------------------------------------------------------------------------------------------
@@ -416,9 +416,9 @@ def test_more_rows_than_a_graph_takes_run_without_one_and_the_reason_is_told():
     graphed(model, device)
     with device:
         pool = model.new_pool(70)
-        sequences = [pool.new() for _ in range(65)]
-        assert model.launch(pool, sequences, [1] * 65, [Choice()] * 65) is None and not sequences[0].length
-        batch = Batch.reserve(pool, sequences, [1] * 65)
+        block_tables = [pool.new() for _ in range(65)]
+        assert model.launch(pool, block_tables, [1] * 65, [Choice()] * 65) is None and not block_tables[0].length
+        batch = Batch.reserve(pool, block_tables, [1] * 65)
     assert (
         model._decoder.why_not(batch) == "65 sequences are more than the 64 of a graph" and model.graph_reason is None
     )

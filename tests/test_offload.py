@@ -250,9 +250,9 @@ def test_layers_that_stay_on_the_cpu_are_captured_beside_others(quantized):
     model = GPTNeoXForCausalLM.from_pretrained(quantized)
     put(model, placement("dccggc"), SimulatedAccelerator(backend=cpu), ops=None)
     pool = model.new_pool()
-    sequences = [pool.new(), pool.new()]
+    block_tables = [pool.new(), pool.new()]
     for tokens in ([[1], [2]], [[3], [4]]):
-        model.step(pool, sequences, tokens)
+        model.step(pool, block_tables, tokens)
     stretches = model.runner._stretches
     assert {s: list(c.shapes(pool)) for s, c in stretches.items()} == {
         (1, 3): [(2, 2)],

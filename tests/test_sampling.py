@@ -14,14 +14,14 @@ from neox_lite.generation.sampling import (
     Sampling,
     add_bias,
     candidates,
-    choose,
     forbid_repeats,
     gumbel,
     min_p,
     penalize_frequency,
     penalize_repetition,
     philox4x32,
-    score,
+    sample_token,
+    token_logprob,
     top_k,
     top_p,
     typical_p,
@@ -187,8 +187,8 @@ def test_processors_leave_the_models_logits_alone():
     penalties = {"frequency_penalty": 1.0, "presence_penalty": 1.0, "no_repeat_ngram_size": 2, "logit_bias": {5: 1.0}}
     filters = {"top_k": 9, "top_p": 0.5, "min_p": 0.1, "typical_p": 0.9}
     sampling = Sampling(do_sample=True, temperature=0.5, repetition_penalty=2.0, **filters, **penalties)
-    choose(logits, HISTORY, 0, sampling, sampling.processors())
-    score(logits, 5, 3, torch.tensor([1]))
+    sample_token(logits, HISTORY, 0, sampling, sampling.processors())
+    token_logprob(logits, 5, 3, torch.tensor([1]))
     assert torch.equal(logits, before)
 
 
@@ -297,7 +297,7 @@ def chi_square(counts: Tensor, expected: Tensor) -> float:
 
 def draws(logits: Tensor, sampling: Sampling, count: int) -> Counter[int]:
     steps = sampling.processors()
-    return Counter(choose(logits, HISTORY, stream, sampling, steps) for stream in range(count))
+    return Counter(sample_token(logits, HISTORY, stream, sampling, steps) for stream in range(count))
 
 
 def test_draws_follow_the_distribution():
@@ -322,7 +322,7 @@ def test_a_draw_depends_on_seed_position_and_stream_only():
 
     def draw(seed: int = 1, position: int = 5, stream: int = 0, first: int = 0) -> int:
         history = torch.full((position,), first)
-        return choose(logits, history, stream, Sampling(do_sample=True, top_k=0, seed=seed), [])
+        return sample_token(logits, history, stream, Sampling(do_sample=True, top_k=0, seed=seed), [])
 
     assert draw() == draw() == draw(first=9)
     assert len({draw(), draw(seed=2), draw(seed=1 + 2**32), draw(position=6), draw(stream=1)}) == 5
@@ -333,11 +333,11 @@ def test_temperature_zero_and_colder_than_float32_can_divide_by_are_greedy():
     for temperature in (0.0, 1e-12):
         sampling = Sampling(do_sample=True, temperature=temperature)
         assert sampling.greedy
-        assert {choose(logits, HISTORY, i, sampling, sampling.processors()) for i in range(20)} == {
+        assert {sample_token(logits, HISTORY, i, sampling, sampling.processors()) for i in range(20)} == {
             int(logits.argmax())
         }
     cold = Sampling(do_sample=True, temperature=1e-5)
-    assert choose(logits, HISTORY, 0, cold, cold.processors()) == int(logits.argmax())
+    assert sample_token(logits, HISTORY, 0, cold, cold.processors()) == int(logits.argmax())
 
 
 def test_excluded_ids_are_never_drawn():
@@ -356,15 +356,15 @@ def test_the_ends_of_the_random_range_are_finite_and_hit_ids_that_are_possible(n
     )
     assert np.isfinite(gumbel(0, 0, 0, np.arange(1000))).all()
     logits = torch.tensor([float("-inf"), 1.0, 1.3, 0.2, float("-inf")])
-    assert choose(logits, HISTORY, 0, EVERYTHING, []) in (1, 2, 3)
+    assert sample_token(logits, HISTORY, 0, EVERYTHING, []) in (1, 2, 3)
 
 
 def test_a_draw_is_the_same_whatever_ids_are_excluded_beside_it():
     logits = torch.randn(100, generator=torch.Generator().manual_seed(1))
     for stream in range(200):
-        drawn = choose(logits, HISTORY, stream, EVERYTHING, [])
+        drawn = sample_token(logits, HISTORY, stream, EVERYTHING, [])
         without = logits.index_fill(0, torch.tensor([(drawn + 1) % 100, (drawn + 50) % 100]), float("-inf"))
-        assert choose(without, HISTORY, stream, EVERYTHING, []) == drawn
+        assert sample_token(without, HISTORY, stream, EVERYTHING, []) == drawn
 
 
 @pytest.mark.parametrize("vocabulary", [20, 1000, 50_000])
@@ -376,7 +376,7 @@ def test_two_models_draw_the_same_id_nearly_as_often_as_is_possible(vocabulary, 
     other = logits + noise * torch.randn(vocabulary, generator=generator)
     optimum = float(torch.minimum(logits.double().softmax(-1), other.double().softmax(-1)).sum())
     same = sum(
-        choose(logits, HISTORY, stream, EVERYTHING, []) == choose(other, HISTORY, stream, EVERYTHING, [])
+        sample_token(logits, HISTORY, stream, EVERYTHING, []) == sample_token(other, HISTORY, stream, EVERYTHING, [])
         for stream in range(draws)
     )
     spread = 4 * (0.25 / draws) ** 0.5  # four standard errors at most
@@ -388,11 +388,11 @@ def test_two_models_draw_the_same_id_nearly_as_often_as_is_possible(vocabulary, 
 def test_nothing_to_choose_from_is_an_error_not_a_token(sampling, value):
     logits = torch.full((60,), value)
     with pytest.raises(NeoxLiteError, match="no id can be chosen"):
-        choose(logits, torch.empty(0, dtype=torch.long), 0, sampling, sampling.processors())
+        sample_token(logits, torch.empty(0, dtype=torch.long), 0, sampling, sampling.processors())
     logits[3] = 0.0
     if not value < 0:  # a single NaN or infinity spoils a softmax
         with pytest.raises(NeoxLiteError, match="no id can be chosen"):
-            choose(logits, torch.empty(0, dtype=torch.long), 0, sampling, sampling.processors())
+            sample_token(logits, torch.empty(0, dtype=torch.long), 0, sampling, sampling.processors())
 
 
 # Log-probabilities ----------------------------------------------------------------------------------------------------
@@ -402,7 +402,7 @@ def test_nothing_to_choose_from_is_an_error_not_a_token(sampling, value):
 def test_a_score_is_log_softmax_and_its_largest(likeliest):
     logits = logits_with_ties(2)
     expected = logits.log_softmax(-1)
-    found = score(logits, 17, likeliest)
+    found = token_logprob(logits, 17, likeliest)
     assert found.logprob == pytest.approx(float(expected[17]), abs=1e-5)
     best = [x for x in expected.sort(descending=True).values[:likeliest].tolist() if x > -math.inf]
     assert len(found.top) == len(best)
@@ -412,10 +412,10 @@ def test_a_score_is_log_softmax_and_its_largest(likeliest):
 
 def test_a_score_leaves_out_ids_that_do_not_exist():
     logits = torch.tensor([0.0, 1.0, 9.0, 9.5])
-    found = score(logits, 1, 4, torch.tensor([2, 3]))
+    found = token_logprob(logits, 1, 4, torch.tensor([2, 3]))
     assert found.logprob == pytest.approx(float(logits[:2].log_softmax(-1)[1]))
     assert [i for i, _ in found.top] == [1, 0]
 
 
 def test_ties_in_a_score_are_told_in_the_order_of_their_ids_and_no_more_than_asked_for():
-    assert [i for i, _ in score(torch.zeros(1000), 3, 4).top] == [0, 1, 2, 3]
+    assert [i for i, _ in token_logprob(torch.zeros(1000), 3, 4).top] == [0, 1, 2, 3]

@@ -17,9 +17,9 @@ from neox_lite.cache import PrefixCache
 from neox_lite.errors import CacheError
 from neox_lite.generation.options import Options
 from neox_lite.generation.protocols import PREFILL_TOKENS
-from neox_lite.generation.request import Row
-from neox_lite.generation.sampling import Sampling, choose
-from neox_lite.generation.scheduler import LEAST_TOKENS, SCORED_TOKENS, ReadingPace, Scheduler
+from neox_lite.generation.request import Sequence
+from neox_lite.generation.sampling import Sampling, sample_token
+from neox_lite.generation.scheduler import MIN_PREFILL_TOKENS, PROMPT_LOGPROB_TOKENS, PrefillBudget, Scheduler
 from neox_lite.units import PAGE
 
 VOCABULARY = 50
@@ -32,9 +32,9 @@ def expected(prompt: list[int], count: int) -> list[int]:
     return ids[len(prompt) :]
 
 
-def run(scheduler: Scheduler, passes: int | None = None) -> list[list[Row]]:
+def run(scheduler: Scheduler, passes: int | None = None) -> list[list[Sequence]]:
     """All that is yielded, until nothing is left or for so many passes."""
-    found: list[list[Row]] = []
+    found: list[list[Sequence]] = []
     while scheduler.busy and passes != 0:
         found += scheduler.step()
         passes = None if passes is None else passes - 1
@@ -45,13 +45,15 @@ def says(place: int, token: int) -> Tensor:
     return certain((token + place) % VOCABULARY)
 
 
-def scheduler_with(rows: list[Row], budget: int = 0, pace: bool = False, **script) -> tuple[ScriptedModel, Scheduler]:
+def scheduler_with(
+    sequences: list[Sequence], budget: int = 0, prefill_budget: bool = False, **script
+) -> tuple[ScriptedModel, Scheduler]:
     """A scripted model that says (last token + tokens so far) % 50, and a scheduler of it with rows that wait."""
     model = ScriptedModel(says, **script)
-    pace = ReadingPace(1.0, lambda: model.now) if pace else None
-    scheduler = Scheduler(model, PrefixCache(model.pool, budget), pace=pace)
-    for row in rows:
-        scheduler.add(row)
+    prefill_budget = PrefillBudget(1.0, lambda: model.now) if prefill_budget else None
+    scheduler = Scheduler(model, PrefixCache(model.pool, budget), prefill_budget=prefill_budget)
+    for sequence in sequences:
+        scheduler.add(sequence)
     return model, scheduler
 
 
@@ -75,9 +77,9 @@ class Counting(Scheduler):
         super().__init__(*given, **options)
         self.seen = Counter()
 
-    def _put_back(self, row: Row) -> None:
-        self.seen["put back"] += 1
-        super()._put_back(row)
+    def preempt(self, sequence: Sequence) -> None:
+        self.seen["preempted"] += 1
+        super().preempt(sequence)
 
 
 class Flight:
@@ -89,7 +91,7 @@ class Flight:
         return self.found
 
 
-class Flying:
+class AsyncModel:
     """A model on a device that chooses tokens itself, but for now and then."""
 
     def __init__(self, model, choice: random.Random) -> None:
@@ -100,59 +102,63 @@ class Flying:
     def graph_reason(self):
         return "it is tired" if self.choice.random() < 0.1 else None
 
-    def launch(self, pool, sequences, ids, choices, excluded=None, previous=None):
+    def launch(self, pool, block_tables, ids, choices, excluded=None, previous=None):
         if self.choice.random() < 0.05:
             return None
         given = [id if id >= 0 else previous.found[-1 - id] for id in ids]
-        self.seen["in the air"] += previous is not None and not previous.read
-        starts = [sequence.length for sequence in sequences]
-        logits = self.model.step(pool, sequences, [[id] for id in given])
+        self.seen["pending"] += previous is not None and not previous.read
+        starts = [block_table.length for block_table in block_tables]
+        logits = self.model.step(pool, block_tables, [[id] for id in given])
         tokens = []
         for start, one, logits_ in zip(starts, choices, logits, strict=True):
             sampling = Sampling(one.temperature > 0, one.temperature, one.top_k, one.top_p, one.min_p, seed=one.seed)
-            tokens.append(choose(logits_, torch.zeros(start + 1), one.stream, sampling, []))
+            tokens.append(sample_token(logits_, torch.zeros(start + 1), one.stream, sampling, []))
         self.seen["launched"] += 1
         return Flight(tokens)
 
 
-@pytest.mark.parametrize("flying", [False, True])
-def test_random_schedules_give_every_row_the_tokens_it_gets_alone(model, flying):
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_random_schedules_give_every_row_the_tokens_it_gets_alone(model, asynchronous):
     """Arrivals, cancels, preemptions, shared beginnings, scores; rows with penalties, filters and seeds of their own.
 
-    flying: passes are in the air, and rows are such that a device can choose for them, but for a few.
+    asynchronous: steps are asynchronous, and sequences are such that a device can choose for them, but for a few.
     """
     seen = Counter()
     for seed in range(times(15)):
         choice = random.Random(seed)
         limit = choice.choice([None, 4, 5])
-        pace = ReadingPace(1.0, lambda: 0.0)
-        pace.took = lambda tokens, seconds, pace=pace, choice=choice: setattr(pace, "tokens", choice.randint(16, 200))
-        stepper = Flying(model, choice) if flying else model
-        scheduler = Counting(stepper, PrefixCache(model.new_pool(0, limit), choice.choice([0, 4])), pace=pace)
+        prefill_budget = PrefillBudget(1.0, lambda: 0.0)
+        prefill_budget.update = lambda tokens, seconds, prefill_budget=prefill_budget, choice=choice: setattr(
+            prefill_budget, "tokens", choice.randint(16, 200)
+        )
+        model_runner = AsyncModel(model, choice) if asynchronous else model
+        scheduler = Counting(
+            model_runner, PrefixCache(model.new_pool(0, limit), choice.choice([0, 4])), prefill_budget=prefill_budget
+        )
         trunk = random_ids(1, 300, seed=seed)[0].tolist()
-        todo = [random_row(choice, trunk, i, flying) for i in range(choice.randint(3, 10))]
-        rows = list(todo)
+        todo = [random_sequence(choice, trunk, i, asynchronous) for i in range(choice.randint(3, 10))]
+        sequences = list(todo)
         while todo or scheduler.busy:
             while todo and choice.random() < 0.3:
                 scheduler.add(todo.pop())
-            if choice.random() < 0.01 and scheduler.rows:
-                scheduler.cancel(choice.choice(scheduler.rows))
+            if choice.random() < 0.01 and scheduler.running:
+                scheduler.cancel(choice.choice(scheduler.running))
             if choice.random() < 0.01 and scheduler.waiting:
                 scheduler.cancel(choice.choice(scheduler.waiting))
-            if choice.random() < 0.03 and scheduler.rows:
-                scheduler._put_back(scheduler.rows[-1])  # more often than the pool alone asks for it
+            if choice.random() < 0.03 and scheduler.running:
+                scheduler.preempt(scheduler.running[-1])  # more often than the pool alone asks for it
             for changed in scheduler.step():
                 seen["tokens"] += len(changed)
-        for row in rows:
-            check_alone(model, row)
-            seen[row.finish_reason] += 1
+        for sequence in sequences:
+            check_alone(model, sequence)
+            seen[sequence.finish_reason] += 1
         assert scheduler._pool.pages - scheduler._pool.free_pages == scheduler._prefixes.pages
-        seen += scheduler.seen + (stepper.seen if flying else Counter())
-    assert not flying or seen["in the air"] > 0.8 * seen["launched"] > 250
-    assert min(seen[name] for name in ("put back", "cancelled", "length", "stop")) >= 5, seen
+        seen += scheduler.seen + (model_runner.seen if asynchronous else Counter())
+    assert not asynchronous or seen["pending"] > 0.8 * seen["launched"] > 250
+    assert min(seen[name] for name in ("preempted", "cancelled", "length", "stop")) >= 5, seen
 
 
-def random_row(choice: random.Random, trunk: list[int], number: int, plain: bool = False) -> Row:
+def random_sequence(choice: random.Random, trunk: list[int], number: int, plain: bool = False) -> Sequence:
     own = random_ids(1, 80, seed=number + 1000)[0].tolist()
     prompt = trunk[: choice.choice([0, 1, 60, 130, 256])] + own[: choice.randint(1, 80)]
     prompt = choice.choice([prompt, trunk[:200]])  # now and then the same
@@ -171,29 +177,31 @@ def random_row(choice: random.Random, trunk: list[int], number: int, plain: bool
         min_new_tokens=choice.choice([0, 9]),
     )
     scores = choice.choice([None, None, 3])
-    return Row(prompt, choice.choice([1, 20, 60, 140]), choice.randint(0, 2), options=options, prompt_scores=scores)
+    return Sequence(
+        prompt, choice.choice([1, 20, 60, 140]), choice.randint(0, 2), options=options, num_prompt_logprobs=scores
+    )
 
 
-def check_alone(model, row: Row) -> None:
+def check_alone(model, sequence: Sequence) -> None:
     """A row's tokens, up to where it was cancelled, and its scores."""
-    alone = Row(row.prompt, row.limit, row.stream, options=row.options)
+    alone = Sequence(sequence.prompt, sequence.max_tokens, sequence.stream, options=sequence.options)
     run(scheduler := Scheduler(model, PrefixCache(model.new_pool(), 0)))
     scheduler.add(alone)
     run(scheduler)
-    assert row.tokens == alone.tokens[: len(row.tokens)]
-    if row.finish_reason != "cancelled":
-        assert (row.tokens, row.finish_reason) == (alone.tokens, alone.finish_reason)
-        if row.prompt_scores is not None:
-            check_scores(model, row)
+    assert sequence.tokens == alone.tokens[: len(sequence.tokens)]
+    if sequence.finish_reason != "cancelled":
+        assert (sequence.tokens, sequence.finish_reason) == (alone.tokens, alone.finish_reason)
+        if sequence.num_prompt_logprobs is not None:
+            check_prompt_logprobs(model, sequence)
 
 
-def check_scores(model, row: Row) -> None:
-    logs = model(torch.tensor([row.prompt])).logits[0].log_softmax(-1)
-    own = logs[range(len(row.prompt) - 1), row.prompt[1:]].tolist()
-    assert row.scored[0] == (None, ())
-    assert [score.logprob for score in row.scored[1:]] == pytest.approx(own, abs=1e-3)
-    for score, line in zip(row.scored[1:], logs, strict=False):
-        best = line.topk(row.prompt_scores).values.tolist()
+def check_prompt_logprobs(model, sequence: Sequence) -> None:
+    logs = model(torch.tensor([sequence.prompt])).logits[0].log_softmax(-1)
+    own = logs[range(len(sequence.prompt) - 1), sequence.prompt[1:]].tolist()
+    assert sequence.prompt_logprobs[0] == (None, ())
+    assert [score.logprob for score in sequence.prompt_logprobs[1:]] == pytest.approx(own, abs=1e-3)
+    for score, line in zip(sequence.prompt_logprobs[1:], logs, strict=False):
+        best = line.topk(sequence.num_prompt_logprobs).values.tolist()
         assert [logprob for _, logprob in score.top] == pytest.approx(best, abs=1e-3)
 
 
@@ -201,50 +209,52 @@ def check_scores(model, row: Row) -> None:
 
 
 def test_rows_that_are_answered_get_a_token_in_every_pass_while_a_long_prompt_is_read():
-    short = [Row([i + 5], 60, 0) for i in range(3)]
+    short = [Sequence([i + 5], 60, 0) for i in range(3)]
     # 100 tokens a second; a pass may take one
-    model, scheduler = scheduler_with(short, pace=True, cost=lambda tokens: 0.01 * tokens)
+    model, scheduler = scheduler_with(short, prefill_budget=True, cost=lambda tokens: 0.01 * tokens)
     run(scheduler, 2)
-    scheduler.add(long := Row([1] * 700, 5, 0))
+    scheduler.add(long := Sequence([1] * 700, 5, 0))
     before = len(model.passes)
     while not long.tokens:
-        tokens = [len(row.tokens) for row in short]
+        tokens = [len(sequence.tokens) for sequence in short]
         run(scheduler, 1)
-        assert [len(row.tokens) for row in short] == [n + 1 for n in tokens]
+        assert [len(sequence.tokens) for sequence in short] == [n + 1 for n in tokens]
     read = [sum(lengths[3:]) for lengths in model.passes[before:]]
     assert sum(read) == 700
     assert max(read) <= 110 and min(read[1:-1]) >= 90  # what fits into a second, after a first guess
     run(scheduler)
-    assert [row.tokens for row in [*short, long]] == [expected(row.prompt, row.limit) for row in [*short, long]]
+    assert [sequence.tokens for sequence in [*short, long]] == [
+        expected(sequence.prompt, sequence.max_tokens) for sequence in [*short, long]
+    ]
 
 
 def test_prompts_are_read_in_large_pieces_while_nobody_is_answered():
-    rows = [Row([i + 1] * length, 1, 0) for i, length in enumerate((700, 400, 5))]
-    model, scheduler = scheduler_with(rows, pace=True, cost=lambda tokens: 0.01 * tokens)
+    sequences = [Sequence([i + 1] * length, 1, 0) for i, length in enumerate((700, 400, 5))]
+    model, scheduler = scheduler_with(sequences, prefill_budget=True, cost=lambda tokens: 0.01 * tokens)
     run(scheduler)
     assert [sum(lengths) for lengths in model.passes][:1] == [PREFILL_TOKENS]
     assert sum(map(sum, model.passes)) == 1105
 
 
 def test_the_pace_finds_what_fits_into_a_pass_and_follows_it():
-    cases = ((0.0, 0.001, 250), (0.1, 0.001, 150), (0.2, 0.01, LEAST_TOKENS), (0.0, 1e-5, PREFILL_TOKENS))
+    cases = ((0.0, 0.001, 250), (0.1, 0.001, 150), (0.2, 0.01, MIN_PREFILL_TOKENS), (0.0, 1e-5, PREFILL_TOKENS))
     for base, slope, fits in cases:
-        pace = ReadingPace(0.25)
+        prefill_budget = PrefillBudget(0.25)
         for _ in range(60):
-            pace.took(pace.tokens, base + slope * pace.tokens)
-        assert abs(pace.tokens - fits) <= 2
+            prefill_budget.update(prefill_budget.tokens, base + slope * prefill_budget.tokens)
+        assert abs(prefill_budget.tokens - fits) <= 2
 
 
 def test_the_pace_grows_at_most_twofold_and_a_short_rest_does_not_shrink_it():
-    pace = ReadingPace(1.0)
-    pace.took(64, 1e-6)
-    assert pace.tokens == 128
-    pace.took(3, 0.9)  # nearly all of it went into the others' tokens
-    assert pace.tokens == 128
-    pace.took(3, 2.0)
-    assert pace.tokens == LEAST_TOKENS
-    pace.took(512, 0.0)  # a clock that stands still
-    assert pace.tokens == PREFILL_TOKENS
+    prefill_budget = PrefillBudget(1.0)
+    prefill_budget.update(64, 1e-6)
+    assert prefill_budget.tokens == 128
+    prefill_budget.update(3, 0.9)  # nearly all of it went into the others' tokens
+    assert prefill_budget.tokens == 128
+    prefill_budget.update(3, 2.0)
+    assert prefill_budget.tokens == MIN_PREFILL_TOKENS
+    prefill_budget.update(512, 0.0)  # a clock that stands still
+    assert prefill_budget.tokens == PREFILL_TOKENS
 
 
 # Beginnings in common -------------------------------------------------------------------------------------------------
@@ -253,28 +263,28 @@ def test_the_pace_grows_at_most_twofold_and_a_short_rest_does_not_shrink_it():
 @pytest.mark.parametrize("budget", [0, 50])
 @pytest.mark.parametrize(("length", "read"), [(600, [[512], [88]]), (20, [[20]]), (1, [[1]])])
 def test_equal_prompts_are_read_once_and_answered_together(length, read, budget):
-    rows = [Row([1] * length, 3, i) for i in range(4)]
-    model, scheduler = scheduler_with(rows, budget)
+    sequences = [Sequence([1] * length, 3, i) for i in range(4)]
+    model, scheduler = scheduler_with(sequences, budget)
     first = run(scheduler, len(read))
-    assert model.passes == read and first == [rows]
+    assert model.passes == read and first == [sequences]
     run(scheduler)
     assert model.passes[len(read) :] == [[1] * 4] * 2
-    assert [row.reused for row in rows] == [0, *[length] * 3]
+    assert [sequence.num_cached_tokens for sequence in sequences] == [0, *[length] * 3]
 
 
 def test_a_common_beginning_of_a_page_is_read_once_and_a_shorter_one_is_not_waited_for():
     trunk = [7] * (2 * PAGE)
     for length, passes in ((2 * PAGE, [[258], [1, 2, 2]]), (PAGE - 1, [[129] * 3])):
-        rows = [Row([*trunk[:length], i, i], 2, 0) for i in range(3)]
-        model, scheduler = scheduler_with(rows)
+        sequences = [Sequence([*trunk[:length], i, i], 2, 0) for i in range(3)]
+        model, scheduler = scheduler_with(sequences)
         run(scheduler, len(passes))
         assert model.passes == passes
         run(scheduler)
-        assert [row.tokens for row in rows] == [expected(row.prompt, 2) for row in rows]
+        assert [sequence.tokens for sequence in sequences] == [expected(sequence.prompt, 2) for sequence in sequences]
 
 
 def test_who_waits_for_another_to_read_goes_on_when_that_one_is_cancelled():
-    first, second = Row([1] * 600, 3, 0), Row([1] * 600, 3, 1)
+    first, second = Sequence([1] * 600, 3, 0), Sequence([1] * 600, 3, 1)
     _, scheduler = scheduler_with([first, second])
     run(scheduler, 1)
     scheduler.cancel(first)
@@ -283,59 +293,66 @@ def test_who_waits_for_another_to_read_goes_on_when_that_one_is_cancelled():
 
 
 def test_a_prompt_that_begins_like_a_row_at_work_takes_its_pages():
-    model, scheduler = scheduler_with([first := Row([1] * 300, 50, 0)])
+    model, scheduler = scheduler_with([first := Sequence([1] * 300, 50, 0)])
     run(scheduler, 5)
-    scheduler.add(second := Row([1] * 300 + first.tokens[:3] + [9], 2, 0))
+    scheduler.add(second := Sequence([1] * 300 + first.tokens[:3] + [9], 2, 0))
     pages = used(model)
     run(scheduler, 1)
-    assert second.reused == 303 and model.passes[-1] == [1, 1]
+    assert second.num_cached_tokens == 303 and model.passes[-1] == [1, 1]
     assert used(model) == pages + 1
     run(scheduler)
     assert first.tokens == expected(first.prompt, 50)
 
 
 def test_the_next_turn_of_a_conversation_reads_what_is_new():
-    model, scheduler = scheduler_with([first := Row([1] * 300, 20, 0)], budget=20)
+    model, scheduler = scheduler_with([first := Sequence([1] * 300, 20, 0)], budget=20)
     run(scheduler)
-    scheduler.add(second := Row([1] * 300 + first.tokens + [3, 4, 5], 2, 0))
+    scheduler.add(second := Sequence([1] * 300 + first.tokens + [3, 4, 5], 2, 0))
     run(scheduler, 1)
-    assert second.reused == 319 and model.passes[-1] == [4]  # the last token was chosen, but never read
+    assert second.num_cached_tokens == 319 and model.passes[-1] == [4]  # the last token was chosen, but never read
 
 
 # Scores of prompts ----------------------------------------------------------------------------------------------------
 
 
 def test_prompts_that_are_scored_are_read_whole_and_in_small_pieces():
-    model, scheduler = scheduler_with([Row([1] * 300, 1, 0)], budget=20)
+    model, scheduler = scheduler_with([Sequence([1] * 300, 1, 0)], budget=20)
     run(scheduler)
-    rows = [Row([1] * 300, 1, 0, prompt_scores=2), Row([2] * 30, 4, 0)]
-    for row in rows:
-        scheduler.add(row)
+    sequences = [Sequence([1] * 300, 1, 0, num_prompt_logprobs=2), Sequence([2] * 30, 4, 0)]
+    for sequence in sequences:
+        scheduler.add(sequence)
     model.passes.clear()
     run(scheduler)
     read = [lengths for lengths in model.passes if max(lengths) > 1]
-    assert read == [[SCORED_TOKENS], [SCORED_TOKENS], [44], [1, 30]] or read == [[128], [128], [44], [30]]
-    assert len(rows[0].scored) == 300 and rows[1].tokens == expected(rows[1].prompt, 4)
+    assert read == [[PROMPT_LOGPROB_TOKENS], [PROMPT_LOGPROB_TOKENS], [44], [1, 30]] or read == [
+        [128],
+        [128],
+        [44],
+        [30],
+    ]
+    assert len(sequences[0].prompt_logprobs) == 300 and sequences[1].tokens == expected(sequences[1].prompt, 4)
 
 
 def test_a_row_that_gives_way_while_its_prompt_is_scored_is_scored_from_the_start():
-    _, scheduler = scheduler_with([row := Row([i % 7 for i in range(300)], 2, 0, prompt_scores=1)], budget=20)
+    _, scheduler = scheduler_with(
+        [sequence := Sequence([i % 7 for i in range(300)], 2, 0, num_prompt_logprobs=1)], budget=20
+    )
     run(scheduler, 2)
-    assert len(row.scored) == 2 * SCORED_TOKENS + 1
-    scheduler._put_back(row)
+    assert len(sequence.prompt_logprobs) == 2 * PROMPT_LOGPROB_TOKENS + 1
+    scheduler.preempt(sequence)
     run(scheduler)
-    said = [(token + place + 1) % VOCABULARY for place, token in enumerate(row.prompt[:-1])]
-    assert [score.top[0][0] for score in row.scored[1:]] == said and len(row.tokens) == 2
+    said = [(token + place + 1) % VOCABULARY for place, token in enumerate(sequence.prompt[:-1])]
+    assert [score.top[0][0] for score in sequence.prompt_logprobs[1:]] == said and len(sequence.tokens) == 2
 
 
 def test_a_row_that_wants_scores_alone_ends_without_a_token():
-    model, scheduler = scheduler_with([row := Row([1, 2, 4, 7], 0, 0, prompt_scores=1)])
-    scheduler.add(one := Row([1], 0, 0, prompt_scores=1))
-    scheduler.add(nothing := Row([1, 2], 0, 0))
+    model, scheduler = scheduler_with([sequence := Sequence([1, 2, 4, 7], 0, 0, num_prompt_logprobs=1)])
+    scheduler.add(one := Sequence([1], 0, 0, num_prompt_logprobs=1))
+    scheduler.add(nothing := Sequence([1, 2], 0, 0))
     assert nothing.finish_reason == one.finish_reason == "length"  # nothing comes before a first token
-    assert run(scheduler) == [[row]]
-    assert row.finish_reason == "length" and row.tokens == []
-    assert [score.top[0][0] for score in row.scored[1:]] == [2, 4, 7]  # what the script says
+    assert run(scheduler) == [[sequence]]
+    assert sequence.finish_reason == "length" and sequence.tokens == []
+    assert [score.top[0][0] for score in sequence.prompt_logprobs[1:]] == [2, 4, 7]  # what the script says
     assert used(model) == 0
 
 
@@ -346,34 +363,39 @@ def test_a_row_that_wants_scores_alone_ends_without_a_token():
 def test_the_youngest_row_gives_way_and_goes_on_later_with_the_same_tokens(budget):
     model = ScriptedModel(says, limit=4)
     scheduler = Counting(model, PrefixCache(model.pool, budget))
-    rows = [Row([i + 1] * 100, 200, 0) for i in range(3)]  # three pages each in the end
-    for row in rows:
-        scheduler.add(row)
-    ended: list[Row] = []
+    sequences = [Sequence([i + 1] * 100, 200, 0) for i in range(3)]  # three pages each in the end
+    for sequence in sequences:
+        scheduler.add(sequence)
+    ended: list[Sequence] = []
     while scheduler.busy:
-        ended += [row for changed in scheduler.step() for row in changed if row.finish_reason]
-    assert ended == rows
-    assert [row.tokens for row in rows] == [expected(row.prompt, 200) for row in rows]
-    assert 1 <= scheduler.seen["put back"] <= 3
+        ended += [sequence for changed in scheduler.step() for sequence in changed if sequence.finish_reason]
+    assert ended == sequences
+    assert [sequence.tokens for sequence in sequences] == [expected(sequence.prompt, 200) for sequence in sequences]
+    assert 1 <= scheduler.seen["preempted"] <= 3
     assert used(model) == scheduler._prefixes.pages
 
 
 def test_no_row_is_admitted_before_all_of_it_fits():
     """Read again and again in vain, prompts would cost more passes than they have tokens."""
-    rows = [Row([i + 1] * 700, 120, 0) for i in range(4)]  # seven pages each
-    model, scheduler = scheduler_with(rows, limit=10)
+    sequences = [Sequence([i + 1] * 700, 120, 0) for i in range(4)]  # seven pages each
+    model, scheduler = scheduler_with(sequences, limit=10)
     run(scheduler)
-    assert all(row.finish_reason == "length" for row in rows)
+    assert all(sequence.finish_reason == "length" for sequence in sequences)
     assert sum(sum(lengths) for lengths in model.passes) == 4 * (700 + 119)
 
 
 def test_a_row_that_does_not_fit_alone_ends_with_an_error_and_the_others_go_on():
-    rows = [Row([1] * 200, 10, 0), Row([2] * 500, 10, 0), Row([3] * 200, 300, 0), Row([4] * 10, 10, 0)]
-    model, scheduler = scheduler_with(rows, limit=3)
+    sequences = [
+        Sequence([1] * 200, 10, 0),
+        Sequence([2] * 500, 10, 0),
+        Sequence([3] * 200, 300, 0),
+        Sequence([4] * 10, 10, 0),
+    ]
+    model, scheduler = scheduler_with(sequences, limit=3)
     run(scheduler)
-    assert [row.finish_reason for row in rows] == ["length", "error", "error", "length"]
-    assert all(isinstance(row.error, CacheError) for row in rows[1:3])
-    assert rows[2].tokens == expected(rows[2].prompt, 3 * PAGE - 200 + 1)  # as far as it goes
+    assert [sequence.finish_reason for sequence in sequences] == ["length", "error", "error", "length"]
+    assert all(isinstance(sequence.error, CacheError) for sequence in sequences[1:3])
+    assert sequences[2].tokens == expected(sequences[2].prompt, 3 * PAGE - 200 + 1)  # as far as it goes
     assert used(model) == 0
 
 
@@ -381,20 +403,20 @@ def test_kept_prefixes_make_room_before_anybody_gives_way():
     model = ScriptedModel(says, limit=4)
     scheduler = Counting(model, PrefixCache(model.pool, 4))
     for i in range(6):
-        scheduler.add(Row([i + 1] * 300, 3, 0))
+        scheduler.add(Sequence([i + 1] * 300, 3, 0))
         run(scheduler)
-    assert scheduler.seen["put back"] == 0 and used(model) == 3
+    assert scheduler.seen["preempted"] == 0 and used(model) == 3
 
 
 # Ends -----------------------------------------------------------------------------------------------------------------
 
 
 def test_a_cancelled_row_frees_its_pages_at_once_wherever_it_is():
-    rows = [Row([1] * 20, 50, 0), Row([2] * 900, 50, 0), Row([2] * 900, 50, 1)]
-    model, scheduler = scheduler_with(rows)
+    sequences = [Sequence([1] * 20, 50, 0), Sequence([2] * 900, 50, 0), Sequence([2] * 900, 50, 1)]
+    model, scheduler = scheduler_with(sequences)
     run(scheduler, 1)
-    answered, read, waiting = rows
-    assert answered.tokens and not read.tokens and waiting.sequence is None
+    answered, read, waiting = sequences
+    assert answered.tokens and not read.tokens and waiting.block_table is None
     before = used(model)
     scheduler.cancel(waiting)
     assert used(model) == before
@@ -403,23 +425,25 @@ def test_a_cancelled_row_frees_its_pages_at_once_wherever_it_is():
     scheduler.cancel(answered)
     scheduler.cancel(answered)  # harmless
     assert used(model) == 0 and not scheduler.busy
-    assert {row.finish_reason for row in rows} == {"cancelled"}
+    assert {sequence.finish_reason for sequence in sequences} == {"cancelled"}
 
 
 def test_a_failing_pass_ends_its_rows_and_nothing_else():
     boom = MemoryError("boom")
     model, scheduler = scheduler_with(
-        [Row([9] * 200, 1, 0)], budget=20, fails=lambda number: boom if number == 3 else None
+        [Sequence([9] * 200, 1, 0)], budget=20, fails=lambda number: boom if number == 3 else None
     )
     run(scheduler)
     assert scheduler._prefixes.pages == 2
-    rows = [Row([1], 9, 0), Row([2], 9, 0)]
-    for row in rows:
-        scheduler.add(row)
+    sequences = [Sequence([1], 9, 0), Sequence([2], 9, 0)]
+    for sequence in sequences:
+        scheduler.add(sequence)
     run(scheduler)
-    assert [(row.finish_reason, row.error, len(row.tokens)) for row in rows] == [("error", boom, 1)] * 2
+    assert [(sequence.finish_reason, sequence.error, len(sequence.tokens)) for sequence in sequences] == [
+        ("error", boom, 1)
+    ] * 2
     assert used(model) == 0 and not scheduler.busy  # what was kept shares pages with what may be half written
-    scheduler.add(after := Row([9] * 200, 3, 0))
+    scheduler.add(after := Sequence([9] * 200, 3, 0))
     run(scheduler)
     assert after.tokens == expected(after.prompt, 3)
 
@@ -430,16 +454,18 @@ def test_a_processor_that_fails_ends_its_own_row():
             raise ValueError("grammar")
         return logits
 
-    rows = [Row([1], 9, 0, options=Options(logits_processor=(fail,))), Row([2], 9, 0)]
-    model, scheduler = scheduler_with(rows)
+    sequences = [Sequence([1], 9, 0, options=Options(logits_processor=(fail,))), Sequence([2], 9, 0)]
+    model, scheduler = scheduler_with(sequences)
     run(scheduler)
-    assert rows[0].finish_reason == "error" and str(rows[0].error) == "grammar" and len(rows[0].tokens) == 3
-    assert rows[1].tokens == expected([2], 9)
+    assert (
+        sequences[0].finish_reason == "error" and str(sequences[0].error) == "grammar" and len(sequences[0].tokens) == 3
+    )
+    assert sequences[1].tokens == expected([2], 9)
     assert used(model) == 0
 
 
 def test_every_row_is_told_once_for_each_token_and_its_end():
-    rows = [Row([i + 1] * (i + 1), 5 + i, 0) for i in range(5)]
-    _, scheduler = scheduler_with(rows)
-    told = Counter(row for changed in run(scheduler) for row in changed)
-    assert [told[row] for row in rows] == [row.limit for row in rows]
+    sequences = [Sequence([i + 1] * (i + 1), 5 + i, 0) for i in range(5)]
+    _, scheduler = scheduler_with(sequences)
+    told = Counter(sequence for changed in run(scheduler) for sequence in changed)
+    assert [told[sequence] for sequence in sequences] == [sequence.max_tokens for sequence in sequences]

@@ -18,14 +18,14 @@ from support.simulated_graphs import SimulatedGraphs
 from neox_lite.cache import Batch, PagePool, PrefixCache
 from neox_lite.errors import NeoxLiteError
 from neox_lite.generation.options import Options
-from neox_lite.generation.request import Row
-from neox_lite.generation.sampling import Sampling, choose
+from neox_lite.generation.request import Sequence
+from neox_lite.generation.sampling import Sampling, sample_token
 from neox_lite.generation.scheduler import Scheduler
 from neox_lite.kernels.triton import attention, embed_and_sample, steps
 from neox_lite.units import PAGE
 
 VOCABULARY, POSITIONS = 67, 3 * PAGE
-MISSING = torch.tensor([3, 50])
+PADDING_IDS = torch.tensor([3, 50])
 
 
 class Device(SimulatedGraphs):
@@ -44,7 +44,7 @@ class Device(SimulatedGraphs):
 
 
 class Toy:
-    """A stepper on a device whose one layer keeps ids as keys."""
+    """A ModelRunner on a device whose one layer keeps ids as keys."""
 
     def __init__(self, device):
         self.device, self.graph, self.flights = device, True, 0
@@ -58,8 +58,8 @@ class Toy:
     def new_pool(self, pages=0, limit=None):
         return PagePool(1, 1, torch.float64, [torch.device("cpu")], pages, limit)
 
-    def step(self, pool, sequences, tokens):
-        batch = Batch.reserve(pool, sequences, [len(ids) for ids in tokens])
+    def step(self, pool, block_tables, tokens):
+        batch = Batch.reserve(pool, block_tables, [len(ids) for ids in tokens])
         if self.graph and all(len(ids) == 1 for ids in tokens) and self.decoder.why_not(batch) is None:
             found = self.decoder.logits(pool, batch, [ids[0] for ids in tokens])
             batch.commit()
@@ -67,11 +67,11 @@ class Toy:
         self.device.run()
         pool.storage[0][batch.pages, 0, 0, batch.slots, 0] = torch.tensor([i for ids in tokens for i in ids]).double()
         batch.commit()
-        held = [pool.storage[0][s.pages, 0, 0, :, 0].flatten()[: s.length].tolist() for s in sequences]
+        held = [pool.storage[0][s.pages, 0, 0, :, 0].flatten()[: s.length].tolist() for s in block_tables]
         return torch.stack([self._logits(ids) for ids in held])
 
-    def launch(self, pool, sequences, ids, choices, excluded=None, previous=None):
-        batch = Batch.reserve(pool, sequences, [1] * len(ids))
+    def launch(self, pool, block_tables, ids, choices, excluded=None, previous=None):
+        batch = Batch.reserve(pool, block_tables, [1] * len(ids))
         if not self.graph or self.decoder.why_not(batch) is not None:
             return None
         flight = self.decoder.launch(pool, batch, ids, choices, excluded, previous)
@@ -117,7 +117,7 @@ class Toy:
         sampling = Sampling(temperature > 0, temperature, top_k, 1 - rest, math.exp(least), seed=seed % (1 << 64))
         logits = torch.where(inputs.excluded.bool(), -math.inf, inputs.logits[row])
         try:
-            return choose(logits, torch.empty(position), stream, sampling, [])
+            return sample_token(logits, torch.empty(position), stream, sampling, [])
         except NeoxLiteError:
             return -1
 
@@ -139,7 +139,7 @@ def rows_at_random(rng):
         if found and rng.random() < 0.3:
             prompt = list(rng.choice(found)[1].prompt)
         limit = min(rng.randint(0, 20), POSITIONS - len(prompt))
-        row = Row(prompt, limit, stream, None, Options.parse(given), rng.choice([None, MISSING]))
+        row = Sequence(prompt, limit, stream, None, Options.parse(given), rng.choice([None, PADDING_IDS]))
         found.append((rng.randint(0, 12), row, rng.choice([None, None, rng.randint(0, 8)])))
     return found
 
@@ -160,7 +160,7 @@ def run(model, seed):
         for scheduler in schedulers:
             for _ in scheduler.step():
                 for own, _, row, cancelled in arrivals:
-                    if own is scheduler and row.number and cancelled is not None and len(row.tokens) >= cancelled:
+                    if own is scheduler and row.arrival and cancelled is not None and len(row.tokens) >= cancelled:
                         scheduler.cancel(row)
         passes += 1
         assert passes < 3000

@@ -19,9 +19,17 @@ from neox_lite.cache import PrefixCache
 from neox_lite.errors import ArgumentError
 from neox_lite.generation.mixin import decode
 from neox_lite.generation.options import Options
-from neox_lite.generation.request import Row
-from neox_lite.generation.sampling import Sampling, choose
-from neox_lite.generation.speculative import LONGEST, Drafting, DraftModel, Pace, PassTimes, PromptLookup, estimate
+from neox_lite.generation.request import Sequence
+from neox_lite.generation.sampling import Sampling, sample_token
+from neox_lite.generation.speculative import (
+    MAX_DRAFT_TOKENS,
+    Drafting,
+    DraftLengthController,
+    DraftModel,
+    PassTimes,
+    PromptLookup,
+    estimate,
+)
 from neox_lite.kernels import dispatch
 from neox_lite_app.paths import DEMO
 
@@ -80,7 +88,7 @@ def any_length(monkeypatch):
     """Drafts of random lengths, whether they pay or not."""
     choice = random.Random(0)
     length = lambda self, rows, drafting, longest: choice.randint(0, longest if drafting else 0)  # noqa: E731
-    monkeypatch.setattr(Pace, "length", length)
+    monkeypatch.setattr(DraftLengthController, "length", length)
 
 
 def prompts(count: int) -> list[Tensor]:
@@ -159,20 +167,22 @@ class Liar:
         self.rows.discard(row)
 
 
-def speculate(stepper, drafter, rows, options=None, times=None, clock=lambda: 0.0, longest=LONGEST, pool=None):
+def speculate(
+    model_runner, drafter, rows, options=None, times=None, clock=lambda: 0.0, longest=MAX_DRAFT_TOKENS, pool=None
+):
     """Every yielded list of rows, and the statistics."""
     counts = Speculation()
     drafting = Drafting(drafter, longest, times or PassTimes(), counts, clock)
-    prefixes = PrefixCache(pool or stepper.new_pool(), 0)
+    prefixes = PrefixCache(pool or model_runner.new_pool(), 0)
     for row in rows:
         row.options = options or Options()
-    return list(map(list, decode(stepper, prefixes, rows, drafting))), counts
+    return list(map(list, decode(model_runner, prefixes, rows, drafting))), counts
 
 
 def test_drafts_that_are_always_wrong_change_nothing(model, any_length):
     for ids in prompts(20):
         plain = model.generate(ids, max_new_tokens=40, **NO_EOS)[0].tolist()
-        row = Row(ids[0].tolist(), 40, 0)
+        row = Sequence(ids[0].tolist(), 40, 0)
         liar = Liar(lambda place, plain=plain: (plain[min(place, len(plain) - 1)] + 1) % 131)
         _, counts = speculate(model, liar, [row])
         assert row.prompt + row.tokens == plain
@@ -191,9 +201,9 @@ def test_sampled_tokens_with_speculation_follow_the_targets_distribution(spread,
     sampling = Sampling(do_sample=True, top_k=0, seed=11)
 
     def drawn(row, history, logits):
-        return choose(logits, history, row.stream, sampling, [])
+        return sample_token(logits, history, row.stream, sampling, [])
 
-    rows = [Row([i % VOCABULARY], 100, i) for i in range(200)]
+    rows = [Sequence([i % VOCABULARY], 100, i) for i in range(200)]
     drafter = DraftModel(draft, PrefixCache(draft.new_pool(), 0), drawn, VOCABULARY, 10**6)
     _, counts = speculate(target, drafter, rows, Options(sampling=sampling), longest=4)
     pairs = Counter(pair for row in rows for pair in zip(row.prompt + row.tokens, row.tokens, strict=False))
@@ -222,7 +232,7 @@ def first_accepted(rows, table, draft_table, sampling) -> float:
     same = 0
     for row, i in places:
         history = torch.tensor(row.prompt + row.tokens[:i])
-        both = [choose(t[history[-1]], history, row.stream, sampling, []) for t in (table, draft_table)]
+        both = [sample_token(t[history[-1]], history, row.stream, sampling, []) for t in (table, draft_table)]
         same += both[0] == both[1]
     return same / len(places)
 
@@ -241,11 +251,11 @@ def says(place: int, token: int) -> Tensor:
 
 @pytest.fixture
 def always_five(monkeypatch):
-    monkeypatch.setattr(Pace, "length", lambda self, rows, drafting, longest: 5 if drafting else 0)
+    monkeypatch.setattr(DraftLengthController, "length", lambda self, rows, drafting, longest: 5 if drafting else 0)
 
 
 def test_a_row_yields_its_tokens_one_by_one_in_order(always_five):
-    rows = [Row([1], 13, 0), Row([1], 4, 0)]
+    rows = [Sequence([1], 13, 0), Sequence([1], 4, 0)]
     target = ScriptedModel(says)
     counts, lengths = Counter(), []
     prefixes = PrefixCache(target.new_pool(), 0)
@@ -263,11 +273,11 @@ def test_a_row_yields_its_tokens_one_by_one_in_order(always_five):
 
 def test_an_end_inside_an_accepted_draft_drops_what_follows(always_five):
     end = truth(4)
-    row = Row([1], 40, 0)
+    row = Sequence([1], 40, 0)
     speculate(target := ScriptedModel(says), Liar(truth), [row], Options(eos_token_id=(end,)))
     assert row.tokens == [truth(1), truth(2), truth(3), end] and row.finish_reason == "stop"
     assert target.passes == [[1], [6]]
-    held = Row([1], 9, 0)
+    held = Sequence([1], 9, 0)
     speculate(ScriptedModel(says), Liar(truth), [held], Options(eos_token_id=(end,), min_new_tokens=6))
     assert len(held.tokens) == 9 and end not in held.tokens[:6]
 
@@ -316,7 +326,7 @@ def test_closing_a_stream_early_frees_the_pages_of_both_models(folder, relative,
         one.new_pool = lambda *a, make=make: pools.append(make(*a)) or pools[-1]
     try:
         options = Options(assistant_model=relative, eos_token_id=())
-        rows = [Row([5] * 130, 50, 0, options=options)]
+        rows = [Sequence([5] * 130, 50, 0, options=options)]
         stream = model._decode(rows, options)
         for _ in range(7):
             next(stream)
@@ -341,8 +351,8 @@ def test_an_error_in_the_middle_frees_the_pages_of_both_models(model, relative, 
         one.forget()
     with pytest.raises(MemoryError):
         model.generate(random_ids(1, 5), assistant_model=relative, logits_processor=fail, max_new_tokens=30, **NO_EOS)
-    lasting = model._lasting.prefixes
-    assert lasting.pages == 0 and lasting.pool.free_pages == lasting.pool.pages
+    holder = model._cache_holder.prefixes
+    assert holder.pages == 0 and holder.pool.free_pages == holder.pool.pages
     assert model.generate(random_ids(1, 5), max_new_tokens=3, **NO_EOS).shape == (1, 8)
 
 
@@ -352,7 +362,7 @@ def test_an_error_in_the_middle_frees_the_pages_of_both_models(model, relative, 
 def test_prompt_lookup_proposes_what_followed_the_longest_and_last_match():
     choice, lookup = random.Random(2), PromptLookup()
     for _ in range(30):
-        row = Row([choice.randint(1, 4) for _ in range(choice.randint(1, 30))], 60, 0)
+        row = Sequence([choice.randint(1, 4) for _ in range(choice.randint(1, 30))], 60, 0)
         for _ in range(60):
             ids = row.history.tolist()
             count = choice.randint(1, 12)
@@ -379,7 +389,7 @@ def naive_lookup(ids: list[int], count: int) -> list[int]:
 
 
 def test_prompt_lookup_takes_in_each_token_once():
-    lookup, row = PromptLookup(), Row(list(range(1, 2000)), 60, 0)
+    lookup, row = PromptLookup(), Sequence(list(range(1, 2000)), 60, 0)
     assert lookup.ready([row]) == []
     entries = len(lookup._indexes[row].ends)
     row.append(5)
@@ -389,7 +399,7 @@ def test_prompt_lookup_takes_in_each_token_once():
 
 def test_without_a_match_there_is_no_draft_and_no_pass_of_several_tokens():
     target = ScriptedModel(says)
-    row = Row([1], 40, 0)  # 49 different tokens
+    row = Sequence([1], 40, 0)  # 49 different tokens
     _, counts = speculate(target, PromptLookup(), [row])
     assert counts.drafted == 0 and counts.passes == 39
     assert all(lengths == [1] for lengths in target.passes)
@@ -399,7 +409,7 @@ def test_a_draft_model_reads_every_token_once_and_forgets_what_was_refused(any_l
     wrong = {7, 11, 12, 30}
     draft = ScriptedModel(lambda place, token: says(place + (place in wrong), token))
     prefixes = PrefixCache(draft.new_pool(), 0)
-    row = Row([1] * 5, 45, 0)
+    row = Sequence([1] * 5, 45, 0)
     drafter = DraftModel(draft, prefixes, lambda row, history, logits: int(logits.argmax()), VOCABULARY, 10**6)
     _, counts = speculate(ScriptedModel(says), drafter, [row])
     assert row.tokens == [truth(5 + i) for i in range(45)]
@@ -412,11 +422,11 @@ def test_a_draft_model_stops_at_its_context_and_at_ids_that_it_lacks(always_five
     draft = ScriptedModel(says)
     argmax = lambda row, history, logits: int(logits.argmax())  # noqa: E731
     short = DraftModel(draft, PrefixCache(draft.new_pool(), 0), argmax, VOCABULARY, 12)
-    row = Row([1], 30, 0)
+    row = Sequence([1], 30, 0)
     speculate(ScriptedModel(says), short, [row])
     assert row.tokens == [truth(1 + i) for i in range(30)]
     small = DraftModel(draft, PrefixCache(draft.new_pool(), 0), argmax, 40, 10**6)
-    rows = [Row([1], 30, 0), Row([45], 30, 0)]  # the second begins with an id that the draft model lacks
+    rows = [Sequence([1], 30, 0), Sequence([45], 30, 0)]  # the second begins with an id that the draft model lacks
     assert small.ready(rows) == rows[:1]
     speculate(ScriptedModel(says), small, rows)
     assert all(row.tokens == [truth(1 + i) for i in range(30)] for row in rows)
@@ -458,7 +468,7 @@ def test_a_draft_model_with_another_tokenizer_is_refused_with_the_first_id_that_
     finally:
         for one in (model, stranger):
             one._tokenizer = None
-            one.__dict__.pop("missing_ids", None)
+            one.__dict__.pop("padding_ids", None)
 
 
 @pytest.mark.parametrize(
@@ -504,8 +514,8 @@ def speed(cost, acceptance, draft_s: float, tokens: int, rows: int = 1, seed: in
         """What was not drafted is read at a tenth of the cost: the prompt at first, and after every pause."""
         target.now += draft_s * (count + 0.1 * max(unseen, 0))
 
-    batch = [Row([1] * PROMPT, tokens, 0) for _ in range(rows)]
-    drafting = Drafting(Liar(guess, spend), LONGEST, PassTimes(), Speculation(), lambda: target.now)
+    batch = [Sequence([1] * PROMPT, tokens, 0) for _ in range(rows)]
+    drafting = Drafting(Liar(guess, spend), MAX_DRAFT_TOKENS, PassTimes(), Speculation(), lambda: target.now)
     prefixes, times = PrefixCache(target.new_pool(), 0), []
     for changed in decode(target, prefixes, batch, drafting):
         times += [target.now] * (batch[0] in changed)
@@ -517,7 +527,7 @@ def optimum(cost, acceptance: float, draft_s: float, rows: int = 1) -> float:
     """Tokens a second with drafts of the best constant length, known from the start."""
     return max(
         rows * sum(acceptance**i for i in range(g + 1)) / (cost(rows * (g + 1)) + g * draft_s)
-        for g in range(LONGEST + 1)
+        for g in range(MAX_DRAFT_TOKENS + 1)
     )
 
 
@@ -585,11 +595,11 @@ def test_drafts_end_though_plain_passes_were_last_seen_on_a_busy_machine():
         times.add(1, 2.0)
     for _ in range(3):
         times.add(2, 1.0)
-    pace, drafted = Pace(times), 0
+    controller, drafted = DraftLengthController(times), 0
     for _ in range(200):
-        length = pace.length(1, 1, LONGEST)
+        length = controller.length(1, 1, MAX_DRAFT_TOKENS)
         if length:
-            pace.drafted(length, 0.2 * length)
-        pace.judged(1, 1 + length, 1.0, length, 0)
+            controller.record_draft(length, 0.2 * length)
+        controller.record_pass(1, 1 + length, 1.0, length, 0)
         drafted += length > 0
     assert drafted < 25

@@ -303,9 +303,9 @@ def test_a_long_product_that_needs_no_end_is_not_copied(monkeypatch, activation)
 def test_tables_begin_where_no_kernel_has_to_be_compiled_anew():
     for starts, counts in (([0], [1]), ([300, 5, 0], [1, 1, 1]), ([1, 2], [3, 70])):
         pool = PagePool(1, 16, torch.float16, [DEVICE])
-        sequences = [pool.new() for _ in starts]
-        Batch.reserve(pool, sequences, starts).commit()
-        table = operations.BatchTable(Batch.reserve(pool, sequences, counts), DEVICE, 64)
+        block_tables = [pool.new() for _ in starts]
+        Batch.reserve(pool, block_tables, starts).commit()
+        table = operations.BatchTable(Batch.reserve(pool, block_tables, counts), DEVICE, 64)
         for part in (table.sequences, table.pages, table.tokens, table.blocks):
             assert part.storage_offset() % 4 == 0
 
@@ -409,10 +409,10 @@ def steps(ops, dim, rotary_pct, dtype, kv, given=None):
     )  # fmt: skip
     table = Rotary(config).table.to(here)
     pool = PagePool(heads, dim, torch.int8 if kv == "int8" else dtype, [here])
-    sequences = [pool.new() for _ in range(3)]
-    for sequence in sequences:
-        pool.reserve(sequence, 300)  # all the memory there will be
-    batch = Batch.reserve(pool, sequences, HELD)
+    block_tables = [pool.new() for _ in range(3)]
+    for block_table in block_tables:
+        pool.reserve(block_table, 300)  # all the memory there will be
+    batch = Batch.reserve(pool, block_tables, HELD)
     for tensor in (*pool.storage, *pool.scales):
         tensor.fill_(float("nan") if tensor.is_floating_point() else 77)
     held = torch.randn(2, sum(HELD), heads, dim).to(here)
@@ -421,7 +421,7 @@ def steps(ops, dim, rotary_pct, dtype, kv, given=None):
     outs = []
     for counts in given or STEPS:
         qkv = torch.randn(sum(counts), heads * 3 * dim).to(dtype).to(here)
-        batch = Batch.reserve(pool, sequences, counts)
+        batch = Batch.reserve(pool, block_tables, counts)
         outs.append(ops.attention(qkv if ops is not reference else qkv.float(), pool, 0, batch, table, None))
         batch.commit()
     return outs, [*pool.storage, *pool.scales]
@@ -435,13 +435,13 @@ def test_attention_writes_where_the_next_weight_reads():
         results = []
         for weight in (next_weight, None):
             pool = PagePool(2, dim, torch.float32, [DEVICE])
-            sequences = [pool.new(), pool.new()]
+            block_tables = [pool.new(), pool.new()]
             torch.manual_seed(2)
             if not new:
-                batch = Batch.reserve(pool, sequences, [150, 3])
+                batch = Batch.reserve(pool, block_tables, [150, 3])
                 pool.write(0, batch, *torch.randn(2, 153, 2, dim, device=DEVICE))
                 batch.commit()
-            batch = Batch.reserve(pool, sequences, counts)
+            batch = Batch.reserve(pool, block_tables, counts)
             qkv = torch.randn(sum(counts), 6 * dim, device=DEVICE)
             results.append(natural(ops.attention(qkv, pool, 0, batch, table, weight)))
         assert torch.equal(*results)

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
-from neox_lite.cache import Batch, PagePool
-from neox_lite.cache import Sequence as CachedSequence
+from neox_lite.cache import Batch, BlockTable, PagePool
 from neox_lite.errors import ArgumentError
 from neox_lite.formats import DENSE, NF4, Dense, GroupInt, Weight, make_format
 from neox_lite.generation.protocols import PREFILL_TOKENS
@@ -281,13 +280,13 @@ def prefill_s(model: GPTNeoXForCausalLM, tokens: int, runs: int, tick: Callable[
     pool, times = model.new_pool(pages=pages_for(tokens)), []
     for _ in range(runs):
         ids = torch.randint(model.config.vocab_size, (tokens,)).tolist()
-        sequence = pool.new()
+        block_table = pool.new()
         began = time.perf_counter()
         for start in range(0, tokens, PREFILL_TOKENS):
-            logits = model.step(pool, [sequence], [ids[start : start + PREFILL_TOKENS]])
+            logits = model.step(pool, [block_table], [ids[start : start + PREFILL_TOKENS]])
         logits.argmax().item()  # waits for a GPU
         times.append(time.perf_counter() - began)
-        pool.free(sequence)
+        pool.free(block_table)
         tick()
     return times
 
@@ -295,23 +294,23 @@ def prefill_s(model: GPTNeoXForCausalLM, tokens: int, runs: int, tick: Callable[
 def decode_s(model: GPTNeoXForCausalLM, batch: int, context: int, steps: int) -> Iterator[float]:
     """Seconds of each greedy step of a batch whose sequences already hold `context` tokens, as the steps are made."""
     pool = model.new_pool(pages=batch * pages_for(context + steps))
-    sequences = [filled(pool, context) for _ in range(batch)]
+    block_tables = [filled(pool, context) for _ in range(batch)]
     chosen = [[(1 + i) % model.config.vocab_size] for i in range(batch)]
     for _ in range(steps):
         began = time.perf_counter()
-        chosen = model.step(pool, sequences, chosen).argmax(-1, keepdim=True).tolist()
+        chosen = model.step(pool, block_tables, chosen).argmax(-1, keepdim=True).tolist()
         yield time.perf_counter() - began
 
 
-def filled(pool: PagePool, context: int) -> CachedSequence:
-    """A sequence of random keys and values, as large as those of a prompt, without the time of a prefill."""
-    sequence = pool.new()
-    batch = Batch.reserve(pool, [sequence], [context])
+def filled(pool: PagePool, context: int) -> BlockTable:
+    """A block table of random keys and values, as large as those of a prompt, without the time of a prefill."""
+    block_table = pool.new()
+    batch = Batch.reserve(pool, [block_table], [context])
     for layer, storage in enumerate(pool.storage):
         keys, values = torch.randn(2, context, storage.shape[2], storage.shape[4], device=storage.device)
         pool.write(layer, batch, keys, values)
     batch.commit()
-    return sequence
+    return block_table
 
 
 @dataclass

@@ -10,7 +10,7 @@ from neox_lite import GPTNeoXForCausalLM, Speculation
 from neox_lite.errors import ArgumentError, ContextLengthError, NeoxLiteError
 from neox_lite.generation.mixin import Clock
 from neox_lite.generation.options import Options
-from neox_lite.generation.speculative import LONGEST
+from neox_lite.generation.speculative import MAX_DRAFT_TOKENS
 from neox_lite.tokenizer import check_text
 
 from .load_for_command import DRAWS, load, sampling
@@ -64,7 +64,11 @@ def _draft(args: argparse.Namespace) -> GPTNeoXForCausalLM:
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
     """What the flags say under the names of `generate`; None where they say nothing."""
-    return {**sampling(args), "stop_strings": args.stop, "prompt_lookup_num_tokens": LONGEST if args.lookup else None}
+    return {
+        **sampling(args),
+        "stop_strings": args.stop,
+        "prompt_lookup_num_tokens": MAX_DRAFT_TOKENS if args.lookup else None,
+    }
 
 
 def _lengths(model: GPTNeoXForCausalLM, prompt: str, args: argparse.Namespace) -> tuple[list[int], int]:

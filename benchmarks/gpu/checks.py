@@ -225,17 +225,17 @@ class Checks:
         table = Rotary(config).table
         qkv = [random(p + 2, heads * 3 * head_dim, seed=i).to(self.dtype) for i, p in enumerate(prompts)]
         pool = PagePool(heads, head_dim, kv, [self.device])
-        sequences = [pool.new() for _ in prompts]
-        for sequence, prompt in zip(sequences, prompts, strict=True):
-            pool.reserve(sequence, prompt + 2)
+        block_tables = [pool.new() for _ in prompts]
+        for block_table, prompt in zip(block_tables, prompts, strict=True):
+            pool.reserve(block_table, prompt + 2)
         for tensor in (*pool.storage, *pool.scales):
             tensor.fill_(float("nan") if tensor.is_floating_point() else 77)
         reader = self.weight("int4", 32, 8, heads * head_dim, 9)
         outs: list[list[Tensor]] = [[] for _ in prompts]
         for step in (prompts, [1] * count, [i % 2 for i in range(count)], [1 - i % 2 for i in range(count)]):
-            held = [s.length for s in sequences]
+            held = [s.length for s in block_tables]
             rows = torch.cat([q[h : h + n] for q, h, n in zip(qkv, held, step, strict=True)])
-            batch = Batch.reserve(pool, sequences, step)
+            batch = Batch.reserve(pool, block_tables, step)
             found = natural(self.ops.attention(self.here(rows), pool, 0, batch, self.here(table), reader))
             batch.commit()
             for out, part in zip(outs, found.split(list(step)), strict=True):

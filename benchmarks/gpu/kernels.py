@@ -275,11 +275,11 @@ class Bench:
                     nbytes = 2 * context * hidden * (2 if kv == torch.float16 else 1)
                     layers = copies_for(self.device, nbytes)
                     pool = PagePool(heads, dim, kv, [self.device] * layers)
-                    sequence = pool.new()
-                    Batch.reserve(pool, [sequence], [context]).commit()
+                    block_table = pool.new()
+                    Batch.reserve(pool, [block_table], [context]).commit()
                     for tensor in (*pool.storage, *pool.scales):
                         tensor.fill_(1)
-                    batch = Batch.reserve(pool, [sequence], [1])
+                    batch = Batch.reserve(pool, [block_table], [1])
                     qkv = self.x(1, 3 * hidden)
                     calls = [lambda i=i: self.ops.attention(qkv, pool, i, batch, rotary, None) for i in range(layers)]
                     yield {

@@ -121,16 +121,16 @@ def measure(shape: str, steps: int) -> Iterator[dict[str, Any]]:
     with without_launches() as count:
         for rows in (1, 8):
             pool = model.new_pool(rows * 16)
-            sequences = [pool.new() for _ in range(rows)]
-            Batch.reserve(pool, sequences, [CONTEXT] * rows).commit()
+            block_tables = [pool.new() for _ in range(rows)]
+            Batch.reserve(pool, block_tables, [CONTEXT] * rows).commit()
 
-            def eager(pool: Any = pool, sequences: Any = sequences, rows: int = rows) -> None:
+            def eager(pool: Any = pool, block_tables: Any = block_tables, rows: int = rows) -> None:
                 model.graph = False
-                model.step(pool, sequences, [[1]] * rows)
+                model.step(pool, block_tables, [[1]] * rows)
 
-            def graph(pool: Any = pool, sequences: Any = sequences, rows: int = rows) -> None:
+            def graph(pool: Any = pool, block_tables: Any = block_tables, rows: int = rows) -> None:
                 model.graph = True
-                flight = model.launch(pool, sequences, [1] * rows, [Choice()] * rows)
+                flight = model.launch(pool, block_tables, [1] * rows, [Choice()] * rows)
                 assert flight is not None
                 flight.tokens()
 

@@ -166,10 +166,10 @@ def step(run: Run, ops: Operations) -> None:
         ids, embedding = torch.empty(tokens, dtype=torch.long), torch.empty(shape, dtype=run.dtype)
     x = ops.embed(ids, embedding, ops.activation_dtype(run.dtype, META))
     pool = PagePool(config.num_attention_heads, config.head_dim, run.kv or x.dtype, [META])
-    sequences = [pool.new() for _ in range(run.sequences)]
+    block_tables = [pool.new() for _ in range(run.sequences)]
     if run.old:
-        Batch.reserve(pool, sequences, [run.old] * run.sequences).commit()
-    batch = Batch.reserve(pool, sequences, [run.new] * run.sequences)
+        Batch.reserve(pool, block_tables, [run.old] * run.sequences).commit()
+    batch = Batch.reserve(pool, block_tables, [run.new] * run.sequences)
     x = layer(x, ops, pool, batch, Rotary(config).table.to(META))
     logits = ops.head(x[: run.sequences], None, norm, Weight(head_format, shape, tensors))
     if run.new == 1:

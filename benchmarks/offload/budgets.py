@@ -80,13 +80,13 @@ def measure(folder: str, context: int, kv: str | None, decode: int, limits: dict
     with Counters() as counters:
         ids = torch.randint(model.config.vocab_size, (context - decode,), generator=torch.Generator().manual_seed(0))
         pool = model.new_pool(-(-context // 128))
-        sequence = pool.new()
-        model.step(pool, [sequence], [ids[:16].tolist()])  # compiles, and brings the weights into memory
+        block_table = pool.new()
+        model.step(pool, [block_table], [ids[:16].tolist()])  # compiles, and brings the weights into memory
         prefill, steps = [], []
         for part in ids[16:].split(512):
-            prefill.append((len(part), seconds(lambda part=part: model.step(pool, [sequence], [part.tolist()]))))
+            prefill.append((len(part), seconds(lambda part=part: model.step(pool, [block_table], [part.tolist()]))))
         for _ in range(decode):
-            steps.append(seconds(lambda: model.step(pool, [sequence], [[1]])))
+            steps.append(seconds(lambda: model.step(pool, [block_table], [[1]])))
     plan = model.plan
     whole = [n / s for n, s in prefill if n == 512]
     return {

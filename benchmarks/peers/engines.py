@@ -95,16 +95,16 @@ class NeoxLite(Engine):
         self.told = {"weights": f"{folder.name} g{GROUP}", "backend": self.model.ops.name}
 
     def room(self, sequences: int, tokens: int) -> None:
-        self.pool, self.sequences = self.model.new_pool(sequences * -(-tokens // 128)), []
+        self.pool, self.block_tables = self.model.new_pool(sequences * -(-tokens // 128)), []
 
     def start(self, prompts: list[list[int]]) -> Any:
-        for sequence in self.sequences:
-            self.pool.free(sequence)
-        self.sequences = [self.pool.new() for _ in prompts]
-        return self.model.step(self.pool, self.sequences, prompts)
+        for block_table in self.block_tables:
+            self.pool.free(block_table)
+        self.block_tables = [self.pool.new() for _ in prompts]
+        return self.model.step(self.pool, self.block_tables, prompts)
 
     def step(self, tokens: list[int]) -> Any:
-        return self.model.step(self.pool, self.sequences, [[token] for token in tokens])
+        return self.model.step(self.pool, self.block_tables, [[token] for token in tokens])
 
 
 class LlamaCpp(Engine):

@@ -31,8 +31,16 @@ from neox_lite.cache import PrefixCache
 from neox_lite.formats import DENSE, GroupInt
 from neox_lite.generation.mixin import decode
 from neox_lite.generation.options import Options
-from neox_lite.generation.request import Row
-from neox_lite.generation.speculative import LONGEST, Drafter, Drafting, DraftModel, PassTimes, PromptLookup, estimate
+from neox_lite.generation.request import Sequence
+from neox_lite.generation.speculative import (
+    MAX_DRAFT_TOKENS,
+    Drafter,
+    Drafting,
+    DraftModel,
+    PassTimes,
+    PromptLookup,
+    estimate,
+)
 from neox_lite.units import PAGE
 from neox_lite_app.load_for_command import default_threads
 from neox_lite_app.models.random_model import RandomModel, config_of
@@ -124,7 +132,7 @@ class Script:
     def guess(self, acceptance: float) -> Callable[[Any, torch.Tensor, torch.Tensor], int]:
         chance = random.Random(11)
 
-        def choose(row: Any, history: torch.Tensor, logits: torch.Tensor) -> int:
+        def choose(sequence: Any, history: torch.Tensor, logits: torch.Tensor) -> int:
             right = self.ids[len(history)]
             int(logits.numpy().argmax())  # what choosing costs
             return right if chance.random() < acceptance else right + 1
@@ -135,17 +143,17 @@ class Script:
 class Run:
     """A generation that is advanced a few tokens at a time, and what its tokens took."""
 
-    def __init__(self, target: GPTNeoXForCausalLM, row: Row, options: Options, drafting: Drafting | None) -> None:
-        self.row, self.drafting, self.seconds = row, drafting, 0.0
-        prefixes = PrefixCache(target.new_pool(-(-(len(row.prompt) + row.limit) // PAGE)), 0)
-        self._steps = decode(target, prefixes, [row], options, None, drafting)
+    def __init__(self, target: GPTNeoXForCausalLM, sequence: Sequence, drafting: Drafting | None) -> None:
+        self.sequence, self.drafting, self.seconds = sequence, drafting, 0.0
+        prefixes = PrefixCache(target.new_pool(-(-(len(sequence.prompt) + sequence.max_tokens) // PAGE)), 0)
+        self._steps = decode(target, prefixes, [sequence], drafting)
         next(self._steps)  # the prompt
 
     def advance(self, tokens: int) -> None:
         """So many more tokens; those that the last pass gives beyond them come at once the next time."""
-        wanted = min(len(self.row.tokens) + tokens, self.row.limit)
+        wanted = min(len(self.sequence.tokens) + tokens, self.sequence.max_tokens)
         began = time.perf_counter()
-        while len(self.row.tokens) < wanted:
+        while len(self.sequence.tokens) < wanted:
             next(self._steps)
         self.seconds += time.perf_counter() - began
 
@@ -155,7 +163,7 @@ def lookup(args: argparse.Namespace) -> dict[str, Any]:
     target = build(args.shape, args.format)
     chance, prompt = random.Random(5), ids_of(target, args.tokens, 7)
     copied = [token if chance.random() > 1 / 12 else chance.randrange(1, 50000) for token in prompt]
-    script = Script(prompt + copied + [0] * (LONGEST + 1))
+    script = Script(prompt + copied + [0] * (MAX_DRAFT_TOKENS + 1))
     makers: dict[str, Callable[[], Drafter]] = {"lookup": PromptLookup}
     return race(args, target, script, len(prompt), makers)
 
@@ -163,7 +171,7 @@ def lookup(args: argparse.Namespace) -> dict[str, Any]:
 def drafts(args: argparse.Namespace) -> dict[str, Any]:
     """A draft model that runs for its cost, whose drafts are right with a given probability."""
     target, draft = build(args.shape, args.format), build(args.draft, args.format)
-    script = Script(ids_of(target, args.context + args.tokens + LONGEST + 1, 7))
+    script = Script(ids_of(target, args.context + args.tokens + MAX_DRAFT_TOKENS + 1, 7))
     config, pages = draft.config, -(-(args.context + args.tokens) // PAGE)
 
     def maker(acceptance: float) -> Callable[[], Drafter]:
@@ -175,9 +183,9 @@ def drafts(args: argparse.Namespace) -> dict[str, Any]:
 
     found = race(args, target, script, args.context, {str(a): maker(a) for a in args.acceptance})
     known = {int(n): s for n, s in found["pass_s"].items()}
-    for name, row in found["rows"].items():
+    for name, sequence in found["rows"].items():
         if name != "plain":
-            row["formula_speedup"], row["formula_length"] = optimum(float(name), known, found["draft_s"])
+            sequence["formula_speedup"], sequence["formula_length"] = optimum(float(name), known, found["draft_s"])
     return {"draft": args.draft, **found}
 
 
@@ -201,16 +209,16 @@ def race(
         for name in names:
             counted = counts[name] if number else Speculation()
             made = makers[name]() if name in makers else None
-            drafting = Drafting(made, LONGEST, times, counted, time.perf_counter) if made is not None else None
-            runs[name] = Run(target, Row(script.ids[:context], args.tokens, 0), options, drafting)
+            drafting = Drafting(made, MAX_DRAFT_TOKENS, times, counted, time.perf_counter) if made is not None else None
+            runs[name] = Run(target, Sequence(script.ids[:context], args.tokens, 0, options=options), drafting)
         for turn in range(-(-args.tokens // TURN)):
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 runs[name].advance(TURN)
         for name, run in runs.items():
-            assert run.row.tokens == script.ids[context : context + args.tokens]
+            assert run.sequence.tokens == script.ids[context : context + args.tokens]
             seconds[name].append(run.seconds / (args.tokens - 1))
-            if run.drafting is not None and run.drafting.pace.draft_s is not None:
-                draft_s.append(run.drafting.pace.draft_s)
+            if run.drafting is not None and run.drafting.controller.draft_s is not None:
+                draft_s.append(run.drafting.controller.draft_s)
             speedup = seconds["plain"][-1] / seconds[name][-1]
             note(f"round {number}, {name}: {1 / seconds[name][-1]:.2f} tokens/s, {speedup:.3f} times plain")
     rows: dict[str, dict[str, Any]] = {}
@@ -238,7 +246,7 @@ def optimum(acceptance: float, known: dict[int, float], draft_s: float) -> tuple
         expected = sum(acceptance**i for i in range(g + 1))
         return expected * estimate(known, 1) / (estimate(known, g + 1) + g * draft_s)
 
-    return max((speedup(g), g) for g in range(LONGEST + 1))
+    return max((speedup(g), g) for g in range(MAX_DRAFT_TOKENS + 1))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections import Counter, abc
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,14 +20,15 @@ from ..errors import ArgumentError, UnsupportedError
 from ..outputs import ModelOutput
 from ..tokenizer import GPTNeoXTokenizerFast
 from ..units import PAGE
+from .batch import pad, prompt_ids, stack_steps
 from .options import GenerationConfig, Options, as_dict
-from .protocols import Stepper
-from .request import Row, StopText, check_ids, hold_back_end, processors
-from .sampling import choose
+from .protocols import ModelRunner
+from .request import Sequence, StopStringChecker, check_ids, hold_back_end, processors
+from .sampling import sample_token
 from .scheduler import Scheduler
-from .speculative import LONGEST, Drafting, DraftModel, PassTimes, PromptLookup, check_vocabularies
+from .speculative import MAX_DRAFT_TOKENS, Drafting, DraftModel, PassTimes, PromptLookup, check_vocabularies
 
-NEW_POOL_PAGES = 64  # that a pool without a limit starts with at most
+NEW_POOL_PAGES = 64  # at most, at the start of a pool without a limit
 
 
 @dataclass(frozen=True)
@@ -44,68 +45,71 @@ class Event:
 
 
 def decode(
-    stepper: Stepper, prefixes: PrefixCache, rows: Sequence[Row], drafting: Drafting | None = None
-) -> Generator[list[Row], None, None]:
-    """Generate all rows together; each iteration yields the rows that just got a token. Raises what ends a row with an error.
+    model_runner: ModelRunner,
+    prefixes: PrefixCache,
+    sequences: abc.Sequence[Sequence],
+    drafting: Drafting | None = None,
+) -> Generator[list[Sequence], None, None]:
+    """Generate all sequences together; yields those that just got a token. Raises what ends one of them with an error.
 
-    Rows that begin alike share what they begin with. Sequences go back to `prefixes` as rows end, also when the caller stops
-    early; after an error they are freed.
+    Sequences share the pages of a common prefix. Their pages go to `prefixes` as they end, also when the caller stops early;
+    after an error they are freed.
     """
-    scheduler = Scheduler(stepper, prefixes, drafting)
-    for row in rows:
-        scheduler.add(row)
+    scheduler = Scheduler(model_runner, prefixes, drafting)
+    for sequence in sequences:
+        scheduler.add(sequence)
     try:
         while scheduler.busy:
             for changed in scheduler.step():
-                for row in changed:
-                    if row.error is not None:
-                        raise row.error
+                for sequence in changed:
+                    if sequence.error is not None:
+                        raise sequence.error
                 yield changed
     except Exception:
-        scheduler.close(keep=False)  # what an error left is not for later prompts
+        # Pages that an error left half written must not serve later prompts.
+        scheduler.close(keep=False)
         raise
     finally:
         scheduler.close()
 
 
-def _draft_choice(options: Options, missing_ids: Tensor, vocabulary: int) -> Callable[[Any, Tensor, Tensor], int]:
-    """How a draft model's logits become an id of the target's vocabulary: as the target's own do.
+def _draft_sampler(options: Options, padding_ids: Tensor, vocabulary: int) -> Callable[[Any, Tensor, Tensor], int]:
+    """How a draft model samples an id of the target's vocabulary: as the target does.
 
-    The user's processors are left out: they may remember their calls, which are one for each token.
+    The user's processors are left out: they may count their calls, one for each token.
     """
 
-    def draw(row: Row, history: Tensor, logits: Tensor) -> int:
+    def draw(sequence: Sequence, history: Tensor, logits: Tensor) -> int:
         lacking = torch.full((max(0, vocabulary - len(logits)),), float("-inf"))
         logits = torch.cat((logits[:vocabulary], lacking)) if len(lacking) else logits[:vocabulary]
-        logits = hold_back_end(len(row.prompt), len(history), logits, options)
-        steps = processors(options, missing_ids, len(row.prompt), users=False)
-        return choose(logits, history, row.stream, options.sampling, steps)
+        logits = hold_back_end(len(sequence.prompt), len(history), logits, options)
+        steps = processors(options, padding_ids, len(sequence.prompt), users=False)
+        return sample_token(logits, history, sequence.stream, options.sampling, steps)
 
     return draw
 
 
-class Lasting:
-    """What a model keeps between calls: pages of earlier prompts, and how long its passes take. Lent to one call at a time."""
+class PrefixCacheHolder:
+    """What a model keeps between calls: its prefix cache, and how long its passes take. One call has it at a time."""
 
     def __init__(self, prefixes: PrefixCache, key: Any = None) -> None:
         self.prefixes, self.key, self.times = prefixes, key, PassTimes()
-        self.lent = threading.Lock()
+        self.lock = threading.Lock()
 
 
 class GenerationMixin:
-    """`generate` and `stream` for a class that is a Stepper and has a config and, where known, a folder with a tokenizer."""
+    """`generate` and `stream` for a class that is a ModelRunner and has a config and, where it has one, a folder."""
 
     config: GPTNeoXConfig
     source: Any
     _generation_config: GenerationConfig | None = None
     _tokenizer: GPTNeoXTokenizerFast | None = None
-    _lasting: Lasting | None = None
+    _cache_holder: PrefixCacheHolder | None = None
     _same_tokenizer: tuple[GPTNeoXTokenizerFast, GPTNeoXTokenizerFast] | None = None
-    reuse_prefix = True  # keep the pages of prompts and what followed them, for later prompts that begin alike
-    cache_pages: int | None = None  # most of the KV cache's pool; None: it grows as it must
-    first_pages: int | None = (
-        None  # of the pool, allocated at once and kept between calls; None: all, or as many as it takes
-    )
+    reuse_prefix = True  # keep a prefix cache between calls
+    cache_pages: int | None = None  # of the KV cache's pool at most; None: it grows without limit
+    # Pages of the pool that are allocated at once and stay between calls; None: all of a limit, or as many as a call needs.
+    first_pages: int | None = None
 
     @property
     def generation_config(self) -> GenerationConfig:
@@ -137,7 +141,7 @@ class GenerationMixin:
     @tokenizer.setter
     def tokenizer(self, tokenizer: GPTNeoXTokenizerFast) -> None:
         self._tokenizer = tokenizer
-        self.__dict__.pop("missing_ids", None)
+        self.__dict__.pop("padding_ids", None)
 
     @property
     def _has_tokenizer(self) -> bool:
@@ -145,8 +149,8 @@ class GenerationMixin:
         return self._tokenizer is not None or (folder is not None and (folder / "tokenizer.json").is_file())
 
     @cached_property
-    def missing_ids(self) -> Tensor:
-        """Ids (n,) that the vocabulary's padding holds and the tokenizer does not have; none where no tokenizer is known."""
+    def padding_ids(self) -> Tensor:
+        """Ids (n,) int64 that pad the vocabulary: the tokenizer does not have them. Empty without a tokenizer."""
         if not self._has_tokenizer:
             return torch.empty(0, dtype=torch.long)
         known = torch.zeros(self.config.vocab_size, dtype=torch.bool)
@@ -164,9 +168,9 @@ class GenerationMixin:
             self._check_draft(options.assistant_model)
         return options
 
-    def _rows(self, prompts: Sequence[list[int]], options: Options) -> list[Row]:
-        """One row for each sample. Rows of equal prompts draw from different random streams, numbered from 0."""
-        rows: list[Row] = []
+    def _sequences(self, prompts: abc.Sequence[list[int]], options: Options) -> list[Sequence]:
+        """One sequence for each sample. Those of equal prompts sample from different random streams, numbered from 0."""
+        sequences: list[Sequence] = []
         seen: Counter[tuple[int, ...]] = Counter()
         context, vocabulary = self.config.max_position_embeddings, self.config.vocab_size
         for i, prompt in enumerate(prompts):
@@ -175,24 +179,24 @@ class GenerationMixin:
             limit = options.new_tokens(len(prompt), context)
             check_ids(prompt, options, vocabulary)
             for _ in range(options.num_return_sequences):
-                text = StopText(self.tokenizer, options.stop_strings) if options.stop_strings else None
-                rows.append(Row(prompt, limit, seen[tuple(prompt)], text, options, self.missing_ids))
+                text = StopStringChecker(self.tokenizer, options.stop_strings) if options.stop_strings else None
+                sequences.append(Sequence(prompt, limit, seen[tuple(prompt)], text, options, self.padding_ids))
                 seen[tuple(prompt)] += 1
-        return rows
+        return sequences
 
     def forget(self) -> None:
-        """Free the pages kept for later prompts."""
-        self._lasting = None
+        """Free the prefix cache."""
+        self._cache_holder = None
 
     def _cache_key(self) -> Any:
-        """What kept pages depend on: they are dropped when it changes."""
+        """What the prefix cache depends on: a change of it drops the cache."""
         return self.cache_pages
 
     @contextmanager
-    def lend(self: Any, pages: int, keep_bytes: int = 0) -> Iterator[Lasting]:
-        """The lasting cache, or one for this call alone where another has it.
+    def acquire_prefix_cache(self: Any, pages: int, keep_bytes: int = 0) -> Iterator[PrefixCacheHolder]:
+        """The model's prefix cache, or an empty one for this call alone while another call has it.
 
-        pages: what the call needs at most. keep_bytes: of pages that may stay, where a context's are fewer.
+        pages: what the call needs at most. keep_bytes: of pages that may stay, where those of a context are fewer.
         """
         limit, context = self.cache_pages, -(-self.config.max_position_embeddings // PAGE)
         size = self.first_pages or limit or min(pages, NEW_POOL_PAGES)
@@ -201,45 +205,46 @@ class GenerationMixin:
             stay = max(stay, keep_bytes // self.new_pool().page_bytes)
         if limit is not None:
             size, stay = min(size, limit), min(stay, limit)
-        key, lasting = (limit, self.first_pages, self._cache_key()), self._lasting
-        if self.reuse_prefix and (lasting is None or lasting.key != key):
+        key, holder = (limit, self.first_pages, self._cache_key()), self._cache_holder
+        if self.reuse_prefix and (holder is None or holder.key != key):
             pool = self.new_pool(size, limit)
             if self.first_pages is None and limit is None and all(s.device.type == "cpu" for s in pool.storage):
-                # Memory of the CPU is not taken before it is written to; one context kept and one at work spare all copies.
+                # The system gives memory where it is written to; one cached context and one running spare all copies.
                 pool = self.new_pool(max(pages, 2 * context))
-            self._lasting = lasting = Lasting(PrefixCache(pool, stay), key)
-        if not self.reuse_prefix or not lasting.lent.acquire(blocking=False):
-            yield Lasting(PrefixCache(self.new_pool(size, limit), 0))
+            self._cache_holder = holder = PrefixCacheHolder(PrefixCache(pool, stay), key)
+        if not self.reuse_prefix or not holder.lock.acquire(blocking=False):
+            yield PrefixCacheHolder(PrefixCache(self.new_pool(size, limit), 0))
             return
-        lasting.prefixes.budget = stay = max(stay, lasting.prefixes.budget)
+        holder.prefixes.budget = stay = max(stay, holder.prefixes.budget)
         try:
-            yield lasting
+            yield holder
         finally:
-            lasting.lent.release()
-            if lasting.prefixes.pool.pages > max(size, 2 * stay) and self._lasting is lasting:
-                self.forget()  # a large batch made it grow, and that is not to stay
+            holder.lock.release()
+            if holder.prefixes.pool.pages > max(size, 2 * stay) and self._cache_holder is holder:
+                # A large batch made the pool grow; it does not stay that large.
+                self.forget()
 
-    def _decode(self: Any, rows: list[Row], options: Options) -> Generator[list[Row], None, None]:
-        pages = sum(-(-(len(row.prompt) + row.limit) // PAGE) for row in rows)
-        with self.lend(pages) as lasting, self._drafting(options, lasting.times, pages) as drafting:
-            yield from decode(self, lasting.prefixes, rows, drafting)
+    def _decode(self: Any, sequences: list[Sequence], options: Options) -> Generator[list[Sequence], None, None]:
+        pages = sum(-(-(len(sequence.prompt) + sequence.max_tokens) // PAGE) for sequence in sequences)
+        with self.acquire_prefix_cache(pages) as holder, self._drafting(options, holder.times, pages) as drafting:
+            yield from decode(self, holder.prefixes, sequences, drafting)
 
     @contextmanager
     def _drafting(self: Any, options: Options, times: PassTimes, pages: int) -> Iterator[Drafting | None]:
         """Speculation as the options ask for it."""
         draft, longest = options.assistant_model, options.prompt_lookup_num_tokens
         if draft is not None:
-            missing, size = self.missing_ids, self.config.vocab_size
-            lent: AbstractContextManager[Lasting]
+            missing, size = self.padding_ids, self.config.vocab_size
+            lent: AbstractContextManager[PrefixCacheHolder]
             if isinstance(draft, GenerationMixin):
-                lent = draft.lend(pages)
-                missing = torch.cat((missing, draft.missing_ids[draft.missing_ids < size]))
+                lent = draft.acquire_prefix_cache(pages)
+                missing = torch.cat((missing, draft.padding_ids[draft.padding_ids < size]))
             else:
-                lent = nullcontext(Lasting(PrefixCache(draft.new_pool(), 0)))
+                lent = nullcontext(PrefixCacheHolder(PrefixCache(draft.new_pool(), 0)))
             with lent as own:
-                config, choice = draft.config, _draft_choice(options, missing, size)
+                config, choice = draft.config, _draft_sampler(options, missing, size)
                 drafter = DraftModel(draft, own.prefixes, choice, config.vocab_size, config.max_position_embeddings)
-                longest = options.num_assistant_tokens or LONGEST
+                longest = options.num_assistant_tokens or MAX_DRAFT_TOKENS
                 yield Drafting(drafter, longest, times, options.speculation, time.perf_counter)
         elif longest is not None:
             yield Drafting(PromptLookup(), longest, times, options.speculation, time.perf_counter)
@@ -257,29 +262,27 @@ class GenerationMixin:
         given = dict(given)
         inputs, mask = given.pop("inputs", None), given.pop("attention_mask", None)
         options = self._options(given)
-        ids, keep = _prompt_ids(input_ids if input_ids is not None else inputs, mask, options)
-        rows = self._rows([row[k].tolist() for row, k in zip(ids, keep, strict=True)], options)
+        ids, keep = prompt_ids(input_ids if input_ids is not None else inputs, mask, options)
+        sequences = self._sequences([row[k].tolist() for row, k in zip(ids, keep, strict=True)], options)
         streamer = options.streamer
         if streamer is not None:
-            if len(rows) != 1:
-                raise ArgumentError(f"streamer works for one sequence, but {len(rows)} are asked for")
+            if len(sequences) != 1:
+                raise ArgumentError(f"streamer works for one sequence, but {len(sequences)} are asked for")
             streamer.put(ids)
-        for changed in self._decode(rows, options):
+        for changed in self._decode(sequences, options):
             if streamer is not None:
                 streamer.put(torch.tensor(changed[0].tokens[-1:]))
         if streamer is not None:
             streamer.end()
-        padded = _pad(ids, rows, options).to(self.device)
+        padded = pad(ids, sequences, options).to(self.device)
         if not options.return_dict_in_generate:
             return padded
-        return ModelOutput(
-            sequences=padded,
-            scores=_steps_of([row.kept_scores for row in rows], padded) if options.output_scores else None,
-            logits=_steps_of([row.kept_logits for row in rows], padded) if options.output_logits else None,
-        )
+        scores = stack_steps([s.step_scores for s in sequences], padded) if options.output_scores else None
+        logits = stack_steps([s.step_logits for s in sequences], padded) if options.output_logits else None
+        return ModelOutput(sequences=padded, scores=scores, logits=logits)
 
     def compute_transition_scores(
-        self, sequences: Tensor, scores: Sequence[Tensor], beam_indices: None = None, normalize_logits: bool = False
+        self, sequences: Tensor, scores: abc.Sequence[Tensor], beam_indices: None = None, normalize_logits: bool = False
     ) -> Tensor:
         """What `scores` say of each new token of `sequences` -> (batch, new tokens); normalize_logits: log-probabilities."""
         if beam_indices is not None:
@@ -288,7 +291,7 @@ class GenerationMixin:
         chosen = sequences[:, sequences.shape[1] - steps.shape[1] :, None].to(steps.device)
         return (steps.log_softmax(-1) if normalize_logits else steps).gather(2, chosen)[..., 0]
 
-    def _stream(self, prompt: str | Tensor | Sequence[int], given: dict[str, Any]) -> Iterator[Event]:
+    def _stream(self, prompt: str | Tensor | abc.Sequence[int], given: dict[str, Any]) -> Iterator[Event]:
         options = self._options(dict(given))
         if options.num_return_sequences != 1:
             raise ArgumentError("stream yields one sequence; leave num_return_sequences out")
@@ -301,85 +304,25 @@ class GenerationMixin:
             ids = torch.as_tensor(given_ids)
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise ArgumentError(f"prompt is a {type(prompt).__name__}, expected a text or one row of ids") from error
-        ids, _ = _prompt_ids(ids[None] if ids.dim() == 1 else ids, None, options)
+        ids, _ = prompt_ids(ids[None] if ids.dim() == 1 else ids, None, options)
         if len(ids) != 1:
             raise ArgumentError(f"stream takes one prompt, but {len(ids)} are given; call generate")
-        (row,) = self._rows(ids.tolist(), options)
-        row.text = StopText(self.tokenizer, options.stop_strings)
-        return self._events(row, options)
+        (sequence,) = self._sequences(ids.tolist(), options)
+        sequence.stop_checker = StopStringChecker(self.tokenizer, options.stop_strings)
+        return self._events(sequence, options)
 
-    def _events(self, row: Row, options: Options) -> Iterator[Event]:
-        if row.limit == 0:
+    def _events(self, sequence: Sequence, options: Options) -> Iterator[Event]:
+        if sequence.max_tokens == 0:
             yield Event("", None, "length")
-        with closing(self._decode([row], options)) as steps:  # a caller who stops early frees the pages at once
+        with closing(self._decode([sequence], options)) as steps:  # a caller who stops early frees the pages at once
             for _ in steps:
-                yield Event(row.piece, row.tokens[-1], row.finish_reason)
+                yield Event(sequence.new_text, sequence.tokens[-1], sequence.finish_reason)
 
 
 def _own_tokenizer(tokenizer: Any) -> GPTNeoXTokenizerFast:
     if isinstance(tokenizer, GPTNeoXTokenizerFast):
         return tokenizer
     raise ArgumentError(f"tokenizer is a {type(tokenizer).__name__}, expected a neox_lite GPTNeoXTokenizerFast")
-
-
-def _prompt_ids(ids: Any, mask: Any, options: Options) -> tuple[Tensor, Tensor]:
-    """Ids (rows, tokens) and which of them are real (rows, tokens) bool; prompts without any token start with bos."""
-    if ids is None:
-        ids = torch.empty(1, 0, dtype=torch.long)
-    if not isinstance(ids, Tensor) or ids.dim() != 2 or (ids.is_floating_point() and ids.numel()) or not len(ids):
-        found = f"{tuple(ids.shape)} {ids.dtype}" if isinstance(ids, Tensor) else type(ids).__name__
-        raise ArgumentError(f"input_ids is {found}, expected a tensor (batch, tokens) of ids: return_tensors='pt'")
-    if ids.shape[1]:
-        ids = ids.cpu().long()
-        return ids, _prompt_mask(ids, mask, options)
-    if options.bos_token_id is None:
-        raise ArgumentError("the prompt is empty and there is no bos_token_id to start from; give at least one token")
-    ids = torch.full((len(ids), 1), options.bos_token_id)
-    return ids, torch.ones_like(ids, dtype=torch.bool)
-
-
-def _prompt_mask(ids: Tensor, mask: Any, options: Options) -> Tensor:
-    """Which tokens of a padded batch are real: the mask, or, as transformers infers it, all but an unambiguous padding id."""
-    if mask is not None:
-        if not isinstance(mask, Tensor):
-            raise ArgumentError(f"attention_mask is a {type(mask).__name__}, expected a tensor (batch, tokens)")
-        mask = mask.cpu()
-        if mask.shape != ids.shape:
-            raise ArgumentError(f"attention_mask is {tuple(mask.shape)}, expected {tuple(ids.shape)} as input_ids")
-        if not bool(((mask == 0) | (mask == 1)).all()):
-            raise ArgumentError("attention_mask holds values other than 0 and 1")
-        return mask.bool()
-    if options.pad_token_id is not None and options.pad_token_id not in options.eos_token_id:
-        return ids != options.pad_token_id
-    return torch.ones_like(ids, dtype=torch.bool)
-
-
-def _pad(ids: Tensor, rows: list[Row], options: Options) -> Tensor:
-    """Prompts as given, each followed by its new tokens, then by padding up to the longest."""
-    fill = options.pad_token_id
-    if fill is None or fill < 0:
-        fill = options.eos_token_id[0] if options.eos_token_id else 0
-    width = max(len(row.tokens) for row in rows)
-    new = torch.full((len(rows), width), fill, dtype=torch.long)
-    for out, row in zip(new, rows, strict=True):
-        out[: len(row.tokens)] = torch.tensor(row.tokens, dtype=torch.long)
-    repeated = ids.repeat_interleave(options.num_return_sequences, 0)
-    return torch.cat((repeated, new), 1)
-
-
-def _steps_of(rows: list[list[Tensor]], padded: Tensor) -> tuple[Tensor, ...]:
-    """Rows' (vocabulary,) of each new token as, for each new token, (rows, vocabulary); padding is certain: 0, others -inf."""
-    width = max(map(len, rows))
-    steps = []
-    for i in range(width):
-        found = torch.full((len(rows), len(rows[0][0])), float("-inf"))
-        for n, row in enumerate(rows):
-            if i < len(row):
-                found[n] = row[i]
-            else:
-                found[n, padded[n, padded.shape[1] - width + i]] = 0.0
-        steps.append(found.to(padded.device))
-    return tuple(steps)
 
 
 @dataclass

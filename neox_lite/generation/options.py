@@ -27,7 +27,7 @@ FILE = "generation_config.json"
 DEFAULT_NEW_TOKENS = 20  # transformers' default
 MAX_RETURN_SEQUENCES = 1 << 12  # bounds on what a hostile generation_config.json can ask for
 MAX_TOKEN_ID = 1 << 31
-MAX_DRAFT = 1 << 10
+MAX_ASSISTANT_TOKENS = 1 << 10
 
 SAMPLING_FIELDS = {f.name for f in dataclasses.fields(Sampling)}
 # transformers' options that are honoured only at the value that means "off", with what to do instead.
@@ -159,7 +159,7 @@ class Options:
             _check_count(name, merged.get(name), 0)
         _check_count("num_return_sequences", merged.get("num_return_sequences"), 1, MAX_RETURN_SEQUENCES)
         for name in ("num_assistant_tokens", "prompt_lookup_num_tokens"):
-            _check_count(name, merged.get(name), 1, MAX_DRAFT)
+            _check_count(name, merged.get(name), 1, MAX_ASSISTANT_TOKENS)
         for name in ("bos_token_id", "pad_token_id"):
             _check_count(name, merged.get(name), -1, MAX_TOKEN_ID)
         merged["stop_strings"] = _texts(merged.get("stop_strings"))

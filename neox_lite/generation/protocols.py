@@ -1,56 +1,58 @@
-"""What generation and drafting ask of a model, and how long prompts go through it in pieces. Knows no model class."""
+"""What generation and drafting need of a model, and the chunked prefill of prompts. Knows no model class."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence as List
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from ..cache import PagePool, Sequence
+from ..cache import BlockTable, PagePool
 from ..kernels.backend import Choice, Flight
 
-PREFILL_TOKENS = 512  # tokens of a prompt that go through the model at a time
+PREFILL_TOKENS = 512  # of one pass
 
 
-class Stepper(Protocol):
-    """A pool for a model's cache, and logits after appending tokens to sequences.
+class ModelRunner(Protocol):
+    """Makes pools for a model's KV cache, and appends tokens to sequences.
 
-    every=True is asked of `step` only where drafts are verified: float32 logits (tokens in all, vocabulary), sequence after
-    sequence; without it, logits (sequences, vocabulary) after the last token of each.
+    `step` returns float32 logits (sequences, vocabulary) after the last token of each sequence; with every=True (drafts to
+    verify, log-probabilities of prompts) those after every token (tokens in all, vocabulary), sequence after sequence.
     """
 
     def new_pool(self, pages: int = 0, limit: int | None = None) -> PagePool: ...
 
     def step(
-        self, pool: PagePool, sequences: List[Sequence], tokens: List[List[int]], every: bool = False
+        self, pool: PagePool, block_tables: Sequence[BlockTable], tokens: Sequence[Sequence[int]], every: bool = False
     ) -> Tensor: ...
 
 
 @runtime_checkable
-class Ahead(Stepper, Protocol):
-    """A stepper on a device that may choose the next tokens itself, so that steps are given to it before the last is read."""
+class Ahead(ModelRunner, Protocol):
+    """A model on a device that may sample the next tokens itself, so that a step is launched before the last one is read."""
 
     @property
     def graph_reason(self) -> str | None:
-        """Why it does not; None where it does."""
+        """Why steps run on the host instead; None where the device samples."""
         ...
 
     def launch(
         self,
         pool: PagePool,
-        sequences: List[Sequence],
-        ids: List[int],
-        choices: List[Choice],
+        block_tables: Sequence[BlockTable],
+        ids: Sequence[int],
+        choices: Sequence[Choice],
         excluded: Tensor | None = None,
         previous: Flight | None = None,
     ) -> Flight | None:
-        """Append an id to each sequence and have the next ones chosen; see `Decoder.launch`. None where it cannot be."""
+        """Append an id to each sequence and sample the next ones; see `Decoder.launch`. None where the device cannot."""
         ...
 
 
-def advance(stepper: Stepper, pool: PagePool, sequences: List[Sequence], tokens: List[List[int]]) -> list[Tensor]:
-    """Append tokens[i], at least one, to sequences[i] -> logits (vocabulary,) on the CPU after the last of each.
+def advance(
+    model_runner: ModelRunner, pool: PagePool, block_tables: Sequence[BlockTable], tokens: Sequence[Sequence[int]]
+) -> list[Tensor]:
+    """Append tokens[i], at least one, to block_tables[i] -> logits (vocabulary,) on the CPU after the last of each.
 
     They go through the model together, PREFILL_TOKENS at a time.
     """
@@ -62,7 +64,7 @@ def advance(stepper: Stepper, pool: PagePool, sequences: List[Sequence], tokens:
             if room:
                 pieces[i] = tokens[i][done[i] :][:room]
                 room -= len(pieces[i])
-        scores = stepper.step(pool, [sequences[i] for i in pieces], list(pieces.values())).cpu()
+        scores = model_runner.step(pool, [block_tables[i] for i in pieces], list(pieces.values())).cpu()
         logits |= zip(pieces, scores, strict=True)
         for i, piece in pieces.items():
             done[i] += len(piece)

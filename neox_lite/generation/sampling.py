@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Processor = Callable[[Tensor, Tensor], Tensor]  # history (tokens,) int64, logits (vocabulary,) float32 -> logits
 Filter = Callable[["np.ndarray"], "np.ndarray"]  # logits (n,) -> the places of those that are kept, in ascending order
 COLDEST = 1e-5  # a temperature below this counts as 0: logits divided by less could overflow float32
-MOST_BIAS = 100.0
+MAX_BIAS = 100.0
 BOUNDS = {
     "temperature": (0.0, 1e6),
     "top_k": (0, 2**31 - 1),
@@ -88,10 +88,8 @@ class Sampling:
         for token, bias in self.logit_bias.items():
             if token < 0:
                 raise ArgumentError(f"logit_bias: found id {token}, expected ids from 0 on")
-            if not -MOST_BIAS <= bias <= MOST_BIAS:
-                raise ArgumentError(
-                    f"logit_bias: the bias of id {token} is {bias}, expected {-MOST_BIAS} to {MOST_BIAS}"
-                )
+            if not -MAX_BIAS <= bias <= MAX_BIAS:
+                raise ArgumentError(f"logit_bias: the bias of id {token} is {bias}, expected {-MAX_BIAS} to {MAX_BIAS}")
 
     @property
     def greedy(self) -> bool:
@@ -266,7 +264,7 @@ def typical_p(values: np.ndarray, p: float) -> np.ndarray:
 # Choice ---------------------------------------------------------------------------------------------------------------
 
 
-def choose(logits: Tensor, history: Tensor, stream: int, sampling: Sampling, steps: Sequence[Processor]) -> int:
+def sample_token(logits: Tensor, history: Tensor, stream: int, sampling: Sampling, steps: Sequence[Processor]) -> int:
     """The id that follows history (tokens,), by argmax of logits (vocabulary,) or a draw; both tensors on the CPU.
 
     The draw depends on the logits and (seed, tokens so far, stream) alone: every id runs a race against the same clock, and a
@@ -280,14 +278,14 @@ def choose(logits: Tensor, history: Tensor, stream: int, sampling: Sampling, ste
     values = logits.numpy()
     chosen = int(values.argmax())  # of a NaN, if there is one
     if not math.isfinite(values[chosen]):
-        raise nothing_to_choose()
+        raise no_token_left()
     if sampling.greedy:
         return chosen
     ids, values = candidates(values, sampling)
     return int(ids[(values + gumbel(sampling.seed, len(history), stream, ids)).argmax()])
 
 
-def drawn_from(logits: Tensor, sampling: Sampling) -> Tensor:
+def sampled_logits(logits: Tensor, sampling: Sampling) -> Tensor:
     """What `choose` draws from, of logits (vocabulary,) after all steps: divided by the temperature, -inf for ids left out."""
     if sampling.greedy:
         return copied(logits)
@@ -297,7 +295,7 @@ def drawn_from(logits: Tensor, sampling: Sampling) -> Tensor:
     return found
 
 
-def nothing_to_choose() -> NeoxLiteError:
+def no_token_left() -> NeoxLiteError:
     return NeoxLiteError(
         "no id can be chosen: the logits hold NaN or infinity, or every id is excluded; run `neox-lite verify` on "
         "the model, and check logits_processor if you pass one"
@@ -347,23 +345,23 @@ def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tupl
 # Log-probabilities ----------------------------------------------------------------------------------------------------
 
 
-class Score(NamedTuple):
+class TokenLogprob(NamedTuple):
     """Log-probability of a token before sampling's own steps (None for the first of a text), and the likeliest ids there."""
 
     logprob: float | None
     top: tuple[tuple[int, float], ...] = ()
 
 
-def score(logits: Tensor, token: int, likeliest: int, missing_ids: Tensor | None = None) -> Score:
+def token_logprob(logits: Tensor, token: int, likeliest: int, padding_ids: Tensor | None = None) -> TokenLogprob:
     """How likely logits (vocabulary,) made a token among ids that exist, and the likeliest of those, the best one first."""
     import numpy as np
 
-    if missing_ids is not None and len(missing_ids):
-        logits = exclude(logits, missing_ids)
+    if padding_ids is not None and len(padding_ids):
+        logits = exclude(logits, padding_ids)
     logs = log_softmax(logits.numpy())
     places = top_k(logs, likeliest) if likeliest else np.arange(0)
     best = places[np.argsort(-logs[places], kind="stable")][:likeliest]
-    return Score(float(logs[token]), tuple((int(i), float(logs[i])) for i in best if logs[i] > -np.inf))
+    return TokenLogprob(float(logs[token]), tuple((int(i), float(logs[i])) for i in best if logs[i] > -np.inf))
 
 
 def log_softmax(values: np.ndarray) -> np.ndarray:

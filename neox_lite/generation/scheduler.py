@@ -1,417 +1,418 @@
-"""Passes of a model over rows that come and go between them. Knows no model class, no text, and nobody who waits for it.
+"""Continuous batching: passes of a model over sequences that come and go between them. Knows no model class and no text.
 
-A pass takes one token of every row that is being continued, and beside them the next tokens of prompts still to be read, so
-that reading a long prompt does not halt the others. Where a device chooses tokens itself and rows are only continued, a pass is
-always in the air: the next is given to the device before the tokens of the last are read. What it did for a row that has ended
-by then, or has left, is thrown away. Draws depend on places alone (`sampling.choose`), so that a row's tokens
-do not depend on what else runs, nor on whether it had to give way and was read again.
+A pass takes one token of every sequence in decode, and beside them the next chunks of prompts in prefill, so that a long prompt
+does not stop the others. Where the device samples and all sequences are in decode, steps are asynchronous: the scheduler
+launches the next step before it reads the tokens of the last one, and drops what that step did for sequences that ended in
+between. Samples depend on positions alone (`sampling.sample_token`), so the tokens of a sequence depend neither on the other
+sequences nor on preemption.
 """
 
 from __future__ import annotations
 
 import bisect
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import abc, deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor
 
-from ..cache import Kept, PrefixCache, common_length, copied
-from ..cache import Sequence as CachedSequence
+from ..cache import BlockTable, PrefixCache, PrefixEntry, common_length, copied
 from ..errors import CacheError
 from ..kernels.backend import Flight
 from ..units import PAGE
-from .protocols import PREFILL_TOKENS, Ahead, Stepper
-from .request import Row
-from .sampling import nothing_to_choose
+from .protocols import PREFILL_TOKENS, Ahead, ModelRunner
+from .request import Sequence
+from .sampling import no_token_left
 from .speculative import Drafting
 
-LEAST_TOKENS = 16  # of prompts that a pass reads, however long that takes
-SCORED_TOKENS = 128  # of prompts whose every token is scored: each brings logits of the whole vocabulary
-PASS_SECONDS = 0.25  # that those who are being answered may wait for a pass
+MIN_PREFILL_TOKENS = 16  # of a pass, however long it takes
+PROMPT_LOGPROB_TOKENS = 128  # of a pass that needs logits, as many as the vocabulary, after every token of a prompt
+PASS_SECONDS = 0.25  # of a pass that sequences in decode wait for
 
 
-class ReadingPace:
-    """How many tokens of prompts a pass reads beside rows that are being continued, so that it takes about so many seconds."""
+class PrefillBudget:
+    """Prompt tokens of a pass beside sequences in decode, chosen so that a pass takes about `seconds`."""
 
     def __init__(self, seconds: float = PASS_SECONDS, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.tokens = 4 * LEAST_TOKENS
+        self.tokens = 4 * MIN_PREFILL_TOKENS
         self.clock = clock
         self._seconds = seconds
 
-    def took(self, tokens: int, seconds: float) -> None:
-        """Learn from a pass that read so many tokens of prompts: at most twice as many are tried next."""
+    def update(self, tokens: int, seconds: float) -> None:
+        """Learn from a pass with so many prompt tokens; the budget at most doubles."""
         fitting = min(int(tokens * self._seconds / max(seconds, 1e-9)), 2 * tokens)
-        if tokens < self.tokens and seconds < self._seconds:  # a short rest of a prompt says little about long pieces
+        # The short rest of a prompt says little about long chunks.
+        if tokens < self.tokens and seconds < self._seconds:
             fitting = max(fitting, self.tokens)
-        self.tokens = max(LEAST_TOKENS, min(fitting, PREFILL_TOKENS))
+        self.tokens = max(MIN_PREFILL_TOKENS, min(fitting, PREFILL_TOKENS))
 
 
-class Ready(NamedTuple):
-    """A row that is to get tokens: logits (drafted tokens + 1, vocabulary) after its last token and every drafted one."""
+class StepLogits(NamedTuple):
+    """What a sequence samples from: logits (drafted tokens + 1, vocabulary) after its last token and after each drafted one."""
 
-    row: Row
+    sequence: Sequence
     logits: Tensor
-    draft: Sequence[int] = ()
+    draft: abc.Sequence[int] = ()
 
 
-class InTheAir(NamedTuple):
-    """A pass given to the device, and where in it each row is."""
+class PendingStep(NamedTuple):
+    """A step that was launched and not read yet, and the place of each sequence in its batch."""
 
     flight: Flight
-    places: dict[Row, int]
+    places: dict[Sequence, int]
 
 
 class Scheduler:
-    """Rows at work and rows that wait, and passes over them.
+    """Runs and samples the passes of many sequences. Not thread-safe.
 
-    rows: those with a sequence in the cache, the oldest first. waiting: the others. Where the pool is full, the youngest row
-    goes back to wait, and is read again once it fits. drafting: drafts are made and judged; then prompts are read in passes
-    of their own. Not for several threads.
+    running: sequences with a block table, the oldest first. waiting: the others. Where the pool is full, the youngest sequence
+    is preempted and recomputed once it fits. drafting: makes and verifies drafts; prompts then have passes of their own.
     """
 
     def __init__(
         self,
-        stepper: Stepper,
+        model_runner: ModelRunner,
         prefixes: PrefixCache,
         drafting: Drafting | None = None,
-        pace: ReadingPace | None = None,
+        prefill_budget: PrefillBudget | None = None,
     ) -> None:
-        self.rows: list[Row] = []
-        self.waiting: deque[Row] = deque()
-        self._stepper, self._prefixes, self._pool = stepper, prefixes, prefixes.pool
-        self._drafting, self._pace = drafting, pace
-        self._ahead = stepper if isinstance(stepper, Ahead) and drafting is None else None
-        self._in_the_air: InTheAir | None = None
-        self._added = 0
-        self._leaders: dict[Row, tuple[Row, int]] = {}  # whom a waiting row waits for, and until it has read how much
-        self._full = False  # no row that waits fits, until another leaves
+        self.running: list[Sequence] = []
+        self.waiting: deque[Sequence] = deque()
+        self._model_runner, self._prefixes, self._pool = model_runner, prefixes, prefixes.pool
+        self._drafting, self._prefill_budget = drafting, prefill_budget
+        self._ahead = model_runner if isinstance(model_runner, Ahead) and drafting is None else None
+        self._pending: PendingStep | None = None
+        self._arrivals = 0
+        # A waiting sequence -> the running one that computes their common prefix, and the length of that.
+        self._prefix_leaders: dict[Sequence, tuple[Sequence, int]] = {}
+        # No waiting sequence fits until a running one ends.
+        self._full = False
 
     @property
     def busy(self) -> bool:
-        return bool(self.rows or self.waiting)
+        return bool(self.running or self.waiting)
 
-    def add(self, row: Row) -> None:
-        """Take a row; one that asks for nothing has ended already."""
-        if row.limit == 0 and not row.scoring:
-            row.finish_reason = "length"
+    def add(self, sequence: Sequence) -> None:
+        """Let a sequence wait for its turn; one that needs no pass at all ends here."""
+        if sequence.max_tokens == 0 and not sequence.needs_prompt_logprobs:
+            sequence.finish_reason = "length"
             return
-        self._added += 1
-        row.number = self._added
-        self.waiting.append(row)
+        self._arrivals += 1
+        sequence.arrival = self._arrivals
+        self.waiting.append(sequence)
 
-    def cancel(self, row: Row) -> None:
-        """End a row, if it has not ended, and give its pages back."""
-        if row.finish_reason is None:
-            row.finish_reason = "cancelled"
-            self._leave(row)
+    def cancel(self, sequence: Sequence) -> None:
+        """End a sequence that has not ended, and free its pages."""
+        if sequence.finish_reason is None:
+            sequence.finish_reason = "cancelled"
+            self._remove(sequence)
 
     def close(self, keep: bool = True) -> None:
-        """Forget all rows. keep: what they hold is for later prompts that begin alike."""
-        for row in [*self.rows, *self.waiting]:
-            self._leave(row, keep)
+        """Drop all sequences. keep: their pages go into the prefix cache."""
+        for sequence in [*self.running, *self.waiting]:
+            self._remove(sequence, keep)
 
-    def step(self) -> Iterator[list[Row]]:
-        """Admit rows and run a pass; yields rows that got a token or ended, as often as that happens to any of them."""
-        yield from self._choose(self._admit())
-        while self.rows:
-            rows = list(self.rows)
+    def step(self) -> Iterator[list[Sequence]]:
+        """Admit sequences and run a pass; yields those that got a token or ended, each time that happens to any of them."""
+        # 1. Sequences whose next token needs no pass.
+        yield from self._sample(self._admit())
+        while self.running:
+            sequences = list(self.running)
             try:
-                landed = self._fly()
-                if landed is None:
-                    batch = self._select()
-                    rows = list(batch)
+                # 2. An asynchronous step, where that is possible.
+                changed = self._step_async()
+                # 3. Else a pass of prompts and tokens, which the host samples.
+                if changed is None:
+                    batch = self._schedule()
+                    sequences = list(batch)
                     ready = self._run(batch)
             except CacheError as error:
-                if len(self.rows) > 1:
-                    self._put_back(self.rows[-1])
+                # 4. The pool is full: preempt the youngest sequence and try again.
+                if len(self.running) > 1:
+                    self.preempt(self.running[-1])
                 else:
-                    yield [self._fail(self.rows[0], error)]
+                    yield [self._fail(self.running[0], error)]
             except Exception as error:
-                self._prefixes.clear()  # they share pages with what may be half written
-                self._in_the_air = None
-                yield [self._fail(row, error) for row in rows]
+                # 5. The pass failed: cached prefixes share pages that may be half written.
+                self._prefixes.clear()
+                self._pending = None
+                yield [self._fail(sequence, error) for sequence in sequences]
                 return
             else:
-                if landed is None:
-                    yield from self._continue(ready)
-                elif landed:
-                    yield landed
+                if changed is None:
+                    yield from self._postprocess(ready)
+                elif changed:
+                    yield changed
                 return
 
-    def _continue(self, ready: list[Ready]) -> Iterator[list[Row]]:
-        """What follows a pass: tokens for its rows, and for those that wait for one of the same prompt; a look at drafts."""
-        before = [len(one.row.tokens) for one in ready]
-        yield from self._choose([*ready, *self._admit()])
-        if self._drafting is None or not all(before):  # the pass of a prompt has no drafts
+    def _postprocess(self, ready: list[StepLogits]) -> Iterator[list[Sequence]]:
+        """Sample after a pass, also for sequences that waited for the logits of the same prompt; verify drafts."""
+        before = [len(one.sequence.tokens) for one in ready]
+        yield from self._sample([*ready, *self._admit()])
+        # The pass of a prompt has no drafts.
+        if self._drafting is None or not all(before):
             return
-        self._drafting.judge(
-            [one.draft for one in ready], [one.row.tokens[n:] for one, n in zip(ready, before, strict=True)]
-        )
-        for row in self.rows:
-            assert row.sequence is not None
-            self._pool.truncate(row.sequence, row.length - 1)  # without what was drafted in vain
+        new = [one.sequence.tokens[n:] for one, n in zip(ready, before, strict=True)]
+        self._drafting.update([one.draft for one in ready], new)
+        for sequence in self.running:
+            assert sequence.block_table is not None
+            # Without the drafted tokens that were rejected.
+            self._pool.truncate(sequence.block_table, sequence.length - 1)
 
-    # Coming and going -------------------------------------------------------------------------------------------------
+    # Admission and release --------------------------------------------------------------------------------------------
 
-    def _admit(self) -> list[Ready]:
-        """Take up rows that wait, in their order, as far as they fit; those whose next token needs no pass."""
+    def _admit(self) -> list[StepLogits]:
+        """Start waiting sequences in their order while they fit -> those whose next logits are cached."""
         ready, following = [], []
         while self.waiting and not self._full:
-            row = self.waiting.popleft()
-            if self._follows(row):
-                following.append(row)
+            sequence = self.waiting.popleft()
+            if self._has_prefix_leader(sequence):
+                following.append(sequence)
                 continue
-            sequence, logits = self._begin(row)
-            if logits is None and self._find_leader(row, sequence):
-                self._pool.free(sequence)
-                following.append(row)
-            elif not self._fits(row, sequence):
-                self._pool.free(sequence)
-                self.waiting.appendleft(row)
+            block_table, logits = self._match_prefix(sequence)
+            if logits is None and self._find_prefix_leader(sequence, block_table):
+                self._pool.free(block_table)
+                following.append(sequence)
+            elif not self._can_allocate(sequence, block_table):
+                self._pool.free(block_table)
+                self.waiting.appendleft(sequence)
                 self._full = True
             else:
-                row.sequence = sequence
-                row.reused = sequence.length if row.reused is None else row.reused
-                bisect.insort(self.rows, row, key=lambda row: row.number)
+                sequence.block_table = block_table
+                if sequence.num_cached_tokens is None:
+                    sequence.num_cached_tokens = block_table.length
+                bisect.insort(self.running, sequence, key=lambda other: other.arrival)
                 if logits is not None:
-                    ready.append(Ready(row, logits[None]))
+                    ready.append(StepLogits(sequence, logits[None]))
         self.waiting.extendleft(reversed(following))
         return ready
 
-    def _begin(self, row: Row) -> tuple[CachedSequence, Tensor | None]:
-        """As much of a row as is in the cache, and the logits that follow, where it is all and they are known."""
-        if row.scoring:
+    def _match_prefix(self, sequence: Sequence) -> tuple[BlockTable, Tensor | None]:
+        """The cached part of a sequence, and the logits after it where it is the whole history and they are known."""
+        if sequence.needs_prompt_logprobs:
             return self._pool.new(), None
-        live = [
-            Kept(other.history[: other.sequence.length], other.sequence, len(other.prompt), other.after_prompt)
-            for other in self.rows
-            if other.sequence is not None
-        ]
-        sequence, logits = self._prefixes.take(row.history, live)
-        if logits is not None and not row.tokens:
-            row.after_prompt = copied(logits)
-        return sequence, logits
+        live = []
+        for other in self.running:
+            if (table := other.block_table) is not None:
+                live.append(PrefixEntry(other.history[: table.length], table, len(other.prompt), other.prompt_logits))
+        block_table, logits = self._prefixes.match_prefix(sequence.history, live)
+        if logits is not None and not sequence.tokens:
+            sequence.prompt_logits = copied(logits)
+        return block_table, logits
 
-    def _follows(self, row: Row) -> bool:
-        """Whether a row still waits for another that is reading what both begin with."""
-        leader, length = self._leaders.get(row, (None, 0))
-        if leader is not None and leader.sequence is not None and leader.sequence.length < length:
+    def _has_prefix_leader(self, sequence: Sequence) -> bool:
+        """Whether the leader of a waiting sequence still computes their common prefix."""
+        leader, length = self._prefix_leaders.get(sequence, (None, 0))
+        if leader is not None and leader.block_table is not None and leader.block_table.length < length:
             return True
-        self._leaders.pop(row, None)
+        self._prefix_leaders.pop(sequence, None)
         return False
 
-    def _find_leader(self, row: Row, sequence: CachedSequence) -> bool:
-        """Whether a row gains by waiting: a page or more beyond what it has, or all of its prompt."""
-        if row.scoring:
+    def _find_prefix_leader(self, sequence: Sequence, block_table: BlockTable) -> bool:
+        """Whether a running sequence is about to compute at least a page more of this one's prefix, or all of its prompt."""
+        if sequence.needs_prompt_logprobs:
             return False
-        for other in self.rows:
-            assert other.sequence is not None
-            common = common_length(row.history, other.history)
-            same = common == len(row.prompt) == len(other.prompt) and not row.tokens and not other.tokens
-            if other.sequence.length < common and (same or min(common, row.length - 1) - sequence.length >= PAGE):
-                self._leaders[row] = other, common
+        for other in self.running:
+            assert other.block_table is not None
+            common = common_length(sequence.history, other.history)
+            same = common == len(sequence.prompt) == len(other.prompt) and not sequence.tokens and not other.tokens
+            gained = min(common, sequence.length - 1) - block_table.length
+            if other.block_table.length < common and (same or gained >= PAGE):
+                self._prefix_leaders[sequence] = other, common
                 return True
         return False
 
-    def _fits(self, row: Row, sequence: CachedSequence) -> bool:
-        """Whether a row can be read to its end beside the others, with a page for each that will need one."""
-        if self._pool.limit is None or not self.rows:
+    def _can_allocate(self, sequence: Sequence, block_table: BlockTable) -> bool:
+        """Whether the pool has room for a sequence's history, beside the running ones and a page more for each of them."""
+        if self._pool.limit is None or not self.running:
             return True
-        held, needed = set(sequence.pages), -(-(row.length + 1) // PAGE) - sequence.length // PAGE
-        for other in self.rows:
-            assert other.sequence is not None
-            held |= set(other.sequence.pages)
-            pages = max(len(other.sequence.pages), -(-other.length // PAGE))
-            needed += pages - len(other.sequence.pages)
-            needed += len(other.prompt) + other.limit > PAGE * pages
+        held, needed = set(block_table.pages), -(-(sequence.length + 1) // PAGE) - block_table.length // PAGE
+        for other in self.running:
+            assert other.block_table is not None
+            held |= set(other.block_table.pages)
+            pages = max(len(other.block_table.pages), -(-other.length // PAGE))
+            needed += pages - len(other.block_table.pages)
+            needed += len(other.prompt) + other.max_tokens > PAGE * pages
         return len(held) + needed <= self._pool.limit
 
-    def _put_back(self, row: Row) -> None:
-        """Let a row wait for pages; it is read again then."""
-        self.rows.remove(row)
-        self._release(row, keep=True)
-        if row.scoring:
-            row.forget_scores()
-        self.waiting.appendleft(row)
+    def preempt(self, sequence: Sequence) -> None:
+        """Take a running sequence's pages; it waits, and is recomputed once it fits."""
+        self.running.remove(sequence)
+        self._deallocate(sequence, keep=True)
+        if sequence.needs_prompt_logprobs:
+            sequence.reset_prompt_logprobs()
+        self.waiting.appendleft(sequence)
         self._full = False
 
-    def _fail(self, row: Row, error: Exception) -> Row:
-        row.finish_reason, row.error = "error", error
-        self._leave(row, keep=False)
-        return row
+    def _fail(self, sequence: Sequence, error: Exception) -> Sequence:
+        sequence.finish_reason, sequence.error = "error", error
+        self._remove(sequence, keep=False)
+        return sequence
 
-    def _leave(self, row: Row, keep: bool = True) -> None:
-        (self.waiting if row.sequence is None else self.rows).remove(row)
-        self._leaders.pop(row, None)
-        self._release(row, keep)
+    def _remove(self, sequence: Sequence, keep: bool = True) -> None:
+        (self.waiting if sequence.block_table is None else self.running).remove(sequence)
+        self._prefix_leaders.pop(sequence, None)
+        self._deallocate(sequence, keep)
         self._full = False
 
-    def _release(self, row: Row, keep: bool) -> None:
-        """Give back what a row holds, to be kept for later prompts that begin alike, or not."""
+    def _deallocate(self, sequence: Sequence, keep: bool) -> None:
+        """Give a sequence's pages to the prefix cache (keep), or free them."""
         if self._drafting is not None:
-            self._drafting.drafter.drop(row)
-        if self._in_the_air is not None:
-            self._in_the_air.places.pop(row, None)
-        if row.sequence is None:
+            self._drafting.drafter.drop(sequence)
+        if self._pending is not None:
+            self._pending.places.pop(sequence, None)
+        if (table := sequence.block_table) is None:
             return
         if keep:
-            cached = min(row.sequence.length, max(row.length - 1, len(row.prompt)))
-            self._pool.truncate(row.sequence, cached)
-            self._prefixes.keep(row.history[:cached], row.sequence, len(row.prompt), row.after_prompt)
+            cached = min(table.length, max(sequence.length - 1, len(sequence.prompt)))
+            self._pool.truncate(table, cached)
+            self._prefixes.insert(sequence.history[:cached], table, len(sequence.prompt), sequence.prompt_logits)
         else:
-            self._pool.free(row.sequence)
-        row.sequence = row.after_prompt = None
+            self._pool.free(table)
+        sequence.block_table = sequence.prompt_logits = None
 
     # Passes -----------------------------------------------------------------------------------------------------------
 
-    def _select(self) -> dict[Row, int]:
-        """The rows of the next pass, and how many tokens of each."""
-        rows = self.rows
-        if self._drafting is not None and not all(row.tokens and unread(row) == 1 for row in rows):
-            rows = [row for row in rows if not row.tokens or unread(row) > 1]
-        batch = {row: 1 for row in rows if unread(row) == 1}
+    def _schedule(self) -> dict[Sequence, int]:
+        """The sequences of the next pass, and how many tokens of each."""
+        sequences = self.running
+        if self._drafting is not None and not all(s.tokens and s.num_uncached == 1 for s in sequences):
+            sequences = [s for s in sequences if not s.tokens or s.num_uncached > 1]
+        batch = {s: 1 for s in sequences if s.num_uncached == 1}
+        prefill = [s for s in sequences if s.num_uncached > 1]
         room = PREFILL_TOKENS - len(batch)
-        if batch and self._pace is not None:
-            room = min(room, self._pace.tokens)
-        reading = [row for row in rows if unread(row) > 1]
-        if reading and reading[0].scoring:
-            room = min(room, SCORED_TOKENS)
-        room = max(room, LEAST_TOKENS)
-        for row in reading:
-            if room and row.scoring == reading[0].scoring:
-                batch[row] = min(room, unread(row))
-                room -= batch[row]
+        if batch and self._prefill_budget is not None:
+            room = min(room, self._prefill_budget.tokens)
+        if prefill and prefill[0].needs_prompt_logprobs:
+            room = min(room, PROMPT_LOGPROB_TOKENS)
+        room = max(room, MIN_PREFILL_TOKENS)
+        for sequence in prefill:
+            if room and sequence.needs_prompt_logprobs == prefill[0].needs_prompt_logprobs:
+                batch[sequence] = min(room, sequence.num_uncached)
+                room -= batch[sequence]
         return batch
 
-    def _run(self, batch: dict[Row, int]) -> list[Ready]:
-        """A pass; the rows of which everything is in the cache then, with what follows."""
-        rows = list(batch)
-        tokens = [next_tokens(row, count) for row, count in batch.items()]
-        drafts: list[list[int]] = [[] for _ in rows]
-        if self._drafting is not None and all(row.tokens for row in rows):
-            drafts = self._drafting.drafts(rows, [row.limit - len(row.tokens) - 1 for row in rows])
+    def _run(self, batch: dict[Sequence, int]) -> list[StepLogits]:
+        """Run a pass -> the logits of the sequences that are computed to their last token."""
+        # 1. The next tokens of each sequence, and drafts behind them.
+        sequences = list(batch)
+        tokens = [sequence.uncached_tokens(count) for sequence, count in batch.items()]
+        drafts: list[list[int]] = [[] for _ in sequences]
+        if self._drafting is not None and all(s.tokens for s in sequences):
+            drafts = self._drafting.drafts(sequences, [s.max_tokens - len(s.tokens) - 1 for s in sequences])
             tokens = [ids + draft for ids, draft in zip(tokens, drafts, strict=True)]
-        every = any(drafts) or any(row.scoring for row in rows)
-        with self._timing(sum(count for row, count in batch.items() if unread(row) > 1)):
-            logits = self._step([row.sequence for row in rows if row.sequence is not None], tokens, every)
+        # 2. The pass.
+        every = any(drafts) or any(s.needs_prompt_logprobs for s in sequences)
+        block_tables = [s.block_table for s in sequences if s.block_table is not None]
+        with self._timing(sum(count for sequence, count in batch.items() if sequence.num_uncached > 1)):
+            logits = self._step(block_tables, tokens, every)
+        # 3. Each sequence's part of the logits.
         ready = []
-        for row, found, draft in zip(rows, logits.split(list(map(len, tokens)) if every else 1), drafts, strict=True):
-            if row.scoring:
-                row.score_prompt(found)
-            if unread(row) + len(draft) == 0:
-                if not row.tokens:
-                    row.after_prompt = copied(found[-1])
-                ready.append(Ready(row, found if draft else found[-1:], draft))
+        parts = logits.split(list(map(len, tokens)) if every else 1)
+        for sequence, part, draft in zip(sequences, parts, drafts, strict=True):
+            if sequence.needs_prompt_logprobs:
+                sequence.append_prompt_logprobs(part)
+            if sequence.num_uncached + len(draft) == 0:
+                if not sequence.tokens:
+                    sequence.prompt_logits = copied(part[-1])
+                ready.append(StepLogits(sequence, part if draft else part[-1:], draft))
         return ready
 
-    def _step(self, sequences: list[CachedSequence], tokens: list[list[int]], every: bool) -> Tensor:
-        if every:  # a Stepper that is never asked for all logits need not know the word
-            return self._stepper.step(self._pool, sequences, tokens, every=True).cpu()
-        return self._stepper.step(self._pool, sequences, tokens).cpu()
+    def _step(self, block_tables: list[BlockTable], tokens: list[list[int]], every: bool) -> Tensor:
+        # A ModelRunner that never verifies drafts need not have the argument.
+        if every:
+            return self._model_runner.step(self._pool, block_tables, tokens, every=True).cpu()
+        return self._model_runner.step(self._pool, block_tables, tokens).cpu()
 
     @contextmanager
-    def _timing(self, read: int) -> Iterator[None]:
-        """Around a pass that reads so many tokens of prompts."""
+    def _timing(self, prefill: int) -> Iterator[None]:
+        """Time a pass with so many prompt tokens for the drafts or the prefill budget."""
         if self._drafting is not None:
             with self._drafting.timing():
                 yield
-        elif self._pace is not None and read:
-            began = self._pace.clock()
+        elif self._prefill_budget is not None and prefill:
+            began = self._prefill_budget.clock()
             yield
-            self._pace.took(read, self._pace.clock() - began)
+            self._prefill_budget.update(prefill, self._prefill_budget.clock() - began)
         else:
             yield
 
-    # Passes in the air ------------------------------------------------------------------------------------------------
+    # Asynchronous steps -----------------------------------------------------------------------------------------------
 
-    def _fly(self) -> list[Row] | None:
-        """Launch a pass and read the one before -> the rows that got a token; None where the next pass is not for the air."""
-        before = self._in_the_air
-        self._in_the_air = self._launch()
+    def _step_async(self) -> list[Sequence] | None:
+        """Launch a step, then read the one before -> the sequences that got a token; None where the host has to sample."""
+        before = self._pending
+        self._pending = self._launch()
         if before is not None:
             tokens = before.flight.tokens()
-            for row, place in before.places.items():
-                self._end_if_done(row, partial(_take, row, tokens[place]))
+            for sequence, place in before.places.items():
+                self._append(sequence, partial(_accept, sequence, tokens[place]))
             return list(before.places)
-        return None if self._in_the_air is None else []
+        return None if self._pending is None else []
 
-    def _launch(self) -> InTheAir | None:
-        """The next token of every row that will need one; None where that is not all there is to do."""
+    def _launch(self) -> PendingStep | None:
+        """Launch the next token of every sequence that needs one; None where some of them need something else."""
         if self._ahead is None or self._ahead.graph_reason is not None:
             return None
-        before = self._in_the_air
+        # 1. Whether all sequences are in decode, and the device can sample for all of them.
+        before = self._pending
         places = before.places if before is not None else {}
-        rows = [row for row in self.rows if len(row.tokens) + (row in places) < row.limit]
-        if not rows or not all(row in places or (row.tokens and unread(row) == 1) for row in rows):
+        sequences = [s for s in self.running if len(s.tokens) + (s in places) < s.max_tokens]
+        if not sequences or not all(s in places or (s.tokens and s.num_uncached == 1) for s in sequences):
             return None
-        if any(row.host_reason(row in places) for row in rows) or len({id(row.missing_ids) for row in rows}) > 1:
+        if any(s.host_reason(s in places) for s in sequences) or len({id(s.padding_ids) for s in sequences}) > 1:
             return None
-        sequences = [row.sequence for row in rows if row.sequence is not None]
-        ids = [-1 - places[row] if row in places else row.tokens[-1] for row in rows]
-        choices, excluded = [row.device_choice for row in rows], rows[0].missing_ids
+        # 2. The step; an id of -1 - i stands for what the pending step samples in its place i.
+        block_tables = [s.block_table for s in sequences if s.block_table is not None]
+        ids = [-1 - places[s] if s in places else s.tokens[-1] for s in sequences]
+        choices, excluded = [s.device_choice for s in sequences], sequences[0].padding_ids
+        previous = before.flight if before is not None else None
         try:
-            flight = self._ahead.launch(
-                self._pool, sequences, ids, choices, excluded, None if before is None else before.flight
-            )
+            flight = self._ahead.launch(self._pool, block_tables, ids, choices, excluded, previous)
         except CacheError:
-            if before is None:
-                raise
-            return None  # rows that end with what is in the air may make room
-        return None if flight is None else InTheAir(flight, {row: i for i, row in enumerate(rows)})
+            # Sequences that end with the pending step may make room.
+            if before is not None:
+                return None
+            raise
+        return None if flight is None else PendingStep(flight, {s: i for i, s in enumerate(sequences)})
 
-    # Tokens -----------------------------------------------------------------------------------------------------------
+    # Sampling ---------------------------------------------------------------------------------------------------------
 
-    def _choose(self, ready: list[Ready]) -> Iterator[list[Row]]:
-        """A token for every row, then the next for those whose draft said the same, and so on; yields who got one or ended."""
+    def _sample(self, ready: list[StepLogits]) -> Iterator[list[Sequence]]:
+        """Sample a token of every sequence, then the next where the draft was right; yields those that got one or ended."""
         depth = 0
         while ready:
-            for row, logits, _ in ready:
-                self._choose_one(row, logits[depth])
-            yield [one.row for one in ready]
-            ready = [
-                one
-                for one in ready
-                if not one.row.finish_reason and depth < len(one.draft) and one.draft[depth] == one.row.tokens[-1]
-            ]
+            for sequence, logits, _ in ready:
+                if sequence.max_tokens:
+                    self._append(sequence, partial(sequence.sample, logits[depth]))
+                else:
+                    sequence.finish_reason = "length"
+                    self._remove(sequence)
+            yield [one.sequence for one in ready]
+            ready = [one for one in ready if not one.sequence.finish_reason and _is_right(one, depth)]
             depth += 1
 
-    def _choose_one(self, row: Row, logits: Tensor) -> None:
-        if row.limit:
-            self._end_if_done(row, partial(row.choose, logits))
-        else:
-            row.finish_reason = "length"
-            self._leave(row)
-
-    def _end_if_done(self, row: Row, choose: Callable[[], None]) -> None:
+    def _append(self, sequence: Sequence, append: Callable[[], None]) -> None:
+        """Append a token; an error of that, by a processor or for want of a token, ends this sequence alone."""
         try:
-            choose()
-        except Exception as error:  # of a processor, or of logits that leave no choice: the others go on
-            self._fail(row, error)
+            append()
+        except Exception as error:
+            self._fail(sequence, error)
         else:
-            if row.finish_reason:
-                self._leave(row)
+            if sequence.finish_reason:
+                self._remove(sequence)
 
 
-def _take(row: Row, token: int) -> None:
-    """What the device has chosen."""
+def _accept(sequence: Sequence, token: int) -> None:
+    """Append what the device has sampled."""
     if token < 0:
-        raise nothing_to_choose()
-    row.take(token)
+        raise no_token_left()
+    sequence.accept(token)
 
 
-def unread(row: Row) -> int:
-    """Tokens of a row at work that are not in the cache; less than none where drafts are, or what the device has chosen."""
-    assert row.sequence is not None
-    return row.length - row.sequence.length
-
-
-def next_tokens(row: Row, count: int) -> list[int]:
-    """The first tokens that are not in the cache."""
-    assert row.sequence is not None
-    if count == 1 and row.tokens and unread(row) == 1:
-        return row.tokens[-1:]
-    return row.history[row.sequence.length :][:count].tolist()
+def _is_right(one: StepLogits, depth: int) -> bool:
+    """Whether the draft has a token at this depth, and the sequence has sampled the same."""
+    return depth < len(one.draft) and one.draft[depth] == one.sequence.tokens[-1]

@@ -1,10 +1,10 @@
-"""Speculation: cheap guesses at the next tokens, how long they should be, and what became of them. Knows no model class.
+"""Speculative decoding: drafts of the next tokens, their length, and their statistics. Knows no model class.
 
-A draft never changes a token. Draws depend on (seed, position, stream) alone, so the target's choice at every place is a
-function of its logits there: one pass gives the logits after every drafted token, and generation chooses from them one after
-the other, as long as the draft said the same. Greedy or sampled, the tokens are those of plain decoding, but for what passes
-of different lengths round differently. A draft model draws with the same random numbers, which makes it draw the same token
-nearly as often as any coupling could (`sampling.choose`).
+A draft never changes a token. Samples depend on (seed, position, stream) alone, so the target's token at every position is a
+function of its logits there: one pass gives the logits after every drafted token, and the scheduler samples from them one by
+one for as long as the draft agrees. Greedy or sampled, the tokens are those of plain decoding, up to what passes of different
+lengths round differently. A draft model samples with the same random numbers, which makes it sample the same token nearly as
+often as any coupling could (`sampling.sample_token`).
 """
 
 from __future__ import annotations
@@ -20,26 +20,25 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..cache import PrefixCache
-from ..cache import Sequence as CachedSequence
+from ..cache import BlockTable, PrefixCache
 from ..errors import ArgumentError
 from ..tokenizer import GPTNeoXTokenizerFast
-from .protocols import Stepper, advance
+from .protocols import ModelRunner, advance
 
-LONGEST = 15  # tokens of a draft, where nothing else is said: with the token before them, what a captured pass takes
-NGRAMS = (4, 3, 2)  # tokens that must have occurred before, the longest first
-SAMPLES = 9  # times that a median is taken of
-MEMORY = 32  # drafted tokens over which acceptance is averaged
-PRIOR = 0.7  # acceptance before any is seen
-PROBE_EVERY = 4  # passes from the last draft to the first probe, where drafts do not pay
+MAX_DRAFT_TOKENS = 15  # where the caller sets none: with the token before them, as many as a captured pass takes
+NGRAMS = (4, 3, 2)  # lengths of the n-grams that prompt lookup matches, the longest first
+SAMPLES = 9  # of a median
+ACCEPTANCE_WINDOW = 32  # drafted tokens over which acceptance is averaged
+PRIOR_ACCEPTANCE = 0.7  # acceptance before any is seen
+PROBE_EVERY = 4  # passes from the last draft to the first probe, while drafts do not pay
 PROBE_SHARE = 0.015  # of the time that probes may take
-LOSS_SHARE = 0.02  # of the time of plain decoding that drafts may cost beyond it, whatever becomes of them
-HEAD_START = 16  # plain passes that count as done when the first draft is weighed
+LOSS_SHARE = 0.02  # of the time of plain decoding: what drafts may cost beyond it, even if all are rejected
+HEAD_START = 16  # plain passes that count as done before the first draft
 VOCABULARY_PADDING = 512  # checkpoints with the same tokenizer differ by less in vocab_size
 
 
-class Sequel(Protocol):
-    """What a drafter sees of a sequence being generated. Its hash is its identity."""
+class SequenceView(Protocol):
+    """What a drafter sees of a sequence. Its hash is its identity."""
 
     stream: int
 
@@ -50,24 +49,24 @@ class Sequel(Protocol):
 
 
 class Drafter(Protocol):
-    """Guesses how sequences go on."""
+    """Drafts the next tokens of sequences."""
 
-    def ready(self, rows: Sequence[Sequel]) -> list[Sequel]:
-        """Those that it has a guess for; takes no time worth counting."""
+    def ready(self, sequences: Sequence[SequenceView]) -> list[SequenceView]:
+        """Those that it can draft for, in negligible time."""
         ...
 
-    def propose(self, rows: Sequence[Sequel], counts: Sequence[int]) -> list[list[int]]:
-        """At most counts[i] ids that may follow ready rows[i]."""
+    def propose(self, sequences: Sequence[SequenceView], counts: Sequence[int]) -> list[list[int]]:
+        """At most counts[i] ids that may follow sequences[i], all of them ready."""
         ...
 
-    def drop(self, row: Sequel) -> None:
-        """Forget a row, if it is known; it gets no more tokens."""
+    def drop(self, sequence: SequenceView) -> None:
+        """Drop the state of a sequence that has ended, if there is any."""
         ...
 
 
 @dataclass
 class Speculation:
-    """What came of drafts. passes counts each row of each pass of the target after the prompt, tokens what they gave."""
+    """Counts of speculation. passes: of the target after the prompt, once for each sequence; tokens: what they gave."""
 
     passes: int = 0
     drafted: int = 0
@@ -93,33 +92,34 @@ class _Index:
 
 
 class PromptLookup:
-    """Guesses what followed the last occurrence of the last few tokens, in the prompt or after it; the longest match counts."""
+    """Drafts what followed the last occurrence of the last n-gram, in the prompt or after it; the longest n-gram counts."""
 
     def __init__(self) -> None:
-        self._indexes: dict[Sequel, _Index] = {}
+        self._indexes: dict[SequenceView, _Index] = {}
 
-    def ready(self, rows: Sequence[Sequel]) -> list[Sequel]:
-        return [row for row in rows if self._update(row).found is not None]
+    def ready(self, sequences: Sequence[SequenceView]) -> list[SequenceView]:
+        return [sequence for sequence in sequences if self._update(sequence).found is not None]
 
-    def propose(self, rows: Sequence[Sequel], counts: Sequence[int]) -> list[list[int]]:
+    def propose(self, sequences: Sequence[SequenceView], counts: Sequence[int]) -> list[list[int]]:
         drafts = []
-        for row, count in zip(rows, counts, strict=True):
-            index = self._indexes[row]
+        for sequence, count in zip(sequences, counts, strict=True):
+            index = self._indexes[sequence]
             assert index.found is not None
             known = list(index.ids[index.found : index.found + count])
-            period = len(index.ids) - index.found  # beyond its end the history is taken to repeat itself
+            # Beyond its end the history repeats itself.
+            period = len(index.ids) - index.found
             known += [known[i % period] for i in range(len(known), count)]
             drafts.append(known)
         return drafts
 
-    def drop(self, row: Sequel) -> None:
-        self._indexes.pop(row, None)
+    def drop(self, sequence: SequenceView) -> None:
+        self._indexes.pop(sequence, None)
 
-    def _update(self, row: Sequel) -> _Index:
-        """Take in new tokens, a few dictionary entries for each."""
-        index = self._indexes.setdefault(row, _Index())
+    def _update(self, sequence: SequenceView) -> _Index:
+        """Index new tokens, with a dictionary entry for each n."""
+        index = self._indexes.setdefault(sequence, _Index())
         ids = index.ids
-        for token in row.history[len(ids) :].tolist():
+        for token in sequence.history[len(ids) :].tolist():
             index.ends |= {tuple(ids[-n:]): len(ids) for n in NGRAMS if len(ids) >= n}
             ids.append(token)
         matches = (index.ends.get(tuple(ids[-n:])) for n in NGRAMS if len(ids) >= n)
@@ -128,84 +128,84 @@ class PromptLookup:
 
 
 @dataclass(eq=False)
-class _Shadow:
-    """A draft model's sequence for a row: its ids, and how many of them are the row's own, not a draft."""
+class _DraftState:
+    """What a draft model holds of a sequence: its ids in the cache, and how many of them are the sequence's own."""
 
-    sequence: CachedSequence
+    block_table: BlockTable
     ids: list[int]
-    certain: int = 0
-    seen: int = 0  # tokens of the history whose ids were looked at
-    readable: bool = True
+    verified: int = 0
+    seen: int = 0  # tokens of the history that were compared with the vocabulary
+    in_vocabulary: bool = True
 
 
 class DraftModel:
-    """Guesses what a smaller model of the same tokenizer says.
+    """Drafts with a smaller model of the same tokenizer.
 
-    choose(row, history (tokens,), logits (vocabulary,)) -> id draws as the target would. vocabulary, context: ids and
-    positions that the model has; rows that go beyond get no drafts.
+    sample(sequence, history (tokens,), logits (vocabulary,)) -> id samples as the target does. vocabulary, context: ids and
+    positions that the model has; sequences beyond them get no drafts.
     """
 
     def __init__(
         self,
-        stepper: Stepper,
+        model_runner: ModelRunner,
         prefixes: PrefixCache,
-        choose: Callable[[Sequel, Tensor, Tensor], int],
+        sample: Callable[[SequenceView, Tensor, Tensor], int],
         vocabulary: int,
         context: int,
     ) -> None:
-        self._stepper, self._prefixes, self._choose = stepper, prefixes, choose
+        self._model_runner, self._prefixes, self._sample = model_runner, prefixes, sample
         self._vocabulary, self._context = vocabulary, context
-        self._shadows: dict[Sequel, _Shadow] = {}
+        self._states: dict[SequenceView, _DraftState] = {}
 
-    def ready(self, rows: Sequence[Sequel]) -> list[Sequel]:
-        return [row for row in rows if len(row.history) < self._context and self._shadow(row).readable]
+    def ready(self, sequences: Sequence[SequenceView]) -> list[SequenceView]:
+        return [s for s in sequences if len(s.history) < self._context and self._state(s).in_vocabulary]
 
-    def propose(self, rows: Sequence[Sequel], counts: Sequence[int]) -> list[list[int]]:
-        """All rows together, one pass for each drafted token; the first takes in what the model has not seen."""
-        wanted = {
-            row: min(count, self._context - len(row.history)) for row, count in zip(rows, counts, strict=True) if count
-        }
-        drafts: dict[Sequel, list[int]] = {row: [] for row in rows}
-        new = {row: self._rewind(row) for row in wanted}
+    def propose(self, sequences: Sequence[SequenceView], counts: Sequence[int]) -> list[list[int]]:
+        """All sequences together, one pass for each drafted token; the first also takes the tokens since the last draft."""
+        room = [min(count, self._context - len(s.history)) for s, count in zip(sequences, counts, strict=True)]
+        wanted = {sequence: count for sequence, count in zip(sequences, room, strict=True) if count}
+        drafts: dict[SequenceView, list[int]] = {sequence: [] for sequence in sequences}
+        new = {sequence: self._rewind(sequence) for sequence in wanted}
         while new:
-            shadows = [self._shadows[row] for row in new]
-            logits = advance(self._stepper, self._prefixes.pool, [s.sequence for s in shadows], list(new.values()))
-            for (row, ids), shadow, scores in zip(new.items(), shadows, logits, strict=True):
-                shadow.ids += ids
-                history = torch.cat((row.history, torch.tensor(drafts[row], dtype=torch.long)))
-                drafts[row].append(self._choose(row, history, scores))
-            new = {row: drafts[row][-1:] for row in new if len(drafts[row]) < wanted[row]}
-        return [drafts[row] for row in rows]
+            states = [self._states[sequence] for sequence in new]
+            block_tables = [state.block_table for state in states]
+            logits = advance(self._model_runner, self._prefixes.pool, block_tables, list(new.values()))
+            for (sequence, ids), state, one in zip(new.items(), states, logits, strict=True):
+                state.ids += ids
+                history = torch.cat((sequence.history, torch.tensor(drafts[sequence], dtype=torch.long)))
+                drafts[sequence].append(self._sample(sequence, history, one))
+            new = {sequence: drafts[sequence][-1:] for sequence in new if len(drafts[sequence]) < wanted[sequence]}
+        return [drafts[sequence] for sequence in sequences]
 
-    def drop(self, row: Sequel) -> None:
-        """Keep what is certain for later prompts."""
-        if (shadow := self._shadows.pop(row, None)) is not None:
-            shadow.certain = self._agreed(row, shadow)
-            self._prefixes.pool.truncate(shadow.sequence, shadow.certain)
-            self._prefixes.keep(row.history[: shadow.certain], shadow.sequence)
+    def drop(self, sequence: SequenceView) -> None:
+        """Move what is verified into the prefix cache."""
+        if (state := self._states.pop(sequence, None)) is not None:
+            state.verified = self._count_verified(sequence, state)
+            self._prefixes.pool.truncate(state.block_table, state.verified)
+            self._prefixes.insert(sequence.history[: state.verified], state.block_table)
 
-    def _shadow(self, row: Sequel) -> _Shadow:
-        if row not in self._shadows:
-            sequence, _ = self._prefixes.take(row.history.tolist())
-            ids = row.history[: sequence.length].tolist()
-            self._shadows[row] = _Shadow(sequence, ids, len(ids))
-        shadow = self._shadows[row]
-        shadow.readable = shadow.readable and bool((row.history[shadow.seen :] < self._vocabulary).all())
-        shadow.seen = len(row.history)
-        return shadow
+    def _state(self, sequence: SequenceView) -> _DraftState:
+        if sequence not in self._states:
+            block_table, _ = self._prefixes.match_prefix(sequence.history.tolist())
+            ids = sequence.history[: block_table.length].tolist()
+            self._states[sequence] = _DraftState(block_table, ids, len(ids))
+        state = self._states[sequence]
+        state.in_vocabulary = state.in_vocabulary and bool((sequence.history[state.seen :] < self._vocabulary).all())
+        state.seen = len(sequence.history)
+        return state
 
-    def _rewind(self, row: Sequel) -> list[int]:
-        """Forget drafts that were not accepted -> the ids of the history that the model has not seen, at least one."""
-        shadow = self._shadows[row]
-        shadow.certain = min(self._agreed(row, shadow), len(row.history) - 1)
-        self._prefixes.pool.truncate(shadow.sequence, shadow.certain)
-        del shadow.ids[shadow.certain :]
-        return row.history[shadow.certain :].tolist()
+    def _rewind(self, sequence: SequenceView) -> list[int]:
+        """Drop rejected drafts -> the ids of the history that are not in the cache, at least one."""
+        state = self._states[sequence]
+        state.verified = min(self._count_verified(sequence, state), len(sequence.history) - 1)
+        self._prefixes.pool.truncate(state.block_table, state.verified)
+        del state.ids[state.verified :]
+        return sequence.history[state.verified :].tolist()
 
-    def _agreed(self, row: Sequel, shadow: _Shadow) -> int:
-        """How many of the model's ids are the row's."""
-        count = shadow.certain
-        for drafted, token in zip(shadow.ids[count:], row.history[count:].tolist(), strict=False):
+    def _count_verified(self, sequence: SequenceView, state: _DraftState) -> int:
+        """How many of the cached ids are the sequence's own."""
+        count = state.verified
+        for drafted, token in zip(state.ids[count:], sequence.history[count:].tolist(), strict=False):
             if drafted != token:
                 break
             count += 1
@@ -215,9 +215,9 @@ class DraftModel:
 def check_vocabularies(
     target: GPTNeoXTokenizerFast | None, draft: GPTNeoXTokenizerFast | None, sizes: tuple[int, int]
 ) -> None:
-    """Refuse a draft model whose ids mean something else; sizes are both models' vocab_size.
+    """Raise ArgumentError for a draft model whose ids mean something else; sizes: both models' vocab_size.
 
-    An id that only one of the tokenizers has is never drafted, and no reason. Where one is not known, sizes must be close.
+    An id that only one of the tokenizers has is never drafted, and allowed. Without one of the tokenizers, sizes must be close.
     """
     if target is None or draft is None:
         if abs(sizes[0] - sizes[1]) >= VOCABULARY_PADDING:
@@ -236,19 +236,19 @@ def check_vocabularies(
         )
 
 
-# How long drafts should be --------------------------------------------------------------------------------------------
+# Length of drafts -----------------------------------------------------------------------------------------------------
 
 
 class PassTimes:
-    """Seconds of passes by how many tokens they take: the median of the last few, and at most those of any longer pass.
+    """Seconds of passes by their tokens: the median of the last SAMPLES, and at most those of any longer pass.
 
-    So a length last seen while the machine was busy does not look dear beside one seen later. The first pass of each length
-    is left out, because it may compile or capture.
+    The bound keeps a length that was last measured on a busy machine from looking slow beside later ones. The first pass of
+    each length does not count, because it may compile or capture.
     """
 
     def __init__(self) -> None:
         self._seconds: dict[int, deque[float]] = {}
-        self.known: dict[int, float] = {}  # by growing number of tokens
+        self.known: dict[int, float] = {}  # by tokens, ascending
 
     def add(self, tokens: int, seconds: float) -> None:
         if tokens not in self._seconds:
@@ -264,11 +264,11 @@ class PassTimes:
 
 
 def estimate(known: dict[int, float], tokens: int, step: int = 1) -> float:
-    """Seconds of a pass from those of other lengths, by growing length, at least one.
+    """Seconds of a pass of so many tokens. known: measured ones by tokens, ascending, at least one.
 
-    A length that was not tried takes at least as long as the next shorter one; the straight line through its neighbours says
-    more. The mean of the two is hopeful enough to try what may be cheap, and wary enough not to try what will not be. Where
-    the next shorter one is at most `step` shorter, hope alone counts: steps in the cost are found by going there.
+    An unmeasured length takes at least as long as the next shorter one, and at most about what the line through its neighbours
+    gives; the estimate is the mean of the two. Where the next shorter one is at most `step` shorter, the estimate is the lower
+    bound, because only a try finds a step in the cost.
     """
     if tokens in known:
         return known[tokens]
@@ -287,34 +287,34 @@ def estimate(known: dict[int, float], tokens: int, step: int = 1) -> float:
     return least + max(0.0, slope) * (tokens - last) / 2
 
 
-class Pace:
-    """Chooses the length of drafts that gives most tokens a second, and 0 where none beats plain decoding.
+class DraftLengthController:
+    """Chooses the length of drafts with most tokens a second, and 0 where plain decoding is faster.
 
     With acceptance a, a draft of g tokens gives (1 - a**(g+1)) / (1 - a) tokens for a pass of g + 1 tokens and g steps of the
-    drafter. Where drafts do not pay, one of a single token probes now and then: after twice as many passes each time, up to
-    where probes take PROBE_SHARE of the time. No draft is so long that, were it all wrong, everything so far would have taken
-    more than LOSS_SHARE longer than plain decoding; reading the prompt, which a draft model does once, is left out.
+    drafter. While drafts do not pay, a draft of one token probes from time to time: after twice as many passes each time, up to
+    where probes take PROBE_SHARE of the time. No draft is so long that, if all of it is rejected, everything so far takes more
+    than LOSS_SHARE longer than plain decoding; the draft model's prefill, which happens once, does not count.
     """
 
     def __init__(self, times: PassTimes) -> None:
-        self.acceptance = PRIOR
+        self.acceptance = PRIOR_ACCEPTANCE
         self._times = times
-        self._evidence = 1.0  # drafted tokens that the acceptance stands for
+        self._evidence = 1.0  # drafted tokens in the average of acceptance
         self._draft_s: deque[float] | None = None  # for each drafted token
         self._idle = 0  # passes since the last draft
         self._wait = PROBE_EVERY
-        self._probe_s: float | None = None  # what a running probe has taken for drafting
-        self._drafting_s = 0.0  # what the draft of the running pass has taken
-        self._plain_s = 0.0  # what the tokens so far would have taken without drafts
-        self._lost_s = 0.0  # what they took beyond that; negative where drafts were worth it
+        self._probe_s: float | None = None  # time of a running probe's draft
+        self._drafting_s = 0.0  # time of the running pass's draft
+        self._plain_s = 0.0  # time of the tokens so far in plain decoding
+        self._lost_s = 0.0  # time beyond that; negative where drafts pay
 
-    def length(self, rows: int, drafting: int, longest: int) -> int:
-        """Tokens to draft for each of `drafting` rows out of `rows`, at most `longest`."""
+    def length(self, batch_size: int, drafting: int, longest: int) -> int:
+        """Tokens to draft for each of `drafting` sequences out of `batch_size`, at most `longest`."""
         known = self._times.known
-        if rows not in known or not drafting or longest < 1:
+        if batch_size not in known or not drafting or longest < 1:
             return 0
-        lengths = [0, *(g for g in range(1, longest + 1) if self._is_bearable(known, rows, drafting, g))]
-        best = max(lengths, key=lambda g: self._rate(known, rows, drafting, g))
+        lengths = [0, *(g for g in range(1, longest + 1) if self._is_bearable(known, batch_size, drafting, g))]
+        best = max(lengths, key=lambda g: self._rate(known, batch_size, drafting, g))
         if best:
             self._wait, self._probe_s = PROBE_EVERY, None
             return best
@@ -323,27 +323,27 @@ class Pace:
         self._probe_s = 0.0
         return 1
 
-    def _is_bearable(self, known: dict[int, float], rows: int, drafting: int, length: int) -> bool:
-        """Whether a draft may be all wrong."""
-        plain_s = known[rows]
-        cost_s = estimate(known, rows + drafting * length, drafting) + length * (self.draft_s or 0.0) - plain_s
+    def _is_bearable(self, known: dict[int, float], batch_size: int, drafting: int, length: int) -> bool:
+        """Whether LOSS_SHARE allows that all of a draft is rejected."""
+        plain_s = known[batch_size]
+        cost_s = estimate(known, batch_size + drafting * length, drafting) + length * (self.draft_s or 0.0) - plain_s
         return self._lost_s + cost_s <= LOSS_SHARE * (self._plain_s + HEAD_START * plain_s)
 
-    def _rate(self, known: dict[int, float], rows: int, drafting: int, length: int) -> float:
+    def _rate(self, known: dict[int, float], batch_size: int, drafting: int, length: int) -> float:
         """Expected tokens a second."""
         a = min(self.acceptance, 0.999)
-        tokens = rows - drafting + drafting * (1 - a ** (length + 1)) / (1 - a)
+        tokens = batch_size - drafting + drafting * (1 - a ** (length + 1)) / (1 - a)
         draft_s = self.draft_s or 0.0
-        return tokens / (estimate(known, rows + drafting * length, drafting) + length * draft_s)
+        return tokens / (estimate(known, batch_size + drafting * length, drafting) + length * draft_s)
 
     @property
     def draft_s(self) -> float | None:
-        """Seconds that a drafted token takes, if that is known."""
+        """Seconds of a drafted token; None before the second draft."""
         return statistics.median(self._draft_s) if self._draft_s else None
 
-    def drafted(self, length: int, seconds: float) -> None:
-        """A draft of at most `length` tokens was made. The first reads the prompt and is left out; one after a pause has to
-        catch up, and tells only that others take no longer."""
+    def record_draft(self, length: int, seconds: float) -> None:
+        """Learn from a draft of at most `length` tokens. The first includes prefill and does not count; one after a pause also
+        takes the tokens of the pause, so it is an upper bound."""
         if self._probe_s is not None:
             self._probe_s = seconds
         if self._draft_s is None:
@@ -354,38 +354,39 @@ class Pace:
         if self._idle == 0 or self.draft_s is None or seconds / length < self.draft_s:
             self._draft_s.append(seconds / length)
 
-    def judged(self, rows: int, tokens: int, seconds: float, tested: int, accepted: int) -> None:
-        """A pass of so many rows and tokens took `seconds`; of its drafts, `tested` tokens were compared."""
+    def record_pass(self, batch_size: int, tokens: int, seconds: float, tested: int, accepted: int) -> None:
+        """Learn from a pass of so many sequences and tokens; of its drafts, the target has sampled at `tested` tokens."""
         self._times.add(tokens, seconds)
-        self._account(rows, tokens, accepted)
+        self._account(batch_size, tokens, accepted)
         for hit in [True] * accepted + [False] * (tested - accepted):
-            self._evidence = min(self._evidence + 1, MEMORY)
+            self._evidence = min(self._evidence + 1, ACCEPTANCE_WINDOW)
             self.acceptance += (hit - self.acceptance) / self._evidence
-        if tokens == rows:
+        if tokens == batch_size:
             self._idle += 1
-            self._evidence = max(1.0, self._evidence * 0.9)  # what was seen long ago says little about the text of now
+            # Old acceptance says little about the present text.
+            self._evidence = max(1.0, self._evidence * 0.9)
             return
         self._idle = 0
         if self._probe_s is not None:
-            cost = (seconds + self._probe_s) / estimate(self._times.known, rows) - 1  # in plain passes
-            lost = cost - self.acceptance * (tokens - rows) / rows
+            cost = (seconds + self._probe_s) / estimate(self._times.known, batch_size) - 1  # in plain passes
+            lost = cost - self.acceptance * (tokens - batch_size) / batch_size
             bearable = max(0, math.ceil(lost / PROBE_SHARE))
-            self._wait = 0 if accepted / rows > cost else min(2 * max(1, self._wait), bearable)
+            self._wait = 0 if accepted / batch_size > cost else min(2 * max(1, self._wait), bearable)
             self._probe_s = None
 
-    def _account(self, rows: int, tokens: int, accepted: int) -> None:
-        """Enter a pass with what such passes usually take: a first one that compiles says nothing about the next."""
+    def _account(self, batch_size: int, tokens: int, accepted: int) -> None:
+        """Add a pass with the usual time of its length: a first one that compiles says nothing about the next."""
         known = self._times.known
-        if rows in known:
-            plain_s = known[rows] * (rows + accepted) / rows
+        if batch_size in known:
+            plain_s = known[batch_size] * (batch_size + accepted) / batch_size
             self._plain_s += plain_s
-            if tokens > rows:
-                self._lost_s += estimate(known, tokens, tokens - rows) + self._drafting_s - plain_s
+            if tokens > batch_size:
+                self._lost_s += estimate(known, tokens, tokens - batch_size) + self._drafting_s - plain_s
         self._drafting_s = 0.0
 
 
 class Drafting:
-    """One call's drafts: made by a drafter, as long as they should be, timed by a clock in seconds, and counted."""
+    """The drafts of one call. clock: in seconds. counts: updated with every pass."""
 
     def __init__(
         self,
@@ -396,35 +397,35 @@ class Drafting:
         clock: Callable[[], float],
     ) -> None:
         self.drafter, self.longest, self.counts = drafter, longest, counts
-        self.pace = Pace(times)
+        self.controller = DraftLengthController(times)
         self._clock, self._pass_s = clock, 0.0
 
-    def drafts(self, rows: Sequence[Sequel], most: Sequence[int]) -> list[list[int]]:
-        """A draft for each row, of at most most[i] tokens; [] where there is none or none would pay."""
-        room = dict(zip(rows, most, strict=True))
-        ready = self.drafter.ready([row for row in rows if room[row] > 0])
-        length = self.pace.length(len(rows), len(ready), self.longest)
+    def drafts(self, sequences: Sequence[SequenceView], most: Sequence[int]) -> list[list[int]]:
+        """A draft for each sequence, of at most `most[i]` tokens; [] where there is none or it does not pay."""
+        room = dict(zip(sequences, most, strict=True))
+        ready = self.drafter.ready([s for s in sequences if room[s] > 0])
+        length = self.controller.length(len(sequences), len(ready), self.longest)
         if not length:
-            return [[] for _ in rows]
+            return [[] for _ in sequences]
         began = self._clock()
-        found = dict(zip(ready, self.drafter.propose(ready, [min(length, room[row]) for row in ready]), strict=True))
-        self.pace.drafted(length, self._clock() - began)
-        return [found.get(row, []) for row in rows]
+        found = dict(zip(ready, self.drafter.propose(ready, [min(length, room[s]) for s in ready]), strict=True))
+        self.controller.record_draft(length, self._clock() - began)
+        return [found.get(sequence, []) for sequence in sequences]
 
     @contextmanager
     def timing(self) -> Iterator[None]:
-        """Around a pass of the target."""
+        """Time a pass of the target."""
         began = self._clock()
         yield
         self._pass_s = self._clock() - began
 
-    def judge(self, drafts: Sequence[Sequence[int]], chosen: Sequence[Sequence[int]]) -> None:
-        """Learn from the last pass: what was drafted for each row, and the tokens it got."""
+    def update(self, drafts: Sequence[Sequence[int]], chosen: Sequence[Sequence[int]]) -> None:
+        """Learn from the last pass. chosen[i]: the tokens that a sequence with drafts[i] got."""
         pairs = list(zip(drafts, chosen, strict=True))
         tested = sum(min(len(draft), len(tokens)) for draft, tokens in pairs)
         accepted = sum(a == b for draft, tokens in pairs for a, b in zip(draft, tokens, strict=False))
         drafted = sum(map(len, drafts))
-        self.pace.judged(len(pairs), len(pairs) + drafted, self._pass_s, tested, accepted)
+        self.controller.record_pass(len(pairs), len(pairs) + drafted, self._pass_s, tested, accepted)
         self.counts.passes += len(pairs)
         self.counts.drafted += drafted
         self.counts.accepted += accepted

@@ -61,7 +61,7 @@ class CapturedPasses:
 
         The function is always the same but for what it is called with.
         """
-        shape, step = (len(batch.sequences), len(x)), lambda x: function(x, pool, batch)
+        shape, step = (len(batch.block_tables), len(x)), lambda x: function(x, pool, batch)
         captured = self._captured.get(pool, shape, lambda: self._ops.capture(step, x, batch, self._limit))
         return None if captured is None else captured.replay(x, batch)
 

@@ -92,10 +92,10 @@ def attention(
     q, k = _rotate(q.float(), cos, sin), _rotate(k.float(), cos, sin)
     cache.write(layer, batch, k, v)
     out = torch.empty_like(q)
-    for i, sequence in enumerate(batch.sequences):
+    for i, block_table in enumerate(batch.block_tables):
         first, last = batch.offsets[i], batch.offsets[i + 1]
         if last > first:
-            keys, values = cache.read(layer, sequence, batch.starts[i] + last - first)
+            keys, values = cache.read(layer, block_table, batch.starts[i] + last - first)
             out[first:last] = _attention(q[first:last], keys.float(), values.float(), batch.starts[i])
     return out.flatten(1).to(qkv.dtype)
 

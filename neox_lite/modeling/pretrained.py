@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..cache import Batch, KVCache, PagePool
-from ..cache import Sequence as CachedSequence
+from ..cache import Batch, BlockTable, KVCache, PagePool
 from ..checkpoint.adapter import Adapter
 from ..config import GPTNeoXConfig
 from ..errors import ArgumentError, ContextLengthError, GraphError, UnsupportedError
@@ -51,7 +50,7 @@ ABSENT = {  # methods that scripts call, and what stands for them here
     "resize_token_embeddings": "a model's vocabulary stays as it is; resize it with transformers, then load the result",
     "to_bettertransformer": "the kernels are chosen for the device; leave it out",
 }
-OWN = {"_runner", "_lasting", "_tables", "_addresses"}  # what copies do not share
+OWN = {"_runner", "_cache_holder", "_tables", "_addresses"}  # what copies do not share
 ACCEPTED = {"cache_position", "token_type_ids"}  # say nothing that the other arguments do not
 
 
@@ -89,7 +88,7 @@ class GPTNeoXPreTrainedModel(nn.Module):
         self.adapter: Adapter | None = None  # what it was loaded with
         self.kv = "fp16"
         self.cache_pages = None
-        self.first_pages: int | None = None  # pages that a lasting pool starts with
+        self.first_pages: int | None = None  # pages that the prefix cache's pool starts with
         self._exact = False
         self.graph = True  # run decode steps as CUDA graphs where that can be; see GPTNeoXForCausalLM.graph_reason
         self.placement: Placement | None = None  # None: all parts are where the embedding is
@@ -270,7 +269,7 @@ class GPTNeoXPreTrainedModel(nn.Module):
             self._unbind()
 
     def _unbind(self) -> None:
-        self.__dict__.update(_runner=None, _lasting=None, _tables=[], _addresses=[])
+        self.__dict__.update(_runner=None, _cache_holder=None, _tables=[], _addresses=[])
 
     def cuda(self: Model, device: int | torch.device | None = None) -> Model:
         """Move all of it to a GPU. Raises ArgumentError where torch sees none; device_map="auto" takes what fits."""
@@ -366,7 +365,7 @@ class GPTNeoXPreTrainedModel(nn.Module):
         self._check_cache(cache, rows)
         keep = _keep(attention_mask, rows, width, cache)
         positions = self._positions(position_ids, rows, width, cache.width)[keep]
-        batch = Batch.reserve(cache.pool, cache.sequences, keep.sum(1).tolist(), positions)
+        batch = Batch.reserve(cache.pool, cache.block_tables, keep.sum(1).tolist(), positions)
         if input_ids is not None:
             x = self._embed(input_ids.cpu()[keep])
         else:
@@ -634,30 +633,30 @@ class GPTNeoXForCausalLM(Headed, GenerationMixin):
             hidden_states=packed.hidden_states,
         )
 
-    # What generation asks of a model (generation.Stepper) ---------------------------------------------------------------
+    # What generation asks of a model (protocols.ModelRunner) ------------------------------------------------------------
 
     @torch.no_grad()
     def step(
         self,
         pool: PagePool,
-        sequences: Sequence[CachedSequence],
+        block_tables: Sequence[BlockTable],
         tokens: Sequence[Sequence[int]],
         every: bool = False,
     ) -> Tensor:
-        """Append tokens[i] to sequences[i] -> float32 logits (sequences, vocabulary) after the last token of each.
+        """Append tokens[i] to block_tables[i] -> float32 logits (sequences, vocabulary) after the last token of each.
 
         every: logits (tokens in all, vocabulary) after every token, sequence after sequence. Raises ContextLengthError, with
         nothing appended, for tokens beyond the model's positions.
         """
         counts, limit = [len(t) for t in tokens], self.config.max_position_embeddings
-        for sequence, count in zip(sequences, counts, strict=True):
-            if sequence.length + count > limit:
+        for block_table, count in zip(block_tables, counts, strict=True):
+            if block_table.length + count > limit:
                 raise ContextLengthError(
-                    f"{count} tokens after {sequence.length} cached ones do not fit: this model has {limit} positions "
+                    f"{count} tokens after {block_table.length} cached ones do not fit: this model has {limit} positions "
                     "(max_position_embeddings)"
                 )
         ids = self._check_ids(torch.tensor([i for t in tokens for i in t]))
-        batch = Batch.reserve(pool, sequences, counts)
+        batch = Batch.reserve(pool, block_tables, counts)
         single = all(count == 1 for count in counts)
         small = single or (every and len(ids) <= MOST_TOKENS)
         logits = None
@@ -682,7 +681,7 @@ class GPTNeoXForCausalLM(Headed, GenerationMixin):
         x = self.runner(x, pool, batch, small=small)
         return self.ops.head(x, None, norm_of(self.gpt_neox.final_layer_norm), self.embed_out.handle)
 
-    # Steps as graphs (stepper.Ahead) ------------------------------------------------------------------------------------
+    # Steps as graphs (protocols.Ahead) ------------------------------------------------------------------------------------
 
     @property
     def graph_reason(self) -> str | None:
@@ -722,7 +721,7 @@ class GPTNeoXForCausalLM(Headed, GenerationMixin):
     def launch(
         self,
         pool: PagePool,
-        sequences: Sequence[CachedSequence],
+        block_tables: Sequence[BlockTable],
         ids: Sequence[int],
         choices: Sequence[Choice],
         excluded: Tensor | None = None,
@@ -736,10 +735,10 @@ class GPTNeoXForCausalLM(Headed, GenerationMixin):
         if isinstance(self._decoder, str):
             return None
         limit = self.config.max_position_embeddings
-        if any(sequence.length >= limit for sequence in sequences):
+        if any(block_table.length >= limit for block_table in block_tables):
             raise ContextLengthError(f"a sequence has {limit} tokens, all positions of this model")
         self._check_ids(torch.tensor([id for id in ids if id >= 0]))
-        batch = Batch.reserve(pool, sequences, [1] * len(ids))
+        batch = Batch.reserve(pool, block_tables, [1] * len(ids))
         if (decoder := self._decoder_for(batch)) is None:
             return None
         flight = self._captured(lambda: decoder.launch(pool, batch, ids, choices, excluded, previous))

@@ -272,9 +272,9 @@ class Layers:
 
     def prefill(self, tokens: int) -> None:
         """A pass of so many tokens of one sequence."""
-        sequence = self.pool.new()
-        self._run(torch.arange(tokens), Batch.reserve(self.pool, [sequence], [tokens]))
-        self.pool.free(sequence)
+        block_table = self.pool.new()
+        self._run(torch.arange(tokens), Batch.reserve(self.pool, [block_table], [tokens]))
+        self.pool.free(block_table)
 
     def _run(self, ids: Tensor, batch: Batch) -> Tensor:
         device = self.embedding.device

@@ -19,8 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..cache import Batch, PagePool
-from ..cache import Sequence as CachedSequence
+from ..cache import Batch, BlockTable, PagePool
 from ..errors import CheckpointError
 from ..layers import GPTNeoXLayer
 from ..units import PAGE
@@ -156,18 +155,20 @@ class Loan:
 
     def __init__(self, pool: PagePool, batch: Batch) -> None:
         self.pool = pool
-        past = [p for s, start in zip(batch.sequences, batch.starts, strict=True) for p in s.pages[: -(-start // PAGE)]]
+        past = [
+            p for s, start in zip(batch.block_tables, batch.starts, strict=True) for p in s.pages[: -(-start // PAGE)]
+        ]
         held = set(past)
         written = sorted(dict.fromkeys(batch.pages.tolist()), key=lambda page: page in held)
         self.fresh, self.written = sum(page not in held for page in written), len(written)
         self.pages = torch.tensor(list(dict.fromkeys([*written, *past])), dtype=torch.long)
         number = {page: i for i, page in enumerate(self.pages.tolist())}
-        sequences = [
-            CachedSequence([number[page] for page in sequence.pages if page in number], start)
-            for sequence, start in zip(batch.sequences, batch.starts, strict=True)
+        block_tables = [
+            BlockTable([number[page] for page in block_table.pages if page in number], start)
+            for block_table, start in zip(batch.block_tables, batch.starts, strict=True)
         ]
         pages = torch.tensor([number[page] for page in batch.pages.tolist()], dtype=torch.long)
-        self.batch = Batch(tuple(sequences), batch.starts, batch.offsets, batch.positions, pages, batch.slots)
+        self.batch = Batch(tuple(block_tables), batch.starts, batch.offsets, batch.positions, pages, batch.slots)
 
     def storage(self, layer: int) -> list[Tensor]:
         """A layer's keys and values in the host's pool and, where those are codes, their scales."""

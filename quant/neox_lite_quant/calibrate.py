@@ -142,7 +142,7 @@ def own_text(
     random = torch.Generator().manual_seed(SEED)
     known = torch.ones(config.vocab_size, dtype=torch.bool)
     if (folder / "tokenizer.json").is_file():
-        known[model.missing_ids] = False
+        known[model.padding_ids] = False
     ids = torch.multinomial(known.float().expand(count, -1), 1, generator=random)
     kept, written = None, [ids]
     for step in range(1, context):

@@ -24,9 +24,9 @@ class ScriptedModel:
     def new_pool(self, pages: int = 0, limit: int | None = None) -> PagePool:
         return self.pool
 
-    def step(self, pool, sequences, tokens, every=False) -> Tensor:
-        starts = [s.length for s in sequences]
-        batch = Batch.reserve(pool, sequences, [len(t) for t in tokens])
+    def step(self, pool, block_tables, tokens, every=False) -> Tensor:
+        starts = [s.length for s in block_tables]
+        batch = Batch.reserve(pool, block_tables, [len(t) for t in tokens])
         self.passes.append([len(t) for t in tokens])
         if (error := self.fails(len(self.passes))) is not None:
             raise error

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, abc, deque
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -27,7 +27,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from neox_lite import GPTNeoXForCausalLM
 from neox_lite.errors import ArgumentError
 from neox_lite.generation.options import Options, as_dict
-from neox_lite.generation.request import Row, StopText
+from neox_lite.generation.request import Sequence, StopStringChecker
 from neox_lite.generation.scheduler import Scheduler
 from neox_lite.units import PAGE
 
@@ -37,7 +37,7 @@ from .kept_answers import KeptAnswers, digest
 from .scoring import Text, blocks, score
 
 NEW_TOKENS = 256  # where a task does not say; the harness's own default
-ROWS = 64  # generated together
+MAX_SEQUENCES = 64  # generated together
 CACHE_BYTES = 2 << 30  # of the KV cache that rows fill together, but one always fits
 SEED = 1234  # of sampled texts; the harness's own
 
@@ -121,7 +121,7 @@ class NeoxLiteLM(TemplateLM):
             totals[owner] += value
         return totals
 
-    def _text(self, context: Sequence[int], continuation: Sequence[int]) -> Text:
+    def _text(self, context: abc.Sequence[int], continuation: abc.Sequence[int]) -> Text:
         """A pair as one text, cut on the left to what the model can read, and one more."""
         if not continuation:
             raise ArgumentError("a continuation has no tokens, so it cannot be scored")
@@ -151,26 +151,26 @@ class NeoxLiteLM(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Rows come and go in one continuous batch. Equal requests draw from different random streams."""
         seen: Counter[str] = Counter()
-        keys, rows, untils = [], [], []
+        keys, sequences, untils = [], [], []
         for request in requests:
             context, given = request.args
             same = digest([context, given])
-            row, until = self._row(context, given, seen[same])
+            sequence, until = self._sequence(context, given, seen[same])
             keys.append(digest([context, given, seen[same], SEED]))
-            rows.append(row)
+            sequences.append(sequence)
             untils.append(until)
             seen[same] += 1
         answers = self._known(keys)
         with self._progress(len(keys), len(answers)) as told:
             new = [i for i, key in enumerate(keys) if key not in answers]
-            for i in self._generated(rows, sorted(new, key=lambda i: list(rows[i].prompt))):
-                text = self.model.tokenizer.decode(rows[i].tokens, skip_special_tokens=True)
+            for i in self._generated(sequences, sorted(new, key=lambda i: list(sequences[i].prompt))):
+                text = self.model.tokenizer.decode(sequences[i].tokens, skip_special_tokens=True)
                 answers[keys[i]] = postprocess_generated_text(text, untils[i], None)
                 self._keep({keys[i]: answers[keys[i]]})
                 told(len(answers), 0)
         return [answers[key] for key in keys]
 
-    def _row(self, context: str, given: dict[str, Any], stream: int) -> tuple[Row, list[str]]:
+    def _sequence(self, context: str, given: dict[str, Any], stream: int) -> tuple[Sequence, list[str]]:
         """A request as a row, and the texts that end it."""
         wanted: dict[str, Any] = dict(normalize_gen_kwargs(given, NEW_TOKENS))
         tokenizer, room = self.model.tokenizer, wanted.pop("max_gen_toks")
@@ -191,41 +191,41 @@ class NeoxLiteLM(TemplateLM):
         ids = self.tok_encode(context) or [self.prefix_token_id]
         self.cut += len(ids) > self.max_length - room
         limit = 1 if "" in until else room  # every text has nothing in it: hf's ends with its first token
-        text = StopText(tokenizer, options.stop_strings)
-        return Row(ids[-(self.max_length - room) :], limit, stream, text, options, self.model.missing_ids), until
+        text = StopStringChecker(tokenizer, options.stop_strings)
+        return Sequence(ids[-(self.max_length - room) :], limit, stream, text, options, self.model.padding_ids), until
 
-    def _generated(self, rows: Sequence[Row], order: Sequence[int]) -> Iterator[int]:
+    def _generated(self, sequences: abc.Sequence[Sequence], order: abc.Sequence[int]) -> Iterator[int]:
         """Generate some of the rows; yields the indices of those that have ended."""
         model = self.model
-        pages = {i: -(-(len(rows[i].prompt) + rows[i].limit) // PAGE) for i in order}
+        pages = {i: -(-(len(sequences[i].prompt) + sequences[i].max_tokens) // PAGE) for i in order}
         most = max([CACHE_BYTES // model.new_pool().page_bytes, *pages.values()])
-        waiting, working = deque(order), dict[Row, int]()
-        with model.lend(min(most, sum(pages.values()))) as lasting:
-            scheduler = Scheduler(model, lasting.prefixes)
+        waiting, working = deque(order), dict[Sequence, int]()
+        with model.acquire_prefix_cache(min(most, sum(pages.values()))) as holder:
+            scheduler = Scheduler(model, holder.prefixes)
             try:
                 while waiting or working:
-                    while waiting and len(working) < ROWS:
+                    while waiting and len(working) < MAX_SEQUENCES:
                         if sum(pages[i] for i in working.values()) + pages[waiting[0]] > most:
                             break
                         i = waiting.popleft()
-                        scheduler.add(rows[i])
-                        if rows[i].finish_reason is not None:  # it asks for nothing
+                        scheduler.add(sequences[i])
+                        if sequences[i].finish_reason is not None:  # it asks for nothing
                             yield i
                         else:
-                            working[rows[i]] = i
+                            working[sequences[i]] = i
                     for changed in scheduler.step():
-                        for row in changed:
-                            if row.error is not None:
-                                raise row.error
-                            if row.finish_reason is not None:
-                                yield working.pop(row)
+                        for sequence in changed:
+                            if sequence.error is not None:
+                                raise sequence.error
+                            if sequence.finish_reason is not None:
+                                yield working.pop(sequence)
             finally:
                 scheduler.close(keep=False)
         model.forget()
 
     # Answers that are known -------------------------------------------------------------------------------------------
 
-    def _known(self, keys: Sequence[str]) -> dict[str, Any]:
+    def _known(self, keys: abc.Sequence[str]) -> dict[str, Any]:
         answers = {} if self.kept is None else self.kept.find(keys)
         self.asked += len(keys)
         self.found += sum(key in answers for key in keys)

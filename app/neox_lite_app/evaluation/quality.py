@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from neox_lite import GPTNeoXForCausalLM
-from neox_lite.cache import Batch, PagePool
-from neox_lite.cache import Sequence as CachedSequence
+from neox_lite.cache import Batch, BlockTable, PagePool
 from neox_lite.errors import ArgumentError
 from neox_lite.formats import Weight, label
 from neox_lite.kernels.backend import Backend, Norm
@@ -128,16 +127,16 @@ def _through(model: GPTNeoXForCausalLM, windows: Tensor, each: Callable[[int, Te
 def append(
     model: GPTNeoXForCausalLM,
     pool: PagePool,
-    sequences: Sequence[CachedSequence],
+    block_tables: Sequence[BlockTable],
     counts: Sequence[int],
     ids: Tensor,
     each: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
-    """Append counts[i] of ids (tokens,), all in the vocabulary, to sequences[i] -> x (tokens, hidden) before the final norm.
+    """Append counts[i] of ids (tokens,), all in the vocabulary, to block_tables[i] -> x (tokens, hidden) before the final norm.
 
     each: sees the input of every layer. Raises CacheError, with nothing appended, where the pool has too few pages.
     """
-    batch = Batch.reserve(pool, sequences, counts)
+    batch = Batch.reserve(pool, block_tables, counts)
     x = model.runner.first.embed(ids, model.gpt_neox.embed_in.weight, model.compute_dtype)
     return model.run_layers(x, pool, batch, each)
 

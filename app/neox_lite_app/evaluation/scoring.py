@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from neox_lite import GPTNeoXForCausalLM
-from neox_lite.cache import PagePool
-from neox_lite.cache import Sequence as CachedSequence
+from neox_lite.cache import BlockTable, PagePool
 from neox_lite.errors import ArgumentError
 
 from .quality import Head, append
@@ -56,7 +55,7 @@ class Piece:
     children: list[Piece] = field(default_factory=list)
     texts: list[int] = field(default_factory=list)  # that end here
     wanted: list[tuple[int, int]] = field(default_factory=list)
-    sequence: CachedSequence | None = None
+    block_table: BlockTable | None = None
     followers: int = 0  # children that have not begun
     number: int = 0  # in the order of the tree
 
@@ -197,16 +196,16 @@ class _Scoring:
         room, pages = PASS_TOKENS, self.pool.room
         while self.ready and room:
             piece = self.ready[0][1]
-            sequence = self._begin(piece)
-            count = min(room, piece.end - sequence.length)
-            pages -= self.pool.wanted(sequence, count)
+            block_table = self._begin(piece)
+            count = min(room, piece.end - block_table.length)
+            pages -= self.pool.wanted(block_table, count)
             if pages < 0 and batch:
                 break
             if pages < 0:
                 self._start_over()
-                sequence = self._begin(piece)
+                block_table = self._begin(piece)
                 count = min(room, piece.end)
-                pages = self.pool.room - self.pool.wanted(sequence, count)
+                pages = self.pool.room - self.pool.wanted(block_table, count)
             heapq.heappop(self.ready)
             batch[piece] = count
             room -= count
@@ -215,44 +214,44 @@ class _Scoring:
     def _start_over(self) -> None:
         """Free all pages: what is still to be computed will be from its texts' first id, one text after the other."""
         for _, piece in self.ready:
-            if piece.sequence is not None:
-                self.pool.free(piece.sequence)
+            if piece.block_table is not None:
+                self.pool.free(piece.block_table)
             elif piece.parent is not None:
                 piece.parent.followers -= 1
-                if not piece.parent.followers and piece.parent.sequence is not None:
-                    self.pool.free(piece.parent.sequence)
-            piece.sequence = piece.parent = None
+                if not piece.parent.followers and piece.parent.block_table is not None:
+                    self.pool.free(piece.parent.block_table)
+            piece.block_table = piece.parent = None
 
-    def _begin(self, piece: Piece) -> CachedSequence:
-        """A piece's sequence: the parent's, if nothing else is to follow that, or a fork of it."""
+    def _begin(self, piece: Piece) -> BlockTable:
+        """A piece's block table: the parent's, if nothing else is to follow that, or a fork of it."""
         parent = piece.parent
-        if piece.sequence is None and parent is None:
-            piece.sequence = self.pool.new()
-        elif piece.sequence is None:
-            assert parent is not None and parent.sequence is not None
+        if piece.block_table is None and parent is None:
+            piece.block_table = self.pool.new()
+        elif piece.block_table is None:
+            assert parent is not None and parent.block_table is not None
             parent.followers -= 1
             if parent.followers:
-                piece.sequence = self.pool.fork(parent.sequence)
+                piece.block_table = self.pool.fork(parent.block_table)
             else:
-                piece.sequence, parent.sequence = parent.sequence, None
-        assert piece.sequence is not None
-        return piece.sequence
+                piece.block_table, parent.block_table = parent.block_table, None
+        assert piece.block_table is not None
+        return piece.block_table
 
     def _run(self, batch: dict[Piece, int]) -> None:
-        sequences = [self._begin(piece) for piece in batch]
-        starts, counts = [sequence.length for sequence in sequences], list(batch.values())
+        block_tables = [self._begin(piece) for piece in batch]
+        starts, counts = [block_table.length for block_table in block_tables], list(batch.values())
         ids = [piece.ids[start : start + count] for (piece, count), start in zip(batch.items(), starts, strict=True)]
-        x = append(self.model, self.pool, sequences, counts, torch.tensor([i for one in ids for i in one]))
+        x = append(self.model, self.pool, block_tables, counts, torch.tensor([i for one in ids for i in one]))
         self.computed += len(x)
         self._score(x, list(batch), starts, counts)
-        for piece, sequence in zip(batch, sequences, strict=True):
-            if sequence.length < piece.end:
+        for piece, block_table in zip(batch, block_tables, strict=True):
+            if block_table.length < piece.end:
                 heapq.heappush(self.ready, (piece.number, piece))
                 continue
             for child in piece.children:
                 heapq.heappush(self.ready, (child.number, child))
             if not piece.children:
-                self.pool.free(sequence)
+                self.pool.free(block_table)
 
     @torch.no_grad()
     def _score(self, x: Tensor, pieces: list[Piece], starts: list[int], counts: list[int]) -> None:

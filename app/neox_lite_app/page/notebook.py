@@ -70,14 +70,14 @@ async def _complete(engine: Engine, running: Running, event: PageEvent) -> Updat
         }
     if "max_new_tokens" in options:
         options["max_new_tokens"] = min(options["max_new_tokens"], context - len(ids))
-    ticket = engine.submit(Job(ids, options, client=session, scores=ALTERNATIVES if scores else None))
+    ticket = engine.submit(Job(ids, options, client=session, logprobs=ALTERNATIVES if scores else None))
     running.start(session, "notebook", ticket)
     meter, spans = Meter(ticket, context), Spans(tokenizer)
     try:
         async with aclosing(batches(ticket)) as steps_of:
             async for steps in steps_of:
                 meter.count(steps)
-                last, chosen = steps[-1], [(step.token, step.score) for step in steps if step.token is not None]
+                last, chosen = steps[-1], [(step.token, step.logprob) for step in steps if step.token is not None]
                 completion: dict[str, Any] = {"text": "".join(step.text for step in steps), "end": last.finish_reason}
                 if scores:
                     completion["spans"] = [span for token, score in chosen for span in spans.add(token, score)]
@@ -95,11 +95,11 @@ async def _score(engine: Engine, event: PageEvent) -> Updates:
     ids: list[int] = await asyncio.to_thread(lambda: list(tokenizer(text).input_ids))
     if not 0 < len(ids) < context:
         raise ArgumentError(f"the text has {len(ids):,} tokens; 1 to {context - 1:,} can be scored")
-    ticket = engine.submit(Job(ids, {"max_new_tokens": 1}, client=event.session, prompt_scores=ALTERNATIVES))
+    ticket = engine.submit(Job(ids, {"max_new_tokens": 1}, client=event.session, prompt_logprobs=ALTERNATIVES))
     async with aclosing(batches(ticket)) as steps_of:
         async for steps in steps_of:
             if steps[-1].error is not None:
                 raise NeoxLiteError(steps[-1].error)
     spans = Spans(tokenizer)
-    scored = [span for id, score in zip(ids, ticket.prompt_scores, strict=True) for span in spans.add(id, score)]
+    scored = [span for id, score in zip(ids, ticket.prompt_logprobs, strict=True) for span in spans.add(id, score)]
     yield {"completion": {"spans": scored, "end": "stop"}}

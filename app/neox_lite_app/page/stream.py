@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from neox_lite import GPTNeoXTokenizerFast
-from neox_lite.generation.sampling import Score
+from neox_lite.generation.sampling import TokenLogprob
 from neox_lite.tokenizer import StreamDecoder
 
 from ..serving.engine import Ticket, Update
@@ -86,13 +86,13 @@ class Spans:
 
     def __init__(self, tokenizer: GPTNeoXTokenizerFast) -> None:
         self.tokenizer, self.decoder = tokenizer, StreamDecoder(tokenizer, skip_special_tokens=True)
-        self.open: Score | None = None  # of the first token of a character that is not complete
+        self.open: TokenLogprob | None = None  # of the first token of a character that is not complete
 
-    def add(self, token: int, score: Score | None) -> list[list[Any]]:
+    def add(self, token: int, score: TokenLogprob | None) -> list[list[Any]]:
         """The span that a token completes; none inside a character."""
         first = self.open or score
         if self.open and score and self.open.logprob is not None and score.logprob is not None:
-            first = Score(self.open.logprob + score.logprob, self.open.top)
+            first = TokenLogprob(self.open.logprob + score.logprob, self.open.top)
         if not (text := self.decoder.put(token)):
             self.open = first
             return []

@@ -242,12 +242,12 @@ def _jobs(
     own = {**options, "max_new_tokens": request.max_tokens}
     if own["do_sample"]:
         own["seed"] = (secrets.randbits(63) if request.seed is None else request.seed) % 2**64
-    prompt_scores = request.top if request.echo else None
+    prompt_logprobs = request.top if request.echo else None
     jobs = []
     for number in range(len(prompts) * request.n):
         constrained = {"logits_processor": [grammars[number]]} if grammars else {}
         ids, stream = prompts[number // request.n].ids, number % request.n
-        jobs.append(Job(ids, own | constrained, client, request.top, prompt_scores, stream))
+        jobs.append(Job(ids, own | constrained, client, request.top, prompt_logprobs, stream))
     return jobs
 
 

@@ -12,8 +12,8 @@ import operator
 import queue
 import threading
 import time
-from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections import OrderedDict, abc, deque
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,9 +25,9 @@ from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXTokenizerFast
 from neox_lite.cache import PrefixCache
 from neox_lite.errors import ArgumentError, NeoxLiteError
 from neox_lite.generation.options import GenerationConfig, Options, as_dict
-from neox_lite.generation.request import Row, StopText, check_ids
-from neox_lite.generation.sampling import Score
-from neox_lite.generation.scheduler import ReadingPace, Scheduler
+from neox_lite.generation.request import Sequence, StopStringChecker, check_ids
+from neox_lite.generation.sampling import TokenLogprob
+from neox_lite.generation.scheduler import PrefillBudget, Scheduler
 from neox_lite.offload import profile
 from neox_lite.offload.run import Placement
 
@@ -55,14 +55,14 @@ class NotLoaded(NeoxLiteError):
 class Update:
     """One token as it is chosen. text: what it completes, "" where a character or stop string is still open.
 
-    score: where the job asked for it. finish_reason: "stop" or "length" with the last one, "cancelled" or "error" (then
+    logprob: where the job asked for it. finish_reason: "stop" or "length" with the last one, "cancelled" or "error" (then
     `error` says why, in a sentence) where it ended otherwise; token is None where an end comes without one.
     """
 
     text: str
     token: int | None
     finish_reason: str | None = None
-    score: Score | None = None
+    logprob: TokenLogprob | None = None
     error: str | None = None
 
 
@@ -70,30 +70,30 @@ class Update:
 class Job:
     """What is to be generated. options: those of `generate`, under its names; max_new_tokens None: to the end of the context.
 
-    client: whose job it is; clients take turns in the queue. scores: None, or how many likeliest ids to report with each new
-    token (0: only the token's own log-probability). prompt_scores: likewise for every token of the prompt. stream: number of
+    client: whose job it is; clients take turns in the queue. logprobs: None, or how many likeliest ids to report with each new
+    token (0: only the token's own log-probability). prompt_logprobs: likewise for every token of the prompt. stream: number of
     the random stream; jobs that are alike but for it are different samples of one seed.
     """
 
-    prompt: Sequence[int]
+    prompt: abc.Sequence[int]
     options: Mapping[str, Any] = field(default_factory=dict)
     client: str = ""
-    scores: int | None = None
-    prompt_scores: int | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
     stream: int = 0
 
 
 class Ticket:
     """A job on its way: iterate (or `async for`) over its steps; the last one has a finish_reason."""
 
-    def __init__(self, job: Job, row: Row, cancel: Callable[[Ticket], None]) -> None:
+    def __init__(self, job: Job, sequence: Sequence, cancel: Callable[[Ticket], None]) -> None:
         self.job = job
-        self.prompt_scores: list[Score] = []  # there before the first step
+        self.prompt_logprobs: list[TokenLogprob] = []  # there before the first step
         self.reused_tokens = 0  # of the prompt, found in the cache
         self.submitted_s = time.monotonic()
         self.first_s: float | None = None  # when the first step came, and the last one
         self.last_s: float | None = None
-        self._row, self._cancel = row, cancel
+        self._sequence, self._cancel = sequence, cancel
         self._steps: queue.SimpleQueue[Update] = queue.SimpleQueue()
         self._over = False  # the last step was read
         self._listener: Listener | None = None
@@ -205,7 +205,7 @@ class LoadedModel:
     config: GPTNeoXConfig
     generation_config: GenerationConfig
     tokenizer: GPTNeoXTokenizerFast | None
-    missing_ids: Tensor
+    padding_ids: Tensor
     context: int
     weights: Mapping[str, int]  # bytes by tier
 
@@ -213,10 +213,10 @@ class LoadedModel:
     def of(cls, name: str, load: Callable[[], GPTNeoXForCausalLM], model: GPTNeoXForCausalLM) -> LoadedModel:
         tokenizer = model.tokenizer if model._has_tokenizer else None
         context = model.plan.context if model.plan is not None else model.config.max_position_embeddings
-        loaded = (model.config, model.generation_config, tokenizer, model.missing_ids)
+        loaded = (model.config, model.generation_config, tokenizer, model.padding_ids)
         return cls(name, load, *loaded, context, weights_by_tier(model))
 
-    def row(self, job: Job) -> Row:
+    def sequence(self, job: Job) -> Sequence:
         """What the scheduler is to run. Raises what is wrong with the job."""
         given = dict(job.options)
         for name in NOT_OFFERED:
@@ -228,17 +228,17 @@ class LoadedModel:
         options = Options.parse(as_dict(self.generation_config), given)
         limit = options.new_tokens(len(prompt), self.context)
         check_ids(prompt, options, self.config.vocab_size)
-        for name in ("scores", "prompt_scores"):
+        for name in ("logprobs", "prompt_logprobs"):
             if not 0 <= (getattr(job, name) or 0) <= self.config.vocab_size:
                 raise ArgumentError(f"{name} is {getattr(job, name)}, expected 0 to {self.config.vocab_size}")
         if options.stop_strings and self.tokenizer is None:
             raise ArgumentError(
                 "stop_strings need a tokenizer, which this model's folder does not have; leave them out"
             )
-        text = StopText(self.tokenizer, options.stop_strings) if self.tokenizer is not None else None
-        return Row(prompt, limit, job.stream, text, options, self.missing_ids, job.scores, job.prompt_scores)
+        text = StopStringChecker(self.tokenizer, options.stop_strings) if self.tokenizer is not None else None
+        return Sequence(prompt, limit, job.stream, text, options, self.padding_ids, job.logprobs, job.prompt_logprobs)
 
-    def _prompt(self, ids: Sequence[int]) -> list[int]:
+    def _prompt(self, ids: abc.Sequence[int]) -> list[int]:
         try:
             prompt = [operator.index(i) for i in ids]
         except TypeError:
@@ -265,13 +265,13 @@ class Engine:
         self._name: str | None = None
         self._fault: str | None = None
         self._queue = FairQueue()
-        self._running: dict[Row, Ticket] = {}
+        self._running: dict[Sequence, Ticket] = {}
         self._cancelled: list[Ticket] = []  # of those running
         self._halted = self._closed = False  # no pass may begin; never again
         self._serving = False  # the thread is at the model
         self._used_s = time.monotonic()  # when it last was
         self._scheduler: Scheduler | None = None
-        self._pace = ReadingPace()
+        self._prefill_budget = PrefillBudget()
         self._short = False  # memory ran out: the pool is to go when nothing runs
         self._rates: deque[tuple[float, int]] = deque()  # when tokens came, and how many
         self._cached_tokens, self._counted_s = 0, 0.0
@@ -299,7 +299,7 @@ class Engine:
                 raise
             with self._changed:
                 self._model, self._loaded, self._state = model, loaded, "ready"
-                self._pace = ReadingPace()
+                self._prefill_budget = PrefillBudget()
                 self._used_s = time.monotonic()
 
     def unload(self) -> None:
@@ -372,7 +372,7 @@ class Engine:
     def submit(self, job: Job) -> Ticket:
         """Queue a job. Raises Busy, NotLoaded, ContextLengthError, ArgumentError."""
         loaded = self._require_loaded()
-        ticket = Ticket(job, loaded.row(job), self._cancel)
+        ticket = Ticket(job, loaded.sequence(job), self._cancel)
         with self._changed:
             if self._closed or self._loaded is not loaded:
                 raise NotLoaded("the model was unloaded just now; try again")
@@ -407,7 +407,7 @@ class Engine:
             if self._queue.remove(ticket):
                 ticket._put(Update("", None, "cancelled"))
                 notify([ticket])
-            elif ticket._row in self._running:
+            elif ticket._sequence in self._running:
                 self._cancelled.append(ticket)
 
     def _end_queue(self, step: Update) -> None:
@@ -456,16 +456,16 @@ class Engine:
         """Run jobs until there are none."""
         if (model := self._ready_model()) is None:
             return
-        with model.lend(0, KEPT_BYTES) as lasting:
-            self._scheduler = scheduler = Scheduler(model, lasting.prefixes, pace=self._pace)
+        with model.acquire_prefix_cache(0, KEPT_BYTES) as holder:
+            self._scheduler = scheduler = Scheduler(model, holder.prefixes, prefill_budget=self._prefill_budget)
             try:
                 while self._take_jobs(scheduler):
                     for changed in scheduler.step():
                         self._deliver(changed)
-                    self._count(lasting.prefixes, scheduler.rows)
+                    self._count(holder.prefixes, scheduler.running)
             finally:
                 scheduler.close()
-                self._count(lasting.prefixes, [])
+                self._count(holder.prefixes, [])
         if self._short:
             self._short = False
             model.forget()
@@ -491,61 +491,63 @@ class Engine:
             cancelled, self._cancelled = self._cancelled, []
             if self._halted:
                 cancelled = list(self._running.values())
-            cancelled = [ticket for ticket in cancelled if ticket._row in self._running]
+            cancelled = [ticket for ticket in cancelled if ticket._sequence in self._running]
             for ticket in cancelled:
-                scheduler.cancel(ticket._row)
+                scheduler.cancel(ticket._sequence)
                 self._end(ticket, Update("", None, "cancelled"))
             notify(cancelled)
             while not self._halted and len(self._queue) and len(self._running) < self._sequences:
                 ticket = self._queue.get()
-                self._running[ticket._row] = ticket
-                scheduler.add(ticket._row)
-                if ticket._row.finish_reason:  # it asked for nothing
-                    self._end(ticket, Update("", None, ticket._row.finish_reason))
+                self._running[ticket._sequence] = ticket
+                scheduler.add(ticket._sequence)
+                if ticket._sequence.finish_reason:  # it asked for nothing
+                    self._end(ticket, Update("", None, ticket._sequence.finish_reason))
                     notify([ticket])
         return scheduler.busy
 
-    def _deliver(self, changed: list[Row]) -> None:
-        """Hand out what rows got."""
-        tickets = [self._running[row] for row in changed]
+    def _deliver(self, changed: list[Sequence]) -> None:
+        """Hand out what sequences got."""
+        tickets = [self._running[sequence] for sequence in changed]
         with self._changed:
             self._rates.append((time.monotonic(), len(changed)))
-        for row, ticket in zip(changed, tickets, strict=True):
+        for sequence, ticket in zip(changed, tickets, strict=True):
             if ticket.first_s is None:
-                ticket.prompt_scores = row.scored if row.prompt_scores is not None else []
-                ticket.reused_tokens = row.reused or 0
-            step = self._step_of(row)
+                ticket.prompt_logprobs = sequence.prompt_logprobs if sequence.num_prompt_logprobs is not None else []
+                ticket.reused_tokens = sequence.num_cached_tokens or 0
+            step = self._step_of(sequence)
             if step.finish_reason is None:
                 ticket._put(step)
             else:
                 self._end(ticket, step)
         notify(tickets)
 
-    def _step_of(self, row: Row) -> Update:
-        """What a row got last."""
-        if row.error is not None:
-            error, row.error = row.error, None  # its traceback holds on to tensors
+    def _step_of(self, sequence: Sequence) -> Update:
+        """What a sequence got last."""
+        if sequence.error is not None:
+            error, sequence.error = sequence.error, None  # its traceback holds on to tensors
             if not isinstance(error, NeoxLiteError):  # what a user could not cause is a fault of the engine
                 self._fault = sentence(error)
                 self._short = self._short or is_short_of_memory(error)
             return Update("", None, "error", None, sentence(error))
-        if row.finish_reason is not None:
+        if sequence.finish_reason is not None:
             self._fault = None
-        if not row.tokens:
-            return Update("", None, row.finish_reason)
-        return Update(row.piece, row.tokens[-1], row.finish_reason, row.score)
+        if not sequence.tokens:
+            return Update("", None, sequence.finish_reason)
+        return Update(sequence.new_text, sequence.tokens[-1], sequence.finish_reason, sequence.logprob)
 
     def _end(self, ticket: Ticket, step: Update) -> None:
         with self._changed:
-            if self._running.pop(ticket._row, None) is not None:
+            if self._running.pop(ticket._sequence, None) is not None:
                 ticket._put(step)
 
-    def _count(self, prefixes: PrefixCache, rows: Sequence[Row]) -> None:
+    def _count(self, prefixes: PrefixCache, sequences: abc.Sequence[Sequence]) -> None:
         """See how full the cache is: now and then, and when there is nothing to do."""
         now = time.monotonic()
-        if not rows or now - self._counted_s > COUNT_SECONDS:
+        if not sequences or now - self._counted_s > COUNT_SECONDS:
             self._counted_s = now
-            self._cached_tokens = prefixes.tokens(row.sequence for row in rows if row.sequence is not None)
+            self._cached_tokens = prefixes.tokens(
+                sequence.block_table for sequence in sequences if sequence.block_table is not None
+            )
 
     def _fail(self, error: Exception) -> None:
         """End all jobs with an error."""
@@ -605,9 +607,9 @@ def weights_by_tier(model: GPTNeoXForCausalLM) -> dict[str, int]:
 
 def cache_by_tier(model: GPTNeoXForCausalLM) -> dict[str, int]:
     """Bytes of the KV cache's pool under "cache_gpu" and "cache_cpu", as far as there are any."""
-    lasting, found = model._lasting, dict[str, int]()
-    if lasting is not None:
-        for tensor in (*lasting.prefixes.pool.storage, *lasting.prefixes.pool.scales):
+    holder, found = model._cache_holder, dict[str, int]()
+    if holder is not None:
+        for tensor in (*holder.prefixes.pool.storage, *holder.prefixes.pool.scales):
             tier = "cache_cpu" if tensor.device.type == "cpu" else "cache_gpu"
             found[tier] = found.get(tier, 0) + tensor.nbytes
     return found

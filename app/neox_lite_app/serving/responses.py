@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from tokenizers import decoders
 
 from neox_lite import GPTNeoXTokenizerFast
-from neox_lite.generation.sampling import Score
+from neox_lite.generation.sampling import TokenLogprob
 from neox_lite.tokenizer import StreamDecoder, token_bytes
 
 from ..conversations.prompt_forms import Reader
@@ -51,7 +51,7 @@ class ScoredToken(NamedTuple):
     """A token to report. offset: where its text starts."""
 
     token: int
-    score: Score
+    score: TokenLogprob
     offset: int
 
 
@@ -85,8 +85,8 @@ class Choice:
         self._begun, self.finish_reason = True, step.finish_reason
         if step.token is not None:
             self.tokens += 1
-            if self.top is not None and step.score is not None:
-                scored.append(ScoredToken(step.token, step.score, self._length))
+            if self.top is not None and step.logprob is not None:
+                scored.append(ScoredToken(step.token, step.logprob, self._length))
                 self._length += len(self._decoder.put(step.token))
         return text + self._tidy(step), scored
 
@@ -102,7 +102,7 @@ class Choice:
             return "", []
         scored, decoder = [], StreamDecoder(self.tokenizer)
         if self.top is not None:
-            for token, score in zip(self.ticket.job.prompt, self.ticket.prompt_scores, strict=True):
+            for token, score in zip(self.ticket.job.prompt, self.ticket.prompt_logprobs, strict=True):
                 scored.append(ScoredToken(token, score, self._length))
                 self._length += len(decoder.put(token))
         self._length = len(self.prompt_text)

@@ -128,7 +128,9 @@ class Operations:
         )
         program.kept.append(table)
         program.scratch_bytes = attention.scratch_bytes(dim, table.max_length)
-        self._add_task(program, attention.write_attention(self.target, shape), arguments, len(batch.sequences) * heads)
+        self._add_task(
+            program, attention.write_attention(self.target, shape), arguments, len(batch.block_tables) * heads
+        )
         attended = self._as(program, out, self._layout(next_weight, len(qkv)))
         self._run(program)
         return attended
@@ -202,7 +204,7 @@ class Operations:
     def _batch_table(self, batch: Batch) -> BatchTable:
         last = self._local.batch
         if last is None or last[0] is not batch:
-            max_pages = max((len(s.pages) for s in batch.sequences), default=0)
+            max_pages = max((len(s.pages) for s in batch.block_tables), default=0)
             self._local.batch = last = batch, BatchTable(batch, max_pages)
         return last[1]
 

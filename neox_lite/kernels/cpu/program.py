@@ -140,7 +140,7 @@ class BatchTable:
 
     def __init__(self, batch: Batch, max_pages: int) -> None:
         """max_pages: most pages that a sequence of the batch will have."""
-        sequences, tokens = len(batch.sequences), batch.offsets[-1]
+        sequences, tokens = len(batch.block_tables), batch.offsets[-1]
         self.table = np.zeros(attention.HEADER + sequences * attention.SEQUENCE + tokens * attention.TOKEN, np.int64)
         self.pages = np.zeros(max(1, sequences * max_pages), np.int64)
         self.table[:3] = sequences, tokens, self.pages.ctypes.data
@@ -151,11 +151,11 @@ class BatchTable:
     def fill(self, batch: Batch) -> None:
         """Take over a batch of as many sequences and tokens."""
         entry = attention.HEADER
-        for i, sequence in enumerate(batch.sequences):
+        for i, block_table in enumerate(batch.block_tables):
             first, last = batch.offsets[i], batch.offsets[i + 1]
             self.table[entry : entry + 4] = batch.starts[i], first, last - first, i * self._stride
             entry += attention.SEQUENCE
-            used = sequence.pages[: self._stride]
+            used = block_table.pages[: self._stride]
             self.pages[i * self._stride : i * self._stride + len(used)] = used
         tokens = self.table[entry:].reshape(-1, attention.TOKEN)
         for column, values in enumerate((batch.positions, batch.pages, batch.slots)):

@@ -138,8 +138,8 @@ class BatchTable:
         self.most_pages = max([1, *(-(-(s + n) // PAGE) for s, n in zip(batch.starts, counts, strict=True) if n)])
         sequences = torch.tensor([*zip(batch.starts, batch.offsets, counts, strict=False)], dtype=torch.int32)
         pages = torch.zeros(len(counts), self.most_pages, dtype=torch.int32)
-        for row, sequence in zip(pages, batch.sequences, strict=True):
-            used = sequence.pages[: self.most_pages]
+        for row, block_table in zip(pages, batch.block_tables, strict=True):
+            used = block_table.pages[: self.most_pages]
             row[: len(used)] = torch.tensor(used, dtype=torch.int32)
         tokens = torch.stack((batch.positions, batch.pages, batch.slots), 1).int()
         starts = [(i, q) for i, count in enumerate(counts) for q in range(0, count, queries)]

@@ -127,8 +127,8 @@ class Seat:
         tables.tokens[:count, attention.POSITION] = batch.positions.numpy()
         tables.tokens[:count, attention.PAGE_OF] = batch.pages.numpy()
         tables.tokens[:count, attention.SLOT] = batch.slots.numpy()
-        for i, (sequence, id, choice) in enumerate(zip(batch.sequences, ids, choices, strict=True)):
-            tables.pages[i, : len(sequence.pages)] = sequence.pages
+        for i, (block_table, id, choice) in enumerate(zip(batch.block_tables, ids, choices, strict=True)):
+            tables.pages[i, : len(block_table.pages)] = block_table.pages
             seed = choice.seed - (1 << 64) if choice.seed >> 63 else choice.seed
             tables.choices[i, :4] = id, seed, choice.stream, choice.top_k
             least = math.log(choice.min_p) if choice.min_p > 0 else -math.inf
@@ -164,14 +164,14 @@ class Steps:
         self._lock = threading.RLock()
 
     def why_not(self, batch: Batch) -> str | None:
-        if (rows := len(batch.sequences)) > MOST_ROWS:
+        if (rows := len(batch.block_tables)) > MOST_ROWS:
             return f"{rows} sequences are more than the {MOST_ROWS} of a graph"
         return None
 
     def bucket(self, batch: Batch) -> tuple[int, int]:
         """Rows and pages of the graph for a batch: powers of two, but for the pages of the longest context."""
         pages = max(batch.starts) // PAGE + 1
-        return _power(len(batch.sequences)), min(_power(pages), self._pages)
+        return _power(len(batch.block_tables)), min(_power(pages), self._pages)
 
     def graphs(self, pool: PagePool) -> list[tuple[int, int]]:
         """Buckets that are captured over a pool, the one used last at the end."""
