@@ -154,7 +154,7 @@ def test_the_scratch_file_leaves_nothing_behind(plain, tmp_path):
 
 def test_a_full_disk_is_said_before_the_work(plain, tmp_path, monkeypatch):
     monkeypatch.setattr("neox_lite_quant.blockwise.free_bytes", lambda path: 1000)
-    with pytest.raises(ArgumentError, match=r"of disk for a while.*--calibration-windows"):
+    with pytest.raises(ArgumentError, match=r"of disk while it runs.*--calibration-windows"):
         blockwise(plain, torch.randint(0, 131, (3, 40)), tmp_path)
 
 

@@ -283,7 +283,7 @@ def test_other_options_or_another_source_begin_anew_and_say_so(
         write_source(tmp_path / "source", initializer_range=0.2)
         source = tmp_path / "source"
     convert(source, tmp_path / "out", **options)
-    assert "another source or other options; begun anew" in caplog.text
+    assert "another source or other options; starting over" in caplog.text
     convert(source, tmp_path / "whole", **options)
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 

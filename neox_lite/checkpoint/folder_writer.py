@@ -2,7 +2,7 @@
 
 A weight file gets its name when every byte is there, synced and hashed. config.json comes last, so a folder that looks
 complete is complete. Outputs carry no times and no paths: the same input gives the same bytes.
-A writer that knows its job leaves a journal of the weight files that are whole, from which the same job goes on.
+A writer with a job writes a journal of the weight files that are whole, from which a run of the same job resumes.
 """
 
 import contextlib
@@ -88,7 +88,7 @@ class ShardWriter:
         self._claimed: dict[str, list[tuple[int, int]]] = {name: [] for name in self._specs}
         self._written: dict[str, list[tuple[int, int]]] = {name: [] for name in self._specs}
         self._lock = threading.Lock()
-        self._digest, self._settled = hashlib.sha256(), 0  # of the file's first bytes
+        self._digest, self._hashed = hashlib.sha256(), 0  # of the file's first bytes
 
     def __enter__(self) -> "ShardWriter":
         with disk_errors(self.path, self.size):
@@ -124,17 +124,17 @@ class ShardWriter:
         if rows:
             self._note(self._written, name, row, row + rows)
 
-    def settle(self, progress: Callable[[], object] = lambda: None) -> None:
-        """Hash what is whole from the file's start on, and send it to the disk, so that less is left to do at the end.
+    def hash_and_sync(self, progress: Callable[[], object] = lambda: None) -> None:
+        """Hash what is whole from the file's start on, and sync it to the disk, so that less is left to do at the end.
 
         May run beside writes; in one thread at a time. progress is called every 16 MB.
         """
         stop, buffer = self._whole_bytes(), memoryview(bytearray(CHUNK_BYTES))
         with disk_errors(self.path, self.size):
-            while self._settled < stop:
-                count = self._get(buffer[: min(CHUNK_BYTES, stop - self._settled)], self._settled)
+            while self._hashed < stop:
+                count = self._get(buffer[: min(CHUNK_BYTES, stop - self._hashed)], self._hashed)
                 self._digest.update(buffer[:count])
-                self._settled += count
+                self._hashed += count
                 progress()
             os.fsync(self._file.fileno())
 
@@ -155,7 +155,7 @@ class ShardWriter:
         try:
             if kind is None:
                 self._check_is_whole()
-                self.settle()
+                self.hash_and_sync()
         except BaseException:
             self.discard()
             raise
@@ -233,13 +233,13 @@ class FolderWriter:
     def __init__(self, folder: str | Path, source: str | Path | None = None, job: str | None = None) -> None:
         """source: the folder being read, which must be another.
 
-        job: whatever decides every byte of the weight files, as text; `keeps` then finds those that a run of the same
-        job left whole when it was ended.
+        job: a digest of everything that decides the bytes of the weight files. `is_done` then finds those that an earlier run
+        of the same job left whole.
         """
         self.folder = Path(folder)
         self.plan: list[list[Spec]] = []
         self._job = job
-        self._kept: dict[str, dict[str, Any]] = {}  # manifest entries of weight files that an earlier run left
+        self._earlier: dict[str, dict[str, Any]] = {}  # manifest entries of weight files that an earlier run left
         self._weights: dict[str, dict[str, Any]] = {}  # manifest entries of whole weight files
         self._writers: dict[str, ShardWriter] = {}
         self._small: dict[str, dict[str, Any]] = {}  # manifest entries of the small files
@@ -255,7 +255,7 @@ class FolderWriter:
     def shards(
         self, shards: Sequence[Sequence[Spec]], others: Mapping[str, int] | None = None, scratch_bytes: int = 0
     ) -> None:
-        """Say what the weight files will hold, and how many bytes other files will take, by name, and passing ones.
+        """Plan the weight files. others: bytes of other files by name. scratch_bytes: of files that will be deleted again.
 
         Raises CheckpointError on a duplicate, or if the disk is too full.
         """
@@ -281,10 +281,10 @@ class FolderWriter:
     def _bytes_of(self, names: Iterable[str]) -> int:
         return sum((self.folder / name).stat().st_size for name in names if (self.folder / name).exists())
 
-    def keeps(self, name: str) -> bool:
+    def is_done(self, name: str) -> bool:
         """Whether an earlier run of the same job left this weight file whole, so that it need not be written again."""
         self._begin()
-        entry = self._kept.pop(name, None)
+        entry = self._earlier.pop(name, None)
         if entry is not None and not compare_file(self.folder / name, entry):
             self._weights[name] = entry
         return name in self._weights
@@ -364,7 +364,7 @@ class FolderWriter:
 
     def _write_journal(self) -> None:
         if self._job is not None:
-            journal = {"format_version": FORMAT_VERSION, "job": self._job, "files": {**self._kept, **self._weights}}
+            journal = {"format_version": FORMAT_VERSION, "job": self._job, "files": {**self._earlier, **self._weights}}
             self._write_small(JOURNAL, json.dumps(journal, indent=2) + "\n")
 
     def _write_small(self, name: str, content: str | bytes) -> dict[str, Any]:
@@ -375,23 +375,23 @@ class FolderWriter:
         return manifest_entry(raw)
 
     def _read_journal(self) -> None:
-        """Take over what an earlier run of the same job left; of another job, begin anew and say so."""
+        """Resume from the weight files of an earlier run of the same job; remove those of another job, with a warning."""
         path = self.folder / JOURNAL
         if not path.exists():
             return
         try:
             journal = read_manifest(path)
-            self._kept, job = journal["files"], journal.get("job")
+            self._earlier, job = journal["files"], journal.get("job")
         except CheckpointError as error:
-            logger.warning("%s; the folder is written anew", error)
+            logger.warning("%s; the folder is written from the start", error)
             job = None
         if self._job is None or job != self._job:
             logger.warning(
-                "%s: was left unfinished by a run with another source or other options; begun anew", self.folder
+                "%s: was left unfinished by a run with another source or other options; starting over", self.folder
             )
-            for name in self._kept:
+            for name in self._earlier:
                 (self.folder / name).unlink(missing_ok=True)
-            self._kept = {}
+            self._earlier = {}
             path.unlink(missing_ok=True)
 
     def _begin(self) -> None:
@@ -403,14 +403,14 @@ class FolderWriter:
             self._is_new = not folder.exists()
             folder.mkdir(parents=True, exist_ok=True)
             present = {path.name for path in folder.iterdir()}
-            ours = present & {MANIFEST, UNFINISHED}
+            is_ours = bool(present & {MANIFEST, UNFINISHED})
             _check_is_ours(folder)
-            found = folder / MANIFEST if MANIFEST in ours else marker
+            found = folder / MANIFEST if MANIFEST in present else marker
             if found.is_symlink():
                 raise CheckpointError(
                     f"{found}: is a link, which is not written through; remove it or choose another folder"
                 )
-            file = found.open("r+b" if ours else "x+b")
+            file = found.open("r+b" if is_ours else "x+b")
             try:
                 _lock(file, found)
                 for left in partials(folder):
@@ -425,9 +425,9 @@ class FolderWriter:
         self._marker = file
         with disk_errors(folder):
             self._read_journal()
-        if ours:
+        if is_ours:
             self._stale = {name for name in present if OUR_WEIGHTS.fullmatch(name)}
-            with contextlib.suppress(CheckpointError):  # an unreadable old manifest only means fewer names to tidy up
+            with contextlib.suppress(CheckpointError):  # an unreadable old manifest only means fewer names to remove
                 self._stale |= read_manifest(marker)["files"].keys() - {MANIFEST, UNFINISHED}
 
     def _publish_manifest(self, manifest: dict[str, Any]) -> None:

@@ -32,7 +32,7 @@ def specs_of(prefix: str, format: Format, shape: tuple[int, int], dtype: torch.d
     return [Spec(f"{prefix}{key}", kind, own, format.file_shape(key, own)) for key, (kind, own) in every]
 
 
-SETTLE_BYTES = 64 << 20  # written between two calls of ShardWriter.settle
+SYNC_BYTES = 64 << 20  # written between two calls of ShardWriter.hash_and_sync
 
 Rows = Iterable[tuple[str, Tensor, int]]  # full name, rows, first row
 Slice = Callable[[], Rows]
@@ -40,9 +40,9 @@ Slice = Callable[[], Rows]
 
 @dataclass(frozen=True)
 class Part:
-    """The tensors of one module on their way into a folder: what they will be, and the values by row slices.
+    """The tensors of one module that will be written: their specs, and what computes their values by row slices.
 
-    slices: what may be read and computed at once, by several threads, in any order. rows: what follows, in this thread and
+    slices: calls that several threads may run at the same time, in any order. rows: what follows them, in the calling thread and
     in the order of the parts. written: called when all of it is in the file.
     """
 
@@ -68,12 +68,12 @@ def write_model(
 ) -> None:
     """Write a model folder, atomically and in bounded memory, whose bytes do not depend on the number of threads.
 
-    progress is told the bytes of each slice written. job: as for FolderWriter; what a run of the same job left is kept.
-    scratch_bytes: what the parts' sources take on the same disk meanwhile.
+    progress is called with the bytes of each slice written. job: as for FolderWriter; a run of the same job resumes.
+    scratch_bytes: disk space that the parts' sources use on the same disk at the same time.
     """
     order = {"weight_packed": 0, "weight_scale": 1, "weight_shape": 3}  # vector data first, so that it starts aligned
     by_name = {spec.name: part for part in parts for spec in part.specs}
-    with FolderWriter(folder, source=source, job=job) as out, Crew(threads) as crew:
+    with FolderWriter(folder, source=source, job=job) as out, WriterPool(threads) as pool:
         shards = split_into_shards([part.specs for part in parts], max_shard_bytes)
         planned = [sorted(shard, key=lambda s: order.get(s.name.rpartition(".")[2], 2)) for shard in shards]
         others = {name: len(content) for name, content in companions.items()}
@@ -82,10 +82,10 @@ def write_model(
         out.shards(planned, others, scratch_bytes)
         for i, shard in enumerate(shards):
             inside = list({id(by_name[spec.name]): by_name[spec.name] for spec in shard}.values())
-            _write_file(out, out.shard_name(i), partial(out.shard, i), inside, crew, progress)
+            _write_file(out, out.shard_name(i), partial(out.shard, i), inside, pool, progress)
         if head is not None:
             specs = head.specs
-            _write_file(out, HEAD, lambda: out.extra(HEAD, specs), [head], crew, progress)
+            _write_file(out, HEAD, lambda: out.extra(HEAD, specs), [head], pool, progress)
         for name, content in companions.items():
             out.file(name, content)
         out.finish(config.to_json_string(), **manifest)
@@ -96,73 +96,73 @@ def _write_file(
     name: str,
     opened: Callable[[], ShardWriter],
     parts: Sequence[Part],
-    crew: Crew,
+    pool: WriterPool,
     progress: Callable[[int], object],
 ) -> None:
-    if out.keeps(name):
+    if out.is_done(name):
         for part in parts:
             part.written()
             progress(sum(spec.nbytes for spec in part.specs))
         return
     with opened() as file:
-        crew.write(file, parts, progress)
+        pool.write(file, parts, progress)
 
 
-class Crew:
-    """Threads that compute the slices of parts and write them; beside them, one hashes and syncs what is whole.
+class WriterPool:
+    """Threads that compute the slices of parts and write them, and one that hashes and syncs the bytes that are whole.
 
-    Few slices are under way at a time, so memory does not grow with the model.
+    Only a few slices are computed at a time, so memory does not grow with the model.
     """
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
         self._ended = False
 
-    def __enter__(self) -> Crew:
+    def __enter__(self) -> WriterPool:
         self._workers = ThreadPoolExecutor(self.threads, "slices", torch.set_num_threads, (1,))
-        self._settler = ThreadPoolExecutor(1, "settle")
+        self._syncer = ThreadPoolExecutor(1, "sync")
         return self
 
     def __exit__(self, *exc: object) -> None:
-        """Waits for what runs, which is little, and drops the rest."""
+        """Waits for the slices that are being computed and drops the others."""
         self._ended = True
         self._workers.shutdown(cancel_futures=True)
-        self._settler.shutdown(cancel_futures=True)
+        self._syncer.shutdown(cancel_futures=True)
         torch.set_num_threads(torch.get_num_threads())  # the workers' number is torch's default for new threads
 
     def write(self, file: ShardWriter, parts: Sequence[Part], progress: Callable[[int], object]) -> None:
         """Write all of these parts; returns when every byte is in the file."""
         # In the order of the file; None stands behind a part's last slice.
         waiting: deque[tuple[Part, Future[int] | None]] = deque()
-        settled, unsettled = self._settler.submit(self._check), 0
+        syncing, unsynced = self._syncer.submit(self._check), 0
 
-        def told(count: int) -> None:
-            nonlocal settled, unsettled
+        def report(count: int) -> None:
+            nonlocal syncing, unsynced
             progress(count)
-            unsettled += count
-            if unsettled >= SETTLE_BYTES and settled.done():
-                settled.result()  # raises what went wrong there
-                settled, unsettled = self._settler.submit(file.settle, self._check), 0
+            unsynced += count
+            if unsynced >= SYNC_BYTES and syncing.done():
+                syncing.result()  # raises the errors of that thread
+                syncing, unsynced = self._syncer.submit(file.hash_and_sync, self._check), 0
 
-        def take() -> None:
+        def finish_next() -> None:
             part, slice = waiting.popleft()
             if slice is not None:
-                told(slice.result())
+                report(slice.result())
                 return
             for name, rows, first in part.rows():
                 file.write(name, rows, first)
-                told(rows.nbytes)
+                report(rows.nbytes)
             part.written()
 
         for part in parts:
             for slice in part.slices():
                 waiting.append((part, self._workers.submit(self._compute, slice, file)))
                 if len(waiting) > 2 * self.threads:
-                    take()
+                    finish_next()
             waiting.append((part, None))
         while waiting:
-            take()
-        settled.result()
+            finish_next()
+        syncing.result()
 
     def _compute(self, slice: Slice, file: ShardWriter) -> int:
         written = 0

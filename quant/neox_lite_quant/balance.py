@@ -1,9 +1,9 @@
-"""A checkpoint seen through balanced columns: the same function, easier to quantize. Needs no data; knows no format.
+"""A checkpoint with balanced columns: the same function, easier to quantize. Needs no data; knows no format.
 
-A linear layer's columns may be scaled if what feeds them is scaled back. What feeds query_key_value and dense_h_to_4h are the
-gain and bias of a norm, and what feeds attention.dense are the value rows of query_key_value. A group shares one step, so its
-columns should be alike in size, and those that meet large inputs a little larger: AWQ's trade (Lin et al. 2023,
-https://arxiv.org/abs/2306.00978), with the inputs' size known from gains and weights rather than from text.
+A linear layer's columns may be scaled if the tensors that produce its inputs are scaled back: the gain and bias of a norm for
+query_key_value and dense_h_to_4h, the value rows of query_key_value for attention.dense. A group shares one scale, so its
+columns should have similar sizes, and those with large inputs should be a little larger: the balance of AWQ (Lin et al. 2023,
+https://arxiv.org/abs/2306.00978), with the size of inputs computed from gains and weights, not measured on text.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from neox_lite.config import GPTNeoXConfig
 from neox_lite.loading.quantize import SLICE_ELEMENTS
 
 SHARE = 0.25  # column sizes become (size of the input * size of the column) ** SHARE; 0.25 measured best of 0.25 to 1
-MOST = 1e4  # largest factor on a column
+MAX_FACTOR = 1e4  # on a column
 
 
 @dataclass(frozen=True)
 class Factors:
-    """What a tensor is multiplied with: one factor a column and one a row; of a vector, one a row."""
+    """The factors of a tensor: one for each row, and one for each column of a matrix; None stands for ones."""
 
     rows: Tensor | None = None
     columns: Tensor | None = None
@@ -34,7 +34,7 @@ class Factors:
 class Balanced(Checkpoint):
     """The tensors of a checkpoint, as `rows` and `tensor` give them, balanced and float32 where a factor applies.
 
-    dtype: the one that gains will be stored in; they are rounded to it here, and the columns take up the difference.
+    dtype: of stored gains. They are rounded to it here, and the factors of the columns are those of the rounded gains.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Balanced(Checkpoint):
         return self.rows(name, 0, self.info(name).shape[0]) if name in self._block_of else super().tensor(name, sparse)
 
     def _factors_of(self, index: int) -> dict[str, Factors]:
-        """Factors of every tensor of a block that has some."""
+        """Factors of every tensor of a block that has any, by the checkpoint's name."""
         prefix = f"gpt_neox.layers.{index}."
         qkv, dense = f"{prefix}attention.query_key_value", f"{prefix}attention.dense"
         found: dict[str, Factors] = {}
@@ -113,9 +113,9 @@ class Balanced(Checkpoint):
 
 
 def _balanced(inputs: Tensor, columns: Tensor) -> Tensor:
-    """Factors on columns, of geometric mean 1; 1 where there is nothing to balance."""
+    """Factors of columns, with a geometric mean of 1; 1 where the product of size and input is 0 or not finite."""
     factor = (inputs * columns) ** SHARE / columns
     usable = torch.isfinite(factor) & (factor > 0)
     factor = torch.where(usable, factor, 1.0)
     factor /= factor[usable].log().mean().exp() if usable.any() else 1.0
-    return torch.where(usable, factor.clamp(1 / MOST, MOST), 1.0)
+    return torch.where(usable, factor.clamp(1 / MAX_FACTOR, MAX_FACTOR), 1.0)

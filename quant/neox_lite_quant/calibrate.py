@@ -17,17 +17,20 @@ from neox_lite.config import GPTNeoXConfig
 from neox_lite.errors import ArgumentError
 from neox_lite.offload.profile import free_memory
 
-CONTEXT, WINDOWS = 512, 128  # tokens a window of a file's, where the model has as many, and their default number
+CONTEXT, WINDOWS = (
+    512,
+    128,
+)  # of a file: tokens in a window, at most the model's context, and the default number of windows
 OWN_CONTEXT, OWN_WINDOWS = 128, 512  # of the model's own text: many short windows vary more than a few long ones
-SEED, MOST_WINDOWS = 0, 1 << 16
-MOST_BYTES = 64 << 20  # of a file: 128 windows are about 256 KB of English
+SEED, MAX_WINDOWS = 0, 1 << 16
+MAX_BYTES = 64 << 20  # of a file: 128 windows are about 256 KB of English
 
 Progress = Callable[[int, int], object]
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """windows (n, context) int64, and where they come from: a file's name and hash, or the model itself."""
+    """windows (n, context) int64, and their source: a file's name and hash, or the model itself."""
 
     windows: Tensor
     source: str
@@ -39,18 +42,21 @@ class Calibration:
 
 
 def shape_of(config: GPTNeoXConfig, own: bool, count: int | None) -> tuple[int, int]:
-    """Windows and tokens a window, of the model's own text or a file's. Raises ArgumentError for a count out of range."""
-    context, usual = (OWN_CONTEXT, OWN_WINDOWS) if own else (CONTEXT, WINDOWS)
-    count = usual if count is None else count
-    if not 1 <= count <= MOST_WINDOWS:
-        raise ArgumentError(f"calibration windows are {count}, expected 1 to {MOST_WINDOWS}")
+    """The number of windows and of tokens in each, of the model's own text or of a file.
+
+    Raises ArgumentError for a count out of range.
+    """
+    context, default = (OWN_CONTEXT, OWN_WINDOWS) if own else (CONTEXT, WINDOWS)
+    count = default if count is None else count
+    if not 1 <= count <= MAX_WINDOWS:
+        raise ArgumentError(f"calibration windows are {count}, expected 1 to {MAX_WINDOWS}")
     return count, min(context, config.max_position_embeddings)
 
 
 def from_file(path: Path, folder: Path, config: GPTNeoXConfig, count: int | None = None) -> Calibration:
-    """Windows at even distances over a file's texts, which follow each other with the end-of-text token between.
+    """Windows at even distances over a file's texts, which are joined with the end-of-text token.
 
-    Fewer than `count` where the file is short of them. Raises ArgumentError for a file that holds no text or not one window.
+    Fewer than `count` where the file is too short. Raises ArgumentError for a file without text or with less than one window.
     """
     count, context = shape_of(config, False, count)
     texts, sha256 = read_texts(path)
@@ -59,26 +65,28 @@ def from_file(path: Path, folder: Path, config: GPTNeoXConfig, count: int | None
     for text in texts:
         between = [] if not ids or config.eos_token_id is None else [config.eos_token_id]
         ids += between + tokenizer(text, add_special_tokens=False).input_ids
-    whole = len(ids) // context
-    if not whole:
+    available = len(ids) // context
+    if not available:
         raise ArgumentError(f"{path}: has {len(ids)} tokens, fewer than one window of {context}; give more text")
     if max(ids) >= config.vocab_size:
-        raise ArgumentError(f"{path}: gives id {max(ids)}, but the model has {config.vocab_size}: another's tokenizer")
-    windows = torch.tensor(ids[: whole * context]).view(whole, context)
-    chosen = torch.arange(min(count, whole)) * whole // min(count, whole)
+        raise ArgumentError(
+            f"{path}: gives id {max(ids)}, but the model has {config.vocab_size} ids: the tokenizer is another model's"
+        )
+    windows = torch.tensor(ids[: available * context]).view(available, context)
+    chosen = torch.arange(min(count, available)) * available // min(count, available)
     return Calibration(windows[chosen], path.name, sha256)
 
 
 def read_texts(path: Path) -> tuple[list[str], str]:
     """The texts of a UTF-8 file, and its SHA-256.
 
-    .jsonl: one a line, a string or an object with "text". .json: a list of such. Anything else is one text.
+    .jsonl: on each line a string or an object with "text". .json: a list of those. Anything else is one text.
     """
     try:
         if not path.is_file() and path.exists():
             raise ArgumentError(f"{path}: is no regular file; expected a text file")
-        if path.stat().st_size > MOST_BYTES:
-            raise ArgumentError(f"{path}: is larger than {MOST_BYTES >> 20} MiB; a sample of it is enough")
+        if path.stat().st_size > MAX_BYTES:
+            raise ArgumentError(f"{path}: is larger than {MAX_BYTES >> 20} MiB; a sample of it is enough")
         raw = path.read_bytes()
         content = raw.decode("utf-8-sig")
     except OSError as error:
@@ -124,10 +132,10 @@ def _text(entry: Any, path: Path, where: str) -> str:
 def own_text(
     folder: Path, config: GPTNeoXConfig, count: int | None = None, progress: Progress = lambda done, total: None
 ) -> Calibration:
-    """Windows that the model writes, each from a random first token, drawn at temperature 1 with a fixed seed.
+    """Windows that the model writes, each from a random first token, sampled at temperature 1 with a fixed seed.
 
-    That is the text whose distribution a quantized model should keep. Raises ArgumentError where the model does not fit into
-    free memory: it would be read from the disk once for each token.
+    The quantized model should keep the distribution of this text. Raises ArgumentError where the model does not fit into free
+    memory, because each token would read it from the disk again.
     """
     count, context = shape_of(config, True, count)
     weights = sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
@@ -144,13 +152,13 @@ def own_text(
     if (folder / "tokenizer.json").is_file():
         known[model.padding_ids] = False
     ids = torch.multinomial(known.float().expand(count, -1), 1, generator=random)
-    kept, written = None, [ids]
+    cached, written = None, [ids]
     for step in range(1, context):
-        out = model(ids, past_key_values=kept, use_cache=True)
-        kept = out.past_key_values
+        out = model(ids, past_key_values=cached, use_cache=True)
+        cached = out.past_key_values
         logits = out.logits[:, -1].float().masked_fill_(~known, float("-inf"))
         if not torch.isfinite(logits.amax(-1)).all():
-            raise ArgumentError(f"{folder}: its logits are not finite; see neox-lite verify")
+            raise ArgumentError(f"{folder}: its logits are not finite; run neox-lite verify")
         ids = torch.multinomial(logits.softmax(-1), 1, generator=random)
         written.append(ids)
         progress(step + 1, context)

@@ -1,4 +1,4 @@
-"""gptq as a conversion asks for it: what it needs, its text, and each linear layer's tensors when their turn comes."""
+"""gptq as a conversion uses it: its memory and disk, its calibration text, and the tensors of each linear layer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PROBE = 1024  # rows of a product that is timed
 
 
 class Calibrated:
-    """The linear layers of a model, quantized block by block. `prepare` before asking for rows, and ask in order."""
+    """The linear layers of a model, quantized block by block. Call `prepare` first, then `rows` in the order of the layers."""
 
     def __init__(
         self,
@@ -34,12 +34,12 @@ class Calibrated:
         path: str | os.PathLike[str] | None,
         windows: int | None,
     ) -> None:
-        """path: of the text, None for the model's own."""
+        """path: of the calibration text, None for text that the model writes."""
         self._blueprint, self._config, self._dtype = blueprint, blueprint.model.config, dtype
         self._path = None if path is None else Path(path)
         self._shape = shape_of(self._config, self._path is None, windows)
         if self._path is not None:
-            calibrate.read_texts(self._path)  # a wrong file is said before anything starts
+            calibrate.read_texts(self._path)  # raises for a wrong file before anything starts
         if self._path is None and not isinstance(blueprint.model, GPTNeoXForCausalLM):
             raise ArgumentError(
                 f"{blueprint.checkpoint.folder}: {type(blueprint.model).__name__} has no vocabulary head to write its own "
@@ -51,7 +51,7 @@ class Calibrated:
         self._begin: Callable[[], Blockwise] | None = None
 
     def predict_seconds(self) -> float:
-        """From how fast this machine multiplies; passes reach about half of that."""
+        """A forecast from a measured matrix product; passes through the model reach about half of its speed."""
         a, best = torch.rand(PROBE, PROBE), float("inf")
         for _ in range(5):
             began = time.perf_counter()
@@ -60,12 +60,12 @@ class Calibrated:
         return 2 * best / (2 * PROBE**3) * operations_of(self._config, *self._shape)
 
     def prepare(self, destination: Path, progress: Callable[[int, int], object]) -> dict[str, Any]:
-        """Check the memory, read or write the text; what the manifest says of it. The work starts with the first rows."""
+        """Check the memory and read or write the text; returns its fields for the manifest. `rows` starts the quantization."""
         free = free_memory()[1]
         if free is not None and self.memory_bytes > free:
             raise ArgumentError(
                 f"gptq takes up to {self.memory_bytes / 1e9:.1f} GB of memory for this model, {free / 1e9:.1f} GB are free; "
-                "try --method balance, which takes little"
+                "try --method balance, which needs little"
             )
         folder, (count, context) = self._blueprint.checkpoint.folder, self._shape
         steps = steps_of(self._config, count, context)

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -38,7 +38,8 @@ from .estimate import check_memory, predict_seconds
 from .mixed import Mix, mix_for, smallest, stored_bytes
 from .streaming import Stream
 
-HERE = ("balance", "gptq")  # methods that change or look at more than one weight, of int4 and int8
+# Methods of int4 and int8 that look at several weights at once, so that they need the whole checkpoint.
+CALIBRATED_METHODS = ("balance", "gptq")
 SHARD_BYTES = 1_000_000_000  # of a weight file: what a run that is ended has to do again at most
 Progress = Callable[[int, int], None]  # bytes written so far, bytes in all; of gptq, steps
 
@@ -47,7 +48,7 @@ Progress = Callable[[int, int], None]  # bytes written so far, bytes in all; of 
 class Report:
     """What a conversion did: sizes of all weights in bytes, wall time, peak memory beyond page cache; dry, a forecast.
 
-    scratch_bytes: what gptq takes of the disk for a while, else 0. mix: how many linear layers have each format.
+    scratch_bytes: disk space that gptq uses while it runs, else 0. mix: how many linear layers have each format.
     bits_per_weight: of those, scales included.
     """
 
@@ -80,18 +81,22 @@ def convert(
 ) -> Report:
     """Quantize every linear layer of a checkpoint; embedding, head and norms stay as they are, float32 becomes float16.
 
-    What a run that was ended left in the destination is kept where source and options are the same. threads: that compute,
-    None for torch's number; the result does not depend on it. Weight files of a hub id that its cache lacks are fetched beside
-    the destination, one after another, and deleted when they have been read; keep_source: fetched into the cache, and kept,
-    as "balance", "gptq" and target_size always do. calibration: a text file for "gptq", None for text that the model writes
-    itself. target_size: most bytes that the folder may take; each linear layer gets int4 or int8 groups so that the loss is
-    least, in place of format and group_size. choosing: is told (layers looked at, layers) meanwhile. small_head: an int8
-    head beside the 16-bit one.
+    A run with the same source and options resumes from the whole weight files that an ended run left in the destination.
+    threads: that compute, None for torch's number; the result does not depend on it.
+    keep_source: weight files of a hub id are fetched into the hub's cache and stay there, as "balance", "gptq" and target_size
+    always require. Otherwise those that the cache lacks are fetched beside the destination, one after another, and deleted
+    after use.
+    calibration: a text file for "gptq", None for text that the model writes itself.
+    target_size: bytes that the folder may take at most. Each linear layer then gets int4 or int8 groups so that the loss is
+    least, in place of format and group_size; choosing is called with (layers that were looked at, layers).
+    small_head: write an int8 head in addition to the 16-bit one.
     Raises FormatError for a shape or value that the format cannot hold, CheckpointError for a source that is not whole.
     """
     began = time.perf_counter()
     threads = torch.get_num_threads() if threads is None else threads
-    needed_memory = check_memory(threads)
+
+    # 1. Check the memory and the options before anything is opened or fetched.
+    memory_bytes = check_memory(threads)
     uniform = make_format(format, group_size)
     method = _method(uniform, method)
     if target_size is not None and (uniform.name != "int4" or group_size is not None):
@@ -101,14 +106,13 @@ def convert(
     if method != "gptq" and (calibration is not None or calibration_windows is not None):
         raise ArgumentError(f"calibration is for method 'gptq', but the method is {method!r}")
     destination = Path(destination)
-    keep_source = keep_source or ((method in HERE or target_size is not None) and not dry_run)
+    keep_source = keep_source or ((method in CALIBRATED_METHODS or target_size is not None) and not dry_run)
+
     with _opened(os.fspath(source), revision, destination, keep_source) as (checkpoint, stream):
-        folder = checkpoint.folder
-        check_destination(destination, folder)  # before minutes or hours of what comes first
-        config = GPTNeoXConfig.from_pretrained(folder)
-        if config.quantization_config is not None:
-            raise FormatError(f"{folder}: is quantized already; give the checkpoint that it was made from")
-        config, dtype = _target_config(config, checkpoint)
+        check_destination(destination, checkpoint.folder)
+
+        # 2. Choose the dtype, and a format for each linear layer.
+        config, dtype = _target_config(checkpoint)
         target: Format | Mix = uniform
         if target_size is not None:
             if stream is not None:
@@ -116,55 +120,79 @@ def convert(
                     f"{source}: a mix is chosen by its weights, which are not here yet; add --keep-source"
                 )
             target = _mix(config, checkpoint, dtype, method, small_head, target_size, choosing)
+
+        # 3. Plan every tensor of the folder; nothing is computed yet.
         blueprint = _blueprint(config, checkpoint, target, dtype, method, stream)
-        calibrated = None
-        if method == "gptq":
-            calibrated = Calibrated(blueprint, dtype, calibration, calibration_windows)
-        scratch = calibrated.scratch_bytes if calibrated is not None else 0
-        parts = [
-            part
-            for name, module in blueprint.model.named_modules()
-            if (part := _part(blueprint, name, module, dtype, method, stream, calibrated))
-        ]
+        calibrated = Calibrated(blueprint, dtype, calibration, calibration_windows) if method == "gptq" else None
+        modules = blueprint.model.named_modules()
+        parts = [part for name, m in modules if (part := _part(blueprint, name, m, dtype, method, stream, calibrated))]
         head = _head(blueprint, dtype, stream) if small_head else None
-        total = sum(spec.nbytes for part in [*parts, *([head] if head else [])] for spec in part.specs)
-        meter = _Meter(progress if calibrated is None else None, total)
-        linears = [m for m in blueprint.model.modules() if _is_encoded(m, blueprint)]
-        mix = Counter(label(m.format, "") for m in linears)
-        weights = sum(math.prod(m.shape) for m in linears)
-        bits = sum(math.prod(m.shape) * m.format.bits_per_weight(dtype) for m in linears) / weights
-        options = {"method": method, "format": format, "group_size": getattr(target, "group_size", None)}
+        report = _planned(destination, blueprint, dtype, [*parts, *([head] if head is not None else [])])
+
+        # 4. A dry run ends here, with a forecast.
+        if dry_run and calibrated is not None:
+            return replace(
+                report,
+                seconds=calibrated.predict_seconds(),
+                peak_bytes=calibrated.memory_bytes,
+                scratch_bytes=calibrated.scratch_bytes,
+            )
+        if dry_run:
+            file = max(checkpoint.files, key=lambda path: path.stat().st_size) if stream is None else None
+            weights, rounding = _weights(blueprint), _rounding(method)
+            seconds = predict_seconds(weights, report.bytes_in, report.bytes_out, threads, uniform, rounding, file)
+            return replace(report, seconds=seconds, peak_bytes=memory_bytes)
+
+        # 5. Let gptq read or write its text, and write the folder.
+        meter = Meter(progress if calibrated is None else None, report.bytes_out)
+        options: dict[str, Any] = {
+            "method": method,
+            "format": format,
+            "group_size": getattr(target, "group_size", None),
+        }
         if target_size is not None:
             options |= {"format": "mixed", "target_size": target_size}
-        sums: dict[str, int] = {}
-        if dry_run:
-            if calibrated is not None:
-                seconds, needed_memory = calibrated.predict_seconds(), calibrated.memory_bytes
-            else:
-                file = max(checkpoint.files, key=lambda path: path.stat().st_size) if stream is None else None
-                seconds = predict_seconds(weights, checkpoint.total_bytes, total, threads, uniform, _way(method), file)
-            return Report(destination, checkpoint.total_bytes, total, seconds, needed_memory, scratch, mix, bits)
+        decisive: dict[str, Any] = {}
         if calibrated is not None:
-            sums = {"threads": torch.get_num_threads()}  # by which they differ in their last bits
-            options |= calibrated.prepare(destination, partial(_stepped, meter, progress))
+            decisive = {"threads": torch.get_num_threads()}  # gptq's sums depend on it in their last bits
+            report = replace(report, scratch_bytes=calibrated.scratch_bytes)
+            options |= calibrated.prepare(destination, partial(_report_steps, meter, progress))
         write_model(
             destination,
             config,
             parts,
-            read_companions(folder),
+            read_companions(checkpoint.folder),
             head,
             max_shard_bytes=SHARD_BYTES,
-            source=folder,
+            source=checkpoint.folder,
             progress=meter,
             threads=threads,
-            job=_job(checkpoint, stream, config, parts, options | sums),
-            scratch_bytes=stream.scratch_bytes if stream is not None else scratch,
+            job=_job(checkpoint, stream, config, parts, options | decisive),
+            scratch_bytes=stream.scratch_bytes if stream is not None else report.scratch_bytes,
             **options,
             source_name=Path(os.fspath(source)).name if Path(source).is_dir() else os.fspath(source),
             source_revision=revision,
         )
-        seconds = time.perf_counter() - began
-        return Report(destination, checkpoint.total_bytes, total, seconds, meter.peak_bytes, scratch, mix, bits)
+        return replace(report, seconds=time.perf_counter() - began, peak_bytes=meter.peak_bytes)
+
+
+def _planned(destination: Path, blueprint: Blueprint, dtype: torch.dtype, parts: Sequence[Part]) -> Report:
+    """What is known before anything is computed; seconds and peak_bytes are 0."""
+    linears = _encoded(blueprint)
+    bits = sum(math.prod(m.shape) * m.format.bits_per_weight(dtype) for m in linears) / _weights(blueprint)
+    bytes_out = sum(spec.nbytes for part in parts for spec in part.specs)
+    mix = Counter(label(m.format, "") for m in linears)
+    return Report(destination, blueprint.checkpoint.total_bytes, bytes_out, 0.0, 0, mix=mix, bits_per_weight=bits)
+
+
+def _encoded(blueprint: Blueprint) -> list[Linear]:
+    """The linear layers that get a quantized format."""
+    return [module for module in blueprint.model.modules() if _is_encoded(module, blueprint)]
+
+
+def _weights(blueprint: Blueprint) -> int:
+    """Numbers in all of them."""
+    return sum(math.prod(module.shape) for module in _encoded(blueprint))
 
 
 def _blueprint(
@@ -180,7 +208,7 @@ def _blueprint(
         raise ArgumentError(
             f"{checkpoint.folder}: has no {', '.join(blueprint.fresh)}; save the whole model before quantizing it"
         )
-    if method in HERE and stream is None:
+    if method in CALIBRATED_METHODS and stream is None:
         blueprint.checkpoint = Balanced(checkpoint, config, blueprint.stored, dtype)
     return blueprint
 
@@ -195,18 +223,19 @@ def _mix(
     choosing: Progress | None,
 ) -> Mix:
     """Formats by layer for a folder that takes at most target_bytes, all of its files counted."""
-    least = smallest(config)
-    blueprint = _blueprint(config, checkpoint, least, dtype, method)
+    smallest_mix = smallest(config)
+    blueprint = _blueprint(config, checkpoint, smallest_mix, dtype, method)
     modules = blueprint.model.named_modules()
-    parts = [part for name, m in modules if (part := _part(blueprint, name, m, dtype, _way(method), None, None))]
+    parts = [part for name, m in modules if (part := _part(blueprint, name, m, dtype, _rounding(method), None, None))]
     head = _head(blueprint, dtype, None) if small_head else None
     specs = [spec for part in [*parts, *([head] if head is not None else [])] for spec in part.specs]
-    beside = sum(map(len, read_companions(checkpoint.folder).values())) + _bookkeeping(specs, config, target_bytes)
-    other = sum(spec.nbytes for spec in specs) - stored_bytes(least, config, dtype) + beside
-    return mix_for(blueprint, dtype, "rtn" if method == "rtn" else "mse", target_bytes, other, choosing)
+    other_bytes = sum(spec.nbytes for spec in specs) - stored_bytes(smallest_mix, config, dtype)
+    other_bytes += sum(map(len, read_companions(checkpoint.folder).values()))
+    other_bytes += _metadata_bytes(specs, config, target_bytes)
+    return mix_for(blueprint, dtype, "rtn" if method == "rtn" else "mse", target_bytes, other_bytes, choosing)
 
 
-def _bookkeeping(specs: Sequence[Spec], config: GPTNeoXConfig, target_bytes: int) -> int:
+def _metadata_bytes(specs: Sequence[Spec], config: GPTNeoXConfig, target_bytes: int) -> int:
     """Bytes of headers, index, manifest and config.json, or a little more."""
     names, files = sum(len(spec.name) for spec in specs), target_bytes // SHARD_BYTES + 3
     index = names + 50 * len(specs) if target_bytes > SHARD_BYTES else 0
@@ -215,7 +244,7 @@ def _bookkeeping(specs: Sequence[Spec], config: GPTNeoXConfig, target_bytes: int
 
 
 def _method(target: Format, method: str | None) -> str:
-    known = target.methods + (HERE if isinstance(target, GroupInt) else ())
+    known = target.methods + (CALIBRATED_METHODS if isinstance(target, GroupInt) else ())
     if method is None:
         return known[0]
     if method not in known:
@@ -223,12 +252,12 @@ def _method(target: Format, method: str | None) -> str:
     return method
 
 
-def _way(method: str) -> str:
-    """How a format encodes rows for a method."""
+def _rounding(method: str) -> str:
+    """The format's own method that rounds rows for a method of `convert`."""
     return "mse" if method == "balance" else method
 
 
-def _stepped(meter: _Meter, progress: Progress | None, done: int, total: int) -> None:
+def _report_steps(meter: Meter, progress: Progress | None, done: int, total: int) -> None:
     meter(0)
     if progress is not None:
         progress(done, total)
@@ -238,7 +267,7 @@ def _stepped(meter: _Meter, progress: Progress | None, done: int, total: int) ->
 def _opened(
     source: str, revision: str | None, destination: Path, keep_source: bool
 ) -> Iterator[tuple[Checkpoint, Stream | None]]:
-    """The checkpoint, and what fetches its files one after another, if they come so."""
+    """The checkpoint, and the stream that fetches its files one after another; None where they are on the disk."""
     remote = None
     if local_folder(source, revision) is None and not keep_source:
         remote = remote_checkpoint(source, revision)
@@ -257,7 +286,7 @@ def _job(
     parts: Sequence[Part],
     options: Mapping[str, Any],
 ) -> str:
-    """All that decides the bytes of the weight files, so that only a run of the same job goes on from what is there."""
+    """A digest of everything that decides the bytes of the weight files; only a run with the same one resumes."""
     if stream is not None:
         files: Any = (stream.remote.repo_id, stream.remote.commit)
     else:
@@ -267,8 +296,11 @@ def _job(
     return hashlib.sha256(decisive.encode()).hexdigest()
 
 
-def _target_config(config: GPTNeoXConfig, checkpoint: Checkpoint) -> tuple[GPTNeoXConfig, torch.dtype]:
+def _target_config(checkpoint: Checkpoint) -> tuple[GPTNeoXConfig, torch.dtype]:
     """The folder's config and dtype: the checkpoint's own 16-bit dtype, else float16."""
+    config = GPTNeoXConfig.from_pretrained(checkpoint.folder)
+    if config.quantization_config is not None:
+        raise FormatError(f"{checkpoint.folder}: is quantized already; give the checkpoint that it was made from")
     stored = {checkpoint.info(name).dtype for name in checkpoint.names()}
     named = DTYPES.get(config.dtype or "")
     dtype = named if named in (torch.float16, torch.bfloat16) else torch.float16
@@ -299,7 +331,7 @@ def _part(
         if calibrated is not None:
             return Part(specs, partial(calibrated.rows, name))
         stored = blueprint.stored(f"{dot}weight")
-        encoding = Encoding(blueprint.checkpoint, stored, module.format, dtype, _way(method))
+        encoding = Encoding(blueprint.checkpoint, stored, module.format, dtype, _rounding(method))
     if not specs:
         return None
 
@@ -319,7 +351,7 @@ def _is_encoded(module: torch.nn.Module, blueprint: Blueprint) -> TypeGuard[Line
 
 
 def _expected(stream: Stream | None, tensors: list[str]) -> Callable[[], object]:
-    """Tell the stream that these will be used, and give what tells it that they have been."""
+    """Announce to the stream that these tensors will be used; returns the call that announces that they were."""
     if stream is None:
         return tuple
     stream.expect(tensors)
@@ -360,7 +392,7 @@ def _cast_rows(rows: Tensor, stored: str, name: str, start: int, dtype: torch.dt
 
 
 def _head(blueprint: Blueprint, dtype: torch.dtype, stream: Stream | None) -> Part | None:
-    """The int8 head that goes beside the shared one, for GPUs that are short of memory; None where there is no such head."""
+    """The int8 copy of the head, for GPUs that are short of memory; None for a model without a head or with odd rows."""
     module: Any = getattr(blueprint.model, "embed_out", None)
     size = next((g for g in reversed(GROUP_SIZES) if module is not None and module.in_features % g == 0), None)
     if size is None:
@@ -373,8 +405,8 @@ def _head(blueprint: Blueprint, dtype: torch.dtype, stream: Stream | None) -> Pa
     return Part(specs, rest, slices, _expected(stream, [stored]))
 
 
-class _Meter:
-    """Adds up the bytes written, and remembers the most memory that this process held beyond mapped files."""
+class Meter:
+    """Counts the bytes written, and measures the peak memory of this process beyond mapped files."""
 
     def __init__(self, progress: Progress | None, total: int) -> None:
         self.progress, self.total, self.done, self.peak_bytes = progress, total, 0, private_bytes()

@@ -27,7 +27,7 @@ from neox_lite.loading.skeleton import Blueprint
 from neox_lite.modeling.heads import class_of
 from neox_lite.modeling.pretrained import GPTNeoXForCausalLM
 
-from .convert import Progress, Report, _Meter
+from .convert import Meter, Progress, Report
 from .gguf_file import F16, F32, Q4_0, Q8_0, GgufTensor, Value, write_gguf
 from .gguf_tensors import Spans, blocks, by_part, gguf_name, kind_of
 from .gguf_tokenizer import tokenizer_metadata
@@ -203,6 +203,6 @@ def export_gguf(
         name = Path(os.fspath(source)).resolve().name if Path(source).is_dir() else os.fspath(source)
         metadata = _model_metadata(config, name, max(set(kinds), key=kinds.count))
         metadata |= tokenizer_metadata(folder, config.vocab_size)
-        meter = _Meter(progress, sum(tensor.nbytes for tensor in tensors))
+        meter = Meter(progress, sum(tensor.nbytes for tensor in tensors))
         size = write_gguf(destination, metadata, tensors, meter)
         return Report(destination, checkpoint.total_bytes, size, time.perf_counter() - began, meter.peak_bytes)

@@ -33,7 +33,7 @@ from neox_lite.loading.skeleton import Blueprint
 from neox_lite.modeling.pretrained import GPTNeoXForCausalLM
 from neox_lite.units import dtype_name
 
-from .convert import Progress, Report, _Meter
+from .convert import Meter, Progress, Report
 from .gguf_file import BF16, F32, Q8_0, GgufFile
 from .gguf_tensors import GROUPS, PLAIN, from_blocks, own_name, places
 from .gguf_tokenizer import tokenizer_files
@@ -77,7 +77,7 @@ def import_gguf(
     _tell_what_is_rounded(weights, chosen, path)
     parts = _parts(blueprint, chosen)
     head = _small_head(file, named, config, chosen)
-    meter = _Meter(progress, sum(spec.nbytes for part in [*parts, *([head] if head else [])] for spec in part.specs))
+    meter = Meter(progress, sum(spec.nbytes for part in [*parts, *([head] if head else [])] for spec in part.specs))
     companions = tokenizer_files(file.metadata, config.vocab_size, str(path))
     write_model(destination, config, parts, companions, head, progress=meter, method="gguf", source_name=path.name)
     bytes_in = sum(tensor.nbytes for tensor in file.tensors.values())

@@ -1,9 +1,10 @@
 """One linear layer and its inputs' moments -> codes and scales of least error in its outputs. Knows no model and no file.
 
 The codes are GPTQ's (Frantar et al. 2022, https://arxiv.org/abs/2210.17323), found as Babai's nearest plane (Chen et al. 2025,
-https://arxiv.org/abs/2507.18553): with H = R^T R, columns from the last to the first, each rounded after it has taken up the
-errors of those already done. That is GPTQ's recursion without the inverse of H. Then sweeps of coordinate descent over codes,
-and over scales by least squares, with the whole of H. Groups are of neighbouring columns, whatever the order of the work.
+https://arxiv.org/abs/2507.18553): with H = R^T R, columns are rounded from the last to the first, each after it has taken up
+the errors of the columns already rounded. That is GPTQ's recursion without the inverse of H. Sweeps of coordinate descent over
+codes follow, and over scales by least squares, with the whole of H. A group is a run of neighbouring columns, in whatever order
+they are rounded.
 """
 
 from __future__ import annotations
@@ -19,20 +20,22 @@ from neox_lite.formats import GroupInt, pack
 from neox_lite.units import dtype_name
 
 DAMPING = 0.03  # added to H's diagonal, as a share of it: relative, so that the scale of a channel does not matter
-ROUNDING = 1e-5  # of float32 sums, with room to spare
+ROUNDING = 1e-5  # a generous bound of the relative rounding errors of float32 sums
 SWEEPS = 3  # of coordinate descent
 BLOCK = 128  # columns between two products with the rest of H
-PULL = 0.5  # share of earlier layers' errors that the weight makes up for; all of it would fit the calibration text too well
+COMPENSATION = (
+    0.5  # share of earlier layers' errors that the weight compensates; all of it would overfit the calibration text
+)
 CANDIDATES = 25  # sizes of a scale that are tried, with both signs
-ROWS = 256  # solved together, in one thread: enough for vectors, few enough for the caches
+ROWS = 256  # solved together in one thread: enough for vector instructions, few enough for the caches
 
 
 @dataclass
 class Moments:
-    """Sums over tokens of what a layer's inputs x (tokens, in) are, and of what its outputs should be more than they are.
+    """Sums over tokens of a layer's inputs x (tokens, in) and of the corrections d (tokens, out) that its outputs need.
 
-    second (in, in): x^T x. first (in,): x. shift (out, in): d^T x, and shift_first (out,): d, for d (tokens, out) the outputs
-    of the original model less those of the original layer fed with x.
+    d: the outputs of the original model less those of the original layer with the inputs x.
+    second (in, in): x^T x. first (in,): x. shift (out, in): d^T x. shift_first (out,): d.
     """
 
     second: Tensor
@@ -59,9 +62,10 @@ def quantize(
 ) -> dict[str, Tensor]:
     """weight (out, in), bias (out,) -> weight_packed, weight_scale and, where there is one, the bias, in `dtype`.
 
-    A bias takes up the mean error of the outputs, so that codes and scales answer for the rest alone. `moments` is used up.
+    A bias corrects the mean error of the outputs, so that codes and scales need only fit the rest. Overwrites `moments`.
     Raises FormatError for values that are not finite and scales that overflow `dtype`.
     """
+    # 1. Means over tokens; where there is a bias, central moments.
     _check({"weight holds": weight, "inputs hold": moments.second, "outputs hold": moments.shift})
     sizes = moments.second.diagonal() / moments.count
     second, shift = moments.second.div_(moments.count), moments.shift.div_(moments.count)
@@ -69,10 +73,12 @@ def quantize(
     if bias is not None:
         second.addr_(first, first, alpha=-1)
         shift.addr_(shift_first, first, alpha=-1)
+    # 2. The weight that also compensates earlier layers' errors, and its codes and scales.
     damp(second, sizes)
-    target = weight + PULL * torch.cholesky_solve(shift.T, _factored(second, sizes)).T
+    target = weight + COMPENSATION * torch.cholesky_solve(shift.T, _factored(second, sizes)).T
     codes, scales = _solve(target, second, format, dtype)
     result = {"weight_packed": pack(codes, format.bits), "weight_scale": scales}
+    # 3. The bias that removes the mean error.
     if bias is not None:
         corrected = bias + shift_first + (weight - decoded(codes, scales)) @ first
         result["bias"] = corrected.to(dtype)
@@ -88,7 +94,7 @@ def _check(tensors: dict[str, Tensor]) -> None:
 
 
 def _solve(target: Tensor, second: Tensor, format: GroupInt, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Codes and scales of all rows, some at a time in each thread: rows know nothing of each other."""
+    """Codes and scales of all rows, which are independent of each other: each thread solves some rows at a time."""
     plane = Plane.of(second)
 
     def rows(part: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,21 +103,21 @@ def _solve(target: Tensor, second: Tensor, format: GroupInt, dtype: torch.dtype)
         return descend(part, second, codes, scales, format, dtype)
 
     threads = torch.get_num_threads()
-    with ThreadPoolExecutor(threads, "gptq", torch.set_num_threads, (1,)) as crew:
-        found = list(crew.map(rows, target.split(ROWS)))
+    with ThreadPoolExecutor(threads, "gptq", torch.set_num_threads, (1,)) as workers:
+        found = list(workers.map(rows, target.split(ROWS)))
     torch.set_num_threads(threads)  # the workers' number is torch's default for new threads
     return torch.cat([codes for codes, _ in found]), torch.cat([scales for _, scales in found])
 
 
 def decoded(codes: Tensor, scales: Tensor) -> Tensor:
-    """codes (out, in) and scales (out, groups) -> the weight that they stand for, float32."""
+    """codes (out, in) and scales (out, groups) -> the weight (out, in) float32."""
     return (codes.view(*scales.shape, -1).float() * scales.float().unsqueeze(-1)).flatten(1)
 
 
 def damp(second: Tensor, sizes: Tensor | None = None, share: float = DAMPING) -> None:
-    """Raise the diagonal in place; a channel that is never used gets a little, so that its weights are simply rounded.
+    """Raise the diagonal in place; that of an unused channel becomes positive, so that its weights are simply rounded.
 
-    sizes (in,): the diagonal before the means were taken out, which left its rounding errors.
+    sizes (in,): the diagonal before the means were subtracted; its rounding errors are still in `second`.
     """
     diagonal = second.diagonal()
     sizes = diagonal.clone() if sizes is None else sizes
@@ -120,14 +126,14 @@ def damp(second: Tensor, sizes: Tensor | None = None, share: float = DAMPING) ->
 
 
 def _factored(second: Tensor, sizes: Tensor) -> Tensor:
-    """The Cholesky factor; where rounding errors leave none, as of inputs all but constant, the diagonal is raised in place."""
+    """The Cholesky factor. Where rounding errors leave none, as with almost constant inputs, the diagonal is raised in place."""
     factor, failed = torch.linalg.cholesky_ex(second)
     share = ROUNDING
     while failed and share < 1:
         share *= 10
         second.diagonal().add_(sizes * share)
         factor, failed = torch.linalg.cholesky_ex(second)
-        second.diagonal().add_(sizes * share)  # room for another order of the columns, which rounds in another way
+        second.diagonal().add_(sizes * share)  # another order of the columns has other rounding errors
     if failed:
         raise FormatError("the inputs' second moments have no Cholesky factor; try --method balance")
     return factor
@@ -140,21 +146,21 @@ def search_scales(weight: Tensor, importance: Tensor, format: GroupInt, dtype: t
 
 
 def _search(groups: Tensor, importance: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
-    """groups (n, groups, size). For codes q the best scale is <w, q> / <q, q>, and <w, q>^2 / <q, q> what it gains."""
+    """groups (n, groups, size). For codes q the best scale is <w, q> / <q, q>, and its gain is <w, q>^2 / <q, q>."""
     low, high = (0.6, 1.2) if bits == 4 else (0.94, 1.01)
     peak = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)) / -(1 << (bits - 1))
-    best, most = peak.clone(), torch.full_like(peak, -1.0)
+    best, best_gain = peak.clone(), torch.full_like(peak, -1.0)
     weighted = groups * importance
     for size in torch.linspace(low, high, CANDIDATES).tolist():
         for factor in (size, -size):
             q = _codes(groups, peak * factor, bits)
             dot, square = (weighted * q).sum(-1, keepdim=True), (importance * q * q).sum(-1, keepdim=True)
             gain = torch.nan_to_num(dot * dot / square)
-            best = torch.where(gain > most, torch.nan_to_num(dot / square), best)
-            most = torch.maximum(gain, most)
-    choices = [_stored(peak, dtype), _stored(best, dtype)]
-    errors = [(importance * (groups - _codes(groups, s.float(), bits) * s.float()) ** 2).sum(-1) for s in choices]
-    return torch.where(errors[0] < errors[1], choices[0].squeeze(-1), choices[1].squeeze(-1))
+            best = torch.where(gain > best_gain, torch.nan_to_num(dot / square), best)
+            best_gain = torch.maximum(gain, best_gain)
+    scales = [_stored(peak, dtype), _stored(best, dtype)]
+    errors = [(importance * (groups - _codes(groups, s.float(), bits) * s.float()) ** 2).sum(-1) for s in scales]
+    return torch.where(errors[0] < errors[1], scales[0].squeeze(-1), scales[1].squeeze(-1))
 
 
 def _codes(values: Tensor, scale: Tensor, bits: int) -> Tensor:
@@ -163,7 +169,7 @@ def _codes(values: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 
 def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """As it will be read back; 1 for a group of zeros."""
+    """The scale as it is stored; 1 for a group of zeros."""
     stored = scale.to(dtype)
     if torch.isinf(stored).any():
         raise FormatError(f"a scale of {scale.abs().max().item():.3g} overflows {dtype_name(dtype)}")
@@ -172,14 +178,14 @@ def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True)
 class Plane:
-    """H = R^T R with columns in the reverse of the order of the work; rows of R divided by their diagonal element."""
+    """H = R^T R with columns in the reverse of the order of rounding; rows of R are divided by their diagonal element."""
 
     order: Tensor
     factor: Tensor
 
     @classmethod
     def of(cls, second: Tensor, ordered: bool = True) -> Plane:
-        """ordered: important columns are done first, else from the first to the last."""
+        """ordered: important columns are rounded first; else from the first to the last."""
         columns = len(second)
         order = second.diagonal().argsort() if ordered else torch.arange(columns - 1, -1, -1)
         factor = torch.linalg.cholesky(second[order][:, order], upper=True)
@@ -191,7 +197,7 @@ def nearest_plane(weight: Tensor, plane: Plane, scales: Tensor, format: GroupInt
     """GPTQ's codes (out, in) int8 for given scales: the last column of the factorization is rounded first."""
     order, factor, columns = plane.order, plane.factor, weight.shape[1]
     group_of = (order // format.group_size).tolist()
-    targets, steps = weight.T[order], scales.float().T.contiguous()  # (in, out), (groups, out): columns become rows
+    targets, steps = weight.T[order], scales.float().T.contiguous()  # (in, out), (groups, out): columns are rows here
     errors = torch.zeros_like(targets)
     codes = torch.empty(weight.T.shape, dtype=torch.int8)
     for last in range(columns, 0, -block):
@@ -221,40 +227,40 @@ def descend(
     steps = scales.float().T.contiguous()  # (groups, out)
     errors = target - values * steps.repeat_interleave(size, 0)
     for _ in range(sweeps):
-        pulls = second @ errors  # (in, out): half the gradient of the error by each weight
+        gradients = second @ errors  # (in, out): half the gradient of the error by each weight
         for group in range(len(steps)):
             own = slice(group * size, (group + 1) * size)
             before = errors[own].clone()
             _descend_group(
-                target[own], second[own, own], values[own], steps[group], errors[own], pulls[own], format.bits
+                target[own], second[own, own], values[own], steps[group], errors[own], gradients[own], format.bits
             )
-            _refit(target[own], second[own, own], values[own], steps[group], errors[own], pulls[own], dtype)
-            rest = slice((group + 1) * size, None)  # the products of columns that come later in this sweep
-            pulls[rest].addmm_(second[rest, own], errors[own] - before)
+            _refit(target[own], second[own, own], values[own], steps[group], errors[own], gradients[own], dtype)
+            rest = slice((group + 1) * size, None)  # columns that come later in this sweep
+            gradients[rest].addmm_(second[rest, own], errors[own] - before)
     return values.T.to(torch.int8).contiguous(), steps.T.to(dtype).contiguous()
 
 
 def _descend_group(
-    target: Tensor, second: Tensor, values: Tensor, step: Tensor, errors: Tensor, pulls: Tensor, bits: int
+    target: Tensor, second: Tensor, values: Tensor, step: Tensor, errors: Tensor, gradients: Tensor, bits: int
 ) -> None:
-    """Each column of a group in turn takes its best code, the others given. All in place, columns as rows."""
+    """Give each column of a group in turn its best code, with the others fixed. In place; columns are rows here."""
     for j in range(len(values)):
-        code = _codes(target[j] - errors[j] + pulls[j] / second[j, j], step, bits)
+        code = _codes(target[j] - errors[j] + gradients[j] / second[j, j], step, bits)
         change = (values[j] - code) * step
         values[j] = code
         errors[j] += change
-        pulls.addr_(second[j], change)
+        gradients.addr_(second[j], change)
 
 
 def _refit(
-    target: Tensor, second: Tensor, values: Tensor, step: Tensor, errors: Tensor, pulls: Tensor, dtype: torch.dtype
+    target: Tensor, second: Tensor, values: Tensor, step: Tensor, errors: Tensor, gradients: Tensor, dtype: torch.dtype
 ) -> None:
-    """A group's scale by least squares, taken as stored and only where that is better. In place."""
-    square, dot = (values * (second @ values)).sum(0), (values * pulls).sum(0)
+    """Set a group's scale by least squares, rounded as it is stored, where that is better. In place."""
+    square, dot = (values * (second @ values)).sum(0), (values * gradients).sum(0)
     stored = (step + torch.nan_to_num(dot / square)).to(dtype).float()
     change = stored - step
     better = torch.isfinite(stored) & (stored != 0) & (change * change * square < 2 * change * dot)
     step.copy_(torch.where(better, stored, step))
-    fresh = target - values * step
-    pulls.addmm_(second, fresh - errors)
-    errors.copy_(fresh)
+    new_errors = target - values * step
+    gradients.addmm_(second, new_errors - errors)
+    errors.copy_(new_errors)
