@@ -1,7 +1,7 @@
 """Files of a hub repository -> a local folder. It knows file names only: never what is in a weight file or a config.
 
 The transport, the cache, its progress bars and its environment (HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_OFFLINE) are
-huggingface_hub's own. Everything is fetched at one commit, so files of two revisions never mix.
+huggingface_hub's. Everything is fetched at one commit, so files of two revisions never mix.
 """
 
 import errno
@@ -21,7 +21,7 @@ from .files import parse_json, write_atomically
 
 logger = logging.getLogger("neox_lite")
 
-# The files of a model folder beside its weights, and the small head that stands outside of the index.
+# The small files of a model folder, and the int8 head, which is not in the index.
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     "chat_template.jinja",
@@ -46,10 +46,10 @@ _announced: set[tuple[str, str]] = set()
 
 @dataclass(frozen=True)
 class Access:
-    """How a call asks the hub where that is not as the environment says.
+    """A call's settings for the hub, in place of the environment's.
 
-    cache_dir: in place of the hub cache. token: in place of HF_TOKEN and what was logged in with; False for none.
-    local_files_only: the hub is not asked.
+    cache_dir: in place of the hub cache. token: in place of HF_TOKEN and the login; False for none.
+    local_files_only: only the cache is used.
     """
 
     cache_dir: Path | None = None
@@ -77,9 +77,11 @@ class Access:
         return self.cache_dir or Path(constants.HF_HUB_CACHE).expanduser()
 
     def check(self, repo_id: str) -> None:
-        """Raise what stands for a hub that is away, where it is not to be asked."""
+        """Raises the error of an unreachable hub if only the cache may be used."""
         if self.local_files_only:
-            raise _UnreachableError(f"{repo_id}: local_files_only is set, so {_endpoint()} is not asked; leave it out")
+            raise _UnreachableError(
+                f"{repo_id}: local_files_only is set, so {_endpoint()} is not contacted; leave it out"
+            )
 
 
 USUAL = Access()
@@ -110,14 +112,14 @@ def _is_adapter(listed: Collection[str]) -> bool:
 
 
 def no_model(where: str | Path) -> str:
-    """What to say where an adapter stands in a model's place."""
+    """The message for an adapter in place of a model."""
     return f"{where}: holds a LoRA adapter and no model; run it beside its base (adapter=, --adapter), or {MERGE}"
 
 
 def local_folder(folder_or_id: str | Path, revision: str | None = None) -> Path | None:
     """An existing folder as it is, None for what can only be a hub id.
 
-    Raises CheckpointError if it looks like a path and is no folder, or if a revision is asked of a folder.
+    Raises CheckpointError if it looks like a path and is no folder, or if a folder is given a revision.
     """
     text = str(folder_or_id)
     try:
@@ -196,16 +198,16 @@ class Remote:
     def read(self, name: str, start: int, stop: int) -> bytes:
         """Bytes start..stop of a weight file."""
         return bytes(
-            asked(partial(_read_range, self.repo_id, self.commit, name, start, stop), self.repo_id, self.commit)
+            call_hub(partial(_read_range, self.repo_id, self.commit, name, start, stop), self.repo_id, self.commit)
         )
 
     def fetch(self, name: str, folder: Path) -> Path:
-        """A weight file, fetched into a folder outside of the cache; goes on where an earlier call stopped."""
+        """A weight file, fetched into a folder outside of the cache; resumes where an earlier call stopped."""
         import huggingface_hub as hub
 
         download = partial(hub.hf_hub_download, self.repo_id, name, revision=self.commit, local_dir=folder)
         try:
-            path = Path(asked(download, self.repo_id, self.commit))
+            path = Path(call_hub(download, self.repo_id, self.commit))
         except _UnreachableError as error:
             raise HubError(f"{error}; run again, it goes on where it stopped") from error
         if (found := path.stat().st_size) != self.sizes[name]:
@@ -220,7 +222,7 @@ def remote_checkpoint(repo_id: str, revision: str | None = None) -> Remote | Non
     """
     check_id(repo_id, revision)
     try:
-        commit, sizes = asked(lambda: _model_info(repo_id, revision, USUAL), repo_id, revision)
+        commit, sizes = call_hub(lambda: _model_info(repo_id, revision, USUAL), repo_id, revision)
     except _UnreachableError:
         return None
     weights: list[str] = []
@@ -293,7 +295,7 @@ def _fetch(repo_id: str, revision: str | None, choose: Choose, access: Access) -
     check_id(repo_id, revision)
     try:
         access.check(repo_id)
-        commit, sizes = asked(lambda: _model_info(repo_id, revision, access), repo_id, revision)
+        commit, sizes = call_hub(lambda: _model_info(repo_id, revision, access), repo_id, revision)
     except _UnreachableError as error:
         return _from_cache(repo_id, revision, choose, error, access)
     try:
@@ -311,14 +313,14 @@ def _download(repo_id: str, commit: str, sizes: dict[str, int], choose: Choose, 
     where: dict[str, Any] = {"revision": commit, "cache_dir": access.cache_dir, "token": access.token}
 
     def read(name: str) -> bytes:
-        return Path(asked(lambda: hub.hf_hub_download(repo_id, name, **where), repo_id, commit)).read_bytes()
+        return Path(call_hub(lambda: hub.hf_hub_download(repo_id, name, **where), repo_id, commit)).read_bytes()
 
     names = choose(sizes.keys(), read)
     folder = _snapshot(repo_id, commit, access)
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         _check_space(repo_id, sum(sizes[name] for name in missing), access.cache)
-        asked(lambda: hub.snapshot_download(repo_id, allow_patterns=missing, **where), repo_id, commit)
+        call_hub(lambda: hub.snapshot_download(repo_id, allow_patterns=missing, **where), repo_id, commit)
     lost = [name for name in missing if not (folder / name).is_file()]
     if lost:
         raise HubError(f"{repo_id}: {lost[0]} did not arrive; run again, the download continues where it stopped")
@@ -326,7 +328,7 @@ def _download(repo_id: str, commit: str, sizes: dict[str, int], choose: Choose, 
 
 
 def _model_info(repo_id: str, revision: str | None, access: Access) -> tuple[str, dict[str, int]]:
-    """The commit that a revision stands for, and its files: name -> bytes (0 where the hub does not say)."""
+    """The commit of a revision, and its files: name -> bytes (0 where the hub gives no size)."""
     from huggingface_hub import HfApi, constants
 
     timeout = constants.HF_HUB_ETAG_TIMEOUT
@@ -362,7 +364,7 @@ def _snapshot(repo_id: str, commit: str, access: Access) -> Path:
 
 
 def _remember(folder: Path, revision: str, commit: str) -> None:
-    """Note which commit a branch or tag stood for, as huggingface_hub does, once that commit's files are all here."""
+    """Store the commit of a branch or tag, as huggingface_hub does, when all files of that commit are in the cache."""
     ref = folder.parent.parent / "refs" / revision
     if revision == commit or (ref.is_file() and ref.read_text() == commit):
         return
@@ -392,8 +394,8 @@ def _check_space(repo_id: str, needed: int, cache: Path) -> None:
 # -- errors -----------------------------------------------------------------------------------------------------------
 
 
-def asked(call: Callable[[], Any], repo_id: str, revision: str | None) -> Any:
-    """Call the hub; turn whatever it raises into one line. What is not about the hub is raised as it is."""
+def call_hub(call: Callable[[], Any], repo_id: str, revision: str | None) -> Any:
+    """Run a call to the hub and turn its errors into a HubError of one line; errors of other kinds pass unchanged."""
     try:
         return call()
     except HubError:
@@ -423,7 +425,9 @@ def _explain(error: Exception, repo_id: str, revision: str | None) -> HubError |
     if isinstance(error, errors.HfHubHTTPError):
         return _explain_status(getattr(error.response, "status_code", None), repo_id)
     if isinstance(error, errors.OfflineModeIsEnabled):
-        return _UnreachableError(f"{repo_id}: HF_HUB_OFFLINE is set, so {endpoint} is not asked; unset it to download")
+        return _UnreachableError(
+            f"{repo_id}: HF_HUB_OFFLINE is set, so {endpoint} is not contacted; unset it to download"
+        )
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
         return HubError(f"{repo_id}: the disk of the hub cache is full; make room, or set HF_HOME to another disk")
     network = ("requests", "urllib3", "httpx", "httpx2", "httpcore", "httpcore2")

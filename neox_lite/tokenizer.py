@@ -38,7 +38,7 @@ REFUSED = {  # harmless as None, False or 0, and then accepted
     "stride": "overlapping windows are not supported; slice input_ids",
     "return_overflowing_tokens": "overlapping windows are not supported; slice input_ids",
 }
-ABSENT = {  # methods that scripts call, and what stands for them here
+ABSENT = {  # methods that scripts call, and what to use instead
     "add_special_tokens": "no model has embeddings for new tokens; "
     "set one that exists: tokenizer.pad_token = tokenizer.eos_token",
     "add_tokens": "no model has embeddings for new tokens",
@@ -138,7 +138,7 @@ class GPTNeoXTokenizerFast:
     ) -> "GPTNeoXTokenizerFast":
         """Read a folder, or the same files of a hub repository at `revision`. Options given here win over the files.
 
-        Those of `hub.Access` say how the hub is asked. use_fast, either way, gives what transformers gives: this one.
+        The fields of `hub.Access` are options, too. use_fast has no effect: True and False give this class in transformers.
         """
         source, access = os.fspath(pretrained_model_name_or_path), Access.take(options)
         options.pop("use_fast", None)
@@ -193,8 +193,8 @@ class GPTNeoXTokenizerFast:
         extra = extra.values() if isinstance(extra, dict) else extra
         unnamed = [added_token("extra_special_tokens", token, True) for token in extra]
         registered = {token.content for token in backend.get_added_tokens_decoder().values()}
-        wanted = [named[name] for name in SPECIAL if name in named] + unnamed
-        backend.add_tokens([token for token in wanted if token.content not in registered])
+        special = [named[name] for name in SPECIAL if name in named] + unnamed
+        backend.add_tokens([token for token in special if token.content not in registered])
         self._special = {name: token.content for name, token in named.items()}
         self.extra_special_tokens = [token.content for token in unnamed]
 
@@ -312,7 +312,7 @@ class GPTNeoXTokenizerFast:
     def _plan(
         self, padding: Any, truncation: Any, max_length: int | None, multiple: int | None
     ) -> tuple[Callable[[list[int]], int], int | None]:
-        """The caller's words as (rows' lengths -> width to pad to, or 0; most tokens of a row, or None)."""
+        """The caller's options as (lengths of rows -> width to pad to, or 0; maximum tokens of a row, or None)."""
         pads = {False: None, True: "longest", "longest": "longest", "max_length": "max_length", "do_not_pad": None}
         cuts = {False: False, True: True, "longest_first": True, "only_first": True, "do_not_truncate": False}
         mode = choose("padding", padding, pads)

@@ -304,7 +304,7 @@ def test_an_activation_that_llama_cpp_lacks_is_announced(tmp_path, act, warned, 
 
 
 def test_a_folder_without_tokenizer_is_announced(source, tmp_path):
-    with pytest.warns(UserWarning, match=r"no tokenizer.json; llama.cpp will know ids but no text"):
+    with pytest.warns(UserWarning, match=r"no tokenizer.json; llama.cpp will have ids but no text"):
         export_gguf(source, tmp_path / "model.gguf")
 
 

@@ -325,5 +325,7 @@ def test_a_given_folder_is_the_cache_of_that_call_alone(hub, tmp_path):
     asked = len(hub.requests)
     assert fetch_checkpoint("o/m", None, Access(there, local_files_only=True)) == folder
     message = refused(fetch_checkpoint, "o/m", None, Access(local_files_only=True))
-    assert message == f"o/m: local_files_only is set, so {hub.url} is not asked; leave it out; it is not in the cache"
+    assert (
+        message == f"o/m: local_files_only is set, so {hub.url} is not contacted; leave it out; it is not in the cache"
+    )
     assert len(hub.requests) == asked

@@ -23,7 +23,7 @@ FILE_NAME = re.compile(r"layer_([0-9]{2,4})-model_([0-9]{2,4})-model_states\.pt"
 BY_ROWS = ("word_embeddings", "attention.query_key_value", "mlp.dense_h_to_4h", "final_linear")
 BY_COLUMNS = ("attention.dense", "mlp.dense_4h_to_h")  # their biases are summed
 AVERAGED = ("input_layernorm", "post_attention_layernorm", "norm")
-SKIPPED = ("attention.rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")  # buffers, computed anew
+SKIPPED = ("attention.rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")  # buffers, which are computed
 ENDS = {"word_embeddings": "gpt_neox.embed_in", "norm": "gpt_neox.final_layer_norm", "final_linear": "embed_out"}
 
 
@@ -46,10 +46,10 @@ def layer_files(names: Iterable[str], where: Path) -> dict[int, list[str]]:
     absent = (
         f"layer_{n:02}-model_{p:02}-model_states.pt" for n in numbers for p in range(parts) if (n, p) not in found
     )
-    missing, wanted = next(absent, None), len(numbers) * parts
-    if missing is not None or len(found) != wanted:
+    missing, expected = next(absent, None), len(numbers) * parts
+    if missing is not None or len(found) != expected:
         raise CheckpointError(
-            f"{where}: {len(found)} layer files, expected {wanted}; missing: {missing or 'none'}; expected layer_00, the "
+            f"{where}: {len(found)} layer files, expected {expected}; missing: {missing or 'none'}; expected layer_00, the "
             "blocks from layer_02 on without a gap, and two more after a gap of one, each in all its parts"
         )
     return {number: [found[number, part] for part in range(parts)] for number in numbers}
@@ -75,23 +75,23 @@ class MergedLayer:
         self.infos: dict[str, TensorInfo] = {}
         for name in parts[0].infos:
             if name not in SKIPPED:
-                ours = _own_name(number, name, path)
-                self._names[ours] = name
-                self.infos[ours] = self._merged_info(ours, name)
+                own = _own_name(number, name, path)
+                self._names[own] = name
+                self.infos[own] = self._merged_info(own, name)
 
     def read(self, name: str, start: int | None = None, stop: int | None = None) -> Tensor:
         """The tensor, or its rows start..stop: mapped where it lies in one part, else a copy."""
-        theirs, info = self._names[name], self.infos[name]
+        stored, info = self._names[name], self.infos[name]
         if len(self._parts) == 1:
-            return self._parts[0].read(theirs, start, stop)
+            return self._parts[0].read(stored, start, stop)
         first, last = (0, info.shape[0]) if start is None or stop is None else (start, stop)
-        if _is_by_rows(theirs):
-            return self._rows(theirs, first, last)
-        found = [part.read(theirs, first, last) for part in self._parts]
+        if _is_by_rows(stored):
+            return self._rows(stored, first, last)
+        found = [part.read(stored, first, last) for part in self._parts]
         if len(info.shape) == 2:
             return torch.cat(found, dim=1)
         total = torch.stack([values.float() for values in found]).sum(0)
-        return (total / len(found) if _module(theirs) in AVERAGED else total).to(info.dtype)
+        return (total / len(found) if _module(stored) in AVERAGED else total).to(info.dtype)
 
     def _rows(self, name: str, start: int, stop: int) -> Tensor:
         found: list[Tensor] = []
@@ -105,7 +105,7 @@ class MergedLayer:
         found = found or [self._parts[0].read(name, 0, 0)]
         return torch.cat(found) if len(found) > 1 else found[0]
 
-    def _merged_info(self, ours: str, name: str) -> TensorInfo:
+    def _merged_info(self, own: str, name: str) -> TensorInfo:
         """Shape of the whole. Raises CheckpointError if the parts do not go together."""
         first = self._parts[0].infos[name]
         dimensions = 2 if name.endswith("weight") and _module(name) not in AVERAGED else 1
@@ -125,7 +125,7 @@ class MergedLayer:
             if along is not None:
                 shape[along] += info.shape[along]
         nbytes = sum(info.nbytes for info in infos if info is not None) if along is not None else first.nbytes
-        return replace(first, name=ours, shape=tuple(shape), nbytes=nbytes)
+        return replace(first, name=own, shape=tuple(shape), nbytes=nbytes)
 
 
 def _go_together(one: TensorInfo, other: TensorInfo, along: int | None) -> bool:

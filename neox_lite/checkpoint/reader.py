@@ -126,9 +126,9 @@ class Checkpoint:
         self,
         expected: Mapping[str, tuple[Sequence[int], Collection[torch.dtype] | None]],
         where: str | None = None,
-        says: str = "the config",
+        basis: str = "the config",
     ) -> None:
-        """Compare with what a model needs: name -> (shape, dtypes that are allowed, or None for any). says: where that is from.
+        """Compare with what a model needs: name -> (shape, allowed dtypes, or None for any). basis: its source, in words.
 
         Raises one CheckpointError naming the first few missing, unexpected, wrongly shaped and wrongly typed tensors.
         """
@@ -145,12 +145,12 @@ class Checkpoint:
                 wanted = " or ".join(sorted(dtype_name(dtype) for dtype in allowed))
                 dtypes.append(f"{name} is {dtype_name(info.dtype)}, expected {wanted}")
         problems = {"missing": missing, "unexpected": extra, "wrong shape": shapes, "wrong dtype": dtypes}
-        told = [f"{len(found)} {what}: {first_few(found)}" for what, found in problems.items() if found]
-        if told:
-            raise CheckpointError(f"{where or self.folder}: the weights do not fit {says}: {'; '.join(told)}")
+        listed = [f"{len(found)} {what}: {first_few(found)}" for what, found in problems.items() if found]
+        if listed:
+            raise CheckpointError(f"{where or self.folder}: the weights do not fit {basis}: {'; '.join(listed)}")
 
     def close(self) -> None:
-        """Let go of the files; tensors already read keep theirs."""
+        """Close the files; tensors that were read stay valid."""
         self._place, self._files = {}, {}
 
     def __enter__(self) -> "Checkpoint":
@@ -212,7 +212,7 @@ def _open_weights(folder: Path) -> dict[Path, WeightFile]:
 def _open_indexed(
     folder: Path, index: Path, suffix: str, opener: Callable[[Path], WeightFile]
 ) -> dict[Path, WeightFile]:
-    """Open every file of an index and check that index and files say the same."""
+    """Open every file of an index and check that index and files agree."""
     weight_map = _read_weight_map(folder, index, suffix)
     names = sorted(set(weight_map.values()))
     missing = [name for name in names if not _exists(folder / name)]
@@ -226,7 +226,7 @@ def _open_indexed(
 
 
 def _check_index(index: Path, weight_map: Mapping[str, str], files: Mapping[str, WeightFile]) -> None:
-    """Raise CheckpointError unless index and files say the same."""
+    """Raise CheckpointError unless index and files agree."""
     seen: dict[str, str] = {}
     problems = []
     for file_name, file in files.items():
@@ -308,7 +308,7 @@ def verify_folder(
     numbers of bytes as they are read: each weight twice, once for its hash and once for its values. A folder of another
     tool's making has no manifest; with needs_manifest False that is no problem.
     """
-    folder, told = Path(folder), progress or (lambda count: None)
+    folder, report = Path(folder), progress or (lambda count: None)
     if not folder.is_dir():
         return [f"{folder}: no such folder"]
     problems: list[str] = []
@@ -317,7 +317,7 @@ def verify_folder(
         if _exists(folder / MANIFEST):
             listed = read_manifest(folder / MANIFEST)["files"]
             for name, entry in listed.items():
-                problems += compare_file(folder / name, entry, told)
+                problems += compare_file(folder / name, entry, report)
             problems += [f"{folder / name}: not in {MANIFEST}" for name in weights if name not in listed]
         elif needs_manifest:
             problems.append(f"{folder}: no {MANIFEST}, so no hashes to check; neox-lite writes one with every model")
@@ -325,15 +325,15 @@ def verify_folder(
         problems.append(str(error))
     try:
         with Checkpoint.open(folder) as checkpoint:
-            problems += _not_finite(checkpoint, told)
+            problems += _not_finite(checkpoint, report)
         for name in filter(EXTRA_WEIGHTS.fullmatch, weights):
-            problems += _not_finite(Checkpoint.open_file(folder, name), told)
+            problems += _not_finite(Checkpoint.open_file(folder, name), report)
     except CheckpointError as error:
         problems.append(str(error))
     return problems
 
 
-def _not_finite(checkpoint: Checkpoint, told: Callable[[int], object]) -> list[str]:
+def _not_finite(checkpoint: Checkpoint, report: Callable[[int], object]) -> list[str]:
     """Name the floating tensors that hold NaN or infinity, reading a few MiB at a time."""
     problems = []
     for name in checkpoint.names():
@@ -348,7 +348,7 @@ def _not_finite(checkpoint: Checkpoint, told: Callable[[int], object]) -> list[s
             values = checkpoint.rows(name, start, stop) if info.shape else checkpoint.tensor(name)
             values = values.float() if info.dtype.itemsize == 1 else values  # torch has no isfinite for float8
             bad += values.numel() - int(torch.isfinite(values).sum())
-            told(values.nbytes)
+            report(values.nbytes)
         if bad:
             problems.append(f"{info.file}: {shown(name)}: {bad} of {math.prod(info.shape)} values are not finite")
     return problems

@@ -55,7 +55,7 @@ def make_format(name: str, group_size: int | None = None) -> Format:
 
 
 def label(format: Format, plain: str) -> str:
-    """What users are told: int4 g128, nf4, or `plain` for weights that are not quantized."""
+    """The name of a format for users: int4 g128, nf4, or `plain` for weights that are not quantized."""
     if isinstance(format, Dense):
         return plain
     return f"{format.name} g{format.group_size}" if isinstance(format, GroupInt) else format.name
@@ -78,7 +78,7 @@ def quantization_config(
     groups = {}
     for i, (own, names) in enumerate(sorted(layers.items(), key=lambda item: label(item[0], ""))):
         (group,) = own.scheme(plain, dtype)["config_groups"].values()
-        # not from gpt_neox. on, which other programs call otherwise
+        # The pattern leaves out the prefix gpt_neox., for which other programs have other names.
         targets = [rf"re:.*layers\.({'|'.join(numbers)})\.{re.escape(last)}$" for last, numbers in names.items()]
         groups[f"group_{i}"] = {**group, "targets": targets}
     return {**next(iter(layers)).scheme(plain, dtype), "config_groups": groups}

@@ -1,8 +1,8 @@
 """nf4 as bitsandbytes stores it: codes of 16 fixed levels, a scale for each 64 weights. Knows no file and no kernel.
 
 Dettmers et al. 2023, https://arxiv.org/abs/2305.14314: the levels are quantiles of the normal distribution, a weight is
-level[code] * absmax of its block. Double quantization keeps absmax less its mean in 8 bits of a dynamic exponent (Dettmers
-2015, https://arxiv.org/abs/1511.04561) with a scale for each 256 of them. Layout: docs/format.md.
+level[code] * absmax of its block. Double quantization stores absmax minus its mean in 8 bits with a dynamic exponent (Dettmers
+2015, https://arxiv.org/abs/1511.04561), with a scale for each 256 of them. Layout: docs/format.md.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..files import parse_json
 from ..units import dtype_name
 from .weight import ByRows, Specs
 
-BLOCK = 64  # weights that share a scale: what transformers writes, as bitsandbytes does unless told otherwise
+BLOCK = 64  # weights that share a scale: transformers' value, and bitsandbytes' default
 NESTED_BLOCK = 256  # scales that share a scale, the only number that bitsandbytes multiplies with
 LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -33,7 +33,7 @@ LEVELS = (
 ABSMAX, MAP = "weight.absmax", "weight.quant_map"
 NESTED_ABSMAX, NESTED_MAP = "weight.nested_absmax", "weight.nested_quant_map"
 STATE = "weight.quant_state.bitsandbytes__nf4"  # JSON
-STATE_BYTES = 256  # with the spaces that fill it, so that its length is known before what it says
+STATE_BYTES = 256  # padded with spaces, so that its length is known before its content
 TILE = 1 << 17  # weights quantized at a time
 
 
@@ -41,7 +41,7 @@ TILE = 1 << 17  # weights quantized at a time
 class NF4(ByRows):
     """w[i, j] = level[code[i, j]] * absmax[i, j // 64]; rows are whole blocks.
 
-    double: absmax itself is quantized, and `offset` is the mean that was taken from it; a weight's own format has it.
+    double: absmax itself is quantized, and `offset` is the mean that was subtracted from it, which differs by weight.
     """
 
     double: bool = False
@@ -130,9 +130,9 @@ class NF4(ByRows):
         levels = {MAP: _levels(torch.device("cpu")).clone()}
         return levels | ({NESTED_MAP: dynamic_map()} if self.double else {STATE: self._state(shape, dtype)})
 
-    def finish(self, kept: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Tensor]:
-        """All of a weight's scales (out, in / 64) float32 -> as they are stored; if double, with what says how to read them."""
-        absmax = kept[ABSMAX]
+    def finish(self, collected: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Tensor]:
+        """All of a weight's scales (out, in / 64) float32 -> their stored form; if double, with the state that describes it."""
+        absmax = collected[ABSMAX]
         if not self.double:
             return {ABSMAX: absmax}
         offset = absmax.mean()

@@ -1,6 +1,6 @@
 """config.json's `quantization_config` -> which module of a checkpoint has which format. Knows no file and no tensor.
 
-compressed-tensors' symmetric integer groups, and bitsandbytes' nf4. Everything else is refused by the key that asks for it.
+compressed-tensors' symmetric integer groups, and bitsandbytes' nf4. Everything else is refused; the message names the key.
 """
 
 from __future__ import annotations

@@ -22,17 +22,17 @@ class Format(Protocol):
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """Algorithms that `encode` knows, the default first."""
+        """Algorithms of `encode`, the default first."""
         ...
 
     @property
     def late(self) -> tuple[str, ...]:
-        """What `encode` gives that is not stored, but kept for `finish`."""
+        """Results of `encode` that are not stored; they are collected for `finish`."""
         ...
 
     @property
     def loose(self) -> tuple[str, ...]:
-        """Stored tensors, one-dimensional, that may be shorter in a file than `specs` says."""
+        """One-dimensional stored tensors that may be shorter in a file than in `specs`."""
         ...
 
     def why_not(self, shape: tuple[int, int]) -> str | None:
@@ -44,11 +44,11 @@ class Format(Protocol):
         ...
 
     def file_shape(self, key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape that a file states of a stored tensor of this shape: of as many numbers, in the same order."""
+        """The shape in a file of a stored tensor of this shape: it has as many numbers, in the same order."""
         ...
 
     def laid(self, key: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """A stored tensor as a file has it -> as it lies in memory, in the shape that `specs` says."""
+        """A stored tensor in the layout of a file -> in its layout in memory, with the shape of `specs`."""
         ...
 
     def scheme(self, dense: list[str], dtype: torch.dtype) -> dict[str, Any]:
@@ -63,19 +63,19 @@ class Format(Protocol):
         """Stored tensors that follow from the shape and the dtype of the plain weight."""
         ...
 
-    def finish(self, kept: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Tensor]:
-        """What `encode` gave for all rows under the names in `late` -> the stored tensors that only follow from all of it."""
+    def finish(self, collected: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Tensor]:
+        """The results of `encode` for all rows under the names in `late` -> the stored tensors that need all rows."""
         ...
 
     def opened(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Format:
-        """The format of a weight that was read, with what only its tensors tell.
+        """The format of a weight that was read, with the parameters that only its tensors hold.
 
         Raises FormatError, beginning with a suffix, where they contradict the format or the shape.
         """
         ...
 
     def rows(self, tensors: Mapping[str, Tensor], shape: tuple[int, int], start: int, stop: int) -> dict[str, Tensor]:
-        """What `decode` needs of a weight for rows start..stop."""
+        """The parts of a weight's tensors that `decode` needs for rows start..stop."""
         ...
 
     def decode(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
@@ -86,7 +86,7 @@ class Format(Protocol):
 
 
 class ByRows:
-    """What holds for formats that keep the rows of a weight apart and lie in a file as in memory."""
+    """Common methods of formats whose rows are independent and whose layout is the same in a file and in memory."""
 
     late: tuple[str, ...] = ()
     loose: tuple[str, ...] = ()
@@ -100,7 +100,7 @@ class ByRows:
     def constants(self, shape: tuple[int, int], dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
         return {}
 
-    def finish(self, kept: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Tensor]:
+    def finish(self, collected: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Tensor]:
         return {}
 
     def opened(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Any:

@@ -74,7 +74,7 @@ class LoadOptions:
     config: used in place of config.json.
     adapter: folder or hub id of a LoRA adapter in peft's format, which runs beside the weights, in the model's dtype.
     settings: of the model, such as num_labels, each an option of its own; they replace those of config.json.
-    access: how the hub is asked; its fields, cache_dir, token and local_files_only, are options of their own.
+    access: settings for the hub; its fields, cache_dir, token and local_files_only, are options of their own.
     """
 
     revision: str | None = None

@@ -6,7 +6,6 @@ import ctypes
 import mmap
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,9 +15,6 @@ from ..errors import FormatError
 from ..formats import Format, GroupInt
 from ..kernels import cpu
 from ..layers import Linear
-
-if TYPE_CHECKING:
-    pass
 
 SLICE_ELEMENTS = 1 << 22  # weights read and quantized at a time: 16 MB as float32
 READ_AHEAD_BYTES = 128 << 10  # Linux cuts a longer request to the disk's read-ahead, which is at least this
@@ -44,10 +40,10 @@ class Encoding:
     def __init__(self, checkpoint: Checkpoint, name: str, format: Format, dtype: torch.dtype, method: str) -> None:
         self.checkpoint, self.name, self.format, self.dtype, self.method = checkpoint, name, format, dtype, method
         self.shape: tuple[int, int] = checkpoint.info(name).shape  # type: ignore[assignment]
-        self._kept: dict[str, dict[int, Tensor]] = {key: {} for key in format.late}  # suffix -> first row -> rows
+        self._collected: dict[str, dict[int, Tensor]] = {key: {} for key in format.late}  # suffix -> first row -> rows
 
     def slices(self) -> Iterator[Callable[[], tuple[int, dict[str, Tensor]]]]:
-        """Calls that give (first row, suffix -> rows), one after another or at once; reading starts when one is asked for."""
+        """Calls that give (first row, suffix -> rows), to be run in any order; each is read ahead when it is yielded."""
         step = max(1, SLICE_ELEMENTS // self.shape[1])
         for start in range(0, self.shape[0], step):
             rows = self.checkpoint.rows(self.name, start, min(self.shape[0], start + step))
@@ -59,16 +55,18 @@ class Encoding:
             part = encode(self.format, rows, self.dtype, self.method)
         except FormatError as error:
             raise FormatError(f"{self.name}, rows {start} to {start + len(rows) - 1}: {error}") from error
-        for key, parts in self._kept.items():
+        for key, parts in self._collected.items():
             parts[start] = part.pop(key)
         return start, part
 
     def rest(self) -> dict[str, Tensor]:
         """After all slices: the tensors that are not made of rows."""
-        kept = {key: torch.cat([parts[start] for start in sorted(parts)]) for key, parts in self._kept.items()}
-        self._kept = {key: {} for key in self._kept}
+        collected = {
+            key: torch.cat([parts[start] for start in sorted(parts)]) for key, parts in self._collected.items()
+        }
+        self._collected = {key: {} for key in self._collected}
         constants = self.format.constants(self.shape, self.dtype)
-        return constants | self.format.finish(kept, self.shape, self.dtype)
+        return constants | self.format.finish(collected, self.shape, self.dtype)
 
 
 def encode(format: Format, rows: Tensor, dtype: torch.dtype, method: str) -> dict[str, Tensor]:

@@ -42,8 +42,8 @@ Slice = Callable[[], Rows]
 class Part:
     """The tensors of one module that will be written: their specs, and what computes their values by row slices.
 
-    slices: calls that several threads may run at the same time, in any order. rows: what follows them, in the calling thread and
-    in the order of the parts. written: called when all of it is in the file.
+    slices: calls that several threads may run at the same time, in any order. rows: what follows them, in the calling
+    thread and in the order of the parts. written: called when all of it is in the file.
     """
 
     specs: list[Spec]

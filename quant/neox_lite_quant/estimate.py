@@ -1,4 +1,4 @@
-"""What a conversion will take: seconds, from a short probe of this machine, and memory. Knows no model."""
+"""Forecasts of a conversion: seconds, from a short probe of this machine, and memory. Knows no model."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from neox_lite.loading.quantize import encode
 from neox_lite.offload.profile import free_memory
 
 PROBE_ELEMENTS, PROBE_BYTES = 1 << 20, 64 << 20
-PROCESS_BYTES, THREAD_BYTES = 64 << 20, 64 << 20  # beyond what torch takes, with room to spare
+PROCESS_BYTES, THREAD_BYTES = 64 << 20, 64 << 20  # beyond the memory of torch; generous
 
 
 def check_memory(threads: int) -> int:
-    """The bytes that a conversion by row slices needs. Raises ArgumentError where so much is not free."""
+    """The bytes of memory that a conversion by row slices needs. Raises ArgumentError where less is free."""
     needed, free = PROCESS_BYTES + threads * THREAD_BYTES, free_memory()[1]
     if free is not None and free < needed:
         raise ArgumentError(
@@ -32,9 +32,9 @@ def check_memory(threads: int) -> int:
 def predict_seconds(
     weights: int, bytes_in: int, bytes_out: int, threads: int, format: Format, method: str, file: Path | None
 ) -> float:
-    """Seconds for so many weights to quantize: reading and computing overlap, so the slower of the two.
+    """Seconds to quantize so many weights: reading and computing overlap, so it is the longer of the two.
 
-    file: one of the source's, whose disk is measured; None for files that will come over a network, which is not counted.
+    file: one of the source's files, whose disk is measured; None for files from a network, whose time is not counted.
     """
     rows = torch.randn(PROBE_ELEMENTS // 1024, 1024, generator=torch.Generator().manual_seed(0)).mul_(0.02).half()
     encode(format, rows, torch.float16, method)  # compiles
@@ -45,7 +45,7 @@ def predict_seconds(
 
 
 def _read_seconds(file: Path) -> float:
-    """Seconds a byte from the disk of a file, past what memory keeps of its middle where the system lets go of that."""
+    """Seconds a byte from the disk of a file; its middle is dropped from the page cache first where the system allows it."""
     with file.open("rb", buffering=0) as raw:
         size = os.fstat(raw.fileno()).st_size
         start, count = max(0, size - PROBE_BYTES) // 2, max(1, min(PROBE_BYTES, size))

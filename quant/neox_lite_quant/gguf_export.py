@@ -42,23 +42,23 @@ def _tensors(blueprint: Blueprint, head: Checkpoint | None) -> Iterator[GgufTens
     """Every tensor of the model in its order, under llama.cpp's names."""
     config, checkpoint = blueprint.model.config, blueprint.checkpoint
     for name, module in blueprint.model.named_modules():
-        if (ours := gguf_name(name)) is None:
+        if (gguf := gguf_name(name)) is None:
             continue
         spans = by_part(config) if name.endswith("query_key_value") else None
         if name == "embed_out" and head is not None:
             small = _head_format(module, head)
-            yield _matrix(f"{ours}.weight", small, head, {k: f"embed_out.{k}" for k in _row_keys(small)})
+            yield _matrix(f"{gguf}.weight", small, head, {k: f"embed_out.{k}" for k in _row_keys(small)})
         elif isinstance(module, Linear | torch.nn.Embedding):
             format: Format = module.format if isinstance(module, Linear) else DENSE
             source = "gpt_neox.embed_in" if name == "embed_out" and blueprint.tied else name
             stored = {k: blueprint.stored(f"{source}.{k}") for k in _row_keys(format)}
-            yield _matrix(f"{ours}.weight", format, checkpoint, stored, spans)
+            yield _matrix(f"{gguf}.weight", format, checkpoint, stored, spans)
         else:
-            yield _vector(f"{ours}.weight", checkpoint, blueprint.stored(f"{name}.weight"))
+            yield _vector(f"{gguf}.weight", checkpoint, blueprint.stored(f"{name}.weight"))
         if isinstance(module, Linear) and module.bias is None and name != "embed_out":
-            yield _zeros(f"{ours}.bias", module.out_features)  # llama.cpp wants a bias; this one changes nothing
+            yield _zeros(f"{gguf}.bias", module.out_features)  # llama.cpp requires a bias; this one changes nothing
         elif getattr(module, "bias", None) is not None:
-            yield _vector(f"{ours}.bias", checkpoint, blueprint.stored(f"{name}.bias"), spans)
+            yield _vector(f"{gguf}.bias", checkpoint, blueprint.stored(f"{name}.bias"), spans)
 
 
 def _row_keys(format: Format) -> tuple[str, ...]:
@@ -88,7 +88,7 @@ def _matrix(
 
 
 def _vector(name: str, checkpoint: Checkpoint, stored: str, spans: Spans | None = None) -> GgufTensor:
-    """A bias or a norm's gain, float32 as llama.cpp wants it."""
+    """A bias or a norm's gain, in float32 as llama.cpp requires."""
     shape = checkpoint.info(stored).shape
 
     def rows() -> Iterator[Tensor]:
@@ -104,7 +104,7 @@ def _zeros(name: str, count: int) -> GgufTensor:
 
 
 def _head_format(module: Any, head: Checkpoint) -> GroupInt:
-    """The format of the small head that a quantized folder carries, which must be whole and fit the model."""
+    """The format of a quantized folder's small head. Raises CheckpointError unless it is whole and fits the model."""
     scale = head.info("embed_out.weight_scale")
     size = module.in_features // scale.shape[-1] if scale.shape and scale.shape[-1] else 0
     if size not in GROUP_SIZES:
@@ -122,7 +122,7 @@ def _head_format(module: Any, head: Checkpoint) -> GroupInt:
 
 
 def _model_metadata(config: GPTNeoXConfig, name: str, kind: int) -> dict[str, Value]:
-    """What llama.cpp needs to know of the architecture. Raises FormatError for what it cannot run."""
+    """The architecture in llama.cpp's keys. Raises FormatError for what llama.cpp cannot run."""
     model: dict[str, Value] = {
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
@@ -152,10 +152,10 @@ def _rope_scaling(config: GPTNeoXConfig) -> dict[str, Value]:
     if kind == "default":
         return {}
     plain = {"rope_type", "rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings"}
-    same = {"beta_fast": 32, "beta_slow": 1, "truncate": True}  # what llama.cpp always computes with
-    beyond = [k for k, v in rope.items() if k not in plain and same.get(k) != v]
-    if kind == "llama3" or beyond:
-        what = f" with {', '.join(beyond)}" if kind == "yarn" else ""
+    fixed = {"beta_fast": 32, "beta_slow": 1, "truncate": True}  # llama.cpp's only values
+    unsupported = [k for k, v in rope.items() if k not in plain and fixed.get(k) != v]
+    if kind == "llama3" or unsupported:
+        what = f" with {', '.join(unsupported)}" if kind == "yarn" else ""
         raise FormatError(f"rope_type {kind!r}{what}: llama.cpp's gptneox cannot compute it; run the model here")
     scaling: dict[str, Value] = {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
     if kind == "yarn":
@@ -163,7 +163,7 @@ def _rope_scaling(config: GPTNeoXConfig) -> dict[str, Value]:
     return scaling
 
 
-# -- the whole --------------------------------------------------------------------------------------------------------
+# -- the file --------------------------------------------------------------------------------------------------------
 
 
 def export_gguf(
@@ -173,10 +173,10 @@ def export_gguf(
     revision: str | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Write a model as one GGUF file: int4 as Q4_0 and int8 as Q8_0, both exactly; what is not quantized as float16.
+    """Write a model as one GGUF file: int4 as Q4_0 and int8 as Q8_0, both exactly; weights that are not quantized as float16.
 
-    head: "f16", or "q8_0" for the int8 head that a quantized folder carries. What llama.cpp computes differently is a
-    warning; what it cannot compute raises FormatError.
+    head: "f16", or "q8_0" for the int8 head of a quantized folder. Warns of what llama.cpp computes differently; raises
+    FormatError for what it cannot compute.
     """
     began = time.perf_counter()
     if head not in ("f16", "q8_0"):

@@ -42,7 +42,7 @@ Value = str | int | float | Sequence[str] | Sequence[int]
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """One tensor on its way into the file: shape as torch says it, and its bytes, uint8, in order."""
+    """One tensor to be written: its shape in torch's order, and its bytes, uint8, by rows."""
 
     name: str
     kind: int
@@ -91,7 +91,7 @@ def write_gguf(
 
 
 def _header(metadata: Mapping[str, Value], tensors: Sequence[GgufTensor]) -> bytes:
-    """All that stands before the data, padded so that the data starts aligned. ggml counts dimensions from the row's."""
+    """All bytes before the data, padded so that the data starts aligned. ggml lists the dimension of rows first."""
     parts = [b"GGUF", struct.pack("<IQQ", VERSION, len(tensors), len(metadata))]
     for key, value in metadata.items():
         kind, raw = _value(key, value)
@@ -160,7 +160,7 @@ TYPE_NAMES = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a file: its ggml type, shape as torch says it, and where its bytes lie in the file."""
+    """One tensor of a file: its ggml type, its shape in torch's order, and the position of its bytes in the file."""
 
     name: str
     kind: int
@@ -170,10 +170,10 @@ class StoredTensor:
 
 
 class GgufFile:
-    """A GGUF file, checked and mapped: metadata and tensors tell what is in it, rows gives bytes that share its pages."""
+    """A GGUF file, checked and mapped. metadata and tensors describe it; rows gives bytes that share its pages."""
 
     def __init__(self, path: Path) -> None:
-        """Raises CheckpointError if it cannot be read or breaks a rule of the form, FormatError for types not known here."""
+        """Raises CheckpointError if it cannot be read or breaks a rule of the form, FormatError for unknown types."""
         self.path = path
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
@@ -196,7 +196,7 @@ class GgufFile:
 
 
 class _Header:
-    """Reads what stands before the data, value by value; nothing is taken that does not lie before `end`."""
+    """Reads the bytes before the data, value by value; never beyond `end`."""
 
     def __init__(self, raw: mmap.mmap, end: int, path: Path) -> None:
         self.raw, self.at, self.end, self.path, self.items = raw, 4, end, path, 0
@@ -217,7 +217,7 @@ class _Header:
         for _ in range(count):
             key = self._string()
             if key in found:
-                raise self._error(f"the key {shown(key)} stands there twice")
+                raise self._error(f"the key {shown(key)} appears twice")
             found[key] = self._value(key)
         return found
 
@@ -227,7 +227,7 @@ class _Header:
             raise self._error(f"general.alignment is {alignment!r}, expected a power of two from 8 on")
         listed = [self._tensor() for _ in range(count)]
         if len({name for name, *_ in listed}) != count:
-            raise self._error("a tensor stands there twice")
+            raise self._error("a tensor appears twice")
         _refuse_types([(name, kind) for name, kind, *_ in listed], self.path)
         data = -(-self.at // alignment) * alignment
         found = {name: self._placed(name, kind, shape, data, offset, alignment) for name, kind, shape, offset in listed}

@@ -1,7 +1,7 @@
 """One GGUF file -> a folder: Q4_0 and Q8_0 keep codes and scales, everything else becomes plain. Writes no GGUF.
 
-The file is shown to the rest as a checkpoint whose tensors are transcoded when they are read, a slice of rows at a time,
-so all checks of names and shapes are those that every checkpoint passes.
+The file is presented as a checkpoint whose tensors are transcoded when they are read, a slice of rows at a time, so the names
+and shapes pass the same checks as those of any checkpoint.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from .gguf_tensors import GROUPS, PLAIN, from_blocks, own_name, places
 from .gguf_tokenizer import tokenizer_files
 
 LIKE_LLAMA_CPP = "gelu_fast"  # the one GELU that llama.cpp computes
-KNOWN_KEYS = {  # under gptneox.; the others only say how llama.cpp stores or runs the model
+KNOWN_KEYS = {  # under gptneox.; the others only describe how llama.cpp stores or runs the model
     *("context_length", "embedding_length", "block_count", "feed_forward_length", "vocab_size", "attention.head_count"),
     *("attention.layer_norm_epsilon", "use_parallel_residual", "rope.dimension_count", "rope.freq_base"),
     *("rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length", "neox_lite.hidden_act"),
@@ -57,8 +57,8 @@ def import_gguf(
 ) -> Report:
     """Write a GGUF file of this architecture as a model folder.
 
-    dtype: of all that is not quantized, None for the file's own. hidden_act: the GELU, None for what the file says, else the
-    one that llama.cpp computes. What has to be rounded is a warning; what cannot be held raises FormatError.
+    dtype: of all that is not quantized, None for the file's own. hidden_act: the GELU; None for the one that the file names,
+    or else the one that llama.cpp computes. Warns of tensors that are rounded; raises FormatError for what no format holds.
     """
     began = time.perf_counter()
     path, destination = Path(source), Path(destination)
@@ -67,14 +67,14 @@ def import_gguf(
     named = _named(file, config)
     chosen = parse_dtype(dtype) or _dtype_of(file)
     config.dtype = dtype_name(chosen)
-    formats = {name.removesuffix(".weight"): _format(file, theirs) for name, theirs in named.items()}
+    formats = {name.removesuffix(".weight"): _format(file, gguf) for name, gguf in named.items()}
     if chosen == torch.bfloat16 and any(format != DENSE for format in formats.values()):
         raise ArgumentError("dtype is bfloat16, which cannot hold the file's scales; choose float16 or float32")
     config.quantization_config = _scheme(formats, chosen)
     weights = GgufWeights(file, config, named)
     checkpoint = Checkpoint(path, {path: weights})
     blueprint = Blueprint(GPTNeoXForCausalLM, config, checkpoint)
-    _tell_what_is_rounded(weights, chosen, path)
+    _warn_of_rounding(weights, chosen, path)
     parts = _parts(blueprint, chosen)
     head = _small_head(file, named, config, chosen)
     meter = Meter(progress, sum(spec.nbytes for part in [*parts, *([head] if head else [])] for spec in part.specs))
@@ -103,19 +103,19 @@ def config_of(file: GgufFile, hidden_act: str | None = None) -> GPTNeoXConfig:
         "intermediate_size": "feed_forward_length",
         "num_attention_heads": "attention.head_count",
     }
-    if missing := [theirs for theirs in sizes.values() if theirs not in found]:
+    if missing := [gguf for gguf in sizes.values() if gguf not in found]:
         raise FormatError(f"{file.path}: has no gptneox.{missing[0]}; convert the checkpoint again")
     blocks = {name.split(".")[1] for name in file.tensors if name.startswith("blk.")}
-    if found["block_count"] != len(blocks):  # said before thousands of blocks are laid out in vain
+    if found["block_count"] != len(blocks):  # checked before a module is built for each of thousands of blocks
         raise FormatError(
             f"{file.path}: gptneox.block_count is {shown(found['block_count'])}, but there are tensors of {len(blocks)} blocks"
         )
     names = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
-    ids = {ours: file.metadata.get(f"tokenizer.ggml.{theirs}") for ours, theirs in names.items()}
+    ids = {own: file.metadata.get(f"tokenizer.ggml.{gguf}") for own, gguf in names.items()}
     config = GPTNeoXConfig(
         _where=str(file.path),
         architectures=[GPTNeoXForCausalLM.__name__],
-        **{ours: found[theirs] for ours, theirs in sizes.items()},
+        **{own: found[gguf] for own, gguf in sizes.items()},
         **ids,
         vocab_size=_vocabulary(file, found),
         hidden_act=hidden_act or _activation(found, file.path),
@@ -131,25 +131,25 @@ def config_of(file: GgufFile, hidden_act: str | None = None) -> GPTNeoXConfig:
 
 
 def _activation(found: Mapping[str, Any], path: Path) -> Any:
-    """The GELU that the file names, as those written here do; else, with a warning, the one that llama.cpp computes."""
+    """The GELU that the file names, as our exports do; else, with a warning, the one that llama.cpp computes."""
     if (named := found.get("neox_lite.hidden_act")) is not None:
         return named
     warnings.warn(
-        f"{path}: does not say which GELU the model was trained with; {LIKE_LLAMA_CPP}, as llama.cpp computes it, is "
-        "written into config.json; --hidden-act gelu is the other one, which Pythia has",
+        f"{path}: does not say which GELU the model was trained with; config.json gets {LIKE_LLAMA_CPP}, as llama.cpp computes "
+        "it; --hidden-act gelu is the other one, which Pythia has",
         stacklevel=4,
     )
     return LIKE_LLAMA_CPP
 
 
 def _refuse_unknown(found: Mapping[str, Any], config: GPTNeoXConfig, path: Path) -> None:
-    """Keys that change what is computed must be known, or repeat what is so anyway."""
+    """Raises FormatError for an unknown key that may change the computation, unless its value is GPT-NeoX's own."""
     usual = {"attention.head_count_kv": config.num_attention_heads}
     usual |= dict.fromkeys(("attention.key_length", "attention.value_length"), config.head_dim)
-    strange = [key for key in found if key not in KNOWN_KEYS and key.startswith(("rope.", "attention."))]
-    beyond = [key for key in strange if key not in usual or found[key] != usual[key]]
-    if beyond:
-        raise FormatError(f"{path}: gptneox.{first_few(beyond)} is not part of GPT-NeoX as it runs here")
+    unknown = [key for key in found if key not in KNOWN_KEYS and key.startswith(("rope.", "attention."))]
+    unsupported = [key for key in unknown if key not in usual or found[key] != usual[key]]
+    if unsupported:
+        raise FormatError(f"{path}: gptneox.{first_few(unsupported)} is not part of GPT-NeoX as it runs here")
 
 
 def _vocabulary(file: GgufFile, found: Mapping[str, Any]) -> Any:
@@ -186,7 +186,7 @@ def _with_rotary_dim(config: GPTNeoXConfig, count: Any, path: Path) -> GPTNeoXCo
 
 
 def _is_tied(file: GgufFile) -> bool:
-    """Without a head, or with one that is the embedding again, which is how tied checkpoints are exported."""
+    """Whether there is no head, or one that equals the embedding, as in exports of tied checkpoints."""
     head, embedding = file.tensors.get("output.weight"), file.tensors.get("token_embd.weight")
     if head is None or embedding is None:
         return head is None
@@ -195,7 +195,7 @@ def _is_tied(file: GgufFile) -> bool:
 
 
 def _dtype_of(file: GgufFile) -> torch.dtype:
-    """float32 where a matrix has it, bfloat16 where they all are that, else float16."""
+    """float32 if a matrix is in it, bfloat16 if all are in it, else float16."""
     kinds = {tensor.kind for tensor in file.tensors.values() if len(tensor.shape) > 1}
     return torch.float32 if F32 in kinds else torch.bfloat16 if kinds == {BF16} else torch.float16
 
@@ -207,11 +207,11 @@ def _named(file: GgufFile, config: GPTNeoXConfig) -> dict[str, str]:
     """The checkpoint's name -> GGUF's name of every tensor. Raises FormatError for those of another architecture."""
     named = {own_name(name): name for name in file.tensors}
     if None in named:
-        strange = [shown(name) for name in file.tensors if own_name(name) is None]
-        raise FormatError(f"{file.path}: GPT-NeoX has no tensor {first_few(strange)}")
+        unknown = [shown(name) for name in file.tensors if own_name(name) is None]
+        raise FormatError(f"{file.path}: GPT-NeoX has no tensor {first_few(unknown)}")
     if config.tie_word_embeddings:
         named.pop(HEAD_WEIGHT, None)
-    return {ours: theirs for ours, theirs in named.items() if ours is not None}
+    return {own: gguf for own, gguf in named.items() if own is not None}
 
 
 def _format(file: GgufFile, name: str) -> Format:
@@ -227,7 +227,7 @@ def _scheme(formats: Mapping[str, Format], dtype: torch.dtype) -> dict[str, Any]
         return None
     dense = [name for name, format in linears.items() if format == DENSE]
     scheme = next(iter(kinds)).scheme(["lm_head", "embed_out", *dense], dtype)
-    if len(kinds) > 1:  # each module by its name, as the first group that matches is the one
+    if len(kinds) > 1:  # each module is a target by its name, because the first group that matches is used
         groups = {}
         for i, kind in enumerate(kinds):
             (group,) = kind.scheme([], dtype)["config_groups"].values()
@@ -239,55 +239,55 @@ def _scheme(formats: Mapping[str, Format], dtype: torch.dtype) -> dict[str, Any]
 
 @dataclass(frozen=True)
 class _Entry:
-    """One stored tensor of ours: the GGUF tensor it is read from, and which of `from_blocks`' results it is."""
+    """One stored tensor of the checkpoint: the GGUF tensor it is read from, and its key in the result of `from_blocks`."""
 
-    theirs: str
+    gguf_name: str
     key: str
 
 
 class GgufWeights:
-    """A GGUF file's tensors as a checkpoint's: our names, our order of rows, our formats' parts. A `WeightFile`."""
+    """A GGUF file's tensors as a checkpoint's, in its names, order of rows and formats. A `WeightFile`."""
 
     def __init__(self, file: GgufFile, config: GPTNeoXConfig, named: Mapping[str, str], quantized_head: bool = False):
         self.file, self.config = file, config
         self.infos: dict[str, TensorInfo] = {}
         self._entries: dict[str, _Entry] = {}
-        for ours, theirs in named.items():
-            stem, _, last = ours.rpartition(".")
-            tensor = file.tensors[theirs]
-            format = GROUPS[tensor.kind] if quantized_head else _format(file, theirs)
+        for own, gguf in named.items():
+            stem, _, last = own.rpartition(".")
+            tensor = file.tensors[gguf]
+            format = GROUPS[tensor.kind] if quantized_head else _format(file, gguf)
             if format == DENSE or last == "bias" or len(tensor.shape) != 2:
                 dtype = PLAIN.get(tensor.kind, torch.float32)
-                self._add(ours, theirs, "weight", dtype, tensor.shape)
+                self._add(own, gguf, "weight", dtype, tensor.shape)
                 continue
             for key, (kind, shape) in format.specs((tensor.shape[0], tensor.shape[1]), torch.float16).items():
-                self._add(f"{stem}.{key}", theirs, key, kind, shape)
+                self._add(f"{stem}.{key}", gguf, key, kind, shape)
 
     def read(self, name: str, start: int | None = None, stop: int | None = None) -> Tensor:
         """The tensor, or its rows start..stop, transcoded."""
         entry, info = self._entries[name], self.infos[name]
-        tensor = self.file.tensors[entry.theirs]
+        tensor = self.file.tensors[entry.gguf_name]
         if entry.key == "weight_shape":
             return torch.tensor(tensor.shape)[slice(start, stop)]
         first, last = (0, info.shape[0]) if start is None or stop is None else (start, stop)
-        raw = self.file.rows(entry.theirs)
-        permuted = "attn_qkv" in entry.theirs
+        raw = self.file.rows(entry.gguf_name)
+        permuted = "attn_qkv" in entry.gguf_name
         raw = raw[places(self.config, first, last)] if permuted else raw[first:last]
         made = from_blocks(tensor.kind, raw)
         if entry.key in made:
             values = made[entry.key]()
-        else:  # blocks that are wanted as plain numbers
+        else:  # blocks to be decoded to plain numbers
             values = GROUPS[tensor.kind].decode({key: make() for key, make in made.items()}, torch.float32)
         return values.view(last - first, *info.shape[1:])
 
-    def _add(self, name: str, theirs: str, key: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    def _add(self, name: str, gguf: str, key: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         nbytes = math.prod(shape) * dtype.itemsize
         self.infos[name] = TensorInfo(name, tuple(shape), dtype, self.file.path, nbytes)
-        self._entries[name] = _Entry(theirs, key)
+        self._entries[name] = _Entry(gguf, key)
 
 
-def _tell_what_is_rounded(weights: GgufWeights, dtype: torch.dtype, path: Path) -> None:
-    """Warn of plain tensors whose numbers the folder's dtype does not hold; blocks of the vocabulary count as such."""
+def _warn_of_rounding(weights: GgufWeights, dtype: torch.dtype, path: Path) -> None:
+    """Warn of plain tensors whose numbers the folder's dtype rounds, the vocabulary's blocks included."""
     rounded = []
     for name, info in weights.infos.items():
         if not info.dtype.is_floating_point or info.dtype == dtype or dtype == torch.float32:
@@ -309,7 +309,7 @@ def _tell_what_is_rounded(weights: GgufWeights, dtype: torch.dtype, path: Path) 
 
 
 def _parts(blueprint: Blueprint, dtype: torch.dtype) -> list[Part]:
-    """Every module's tensors as they will be written."""
+    """The tensors of every module, as they are written."""
     groups: dict[str, list[Spec]] = {}
     for name, tensor in blueprint.model.state_dict().items():
         if name != HEAD_WEIGHT or not blueprint.tied:
@@ -319,18 +319,18 @@ def _parts(blueprint: Blueprint, dtype: torch.dtype) -> list[Part]:
 
 
 def _small_head(file: GgufFile, named: Mapping[str, str], config: GPTNeoXConfig, dtype: torch.dtype) -> Part | None:
-    """The int8 head beside the plain one, where the file's head is that."""
-    theirs = named.get(HEAD_WEIGHT)
-    if theirs is None or file.tensors[theirs].kind != Q8_0:
+    """The folder's int8 head, where the file's head is Q8_0."""
+    gguf = named.get(HEAD_WEIGHT)
+    if gguf is None or file.tensors[gguf].kind != Q8_0:
         return None
-    shape = file.tensors[theirs].shape
-    weights = GgufWeights(file, config, {HEAD_WEIGHT: theirs}, quantized_head=True)
+    shape = file.tensors[gguf].shape
+    weights = GgufWeights(file, config, {HEAD_WEIGHT: gguf}, quantized_head=True)
     specs = specs_of("embed_out.", GROUPS[Q8_0], (shape[0], shape[1]), dtype)
     return Part(specs, lambda: _rows(Checkpoint(file.path, {file.path: weights}), specs))
 
 
 def _rows(checkpoint: Checkpoint, specs: list[Spec]) -> Iterator[tuple[str, Tensor, int]]:
-    """Tensors by row slices, in the dtypes they will have; numbers that are not finite there are refused."""
+    """Tensors by row slices, in their stored dtypes. Raises FormatError for numbers that are not finite in them."""
     for spec in specs:
         step = _step(spec.shape)
         for start in range(0, spec.shape[0], step):

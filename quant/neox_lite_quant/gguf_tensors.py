@@ -23,7 +23,7 @@ LAYER_NAMES = {
     "mlp.dense_h_to_4h": "ffn_up",
     "mlp.dense_4h_to_h": "ffn_down",
 }
-OWN_NAMES = {theirs: ours for ours, theirs in (NAMES | LAYER_NAMES).items()}
+OWN_NAMES = {gguf: own for own, gguf in (NAMES | LAYER_NAMES).items()}
 PLAIN = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
 GROUPS = {Q4_0: GroupInt(4, BLOCK), Q8_0: GroupInt(8, BLOCK)}
 

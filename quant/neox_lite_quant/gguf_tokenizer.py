@@ -25,9 +25,9 @@ SPLITTERS = ("olmo", "gpt-2", "gpt2", "default")  # llama.cpp's names for GPT-2'
 
 
 def tokenizer_metadata(folder: Path, vocab_size: int) -> dict[str, Value]:
-    """The vocabulary and merges of tokenizer.json, or a vocabulary without texts where the folder has none."""
+    """The vocabulary and merges of tokenizer.json; a vocabulary without texts where the folder has no tokenizer.json."""
     if not (folder / "tokenizer.json").is_file():
-        warnings.warn(f"{folder}: has no tokenizer.json; llama.cpp will know ids but no text", stacklevel=3)
+        warnings.warn(f"{folder}: has no tokenizer.json; llama.cpp will have ids but no text", stacklevel=3)
         return {"tokenizer.ggml.model": "no_vocab"}
     tokenizer = GPTNeoXTokenizerFast.from_pretrained(folder)
     backend: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -58,7 +58,7 @@ def tokenizer_metadata(folder: Path, vocab_size: int) -> dict[str, Value]:
         "add_bos_token": tokenizer.bos_token_id in around[:1],
         "add_eos_token": tokenizer.eos_token_id in around[-1:] and len(around) == 2,
     }
-    whole: dict[str, Value] = {WHOLE: tokenizer.backend_tokenizer.to_str()}  # with what the other keys have no room for
+    whole: dict[str, Value] = {WHOLE: tokenizer.backend_tokenizer.to_str()}  # also what the other keys cannot express
     template: dict[str, Value] = {TEMPLATE: tokenizer.chat_template} if tokenizer.chat_template else {}
     return {f"tokenizer.ggml.{k}": v for k, v in found.items()} | template | whole
 
@@ -100,11 +100,11 @@ def tokenizer_files(metadata: Mapping[str, Any], vocab_size: int, where: str) ->
     settings: dict[str, Any] = {"tokenizer_class": "GPTNeoXTokenizerFast", "clean_up_tokenization_spaces": False}
     if backend.encode("").ids:  # tokens around every text: transformers' class of this family would leave them out
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    for theirs, ours in NAMED.items():
-        index = found.get(f"{theirs}_token_id")
+    for gguf, own in NAMED.items():
+        index = found.get(f"{gguf}_token_id")
         if index is not None and (type(index) is not int or index not in tokens):
-            raise TokenizerError(f"{where}: tokenizer.ggml.{theirs}_token_id is {index}, which no token has")
-        settings[ours] = None if index is None else backend.id_to_token(index)
+            raise TokenizerError(f"{where}: tokenizer.ggml.{gguf}_token_id is {index}, which no token has")
+        settings[own] = None if index is None else backend.id_to_token(index)
     if TEMPLATE in metadata:
         if not isinstance(metadata[TEMPLATE], str):
             raise TokenizerError(f"{where}: {TEMPLATE} is no text")
@@ -130,7 +130,7 @@ def _texts(found: Mapping[str, Any], vocab_size: int, where: str) -> dict[int, t
 
 
 def _read_whole(text: Any, tokens: Mapping[int, tuple[str, int]], where: str) -> Tokenizer:
-    """The tokenizer.json that a file carries, which must have the tokens that the file lists beside it."""
+    """The tokenizer.json in a file. Raises TokenizerError unless its vocabulary is the one that the file lists."""
     try:
         backend = Tokenizer.from_str(text)
     except Exception as error:  # `tokenizers` raises bare Exception
@@ -141,7 +141,7 @@ def _read_whole(text: Any, tokens: Mapping[int, tuple[str, int]], where: str) ->
 
 
 def _rebuilt(found: Mapping[str, Any], tokens: Mapping[int, tuple[str, int]], where: str) -> Tokenizer:
-    """GPT-NeoX's kind of tokenizer from tokens and merges; NFC, which GGUF does not tell, is what the family has."""
+    """GPT-NeoX's kind of tokenizer from tokens and merges, with the family's NFC, for which GGUF has no key."""
     if (splitter := found.get("pre", "default")) not in SPLITTERS:
         raise TokenizerError(
             f"{where}: tokenizer.ggml.pre is {splitter!r}, expected {', '.join(SPLITTERS)}: another way of splitting text"

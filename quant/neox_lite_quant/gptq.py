@@ -126,7 +126,7 @@ def damp(second: Tensor, sizes: Tensor | None = None, share: float = DAMPING) ->
 
 
 def _factored(second: Tensor, sizes: Tensor) -> Tensor:
-    """The Cholesky factor. Where rounding errors leave none, as with almost constant inputs, the diagonal is raised in place."""
+    """The Cholesky factor. Where rounding errors leave none, as of almost constant inputs, the diagonal is raised in place."""
     factor, failed = torch.linalg.cholesky_ex(second)
     share = ROUNDING
     while failed and share < 1:

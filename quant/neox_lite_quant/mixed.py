@@ -1,9 +1,9 @@
-"""Which linear layer gets how many bits, so that a folder keeps to a number of bytes and loses least. Needs no data.
+"""Chooses a format for each linear layer, so that a folder fits a number of bytes and loses least. Needs no data.
 
-What a format costs a layer is predicted from weights alone. Inputs are taken for norm outputs of independent, standard
-channels; from there the sizes of all others follow through gains, biases, weights and the activation. An error of a weight is
-followed to the residual stream, and counts less the larger that stream is by then. Measured layer by layer, KL adds up over
-layers (docs/quantize.md), so choosing is a matter of one number a layer and format.
+The loss of a format in a layer is predicted from the weights alone. The channels of a norm's output are taken as independent
+and standard; gains, biases, weights and the activation then give the sizes of all other activations. The error of a weight is
+propagated to the residual stream and counts less the larger the stream is there. Measured layer by layer, KL adds up over
+layers (docs/quantize.md), so one number for each layer and format is enough to choose by.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from neox_lite.loading.skeleton import Blueprint
 
 FORMATS = (GroupInt(4, 128), GroupInt(4, 64), GroupInt(4, 32), GroupInt(8, 128), GroupInt(8, 64), GroupInt(8, 32))
 SAMPLED = 512  # rows of a weight that are quantized in every format, at even distances
-STREAM_POWER = 0.5  # 0: later layers pass an error on as it is; 1: it grows as the stream does
+STREAM_POWER = 0.5  # 0: an error in the stream stays the same in later layers; 1: it grows as the stream does
 
 Mix = Mapping[str, GroupInt]  # full name of a linear layer -> its format
 Losses = Mapping[str, Mapping[GroupInt, float]]
@@ -32,7 +32,7 @@ Progress = Callable[[int, int], object]
 
 
 def smallest(config: GPTNeoXConfig) -> dict[str, GroupInt]:
-    """Every linear layer in the smallest format that its shape allows. Raises FormatError where there is none."""
+    """The smallest format that the shape of each linear layer allows. Raises FormatError where there is none."""
     found = {}
     for name, shape in _shapes(config).items():
         fits = _fitting(shape)
@@ -43,10 +43,10 @@ def smallest(config: GPTNeoXConfig) -> dict[str, GroupInt]:
 
 
 def choose(losses: Losses, config: GPTNeoXConfig, dtype: torch.dtype, budget_bytes: int) -> dict[str, GroupInt]:
-    """Formats of least predicted loss whose stored bytes fit the budget, which `smallest` must.
+    """Formats of least predicted loss whose stored bytes fit the budget; those of `smallest` must fit it.
 
-    Again and again the step that saves most for its bytes, among those that fit: along the convex hull of each layer, and
-    with what is left at the end, beside it. Equal steps go to the first layer, so that the same model gives the same mix.
+    Greedy: takes the step that saves most for its bytes among those that fit, until none does. Of equal steps the one of the
+    first layer is taken, so that the same model gives the same mix.
     """
     shapes, mix = _shapes(config), smallest(config)
     left = budget_bytes - stored_bytes(mix, config, dtype)
@@ -65,7 +65,7 @@ def choose(losses: Losses, config: GPTNeoXConfig, dtype: torch.dtype, budget_byt
 
 
 def stored_bytes(mix: Mix, config: GPTNeoXConfig, dtype: torch.dtype) -> int:
-    """Of all quantized weights together."""
+    """Bytes of all quantized weights together."""
     shapes = _shapes(config)
     return sum(_bytes(format, shapes[name], dtype) for name, format in mix.items())
 
@@ -78,15 +78,15 @@ def mix_for(
     other_bytes: int,
     progress: Progress | None,
 ) -> dict[str, GroupInt]:
-    """The mix for a folder of at most target_bytes, of which other_bytes go to all but the quantized weights.
+    """The mix for a folder of at most target_bytes, of which other_bytes are for all but the quantized weights.
 
-    method: how weights are rounded. Raises ArgumentError, naming the least size, where that is not enough.
+    method: how weights are rounded. Raises ArgumentError, naming the smallest possible size, where target_bytes is less.
     """
     config = blueprint.model.config
-    least = stored_bytes(smallest(config), config, dtype) + other_bytes
-    if least > target_bytes:
+    min_bytes = stored_bytes(smallest(config), config, dtype) + other_bytes
+    if min_bytes > target_bytes:
         raise ArgumentError(
-            f"target size is {target_bytes} bytes, but the smallest folder of this model is {least}; give at least that"
+            f"target size is {target_bytes} bytes, but the smallest folder of this model is {min_bytes}; give at least that"
         )
     losses = predict(blueprint, dtype, method, progress)
     return choose(losses, config, dtype, target_bytes - other_bytes)
@@ -108,7 +108,7 @@ def _bytes(format: GroupInt, shape: tuple[int, int], dtype: torch.dtype) -> int:
     return sum(spec.nbytes for spec in specs_of("", format, shape, dtype))
 
 
-# What a format costs a layer ------------------------------------------------------------------------------------------
+# The predicted loss of a format in a layer -----------------------------------------------------------------------------
 
 
 def predict(
@@ -118,9 +118,9 @@ def predict(
     progress: Progress | None = None,
     moments: Mapping[str, Tensor] | None = None,
 ) -> dict[str, dict[GroupInt, float]]:
-    """The loss that each format would cost each linear layer, in a unit of its own.
+    """The predicted loss of each format in each linear layer; comparable with each other only.
 
-    moments: mean squares (in,) of the inputs of linear layers where they are known, from a text for instance.
+    moments: mean squares (in,) of the inputs of linear layers, where they were measured, on a text for instance.
     """
     config, found = blueprint.model.config, {}
     weights = _Weights(blueprint)
@@ -140,7 +140,7 @@ def predict(
 
 @dataclass(frozen=True)
 class _Sample:
-    """Rows of a weight at even distances, float32; `every` rows of the weight are one of these."""
+    """Rows of a weight at even distances, float32; one of these stands for `every` rows of the weight."""
 
     numbers: Tensor
     rows: Tensor
@@ -150,7 +150,7 @@ class _Sample:
 def _losses(
     sample: _Sample, squares: Tensor, importance: Tensor | None, dtype: torch.dtype, method: str
 ) -> dict[GroupInt, float]:
-    """The expected square of the error that reaches the residual stream. squares: of inputs; importance: of outputs there."""
+    """The expected squared error in the residual stream. squares: mean squares of inputs; importance: weights of outputs."""
     rows = sample.rows
     found = {}
     for format in _fitting((rows.shape[0], rows.shape[1])):
@@ -161,7 +161,7 @@ def _losses(
 
 
 class _Weights:
-    """A checkpoint's tensors under the model's names, as float32, a bounded part at a time."""
+    """A checkpoint's tensors under the model's names, in float32, some rows at a time."""
 
     def __init__(self, blueprint: Blueprint) -> None:
         self._stored, self._checkpoint = blueprint.stored, blueprint.checkpoint
@@ -192,8 +192,9 @@ class _Weights:
 
 
 def _sizes(weights: _Weights, config: GPTNeoXConfig, index: int) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
-    """Of one layer: mean squares of each linear's inputs, how much of the square of an error in its outputs reaches the
-    residual stream (1 where it is not said), and the square of what the layer adds to the stream."""
+    """Of one layer: the mean squares of each linear layer's inputs; the share of a squared error of its outputs that reaches
+    the residual stream (1 where it is absent); and the squared size of what the layer adds to the stream.
+    """
     prefix = f"gpt_neox.layers.{index}."
     names = ("input_layernorm", "post_attention_layernorm")
     (gain1, shift1), (gain2, shift2) = (
@@ -206,7 +207,7 @@ def _sizes(weights: _Weights, config: GPTNeoXConfig, index: int) -> tuple[dict[s
     heads = (config.num_attention_heads, 3, config.head_dim)
     squares, varying = (mean.square() + variance).view(heads), variance.view(heads)[:, 2]
     read = _column_squares(weights.sample(f"{dense}.weight")).view(-1, config.head_dim)
-    spread = (read * varying).sum(1, keepdim=True)  # of a head's part of the output, over the tokens attended to
+    spread = (read * varying).sum(1, keepdim=True)  # variance of a head's output over the tokens that it attends to
     # A query's error is multiplied with keys, a key's error with queries.
     scores = torch.stack((squares[:, 1], squares[:, 0]), 1) / config.head_dim
     attended = torch.cat((scores * spread[:, None], read[:, None]), 1).flatten()
@@ -224,12 +225,12 @@ def _sizes(weights: _Weights, config: GPTNeoXConfig, index: int) -> tuple[dict[s
 
 
 def _column_squares(sample: _Sample) -> Tensor:
-    """The sum of squares of each column of the whole weight, as the sample has it."""
+    """The sum of squares of each column of the weight, estimated from the sample."""
     return sample.rows.square().sum(0) * sample.every
 
 
 def _activated(mean: Tensor, deviation: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
-    """For u of normal distributions (n,): the means of f(u)**2, of f(u), and of f'(u)**2."""
+    """For normally distributed u (n,): the means of f(u)**2, of f(u), and of f'(u)**2."""
     points = torch.linspace(-5, 5, 41)
     share = torch.exp(-points.square() / 2)
     share /= share.sum()

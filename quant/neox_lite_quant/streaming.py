@@ -1,7 +1,7 @@
 """A checkpoint on the hub whose weight files are fetched when they are needed and deleted when they have been used.
 
-It knows files, and how often each of their tensors will be used; never what they mean. Two files at most are on the disk at
-a time: the one in use and the next.
+It knows files and how often each of their tensors will be used; never what they mean. At most two files are on the disk at a
+time: the one in use and the next.
 """
 
 from __future__ import annotations
@@ -28,61 +28,61 @@ from neox_lite.errors import CheckpointError, HubError
 from neox_lite.hub import Remote
 
 FIRST_BYTES = 64 << 10  # of a weight file: most headers are shorter
-HELD = 2  # files on the disk at a time
-AT_ONCE = 8  # headers that are asked for at a time
+MAX_FILES = 2  # on the disk at a time
+MAX_REQUESTS = 8  # for headers, at a time
 
 
 class Stream:
-    """The weight files of a repository on their way through this machine. A context manager.
+    """The weight files of a repository, fetched, used and deleted one after another. A context manager.
 
-    Fetched files lie in a folder of their own. It goes at the end, and after an error too, but for those after which a new
-    run goes on: an interrupt, and a hub that cannot be reached.
+    Fetched files lie in a folder of their own. It is removed at the end and after an error, except after an interrupt or when
+    the hub cannot be reached: then a new run resumes.
     """
 
     def __init__(self, remote: Remote, folder: Path) -> None:
         """Reads every file's header, no more. Raises HubError, CheckpointError."""
         self.remote, self.folder = remote, folder
-        with ThreadPoolExecutor(AT_ONCE) as pool:
+        with ThreadPoolExecutor(MAX_REQUESTS) as pool:
             self._infos = dict(zip(remote.sizes, pool.map(self._described, remote.sizes), strict=True))
         files = {name: _Streamed(self, name, self._infos[name]) for name in sorted(self._infos)}
         self.checkpoint = Checkpoint.of(remote.folder, files)
         self._file_of = {tensor: file for file, found in self._infos.items() for tensor in found}
-        self._left: Counter[str] = Counter()  # file -> uses of its tensors still to come; in the order of need
-        self._coming: dict[str, Future[SafetensorsFile]] = {}
+        self._uses: Counter[str] = Counter()  # file -> expected uses of its tensors, in the order of use
+        self._fetched: dict[str, Future[SafetensorsFile]] = {}
 
     @property
     def scratch_bytes(self) -> int:
-        """What fetched files take on the disk at most."""
-        return sum(sorted(self.remote.sizes.values())[-HELD:])
+        """Disk space that fetched files use at most."""
+        return sum(sorted(self.remote.sizes.values())[-MAX_FILES:])
 
     def expect(self, tensors: Iterable[str]) -> None:
-        """These will be used, in this order, one of several uses for each time that it is named."""
-        self._left.update(self._file_of[name] for name in tensors)
+        """Announce that these tensors will be used, in this order; one that is named twice is used twice."""
+        self._uses.update(self._file_of[name] for name in tensors)
 
     def used(self, tensors: Iterable[str]) -> None:
-        """These have been used, or need not be any more."""
+        """Announce that these were used, or are not needed any more."""
         for file in map(self._file_of.__getitem__, tensors):
-            self._left[file] -= 1
-            if not self._left[file] and (fetched := self._coming.pop(file, None)) is not None:
+            self._uses[file] -= 1
+            if not self._uses[file] and (fetched := self._fetched.pop(file, None)) is not None:
                 fetched.result()
                 (self.folder / file).unlink()
                 self._fetch_next()
 
     def file(self, name: str) -> SafetensorsFile:
-        """A weight file, fetched now if it is not here; the next one is then on its way."""
-        if name not in self._coming:
+        """A weight file, fetched now if it is not here; starts to fetch the next one, too."""
+        if name not in self._fetched:
             self._start(name)
         self._fetch_next()
-        return self._coming[name].result()
+        return self._fetched[name].result()
 
     def _fetch_next(self) -> None:
-        following = next((file for file, left in self._left.items() if left > 0 and file not in self._coming), None)
-        if following is not None and len(self._coming) < HELD:
+        following = next((file for file, uses in self._uses.items() if uses > 0 and file not in self._fetched), None)
+        if following is not None and len(self._fetched) < MAX_FILES:
             self._start(following)
 
     def _start(self, name: str) -> None:
-        """In a thread that nobody waits for at an exit: a transfer cannot be interrupted, and the next run goes on with it."""
-        future = self._coming[name] = Future()
+        """Fetch in a daemon thread: a transfer cannot be interrupted, so an exit does not wait; the next run resumes it."""
+        future = self._fetched[name] = Future()
 
         def run() -> None:
             try:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from neox_lite.checkpoint.manifest import ANY_WEIGHTS, INDEX
 from neox_lite.checkpoint.reader import Checkpoint, inside
 from neox_lite.errors import ArgumentError, CheckpointError, HubError
-from neox_lite.hub import HEAD, SMALL_FILES, asked, check_id, fetch_files
+from neox_lite.hub import HEAD, SMALL_FILES, call_hub, check_id, fetch_files
 
 from ..terminal import amount, note, print_json
 from .inspect_model import problems_of
@@ -108,7 +108,7 @@ def upload(hub_id: str, files: dict[str, Path | bytes], private: bool, revision:
 
 
 def _check_target(hub_id: str, present: set[str], ours: Any, is_public: bool) -> None:
-    """Refuse a repository in which what is there and what comes would make no model, or that is not what was asked for."""
+    """Refuse a repository in which what is there and what comes would make no model, or that is not what was call_hub for."""
     if is_public:
         raise HubError(
             f"{hub_id}: exists and is public, which --private does not change; change it in its settings first"
@@ -137,5 +137,5 @@ def _writing(call: Callable[[], T], hub_id: str) -> T:
         except ValueError as error:  # the hub does not accept the card's front matter
             raise HubError(f"{hub_id}: {' '.join(str(error).split())}") from error
 
-    result: T = asked(checked, hub_id, None)
+    result: T = call_hub(checked, hub_id, None)
     return result
