@@ -18,8 +18,9 @@ from .modeling.auto import (
     GPTNeoXTokenizer,
     pipeline,
 )
+from .modeling.causal_lm import GPTNeoXForCausalLM
 from .modeling.heads import GPTNeoXForQuestionAnswering, GPTNeoXForSequenceClassification, GPTNeoXForTokenClassification
-from .modeling.pretrained import GPTNeoXForCausalLM, GPTNeoXModel, GPTNeoXPreTrainedModel
+from .modeling.pretrained import GPTNeoXModel, GPTNeoXPreTrainedModel
 from .tokenizer import GPTNeoXTokenizerFast
 from .version import __version__
 

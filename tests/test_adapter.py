@@ -20,8 +20,10 @@ from neox_lite import GPTNeoXForCausalLM
 from neox_lite.checkpoint.adapter import Settings
 from neox_lite.errors import ArgumentError, CheckpointError, ConfigError, HubError, UnsupportedError
 from neox_lite.kernels import dispatch, reference
+from neox_lite.kernels.graphs import EagerRunner
 from neox_lite.layers import Linear, LowRank
-from neox_lite.loading.load import cache_root, place
+from neox_lite.loading.apply import move_parts
+from neox_lite.loading.quantized_cache import cache_root
 from neox_lite.offload import placement, profile
 from neox_lite.offload.plan import Machine, Rates
 from neox_lite.offload.run import Placement
@@ -224,12 +226,12 @@ def test_a_captured_step_equals_an_eager_one(every, format):
         pool = model.new_pool()
         block_tables = [pool.new(), pool.new()]
         model.step(pool, block_tables, IDS.tolist())
-        whole = model.runner.whole
+        passes = model.runner.passes
         if not captured:
-            model.runner.whole = None
+            model.runner.passes = EagerRunner(model.runner._forward, None)
         found.append([model.step(pool, block_tables, [[5 + i], [9 + i]]) for i in range(3)])
         if captured and model.ops.name == "cpu":
-            assert whole.shapes(pool)[2, 2] is not None
+            assert passes.graphs(pool)[2, 2] is not None
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
@@ -263,7 +265,7 @@ def test_the_adapter_goes_where_its_layers_go(every, tiers):
     model = load(base, adapter)
     gpu = "gpu" in tiers
     device = SimulatedAccelerator() if gpu else None
-    place(model, Placement(tiers, "cpu", "gpu" if gpu else "cpu", 4 if gpu else None), device)
+    move_parts(model, Placement(tiers, "cpu", "gpu" if gpu else "cpu", 4 if gpu else None), device)
     if not gpu:
         model.ops = reference
     pool = model.new_pool(4)

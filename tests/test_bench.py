@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from neox_lite import GPTNeoXForCausalLM
+from neox_lite.cache import Batch, PagePool
 from neox_lite.errors import ArgumentError, FormatError
 from neox_lite.formats import DENSE, make_format
+from neox_lite.kernels.graphs import ReplayRunner
 from neox_lite_app import bench
 from neox_lite_app.cli import main
 from neox_lite_app.models.random_model import SHAPES, RandomModel, config_of
@@ -298,15 +300,17 @@ def test_operations_that_call_operations_count_once_and_captured_steps_count_too
     watch = bench.Stopwatch()
     timed = bench.Timed(operations, watch)
     operations.outer = lambda: timed.inner() + timed.inner()
-    operations.capture = lambda: types.SimpleNamespace(replay=lambda: slow(2)) if operations.size else None
+    captured = lambda *pass_: types.SimpleNamespace(replay=lambda x, batch: slow(2)) if operations.size else None  # noqa: E731
+    operations.pass_runner = lambda: ReplayRunner(lambda *pass_: 4, captured, "a reason")
     began = time.perf_counter()
     assert timed.outer() == 2 and timed.size == 3 and not hasattr(timed, "missing")
     # twice this, were the inner calls added to the outer one
     assert 0.04 <= watch.seconds <= time.perf_counter() - began
     before = watch.seconds
-    assert timed.capture().replay() == 2 and watch.seconds >= before + 0.02
+    given = torch.empty(0), PagePool(1, 1, torch.float32, []), Batch((), (), (), *torch.empty(3, 0))
+    assert timed.pass_runner().run(*given) == 2 and watch.seconds >= before + 0.02
     operations.size = 0
-    assert timed.capture() is None
+    assert timed.pass_runner().run(*given) == 4
     with pytest.raises(ZeroDivisionError):
         timed.fails()
     assert watch.depth == 0

@@ -26,9 +26,9 @@ from neox_lite.cache import Batch, PagePool
 from neox_lite.errors import ArgumentError, ContextLengthError
 from neox_lite.formats import DENSE, Format, GroupInt
 from neox_lite.kernels import cpu, dispatch
-from neox_lite.kernels.captured import MOST_PASSES, MOST_TOKENS
-from neox_lite.kernels.cpu import compile, target
+from neox_lite.kernels.cpu import target
 from neox_lite.kernels.cpu.code import Code
+from neox_lite.kernels.graphs import MAX_GRAPHS, MAX_TOKENS
 from neox_lite.layers import Linear, norm_of
 from neox_lite.units import PAGE
 from neox_lite_app.evaluation.quality import cut, log_probabilities
@@ -84,7 +84,7 @@ def become(module: Linear, format: Format) -> None:
 
 def on(model: GPTNeoXForCausalLM, backend: str = "cpu", exact: bool = True) -> GPTNeoXForCausalLM:
     """The model, to run on a backend from here on."""
-    model._unbind()
+    model.version += 1
     model.exact, model.ops = exact, dispatch.load(backend).bind(exact)
     return model
 
@@ -229,7 +229,7 @@ def test_sequences_decoded_together_get_what_each_gets_alone(rows: int, int4: GP
 def uncaptured(model: GPTNeoXForCausalLM, pool: PagePool, block_tables: Sequence[Any], ids: Sequence[int]) -> Tensor:
     """A decode step by the same operations, called one after another."""
     batch = Batch.reserve(pool, block_tables, [1] * len(ids))
-    x = model.run_layers(model._embed(torch.tensor(ids)), pool, batch)
+    x = model.runner.hidden_states(model.runner.embed(torch.tensor(ids)), pool, batch)
     return model.ops.head(x, None, norm_of(model.gpt_neox.final_layer_norm), model.embed_out.handle)
 
 
@@ -264,7 +264,7 @@ def test_a_captured_step_works_on_int8_pages(int4: GPTNeoXForCausalLM) -> None:
 def test_a_step_that_torch_has_a_part_in_is_not_captured_and_right(int4: GPTNeoXForCausalLM) -> None:
     """More tokens than the exact kernels take."""
     pool = captured_equals_uncaptured(on(int4), 12)
-    assert int4.runner.whole.shapes(pool) == {(12, 12): None}
+    assert int4.runner.passes.graphs(pool) == {(12, 12): None}
 
 
 def test_one_capture_serves_all_steps_until_the_pool_moves_its_pages(int4: GPTNeoXForCausalLM) -> None:
@@ -278,7 +278,7 @@ def test_one_capture_serves_all_steps_until_the_pool_moves_its_pages(int4: GPTNe
         expected = uncaptured(int4, pool, [twin], [step])
         pool.free(twin)
         assert torch.equal(int4.step(pool, [block_table], [[step]]), expected)
-        captures.append(int4.runner.whole.shapes(pool)[1, 1])
+        captures.append(int4.runner.passes.graphs(pool)[1, 1])
         sizes.append(pool.pages)
     assert len(set(sizes)) == 3
     for before, after in zip(range(11), range(1, 12), strict=True):
@@ -293,7 +293,7 @@ def test_each_number_of_sequences_has_its_own_capture(int4: GPTNeoXForCausalLM) 
         twins = [pool.fork(s) for s in block_tables[:count]]
         found = int4.step(pool, block_tables[:count], [[5]] * count)
         assert torch.equal(found, uncaptured(int4, pool, twins, [5] * count))
-    assert set(int4.runner.whole.shapes(pool)) == {(1, 1), (2, 2), (3, 3)}
+    assert set(int4.runner.passes.graphs(pool)) == {(1, 1), (2, 2), (3, 3)}
 
 
 @torch.no_grad()
@@ -310,12 +310,12 @@ def test_a_captured_pass_of_several_tokens_serves_every_split_of_them_bit_equall
         twins = [pool.fork(s) for s in block_tables]
         found = int4.step(pool, block_tables, tokens, every=True)
         batch = Batch.reserve(pool, twins, counts)
-        x = int4.run_layers(int4._embed(torch.tensor([i for t in tokens for i in t])), pool, batch)
+        x = int4.runner.hidden_states(int4.runner.embed(torch.tensor([i for t in tokens for i in t])), pool, batch)
         expected = int4.ops.head(x, None, norm_of(int4.gpt_neox.final_layer_norm), int4.embed_out.handle)
         assert torch.equal(found, expected) and [s.length for s in block_tables] == [t.length for t in twins]
         for twin in twins:
             pool.free(twin)
-    assert {shape: c is not None for shape, c in int4.runner.whole.shapes(pool).items()} == {(3, 7): True}
+    assert {shape: c is not None for shape, c in int4.runner.passes.graphs(pool).items()} == {(3, 7): True}
 
 
 @torch.no_grad()
@@ -325,21 +325,21 @@ def test_captured_passes_are_few_and_small(int4: GPTNeoXForCausalLM) -> None:
     block_tables = [pool.new() for _ in range(40)]
     for count in range(1, 41):
         int4.step(pool, block_tables[:count], [[5]] * count)
-    shapes = list(int4.runner.whole.shapes(pool))
-    assert shapes == [(n, n) for n in range(41 - MOST_PASSES, 41)]
+    shapes = list(int4.runner.passes.graphs(pool))
+    assert shapes == [(n, n) for n in range(41 - MAX_GRAPHS, 41)]
     int4.step(pool, block_tables[:9], [[5]] * 9)  # used again: it stays longest
-    assert list(int4.runner.whole.shapes(pool))[-1] == (9, 9)
-    for tokens in (MOST_TOKENS, MOST_TOKENS + 1):
+    assert list(int4.runner.passes.graphs(pool))[-1] == (9, 9)
+    for tokens in (MAX_TOKENS, MAX_TOKENS + 1):
         int4.step(pool, block_tables[:1], [[5] * tokens], every=True)
         int4.step(pool, block_tables[:1], [[5] * tokens])  # a prompt comes once
-    assert [n for _, n in int4.runner.whole.shapes(pool) if n > 1][-1] == MOST_TOKENS
+    assert [n for _, n in int4.runner.passes.graphs(pool) if n > 1][-1] == MAX_TOKENS
 
 
 def test_a_capture_is_forgotten_with_its_pool(int4: GPTNeoXForCausalLM) -> None:
     on(int4, exact=False)
     pool = int4.new_pool(pages=2)
     int4.step(pool, [pool.new()], [[5]])
-    passes = int4.runner.whole
+    passes = int4.runner.passes
     assert passes.pools == 1
     del pool
     assert passes.pools == 0
@@ -352,7 +352,7 @@ def test_moving_a_model_to_another_dtype_makes_captures_anew(int4: GPTNeoXForCau
     int4.step(pool, [block_table], [[1, 2, 3]])
     for move in (int4.float, int4.half, int4.bfloat16, int4.float):
         move()
-        assert int4.runner.whole.pools == 0
+        assert int4.runner.passes.pools == 0
         twins = [pool.fork(block_table) for _ in range(2)]
         logits.append(int4.step(pool, twins[:1], [[5]]))
         assert torch.equal(logits[-1], uncaptured(int4, pool, twins[1:], [5]))

@@ -11,44 +11,54 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"neox_lite": ROOT, "neox_lite_quant": ROOT / "quant", "neox_lite_app": ROOT / "app"}
 
-# Lowest floor first: a room may import only rooms listed above it (and its own insides).
-FLOORS = [
-    "neox_lite.version",
-    "neox_lite.errors",
-    "neox_lite.files",
-    "neox_lite.units",
-    "neox_lite.user_cache",
-    "neox_lite.hub",
-    "neox_lite.config",
+# Lowest floor first: a room imports only rooms above it in this list (and its own insides). The number is its budget of lines.
+FLOORS = {
+    "neox_lite.version": 10,
+    "neox_lite.errors": 60,
+    "neox_lite.outputs": 40,
+    "neox_lite.files": 300,
+    "neox_lite.units": 80,
+    "neox_lite.hub": 500,
+    "neox_lite.user_cache": 90,
+    "neox_lite.config": 600,
+    "neox_lite.tokenizer": 720,
+    "neox_lite.checkpoint": 1900,
+    "neox_lite.formats": 950,
+    "neox_lite.cache": 420,
+    "neox_lite.kernels": 6700,
+    "neox_lite.layers": 290,
+    "neox_lite.generation": 2400,
+    "neox_lite.offload": 2400,
+    "neox_lite.core": 700,
+    "neox_lite.loading": 1200,
+    "neox_lite.modeling": 750,
+    "neox_lite": 75,
+    "neox_lite_quant": 3000,
+    "neox_lite_app.paths": 20,
+    "neox_lite_app.terminal": 110,
+    "neox_lite_app.load_for_command": 160,
+    "neox_lite_app.conversations": 1300,
+    "neox_lite_app.models": 1700,
+    "neox_lite_app.evaluation": 1900,
+    "neox_lite_app.serving": 2900,
+    "neox_lite_app.page": 1500,
+    "neox_lite_app": 2500,
+}
+MAX_LINES = 500  # of a file, but for
+LONGER = {
     "neox_lite.tokenizer",
-    "neox_lite.checkpoint",
-    "neox_lite.formats",
-    "neox_lite.cache",
-    "neox_lite.kernels",
-    "neox_lite.outputs",
-    "neox_lite.generation",
-    "neox_lite.layers",
-    "neox_lite.offload",
-    "neox_lite.loading.save",
-    "neox_lite.loading.options",
-    "neox_lite.loading.quantize",
-    "neox_lite.loading.skeleton",
-    "neox_lite.loading.load",
-    "neox_lite.modeling.pretrained",
-    "neox_lite.modeling.heads",
-    "neox_lite.modeling.auto",
-    "neox_lite",
-    "neox_lite_quant",
-    "neox_lite_app.paths",
-    "neox_lite_app.terminal",
-    "neox_lite_app.load_for_command",
-    "neox_lite_app.conversations",
-    "neox_lite_app.models",
-    "neox_lite_app.evaluation",
-    "neox_lite_app.serving",
-    "neox_lite_app.page",
-    "neox_lite_app",
-]
+    "neox_lite.config",
+    "neox_lite.checkpoint.folder_writer",
+    "neox_lite.kernels.triton.operations",
+    "neox_lite.offload.plan",
+    "neox_lite.offload.profile",
+    "neox_lite_app.bench",
+    "neox_lite_app.conversations.conversation",
+    "neox_lite_app.serving.engine",
+    "neox_lite_app.serving.schema",
+}
+MAX_LINES_IN = {"neox_lite.core": 300, "neox_lite.loading": 300, "neox_lite.modeling": 300}
+MAX_ROOMS, MAX_ARROWS = 20, 80  # of neox_lite itself
 # The core's third-party imports, and the only ones allowed at the top of a module; others are imported where they are used.
 TOP_LEVEL = {"torch", "tokenizers"}
 LAZY = {"huggingface_hub", "numpy", "tqdm", "safetensors", "bitsandbytes", "transformers"}
@@ -63,6 +73,9 @@ def modules():
             yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
 
 
+MODULES = {module for module, _ in modules()}
+
+
 def room(module):
     """The longest floor that a module belongs to; the package itself is the room of its __init__."""
     fits = [f for f in FLOORS if module == f or module.startswith(f + ".")]
@@ -70,19 +83,11 @@ def room(module):
 
 
 def imports(module, path):
-    """(imported module, whether at the top of the file, line); imports for type checkers only are left out."""
+    """(imported module, whether at the top of the file, line), those for type checkers too."""
     tree = ast.parse(path.read_text())
-    typing_only = {
-        inner
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-        for inner in ast.walk(node)
-    }
     top = {id(n) for node in tree.body for n in ([node] if not isinstance(node, ast.Try) else ast.walk(node))}
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     for node in ast.walk(tree):
-        if node in typing_only:
-            continue
         if isinstance(node, ast.Import):
             yield from ((alias.name, id(node) in top, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -90,10 +95,16 @@ def imports(module, path):
             if node.level:
                 parts = package.split(".")[: len(package.split(".")) - node.level + 1]
                 base = ".".join([*parts, *([node.module] if node.module else [])])
-            names = [
-                f"{base}.{a.name}" if room(f"{base}.{a.name}") not in (None, room(base)) else base for a in node.names
-            ]
+            names = [f"{base}.{a.name}" if f"{base}.{a.name}" in MODULES else base for a in node.names]
             yield from ((name, id(node) in top, node.lineno) for name in dict.fromkeys(names))
+
+
+def arrows():
+    """(module, line, imported module, room, room of that) for each import of a package of ours."""
+    for module, path in modules():
+        for name, _, line in imports(module, path):
+            if name.partition(".")[0] in PACKAGES:
+                yield module, line, name, room(module), room(name)
 
 
 def test_every_module_has_a_room():
@@ -102,13 +113,38 @@ def test_every_module_has_a_room():
 
 
 def test_rooms_import_only_rooms_below_them():
-    problems = []
+    floors = list(FLOORS)
+    assert [
+        f"{module}:{line} imports {name}, which stands above it"
+        for module, line, name, here, there in arrows()
+        if there is None or floors.index(there) > floors.index(here)
+    ] == []
+
+
+def test_files_of_a_room_do_not_import_each_other_in_a_circle():
+    below: dict[str, set[str]] = {module: set() for module in MODULES}
     for module, path in modules():
-        for name, _, line in imports(module, path):
-            here, there = room(module), room(name)
-            if name.partition(".")[0] in PACKAGES and (there is None or FLOORS.index(there) > FLOORS.index(here)):
-                problems.append(f"{module}:{line} imports {name}, which stands above it")
-    assert problems == []
+        for name, at_top, _ in imports(module, path):
+            if at_top and name in MODULES and name != module:
+                below[module].add(name)
+    while leaves := [module for module, others in below.items() if not others & below.keys()]:
+        for module in leaves:
+            del below[module]
+    assert below == {}
+
+
+def test_the_core_has_few_rooms_and_few_arrows_between_them():
+    core = [floor for floor in FLOORS if floor.startswith("neox_lite.")]
+    between = {(here, there) for *_, here, there in arrows() if {here, there} <= set(core) and here != there}
+    assert (len(core) <= MAX_ROOMS, len(between) <= MAX_ARROWS) == (True, True), (len(core), len(between))
+
+
+def test_files_and_rooms_keep_to_their_lines():
+    lines = {module: (room(module), path.read_text().count("\n")) for module, path in modules()}
+    rooms = {floor: sum(count for here, count in lines.values() if here == floor) for floor in FLOORS}
+    assert {floor: count for floor, count in rooms.items() if count > FLOORS[floor]} == {}
+    long = {module: count for module, (here, count) in lines.items() if count > MAX_LINES_IN.get(here, MAX_LINES)}
+    assert long.keys() <= LONGER, long
 
 
 def test_the_core_imports_few_packages_and_heavy_ones_only_where_used():

@@ -654,7 +654,7 @@ def test_a_branch_of_a_conversation_takes_what_is_common(own):
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_a_repeated_call_is_bit_identical_and_computes_no_prompt(exact, own):
-    own._unbind()
+    own.version += 1
     own.exact = exact
     ids, seen = random_ids(2, 150), []
 
@@ -814,16 +814,16 @@ def test_a_large_batch_leaves_at_most_one_context_behind(own):
 
 
 def test_captured_steps_outlive_a_call(own):
-    own._unbind()
+    own.version += 1
     own.exact = False
     if own.ops.name != "cpu":
         pytest.skip("only the cpu backend captures")
     own.generate(random_ids(1, 20), max_new_tokens=3, **NO_EOS)
-    captured = own.runner.whole.shapes(own._cache_holder.prefixes.pool)[1, 1]
+    captured = own.runner.passes.graphs(own._cache_holder.prefixes.pool)[1, 1]
     for seed in range(20):
         own.generate(random_ids(1, 200, seed=seed), max_new_tokens=3, **NO_EOS)
     assert captured is not None
-    assert own.runner.whole.shapes(own._cache_holder.prefixes.pool)[1, 1] is captured
+    assert own.runner.passes.graphs(own._cache_holder.prefixes.pool)[1, 1] is captured
 
 
 # Sampling -------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
-from neox_lite.loading.load import place
+from neox_lite.loading.apply import move_parts
 from neox_lite.offload import profile
 from neox_lite.offload.accelerator import Cuda
 from neox_lite.offload.run import Placement
@@ -62,7 +62,7 @@ class TestOnTheGpu:
         plain = GPTNeoXForCausalLM.from_pretrained(tmp_path, kv=kv)
         model = GPTNeoXForCausalLM.from_pretrained(tmp_path, kv=kv)
         tiers = ("disk", "cpu", "cpu", "gpu", "gpu", "cpu")
-        place(model, Placement(tiers, "cpu", "gpu", stream_from), Cuda(torch.device("cuda", 0)))
+        move_parts(model, Placement(tiers, "cpu", "gpu", stream_from), Cuda(torch.device("cuda", 0)))
         pools = [m.new_pool() for m in (model, plain)]
         block_tables = [pool.new() for pool in pools]
         for count in (150, 1, 1, 40, 3, 130, 1):
@@ -123,7 +123,7 @@ class TestGraphs:
             lengths = (1, 60, 120, 250, 300)  # contexts of 1, 2 and 4 pages are crossed
             expected = generated(model, lengths, False, max_new_tokens=40, **given)
             assert generated(model, lengths, True, max_new_tokens=40, **given) == expected
-        assert model.graph_reason is None and model._decoder.graphs(model._cache_holder.prefixes.pool)
+        assert model.graph_reason is None and model.runner.passes.graphs(model._cache_holder.prefixes.pool)
 
     @pytest.mark.parametrize("rows", [2, 3, 7, 16])
     def test_batches_equal_those_launched_kernel_by_kernel(self, rows):

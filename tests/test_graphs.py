@@ -21,7 +21,8 @@ from neox_lite.generation.options import Options
 from neox_lite.generation.request import Sequence
 from neox_lite.generation.sampling import Sampling, exclude, sample_token
 from neox_lite.kernels import reference, triton
-from neox_lite.kernels.backend import Choice
+from neox_lite.kernels.backend import DeviceSampling
+from neox_lite.kernels.graphs import GraphCache
 from neox_lite.kernels.triton import embed_and_sample, operations, steps
 from neox_lite.kernels.triton.operations import Operations
 
@@ -107,15 +108,17 @@ def test_a_step_is_given_before_the_last_one_is_read_and_an_end_found_late_throw
 
 def test_work_is_late_and_host_memory_is_not_written_over_before_it_is_read(monkeypatch):
     """Else none of these tests would see a race."""
-    monkeypatch.setattr(steps.Launched, "tokens", lambda self: [0] * self._count)  # nobody waits for what was before
+    monkeypatch.setattr(
+        steps.PendingGraph, "tokens", lambda self: [0] * self._count
+    )  # nobody waits for what was before
     model, device = small(), SimulatedGraphs()
     graphed(model, device)
     with device:
         pool = model.new_pool(4)
         model.step(pool, block_tables := [pool.new()], ids(4))
         for token in (1, 2, 3):
-            model.launch(pool, block_tables, [token], [Choice()])
-        ids_there = {int(seat.tables.choices[0, 0]) for seat in model._decoder._seats}
+            model.launch(pool, block_tables, [token], [DeviceSampling()])
+        ids_there = {int(buffer.tables.sampling[0, 0]) for buffer in model.runner.passes._buffers}
     assert device.behind >= 6 and ids_there == {2, 3}  # the first step's id is gone, and its copy has not run yet
 
 
@@ -137,10 +140,10 @@ def test_a_pool_that_grows_is_captured_anew():
         block_table = pool.new()
         Batch.reserve(pool, [block_table], [3]).commit()
         for _ in range(2):
-            model.launch(pool, [block_table], [1], [Choice()])
+            model.launch(pool, [block_table], [1], [DeviceSampling()])
         other = pool.new()
-        model.launch(pool, [other], [1], [Choice()])
-        assert pool.pages == 2 and device.captures == 2 and model._decoder.graphs(pool) == [(1, 1)]
+        model.launch(pool, [other], [1], [DeviceSampling()])
+        assert pool.pages == 2 and device.captures == 2 and list(model.runner.passes.graphs(pool)) == [(1, 1)]
 
 
 def test_tokens_of_a_step_that_another_followed_are_found_all_the_same():
@@ -166,13 +169,13 @@ def test_rows_without_a_token_write_nothing():
     with device:
         pool = model.new_pool(8)
         block_tables = [pool.new() for _ in range(4)]
-        for _ in range(steps.IN_THE_AIR):
-            model.launch(pool, block_tables, [1, 2, 3, 4], [Choice()] * 4).tokens()
+        for _ in range(steps.MAX_PENDING):
+            model.launch(pool, block_tables, [1, 2, 3, 4], [DeviceSampling()] * 4).tokens()
         pool.free(block_tables.pop())  # its page is still in the tables
         for storage in pool.storage:
             storage[pool._free] = float("nan")
-        flight = model.launch(pool, block_tables, [1, 2, 3], [Choice()] * 3)
-        assert len(flight.tokens()) == 3 and model._decoder.graphs(pool) == [(4, 1)]
+        flight = model.launch(pool, block_tables, [1, 2, 3], [DeviceSampling()] * 3)
+        assert len(flight.tokens()) == 3 and list(model.runner.passes.graphs(pool)) == [(4, 1)]
         assert all(bool(storage[pool._free].isnan().all()) for storage in pool.storage)
 
 
@@ -217,13 +220,13 @@ def test_draws_are_the_host_s_id_for_id():
 
 def drawn(logits, missing, samplings, streams, starts, block):
     rows, vocabulary = logits.shape
-    seat = steps.Seat(SimulatedGraphs(), 1)
+    buffer = steps.StagingBuffer(SimulatedGraphs(), 1)
     batch = Batch(
         tuple(EMPTY for _ in starts), tuple(starts), tuple(range(rows + 1)), *torch.zeros(3, rows, dtype=torch.long)
     )
     asked = [Sequence([0], 1, s, options=Options(sampling)) for s, sampling in zip(streams, samplings, strict=True)]
-    seat.fill(batch, [0] * rows, [row.device_choice for row in asked], rows)
-    tables = steps.Tables.cut(seat.data, 1)
+    buffer.fill(batch, [0] * rows, [row.device_sampling for row in asked], rows)
+    tables = steps.Tables.cut(buffer.data, 1)
     excluded = torch.zeros(vocabulary, dtype=torch.int8).index_fill_(0, missing.long(), 1)
     values, listed = torch.full((rows, vocabulary), float("nan")), torch.full((rows, vocabulary), -1, dtype=torch.int32)
     chosen = torch.full((rows,), -2)
@@ -234,7 +237,7 @@ def drawn(logits, missing, samplings, streams, starts, block):
         excluded,
         tables.sequences,
         3,
-        tables.choices,
+        tables.sampling,
         values,
         listed,
         chosen,
@@ -324,16 +327,16 @@ def test_a_step_of_any_bucket_launches_the_same_whatever_is_in_it(name, kv, dtyp
             flight = None
             for step in range(3):
                 given = [-1 - i if flight is not None else step for i in range(rows)]
-                flight = model.launch(pool, block_tables, given, [Choice(seed=step)] * rows, previous=flight)
+                flight = model.launch(pool, block_tables, given, [DeviceSampling(seed=step)] * rows, previous=flight)
             for block_table in block_tables:
                 pool.free(block_table)
-        assert model._decoder.graphs(pool) == [(1, 1), (2, 1), (4, 2), (16, 1), (64, 1)]
+        assert list(model.runner.passes.graphs(pool)) == [(1, 1), (2, 1), (4, 2), (16, 1), (64, 1)]
     assert model.graph_reason is None and device.replays == 15
     if name == "int4":  # one token: embedding, two layers, norm and head, draw
         with device:
-            model.launch(pool, [pool.new()], [1], [Choice()])
-            model._decoder._captured = steps.PerPool(1)
-            model.launch(pool, [pool.new()], [1], [Choice()])
+            model.launch(pool, [pool.new()], [1], [DeviceSampling()])
+            model.runner.passes._cache = GraphCache()
+            model.launch(pool, [pool.new()], [1], [DeviceSampling()])
         assert len(device.launches) == 1 + 2 * 4 + 2 + 1
 
 
@@ -366,7 +369,7 @@ def test_what_a_graph_cannot_repeat_is_found_and_said_and_launches_one_by_one_go
     with device:
         pool = model.new_pool(2)
         with pytest.warns(UserWarning, match=f"without CUDA graphs, which is slower: .*({found})"):
-            assert model.launch(pool, [pool.new()], [1], [Choice()]) is None
+            assert model.launch(pool, [pool.new()], [1], [DeviceSampling()]) is None
         assert "could not be captured" in model.graph_reason and not device.replays
         assert model.step(pool, [pool.new()], [[1]]).isfinite().all()
 
@@ -391,9 +394,9 @@ def test_a_launch_that_depends_on_the_step_is_found_when_it_is_replayed(monkeypa
 
         monkeypatch.setattr(operations, "_launch", depends)
         for _ in range(3):
-            model.launch(pool, block_tables, [1], [Choice()])
+            model.launch(pool, block_tables, [1], [DeviceSampling()])
         with pytest.raises(NotCapturable, match=r"launch .*attend_page.* where it was"):
-            model.launch(pool, block_tables, [1], [Choice()])
+            model.launch(pool, block_tables, [1], [DeviceSampling()])
 
 
 # Buckets and bounds ---------------------------------------------------------------------------------------------------
@@ -404,35 +407,34 @@ def test_buckets_are_the_next_powers_of_two_and_end_with_the_context():
     graphed(model, device)
 
     def bucket(*starts):
-        return model._decoder.bucket(Batch((None,) * len(starts), starts, (), None, None, None))
+        return model.runner.passes.bucket(Batch((None,) * len(starts), starts, (), None, None, None))
 
     assert [bucket(*[0] * n)[0] for n in (1, 2, 3, 4, 5, 8, 9, 33, 64)] == [1, 2, 4, 4, 8, 8, 16, 64, 64]
     places = {0: 1, 127: 1, 128: 2, 255: 2, 256: 4, 511: 4, 512: 8, 1023: 8, 1024: 13, 1599: 13}
     assert {start: bucket(3, start)[1] for start in places} == places  # 1600 positions are 13 pages
 
 
-def test_more_rows_than_a_graph_takes_run_without_one_and_the_reason_is_told():
+def test_more_rows_than_a_graph_takes_run_without_one():
     model, device = tiny(), SimulatedGraphs(dry=True)
     graphed(model, device)
     with device:
         pool = model.new_pool(70)
         block_tables = [pool.new() for _ in range(65)]
-        assert model.launch(pool, block_tables, [1] * 65, [Choice()] * 65) is None and not block_tables[0].length
-        batch = Batch.reserve(pool, block_tables, [1] * 65)
-    assert (
-        model._decoder.why_not(batch) == "65 sequences are more than the 64 of a graph" and model.graph_reason is None
-    )
+        assert (
+            model.launch(pool, block_tables, [1] * 65, [DeviceSampling()] * 65) is None and not block_tables[0].length
+        )
+    assert model.graph_reason is None
 
 
-def test_graphs_are_bounded_in_number_and_the_least_recently_used_goes(monkeypatch):
-    monkeypatch.setattr(steps, "MOST_GRAPHS", 3)
+def test_graphs_are_bounded_in_number_and_the_least_recently_used_goes():
     model, device = tiny(), SimulatedGraphs(dry=True)
     graphed(model, device)
+    model.runner.passes._cache = GraphCache(3)
     with device:
         pool = model.new_pool(40)
         for rows in (1, 2, 4, 1, 8):
-            model.launch(pool, [pool.new() for _ in range(rows)], [1] * rows, [Choice()] * rows)
-    assert model._decoder.graphs(pool) == [(4, 1), (1, 1), (8, 1)] and device.captures == 4
+            model.launch(pool, [pool.new() for _ in range(rows)], [1] * rows, [DeviceSampling()] * rows)
+    assert list(model.runner.passes.graphs(pool)) == [(4, 1), (1, 1), (8, 1)] and device.captures == 4
 
 
 # When there is none ---------------------------------------------------------------------------------------------------
@@ -452,11 +454,11 @@ def test_why_there_are_no_graphs_is_said(tmp_path):
 def test_layers_outside_the_gpu_are_a_reason():
     from support.simulated_accelerator import SimulatedAccelerator
 
-    from neox_lite.loading.load import place
+    from neox_lite.loading.apply import move_parts
     from neox_lite.offload.run import Placement
 
     model = tiny()
-    place(model, Placement(("gpu", "cpu"), "gpu", "gpu"), SimulatedAccelerator())
+    move_parts(model, Placement(("gpu", "cpu"), "gpu", "gpu"), SimulatedAccelerator())
     assert "layers are outside the GPU" in model.graph_reason
 
 
@@ -491,4 +493,4 @@ def test_exact_takes_effect_at_once():
     model.exact = True
     assert model.runner is not before and model.ops.exact
     model.exact = True
-    assert model.runner.last.exact
+    assert model.runner.ops.exact

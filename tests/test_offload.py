@@ -14,7 +14,8 @@ from support.simulated_accelerator import Race, SimulatedAccelerator
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXForSequenceClassification
 from neox_lite.errors import ArgumentError, CheckpointError, UnsupportedError
 from neox_lite.kernels import cpu, reference
-from neox_lite.loading.load import place
+from neox_lite.kernels.graphs import EagerRunner
+from neox_lite.loading.apply import move_parts
 from neox_lite.offload import plan, profile
 from neox_lite.offload.plan import Card, Machine, Rates
 from neox_lite.offload.run import Placement
@@ -85,7 +86,7 @@ def placed(folder, where, kv="fp16", **options):
 
 def put(model, where, device, ops=reference):
     """Place a model, and count the pages of what is on the device as memory of the device."""
-    place(model, where, device)
+    move_parts(model, where, device)
     new_pool = model.new_pool
 
     def pool_of_tiers(pages=0, limit=None):
@@ -97,8 +98,8 @@ def put(model, where, device, ops=reference):
         return pool
 
     model.new_pool = pool_of_tiers
-    if "cpu" in model.runner.ops and ops is not None:
-        model.runner.ops["cpu"], model.runner.whole = ops, None
+    if "cpu" in model.runner.layers.ops and ops is not None:
+        model.runner.layers.ops["cpu"], model.runner.passes = ops, EagerRunner(model.runner._forward, None)
 
 
 def passes(model, seed=0):
@@ -253,13 +254,9 @@ def test_layers_that_stay_on_the_cpu_are_captured_beside_others(quantized):
     block_tables = [pool.new(), pool.new()]
     for tokens in ([[1], [2]], [[3], [4]]):
         model.step(pool, block_tables, tokens)
-    stretches = model.runner._stretches
-    assert {s: list(c.shapes(pool)) for s, c in stretches.items()} == {
-        (1, 3): [(2, 2)],
-        (3, 5): [(2, 2)],
-        (5, 6): [(2, 2)],
-    }
-    assert stretches[1, 3].shapes(pool)[2, 2] is not None and stretches[3, 5].shapes(pool)[2, 2] is None
+    segments = model.runner.layers._segments
+    assert {s: list(c.graphs(pool)) for s, c in segments.items()} == {(1, 3): [(2, 2)], (3, 5): [], (5, 6): [(2, 2)]}
+    assert segments[1, 3].graphs(pool)[2, 2] is not None
 
 
 # What goes wrong ------------------------------------------------------------------------------------------------------
@@ -327,7 +324,7 @@ def test_threads_that_generate_at_once_take_turns_at_the_slots(folder):
 
 def test_a_layer_that_no_file_holds_as_it_is_cannot_stay_on_the_disk(folder):
     model = GPTNeoXForCausalLM.from_pretrained(folder, dtype="bfloat16")
-    place(model, placement("dddddd"))
+    move_parts(model, placement("dddddd"))
     with pytest.raises(ArgumentError, match="layer 0 is on the disk, but its weights differ from what its file holds"):
         model(torch.tensor([[1]]))
 
@@ -360,7 +357,7 @@ def test_weights_that_change_between_calls_count_wherever_they_are(folder, chang
 
 def test_a_placement_outlives_a_cast_and_a_copy(folder):
     model, expected = load(folder), load(folder)(torch.arange(9)[None]).logits
-    place(model, placement("cccccc"))
+    move_parts(model, placement("cccccc"))
     for same in (model.double().float(), model.cpu(), copy.deepcopy(model)):
         assert same.placement == placement("cccccc")
         same.ops = reference
@@ -426,7 +423,7 @@ def within(folder, device, gpu_bytes, **options):
     limits = {"cuda": gpu_bytes, "cpu": 1 << 33}
     model = GPTNeoXForCausalLM.from_pretrained(folder, device_map="auto", max_memory=limits, **options)
     if model.placement is not None:
-        model.runner.ops["cpu"] = reference
+        model.runner.layers.ops["cpu"] = reference
         new_pool, tiers = model.new_pool, model.placement.layers
 
         def counted(pages=0, limit=None):
@@ -462,7 +459,9 @@ def test_what_a_plan_predicts_is_what_the_device_is_asked_for(folder, gpu, kv, c
         rounding = 256 * 20 * (LAYERS + 4)  # tensors start at multiples of 256 bytes
         table = 2 * 512 * 2 * 4  # rotary cosines and sines, which are uploaded like activations
         weights = (
-            settled - sum(slot.device.nbytes for slot in model.runner._ring._slots) if model.runner._ring else settled
+            settled - sum(slot.device.nbytes for slot in model.runner.layers._ring._slots)
+            if model.runner.layers._ring
+            else settled
         )
         assert 0 <= weights + table * bool(parts) - parts.get("weights", 0) <= rounding
         planned = sum(parts.get(name, 0) for name in ("weights", "cache", "ring"))

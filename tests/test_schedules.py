@@ -48,7 +48,7 @@ class Toy:
 
     def __init__(self, device):
         self.device, self.graph, self.flights = device, True, 0
-        self.decoder = steps.Steps(self._run, device, torch.device("cpu"), VOCABULARY, POSITIONS)
+        self.passes = steps.GraphRunner(self._eager, self._run, device, torch.device("cpu"), VOCABULARY, POSITIONS)
         self.frozen = {}  # where the pool lay when a step was captured
 
     @property
@@ -60,23 +60,27 @@ class Toy:
 
     def step(self, pool, block_tables, tokens):
         batch = Batch.reserve(pool, block_tables, [len(ids) for ids in tokens])
-        if self.graph and all(len(ids) == 1 for ids in tokens) and self.decoder.why_not(batch) is None:
-            found = self.decoder.logits(pool, batch, [ids[0] for ids in tokens])
-            batch.commit()
-            return found
-        self.device.run()
-        pool.storage[0][batch.pages, 0, 0, batch.slots, 0] = torch.tensor([i for ids in tokens for i in ids]).double()
+        ids = torch.tensor([i for ids in tokens for i in ids])
+        found = self.passes.run(ids, pool, batch) if self.graph else self._eager(ids, pool, batch)
         batch.commit()
-        held = [pool.storage[0][s.pages, 0, 0, :, 0].flatten()[: s.length].tolist() for s in block_tables]
+        return found
+
+    def _eager(self, ids, pool, batch):
+        self.device.run()
+        pool.storage[0][batch.pages, 0, 0, batch.slots, 0] = ids.double()
+        ends = [start + n - m for start, n, m in zip(batch.starts, batch.offsets[1:], batch.offsets, strict=False)]
+        held = [
+            pool.storage[0][s.pages, 0, 0, :, 0].flatten()[:end].tolist()
+            for s, end in zip(batch.block_tables, ends, strict=True)
+        ]
         return torch.stack([self._logits(ids) for ids in held])
 
     def launch(self, pool, block_tables, ids, choices, excluded=None, previous=None):
         batch = Batch.reserve(pool, block_tables, [1] * len(ids))
-        if not self.graph or self.decoder.why_not(batch) is not None:
-            return None
-        flight = self.decoder.launch(pool, batch, ids, choices, excluded, previous)
-        batch.commit()
-        self.flights += 1
+        flight = self.passes.launch(pool, batch, ids, choices, excluded, previous) if self.graph else None
+        if flight is not None:
+            batch.commit()
+            self.flights += 1
         return flight
 
     def _logits(self, held):
@@ -90,12 +94,12 @@ class Toy:
 
     def _run(self, pool, inputs):
         """The step as kernels do it: from tables alone."""
-        memory = inputs.sequences, inputs.tokens, inputs.pages, inputs.choices, inputs.chosen, inputs.excluded
+        memory = inputs.sequences, inputs.tokens, inputs.pages, inputs.sampling, inputs.sampled, inputs.excluded
         storage = self.frozen.setdefault(inputs, pool.storage[0])
         self.device.addresses |= {t.untyped_storage().data_ptr() for t in (*memory, inputs.logits, storage)}
         rows = [row for row in range(inputs.count) if inputs.sequences[row, attention.COUNT.value]]
         given = inputs.ids.tolist()
-        ids = {row: given[row] if given[row] >= 0 else max(0, int(inputs.chosen[-1 - given[row]])) for row in rows}
+        ids = {row: given[row] if given[row] >= 0 else max(0, int(inputs.sampled[-1 - given[row]])) for row in rows}
         for row in rows:
             page, slot = (int(inputs.tokens[row, c.value]) for c in (attention.PAGE_OF, attention.SLOT))
             storage[page, 0, 0, slot, 0] = float(ids[row])
@@ -104,15 +108,15 @@ class Toy:
             assert start < inputs.splits * PAGE
             pages = inputs.pages[row, : start // PAGE + 1].long()
             inputs.logits[row] = self._logits(storage[pages, 0, 0, :, 0].flatten()[: start + 1].tolist())
-            inputs.chosen[row] = self._draw(inputs, row, start + 1)
+            inputs.sampled[row] = self._draw(inputs, row, start + 1)
 
     def _draw(self, inputs, row, position):
         seed, stream, top_k = (
-            int(inputs.choices[row, c.value])
+            int(inputs.sampling[row, c.value])
             for c in (embed_and_sample.SEED, embed_and_sample.STREAM, embed_and_sample.TOP_K)
         )
         temperature, rest, least = (
-            inputs.choices[row].view(torch.float64)[embed_and_sample.TEMPERATURE.value :][:3].tolist()
+            inputs.sampling[row].view(torch.float64)[embed_and_sample.TEMPERATURE.value :][:3].tolist()
         )
         sampling = Sampling(temperature > 0, temperature, top_k, 1 - rest, math.exp(least), seed=seed % (1 << 64))
         logits = torch.where(inputs.excluded.bool(), -math.inf, inputs.logits[row])

@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import constants
 
 from neox_lite import GPTNeoXForCausalLM
-from neox_lite.loading.load import cache_root
+from neox_lite.loading.quantized_cache import cache_root
 from neox_lite_app.cli import main
 from neox_lite_app.models.local_models import describe, local_models
 from neox_lite_app.paths import DEMO, data_folder

@@ -25,8 +25,9 @@ from neox_lite.errors import ArgumentError
 from neox_lite.formats import DENSE, NF4, Dense, GroupInt, Weight, make_format
 from neox_lite.generation.protocols import PREFILL_TOKENS
 from neox_lite.hub import resolve
+from neox_lite.kernels.graphs import ReplayRunner
 from neox_lite.layers import Linear
-from neox_lite.loading.load import put
+from neox_lite.loading.apply import apply
 from neox_lite.loading.options import LoadOptions
 from neox_lite.offload.placement import Wish, check, decide
 from neox_lite.offload.profile import context_bytes, free_gpu, free_memory
@@ -133,7 +134,7 @@ def build(plan: RandomModel, args: argparse.Namespace) -> GPTNeoXForCausalLM:
         model = plan.build(progress, there)
     model.exact = args.exact
     # On a GPU the random weights are already in place.
-    put(model, replace(decision, placement=None) if there.type == "cuda" else decision)
+    apply(model, replace(decision, placement=None) if there.type == "cuda" else decision)
     note(f"{args.shape}: {describe(model)}")
     return model
 
@@ -333,7 +334,7 @@ class Stopwatch:
 
 
 class Timed:
-    """Stands in front of a backend, or of a step that it captured, and times every call."""
+    """Stands in front of a backend, or of a pass that it captured, and times every call."""
 
     def __init__(self, inner: Any, watch: Stopwatch) -> None:
         self._inner, self._watch = inner, watch
@@ -346,7 +347,10 @@ class Timed:
         def call(*args: Any, **options: Any) -> Any:
             with self._watch.running():
                 result = found(*args, **options)
-            return Timed(result, self._watch) if name == "capture" and result is not None else result
+            if isinstance(result, ReplayRunner):
+                capture = result.capture
+                result.capture = lambda *pass_: (found := capture(*pass_)) and Timed(found, self._watch)
+            return result
 
         return call
 

@@ -15,7 +15,7 @@ import torch
 from neox_lite.errors import ArgumentError
 from neox_lite.kernels import cpu, dispatch
 from neox_lite.kernels.triton import tuning
-from neox_lite.loading.load import cache_root
+from neox_lite.loading.quantized_cache import cache_root
 from neox_lite.offload.plan import Machine
 from neox_lite.offload.profile import cpu_name, free_memory, profile
 from neox_lite.units import format_bytes

@@ -118,9 +118,9 @@ def placement(model: GPTNeoXForCausalLM) -> str:
 
 
 def _side(model: GPTNeoXForCausalLM, side: str) -> str:
-    if side not in model.runner.ops:
+    if side not in model.runner.layers.ops:
         return ""
-    name = model.runner.ops[side].name
+    name = model.runner.layers.ops[side].name
     if side == "gpu":
         device = model.accelerator.device if model.accelerator is not None else model.device
         reason = model.graph_reason

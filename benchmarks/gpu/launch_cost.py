@@ -29,7 +29,7 @@ from torch import Tensor
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
 from neox_lite.cache import Batch
 from neox_lite.formats import make_format
-from neox_lite.kernels.backend import Choice
+from neox_lite.kernels.backend import DeviceSampling
 from neox_lite.kernels.triton import operations, tile_configs
 from neox_lite.layers import Linear
 
@@ -130,7 +130,7 @@ def measure(shape: str, steps: int) -> Iterator[dict[str, Any]]:
 
             def graph(pool: Any = pool, block_tables: Any = block_tables, rows: int = rows) -> None:
                 model.graph = True
-                flight = model.launch(pool, block_tables, [1] * rows, [Choice()] * rows)
+                flight = model.launch(pool, block_tables, [1] * rows, [DeviceSampling()] * rows)
                 assert flight is not None
                 flight.tokens()
 

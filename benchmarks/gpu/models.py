@@ -19,7 +19,7 @@ from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
 from neox_lite.formats import DENSE, make_format
 from neox_lite.kernels import dispatch
 from neox_lite.kernels.triton import tile_configs, tuning
-from neox_lite.loading.load import put
+from neox_lite.loading.apply import apply
 from neox_lite.offload.placement import Wish, decide
 from neox_lite.offload.profile import context_bytes
 from neox_lite_app import bench
@@ -142,7 +142,7 @@ class Models:
         wish = Wish("auto", {"cuda": gib << 30}, longest) if cuda else Wish("cpu", context=longest)
         decision = decide(wish, plan.sizes, ["embed_out"])
         model = plan.build(lambda done, total: None)
-        put(model, decision)
+        apply(model, decision)
         rates = {context: self.decode_rate(model, context) for context in self.lengths.contexts}
         prompt = bench.prefill_s(model, self.lengths.prompt, self.lengths.runs, lambda: None)
         found, row = model.plan, {"engine": "neox-lite", "format": "int4", "gpu_gib": gib, "kv": model.kv}

@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from ..cache import BlockTable, PagePool
-from ..kernels.backend import Choice, Flight
+from ..kernels.backend import DeviceSampling, PendingStep
 
 PREFILL_TOKENS = 512  # of one pass
 
@@ -28,7 +28,7 @@ class ModelRunner(Protocol):
 
 
 @runtime_checkable
-class Ahead(ModelRunner, Protocol):
+class AsyncRunner(ModelRunner, Protocol):
     """A model on a device that may sample the next tokens itself, so that a step is launched before the last one is read."""
 
     @property
@@ -41,11 +41,11 @@ class Ahead(ModelRunner, Protocol):
         pool: PagePool,
         block_tables: Sequence[BlockTable],
         ids: Sequence[int],
-        choices: Sequence[Choice],
+        sampling: Sequence[DeviceSampling],
         excluded: Tensor | None = None,
-        previous: Flight | None = None,
-    ) -> Flight | None:
-        """Append an id to each sequence and sample the next ones; see `Decoder.launch`. None where the device cannot."""
+        previous: PendingStep | None = None,
+    ) -> PendingStep | None:
+        """Append an id to each sequence and sample the next ones; see `PassRunner.launch`. None where the device cannot."""
         ...
 
 

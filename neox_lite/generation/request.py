@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..cache import BlockTable, copied
 from ..errors import ArgumentError
-from ..kernels.backend import Choice
+from ..kernels.backend import DeviceSampling
 from ..tokenizer import GPTNeoXTokenizerFast, StreamDecoder
 from .options import Options
 from .sampling import Processor, TokenLogprob, exclude, sample_token, sampled_logits, token_logprob
@@ -170,12 +170,14 @@ class Sequence:
         return options.sampling.host_reason
 
     @cached_property
-    def device_choice(self) -> Choice:
+    def device_sampling(self) -> DeviceSampling:
         """The parameters by which the device samples."""
         sampling = self.options.sampling
         if sampling.greedy:
-            return Choice()
-        return Choice(sampling.seed, self.stream, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+            return DeviceSampling()
+        return DeviceSampling(
+            sampling.seed, self.stream, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p
+        )
 
     def append_prompt_logprobs(self, logits: Tensor) -> None:
         """Add those of the next tokens of the prompt. logits (tokens, vocabulary): after the tokens before them."""

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from ..cache import BlockTable, PrefixCache, PrefixEntry, common_length, copied
 from ..errors import CacheError
-from ..kernels.backend import Flight
+from ..kernels.backend import PendingStep
 from ..units import PAGE
-from .protocols import PREFILL_TOKENS, Ahead, ModelRunner
+from .protocols import PREFILL_TOKENS, AsyncRunner, ModelRunner
 from .request import Sequence
 from .sampling import no_token_left
 from .speculative import Drafting
@@ -58,10 +58,10 @@ class StepLogits(NamedTuple):
     draft: abc.Sequence[int] = ()
 
 
-class PendingStep(NamedTuple):
+class PendingBatch(NamedTuple):
     """A step that was launched and not read yet, and the place of each sequence in its batch."""
 
-    flight: Flight
+    step: PendingStep
     places: dict[Sequence, int]
 
 
@@ -83,8 +83,8 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self._model_runner, self._prefixes, self._pool = model_runner, prefixes, prefixes.pool
         self._drafting, self._prefill_budget = drafting, prefill_budget
-        self._ahead = model_runner if isinstance(model_runner, Ahead) and drafting is None else None
-        self._pending: PendingStep | None = None
+        self._async_runner = model_runner if isinstance(model_runner, AsyncRunner) and drafting is None else None
+        self._pending: PendingBatch | None = None
         self._arrivals = 0
         # A waiting sequence -> the running one that computes their common prefix, and the length of that.
         self._prefix_leaders: dict[Sequence, tuple[Sequence, int]] = {}
@@ -347,15 +347,15 @@ class Scheduler:
         before = self._pending
         self._pending = self._launch()
         if before is not None:
-            tokens = before.flight.tokens()
+            tokens = before.step.tokens()
             for sequence, place in before.places.items():
                 self._append(sequence, partial(_accept, sequence, tokens[place]))
             return list(before.places)
         return None if self._pending is None else []
 
-    def _launch(self) -> PendingStep | None:
+    def _launch(self) -> PendingBatch | None:
         """Launch the next token of every sequence that needs one; None where some of them need something else."""
-        if self._ahead is None or self._ahead.graph_reason is not None:
+        if self._async_runner is None or self._async_runner.graph_reason is not None:
             return None
         # 1. Whether all sequences are in decode, and the device can sample for all of them.
         before = self._pending
@@ -368,16 +368,16 @@ class Scheduler:
         # 2. The step; an id of -1 - i stands for what the pending step samples in its place i.
         block_tables = [s.block_table for s in sequences if s.block_table is not None]
         ids = [-1 - places[s] if s in places else s.tokens[-1] for s in sequences]
-        choices, excluded = [s.device_choice for s in sequences], sequences[0].padding_ids
-        previous = before.flight if before is not None else None
+        sampling, excluded = [s.device_sampling for s in sequences], sequences[0].padding_ids
+        previous = before.step if before is not None else None
         try:
-            flight = self._ahead.launch(self._pool, block_tables, ids, choices, excluded, previous)
+            flight = self._async_runner.launch(self._pool, block_tables, ids, sampling, excluded, previous)
         except CacheError:
             # Sequences that end with the pending step may make room.
             if before is not None:
                 return None
             raise
-        return None if flight is None else PendingStep(flight, {s: i for i, s in enumerate(sequences)})
+        return None if flight is None else PendingBatch(flight, {s: i for i, s in enumerate(sequences)})
 
     # Sampling ---------------------------------------------------------------------------------------------------------
 

@@ -12,19 +12,20 @@ from ..cache import Batch, PagePool
 from ..formats import Weight
 
 Norm = tuple[Tensor, Tensor, float]  # gain (features,), bias (features,), eps
+Forward = Callable[[Tensor, PagePool, Batch], Tensor]
 Activation = Any  # (tokens, features), laid out as the backend likes for the weight that will read it
 
 
 class Captured(Protocol):
     """A pass that runs again with new inputs, without Python between its operations."""
 
-    def replay(self, ids: Tensor, batch: Batch) -> Tensor:
-        """ids (tokens,), a batch of as many sequences and tokens as the captured one -> the pass's result, in new memory."""
+    def replay(self, x: Tensor, batch: Batch) -> Tensor:
+        """x with a row a token, a batch of the captured one's shape -> the pass's result, in new memory."""
         ...
 
 
-class Choice(NamedTuple):
-    """How a token is chosen where the logits are, as `sampling.choose` does. temperature 0: the best id; top_k 0: of all."""
+class DeviceSampling(NamedTuple):
+    """How a device samples a token, as `sampling.choose` does. temperature 0: the best id; top_k 0: of all."""
 
     seed: int = 0
     stream: int = 0
@@ -34,19 +35,24 @@ class Choice(NamedTuple):
     min_p: float = 0.0
 
 
-class Flight(Protocol):
-    """A step that was given to a device, which may not have done it yet."""
+class PendingStep(Protocol):
+    """A step that a device was given and may not have finished."""
 
     def tokens(self) -> list[int]:
-        """What was chosen for each of its sequences, waited for; -1 where the logits leave nothing to choose from."""
+        """Waits -> the sampled id of each sequence; -1 where the logits leave nothing to sample from."""
         ...
 
 
-class Decoder(Protocol):
-    """Steps of one token a sequence, each one graph on a device that chooses the next tokens itself."""
+class PassRunner(Protocol):
+    """Runs a pass that comes again, in whichever way the backend does it best."""
 
-    def why_not(self, batch: Batch) -> str | None:
-        """Why a batch of one token a sequence cannot be such a step; None where it can."""
+    @property
+    def unsupported_reason(self) -> str | None:
+        """Why passes do not sample on the device; None where `launch` may succeed."""
+        ...
+
+    def run(self, x: Tensor, pool: PagePool, batch: Batch) -> Tensor:
+        """What forward(x, pool, batch) gives, in new memory."""
         ...
 
     def launch(
@@ -54,18 +60,19 @@ class Decoder(Protocol):
         pool: PagePool,
         batch: Batch,
         ids: Sequence[int],
-        choices: Sequence[Choice],
+        sampling: Sequence[DeviceSampling],
         excluded: Tensor | None = None,
-        previous: Flight | None = None,
-    ) -> Flight:
-        """Give a step to the device. ids: of -1 - i is what `previous` chose in its place i, wherever that is by now.
+        previous: PendingStep | None = None,
+    ) -> PendingStep | None:
+        """Give a step of one token a sequence to the device, which samples the next; None where it must be run instead.
 
-        excluded (n,) int64: ids that are never chosen. Raises GraphError where the step cannot be captured.
+        ids: -1 - i stands for what `previous` sampled for its sequence i, known or not. excluded (n,) int64: ids that are
+        never sampled.
         """
         ...
 
-    def logits(self, pool: PagePool, batch: Batch, ids: Sequence[int]) -> Tensor:
-        """A step whose tokens the host chooses: logits (sequences, vocabulary) in new memory. Raises as `launch`."""
+    def graphs(self, pool: PagePool) -> dict[Any, Any]:
+        """What is captured over a pool, by key, the one used last at the end."""
         ...
 
 
@@ -126,15 +133,12 @@ class Backend(Protocol):
         """x (tokens, hidden) -> the last hidden state, for models without a vocabulary projection."""
         ...
 
-    def capture(self, step: Callable[[Tensor], Tensor], ids: Tensor, batch: Batch, limit: int) -> Captured | None:
-        """step(ids) for batches of as many sequences and tokens as this one; None where calling it is all there is.
+    def pass_runner(
+        self, forward: Forward, device: torch.device, limit: int, vocabulary: int | None = None
+    ) -> PassRunner:
+        """What runs forward(x, pool, batch) again and again, over tensors that stay where they are.
 
-        limit: most tokens that a sequence will hold. Nothing is computed before the first replay.
+        limit: most tokens of a sequence. vocabulary: forward makes logits (tokens, vocabulary) from ids and may sample on the
+        device; None: it is a part of a model.
         """
-        ...
-
-    def decoder(
-        self, step: Callable[[Tensor, PagePool, Batch], Tensor], device: torch.device, vocabulary: int, limit: int
-    ) -> Decoder | str:
-        """Steps as graphs, or why there are none. step(ids, pool, batch) -> logits; limit as in `capture`."""
         ...

@@ -6,7 +6,7 @@ Activations here are plain tensors in natural order, so `next_weights` (the weig
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +14,8 @@ from torch.nn import functional
 
 from ..cache import Batch, PagePool
 from ..formats import Weight
-from .backend import Backend, Norm
+from .backend import Backend, Forward, Norm, PassRunner
+from .graphs import EagerRunner
 
 Activation = Tensor  # (tokens, features): what travels between operations of this backend
 
@@ -43,16 +44,8 @@ def activation_dtype(weights: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else weights
 
 
-def capture(step: Callable[[Tensor], Tensor], ids: Tensor, batch: Batch, limit: int) -> None:
-    """Torch runs every step anew."""
-    return
-
-
-def decoder(
-    step: Callable[[Tensor, PagePool, Batch], Tensor], device: torch.device, vocabulary: int, limit: int
-) -> str:
-    """Torch runs every operation anew."""
-    return "the reference backend runs operation by operation"
+def pass_runner(forward: Forward, device: torch.device, limit: int, vocabulary: int | None = None) -> PassRunner:
+    return EagerRunner(forward, "the reference backend runs operation by operation")
 
 
 def embed(ids: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -17,9 +17,6 @@ from ..formats import make_format
 from ..hub import USUAL, Access
 from ..offload.placement import Wish
 from ..units import parse_bytes, parse_dtype
-
-if TYPE_CHECKING:
-    pass
 
 # Options of transformers that scripts pass, and what stands for them here.
 EXPLAINED = {

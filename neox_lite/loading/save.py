@@ -8,7 +8,7 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,14 +16,12 @@ from torch import Tensor
 from ..checkpoint.folder_writer import FolderWriter, ShardWriter, split_into_shards
 from ..checkpoint.safetensors_file import Spec
 from ..config import GPTNeoXConfig
+from ..core.network import Network
 from ..errors import ArgumentError, UnsupportedError
 from ..formats import DENSE, Format
 from ..hub import COMPANIONS, HEAD, MERGE
 from ..layers import Linear
 from ..units import dtype_name, parse_bytes
-
-if TYPE_CHECKING:
-    from ..modeling.pretrained import GPTNeoXPreTrainedModel
 
 
 def specs_of(prefix: str, format: Format, shape: tuple[int, int], dtype: torch.dtype) -> list[Spec]:
@@ -177,15 +175,15 @@ class WriterPool:
             raise CancelledError
 
 
-def save_pretrained(model: GPTNeoXPreTrainedModel, folder: Path, max_shard_size: int | str) -> None:
+def save_pretrained(model: Network, folder: Path, max_shard_size: int | str) -> None:
     """Write a model as it is; quantized weights stay quantized."""
     if model.adapter is not None:
         raise UnsupportedError(
             f"save_pretrained: the model runs with the adapter {model.adapter.name}, whose folder is as it was; load the model "
             f"without it to save that, or {MERGE}"
         )
-    head = getattr(model, "embed_out", None)
-    if isinstance(head, Linear) and head.format != DENSE:
+    head = model.heads.get("embed_out")
+    if head is not None and head.format != DENSE:
         raise ArgumentError("save_pretrained: the model runs with the int8 head; load it with head='fp16' to save it")
     config = model.config.copy(dtype=dtype_name(model.dtype), architectures=[type(model).__name__])
     groups: dict[str, dict[str, Tensor]] = {}

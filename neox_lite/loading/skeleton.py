@@ -7,9 +7,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,41 +15,17 @@ from torch import Tensor, nn
 from ..checkpoint.adapter import Adapter
 from ..checkpoint.reader import Checkpoint
 from ..config import GPTNeoXConfig
+from ..core.network import Network
+from ..core.source import identity_of
 from ..errors import CheckpointError, FormatError
 from ..formats import DENSE, Format, formats_of, quantization_config
 from ..hub import Access, resolve_adapter
 from ..layers import Linear
-from ..offload.stream import Origin, Origins
+from ..offload.stream import Origin
 from ..units import DTYPES, dtype_name
 from .quantize import quantize_module
 
-if TYPE_CHECKING:
-    from ..modeling.pretrained import GPTNeoXPreTrainedModel
-
 HEADS = ("embed_out", "lm_head", "score", "classifier", "qa_outputs")  # a class leaves the heads of others alone
-
-
-@dataclass
-class Source:
-    """Where a model came from; empty for one built from a config.
-
-    origins: by full name, the place in a file of each tensor that is mapped from there, its address and its version.
-    """
-
-    folder: Path | None = None
-    name: str | None = None
-    revision: str | None = None
-    origins: dict[str, tuple[Origin, int, int]] = field(default_factory=dict, compare=False, repr=False)
-
-    def origins_in(self, module: nn.Module, prefix: str) -> Origins:
-        """Places in files of a module's tensors, as far as they are still what the files hold."""
-        found = {name: (tensor, self.origins.get(prefix + name)) for name, tensor in module.state_dict().items()}
-        return {n: at[0] for n, (tensor, at) in found.items() if at is not None and at[1:] == identity_of(tensor)}
-
-
-def identity_of(tensor: Tensor) -> tuple[int, int]:
-    """Another address or version, and the tensor was replaced or written to."""
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
 class Blueprint:
@@ -64,7 +38,7 @@ class Blueprint:
 
     def __init__(
         self,
-        cls: type[GPTNeoXPreTrainedModel],
+        cls: type[Network],
         config: GPTNeoXConfig,
         checkpoint: Checkpoint,
         target: Format | Mapping[str, Format] | None = None,
@@ -79,7 +53,7 @@ class Blueprint:
             formats = lambda name: target  # noqa: E731
         with torch.device("meta"):
             self.model = cls(config, formats=formats)  # type: ignore[call-arg]
-        self.heads = [name for name, module in self.model.named_children() if isinstance(module, Linear)]
+        self.heads = list(self.model.heads)
         self.prefix = f"{self.model.base_model_prefix}." if self.heads else ""
         if target is not None:
             config.quantization_config = quantization_config(target, self.heads, dtype)
@@ -177,7 +151,7 @@ class Blueprint:
         head = next((head for head in self.heads if head != "embed_out"), None)
         return Adapter.open(resolve_adapter(os.fspath(name), access), os.fspath(name), self.model.config, head)
 
-    def fill(self, dtype: torch.dtype, following: Collection[str] = ()) -> GPTNeoXPreTrainedModel:
+    def fill(self, dtype: torch.dtype, following: Collection[str] = ()) -> Network:
         """Put every tensor in its place: mapped where dtype and format are the file's, else converted.
 
         following: tensors of heads that the checkpoint may lack, since they come from elsewhere.
@@ -194,7 +168,7 @@ class Blueprint:
                     stored, sparse=isinstance(module, nn.Embedding) and not self.tied
                 )
                 if last in module._parameters:
-                    value = nn.Parameter(_converted(value, dtype, stored), requires_grad=False)
+                    value = nn.Parameter(converted(value, dtype, stored), requires_grad=False)
                 elif isinstance(module, Linear):
                     value = module.format.laid(last, value, tuple(tensor.shape))
                 setattr(module, last, value)
@@ -204,7 +178,7 @@ class Blueprint:
                 module.format = self._opened(name, module, module._buffers)  # type: ignore[arg-type]
         _initialize_heads(self.model, [n for n in self.fresh if n not in following], dtype, self.checkpoint.folder)
         if self.tied:
-            self.model.tie_weights()  # type: ignore[operator]
+            self.model.tie_weights()
         return self.model
 
     def check_formats(self) -> None:
@@ -230,7 +204,7 @@ class Blueprint:
             self.model.source.origins[name.removeprefix("gpt_neox.")] = (origin, *identity_of(tensor))
 
 
-def _converted(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+def converted(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """The tensor in another dtype (itself in its own); a finite value that overflows there is an error."""
     converted = value.to(dtype)
     if dtype == torch.float16 != value.dtype and bool((converted.isinf() & value.isfinite()).any()):
@@ -248,7 +222,7 @@ def _with_bar(layers: dict[str, Linear]) -> Iterable[tuple[str, Linear]]:
     return tqdm(layers.items(), desc=f"quantize to {target}", unit="layer", file=sys.stderr)
 
 
-def _initialize_heads(model: GPTNeoXPreTrainedModel, fresh: list[str], dtype: torch.dtype, folder: Path) -> None:
+def _initialize_heads(model: Network, fresh: list[str], dtype: torch.dtype, folder: Path) -> None:
     if fresh:
         warnings.warn(
             f"{folder}: has no {', '.join(fresh)}; initialized at random, so train it before use", stacklevel=6

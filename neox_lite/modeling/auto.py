@@ -10,13 +10,14 @@ from ..errors import ArgumentError, ConfigError
 from ..files import read_json
 from ..hub import Access
 from ..tokenizer import GPTNeoXTokenizerFast, folder_of
+from .causal_lm import GPTNeoXForCausalLM
 from .heads import (
     GPTNeoXForQuestionAnswering,
     GPTNeoXForSequenceClassification,
     GPTNeoXForTokenClassification,
     class_of,
 )
-from .pretrained import GPTNeoXForCausalLM, GPTNeoXModel, GPTNeoXPreTrainedModel
+from .pretrained import GPTNeoXModel, GPTNeoXPreTrainedModel
 
 GPTNeoXTokenizer = GPTNeoXTokenizerFast  # its name in transformers 5
 AutoConfig = GPTNeoXConfig  # which refuses another model_type

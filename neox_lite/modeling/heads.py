@@ -11,10 +11,12 @@ from torch.nn import functional
 
 from ..cache import KVCache
 from ..config import GPTNeoXConfig
+from ..core.inputs import check_labels
 from ..errors import ArgumentError, ConfigError
 from ..formats import Format
 from ..layers import Linear
-from .pretrained import GPTNeoXForCausalLM, GPTNeoXModel, GPTNeoXPreTrainedModel, Headed, cache_out, check_labels
+from .causal_lm import GPTNeoXForCausalLM
+from .pretrained import GPTNeoXModel, GPTNeoXPreTrainedModel, Headed
 
 
 class GPTNeoXForSequenceClassification(Headed):
@@ -52,12 +54,12 @@ class GPTNeoXForSequenceClassification(Headed):
         last = self._last_tokens(input_ids, packed.keep, attention_mask is not None)
         first_of_row = packed.keep.sum(1).cumsum(0) - packed.keep.sum(1)
         place = packed.keep.cumsum(1)[torch.arange(len(last)), last] - 1
-        logits = self._head(packed, first_of_row + place)
+        logits = self.runner.head(packed.x, first_of_row + place)
         return self._output(
             return_dict,
             loss=None if labels is None else self._loss(logits, labels),
             logits=logits,
-            past_key_values=cache_out(self, use_cache, packed),
+            past_key_values=self._returned_cache(packed, use_cache),
             hidden_states=packed.hidden_states,
         )
 
@@ -119,7 +121,7 @@ class GPTNeoXForTokenClassification(Headed):
         packed = self._packed(
             input_ids, attention_mask, position_ids, inputs_embeds, past_key_values, output_hidden_states, **other
         )
-        logits = packed.unpack(self._head(packed))
+        logits = packed.unpack(self.runner.head(packed.x))
         loss = None
         if labels is not None:
             labels, keep = labels.to(logits.device), packed.keep.to(logits.device)
@@ -159,7 +161,7 @@ class GPTNeoXForQuestionAnswering(Headed):
         packed = self._packed(
             input_ids, attention_mask, position_ids, inputs_embeds, None, output_hidden_states, **other
         )
-        start, end = packed.unpack(self._head(packed)).unbind(-1)
+        start, end = packed.unpack(self.runner.head(packed.x)).unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:
             keep = packed.keep.to(start.device)

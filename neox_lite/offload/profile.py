@@ -267,8 +267,8 @@ class Layers:
     def decode(self) -> Callable[[], object]:
         """A pass of one token, captured where the backend can do that."""
         ids, batch = torch.tensor([0]), Batch.reserve(self.pool, [self.pool.new()], [1])
-        captured = self.ops.capture(lambda ids: self._run(ids, batch), ids, batch, PAGE)
-        return (lambda: captured.replay(ids, batch)) if captured is not None else (lambda: self._run(ids, batch))
+        passes = self.ops.pass_runner(lambda ids, pool, batch: self._run(ids, batch), self.embedding.device, PAGE)
+        return lambda: passes.run(ids, self.pool, batch)
 
     def prefill(self, tokens: int) -> None:
         """A pass of so many tokens of one sequence."""

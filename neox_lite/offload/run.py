@@ -1,4 +1,4 @@
-"""A model's parts over its tiers: which operations compute each, and how activations get from one to the next.
+"""A model's layers over its tiers: which operations compute each, and how activations get from one to the next.
 
 Knows where everything is, but not why: that is the plan's.
 """
@@ -18,8 +18,7 @@ from torch import Tensor
 from ..cache import Batch, PagePool
 from ..errors import ArgumentError
 from ..kernels import dispatch
-from ..kernels.backend import Backend, Decoder
-from ..kernels.captured import CapturedPasses
+from ..kernels.backend import Backend, PassRunner
 from ..layers import GPTNeoXLayer
 from .accelerator import Accelerator
 from .stream import Image, Lent, Origins, Ring
@@ -50,8 +49,8 @@ class Placement:
         return {*self.layers, self.embedding, self.head}
 
 
-class Runner:
-    """A model's layers, run where they are. `ops` are the operations of "cpu" and "gpu", as far as they are used."""
+class LayerRunner:
+    """Runs layers where they are. `ops` are the operations of "cpu" and "gpu", as far as they are used."""
 
     def __init__(
         self,
@@ -83,13 +82,12 @@ class Runner:
         if accelerator is not None:
             self.tables = {"cpu": rotary.cpu(), "gpu": accelerator.upload(rotary.cpu(), torch.float32)}
         self._ring = self._make_ring(origins)
-        context = rotary.shape[1]
-        alone = self._ring is None and len(self.ops) == 1
-        self.whole = CapturedPasses(self.last, context) if alone else None
-        self.decoder: Decoder | str | None = (
-            None  # steps of `whole` as graphs, or why there are none; None: not asked for
-        )
-        self._stretches: dict[tuple[int, int], CapturedPasses] = {}
+        self._segments: dict[tuple[int, int], PassRunner] = {}
+
+    @property
+    def alone(self) -> bool:
+        """Whether one backend computes all of them where they are, so that a whole pass may be captured."""
+        return self._ring is None and len(self.ops) == 1
 
     def _make_ring(self, origins: Sequence[Origins]) -> Ring | None:
         placement = self.placement
@@ -137,8 +135,8 @@ class Runner:
     ) -> Tensor:
         """x (tokens, hidden) through all layers, from where the embedding is to where the head is.
 
-        each: is shown the input of every layer. small: the pass is of a kind that will come again. Keys and values are in the
-        cache afterwards; the batch is not committed.
+        each: sees the input of every layer. small: the pass is of a kind that comes again. Keys and values are in the cache
+        afterwards; the batch is not committed.
         """
         placement, tokens = self.placement, len(x)
         upload = placement.stream_from is not None and tokens >= placement.stream_from
@@ -146,15 +144,15 @@ class Runner:
         at = side_of(placement.embedding)
         with ExitStack() as stack:
             following = stack.enter_context(self._passing(passing, pool, batch, upload)) if passing else None
-            for first, last, tier in stretches(placement.layers):
+            for first, last, tier in segments(placement.layers):
                 to = "gpu" if upload else side_of(tier)
                 x, at = self._moved(x, at, to), to
                 if following is not None and first in passing:
                     for _ in range(first, last):
                         with following() as lent:
                             x = self._through([lent.layer], at, x, lent.pool, lent.batch, each)
-                elif small and each is None and self.whole is None:
-                    x = self._again(first, last, at, x, pool, batch)
+                elif small and each is None:
+                    x = self._segment(first, last, at).run(x, pool, batch)
                 else:
                     x = self._through(self.layers[first:last], at, x, pool, batch, each)
         return self._moved(x, at, side_of(placement.head))
@@ -174,13 +172,12 @@ class Runner:
             x = layer(x, self.ops[at], pool, batch, self.tables[at])
         return x
 
-    def _again(self, first: int, last: int, at: str, x: Tensor, pool: PagePool, batch: Batch) -> Tensor:
-        """Layers that stay where they are, captured where that is possible."""
-        if (first, last) not in self._stretches:
-            self._stretches[first, last] = CapturedPasses(self.ops[at], self.tables[at].shape[1])
-        through = partial(self._through, self.layers[first:last], at)
-        out = self._stretches[first, last].run(through, x, pool, batch)
-        return through(x, pool, batch) if out is None else out
+    def _segment(self, first: int, last: int, at: str) -> PassRunner:
+        """Neighbours that stay where they are, as a pass that comes again."""
+        if (first, last) not in self._segments:
+            table, through = self.tables[at], partial(self._through, self.layers[first:last], at)
+            self._segments[first, last] = self.ops[at].pass_runner(through, table.device, table.shape[1])
+        return self._segments[first, last]
 
     @contextmanager
     def _passing(
@@ -201,7 +198,7 @@ class Runner:
         )
 
 
-def stretches(tiers: Sequence[str]) -> Iterator[tuple[int, int, str]]:
+def segments(tiers: Sequence[str]) -> Iterator[tuple[int, int, str]]:
     """Neighbours on the same tier: first, past the last, tier."""
     first = 0
     for tier, group in groupby(tiers):

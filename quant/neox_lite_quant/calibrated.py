@@ -14,7 +14,7 @@ from neox_lite.errors import ArgumentError
 from neox_lite.layers import Linear
 from neox_lite.loading.save import Rows
 from neox_lite.loading.skeleton import Blueprint
-from neox_lite.modeling.pretrained import GPTNeoXForCausalLM
+from neox_lite.modeling.causal_lm import GPTNeoXForCausalLM
 from neox_lite.offload.profile import free_memory
 
 from . import calibrate

@@ -24,8 +24,8 @@ from neox_lite.hub import HEAD, resolve
 from neox_lite.layers import Linear
 from neox_lite.loading.quantize import SLICE_ELEMENTS
 from neox_lite.loading.skeleton import Blueprint
+from neox_lite.modeling.causal_lm import GPTNeoXForCausalLM
 from neox_lite.modeling.heads import class_of
-from neox_lite.modeling.pretrained import GPTNeoXForCausalLM
 
 from .convert import Meter, Progress, Report
 from .gguf_file import F16, F32, Q4_0, Q8_0, GgufTensor, Value, write_gguf

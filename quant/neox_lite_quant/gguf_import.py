@@ -30,7 +30,7 @@ from neox_lite.loading.options import parse_dtype
 from neox_lite.loading.quantize import SLICE_ELEMENTS
 from neox_lite.loading.save import Part, specs_of, write_model
 from neox_lite.loading.skeleton import Blueprint
-from neox_lite.modeling.pretrained import GPTNeoXForCausalLM
+from neox_lite.modeling.causal_lm import GPTNeoXForCausalLM
 from neox_lite.units import dtype_name
 
 from .convert import Meter, Progress, Report

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from neox_lite.kernels import reference
+from neox_lite.kernels.graphs import EagerRunner
 
 
 class Race(AssertionError):
@@ -207,11 +208,8 @@ class Watched:
     def activation_dtype(self, weights, device):
         return self._ops.activation_dtype(weights, device)
 
-    def capture(self, *_):
-        return None
-
-    def decoder(self, *_):
-        return "this device is simulated"
+    def pass_runner(self, forward, device, limit, vocabulary=None):
+        return EagerRunner(forward, "a simulated device runs operation by operation")
 
     def _results(self, out):
         for tensor in out if isinstance(out, list) else [out]:

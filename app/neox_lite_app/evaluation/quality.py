@@ -21,7 +21,7 @@ from neox_lite.cache import Batch, BlockTable, PagePool
 from neox_lite.errors import ArgumentError
 from neox_lite.formats import Weight, label
 from neox_lite.kernels.backend import Backend, Norm
-from neox_lite.layers import Linear, norm_of
+from neox_lite.layers import Linear
 from neox_lite.units import PAGE, dtype_name
 
 from ..load_for_command import format_name, load
@@ -71,7 +71,7 @@ class Head:
 
     @classmethod
     def of(cls, model: GPTNeoXForCausalLM) -> Head:
-        return cls(model.ops, norm_of(model.gpt_neox.final_layer_norm), model.embed_out.handle)
+        return cls(model.ops, model.final_norm, model.embed_out.handle)
 
     @torch.no_grad()
     def logits(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -137,8 +137,8 @@ def append(
     each: sees the input of every layer. Raises CacheError, with nothing appended, where the pool has too few pages.
     """
     batch = Batch.reserve(pool, block_tables, counts)
-    x = model.runner.first.embed(ids, model.gpt_neox.embed_in.weight, model.compute_dtype)
-    return model.run_layers(x, pool, batch, each)
+    runner = model.runner
+    return runner.hidden_states(runner.embed(ids), pool, batch, each)
 
 
 def log_probabilities(model: GPTNeoXForCausalLM, windows: Tensor, progress: Progress | None = None) -> Iterator[Tensor]:

@@ -388,7 +388,7 @@ def _identity(model: GPTNeoXForCausalLM, args: argparse.Namespace) -> dict[str, 
         "kv": model.kv,
         "exact": model.exact,
         "layers": None if model.placement is None else list(model.placement.layers),
-        "backends": sorted((side, ops.name) for side, ops in model.runner.ops.items()),
+        "backends": sorted((side, ops.name) for side, ops in model.runner.layers.ops.items()),
         "adapter": None if adapter is None else [str(adapter.resolve()), stamps(adapter)],
     }
 

@@ -14,7 +14,7 @@ from neox_lite.config import GPTNeoXConfig
 from neox_lite.errors import ConfigError, NeoxLiteError
 from neox_lite.files import read_json
 from neox_lite.hub import HEAD, WEIGHTS
-from neox_lite.loading.load import cache_root
+from neox_lite.loading.quantized_cache import cache_root
 
 from ..load_for_command import common_label, formats_in
 from ..paths import data_folder

@@ -22,9 +22,9 @@ from neox_lite.errors import ArgumentError, FormatError, UnsupportedError
 from neox_lite.files import disk_errors, write_atomically
 from neox_lite.formats import DENSE, Format, GroupInt, formats_of
 from neox_lite.hub import resolve
-from neox_lite.loading.load import cache_root
+from neox_lite.loading.quantized_cache import cache_root
+from neox_lite.modeling.causal_lm import GPTNeoXForCausalLM
 from neox_lite.modeling.heads import class_of
-from neox_lite.modeling.pretrained import GPTNeoXForCausalLM
 from neox_lite.tokenizer import GPTNeoXTokenizerFast
 from neox_lite.units import DTYPES
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,7 +16,8 @@ from ...cache import Batch, PagePool
 from ...formats import NF4, Dense, GroupInt, Weight
 from ...units import PAGE, dtype_name
 from .. import nf4, reference
-from ..backend import Norm
+from ..backend import Forward, Norm, PassRunner
+from ..graphs import ReplayRunner
 from . import attention, gemm, gemv, linear, norm
 from .activations import NATURAL, TILE, UNIT, Layout
 from .compile import compiled
@@ -164,27 +166,29 @@ class Operations:
 
     # Capturing --------------------------------------------------------------------------------------------------------
 
-    def capture(self, step: Callable[[Tensor], Tensor], ids: Tensor, batch: Batch, limit: int) -> Captured | None:
-        """Record what step(ids) would run for batches of as many sequences and tokens as this one, without running it.
+    def pass_runner(
+        self, forward: Forward, device: torch.device, limit: int, vocabulary: int | None = None
+    ) -> PassRunner:
+        """Passes as recorded programs."""
+        return ReplayRunner(
+            forward, partial(self.capture, limit), "the model is on the CPU, where a step is a recorded program"
+        )
 
-        limit: most tokens a sequence will hold. None if the step needs more than kernels.
+    def capture(self, limit: int, forward: Forward, x: Tensor, pool: PagePool, batch: Batch) -> Captured | None:
+        """Record what forward(x, pool, batch) would run for batches of as many sequences and tokens, without running it.
+
+        limit: most tokens of a sequence. None if the pass needs more than kernels.
         """
-        own_ids, table = ids.clone(), BatchTable(batch, -(-limit // PAGE))
+        own_ids, table = x.clone(), BatchTable(batch, -(-limit // PAGE))
         self._local.program, self._local.batch = Program(), (batch, table)
         self._local.program.kept.append(own_ids)
         try:
-            out = step(own_ids)
+            out = forward(own_ids, pool, batch)
             return Captured(self.pool, own_ids, table, self._local.program, out)
         except NotCapturable:
             return None
         finally:
             self._local.program = self._local.batch = None
-
-    def decoder(
-        self, step: Callable[[Tensor, PagePool, Batch], Tensor], device: torch.device, vocabulary: int, limit: int
-    ) -> str:
-        """Logits are on the host already, and captured programs run there."""
-        return "the model is on the CPU, where a step is a recorded program"
 
     def _run(self, program: Program) -> None:
         """Run the tasks now, or append them to the program that is being captured."""

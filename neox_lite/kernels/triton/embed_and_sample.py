@@ -14,7 +14,7 @@ import triton.language as tl
 # Columns of a row's choice, int64; TEMPERATURE, REST and MIN_P are float64. See steps.Inputs.
 GIVEN, SEED, STREAM, TOP_K = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 TEMPERATURE, REST, MIN_P = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6)
-CHOICE = tl.constexpr(8)
+SAMPLING = tl.constexpr(8)
 NOTHING = tl.constexpr(-1)  # chosen where logits leave nothing to choose from
 UNIT = tl.constexpr(float(1 << 46))  # a weight of 1 as an integer: 2**16 of them fit into 63 bits
 NEAR = tl.constexpr(1e-3)  # more than float32 errs in the race of ids
@@ -48,7 +48,7 @@ def draw(
     start, count = tl.load(starts_ptr + row * start_step), tl.load(starts_ptr + row * start_step + 2)
     if count == 0:
         return
-    choice_ptr = choices_ptr + row * CHOICE
+    choice_ptr = choices_ptr + row * SAMPLING
     logits_ptr += row * VOCABULARY
     values_ptr += row * VOCABULARY
     ids_ptr += row * VOCABULARY

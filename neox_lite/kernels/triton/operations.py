@@ -23,11 +23,12 @@ from ...cache import Batch, PagePool
 from ...formats import NF4, Dense, GroupInt, Weight
 from ...units import PAGE, dtype_name
 from .. import nf4
-from ..backend import Norm
+from ..backend import Forward, Norm, PassRunner
+from ..graphs import EagerRunner
 from . import activations, attention, embed_and_sample, gemv, interpreted, matmul, tile_configs, tuning
 from .cuda_graph import CudaGraphs
 from .packing import SHIFT
-from .steps import Graphs, Inputs, Steps
+from .steps import GraphDevice, GraphRunner, Inputs
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,8 @@ PLAIN_ROWS = 2  # most tokens for which a plain matrix is multiplied by gemv.py,
 SLICE_BYTES = 64 << 20  # of a weight written out for cuBLAS at a time
 DECODED = (4, 128)  # rows and words that a program writes out
 PAGES_TO_TIME, TOKENS_TO_TIME = 4, 256  # of a context, and of prompts: with less, attention is all start and end
-FINISHED = 1024  # features that a program of activations.finish or ends.embed takes
-LISTED = 4096  # ids that a program of ends.draw looks at together
+FINISHED = 1024  # features that a program of activations.finish or embed_and_sample.embed takes
+LISTED = 4096  # ids that a program of embed_and_sample.draw looks at together
 MATH = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
@@ -135,11 +136,11 @@ class BatchTable:
         """queries: most tokens of a sequence that one program takes."""
         counts = [last - first for first, last in zip(batch.offsets, batch.offsets[1:], strict=False)]
         self.single = all(count <= 1 for count in counts)
-        self.most_pages = max([1, *(-(-(s + n) // PAGE) for s, n in zip(batch.starts, counts, strict=True) if n)])
+        self.max_pages = max([1, *(-(-(s + n) // PAGE) for s, n in zip(batch.starts, counts, strict=True) if n)])
         sequences = torch.tensor([*zip(batch.starts, batch.offsets, counts, strict=False)], dtype=torch.int32)
-        pages = torch.zeros(len(counts), self.most_pages, dtype=torch.int32)
+        pages = torch.zeros(len(counts), self.max_pages, dtype=torch.int32)
         for row, block_table in zip(pages, batch.block_tables, strict=True):
-            used = block_table.pages[: self.most_pages]
+            used = block_table.pages[: self.max_pages]
             row[: len(used)] = torch.tensor(used, dtype=torch.int32)
         tokens = torch.stack((batch.positions, batch.pages, batch.slots), 1).int()
         starts = [(i, q) for i, count in enumerate(counts) for q in range(0, count, queries)]
@@ -149,7 +150,7 @@ class BatchTable:
         on_device = torch.cat(parts).to(device, non_blocking=True)
         self.sequences, self.pages, self.tokens, self.blocks = on_device.split([len(p) for p in parts])
         self.count, self.block_count, self.queries = len(counts), len(starts), queries
-        self.splits = self.most_pages
+        self.splits = self.max_pages
 
 
 @dataclass
@@ -171,7 +172,7 @@ class Operations:
         exact: bool,
         machine: Callable[[torch.device], tile_configs.Machine] = tile_configs.machine,
         tuned: Callable[[torch.device], tuning.Tuning] = tuning.of,
-        graphs: Callable[[torch.device], Graphs] | None = None,
+        graphs: Callable[[torch.device], GraphDevice] | None = None,
     ) -> None:
         """machine: what is known of a device. tuned: the sizes of kernels there. graphs: what captures steps there; None: CUDA,
         where kernels are compiled."""
@@ -195,7 +196,7 @@ class Operations:
         if len(ids):
             _launch(
                 embed_and_sample.embed, (len(ids), triton.cdiv(features, FINISHED)), ids, ids.stride(0),
-                None if step is None else step.chosen, weight.contiguous(), x, features, FINISHED, num_warps=4,
+                None if step is None else step.sampled, weight.contiguous(), x, features, FINISHED, num_warps=4,
             )  # fmt: skip
         return x
 
@@ -235,7 +236,7 @@ class Operations:
         piece = max(16, dim & -dim)  # the largest power of two that divides it; tl.dot takes no less than 16
         shape = heads, dim, rotary.shape[2], piece, triton.cdiv(dim, piece)
         int8, scaling = bool(cache.scales), dim**-0.5
-        pages = table.sequences, table.pages, table.most_pages
+        pages = table.sequences, table.pages, table.max_pages
         if table.single:
             splits = table.splits
             alone = splits == 1
@@ -305,17 +306,15 @@ class Operations:
         assert isinstance(out, Tensor)
         return out
 
-    def capture(self, step: Callable[[Tensor], Tensor], ids: Tensor, batch: Batch, limit: int) -> None:
-        """Logits alone are no step of a graph: `decoder` has those."""
-        return
-
-    def decoder(
-        self, step: Callable[[Tensor, PagePool, Batch], Tensor], device: torch.device, vocabulary: int, limit: int
-    ) -> Steps | str:
-        """Steps as CUDA graphs."""
+    def pass_runner(
+        self, forward: Forward, device: torch.device, limit: int, vocabulary: int | None = None
+    ) -> PassRunner:
+        """Steps as CUDA graphs, which have to end in logits."""
         if self._graphs is None:
-            return "kernels run in Triton's interpreter, which knows no CUDA graphs"
-        return Steps(self._step(step), self._graphs(device), device, vocabulary, limit)
+            return EagerRunner(forward, "kernels run in Triton's interpreter, which knows no CUDA graphs")
+        if vocabulary is None:
+            return EagerRunner(forward, "a part of a model is not a step")
+        return GraphRunner(forward, self._step(forward), self._graphs(device), device, vocabulary, limit)
 
     def _step(self, forward: Callable[[Tensor, PagePool, Batch], Tensor]) -> Callable[[PagePool, Inputs], None]:
         """All of a step, launches and nothing else: from ids to the ids that follow."""
@@ -332,8 +331,9 @@ class Operations:
         rows, vocabulary = logits.shape
         values, ids = torch.empty_like(logits), torch.empty_like(logits, dtype=torch.int32)
         _launch(
-            embed_and_sample.draw, (rows,), logits, inputs.excluded, inputs.sequences, attention.SEQUENCE.value, inputs.choices,
-            values, ids, inputs.chosen, vocabulary, min(LISTED, triton.next_power_of_2(vocabulary)), num_warps=16,
+            embed_and_sample.draw, (rows,), logits, inputs.excluded, inputs.sequences, attention.SEQUENCE.value,
+            inputs.sampling, values, ids, inputs.sampled, vocabulary, min(LISTED, triton.next_power_of_2(vocabulary)),
+            num_warps=16,
         )  # fmt: skip
 
     @contextmanager
