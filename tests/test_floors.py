@@ -14,7 +14,7 @@ PACKAGES = {"neox_lite": ROOT, "neox_lite_quant": ROOT / "quant", "neox_lite_app
 # Lowest floor first: a room imports only rooms above it in this list (and its own insides). The number is its budget of lines.
 FLOORS = {
     "neox_lite.version": 10,
-    "neox_lite.errors": 60,
+    "neox_lite.errors": 80,
     "neox_lite.outputs": 40,
     "neox_lite.files": 300,
     "neox_lite.units": 80,
