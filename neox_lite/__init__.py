@@ -14,14 +14,13 @@ from .modeling.auto import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
-    AutoTokenizer,
     GPTNeoXTokenizer,
     pipeline,
 )
 from .modeling.causal_lm import GPTNeoXForCausalLM
 from .modeling.heads import GPTNeoXForQuestionAnswering, GPTNeoXForSequenceClassification, GPTNeoXForTokenClassification
 from .modeling.pretrained import GPTNeoXModel, GPTNeoXPreTrainedModel
-from .tokenizer import GPTNeoXTokenizerFast
+from .tokenizer import AutoTokenizer, GPTNeoXTokenizerFast
 from .version import __version__
 
 __all__ = [

@@ -17,7 +17,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
 
-from .errors import TokenizerError
+from .errors import ConfigError, TokenizerError
 from .files import read_json, write_atomically
 from .hub import OTHER_TOKENIZER_FILES, TOKENIZER_FILES, Access, fetch_files
 
@@ -684,3 +684,19 @@ def to_tensors(columns: dict[str, Any], kind: Any) -> BatchEncoding:
     import torch
 
     return BatchEncoding({key: torch.tensor(value, dtype=torch.int64) for key, value in columns.items()})
+
+
+class AutoTokenizer:
+    """A tokenizer by the model that it belongs to. GPTNeoXTokenizerFast takes that of any model."""
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | os.PathLike[str], revision: str | None = None, **options: Any
+    ) -> GPTNeoXTokenizerFast:
+        """GPTNeoXTokenizerFast.from_pretrained. Raises ConfigError where config.json names another architecture."""
+        tokenizer = GPTNeoXTokenizerFast.from_pretrained(name, revision, **options)
+        path = folder_of(os.fspath(name), ["config.json"], revision, Access.take(options)) / "config.json"
+        kind = read_json(path, ConfigError).get("model_type", "gpt_neox") if path.is_file() else "gpt_neox"
+        if kind != "gpt_neox":
+            raise ConfigError(f"{path}: model_type is {kind!r}, expected 'gpt_neox', the one architecture this runs")
+        return tokenizer

@@ -636,7 +636,7 @@ def test_methods_that_are_not_there_say_what_stands_for_them(tiny: tuple[Any, An
 
 def test_a_model_that_memory_does_not_hold_is_refused_before_it_takes_any(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("neox_lite.core.network.free_memory", lambda: (2 << 20, 1 << 20))
-    needed = "weights of float32 take 82.2 GB, 0.0 GB of memory are free; give a smaller config, or load a checkpoint"
+    needed = "weights of 4 bytes take 82.2 GB, 0.0 GB of memory are free; give a smaller config, or load a checkpoint"
     with pytest.raises(ArgumentError, match=needed):
         GPTNeoXModel(GPTNeoXConfig())
     with torch.device("meta"):

@@ -32,7 +32,7 @@ PRINTED = {  # where transformers has no like, or needs what is not there
     "four_bits": "True torch.Size([1, 9])\n",
 }
 EXPLAINED = {
-    "configuration": "ArgumentError: GPTNeoXModel(config): 20554567680 weights of float32 take 82.2 GB, 17.2 GB of memory are "
+    "configuration": "ArgumentError: GPTNeoXModel(config): 20554567680 weights of 4 bytes take 82.2 GB, 17.2 GB of memory are "
     "free; give a smaller config, or load a checkpoint with from_pretrained(..., quantization='int4')",
     "dolly": LEAVE_OUT,
     "rinna": "TokenizerError: rinna/japanese-gpt-neox-3.6b: no tokenizer.json (found spiece.model, but sentencepiece "

@@ -18,7 +18,6 @@ from ..offload.accelerator import Accelerator
 from ..offload.plan import KINDS, Plan
 from ..offload.profile import free_memory
 from ..offload.run import Placement
-from ..units import dtype_name
 from .source import Source, on_meta
 
 Self = TypeVar("Self", bound="Network")
@@ -211,7 +210,7 @@ def _check_room(config: GPTNeoXConfig) -> None:
     count, dtype, free = config.num_parameters, torch.get_default_dtype(), free_memory()[1]
     if config.quantization_config is None and free is not None and count * dtype.itemsize > free:
         raise ArgumentError(
-            f"GPTNeoXModel(config): {count} weights of {dtype_name(dtype)} take "
+            f"GPTNeoXModel(config): {count} weights of {dtype.itemsize} bytes take "
             f"{count * dtype.itemsize / 1e9:.1f} GB, {free / 1e9:.1f} GB of memory are free; give a smaller config, or load "
             "a checkpoint with from_pretrained(..., quantization='int4')"
         )

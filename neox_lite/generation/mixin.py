@@ -17,11 +17,11 @@ from torch import Tensor
 from ..cache import PrefixCache
 from ..config import GPTNeoXConfig
 from ..errors import ArgumentError, UnsupportedError
-from ..outputs import ModelOutput
 from ..tokenizer import GPTNeoXTokenizerFast
 from ..units import PAGE
 from .batch import pad, prompt_ids, stack_steps
 from .options import GenerationConfig, Options, as_dict
+from .outputs import ModelOutput
 from .protocols import ModelRunner
 from .request import Sequence, StopStringChecker, check_ids, hold_back_end, processors
 from .sampling import sample_token

@@ -6,10 +6,8 @@ import os
 from typing import Any
 
 from ..config import GPTNeoXConfig
-from ..errors import ArgumentError, ConfigError
-from ..files import read_json
-from ..hub import Access
-from ..tokenizer import GPTNeoXTokenizerFast, folder_of
+from ..errors import ArgumentError
+from ..tokenizer import GPTNeoXTokenizerFast
 from .causal_lm import GPTNeoXForCausalLM
 from .heads import (
     GPTNeoXForQuestionAnswering,
@@ -34,22 +32,6 @@ TASKS: dict[str, type[GPTNeoXPreTrainedModel]] = {
     "token-classification": GPTNeoXForTokenClassification,
     "ner": GPTNeoXForTokenClassification,
 }
-
-
-class AutoTokenizer:
-    """A tokenizer by the model that it belongs to. GPTNeoXTokenizerFast takes that of any model."""
-
-    @classmethod
-    def from_pretrained(
-        cls, name: str | os.PathLike[str], revision: str | None = None, **options: Any
-    ) -> GPTNeoXTokenizerFast:
-        """GPTNeoXTokenizerFast.from_pretrained. Raises ConfigError where config.json names another architecture."""
-        tokenizer = GPTNeoXTokenizerFast.from_pretrained(name, revision, **options)
-        path = folder_of(os.fspath(name), ["config.json"], revision, Access.take(options)) / "config.json"
-        kind = read_json(path, ConfigError).get("model_type", "gpt_neox") if path.is_file() else "gpt_neox"
-        if kind != "gpt_neox":
-            raise ConfigError(f"{path}: model_type is {kind!r}, expected 'gpt_neox', the one architecture this runs")
-        return tokenizer
 
 
 def pipeline(

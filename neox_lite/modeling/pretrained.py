@@ -19,13 +19,13 @@ from ..core.runner import Runner
 from ..core.source import identities
 from ..errors import ArgumentError, UnsupportedError
 from ..formats import Format
+from ..generation.outputs import ModelOutput
 from ..kernels.backend import Backend
 from ..layers import Linear
 from ..loading.apply import warm
 from ..loading.load import from_pretrained
 from ..loading.options import LoadOptions
 from ..loading.save import save_pretrained
-from ..outputs import ModelOutput
 
 Model = TypeVar("Model", bound="GPTNeoXPreTrainedModel")
 
