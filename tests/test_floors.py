@@ -15,7 +15,6 @@ PACKAGES = {"neox_lite": ROOT, "neox_lite_quant": ROOT / "quant", "neox_lite_app
 FLOORS = {
     "neox_lite.version": 10,
     "neox_lite.errors": 80,
-    "neox_lite.generation.outputs": 40,
     "neox_lite.files": 300,
     "neox_lite.units": 80,
     "neox_lite.hub": 500,
