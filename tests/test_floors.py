@@ -4,15 +4,12 @@ import ast
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from rooms import FLOORS, MODULES, PACKAGES, PICTURE, ROOT, arrows, draw, imports, modules, needed, room
 
-ROOT = Path(__file__).parents[1]
-PACKAGES = {"neox_lite": ROOT, "neox_lite_quant": ROOT / "quant", "neox_lite_app": ROOT / "app"}
-
-# Lowest floor first: a room imports only rooms above it in this list (and its own insides). The number is its budget of lines.
-FLOORS = {
+# The most lines that a room may have.
+BUDGETS = {
     "neox_lite.version": 10,
     "neox_lite.errors": 80,
     "neox_lite.files": 300,
@@ -65,47 +62,6 @@ LAZY = {"huggingface_hub", "numpy", "tqdm", "safetensors", "bitsandbytes", "tran
 INSIDES = {"neox_lite.kernels.cpu": {"llvmlite", "numpy"}, "neox_lite.kernels.triton": {"triton"}}
 
 
-def modules():
-    for package, folder in PACKAGES.items():
-        for path in sorted((folder / package).rglob("*.py")):
-            parts = path.relative_to(folder).with_suffix("").parts
-            yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
-
-
-MODULES = {module for module, _ in modules()}
-
-
-def room(module):
-    """The longest floor that a module belongs to; the package itself is the room of its __init__."""
-    fits = [f for f in FLOORS if module == f or module.startswith(f + ".")]
-    return max(fits, key=len) if fits and not (max(fits, key=len) == "neox_lite" and module != "neox_lite") else None
-
-
-def imports(module, path):
-    """(imported module, whether at the top of the file, line), those for type checkers too."""
-    tree = ast.parse(path.read_text())
-    top = {id(n) for node in tree.body for n in ([node] if not isinstance(node, ast.Try) else ast.walk(node))}
-    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from ((alias.name, id(node) in top, node.lineno) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                parts = package.split(".")[: len(package.split(".")) - node.level + 1]
-                base = ".".join([*parts, *([node.module] if node.module else [])])
-            names = [f"{base}.{a.name}" if f"{base}.{a.name}" in MODULES else base for a in node.names]
-            yield from ((name, id(node) in top, node.lineno) for name in dict.fromkeys(names))
-
-
-def arrows():
-    """(module, line, imported module, room, room of that) for each import of a package of ours."""
-    for module, path in modules():
-        for name, _, line in imports(module, path):
-            if name.partition(".")[0] in PACKAGES:
-                yield module, line, name, room(module), room(name)
-
-
 def test_every_module_has_a_room():
     empty = [m for m, path in modules() if path.name == "__init__.py" and not list(imports(m, path))]
     assert [m for m, _ in modules() if room(m) is None and m not in empty] == []
@@ -138,10 +94,15 @@ def test_the_core_has_few_rooms_and_few_arrows_between_them():
     assert (len(core) <= MAX_ROOMS, len(between) <= MAX_ARROWS) == (True, True), (len(core), len(between))
 
 
+def test_the_picture_of_the_rooms_is_what_their_imports_make():
+    assert PICTURE.read_text(encoding="utf-8") == draw(), "run python docs/rooms.py"
+    assert needed()["neox_lite.core"] >= {"neox_lite.offload"} and "neox_lite.cache" not in needed()["neox_lite.core"]
+
+
 def test_files_and_rooms_keep_to_their_lines():
     lines = {module: (room(module), path.read_text().count("\n")) for module, path in modules()}
     rooms = {floor: sum(count for here, count in lines.values() if here == floor) for floor in FLOORS}
-    assert {floor: count for floor, count in rooms.items() if count > FLOORS[floor]} == {}
+    assert {floor: count for floor, count in rooms.items() if count > BUDGETS[floor]} == {}
     long = {module: count for module, (here, count) in lines.items() if count > MAX_LINES_IN.get(here, MAX_LINES)}
     assert long.keys() <= LONGER, long
 
