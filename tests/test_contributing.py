@@ -63,23 +63,23 @@ def test_a_format_and_a_backend_added_as_described_pass_the_contracts(tmp_path):
         assert re.search(rf"^PASSED .*{re.escape(contract)}", done.stdout, re.MULTILINE), contract
 
 
-def test_a_token_goes_the_way_that_is_described():
-    way = TEXT.partition("## One token's way")[2].partition("## ")[0]
-    described = [
+def described(heading):
+    """(file, function) of each step of the list under a heading."""
+    way = TEXT.partition(f"## {heading}")[2].partition("\n\nA backend")[0].partition("\n## ")[0]
+    return [
         (path, name)
-        for path, names in re.findall(r"`(\S+\.py)`,((?:\s+`[\w.]+`,?)+)", way)
+        for path, names in re.findall(r"`([\w/]+\.py)`,((?:\s+`[\w.]+`,?)+)", way)
         for name in re.findall(r"`([\w.]+)`", names)
     ]
-    assert len(described) == 16
-    model = GPTNeoXForCausalLM.from_pretrained(DEMO)
-    model.ops = reference
-    events = model.stream(torch.tensor([[5, 6, 7]]), max_new_tokens=4)
-    next(events), next(events)
+
+
+def goes(heading, run):
+    """Whether run() calls the functions under a heading, in their order."""
     called = []
 
     def watch(frame, event, argument):
-        if event == "call" and "neox_lite" in (path := Path(frame.f_code.co_filename)).parts:
-            inside = path.as_posix().rpartition("/neox_lite/")[2]
+        if event == "call" and "neox_lite" in (path := frame.f_code.co_filename):
+            inside = re.split("/neox_lite(?:_app)?/", path)[-1]
             owner = frame.f_locals.get("self", frame.f_locals.get("cls"))
             owner = owner if isinstance(owner, type) else type(owner)
             names = {"", *(f"{c.__name__}." for c in owner.__mro__)}
@@ -87,9 +87,33 @@ def test_a_token_goes_the_way_that_is_described():
 
     sys.setprofile(watch)
     try:
-        next(events)
+        run()
     finally:
         sys.setprofile(None)
     places = iter(called)
-    for step in described:
+    for step in described(heading):
         assert any(step in names for names in places), f"{step} is not called after those before it"
+
+
+def test_a_token_goes_the_way_that_is_described():
+    assert len(described("One token's way")) == 17
+    model = GPTNeoXForCausalLM.from_pretrained(DEMO)
+    model.ops = reference
+    events = model.stream(torch.tensor([[5, 6, 7]]), max_new_tokens=4)
+    next(events), next(events)
+    goes("One token's way", lambda: next(events))
+
+
+def test_a_weight_goes_the_way_that_is_described(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    assert len(described("One weight's way")) == 16
+    shutil.copytree(DEMO, tmp_path / "demo")
+
+    def load_and_run():
+        model = GPTNeoXForCausalLM.from_pretrained(tmp_path / "demo", quantization="int8")
+        # The first pass binds the kernels of the device, the second one those of the reference.
+        model(torch.tensor([[5]]))
+        model.ops = reference
+        model(torch.tensor([[5]]))
+
+    goes("One weight's way", load_and_run)
