@@ -71,8 +71,8 @@ OFF_ONLY: dict[str, tuple[Any, ...]] = {
     "alibi": (False,),
     "use_alibi": (False,),
 }
-# Keys that checkpoints carry and that do not touch what is computed (bookkeeping, training): kept and written back.
-KEPT = {
+# Keys of checkpoints that do not change the computation (bookkeeping, training): preserved and written back.
+PRESERVED = {
     "_attn_implementation",
     "_commit_hash",
     "_from_model_config",
@@ -251,7 +251,7 @@ class GPTNeoXConfig:
             )
 
     def _keep(self, keys: dict[str, Any], where: str, announced: Collection[str]) -> None:
-        unknown = sorted(k for k in keys if k not in KEPT and k not in announced)
+        unknown = sorted(k for k in keys if k not in PRESERVED and k not in announced)
         if unknown:
             known = [*FIELDS, "rope_parameters", "rotary_pct", "rotary_emb_base"]
             near = {k: difflib.get_close_matches(k, known, 1, 0.8) for k in unknown}

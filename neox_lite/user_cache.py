@@ -1,4 +1,4 @@
-"""Small JSON files kept for this user between runs: where they lie, read with doubt, written whole. Knows no content.
+"""Small JSON files of this user that last between runs: their folder, a careful reader, an atomic writer. Knows no content.
 
 They lie in ~/.cache/neox-lite; XDG_CACHE_HOME moves the first part of that, NEOX_LITE_CACHE names the whole folder.
 """
@@ -45,14 +45,14 @@ def write(name: str, value: Any) -> None:
     write_atomically(folder() / name, json.dumps(value, indent=1) + "\n", durable=False, private=True)
 
 
-def entry(kept: Any, key: str) -> Any:
-    """kept[key] of what a file held. Raises ValueError where it is no such thing."""
-    if not isinstance(kept, dict) or key not in kept:
-        raise ValueError(f"{shown(kept)} has no {key}")
-    return kept[key]
+def entry(value: Any, key: str) -> Any:
+    """value[key] of a value from a file. Raises ValueError unless it is an object with that key."""
+    if not isinstance(value, dict) or key not in value:
+        raise ValueError(f"{shown(value)} has no {key}")
+    return value[key]
 
 
 def shown(value: Any) -> str:
-    """What a file held, short enough for a line."""
+    """A value from a file, short enough for a line."""
     text = json.dumps(value)
     return text if len(text) < 40 else f"{text[:36]} …"

@@ -785,6 +785,17 @@ def test_a_model_that_others_wrote_is_never_overwritten(tmp_path, name):
     assert (tmp_path / name).read_text() == "precious"
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege there")
+@pytest.mark.parametrize("name", ["neox_lite_manifest.json", "neox_lite_manifest.json.partial"])
+def test_a_link_in_the_place_of_the_manifest_is_never_written_through(tmp_path, name):
+    (tmp_path / "elsewhere").write_text("precious")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="is a link, which is not written through"):
+        write_model(tmp_path / "model", tensors())
+    assert (tmp_path / "elsewhere").read_text() == "precious"
+
+
 def test_the_folder_being_read_is_never_written(tmp_path):
     write_model(tmp_path / "model", tensors())
     (tmp_path / "link").symlink_to(tmp_path / "model")

@@ -3,7 +3,7 @@
     python -m benchmarks.quality.mixed [--out benchmarks/results/mixed_demo.json]
 
 Sizes are of whole folders. Between int4 g32 and int8 there is no single format; `kl_at_random` is what a mix of those two would
-lose there if its layers were drawn by lot, since KL adds up over layers. Activations are float32.
+lose there if its layers were chosen at random, since KL adds up over layers. Activations are float32.
 """
 
 from __future__ import annotations
