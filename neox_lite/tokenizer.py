@@ -234,6 +234,7 @@ class GPTNeoXTokenizerFast:
         One text without return_tensors gives flat lists, everything else (batch, tokens); an empty list gives empty
         fields. As in transformers, max_length without padding and truncation truncates.
         """
+        # 1. Check the options and the texts.
         check_arguments("tokenizer", others, self.__call__.__kwdefaults__ or ())
         width, limit = self._plan(padding, truncation, max_length, pad_to_multiple_of)
         texts = list(text) if isinstance(text, (list, tuple)) else [text]
@@ -246,7 +247,7 @@ class GPTNeoXTokenizerFast:
                 check_text(one, f"text_pair[{index}]")
             if len(pairs) != len(texts) or isinstance(text, str) != isinstance(text_pair, str):
                 raise TokenizerError(f"text_pair: found {len(pairs)} for {len(texts)} texts; give each text its own")
-        # One at a time: after encode_batch, older versions of `tokenizers` print a warning at every os.fork().
+        # 2. Encode them one at a time: after encode_batch, older versions of `tokenizers` print a warning at every os.fork().
         encodings = [
             self._tokenizer.encode(one, pair, add_special_tokens=add_special_tokens)
             for one, pair in zip(texts, pairs, strict=True)
@@ -256,6 +257,7 @@ class GPTNeoXTokenizerFast:
                 f"text_pair: a pair has {max(len(e.ids) for e in encodings)} tokens, more than max_length {limit}, and pairs "
                 "are not truncated; shorten the texts"
             )
+        # 3. Collect the fields; truncate and pad them.
         fields = {
             "input_ids": "ids",
             **({"token_type_ids": "type_ids"} if return_token_type_ids else {}),
