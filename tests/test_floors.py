@@ -44,7 +44,6 @@ MAX_LINES = 500  # of a file, but for
 LONGER = {
     "neox_lite.tokenizer",
     "neox_lite.config",
-    "neox_lite.checkpoint.folder_writer",
     "neox_lite.kernels.triton.operations",
     "neox_lite.offload.plan",
     "neox_lite.offload.profile",

@@ -17,10 +17,8 @@ from neox_lite.config import GPTNeoXConfig
 from neox_lite.errors import ArgumentError
 from neox_lite.offload.profile import free_memory
 
-CONTEXT, WINDOWS = (
-    512,
-    128,
-)  # of a file: tokens in a window, at most the model's context, and the default number of windows
+# Of a file: tokens in a window, at most the model's context, and the default number of windows.
+CONTEXT, WINDOWS = 512, 128
 OWN_CONTEXT, OWN_WINDOWS = 128, 512  # of the model's own text: many short windows vary more than a few long ones
 SEED, MAX_WINDOWS = 0, 1 << 16
 MAX_BYTES = 64 << 20  # of a file: 128 windows are about 256 KB of English
