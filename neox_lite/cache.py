@@ -348,10 +348,10 @@ class Batch:
             slots += [p % PAGE for p in places]
             offsets.append(offsets[-1] + count)
         starts = tuple(s.length for s in block_tables)
-        if positions is None:
-            positions = torch.tensor([s + i for s, n in zip(starts, counts, strict=True) for i in range(n)])
-        where = torch.tensor([pages, slots], dtype=torch.long)  # (2, tokens)
-        return cls(tuple(block_tables), starts, tuple(offsets), positions.long(), where[0], where[1])
+        own = [s + i for s, n in zip(starts, counts, strict=True) for i in range(n)]
+        columns = torch.tensor([pages, slots, own], dtype=torch.long)  # (3, tokens)
+        positions = columns[2] if positions is None else positions.long()
+        return cls(tuple(block_tables), starts, tuple(offsets), positions, columns[0], columns[1])
 
     def commit(self) -> None:
         """Count the tokens as cached: called once every layer has written them."""

@@ -90,8 +90,12 @@ def check_ids(ids: Tensor, vocabulary: int) -> Tensor:
     ids = ids.long()
     wrong = ids[(ids < 0) | (ids >= vocabulary)]
     if len(wrong):
-        raise ArgumentError(f"input_ids: found {wrong[0].item()}, expected 0 to {vocabulary - 1}")
+        raise outside_vocabulary(int(wrong[0]), vocabulary)
     return ids
+
+
+def outside_vocabulary(id: int, vocabulary: int) -> ArgumentError:
+    return ArgumentError(f"input_ids: found {id}, expected 0 to {vocabulary - 1}")
 
 
 def check_cache(config: GPTNeoXConfig, cache: Any, rows: int) -> None:

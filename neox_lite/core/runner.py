@@ -12,7 +12,7 @@ from ..errors import ContextLengthError
 from ..kernels.backend import Backend, DeviceSampling, PassRunner, PendingStep
 from ..kernels.graphs import MAX_TOKENS, EagerRunner
 from ..offload.run import LayerRunner, Placement
-from .inputs import check_ids
+from .inputs import outside_vocabulary
 from .network import Network
 from .source import TensorWatch
 
@@ -97,7 +97,7 @@ class Runner:
                     f"{count} tokens after {block_table.length} cached ones do not fit: this model has {limit} positions "
                     "(max_position_embeddings)"
                 )
-        ids = check_ids(torch.tensor([i for t in tokens for i in t]), self._config.vocab_size)
+        ids = torch.tensor(self._checked([i for t in tokens for i in t]))
         # 2. The pass: one that comes again, or one over a prompt, whose last tokens alone need logits.
         batch = Batch.reserve(pool, block_tables, counts)
         if all(count == 1 for count in counts) or (every and len(ids) <= MAX_TOKENS):
@@ -110,6 +110,13 @@ class Runner:
             logits = self.head(x, torch.tensor(batch.offsets[1:]) - 1)
         batch.commit()
         return logits
+
+    def _checked(self, ids: list[int]) -> list[int]:
+        """ids, all in the vocabulary; a comparison of numbers takes less time than one of a small tensor."""
+        vocabulary = self._config.vocab_size
+        if ids and (min(ids) < 0 or max(ids) >= vocabulary):
+            raise outside_vocabulary(next(i for i in ids if not 0 <= i < vocabulary), vocabulary)
+        return ids
 
     def _forward(self, ids: Tensor, pool: PagePool, batch: Batch) -> Tensor:
         """ids (tokens,) of a batch, all in the vocabulary -> logits (tokens, vocabulary)."""
@@ -147,7 +154,7 @@ class Runner:
         limit = self._config.max_position_embeddings
         if any(block_table.length >= limit for block_table in block_tables):
             raise ContextLengthError(f"a sequence has {limit} tokens, all positions of this model")
-        check_ids(torch.tensor([id for id in ids if id >= 0]), self._config.vocab_size)
+        self._checked([id for id in ids if id >= 0])
         batch = Batch.reserve(pool, block_tables, [1] * len(ids))
         pending = self.passes.launch(pool, batch, ids, sampling, excluded, previous)
         if pending is not None:

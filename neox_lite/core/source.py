@@ -46,7 +46,8 @@ class TensorWatch:
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         tables: list[Any] = [table for part in module.modules() for table in (part._parameters, part._buffers)]
-        self._tables = [table for table in tables if table]
+        places = [(table, name) for table in tables for name, tensor in table.items() if tensor is not None]
+        self._tables, self._names = [table for table, _ in places], [name for _, name in places]
         self._identities, self._addresses = identities(module), self._addresses_now()
 
     def changed(self) -> bool:
@@ -54,11 +55,15 @@ class TensorWatch:
         return self._identities != identities(self._module)
 
     def moved(self) -> bool:
-        """Whether one lies elsewhere; one that was written to in place does not. For every step: takes some 20 us."""
+        """Whether one lies elsewhere or is gone; one written to in place does not. For every step: takes some 10 us."""
         return self._addresses != self._addresses_now()
 
     def _addresses_now(self) -> list[int]:
-        return [tensor.data_ptr() for table in self._tables for tensor in table.values() if tensor is not None]
+        try:
+            return list(map(Tensor.data_ptr, map(dict.__getitem__, self._tables, self._names)))
+        # A tensor was deleted, or replaced by None.
+        except (KeyError, TypeError):
+            return []
 
 
 def on_meta() -> bool:

@@ -311,7 +311,7 @@ class Scheduler:
             logits = self._step(block_tables, tokens, every)
         # 3. Each sequence's part of the logits.
         ready = []
-        parts = logits.split(list(map(len, tokens)) if every else 1)
+        parts = logits.split(list(map(len, tokens))) if every else logits.unsqueeze(1).unbind()
         for sequence, part, draft in zip(sequences, parts, drafts, strict=True):
             if sequence.needs_prompt_logprobs:
                 sequence.append_prompt_logprobs(part)
