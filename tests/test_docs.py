@@ -36,6 +36,8 @@ CHANGES = {("python", "file"), ("diff",)}  # of the repository; tests/test_contr
 NOT_RUN = {
     "python3 -m venv": "makes an environment",
     "pip install": "installs from the network",
+    "git clone": "fetches this repository",
+    "cd neox-lite": "goes into the clone",
     "neox-lite demo": "tests/test_cli.py runs it",
     "python -m pytest": "these are the tests",
     "bash .ci/run": "runs the tests",
