@@ -13,7 +13,7 @@ from neox_lite.checkpoint.reader import Checkpoint, verify_folder
 from neox_lite.errors import ArgumentError, FormatError
 from neox_lite.formats import GroupInt, formats_of, quantization_config
 from neox_lite.layers import Linear
-from neox_lite.loading.skeleton import Blueprint
+from neox_lite.loading.skeleton import Skeleton
 from neox_lite_app.cli import main
 from neox_lite_quant import convert
 from neox_lite_quant.mixed import FORMATS, _activated, choose, predict, smallest, stored_bytes
@@ -172,10 +172,10 @@ def test_predicted_losses_are_errors_of_outputs_for_inputs_of_those_sizes(source
     """attention.dense and dense_4h_to_h write to the residual stream themselves: there the prediction is the error alone."""
     config = GPTNeoXConfig.from_pretrained(source)
     with Checkpoint.open(source) as checkpoint:
-        blueprint = Blueprint(GPTNeoXForCausalLM, config, checkpoint, smallest(config), F16)
+        skeleton = Skeleton(GPTNeoXForCausalLM, config, checkpoint, smallest(config), F16)
         names = [f"gpt_neox.layers.1.{n}" for n in ("attention.dense", "mlp.dense_4h_to_h")]
-        moments = {n: torch.rand(blueprint.model.get_submodule(n).in_features) for n in names}
-        found = predict(blueprint, F16, "mse", moments=moments)
+        moments = {n: torch.rand(skeleton.model.get_submodule(n).in_features) for n in names}
+        found = predict(skeleton, F16, "mse", moments=moments)
         ratios = []
         for name in names:
             weight = checkpoint.tensor(f"{name}.weight").float()
@@ -189,10 +189,10 @@ def test_channels_that_a_norm_makes_large_count_more(source):
     def losses(gain):
         with Checkpoint.open(source) as checkpoint:
             config = GPTNeoXConfig.from_pretrained(source)
-            blueprint = Blueprint(GPTNeoXForCausalLM, config, checkpoint, smallest(config), F16)
+            skeleton = Skeleton(GPTNeoXForCausalLM, config, checkpoint, smallest(config), F16)
             tensor, name = checkpoint.tensor, "gpt_neox.layers.0.post_attention_layernorm.weight"
-            blueprint.checkpoint.tensor = lambda n, sparse=False: tensor(n) * (gain if n == name else 1)
-            return predict(blueprint, F16, "mse")
+            skeleton.checkpoint.tensor = lambda n, sparse=False: tensor(n) * (gain if n == name else 1)
+            return predict(skeleton, F16, "mse")
 
     up, qkv = (f"gpt_neox.layers.0.{n}" for n in ("mlp.dense_h_to_4h", "attention.query_key_value"))
     plain, large = losses(1.0), losses(4.0)
@@ -203,10 +203,10 @@ def predicted(source, changed=None):
     """Predicted losses, with some weights of layer 0 multiplied."""
     with Checkpoint.open(source) as checkpoint:
         config, rows = GPTNeoXConfig.from_pretrained(source), checkpoint.rows
-        blueprint = Blueprint(GPTNeoXForCausalLM, config, checkpoint, smallest(config), F16)
+        skeleton = Skeleton(GPTNeoXForCausalLM, config, checkpoint, smallest(config), F16)
         factors = {f"gpt_neox.layers.0.{name}.weight": factor for name, factor in (changed or {}).items()}
-        blueprint.checkpoint.rows = lambda name, *at: rows(name, *at) * factors.get(name, 1)
-        return predict(blueprint, F16, "mse")
+        skeleton.checkpoint.rows = lambda name, *at: rows(name, *at) * factors.get(name, 1)
+        return predict(skeleton, F16, "mse")
 
 
 def test_errors_that_nothing_reads_cost_nothing(source):

@@ -26,7 +26,7 @@ from ..units import DTYPES, dtype_name
 from .apply import announce, apply
 from .options import LoadOptions
 from .quantized_cache import cached_folder, keep_quantized
-from .skeleton import Blueprint, converted
+from .skeleton import Skeleton, converted
 
 
 def from_pretrained(cls: type[Network], name: str | os.PathLike[str], options: LoadOptions) -> Any:
@@ -54,21 +54,21 @@ def _from_folder(cls: type[Network], name: str | os.PathLike[str], folder: Path,
             if (cached / CONFIG).is_file():
                 return _from_cache(cls, cached, options, Source(folder, os.fspath(name), options.revision), dtype)
         config.dtype = dtype_name(dtype)
-        blueprint = Blueprint(cls, config, checkpoint, target, dtype)
-        adapter = blueprint.adapter(options.adapter, options.access)
-        sizes = _sizes(blueprint, dtype, folder, options.exact)
+        skeleton = Skeleton(cls, config, checkpoint, target, dtype)
+        adapter = skeleton.adapter(options.adapter, options.access)
+        sizes = _sizes(skeleton, dtype, folder, options.exact)
         decision = decide(
             options.wish,
             sizes if adapter is None else sizes.with_adapter(adapter.layer_weights, dtype.itemsize),
-            blueprint.heads,
-            blueprint.prefix,
-            blueprint.not_on_disk(dtype),
+            skeleton.heads,
+            skeleton.prefix,
+            skeleton.not_on_disk(dtype),
         )
         if decision.announcement is not None:
             announce(decision.announcement)
-        model = blueprint.fill(dtype, () if adapter is None else adapter.heads)
+        model = skeleton.fill(dtype, () if adapter is None else adapter.heads)
     model.source = Source(folder, os.fspath(name), options.revision, model.source.origins)
-    if target is not None and not blueprint.fresh:  # a random head would pass for a trained one the next time
+    if target is not None and not skeleton.fresh:  # a random head would pass for a trained one the next time
         keep_quantized(model, cached)
         if (cached / CONFIG).is_file():  # mapped from there, it takes no memory of its own
             return _from_cache(cls, cached, options, model.source, dtype)
@@ -125,16 +125,16 @@ def _from_cache(cls: type[Network], cached: Path, options: LoadOptions, source: 
     return model
 
 
-def _sizes(blueprint: Blueprint, dtype: torch.dtype, folder: Path, exact: bool) -> Sizes:
+def _sizes(skeleton: Skeleton, dtype: torch.dtype, folder: Path, exact: bool) -> Sizes:
     """Bytes of a model's parts as they will be."""
-    config = blueprint.model.config
-    scale = next((n for n in blueprint.checkpoint.names() if n.endswith(".weight_scale")), None)
-    scale_dtype = blueprint.checkpoint.info(scale).dtype if scale is not None else dtype
+    config = skeleton.model.config
+    scale = next((n for n in skeleton.checkpoint.names() if n.endswith(".weight_scale")), None)
+    scale_dtype = skeleton.checkpoint.info(scale).dtype if scale is not None else dtype
     formats = formats_of(config.quantization_config)
     sizes = sizes_in(config, formats, dtype, scale_dtype, (folder / HEAD).exists())
     if exact:  # quantized weights, too, are written out for many tokens
         sizes = replace(sizes, decoded=max(out * columns for out, columns, _ in config.linear_shapes.values()))
-    return sizes if "embed_out" in blueprint.heads else replace(sizes, head=0, small_head=None)
+    return sizes if "embed_out" in skeleton.heads else replace(sizes, head=0, small_head=None)
 
 
 def _target(quantization: str | None, config: GPTNeoXConfig, folder: Path) -> Format | None:

@@ -28,7 +28,7 @@ from .quantize import quantize_module
 HEADS = ("embed_out", "lm_head", "score", "classifier", "qa_outputs")  # a class leaves the heads of others alone
 
 
-class Blueprint:
+class Skeleton:
     """A class built without memory, what a checkpoint calls each of its tensors, and the proof that all of them fit.
 
     target: the format that linear layers get from a plain checkpoint, one for all or by full name; None: the one the config

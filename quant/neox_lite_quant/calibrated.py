@@ -13,7 +13,7 @@ import torch
 from neox_lite.errors import ArgumentError
 from neox_lite.layers import Linear
 from neox_lite.loading.save import Rows
-from neox_lite.loading.skeleton import Blueprint
+from neox_lite.loading.skeleton import Skeleton
 from neox_lite.modeling.causal_lm import GPTNeoXForCausalLM
 from neox_lite.offload.profile import free_memory
 
@@ -29,20 +29,20 @@ class Calibrated:
 
     def __init__(
         self,
-        blueprint: Blueprint,
+        skeleton: Skeleton,
         dtype: torch.dtype,
         path: str | os.PathLike[str] | None,
         windows: int | None,
     ) -> None:
         """path: of the calibration text, None for text that the model writes."""
-        self._blueprint, self._config, self._dtype = blueprint, blueprint.model.config, dtype
+        self._skeleton, self._config, self._dtype = skeleton, skeleton.model.config, dtype
         self._path = None if path is None else Path(path)
         self._shape = shape_of(self._config, self._path is None, windows)
         if self._path is not None:
             calibrate.read_texts(self._path)  # raises for a wrong file before anything starts
-        if self._path is None and not isinstance(blueprint.model, GPTNeoXForCausalLM):
+        if self._path is None and not isinstance(skeleton.model, GPTNeoXForCausalLM):
             raise ArgumentError(
-                f"{blueprint.checkpoint.folder}: {type(blueprint.model).__name__} has no vocabulary head to write its own "
+                f"{skeleton.checkpoint.folder}: {type(skeleton.model).__name__} has no vocabulary head to write its own "
                 "calibration text with; give --calibration FILE"
             )
         self.memory_bytes = memory_bytes(self._config, *self._shape)
@@ -67,7 +67,7 @@ class Calibrated:
                 f"gptq takes up to {self.memory_bytes / 1e9:.1f} GB of memory for this model, {free / 1e9:.1f} GB are free; "
                 "try --method balance, which needs little"
             )
-        folder, (count, context) = self._blueprint.checkpoint.folder, self._shape
+        folder, (count, context) = self._skeleton.checkpoint.folder, self._shape
         steps = steps_of(self._config, count, context)
         before = 0
         if self._path is None:
@@ -80,11 +80,11 @@ class Calibrated:
         return text.manifest()
 
     def _blockwise(self, text: Calibration, scratch: Path, progress: Callable[[int, int], object]) -> Blockwise:
-        blueprint = self._blueprint
+        skeleton = self._skeleton
         return Blockwise(
-            blueprint.checkpoint,
+            skeleton.checkpoint,
             self._config,
-            blueprint.stored,
+            skeleton.stored,
             lambda name: self._linear(name).format,  # type: ignore[arg-type, return-value]
             self._dtype,
             text.windows,
@@ -97,11 +97,11 @@ class Calibrated:
         if self._blocks is None:
             assert self._begin is not None, "not prepared"
             self._blocks = self._begin()
-        prefix = f"{self._blueprint.model.base_model_prefix}." if not name.startswith("gpt_neox.") else ""
+        prefix = f"{self._skeleton.model.base_model_prefix}." if not name.startswith("gpt_neox.") else ""
         found = self._blocks.tensors(f"{prefix}{name}")
         linear = self._linear(name)
         tensors = {**found, **linear.format.constants(linear.shape, self._dtype)}
         return [(f"{name}.{key}", tensor, 0) for key, tensor in tensors.items()]
 
     def _linear(self, name: str) -> Linear:
-        return self._blueprint.model.base_model.get_submodule(name.removeprefix("gpt_neox."))  # type: ignore[return-value]
+        return self._skeleton.model.base_model.get_submodule(name.removeprefix("gpt_neox."))  # type: ignore[return-value]

@@ -27,7 +27,7 @@ from neox_lite.hub import local_folder, remote_checkpoint, resolve
 from neox_lite.layers import Linear
 from neox_lite.loading.quantize import SLICE_ELEMENTS, Encoding
 from neox_lite.loading.save import Part, Rows, Slice, read_companions, specs_of, write_model
-from neox_lite.loading.skeleton import Blueprint
+from neox_lite.loading.skeleton import Skeleton
 from neox_lite.modeling.heads import class_of
 from neox_lite.units import DTYPES, dtype_name
 from neox_lite.version import __version__
@@ -122,12 +122,12 @@ def convert(
             target = _mix(config, checkpoint, dtype, method, small_head, target_size, choosing)
 
         # 3. Plan every tensor of the folder; nothing is computed yet.
-        blueprint = _blueprint(config, checkpoint, target, dtype, method, stream)
-        calibrated = Calibrated(blueprint, dtype, calibration, calibration_windows) if method == "gptq" else None
-        modules = blueprint.model.named_modules()
-        parts = [part for name, m in modules if (part := _part(blueprint, name, m, dtype, method, stream, calibrated))]
-        head = _head(blueprint, dtype, stream) if small_head else None
-        report = _planned(destination, blueprint, dtype, [*parts, *([head] if head is not None else [])])
+        skeleton = _skeleton(config, checkpoint, target, dtype, method, stream)
+        calibrated = Calibrated(skeleton, dtype, calibration, calibration_windows) if method == "gptq" else None
+        modules = skeleton.model.named_modules()
+        parts = [part for name, m in modules if (part := _part(skeleton, name, m, dtype, method, stream, calibrated))]
+        head = _head(skeleton, dtype, stream) if small_head else None
+        report = _planned(destination, skeleton, dtype, [*parts, *([head] if head is not None else [])])
 
         # 4. A dry run ends here, with a forecast.
         if dry_run and calibrated is not None:
@@ -139,7 +139,7 @@ def convert(
             )
         if dry_run:
             file = max(checkpoint.files, key=lambda path: path.stat().st_size) if stream is None else None
-            weights, rounding = _weights(blueprint), _rounding(method)
+            weights, rounding = _weights(skeleton), _rounding(method)
             seconds = predict_seconds(weights, report.bytes_in, report.bytes_out, threads, uniform, rounding, file)
             return replace(report, seconds=seconds, peak_bytes=memory_bytes)
 
@@ -176,41 +176,41 @@ def convert(
         return replace(report, seconds=time.perf_counter() - began, peak_bytes=meter.peak_bytes)
 
 
-def _planned(destination: Path, blueprint: Blueprint, dtype: torch.dtype, parts: Sequence[Part]) -> Report:
+def _planned(destination: Path, skeleton: Skeleton, dtype: torch.dtype, parts: Sequence[Part]) -> Report:
     """What is known before anything is computed; seconds and peak_bytes are 0."""
-    linears = _encoded(blueprint)
-    bits = sum(math.prod(m.shape) * m.format.bits_per_weight(dtype) for m in linears) / _weights(blueprint)
+    linears = _encoded(skeleton)
+    bits = sum(math.prod(m.shape) * m.format.bits_per_weight(dtype) for m in linears) / _weights(skeleton)
     bytes_out = sum(spec.nbytes for part in parts for spec in part.specs)
     mix = Counter(label(m.format, "") for m in linears)
-    return Report(destination, blueprint.checkpoint.total_bytes, bytes_out, 0.0, 0, mix=mix, bits_per_weight=bits)
+    return Report(destination, skeleton.checkpoint.total_bytes, bytes_out, 0.0, 0, mix=mix, bits_per_weight=bits)
 
 
-def _encoded(blueprint: Blueprint) -> list[Linear]:
+def _encoded(skeleton: Skeleton) -> list[Linear]:
     """The linear layers that get a quantized format."""
-    return [module for module in blueprint.model.modules() if _is_encoded(module, blueprint)]
+    return [module for module in skeleton.model.modules() if _is_encoded(module, skeleton)]
 
 
-def _weights(blueprint: Blueprint) -> int:
+def _weights(skeleton: Skeleton) -> int:
     """Numbers in all of them."""
-    return sum(math.prod(module.shape) for module in _encoded(blueprint))
+    return sum(math.prod(module.shape) for module in _encoded(skeleton))
 
 
-def _blueprint(
+def _skeleton(
     config: GPTNeoXConfig,
     checkpoint: Checkpoint,
     target: Format | Mix,
     dtype: torch.dtype,
     method: str,
     stream: Stream | None = None,
-) -> Blueprint:
-    blueprint = Blueprint(class_of(config), config, checkpoint, target, dtype)
-    if blueprint.fresh:
+) -> Skeleton:
+    skeleton = Skeleton(class_of(config), config, checkpoint, target, dtype)
+    if skeleton.fresh:
         raise ArgumentError(
-            f"{checkpoint.folder}: has no {', '.join(blueprint.fresh)}; save the whole model before quantizing it"
+            f"{checkpoint.folder}: has no {', '.join(skeleton.fresh)}; save the whole model before quantizing it"
         )
     if method in CALIBRATED_METHODS and stream is None:
-        blueprint.checkpoint = Balanced(checkpoint, config, blueprint.stored, dtype)
-    return blueprint
+        skeleton.checkpoint = Balanced(checkpoint, config, skeleton.stored, dtype)
+    return skeleton
 
 
 def _mix(
@@ -224,15 +224,15 @@ def _mix(
 ) -> Mix:
     """Formats by layer for a folder that takes at most target_bytes, all of its files counted."""
     smallest_mix = smallest(config)
-    blueprint = _blueprint(config, checkpoint, smallest_mix, dtype, method)
-    modules = blueprint.model.named_modules()
-    parts = [part for name, m in modules if (part := _part(blueprint, name, m, dtype, _rounding(method), None, None))]
-    head = _head(blueprint, dtype, None) if small_head else None
+    skeleton = _skeleton(config, checkpoint, smallest_mix, dtype, method)
+    modules = skeleton.model.named_modules()
+    parts = [part for name, m in modules if (part := _part(skeleton, name, m, dtype, _rounding(method), None, None))]
+    head = _head(skeleton, dtype, None) if small_head else None
     specs = [spec for part in [*parts, *([head] if head is not None else [])] for spec in part.specs]
     other_bytes = sum(spec.nbytes for spec in specs) - stored_bytes(smallest_mix, config, dtype)
     other_bytes += sum(map(len, read_companions(checkpoint.folder).values()))
     other_bytes += _metadata_bytes(specs, config, target_bytes)
-    return mix_for(blueprint, dtype, "rtn" if method == "rtn" else "mse", target_bytes, other_bytes, choosing)
+    return mix_for(skeleton, dtype, "rtn" if method == "rtn" else "mse", target_bytes, other_bytes, choosing)
 
 
 def _metadata_bytes(specs: Sequence[Spec], config: GPTNeoXConfig, target_bytes: int) -> int:
@@ -310,7 +310,7 @@ def _target_config(checkpoint: Checkpoint) -> tuple[GPTNeoXConfig, torch.dtype]:
 
 
 def _part(
-    blueprint: Blueprint,
+    skeleton: Skeleton,
     name: str,
     module: torch.nn.Module,
     dtype: torch.dtype,
@@ -323,31 +323,31 @@ def _part(
     dense = {
         f"{dot}{key}": tuple(p.shape)
         for key, p in module._parameters.items()
-        if p is not None and not (blueprint.tied and name == "embed_out")
+        if p is not None and not (skeleton.tied and name == "embed_out")
     }
     specs, encoding = [Spec(key, dtype, shape) for key, shape in dense.items()], None
-    if _is_encoded(module, blueprint):
+    if _is_encoded(module, skeleton):
         specs = specs_of(dot, module.format, module.shape, dtype) + specs
         if calibrated is not None:
             return Part(specs, partial(calibrated.rows, name))
-        stored = blueprint.stored(f"{dot}weight")
-        encoding = Encoding(blueprint.checkpoint, stored, module.format, dtype, _rounding(method))
+        stored = skeleton.stored(f"{dot}weight")
+        encoding = Encoding(skeleton.checkpoint, stored, module.format, dtype, _rounding(method))
     if not specs:
         return None
 
     def slices() -> Iterator[Slice]:
         for key in dense:
-            yield from _cast(blueprint.checkpoint, blueprint.stored(key), key, dtype)
+            yield from _cast(skeleton.checkpoint, skeleton.stored(key), key, dtype)
         if encoding is not None:
             yield from _encode(encoding, dot)
 
-    read = [blueprint.stored(key) for key in dense] + ([encoding.name] if encoding is not None else [])
+    read = [skeleton.stored(key) for key in dense] + ([encoding.name] if encoding is not None else [])
     rest = partial(_rest, encoding, dot) if encoding is not None else tuple
     return Part(specs, rest, slices, _expected(stream, read))
 
 
-def _is_encoded(module: torch.nn.Module, blueprint: Blueprint) -> TypeGuard[Linear]:
-    return isinstance(module, Linear) and blueprint.is_encoded(module)
+def _is_encoded(module: torch.nn.Module, skeleton: Skeleton) -> TypeGuard[Linear]:
+    return isinstance(module, Linear) and skeleton.is_encoded(module)
 
 
 def _expected(stream: Stream | None, tensors: list[str]) -> Callable[[], object]:
@@ -391,16 +391,16 @@ def _cast_rows(rows: Tensor, stored: str, name: str, start: int, dtype: torch.dt
     return [(name, values, start)]
 
 
-def _head(blueprint: Blueprint, dtype: torch.dtype, stream: Stream | None) -> Part | None:
+def _head(skeleton: Skeleton, dtype: torch.dtype, stream: Stream | None) -> Part | None:
     """The int8 copy of the head, for GPUs that are short of memory; None for a model without a head or with odd rows."""
-    module: Any = getattr(blueprint.model, "embed_out", None)
+    module: Any = getattr(skeleton.model, "embed_out", None)
     size = next((g for g in reversed(GROUP_SIZES) if module is not None and module.in_features % g == 0), None)
     if size is None:
         return None
-    format, source = GroupInt(8, size), "gpt_neox.embed_in.weight" if blueprint.tied else "embed_out.weight"
+    format, source = GroupInt(8, size), "gpt_neox.embed_in.weight" if skeleton.tied else "embed_out.weight"
     specs = specs_of("embed_out.", format, module.shape, dtype)
-    stored = blueprint.stored(source)
-    encoding = Encoding(blueprint.checkpoint, stored, format, dtype, "mse")
+    stored = skeleton.stored(source)
+    encoding = Encoding(skeleton.checkpoint, stored, format, dtype, "mse")
     slices, rest = partial(_encode, encoding, "embed_out."), partial(_rest, encoding, "embed_out.")
     return Part(specs, rest, slices, _expected(stream, [stored]))
 

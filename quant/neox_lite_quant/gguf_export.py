@@ -23,7 +23,7 @@ from neox_lite.formats import DENSE, GROUP_SIZES, Format, GroupInt
 from neox_lite.hub import HEAD, resolve
 from neox_lite.layers import Linear
 from neox_lite.loading.quantize import SLICE_ELEMENTS
-from neox_lite.loading.skeleton import Blueprint
+from neox_lite.loading.skeleton import Skeleton
 from neox_lite.modeling.causal_lm import GPTNeoXForCausalLM
 from neox_lite.modeling.heads import class_of
 
@@ -38,10 +38,10 @@ FILE_TYPES = {F16: 1, Q4_0: 2, Q8_0: 7}  # general.file_type: what most weights 
 # -- a model's tensors ------------------------------------------------------------------------------------------------
 
 
-def _tensors(blueprint: Blueprint, head: Checkpoint | None) -> Iterator[GgufTensor]:
+def _tensors(skeleton: Skeleton, head: Checkpoint | None) -> Iterator[GgufTensor]:
     """Every tensor of the model in its order, under llama.cpp's names."""
-    config, checkpoint = blueprint.model.config, blueprint.checkpoint
-    for name, module in blueprint.model.named_modules():
+    config, checkpoint = skeleton.model.config, skeleton.checkpoint
+    for name, module in skeleton.model.named_modules():
         if (gguf := gguf_name(name)) is None:
             continue
         spans = by_part(config) if name.endswith("query_key_value") else None
@@ -50,15 +50,15 @@ def _tensors(blueprint: Blueprint, head: Checkpoint | None) -> Iterator[GgufTens
             yield _matrix(f"{gguf}.weight", small, head, {k: f"embed_out.{k}" for k in _row_keys(small)})
         elif isinstance(module, Linear | torch.nn.Embedding):
             format: Format = module.format if isinstance(module, Linear) else DENSE
-            source = "gpt_neox.embed_in" if name == "embed_out" and blueprint.tied else name
-            stored = {k: blueprint.stored(f"{source}.{k}") for k in _row_keys(format)}
+            source = "gpt_neox.embed_in" if name == "embed_out" and skeleton.tied else name
+            stored = {k: skeleton.stored(f"{source}.{k}") for k in _row_keys(format)}
             yield _matrix(f"{gguf}.weight", format, checkpoint, stored, spans)
         else:
-            yield _vector(f"{gguf}.weight", checkpoint, blueprint.stored(f"{name}.weight"))
+            yield _vector(f"{gguf}.weight", checkpoint, skeleton.stored(f"{name}.weight"))
         if isinstance(module, Linear) and module.bias is None and name != "embed_out":
             yield _zeros(f"{gguf}.bias", module.out_features)  # llama.cpp requires a bias; this one changes nothing
         elif getattr(module, "bias", None) is not None:
-            yield _vector(f"{gguf}.bias", checkpoint, blueprint.stored(f"{name}.bias"), spans)
+            yield _vector(f"{gguf}.bias", checkpoint, skeleton.stored(f"{name}.bias"), spans)
 
 
 def _row_keys(format: Format) -> tuple[str, ...]:
@@ -196,9 +196,9 @@ def export_gguf(
             stacklevel=2,
         )
     with Checkpoint.open(folder) as checkpoint:
-        blueprint = Blueprint(GPTNeoXForCausalLM, config, checkpoint)
+        skeleton = Skeleton(GPTNeoXForCausalLM, config, checkpoint)
         small = Checkpoint.open_file(folder, HEAD) if head == "q8_0" else None
-        tensors = list(_tensors(blueprint, small))
+        tensors = list(_tensors(skeleton, small))
         kinds = [t.kind for t in tensors if t.name.startswith("blk.") and t.kind != F32]
         name = Path(os.fspath(source)).resolve().name if Path(source).is_dir() else os.fspath(source)
         metadata = _model_metadata(config, name, max(set(kinds), key=kinds.count))

@@ -29,7 +29,7 @@ from neox_lite.formats import DENSE, Format, GroupInt
 from neox_lite.loading.options import parse_dtype
 from neox_lite.loading.quantize import SLICE_ELEMENTS
 from neox_lite.loading.save import Part, specs_of, write_model
-from neox_lite.loading.skeleton import Blueprint
+from neox_lite.loading.skeleton import Skeleton
 from neox_lite.modeling.causal_lm import GPTNeoXForCausalLM
 from neox_lite.units import dtype_name
 
@@ -73,9 +73,9 @@ def import_gguf(
     config.quantization_config = _scheme(formats, chosen)
     weights = GgufWeights(file, config, named)
     checkpoint = Checkpoint(path, {path: weights})
-    blueprint = Blueprint(GPTNeoXForCausalLM, config, checkpoint)
+    skeleton = Skeleton(GPTNeoXForCausalLM, config, checkpoint)
     _warn_of_rounding(weights, chosen, path)
-    parts = _parts(blueprint, chosen)
+    parts = _parts(skeleton, chosen)
     head = _small_head(file, named, config, chosen)
     meter = Meter(progress, sum(spec.nbytes for part in [*parts, *([head] if head else [])] for spec in part.specs))
     companions = tokenizer_files(file.metadata, config.vocab_size, str(path))
@@ -308,14 +308,14 @@ def _warn_of_rounding(weights: GgufWeights, dtype: torch.dtype, path: Path) -> N
 # -- the folder -------------------------------------------------------------------------------------------------------
 
 
-def _parts(blueprint: Blueprint, dtype: torch.dtype) -> list[Part]:
+def _parts(skeleton: Skeleton, dtype: torch.dtype) -> list[Part]:
     """The tensors of every module, as they are written."""
     groups: dict[str, list[Spec]] = {}
-    for name, tensor in blueprint.model.state_dict().items():
-        if name != HEAD_WEIGHT or not blueprint.tied:
+    for name, tensor in skeleton.model.state_dict().items():
+        if name != HEAD_WEIGHT or not skeleton.tied:
             kind = dtype if tensor.is_floating_point() else tensor.dtype
             groups.setdefault(name.rpartition(".")[0], []).append(Spec(name, kind, tuple(tensor.shape)))
-    return [Part(specs, lambda specs=specs: _rows(blueprint.checkpoint, specs)) for specs in groups.values()]  # type: ignore[misc]
+    return [Part(specs, lambda specs=specs: _rows(skeleton.checkpoint, specs)) for specs in groups.values()]  # type: ignore[misc]
 
 
 def _small_head(file: GgufFile, named: Mapping[str, str], config: GPTNeoXConfig, dtype: torch.dtype) -> Part | None:

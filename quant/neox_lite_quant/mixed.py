@@ -20,7 +20,7 @@ from neox_lite.formats import GroupInt
 from neox_lite.kernels.reference import ACTIVATIONS
 from neox_lite.loading.quantize import SLICE_ELEMENTS, encode
 from neox_lite.loading.save import specs_of
-from neox_lite.loading.skeleton import Blueprint
+from neox_lite.loading.skeleton import Skeleton
 
 FORMATS = (GroupInt(4, 128), GroupInt(4, 64), GroupInt(4, 32), GroupInt(8, 128), GroupInt(8, 64), GroupInt(8, 32))
 SAMPLED = 512  # rows of a weight that are quantized in every format, at even distances
@@ -71,7 +71,7 @@ def stored_bytes(mix: Mix, config: GPTNeoXConfig, dtype: torch.dtype) -> int:
 
 
 def mix_for(
-    blueprint: Blueprint,
+    skeleton: Skeleton,
     dtype: torch.dtype,
     method: str,
     target_bytes: int,
@@ -82,13 +82,13 @@ def mix_for(
 
     method: how weights are rounded. Raises ArgumentError, naming the smallest possible size, where target_bytes is less.
     """
-    config = blueprint.model.config
+    config = skeleton.model.config
     min_bytes = stored_bytes(smallest(config), config, dtype) + other_bytes
     if min_bytes > target_bytes:
         raise ArgumentError(
             f"target size is {target_bytes} bytes, but the smallest folder of this model is {min_bytes}; give at least that"
         )
-    losses = predict(blueprint, dtype, method, progress)
+    losses = predict(skeleton, dtype, method, progress)
     return choose(losses, config, dtype, target_bytes - other_bytes)
 
 
@@ -112,7 +112,7 @@ def _bytes(format: GroupInt, shape: tuple[int, int], dtype: torch.dtype) -> int:
 
 
 def predict(
-    blueprint: Blueprint,
+    skeleton: Skeleton,
     dtype: torch.dtype,
     method: str,
     progress: Progress | None = None,
@@ -122,8 +122,8 @@ def predict(
 
     moments: mean squares (in,) of the inputs of linear layers, where they were measured, on a text for instance.
     """
-    config, found = blueprint.model.config, {}
-    weights = _Weights(blueprint)
+    config, found = skeleton.model.config, {}
+    weights = _Weights(skeleton)
     stream = float(weights.sample("gpt_neox.embed_in.weight").rows.square().sum(1).mean())
     for i in range(config.num_hidden_layers):
         inputs, importance, written = _sizes(weights, config, i)
@@ -163,8 +163,8 @@ def _losses(
 class _Weights:
     """A checkpoint's tensors under the model's names, in float32, some rows at a time."""
 
-    def __init__(self, blueprint: Blueprint) -> None:
-        self._stored, self._checkpoint = blueprint.stored, blueprint.checkpoint
+    def __init__(self, skeleton: Skeleton) -> None:
+        self._stored, self._checkpoint = skeleton.stored, skeleton.checkpoint
 
     def vector(self, name: str) -> Tensor:
         return self._checkpoint.tensor(self._stored(name)).float()

@@ -48,7 +48,7 @@ AREAS: dict[str, tuple[float, tuple[str, ...], tuple[str, ...]]] = {
     "loader": (
         0.2,
         (
-            *(f"neox_lite/{name}.py" for name in ("loading", "checkpoint", "safetensors_file", "blueprint")),
+            *(f"neox_lite/{name}.py" for name in ("loading", "checkpoint", "safetensors_file", "skeleton")),
             *(f"neox_lite/{name}.py" for name in ("load_options", "encoding")),
             *(f"neox_lite/loading/{name}.py" for name in ("load", "options", "quantize", "skeleton")),
             *(f"neox_lite/checkpoint/{name}.py" for name in ("reader", "safetensors_file")),

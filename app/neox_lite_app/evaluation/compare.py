@@ -27,7 +27,7 @@ from neox_lite.formats import Weight, label
 from neox_lite.hub import resolve
 from neox_lite.layers import Linear
 from neox_lite.loading.quantize import SLICE_ELEMENTS
-from neox_lite.loading.skeleton import Blueprint
+from neox_lite.loading.skeleton import Skeleton
 from neox_lite.units import dtype_name
 
 from ..load_for_command import load
@@ -227,15 +227,15 @@ class Linears:
         folder = resolve(path)
         self.config = GPTNeoXConfig.from_pretrained(folder)
         self._checkpoint = Checkpoint.open(folder)
-        self._blueprint = Blueprint(GPTNeoXForCausalLM, self.config, self._checkpoint)
+        self._skeleton = Skeleton(GPTNeoXForCausalLM, self.config, self._checkpoint)
 
     def module(self, name: str) -> Linear:
-        return self._blueprint.model.get_submodule(name)  # type: ignore[return-value]
+        return self._skeleton.model.get_submodule(name)  # type: ignore[return-value]
 
     def weight(self, name: str) -> Weight:
         module = self.module(name)
         shapes = module.format.specs(module.shape, torch.float16)
-        stored = {key: self._checkpoint.tensor(self._blueprint.stored(f"{name}.{key}")) for key in shapes}
+        stored = {key: self._checkpoint.tensor(self._skeleton.stored(f"{name}.{key}")) for key in shapes}
         laid = {key: module.format.laid(key, stored[key], shape) for key, (_, shape) in shapes.items()}
         return Weight(module.format.opened(laid, module.shape), module.shape, laid)
 

@@ -13,7 +13,7 @@ from neox_lite.config import GPTNeoXConfig
 from neox_lite.errors import ArgumentError, FormatError, NeoxLiteError
 from neox_lite.formats import FORMATS
 from neox_lite.hub import ADAPTER_CONFIG, MANIFEST, fetch_files, local_folder
-from neox_lite.loading.skeleton import Blueprint
+from neox_lite.loading.skeleton import Skeleton
 from neox_lite.modeling.heads import class_of
 from neox_lite.offload.plan import sizes_of
 from neox_lite.tokenizer import GPTNeoXTokenizerFast
@@ -42,7 +42,7 @@ def problems_of(folder: Path) -> list[str]:
         method = (config.quantization_config or {}).get("quant_method")
         ours = method == "compressed-tensors" or (folder / MANIFEST).exists()
         with Checkpoint.open(folder) as checkpoint:
-            Blueprint(class_of(config), config, checkpoint).check_formats()
+            Skeleton(class_of(config), config, checkpoint).check_formats()
     except NeoxLiteError as error:
         problems, ours = [str(error)], True
     # Weights are read twice: for their hashes and for their values.
