@@ -1,5 +1,6 @@
-"""CONTRIBUTING.md's walk through a format and a backend, followed to the letter in a copy of the repository."""
+"""CONTRIBUTING.md's walks, followed to the letter in a copy of the repository, and the ways of a token and a weight."""
 
+import json
 import os
 import re
 import shutil
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from neox_lite import GPTNeoXForCausalLM
@@ -15,7 +17,7 @@ from neox_lite_app.paths import DEMO
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-PARTS = ("neox_lite", "quant", "app", "tests", "pyproject.toml")
+PARTS = ("neox_lite", "quant", "app", "tests", "docs", "pyproject.toml")
 
 
 def blocks(language):
@@ -34,22 +36,48 @@ def changed(text, diff):
     return text
 
 
-def test_a_format_and_a_backend_added_as_described_pass_the_contracts(tmp_path):
+ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "COV"))}
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """The repository with all that CONTRIBUTING.md adds to it."""
+    root = tmp_path_factory.mktemp("copy")
     for part in PARTS:
-        copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
-        copy(ROOT / part, tmp_path / part)
+        make = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
+        make(ROOT / part, root / part)
     for path, code in blocks("python file"):
-        assert not (tmp_path / path).exists()
-        (tmp_path / path).write_text(code, encoding="utf-8")
+        assert not (root / path).exists()
+        (root / path).write_text(code, encoding="utf-8")
     for path, diff in blocks("diff"):
-        (tmp_path / path).write_text(changed((tmp_path / path).read_text(encoding="utf-8"), diff), encoding="utf-8")
-    assert len(blocks("python file")) == 2 and len(blocks("diff")) == 4
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "COV"))}
+        (root / path).write_text(changed((root / path).read_text(encoding="utf-8"), diff), encoding="utf-8")
+    assert len(blocks("python file")) >= 3 and len(blocks("diff")) >= 6
+    return root
+
+
+def test_a_command_and_an_endpoint_added_as_described_answer(copy):
+    code = f"""
+import sys
+sys.path[:0] = {[str(copy), str(copy / "quant"), str(copy / "app")]!r}
+from starlette.testclient import TestClient
+from neox_lite.version import __version__
+from neox_lite_app.cli import main
+from neox_lite_app.serving.api import Api
+assert TestClient(Api(None).app()).get("/version").json() == {{"version": __version__}}
+sys.exit(main(["tokens", {str(DEMO)!r}, "To be or not", "--json"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert found["tokens"] == len(found["ids"]) > 3
+
+
+def test_a_format_and_a_backend_added_as_described_pass_the_contracts(copy):
     files = [f"tests/test_{name}.py" for name in ("contracts", "formats", "quantize", "floors")]
     chosen = "mxint8 or (float64 and dense) or (float64 and int4) or offers_every_format or rooms_import"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rA", "-k", f"({chosen}) and not triton", *files],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600,
+        cwd=copy, env=ENVIRONMENT, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]
     for contract in (
