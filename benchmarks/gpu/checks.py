@@ -152,24 +152,16 @@ class Checks:
     def verdict(self, check: str, found: Tensor, exact: Tensor, least: float = 0.0) -> dict[str, Any]:
         error = (found.double().cpu() - exact).abs().max().item() / exact.square().mean().sqrt().item()
         bound = max(BOUNDS[self.dtype], least)
-        name = dtype_name(self.dtype)
-        return {
-            "backend": self.backend,
-            "check": check,
-            "dtype": name,
-            "max_error_over_rms": error,
-            "bound": bound,
-            "ok": error < bound,
-        }
+        about = {"backend": self.backend, "check": check, "dtype": dtype_name(self.dtype)}
+        return {**about, "max_error_over_rms": error, "bound": bound, "ok": error < bound}
 
     def here(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device)
 
     def weight(self, format: str, group: int, rows: int, columns: int, seed: int) -> Weight:
         kind = DENSE if format == "dense" else make_format(format, group)
-        stored = kind.encode(
-            random(rows, columns, seed=seed) / columns**0.5, self.dtype, "cast" if kind == DENSE else "rtn"
-        )
+        made, method = random(rows, columns, seed=seed) / columns**0.5, "cast" if kind == DENSE else "rtn"
+        stored = kind.encode(made, self.dtype, method)
         return Weight(kind, (rows, columns), {k: self.here(t) for k, t in stored.items()})
 
     def product(self, format: str, group: int, columns: int, tokens: int, rows: int) -> dict[str, Any]:

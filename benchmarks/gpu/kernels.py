@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -107,9 +108,8 @@ def weight_of(format: str, rows: int, columns: int, device: torch.device, dtype:
     kind = make_format(format, 128)
     specs = kind.specs((rows, columns), dtype)
     packed = torch.randint(-(2**31), 2**31 - 1, specs["weight_packed"][1], dtype=torch.int32, device=device)
-    scale = (
-        (torch.rand(specs["weight_scale"][1], device=device) + 0.5).div_(columns**0.5 * 2 ** (kind.bits - 1)).to(dtype)
-    )
+    unit = columns**0.5 * 2 ** (kind.bits - 1)
+    scale = (torch.rand(specs["weight_scale"][1], device=device) + 0.5).div_(unit).to(dtype)
     return Weight(kind, (rows, columns), {"weight_packed": packed, "weight_scale": scale})
 
 
@@ -142,46 +142,26 @@ class Bench:
     def pairs(self) -> Iterator[dict[str, Any]]:
         """The two launches of a decode step that read weights: qkv beside h to 4h, dense plus 4h to h; then the head."""
         for shape, (hidden, _) in self.sizes.shapes.items():
+            x, residual = self.x(1, hidden), self.x(1, hidden)
             for format in ("int4", "int8"):
+                # The smaller launch reads 5 weights of hidden x hidden.
                 one = weight_of(format, hidden, hidden, self.device)
-                copies = range(copies_for(self.device, 5 * read_bytes(one)))  # the smaller launch reads 5
-                sets = [self.block(format, hidden) for _ in copies]
-                x, residual = self.x(1, hidden), self.x(1, hidden)
-                given = self.moved(x, one)
-                wide = self.moved(self.x(1, 4 * hidden), sets[0][3])
-                for name, calls, nbytes in (
-                    (
-                        "qkv beside h to 4h",
-                        [
-                            lambda w=w: self.ops.grouped_linear(
-                                [given, given], w[:2], [None] * 2, [None, "erf"], [None, w[3]]
-                            )
-                            for w in sets
-                        ],
-                        read_bytes(*sets[0][:2]),
-                    ),
-                    (
-                        "dense plus 4h to h",
-                        [
-                            lambda w=w: self.ops.linear_residual([given, wide], w[2:], [None] * 2, residual)
-                            for w in sets
-                        ],
-                        read_bytes(*sets[0][2:]),
-                    ),
-                ):
-                    yield {"shape": shape, "format": format, "launch": name, **self.rate(calls, nbytes)}
+                sets = [self.block(format, hidden) for _ in range(copies_for(self.device, 5 * read_bytes(one)))]
+                given, wide = self.moved(x, one), self.moved(self.x(1, 4 * hidden), sets[0][3])
+                kinds = [None, "erf"]
+                beside = [
+                    partial(self.ops.grouped_linear, [given] * 2, w[:2], [None] * 2, kinds, [None, w[3]]) for w in sets
+                ]
+                sums = [partial(self.ops.linear_residual, [given, wide], w[2:], [None] * 2, residual) for w in sets]
+                row = {"shape": shape, "format": format}
+                yield {**row, "launch": "qkv beside h to 4h", **self.rate(beside, read_bytes(*sets[0][:2]))}
+                yield {**row, "launch": "dense plus 4h to h", **self.rate(sums, read_bytes(*sets[0][2:]))}
             for format in ("dense", "int8"):
-                weights = [weight_of(format, self.sizes.vocabulary, hidden, self.device)]
-                more = copies_for(self.device, read_bytes(*weights)) - 1
-                weights += [weight_of(format, self.sizes.vocabulary, hidden, self.device) for _ in range(more)]
+                weights = self.copies(format, self.sizes.vocabulary, hidden)
                 ones = torch.ones(hidden, device=self.device).half()
-                calls = [lambda w=w: self.ops.head(x, None, (ones, ones, 1e-5), w) for w in weights]
-                yield {
-                    "shape": shape,
-                    "format": format,
-                    "launch": "norm and head",
-                    **self.rate(calls, read_bytes(weights[0])),
-                }
+                heads = [partial(self.ops.head, x, None, (ones, ones, 1e-5), w) for w in weights]
+                row = {"shape": shape, "format": format, "launch": "norm and head"}
+                yield {**row, **self.rate(heads, read_bytes(weights[0]))}
 
     def block(self, format: str, hidden: int) -> list[Weight]:
         """qkv, h to 4h, dense, 4h to h."""
@@ -191,45 +171,45 @@ class Bench:
     def tokens(self) -> Iterator[dict[str, Any]]:
         """One weight, h to 4h of the largest shape, for more and more tokens, beside torch's product of plain matrices."""
         for format in ("int4", "int8"):
-            weights = self.wide(format)
+            weights = self.copies(format, 4 * self.hidden, self.hidden)
             for count in (*self.sizes.sweep, *self.sizes.prefill):
-                x = self.x(count, weights[0].shape[1])
+                x = self.x(count, self.hidden)
                 for name, make in (("neox-lite", self.ours), ("torch fp16", torch_fp16)):
-                    yield {
-                        "format": format,
-                        "tokens": count,
-                        "engine": name,
-                        **self.against([make(w) for w in weights], x, weights[0]),
-                    }
+                    figures = self.against([make(w) for w in weights], x, weights[0])
+                    yield {"format": format, "tokens": count, "engine": name, **figures}
 
     def peers(self) -> Iterator[dict[str, Any]]:
         """The same int4 weight by others, those that take longest to tune last."""
-        weights = self.wide("int4")
+        weights = self.copies("int4", 4 * self.hidden, self.hidden)
         for name, peer in PEERS.items():
             try:
                 calls = [peer.make(w) for w in weights]
                 for count in peer.tokens or (*self.sizes.sweep, *self.sizes.prefill):
                     if self.clock.late():
                         return
-                    x = self.x(count, weights[0].shape[1], peer.dtype)
+                    x = self.x(count, self.hidden, peer.dtype)
                     yield {"format": "int4", "tokens": count, "engine": name, **self.against(calls, x, weights[0])}
             except Exception as error:  # not installed, or cannot run here: named with its reason
                 yield {"engine": name, "left_out": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
 
-    def wide(self, format: str) -> list[Weight]:
-        hidden = next(iter(self.sizes.shapes.values()))[0]
-        first = weight_of(format, 4 * hidden, hidden, self.device)
+    @property
+    def hidden(self) -> int:
+        """Of the largest shape."""
+        return next(iter(self.sizes.shapes.values()))[0]
+
+    def copies(self, format: str, rows: int, columns: int) -> list[Weight]:
+        """Weights that together exceed the cache."""
+        first = weight_of(format, rows, columns, self.device)
         more = copies_for(self.device, read_bytes(first)) - 1
-        return [first, *(weight_of(format, 4 * hidden, hidden, self.device) for _ in range(more))]
+        return [first, *(weight_of(format, rows, columns, self.device) for _ in range(more))]
 
     def against(self, calls: Sequence[Callable[[Tensor], Tensor]], x: Tensor, weight: Weight) -> dict[str, float]:
         """Microseconds of calls that take turns, and the error of the first, which has this weight."""
-        row = {"us": self.clock.seconds([lambda call=call: call(x) for call in calls]) * 1e6}
+        row = {"us": self.clock.seconds([partial(call, x) for call in calls]) * 1e6}
         if len(x) <= 64:
             exact = x.double() @ weight.decode(torch.float32).double().T
-            row["error_rms"] = float(
-                (calls[0](x).double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
-            )
+            wrong = calls[0](x).double() - exact
+            row["error_rms"] = float(wrong.square().mean().sqrt() / exact.square().mean().sqrt())
         return row
 
     def ours(self, weight: Weight) -> Callable[[Tensor], Tensor]:
@@ -238,31 +218,22 @@ class Bench:
 
     def slices(self) -> Iterator[dict[str, Any]]:
         """How large a piece of a weight should be written out for cuBLAS at a time, and from how many tokens on."""
-        hidden = next(iter(self.sizes.shapes.values()))[0]
-        weight = weight_of("int4", 4 * hidden, hidden, self.device)
-        plain = weight.decode(torch.float16)
-        whole, kept = 2 * 4 * hidden * hidden, self.ops.slice_bytes
+        weight = weight_of("int4", 4 * self.hidden, self.hidden, self.device)
+        plain, ours = weight.decode(torch.float16), self.ops.slice_bytes
         machine = self.ops.machine(self.device)
         tiles = type(self.ops)(False, lambda device: TilesAlways(machine.capability))
         for count in self.sizes.prefill:
-            x = self.x(count, hidden)
-            row = {"tokens": count, "cublas fp16": self.clock.seconds([lambda x=x: torch.mm(x, plain.T)]) * 1e6}
-            for name, size in (
-                ("8 MB", 8 << 20),
-                ("16 MB", 16 << 20),
-                ("32 MB", 32 << 20),
-                ("64 MB", 64 << 20),
-                ("whole", whole),
-            ):
+            x = self.x(count, self.hidden)
+            row = {"tokens": count, "cublas fp16": 1e6 * self.clock.seconds([partial(torch.mm, x, plain.T)])}
+            for name, size in {**{f"{n} MB": n << 20 for n in (8, 16, 32, 64)}, "whole": plain.nbytes}.items():
                 self.ops.slice_bytes = size
-                row[f"written out, {name}"] = (
-                    self.clock.seconds([lambda x=x: self.ops._by_torch(x, weight, x.dtype)]) * 1e6
-                )
-            self.ops.slice_bytes = kept
+                call = partial(self.ops._by_torch, x, weight, x.dtype)
+                row[f"written out, {name}"] = 1e6 * self.clock.seconds([call])
+            self.ops.slice_bytes = ours
             if machine.tensor_core_dtypes:
                 placed = lay(x, tiles._way(weight, x).layout)
-                calls = [lambda a=placed: tiles.grouped_linear([a], [weight], [None], [None], [None])]
-                row["tiles"] = self.clock.seconds(calls) * 1e6
+                call = partial(tiles.grouped_linear, [placed], [weight], [None], [None], [None])
+                row["tiles"] = 1e6 * self.clock.seconds([call])
             yield row
 
     def attention(self) -> Iterator[dict[str, Any]]:
@@ -270,35 +241,27 @@ class Bench:
         for shape, (hidden, heads) in self.sizes.shapes.items():
             dim = hidden // heads
             rotary = torch.randn(2, 4096, max(1, dim // 8), device=self.device)
-            for kv in (torch.float16, torch.int8):
+            for kv, size in ((torch.float16, 2), (torch.int8, 1)):
                 for context in self.sizes.contexts:
-                    nbytes = 2 * context * hidden * (2 if kv == torch.float16 else 1)
+                    nbytes = 2 * context * hidden * size
                     layers = copies_for(self.device, nbytes)
                     pool = PagePool(heads, dim, kv, [self.device] * layers)
                     block_table = pool.new()
                     Batch.reserve(pool, [block_table], [context]).commit()
                     for tensor in (*pool.storage, *pool.scales):
                         tensor.fill_(1)
-                    batch = Batch.reserve(pool, [block_table], [1])
-                    qkv = self.x(1, 3 * hidden)
-                    calls = [lambda i=i: self.ops.attention(qkv, pool, i, batch, rotary, None) for i in range(layers)]
-                    yield {
-                        "shape": shape,
-                        "cache": str(kv)[6:],
-                        "context": context,
-                        "new": 1,
-                        **self.rate(calls, nbytes),
-                    }
+                    batch, qkv = Batch.reserve(pool, [block_table], [1]), self.x(1, 3 * hidden)
+                    calls = [partial(self.ops.attention, qkv, pool, i, batch, rotary, None) for i in range(layers)]
+                    row = {"shape": shape, "cache": str(kv)[6:], "context": context, "new": 1}
+                    yield {**row, **self.rate(calls, nbytes)}
             count = self.sizes.contexts[-1]
             pool = PagePool(heads, dim, torch.float16, [self.device])
             batch, qkv = Batch.reserve(pool, [pool.new()], [count]), self.x(count, 3 * hidden)
             q, k, v = qkv.view(1, count, heads, 3, dim).permute(3, 0, 2, 1, 4)
             row = {"shape": shape, "cache": "float16", "context": 0, "new": count}
-            row["us"] = (
-                self.clock.seconds([lambda q=qkv, p=pool, b=batch: self.ops.attention(q, p, 0, b, rotary, None)]) * 1e6
-            )
-            sdpa = [lambda q=q, k=k, v=v: functional.scaled_dot_product_attention(q, k, v, is_causal=True)]
-            yield row | {"torch_sdpa_us": self.clock.seconds(sdpa) * 1e6}
+            ours = self.clock.seconds([partial(self.ops.attention, qkv, pool, 0, batch, rotary, None)])
+            sdpa = self.clock.seconds([partial(functional.scaled_dot_product_attention, q, k, v, is_causal=True)])
+            yield {**row, "us": 1e6 * ours, "torch_sdpa_us": 1e6 * sdpa}
 
 
 class TilesAlways(tile_configs.Machine):

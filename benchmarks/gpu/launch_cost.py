@@ -10,34 +10,31 @@ copies and a replay to the device, and reads tokens; here the copies are the hos
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import statistics
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
 from torch import Tensor
 
-from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
+from benchmarks.common import command_line, machine, write_json
+from neox_lite import GPTNeoXForCausalLM
 from neox_lite.cache import Batch
 from neox_lite.formats import make_format
 from neox_lite.kernels.backend import DeviceSampling
 from neox_lite.kernels.triton import operations, tile_configs
 from neox_lite.layers import Linear
+from neox_lite_app.models.random_model import config_of
 
-SHAPES = {  # layers, hidden size, heads, vocabulary
-    "pythia-160m": (12, 768, 12, 50304),
-    "pythia-1.4b": (24, 2048, 16, 50304),
-    "gpt-neox-20b": (44, 6144, 64, 50432),
-}
+SHAPES = ("pythia-160m", "pythia-1.4b", "20b")
 CONTEXT = 1000  # tokens before those that are timed
 OPERATIONS = ("embed", "layer_norms", "grouped_linear", "attention", "linear_residual", "head")
 
@@ -84,13 +81,8 @@ def without_launches() -> Iterator[Counter[str]]:
 
 def model_of(shape: str) -> GPTNeoXForCausalLM:
     """int4 with groups of 128, of memory that nothing touches."""
-    layers, hidden, heads, vocabulary = SHAPES[shape]
-    config = GPTNeoXConfig(
-        num_hidden_layers=layers, hidden_size=hidden, num_attention_heads=heads, intermediate_size=4 * hidden,
-        vocab_size=vocabulary, max_position_embeddings=2048,
-    )  # fmt: skip
     with torch.device("meta"):
-        model = GPTNeoXForCausalLM(config).half()
+        model = GPTNeoXForCausalLM(config_of(shape)).half()
         for linear in (m for block in model.gpt_neox.blocks for m in block.modules() if isinstance(m, Linear)):
             linear.become(make_format("int4", 128), torch.float16)
     for module in model.modules():
@@ -108,79 +100,79 @@ def seconds(call: Callable[[], object], steps: int) -> float:
         began = time.thread_time()
         call()
         taken.append(time.thread_time() - began)
-    return statistics.median(sorted(taken)[: max(1, steps // 4)])
+    return statistics.median(fastest(taken))
 
 
 def measure(shape: str, steps: int) -> Iterator[dict[str, Any]]:
     """Microseconds of a step, launch by launch and as a graph, for one sequence and eight; then operation by operation."""
-    model, ops = (
-        model_of(shape),
-        operations.Operations(False, lambda _: tile_configs.Machine((8, 0)), graphs=lambda _: NoGraphs()),
-    )
-    model.ops = ops
+    model = model_of(shape)
+    card = tile_configs.Machine((8, 0))
+    model.ops = ops = operations.Operations(False, lambda _: card, graphs=lambda _: NoGraphs())
     with without_launches() as count:
         for rows in (1, 8):
             pool = model.new_pool(rows * 16)
             block_tables = [pool.new() for _ in range(rows)]
             Batch.reserve(pool, block_tables, [CONTEXT] * rows).commit()
-
-            def eager(pool: Any = pool, block_tables: Any = block_tables, rows: int = rows) -> None:
-                model.graph = False
-                model.step(pool, block_tables, [[1]] * rows)
-
-            def graph(pool: Any = pool, block_tables: Any = block_tables, rows: int = rows) -> None:
-                model.graph = True
-                flight = model.launch(pool, block_tables, [1] * rows, [DeviceSampling()] * rows)
-                assert flight is not None
-                flight.tokens()
-
-            eager()
+            steps_of = {False: partial(eager, model, pool, block_tables), True: partial(graph, model, pool, block_tables)}
+            for step in steps_of.values():
+                step()
             count.clear()
-            eager()
+            steps_of[False]()
             row = {"shape": shape, "sequences": rows, "launches": count["launches"]}
-            row["python_us"] = 1e6 * seconds(eager, steps)
-            graph()
-            row["python_us_with_graph"] = 1e6 * seconds(graph, steps)
-            row["operations_us"] = by_operation(eager, ops, steps)
+            row["python_us"] = 1e6 * seconds(steps_of[False], steps)
+            row["python_us_with_graph"] = 1e6 * seconds(steps_of[True], steps)
+            row["operations_us"] = by_operation(steps_of[False], ops, steps)
             yield row
+
+
+def eager(model: Any, pool: Any, block_tables: list[Any]) -> None:
+    model.graph = False
+    model.step(pool, block_tables, [[1]] * len(block_tables))
+
+
+def graph(model: Any, pool: Any, block_tables: list[Any]) -> None:
+    model.graph = True
+    flight = model.launch(pool, block_tables, [1] * len(block_tables), [DeviceSampling()] * len(block_tables))
+    assert flight is not None
+    flight.tokens()
 
 
 def by_operation(eager: Callable[[], object], ops: Any, steps: int) -> dict[str, float]:
     """Of a step launched kernel by kernel: microseconds inside each operation, all layers together."""
     spent: Counter[str] = Counter()
 
-    def timed(name: str) -> Callable[..., Any]:
-        real = getattr(ops, name)
-
+    def timed(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*given: Any) -> Any:
-            began = time.thread_time()
+            began = time.thread_time_ns()
             try:
                 return real(*given)
             finally:
-                spent[name] += time.thread_time() - began  # type: ignore[assignment]
+                spent[name] += time.thread_time_ns() - began
 
         return call
 
-    found: dict[str, list[float]] = {name: [] for name in OPERATIONS}
-    for name in OPERATIONS:
-        setattr(ops, name, timed(name))
-    try:
+    found: dict[str, list[int]] = {name: [] for name in OPERATIONS}
+    with ExitStack() as stack:
+        for name in OPERATIONS:
+            stack.enter_context(mock.patch.object(ops, name, timed(name, getattr(ops, name))))
         for _ in range(steps):
             spent.clear()
             eager()
-            for name in OPERATIONS:
-                found[name].append(spent[name])
-    finally:
-        for name in OPERATIONS:
-            delattr(ops, name)
-    return {name: 1e6 * statistics.median(sorted(taken)[: max(1, steps // 4)]) for name, taken in found.items()}
+            for name, taken in found.items():
+                taken.append(spent[name])
+    return {name: statistics.median(fastest(taken)) / 1e3 for name, taken in found.items()}
+
+
+def fastest(taken: list[Any]) -> list[Any]:
+    """The fastest quarter."""
+    return sorted(taken)[: max(1, len(taken) // 4)]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--steps", type=int, default=30, help="that are timed (default 30)")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--out", type=Path, help="write a JSON there")
+    parser.add_argument("--out", type=Path, help="JSON to write")
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
@@ -188,14 +180,12 @@ def main() -> int:
         for row in measure(shape, args.steps):
             rows.append(row)
             inside = ", ".join(f"{name} {us:.0f}" for name, us in row["operations_us"].items())
-            print(
-                f"{shape:13} {row['sequences']:2} sequences: {row['launches']} launches, Python {row['python_us']:.0f} µs "
-                f"({inside}); with a graph {row['python_us_with_graph']:.0f} µs"
-            )
+            eager, graph = row["python_us"], row["python_us_with_graph"]
+            what = f"{shape:13} {row["sequences"]:2} block_tables: {row['launches']} launches"
+            print(f"{what}, Python {eager:.0f} µs ({inside}); with a graph {graph:.0f} µs")
     if args.out:
-        about = {"what": "Python's time with launches replaced by nothing; no GPU", "processor": platform.processor()}
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(about | {"torch": torch.__version__, "rows": rows}, indent=1) + "\n")
+        about = {"what": "Python's time with launches replaced by nothing; no GPU", "processor": machine()["cpu"]}
+        write_json(args.out, about | {"torch": torch.__version__, "rows": rows})
     return 0
 
 

@@ -104,15 +104,18 @@ class Models:
         nbytes = weights + self.lengths.contexts[0] * bench.cache_bytes(model)
         reason = model.graph_reason
         return {
-            "graph": reason is None,
-            **({} if reason is None else {"why_no_graph": reason}),
-            "tokens_per_s": {str(context): rate for context, rate in rates.items()},
-            "first_token_s": {str(self.lengths.prompt): statistics.median(prompt)},
+            **({"graph": True} if reason is None else {"graph": False, "why_no_graph": reason}),
+            **self.speeds(rates, prompt),
             "generate_tokens_per_s": self.generate_rate(model),
             "weight_bytes": weights,
             "gb_per_s": nbytes * rates[self.lengths.contexts[0]] / 1e9,
             **peaks(self.device),
         }
+
+    def speeds(self, rates: dict[int, float], prompt: list[float]) -> dict[str, Any]:
+        """Tokens a second by context, and the median of the seconds to a first token."""
+        by_context = {str(context): rate for context, rate in rates.items()}
+        return {"tokens_per_s": by_context, "first_token_s": {str(self.lengths.prompt): statistics.median(prompt)}}
 
     def decode_rate(self, model: GPTNeoXForCausalLM, context: int, batch: int = 1) -> float:
         """Steps a second, the host's part and the wait for the token in them."""
@@ -152,10 +155,7 @@ class Models:
             row["predicted_gpu_bytes"] = found.totals["gpu"]
         if cuda:
             row["gpu_bytes"] = torch.cuda.max_memory_reserved(self.device) + context_bytes()
-        yield row | {
-            "tokens_per_s": {str(context): rate for context, rate in rates.items()},
-            "first_token_s": {str(self.lengths.prompt): statistics.median(prompt)},
-        }
+        yield row | self.speeds(rates, prompt)
 
     # Peers --------------------------------------------------------------------------------------------------------------
 
@@ -165,8 +165,8 @@ class Models:
         model = self.model("int4").to(peer.dtype)
         model.ops = substituted(peer.make)
         figures = self.figures(model)
-        for key in ("tensor_bytes", "gpu_bytes"):  # our weights lie there beside theirs
-            figures.pop(key, None)
+        # Our weights lie in memory beside theirs, so the counts say nothing.
+        figures = {key: value for key, value in figures.items() if key not in ("tensor_bytes", "gpu_bytes")}
         yield {"engine": f"{name} in the same model", "format": "int4", "dtype": str(peer.dtype)[6:], **figures}
 
     def transformers(self) -> Iterator[dict[str, Any]]:
@@ -176,13 +176,8 @@ class Models:
         steps = self.lengths.warm_up + self.lengths.steps
         rates = {context: self.rate_of(model.decode_s(context, steps)) for context in self.lengths.contexts}
         prompt = model.prefill_s(self.lengths.prompt, self.lengths.runs)
-        yield {
-            "engine": "transformers + bitsandbytes",
-            "format": "nf4",
-            "tokens_per_s": {str(context): rate for context, rate in rates.items()},
-            "first_token_s": {str(self.lengths.prompt): statistics.median(prompt)},
-            **peaks(self.device),
-        }
+        row = {"engine": "transformers + bitsandbytes", "format": "nf4", **self.speeds(rates, prompt)}
+        yield row | peaks(self.device)
 
 
 def free_memory(device: torch.device) -> None:

@@ -10,16 +10,15 @@ writes a summary.
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from benchmarks.common import command_line, write_json
 from neox_lite import GPTNeoXConfig
 from neox_lite.cache import Batch, PagePool
 from neox_lite.formats import DENSE, Weight, make_format
@@ -61,13 +61,14 @@ class Run:
     config: str = "gpt-neox-20b"
 
 
-CONFIGS = {
-    "gpt-neox-20b": {"hidden_size": 6144, "num_attention_heads": 64, "intermediate_size": 24576, "vocab_size": 50432},
-    "pythia-160m": {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072, "vocab_size": 50304},
-    "pythia-1.4b": {"hidden_size": 2048, "num_attention_heads": 16, "intermediate_size": 8192, "vocab_size": 50304},
-    "pythia-2.8b": {"hidden_size": 2560, "num_attention_heads": 32, "intermediate_size": 10240, "vocab_size": 50304},
-    "dolly-v1": {"hidden_size": 4096, "num_attention_heads": 16, "intermediate_size": 16384, "vocab_size": 50400},
+SIZES = {  # hidden size, heads, vocabulary
+    "gpt-neox-20b": (6144, 64, 50432),
+    "pythia-160m": (768, 12, 50304),
+    "pythia-1.4b": (2048, 16, 50304),
+    "pythia-2.8b": (2560, 32, 50304),
+    "dolly-v1": (4096, 16, 50400),
 }
+OTHERS = tuple(SIZES)[1:]
 FEW = (
     Run("decode", old=100),
     Run("decode, long", old=2000),
@@ -75,22 +76,17 @@ FEW = (
     Run("prefill 256", new=256),
     Run("prefill 2048", new=2048),
 )
+INT8 = {"format": "int8", "head": "int8"}
 ALL = (
     *FEW,
     Run("prefill 64", new=64),
     *(Run(f"decode, int4 g{g}", group=g, old=100) for g in (32, 64)),
     *(Run(f"batch of 16, int4 g{g}", sequences=16, group=g, old=100) for g in (32, 64)),
-    *(Run(f"decode, int8 g{g}", format="int8", group=g, old=100, head="int8") for g in (32, 64, 128)),
-    *(
-        Run(f"batch of 16, int8 g{g}", sequences=16, format="int8", group=g, old=100, head="int8")
-        for g in (32, 64, 128)
-    ),
-    Run("prefill 256, int8", new=256, format="int8", head="int8"),
-    Run("prefill 2048, int8", new=2048, format="int8", head="int8"),
+    *(Run(f"decode, int8 g{g}", group=g, old=100, **INT8) for g in (32, 64, 128)),
+    *(Run(f"batch of 16, int8 g{g}", sequences=16, group=g, old=100, **INT8) for g in (32, 64, 128)),
+    *(Run(f"prefill {n}, int8", new=n, **INT8) for n in (256, 2048)),
     Run("two sequences", sequences=2, old=2000),
-    Run("batch of 4", sequences=4, old=2000),
-    Run("batch of 32", sequences=32, old=2000),
-    Run("batch of 64", sequences=64, old=2000),
+    *(Run(f"batch of {n}", sequences=n, old=2000) for n in (4, 32, 64)),
     Run("decode, exact", exact=True, old=100),
     *(Run(f"decode, {d}", dtype=getattr(torch, d), old=100) for d in ("bfloat16", "float32")),
     Run("decode, bfloat16, long", dtype=torch.bfloat16, old=2000),
@@ -98,9 +94,9 @@ ALL = (
     Run("prefill 256, bfloat16", new=256, dtype=torch.bfloat16),
     Run("decode, int8 KV", kv=torch.int8, old=2000),
     Run("prefill 64, int8 KV", new=64, kv=torch.int8),
-    *(Run(f"decode, {c}", config=c, old=2000) for c in CONFIGS if c != "gpt-neox-20b"),
-    *(Run(f"batch of 16, {c}", config=c, sequences=16, old=2000) for c in CONFIGS if c != "gpt-neox-20b"),
-    *(Run(f"prefill 64, {c}", config=c, new=64) for c in CONFIGS if c != "gpt-neox-20b"),
+    *(Run(f"decode, {c}", config=c, old=2000) for c in OTHERS),
+    *(Run(f"batch of 16, {c}", config=c, sequences=16, old=2000) for c in OTHERS),
+    *(Run(f"prefill 64, {c}", config=c, new=64) for c in OTHERS),
 )
 
 
@@ -153,9 +149,13 @@ class Nth:
 
 def step(run: Run, ops: Operations) -> None:
     """One layer and the two ends, on tensors without memory."""
-    config = GPTNeoXConfig(**CONFIGS[run.config], num_hidden_layers=1, max_position_embeddings=4096)
+    hidden, heads, vocabulary = SIZES[run.config]
+    config = GPTNeoXConfig(
+        hidden_size=hidden, num_attention_heads=heads, intermediate_size=4 * hidden, vocab_size=vocabulary,
+        num_hidden_layers=1, max_position_embeddings=4096,
+    )  # fmt: skip
     format, head_format = make_format(run.format, run.group), make_format("int8", 128) if run.head == "int8" else DENSE
-    tokens, hidden = run.sequences * run.new, config.hidden_size
+    tokens = run.sequences * run.new
     with META:
         layer = GPTNeoXLayer(config, 0, lambda name: format).to(run.dtype)
         for linear in (m for m in layer.modules() if isinstance(m, Linear)):
@@ -205,10 +205,9 @@ def facts(run: str, card: int, kernel: Any, given: dict[str, Any]) -> Facts:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        text = subprocess.run([TOOLS / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
-        usage = subprocess.run(
-            [TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        options = {"capture_output": True, "text": True, "check": True}
+        text = subprocess.run([TOOLS / "nvdisasm", "-c", file.name], **options).stdout
+        usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", file.name], **options).stdout
     registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))  # type: ignore[index]
     code, loops = parse(text)
     first, last = max(loops, key=lambda loop: loop[1] - loop[0], default=(0, 0))
@@ -277,46 +276,44 @@ def broken(row: Facts) -> list[str]:
     rules = {
         "registers spill": row.spills == 0 and row.stack_bytes == 0,
         "more shared memory than the card has": row.shared_bytes <= SHARED_BYTES[row.card],
-        "a barrier in the loop": row.barriers == 0
-        or row.kernel not in ("multiply_beside", "multiply_sum", "attend_page"),
+        "a barrier in the loop": row.barriers == 0 or not (product or row.kernel == "attend_page"),
         "weights loaded by less than 128 bits": not product or all(load_bits(name) == 128 for name in streamed),
         "no tensor cores": row.card < 80 or row.float32 or row.tensor_core or row.kernel not in TENSOR_CORE_KERNELS,
-        "more than 3.3 instructions a weight as halves": not row.halves
-        or row.per_weight is None
-        or row.per_weight <= 3.3,
+        "more than 3.3 instructions a weight as halves": not row.halves or (row.per_weight or 0) <= 3.3,
     }
     return [rule for rule, kept in rules.items() if not kept]
 
 
+def compiled(card: int, runs: Sequence[Run], candidates: bool) -> list[Facts]:
+    """Of every kernel that the runs launch on a card, once each."""
+    found: dict[int, tuple[Any, Facts]] = {}
+    machine = tile_configs.Machine((card // 10, card % 10))
+
+    def note(run: Run, kernel: Any, given: dict[str, Any]) -> None:
+        # The kernel is held, so that its id stays its own.
+        if id(kernel) not in found:
+            found[id(kernel)] = kernel, facts(run.name, card, kernel, given)
+
+    for run in runs:
+        for number in range(tile_configs.MOST if candidates else 1):
+            with recorded(card, partial(note, run)):
+                step(run, Operations(run.exact, lambda device: machine, lambda device, nth=Nth(number): nth))
+    return [row for _, row in found.values()]
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--cards", type=int, nargs="+", default=list(CARDS), help="compute capabilities, as 86")
     parser.add_argument("--all", action="store_true", help="every format, dtype and shape, not only the usual ones")
     parser.add_argument("--candidates", action="store_true", help="every size of tile, not only the shipped ones")
-    parser.add_argument("--out", type=Path, help="write a JSON there")
+    parser.add_argument("--out", type=Path, help="JSON to write")
     args = parser.parse_args()
-    found: dict[Any, Facts] = {}
-    for card in args.cards:
-        machine = tile_configs.Machine((card // 10, card % 10))
-        for run in ALL if args.all else FEW:
-
-            def keep(kernel: Any, given: dict[str, Any], run: Run = run, card: int = card) -> None:
-                if id(kernel) not in found:
-                    found[id(kernel)] = facts(run.name, card, kernel, given)
-
-            for number in range(tile_configs.MOST if args.candidates else 1):
-                nth = Nth(number)
-                with recorded(card, keep):
-                    step(
-                        run, Operations(run.exact, lambda device, machine=machine: machine, lambda device, nth=nth: nth)
-                    )
-    rows = list(found.values())
+    rows = [row for card in args.cards for row in compiled(card, ALL if args.all else FEW, args.candidates)]
     print(table(rows))
     if args.out:
         kernels = summary(rows) if args.candidates else [asdict(row) for row in rows]
-        result = {"triton": triton.__version__, "torch": torch.__version__, "all": args.all, "kernels": kernels}
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        about = {"triton": triton.__version__, "torch": torch.__version__, "all": args.all}
+        write_json(args.out, {**about, "kernels": kernels})
     faults = [f"{row.kernel} ({row.run}, sm_{row.card}): {rule}" for row in rows for rule in broken(row)]
     print("\n".join(faults), file=sys.stderr)
     return 1 if faults else 0
@@ -327,16 +324,9 @@ def summary(rows: list[Facts]) -> list[dict[str, Any]]:
     found = []
     for card, kernel in dict.fromkeys((row.card, row.kernel) for row in rows):
         here = [row for row in rows if (row.card, row.kernel) == (card, kernel)]
-        found.append(
-            {
-                "card": card,
-                "kernel": kernel,
-                "compiled": len(here),
-                "spill": sum(bool(row.spills or row.stack_bytes) for row in here),
-                "registers": max(row.registers for row in here),
-                "shared_bytes": max(row.shared_bytes for row in here),
-            }
-        )
+        sizes = {"registers": max(r.registers for r in here), "shared_bytes": max(r.shared_bytes for r in here)}
+        counts = {"compiled": len(here), "spill": sum(bool(r.spills or r.stack_bytes) for r in here)}
+        found.append({"card": card, "kernel": kernel, **counts, **sizes})
     return found
 
 

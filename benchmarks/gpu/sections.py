@@ -1,6 +1,6 @@
 """Parts of a long measurement in processes of their own, so that a fault or a hang costs one part. Knows no measurement.
 
-A worker is told names of sections and prints, for each, a line that begins it, one for every row, and one that ends it; see
+A worker gets names of sections and prints, for each, a line that begins it, one for every row, and one that ends it; see
 `Worker`. The supervisor never touches the device.
 """
 
@@ -32,69 +32,66 @@ class Section:
     limit_s: float
 
 
+@dataclass(frozen=True)
 class Worker:
-    """The side that measures: runs sections and tells of them on stdout."""
+    """The side that measures: runs sections and reports them on stdout. usable: raises where the device is lost."""
 
-    def __init__(self, usable: Callable[[], object]) -> None:
-        """usable: raises where the device cannot be used any more in this process."""
-        self._usable = usable
+    usable: Callable[[], object]
 
     def run(self, sections: Iterable[tuple[str, Callable[[], Iterable[dict[str, Any]]]]]) -> None:
         for name, rows in sections:
-            self._tell(name, "begin")
+            self._print(name, "begin")
             began = time.monotonic()
             try:
                 for row in rows():
-                    self._tell(name, "row", row)
+                    self._print(name, "row", row)
             except Exception as error:
-                self._tell(name, "fault", f"{type(error).__name__}: {error}".splitlines()[0][:400])
-            self._tell(name, "end", time.monotonic() - began)
+                self._print(name, "fault", f"{type(error).__name__}: {error}".splitlines()[0][:400])
+            self._print(name, "end", time.monotonic() - began)
             try:
-                self._usable()
+                self.usable()
             except Exception as error:
                 print(f"a new process goes on: {error}", file=sys.stderr)
                 sys.stdout.flush()
-                os._exit(1)  # a context that is broken would also break the way out
+                # A context that is broken would also break an ordinary exit.
+                os._exit(1)
 
-    def _tell(self, name: str, what: str, value: Any = None) -> None:
+    def _print(self, name: str, what: str, value: Any = None) -> None:
         print(f"\n{MARK}{json.dumps([name, what, value])}", flush=True)
 
 
+@dataclass(frozen=True)
 class Supervisor:
-    """The side that collects: `tell(section, row)` for each row, `fault(section, why)`, `done(section, seconds)`."""
+    """The side that collects. command: of a worker for these sections that has so many seconds left.
 
-    def __init__(
-        self,
-        command: Callable[[Sequence[str], float], Sequence[str]],
-        deadline: float,
-        tell: Callable[[str, dict[str, Any]], object],
-        fault: Callable[[str, str], object],
-        done: Callable[[str, float], object],
-    ) -> None:
-        """command: of a worker for these sections that has so many seconds left. deadline: of time.monotonic()."""
-        self._command, self._deadline = command, deadline
-        self._tell, self._fault, self._done = tell, fault, done
+    deadline: of time.monotonic(). row(section, row), fault(section, why) and done(section, seconds) are called on the way.
+    """
+
+    command: Callable[[Sequence[str], float], Sequence[str]]
+    deadline: float
+    row: Callable[[str, dict[str, Any]], object]
+    fault: Callable[[str, str], object]
+    done: Callable[[str, float], object]
 
     def run(self, sections: Sequence[Section]) -> None:
         """All sections, in as few processes as faults allow; those that would begin after the deadline are faults too."""
         left = list(sections)
         while left:
-            if time.monotonic() > self._deadline:
+            if time.monotonic() > self.deadline:
                 for section in left:
-                    self._fault(section.name, "no time was left")
+                    self.fault(section.name, "no time was left")
                 return
             left = self._one_process(left)
 
     def _one_process(self, left: list[Section]) -> list[Section]:
-        """-> the sections that are still to be run."""
-        seconds = self._deadline - time.monotonic()
-        process = subprocess.Popen(
-            self._command([s.name for s in left], seconds), stdout=subprocess.PIPE, text=True, start_new_session=True
-        )
+        """The sections that are still to be run."""
+        command = self.command([s.name for s in left], self.deadline - time.monotonic())
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
         lines: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=self._read, args=(process, lines), daemon=True).start()
+        threading.Thread(target=_read, args=(process, lines), daemon=True).start()
         by_name = {s.name: s for s in left}
-        begun, at, ends = False, None, time.monotonic() + START_S  # at: the section that is being run
+        # `running` is the section that is being run.
+        begun, running, ends = False, None, time.monotonic() + START_S
         why = ""
         try:
             while (line := lines.get(timeout=max(0.0, ends - time.monotonic()))) is not None:
@@ -103,40 +100,34 @@ class Supervisor:
                     continue
                 name, what, value = json.loads(line[len(MARK) :])
                 if what == "begin":
-                    begun, at = True, by_name[name]
-                    ends = min(time.monotonic() + at.limit_s, self._deadline) + GRACE_S
+                    begun, running = True, by_name[name]
+                    ends = min(time.monotonic() + running.limit_s, self.deadline) + GRACE_S
                 elif what == "row":
-                    self._tell(name, value)
+                    self.row(name, value)
                 elif what == "fault":
-                    self._fault(name, value)
+                    self.fault(name, value)
                 else:
                     left = [s for s in left if s.name != name]
-                    self._done(name, value)
-                    at, ends = None, time.monotonic() + START_S
-            why = f"its process ended with {_named(process.wait())}"
+                    self.done(name, value)
+                    running, ends = None, time.monotonic() + START_S
+            code = process.wait()
+            why = f"its process ended with {signal.Signals(-code).name if code < 0 else f'exit code {code}'}"
         except queue.Empty:
             why = "it hung and was ended"
         finally:
-            _end(process)
-        if at is None and not begun:
-            at = left[0]  # the worker got nowhere; without this one the next might
-        if at is not None:
-            self._fault(at.name, why)
-        return [s for s in left if s != at]
-
-    def _read(self, process: subprocess.Popen[str], lines: queue.Queue[str | None]) -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            lines.put(line)
-        lines.put(None)
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        if running is None and not begun:
+            # The worker got nowhere; without this section the next worker might.
+            running = left[0]
+        if running is not None:
+            self.fault(running.name, why)
+        return [s for s in left if s != running]
 
 
-def _named(code: int) -> str:
-    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
-
-
-def _end(process: subprocess.Popen[str]) -> None:
-    """The worker and what it started."""
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+def _read(process: subprocess.Popen[str], lines: queue.Queue[str | None]) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        lines.put(line)
+    lines.put(None)
