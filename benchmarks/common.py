@@ -8,9 +8,12 @@ import os
 import platform
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,9 +23,29 @@ RESULTS = ROOT / "benchmarks" / "results"
 DEMO = ROOT / "app" / "neox_lite_app" / "demo_model"
 
 
-def command_line(doc: str | None) -> argparse.ArgumentParser:
-    """A parser whose help is the module's own text."""
-    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+def command_line(
+    doc: str | None, *, rounds: int | None = None, threads: bool = False, scratch: str | None = None, out: Any = None
+) -> argparse.ArgumentParser:
+    """A parser whose help is the module's own text, with the options that many measurements have. out: its default."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if rounds:
+        parser.add_argument(
+            "--rounds", type=int, default=rounds, help=f"measurements of each figure (default {rounds})"
+        )
+    if threads:
+        parser.add_argument(
+            "--threads", type=int, default=os.cpu_count(), help="for all that is measured (default: all)"
+        )
+    if scratch:
+        folder = Path(tempfile.gettempdir()) / f"neox-lite-{scratch}"
+        parser.add_argument("--scratch", type=Path, default=folder, help=f"for models and logs (default {folder})")
+    parser.add_argument("--out", type=Path, default=out, help="JSON to write, or the folder of JSON and plot")
+    return parser
+
+
+def quartiles(values: list[float]) -> dict[str, Any]:
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return {"median": middle, "quartiles": [low, high]}
 
 
 def words(text: str) -> list[str]:
@@ -31,6 +54,10 @@ def words(text: str) -> list[str]:
 
 
 def version(package: str) -> str | None:
+    if package == "neox-lite":
+        from neox_lite import __version__
+
+        return __version__
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -147,3 +174,18 @@ def own_seconds(pid: int) -> float:
 
 def last_line(text: str) -> str:
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "ended without a word")
+
+
+def answer_questions(greeting: dict[str, Any], answer: Callable[[str], dict[str, Any]]) -> None:
+    """The side of the process itself: a JSON line first, and one for each line of stdin. What libraries print is none."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    print(json.dumps(greeting), file=answers, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(answer(line.rstrip("\n"))), file=answers, flush=True)
+
+
+def status_bytes(process: int | str = "self", **fields: str) -> dict[str, int]:
+    """Counters of a process in /proc, by the kernel's names, as bytes."""
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
+    return {name: int(status[field].split()[0]) << 10 for name, field in fields.items()}

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-FILES = [p.relative_to(ROOT / "benchmarks") for p in (ROOT / "benchmarks").rglob("*.py")]
+HOME = ROOT / "benchmarks"
 COMMANDS = sorted(
-    ".".join(f.with_suffix("").parts) for f in FILES if "argparse" in (ROOT / "benchmarks" / f).read_text()
+    ".".join(path.relative_to(HOME).with_suffix("").parts) for path in HOME.rglob("*.py") if "--out" in path.read_text()
 )
 
 

@@ -181,7 +181,7 @@ def main() -> int:
             rows.append(row)
             inside = ", ".join(f"{name} {us:.0f}" for name, us in row["operations_us"].items())
             eager, graph = row["python_us"], row["python_us_with_graph"]
-            what = f"{shape:13} {row["sequences"]:2} block_tables: {row['launches']} launches"
+            what = f"{shape:13} {row['sequences']:2} sequences: {row['launches']} launches"
             print(f"{what}, Python {eager:.0f} µs ({inside}); with a graph {graph:.0f} µs")
     if args.out:
         about = {"what": "Python's time with launches replaced by nothing; no GPU", "processor": machine()["cpu"]}

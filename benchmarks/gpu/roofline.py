@@ -259,12 +259,12 @@ def plot(found: dict[str, dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=80)
 
 
-def main(given: Sequence[str] | None = None) -> int:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of gpu.py's files")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="replace its tables")
     parser.add_argument("--plot", type=Path, metavar="PNG")
-    args = parser.parse_args(given)
+    args = parser.parse_args()
     found = measurements(args.results)
     if args.write:
         args.write.write_text(page(args.write.read_text(), found))

@@ -13,18 +13,28 @@ Shapes that do not fit in memory twice are measured with --alone: an engine is l
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS, Worker, environment, last_line, machine, module, threads_of
+from benchmarks.common import (
+    RESULTS,
+    Worker,
+    command_line,
+    environment,
+    last_line,
+    machine,
+    module,
+    quartiles,
+    threads_of,
+    words,
+    write_json,
+)
 from benchmarks.peers.engines import ENGINES, GROUP, PROMPT, REFERENCE, SHAPES, settings
 
 METRICS = {  # what a worker is asked; {n} is --tokens
@@ -36,33 +46,33 @@ METRICS = {  # what a worker is asked; {n} is --tokens
 }
 
 
-def engine(name: str, args: argparse.Namespace, home: Path, program: str = "peers.engines") -> Worker:
-    """A process that loads an engine."""
-    return Worker(
-        name, module(program, name, home, args.threads), environment(**threads_of(args.threads)), home / f"{name}.log"
-    )
-
-
 QUIET, TRIES = 0.05, 6  # a sample during which others took more than this share of the CPU is taken again
 
 
+def engine(name: str, args: argparse.Namespace, home: Path, program: str = "peers.engines", python: str = "") -> Worker:
+    """A process that loads an engine, by another Python where that is given."""
+    command = module(program, name, home, args.threads)
+    command[0] = python or command[0]
+    return Worker(name, command, environment(**threads_of(args.threads)), home / f"{name}.log")
+
+
+def write_form(what: str, home: Path, shape: str) -> str | None:
+    """Write a form of the model if it is not there; the reason where it cannot be written."""
+    if (home / what).exists():
+        return None
+    print(f"write {what} ...", file=sys.stderr)
+    pipes = {"stderr": subprocess.PIPE, "stdout": sys.stderr}
+    done = subprocess.run(module("peers.model", what, home, shape), env=environment(), text=True, **pipes)
+    return last_line(done.stderr) if done.returncode else None
+
+
 def prepared(args: argparse.Namespace, home: Path) -> dict[str, str]:
-    """Write what the engines need and is not there yet; returns the reasons of those that cannot have it."""
-    left_out: dict[str, str] = {}
-    for what in dict.fromkeys(what for name in args.engines for what in ["int4", *ENGINES[name][1]]):
-        if (home / what).exists():
-            continue
-        print(f"write {what} ...", file=sys.stderr)
-        done = subprocess.run(
-            module("peers.model", what, home, args.shape),
-            env=environment(),
-            stderr=subprocess.PIPE,
-            stdout=sys.stderr,
-            text=True,
-        )
-        if done.returncode:
-            left_out |= {name: last_line(done.stderr) for name in args.engines if what in ENGINES[name][1]}
-    return left_out
+    """Write what the engines need; returns the reasons of those that cannot have it."""
+    needs = {name: ["int4", *ENGINES[name][2], ENGINES[name][1]] for name in args.engines}
+    failed = {
+        what: write_form(what, home, args.shape) for what in dict.fromkeys(f for forms in needs.values() for f in forms)
+    }
+    return {name: why for name, forms in needs.items() for what in forms if (why := failed[what]) is not None}
 
 
 def measure(args: argparse.Namespace, home: Path) -> dict[str, Any]:
@@ -124,10 +134,10 @@ def undisturbed(worker: Worker, question: str) -> dict[str, Any]:
 
 def summary(samples: list[dict[str, Any]]) -> dict[str, Any]:
     speeds = [round(s["tokens_per_s"], 3) for s in samples]
-    low, middle, high = statistics.quantiles(speeds, n=4, method="inclusive") if len(speeds) > 1 else speeds * 3
-    others = round(max(s["others_cpu"] for s in samples), 3)
-    spread, tries = round((high - low) / middle, 4), sum(s["tries"] for s in samples)
-    figures = {"median": middle, "quartiles": [low, high], "spread": spread, "samples": speeds}
+    figures = quartiles(speeds)
+    low, high = figures["quartiles"]
+    others, tries = round(max(s["others_cpu"] for s in samples), 3), sum(s["tries"] for s in samples)
+    figures |= {"spread": round((high - low) / figures["median"], 4), "samples": speeds}
     return {**figures, "tries": tries, "others_cpu_max": others}
 
 
@@ -172,30 +182,19 @@ def plot(result: dict[str, Any], path: Path) -> None:
         panel.bar_label(panel.containers[-1], [f" {m:.{1 if m < 100 else 0}f}" for m in medians], fontsize=8)
         panel.set_title(f"{metric}, tokens/s", fontsize=10)
         panel.margins(x=0.3)
-    machine = result["machine"]
-    figure.suptitle(
-        f"{result['shape']}: {machine['cpu']}, {result['threads']} threads; median and quartiles", fontsize=10
-    )
+    title = f"{result['shape']}: {result['machine']['cpu']}, {result['threads']} threads; median and quartiles"
+    figure.suptitle(title, fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = lambda text: text.split(",")  # noqa: E731
-    parser.add_argument(
-        "--shape", default="pythia-160m", help=f"{', '.join(SHAPES)}, or LxHxA: layers x hidden x heads"
-    )
-    parser.add_argument("--engines", type=names, default=list(ENGINES), help=f"some of {','.join(ENGINES)}")
-    parser.add_argument("--metrics", type=names, default=list(METRICS), help=f"some of {','.join(METRICS)}")
-    parser.add_argument("--rounds", type=int, default=5, help="measurements of each figure (default 5)")
+    parser = command_line(__doc__, rounds=5, threads=True, scratch="peers", out=RESULTS)
+    parser.add_argument("--shape", default="pythia-160m", help=f"{', '.join(SHAPES)}, or layers x hidden x heads")
+    parser.add_argument("--engines", type=words, default=list(ENGINES), help=f"some of {','.join(ENGINES)}")
+    parser.add_argument("--metrics", type=words, default=list(METRICS), help=f"some of {','.join(METRICS)}")
     parser.add_argument("--tokens", type=int, default=32, help=f"decoded after {PROMPT} tokens (default 32)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="for every engine (default: all)")
     parser.add_argument("--no-errors", dest="errors", action="store_false", help="skip the comparison with the truth")
-    parser.add_argument(
-        "--scratch", type=Path, default=Path(tempfile.gettempdir()) / "neox-lite-peers", help="for models"
-    )
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON and the plot")
     parser.add_argument("--alone", action="store_true", help="no engine stays loaded while another works")
     parser.add_argument("--force", action="store_true", help="measure although the machine is busy")
     args = parser.parse_args()
@@ -205,20 +204,15 @@ def main() -> int:
         if unknown := [name for name in given if name not in known]:
             parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(known)}")
     if (load := os.getloadavg()[0]) > 0.3 and not args.force:
-        print(
-            f"the load average is {load:.2f}, expected at most 0.3; wait, or measure anyway with --force",
-            file=sys.stderr,
-        )
-        return 1
+        raise SystemExit(f"the load average is {load:.2f}, expected at most 0.3; wait, or measure anyway with --force")
     keys = {"shape": args.shape, "settings": settings(args.shape), "group_size": GROUP, "metrics": args.metrics}
     keys |= {"threads": args.threads, "rounds": args.rounds, "prompt_tokens": PROMPT, "decode_tokens": args.tokens}
     result = {**keys, "machine": machine(), "python": platform.python_version(), **measure(args, home)}
     print(table(result["engines"], args.metrics), overview(result["engines"]), sep="\n")
     for name, reason in result["left_out"].items():
         print(f"left out: {name}: {reason}")
-    args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"peers_cpu_{args.shape}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(path, result)
     try:
         plot(result, path.with_suffix(".png"))
     except ImportError:

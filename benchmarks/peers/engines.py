@@ -2,21 +2,20 @@
 
     python -m benchmarks.peers.engines ENGINE HOME THREADS
 
-`cpu.py` runs this and knows what the figures mean, `model.py` writes the models; here is how each library is
-driven. Libraries are imported where they are used, so that an engine's memory is its own.
+`cpu.py` runs this and knows what the figures mean, `model.py` writes the models; here is how each library is driven. Libraries
+are imported where they are used, so that an engine's memory is its own.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
-import json
-import os
 import sys
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from benchmarks.common import answer_questions, status_bytes, version
 
 SHAPES = {  # layers, hidden size, heads, vocabulary
     "pythia-160m": (12, 768, 12, 50304),
@@ -39,15 +38,15 @@ def settings(shape: str) -> dict[str, Any]:
     return {**sizes, **fixed, "intermediate_size": 4 * hidden, "architectures": ["GPTNeoXForCausalLM"]}
 
 
-# -- the engines ------------------------------------------------------------------------------------------------------
+# The engines ----------------------------------------------------------------------------------------------------------
 
 
 class Engine:
-    """One model, loaded: `start` feeds prompts to fresh sequences, `step` one token to each; both give last logits."""
+    """One model, loaded: `feed` gives each sequence tokens more, after `reset`, and returns the last logits of each."""
 
     package: str
     head = "int8"
-    told: dict[str, Any] = {}  # noqa: RUF012
+    about: dict[str, Any] = {}  # noqa: RUF012
 
     def room(self, sequences: int, tokens: int) -> None:
         """Make ready, outside of the measured time, for that many sequences of that many tokens."""
@@ -55,21 +54,25 @@ class Engine:
     def tune(self) -> None:
         """Find the best settings by trial; not part of loading."""
 
-    def start(self, prompts: list[list[int]]) -> Any:
+    def reset(self, sequences: int) -> None:
         raise NotImplementedError
 
-    def step(self, tokens: list[int]) -> Any:
+    def feed(self, rows: list[list[int]]) -> Any:
         raise NotImplementedError
 
     def array(self, logits: Any) -> Any:
-        """What start and step give, as a float32 array (sequences, vocabulary)."""
+        """What `feed` gives, as a float32 array (sequences, vocabulary)."""
         return logits.float().numpy()
+
+    def start(self, prompts: list[list[int]]) -> Any:
+        self.reset(len(prompts))
+        return self.feed(prompts)
 
     def decode_seconds(self, sequences: int, tokens: int) -> float:
         self.start([[5 + i] * PROMPT for i in range(sequences)])
         began = time.perf_counter()
         for _ in range(tokens):
-            self.step([9] * sequences)
+            self.feed([[9]] * sequences)
         return time.perf_counter() - began
 
     def prefill_seconds(self, tokens: int) -> float:
@@ -92,19 +95,18 @@ class NeoxLite(Engine):
         self.model = GPTNeoXForCausalLM.from_pretrained(folder, **exact)
         if truth:
             self.model.ops = reference
-        self.told = {"weights": f"{folder.name} g{GROUP}", "backend": self.model.ops.name}
+        self.about = {"weights": f"{folder.name} g{GROUP}", "backend": self.model.ops.name}
 
     def room(self, sequences: int, tokens: int) -> None:
         self.pool, self.block_tables = self.model.new_pool(sequences * -(-tokens // 128)), []
 
-    def start(self, prompts: list[list[int]]) -> Any:
-        for block_table in self.block_tables:
-            self.pool.free(block_table)
-        self.block_tables = [self.pool.new() for _ in prompts]
-        return self.model.step(self.pool, self.block_tables, prompts)
+    def reset(self, sequences: int) -> None:
+        for sequence in self.sequences:
+            self.pool.free(sequence)
+        self.sequences = [self.pool.new() for _ in range(sequences)]
 
-    def step(self, tokens: list[int]) -> Any:
-        return self.model.step(self.pool, self.block_tables, [[token] for token in tokens])
+    def feed(self, rows: list[list[int]]) -> Any:
+        return self.model.step(self.pool, self.sequences, rows)
 
 
 class LlamaCpp(Engine):
@@ -127,11 +129,11 @@ class LlamaCpp(Engine):
         self.vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
         system = llama_cpp.llama_print_system_info().decode().strip()
         weights = {"int4": "Q4_0", "int8": "Q8_0"}[file.stem]
-        self.told = {"weights": f"{weights}, each g{GROUP} scale four times", "repacked": repack, "system": system}
+        self.about = {"weights": f"{weights}, each g{GROUP} scale four times", "repacked": repack, "system": system}
 
     def tune(self) -> None:
         self.flash = min((self.trial(flash), flash) for flash in (1, 0))[1]
-        self.told["flash attention"] = bool(self.flash)
+        self.about["flash attention"] = bool(self.flash)
 
     def trial(self, flash: int) -> float:
         self.flash = flash
@@ -148,13 +150,9 @@ class LlamaCpp(Engine):
         options.flash_attn_type = self.flash
         self.context = self.c.llama_init_from_model(self.model, options)
 
-    def start(self, prompts: list[list[int]]) -> Any:
+    def reset(self, sequences: int) -> None:
         self.c.llama_memory_clear(self.c.llama_get_memory(self.context), True)
         self.length = 0
-        return self.feed(prompts)
-
-    def step(self, tokens: list[int]) -> Any:
-        return self.feed([[token] for token in tokens])
 
     def feed(self, rows: list[list[int]]) -> Any:
         batch, at = self.batch, 0
@@ -178,7 +176,7 @@ class LlamaCpp(Engine):
 class OpenVino(Engine):
     """The model that optimum-intel exported, run by OpenVINO itself, its head cut to the last token of a prompt.
 
-    Where the CPU has bfloat16, OpenVINO computes in it unless told otherwise: quicker, and visible in the error.
+    Where the CPU has bfloat16, OpenVINO computes in it unless `float32`: quicker, and visible in the error.
     """
 
     package = "openvino"
@@ -200,22 +198,19 @@ class OpenVino(Engine):
         compiled = core.compile_model(model, "CPU", options)
         self.request = compiled.create_infer_request()
         names = ("INFERENCE_PRECISION_HINT", "KV_CACHE_PRECISION", "DYNAMIC_QUANTIZATION_GROUP_SIZE")
-        self.told = {"weights": f"int4 g{GROUP}", **{name: str(compiled.get_property(name)) for name in names}}
+        self.about = {"weights": f"int4 g{GROUP}", **{name: str(compiled.get_property(name)) for name in names}}
 
-    def start(self, prompts: list[list[int]]) -> Any:
+    def reset(self, sequences: int) -> None:
         self.request.reset_state()
         self.length = 0
-        return self.feed(self.np.array(prompts))
 
-    def step(self, tokens: list[int]) -> Any:
-        return self.feed(self.np.array(tokens)[:, None])
-
-    def feed(self, ids: Any) -> Any:
-        rows, width = ids.shape
-        positions = self.np.arange(self.length, self.length + width)[None].repeat(rows, 0)
+    def feed(self, rows: list[list[int]]) -> Any:
+        ids = self.np.array(rows)
+        count, width = ids.shape
+        positions = self.np.arange(self.length, self.length + width)[None].repeat(count, 0)
         self.length += width
-        mask = self.np.ones((rows, self.length), self.np.int64)
-        beams = self.np.arange(rows, dtype=self.np.int32)
+        mask = self.np.ones((count, self.length), self.np.int64)
+        beams = self.np.arange(count, dtype=self.np.int32)
         given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "beam_idx": beams}
         self.request.infer(given, share_inputs=True)
         return self.request.get_tensor("logits").data
@@ -232,9 +227,8 @@ class CTranslate2(Engine):
     def __init__(self, folder: Path, threads: int) -> None:
         import ctranslate2
 
-        self.c = ctranslate2
         self.generator = ctranslate2.Generator(str(folder), "cpu", compute_type="int8", intra_threads=threads)
-        self.told = {"weights": "int8, one scale a row", "compute_type": self.generator.compute_type}
+        self.about = {"weights": "int8, one scale a row", "compute_type": self.generator.compute_type}
 
     def search(self, prompts: list[list[int]], tokens: int) -> float:
         names = [[str(token) for token in prompt] for prompt in prompts]
@@ -270,20 +264,16 @@ class Transformers(Engine):
 
         torch.set_num_threads(threads)
         self.torch, options = torch, {"dtype": torch.bfloat16}
-        self.told = {"weights": "bfloat16"}
+        self.about = {"weights": "bfloat16"}
         if nf4:
             self.package = "bitsandbytes"
             four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
             options |= {"quantization_config": transformers.BitsAndBytesConfig(**four), "device_map": "cpu"}
-            self.told = {"weights": "nf4, block 64, scales not quantized"}
+            self.about = {"weights": "nf4, block 64, scales not quantized"}
         self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
 
-    def start(self, prompts: list[list[int]]) -> Any:
+    def reset(self, sequences: int) -> None:
         self.cache = None
-        return self.feed(prompts)
-
-    def step(self, tokens: list[int]) -> Any:
-        return self.feed([[token] for token in tokens])
 
     def feed(self, rows: list[list[int]]) -> Any:
         with self.torch.no_grad():
@@ -293,102 +283,56 @@ class Transformers(Engine):
         return out.logits[:, -1]
 
 
-class TorchInt4(Engine):
-    """torch's own int4 product at the layers' shapes: no attention, no norms and no head, so an upper bound."""
-
-    package = "torch"
-    head = "none"
-
-    def __init__(self, folder: Path, threads: int) -> None:
-        import torch
-
-        from neox_lite.checkpoint.reader import Checkpoint
-        from neox_lite.formats import unpack
-
-        torch.set_num_threads(threads)
-        self.torch, self.op, self.weights = torch, torch.ops.aten._weight_int4pack_mm_for_cpu, []
-        with Checkpoint.open(folder) as checkpoint:
-            for name in (n.removesuffix("_packed") for n in checkpoint.names() if n.endswith("weight_packed")):
-                codes = unpack(checkpoint.tensor(f"{name}_packed"), 4).int() + 8
-                packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-                scale = checkpoint.tensor(f"{name}_scale").bfloat16().T.contiguous()
-                self.weights.append((codes.shape[1], packed, torch.stack((scale, torch.zeros_like(scale)), -1)))
-        self.inputs = {columns: torch.randn(512, columns).bfloat16() for columns, *_ in self.weights}
-        self.told = {"weights": f"int4 g{GROUP}", "only": "the products of the layers"}
-
-    def start(self, prompts: list[list[int]]) -> Any:
-        for columns, packed, scale in self.weights:
-            self.op(self.inputs[columns][: len(prompts) * len(prompts[0])], packed, GROUP, scale)
-
-    def step(self, tokens: list[int]) -> Any:
-        self.start([[token] for token in tokens])
-
-
-ENGINES: dict[str, tuple[Callable[[Path, int], Engine], list[str]]] = {  # how to load it, and what must be written
-    "neox-lite-int4": (lambda home, threads: NeoxLite(home / "int4", threads), ["int4"]),
-    "neox-lite-int8": (lambda home, threads: NeoxLite(home / "int8", threads), ["int8"]),
-    "llama.cpp-q4_0": (lambda home, threads: LlamaCpp(home / "int4.gguf", threads), ["int4", "int4.gguf"]),
-    "llama.cpp-q4_0-as-stored": (
-        lambda home, threads: LlamaCpp(home / "int4.gguf", threads, repack=False),
-        ["int4", "int4.gguf"],
-    ),
-    "llama.cpp-q8_0": (lambda home, threads: LlamaCpp(home / "int8.gguf", threads), ["int8", "int8.gguf"]),
-    "openvino-int4": (lambda home, threads: OpenVino(home / "openvino", threads), ["plain", "openvino"]),
-    "openvino-int4-f32": (
-        lambda home, threads: OpenVino(home / "openvino", threads, float32=True),
-        ["plain", "openvino"],
-    ),
-    "ctranslate2-int8": (lambda home, threads: CTranslate2(home / "ctranslate2", threads), ["plain", "ctranslate2"]),
-    "transformers-bf16": (lambda home, threads: Transformers(home / "plain", threads), ["plain"]),
-    "bitsandbytes-nf4": (lambda home, threads: Transformers(home / "plain", threads, nf4=True), ["plain"]),
-    "torch-int4-products": (lambda home, threads: TorchInt4(home / "int4", threads), ["int4"]),
+# How to load each from the form of the model that it needs, and what must be written before that form.
+ENGINES: dict[str, tuple[Any, str, list[str]]] = {
+    "neox-lite-int4": (NeoxLite, "int4", []),
+    "neox-lite-int8": (NeoxLite, "int8", []),
+    "llama.cpp-q4_0": (LlamaCpp, "int4.gguf", ["int4"]),
+    "llama.cpp-q4_0-as-stored": (partial(LlamaCpp, repack=False), "int4.gguf", ["int4"]),
+    "llama.cpp-q8_0": (LlamaCpp, "int8.gguf", ["int8"]),
+    "openvino-int4": (OpenVino, "openvino", ["plain"]),
+    "openvino-int4-f32": (partial(OpenVino, float32=True), "openvino", ["plain"]),
+    "ctranslate2-int8": (CTranslate2, "ctranslate2", ["plain"]),
+    "transformers-bf16": (Transformers, "plain", []),
+    "bitsandbytes-nf4": (partial(Transformers, nf4=True), "plain", []),
 }
 REFERENCE = "reference"
 
 
 def work(name: str, home: Path, threads: int) -> None:
-    """Load an engine, then answer "decode n", "batch b n", "prefill n" and "error" from stdin, one JSON line each."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
-
-    def answer(**values: Any) -> None:
-        print(json.dumps(values), file=answers, flush=True)
-
+    """Load an engine, then answer "decode n", "batch b n", "prefill n" and "error"."""
+    is_truth = name == REFERENCE
     began = time.perf_counter()
-    engine = NeoxLite(home / "int4", threads, truth=True) if name == REFERENCE else ENGINES[name][0](home, threads)
+    make, form, _ = (partial(NeoxLite, truth=True), "int4", []) if is_truth else ENGINES[name]
+    engine = make(home / form, threads)
     loaded = time.perf_counter() - began
     engine.room(1, PROMPT + 1)
-    if name != REFERENCE:
+    if not is_truth:
         engine.decode_seconds(1, 1)
     ready = time.perf_counter() - began
     engine.tune()
-    answer(version=version(engine.package), load_s=loaded, first_token_s=ready, head=engine.head, **engine.told)
-    for line in sys.stdin:
-        verb, *numbers = line.split()
+
+    def answer(question: str) -> dict[str, Any]:
+        verb, *numbers = question.split()
         if verb == "error":
-            answer(error=errors(engine, home / "truth.npy", write=name == REFERENCE))
-            continue
+            return {"error": errors(engine, home / "truth.npy", write=is_truth)}
         sequences, tokens = [1, *map(int, numbers)][-2:]
         engine.room(sequences, tokens + PROMPT)
         seconds: list[float] = []
         while sum(seconds) < MIN_SECONDS:
             once = engine.prefill_seconds(tokens) if verb == "prefill" else engine.decode_seconds(sequences, tokens)
             seconds.append(once)
-        answer(tokens_per_s=sequences * tokens * len(seconds) / sum(seconds), **memory())
+        held = status_bytes(peak_rss_bytes="VmHWM", rss_bytes="VmRSS", anonymous_bytes="RssAnon")
+        return {"tokens_per_s": sequences * tokens * len(seconds) / sum(seconds), **held}
 
-
-def version(package: str) -> str:
-    from neox_lite.version import __version__
-
-    return __version__ if package == "neox-lite" else importlib.metadata.version(package)
+    about = {"version": version(engine.package), "load_s": loaded, "first_token_s": ready, "head": engine.head}
+    answer_questions({**about, **engine.about}, answer)
 
 
 def errors(engine: Engine, path: Path, write: bool) -> dict[str, dict[str, float]] | None:
     """The logits after each of TRUTH_IDS, fed at once and one by one: largest and rms error over the truth's rms."""
     import numpy
 
-    if engine.head == "none":
-        return None
     engine.room(len(TRUTH_IDS), 2 * PROMPT)
     found = {"prefill": engine.array(engine.start(TRUTH_IDS))}
     if write:
@@ -397,18 +341,12 @@ def errors(engine: Engine, path: Path, write: bool) -> dict[str, dict[str, float
     with contextlib.suppress(NotImplementedError):
         logits = engine.start([ids[:PROMPT] for ids in TRUTH_IDS])
         for i in range(PROMPT, 2 * PROMPT):
-            logits = engine.step([ids[i] for ids in TRUTH_IDS])
+            logits = engine.feed([[ids[i]] for ids in TRUTH_IDS])
         found["decode"] = engine.array(logits)
     truth = numpy.load(path)
     unit = float(numpy.sqrt((truth**2).mean()))
     wrong = {how: numpy.abs(logits - truth) / unit for how, logits in found.items()}
     return {how: {"max": float(e.max()), "rms": float(numpy.sqrt((e**2).mean()))} for how, e in wrong.items()}
-
-
-def memory() -> dict[str, int]:
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    fields = {"peak_rss_bytes": "VmHWM", "rss_bytes": "VmRSS", "anonymous_bytes": "RssAnon"}
-    return {name: int(status[field].split()[0]) * 1024 for name, field in fields.items()}
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ then emptied once it is whole, so that DIR needs some 4 GB. Weights are random. 
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -29,10 +28,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import RESULTS, ROOT, machine
+from benchmarks.common import RESULTS, command_line, environment, machine, model_folder, write_json
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
-from neox_lite.checkpoint.folder_writer import FolderWriter
 from neox_lite.checkpoint.safetensors_file import SafetensorsFile, Spec, encode_header, layout
+from neox_lite_app.models import random_model
 
 REPO, COMMIT = "made-up/neox-20b", "0" * 40
 NOISE_BYTES = 64 << 20
@@ -55,15 +54,7 @@ print(json.dumps({"failed": failed, "seconds": time.perf_counter() - began}))
 
 
 def config_of(layers: int, vocabulary: int) -> GPTNeoXConfig:
-    return GPTNeoXConfig(
-        vocab_size=vocabulary,
-        hidden_size=6144,
-        num_hidden_layers=layers,
-        num_attention_heads=64,
-        intermediate_size=24576,
-        rotary_pct=0.25,
-        dtype="float16",
-    )
+    return random_model.config_of("20b").copy(num_hidden_layers=layers, vocab_size=vocabulary)
 
 
 def planned(config: GPTNeoXConfig) -> list[list[Spec]]:
@@ -103,13 +94,12 @@ def serve(layers: int, vocabulary: int, port: Any) -> None:
     shards = planned(config)
     names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     weight_map = {spec.name: name for name, shard in zip(names, shards, strict=True) for spec in shard}
-    small = {
-        "config.json": config.to_json_string(),
-        "model.safetensors.index.json": json.dumps({"weight_map": weight_map}),
-    }
-    prefixes = {name: encode_header(layout(shard))[0] for name, shard in zip(names, shards, strict=True)}
-    sizes = {n: len(prefixes[n]) + sum(s.nbytes for s in shard) for n, shard in zip(names, shards, strict=True)}
-    sizes |= {name: len(text.encode()) for name, text in small.items()}
+    index = json.dumps({"weight_map": weight_map})
+    small = {"config.json": config.to_json_string().encode(), "model.safetensors.index.json": index.encode()}
+    prefixes = {name: encode_header(layout(shard))[0] for name, shard in zip(names, shards, strict=True)} | small
+    sizes = {name: len(prefix) for name, prefix in prefixes.items()}
+    for name, shard in zip(names, shards, strict=True):
+        sizes[name] += sum(spec.nbytes for spec in shard)
     data = memoryview(noise())
 
     class Handler(BaseHTTPRequestHandler):
@@ -126,24 +116,21 @@ def serve(layers: int, vocabulary: int, port: Any) -> None:
         def answer(self, with_body: bool) -> None:
             name = self.path.partition("?")[0].rpartition("/")[2]
             if self.path.startswith("/api/models/"):
-                siblings = [{"rfilename": name, "size": size} for name, size in sizes.items()]
                 tree = [{"type": "file", "path": n, "size": size, "oid": COMMIT} for n, size in sizes.items()]
+                siblings = [{"rfilename": file["path"], "size": file["size"]} for file in tree]
                 info = {"id": REPO, "sha": COMMIT, "private": False, "siblings": siblings}
                 text = json.dumps(tree if "/tree/" in self.path else info).encode()
-                return self.send(200, {}, len(text), iter([memoryview(text)]) if with_body else iter(()))
+                return self.send(200, {}, len(text), iter([memoryview(text)] * with_body))
             if name not in sizes:
                 return self.send(404, {"X-Error-Code": "EntryNotFound"}, 0, iter(()))
-            wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
-            start = int(wanted[1]) if wanted else 0
-            stop = min(int(wanted[2]) + 1, sizes[name]) if wanted and wanted[2] else sizes[name]
+            part = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+            start = int(part[1]) if part else 0
+            stop = min(int(part[2]) + 1, sizes[name]) if part and part[2] else sizes[name]
             headers = {"ETag": f'"{name}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
-            if wanted:
-                headers["Content-Range"] = f"bytes {start}-{stop - 1}/{sizes[name]}"
-            prefix = small[name].encode() if name in small else prefixes[name]
-            body = pieces(
-                prefix, sizes[name], data, len(name) + int(name[6:11]) if name not in small else 0, start, stop
-            )
-            return self.send(206 if wanted else 200, headers, stop - start, body if with_body else iter(()))
+            headers |= {"Content-Range": f"bytes {start}-{stop - 1}/{sizes[name]}"} if part else {}
+            seed = 0 if name in small else len(name) + int(name[6:11])
+            body = pieces(prefixes[name], sizes[name], data, seed, start, stop)
+            return self.send(206 if part else 200, headers, stop - start, body if with_body else iter(()))
 
         def send(self, status: int, headers: dict[str, str], size: int, body: Iterator[memoryview]) -> None:
             self.send_response(status)
@@ -188,13 +175,12 @@ def from_hub(work: Path, layers: int, vocabulary: int, method: str) -> dict[str,
     out = work / "out"
     emptier = Emptier(out)
     emptier.start()
-    environment = {"HF_ENDPOINT": f"http://127.0.0.1:{ours.recv()}", "HF_HOME": str(work / "home"), "NO_PROXY": "*"}
-    report = quantize(REPO, out, method, environment)
+    hub = {"HF_ENDPOINT": f"http://127.0.0.1:{ours.recv()}", "HF_HOME": str(work / "home"), "NO_PROXY": "*"}
+    report = quantize(REPO, out, method, **hub)
     emptier.ended = True
     emptier.join()
     server.terminate()
-    config = out / "config.json"
-    assert config.exists() and emptier.opened
+    assert (out / "config.json").exists() and emptier.opened
     shutil.rmtree(out)
     return report | {"layers": layers, "method": method, "most_bytes_of_source_on_disk": emptier.most_bytes}
 
@@ -202,12 +188,10 @@ def from_hub(work: Path, layers: int, vocabulary: int, method: str) -> dict[str,
 # Runs --------------------------------------------------------------------------------------------------------------------
 
 
-def timed(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
+def timed(command: list[str], **changes: str) -> dict[str, Any]:
     """The JSON that a command prints, with its processor time."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    rooms = os.pathsep.join(map(str, (ROOT, ROOT / "app", ROOT / "quant")))
-    env = {**os.environ, "PYTHONPATH": rooms, **environment}
-    out = subprocess.run(command, env=env, capture_output=True, text=True)
+    out = subprocess.run(command, env=environment(**changes), capture_output=True, text=True)
     if out.returncode:
         raise SystemExit(out.stderr[-2000:])
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -215,9 +199,9 @@ def timed(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
     return {**json.loads(out.stdout.strip().splitlines()[-1]), "cpu_s": round(cpu_s, 2)}
 
 
-def quantize(source: str, out: Path, method: str, environment: dict[str, str]) -> dict[str, Any]:
+def quantize(source: str, out: Path, method: str, **changes: str) -> dict[str, Any]:
     command = [sys.executable, "-c", RUN, "quantize", source, str(out), "--method", method, "--json"]
-    report = timed(command, environment)
+    report = timed(command, **changes)
     report.pop("destination")
     return report | {"gb_per_s_in": round(report["bytes_in"] / report["seconds"] / 1e9, 3)}
 
@@ -230,24 +214,8 @@ def forget(path: Path) -> None:
             os.posix_fadvise(held.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def write_slice(folder: Path, layers: int, vocabulary: int) -> None:
-    config, data = config_of(layers, vocabulary), torch.frombuffer(bytearray(noise()), dtype=torch.float16)
-    with FolderWriter(folder) as out:
-        out.shards(planned(config))
-        for i, shard in enumerate(out.plan):
-            with out.shard(i) as file:
-                for spec in shard:
-                    count = spec.nbytes // 2
-                    file.write(spec.name, data.repeat(-(-count // len(data)))[:count].view(spec.shape))
-        out.finish(config.to_json_string())
-    demo = ROOT / "app" / "neox_lite_app" / "demo_model"
-    for path in demo.glob("*token*.json"):  # the GGUF writer wants one
-        shutil.copy(path, folder)
-
-
 def beside_llama(work: Path, layers: int, rounds: int, peer: str | None) -> dict[str, Any]:
-    source, gguf = work / "slice", work / "slice.gguf"
-    write_slice(source, layers, 4096)
+    source, gguf = model_folder("20b", "fp16", work, num_hidden_layers=layers, vocab_size=4096), work / "slice.gguf"
     if peer:
         from neox_lite_quant import export_gguf
 
@@ -256,12 +224,12 @@ def beside_llama(work: Path, layers: int, rounds: int, peer: str | None) -> dict
     for _ in range(rounds):
         for method in ("rtn", "mse"):
             forget(source)
-            runs[method].append(quantize(str(source), work / "out", method, {}))
+            runs[method].append(quantize(str(source), work / "out", method))
             shutil.rmtree(work / "out")
         if peer:
             forget(gguf)
             command = [peer, "-c", LLAMA, str(gguf), str(work / "out.gguf"), str(os.cpu_count())]
-            runs["llama.cpp Q4_0"].append(timed(command, {}))
+            runs["llama.cpp Q4_0"].append(timed(command))
             (work / "out.gguf").unlink()
     shutil.rmtree(source)
     gguf.unlink(missing_ok=True)
@@ -273,26 +241,23 @@ def beside_llama(work: Path, layers: int, rounds: int, peer: str | None) -> dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__, rounds=3, out=RESULTS / "full_size.json")
     parser.add_argument("what", choices=("slice", "hub"))
     parser.add_argument("--work", type=Path, required=True, help="folder for files, made and emptied")
-    parser.add_argument("--layers", type=int)
+    parser.add_argument("--layers", type=int, help="default: 1 of a slice, 44 from a hub")
     parser.add_argument("--method", choices=("rtn", "mse"), default="rtn")
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peer", help="a Python that has llama-cpp-python")
-    parser.add_argument("--out", type=Path, default=RESULTS / "full_size.json")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     load = os.getloadavg()[0]
     if args.what == "hub":
-        found = from_hub(args.work, args.layers or 44, 50432, args.method)
+        key, found = f"hub_{args.method}", from_hub(args.work, args.layers or 44, 50432, args.method)
     else:
-        found = beside_llama(args.work, args.layers or 1, args.rounds, args.peer)
+        key, found = "slice", beside_llama(args.work, args.layers or 1, args.rounds, args.peer)
     held = json.loads(args.out.read_text()) if args.out.exists() else {"machine": machine()}
-    key = f"hub_{args.method}" if args.what == "hub" else "slice"
-    args.out.write_text(json.dumps({**held, key: {**found, "load_before": round(load, 1)}}, indent=2) + "\n")
+    write_json(args.out, {**held, key: {**found, "load_before": round(load, 1)}})
     shutil.rmtree(args.work)
-    print(json.dumps(found, indent=2))
+    print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

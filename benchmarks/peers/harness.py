@@ -2,38 +2,103 @@
 
     python -m benchmarks.peers.harness --shape pythia-410m [--rounds 3] [--documents 8]
 
-Random weights that int4 and bfloat16 both hold exactly (`model.py`), so the time is that of a trained model and the
-difference in log-likelihoods that of the arithmetic; the tokenizer and the text are the bundled model's. neox-lite runs the
-int4 folder with its default settings, hf a bfloat16 checkpoint with the best of --batches, found for each task in a run before.
-Each is a process of its own (`harness_engines.py`), stopped while the other works. Tasks: `ends`, five-shot with four ends of
-several tokens; `letters`, the same five examples for all and four answers of one token; `words`, the last word of a passage,
-without examples. Where others use the machine, seconds of the processor with --threads 1 are the ones to compare: threads that
-wait for each other count as work.
+Random weights that int4 and bfloat16 both hold exactly (`model.py`), so the time is that of a trained model and the difference
+in log-likelihoods that of the arithmetic; the tokenizer and the text are the bundled model's. neox-lite runs the int4 folder
+with its default settings, hf a bfloat16 checkpoint with the best of --batches, found for each task in a run before. Each is a
+process of its own, stopped while the other works. Tasks: `ends`, five-shot with four ends of several tokens; `letters`, the
+same five examples for all and four answers of one token; `words`, the last word of a passage, without examples. With others on
+the machine, seconds of the processor with --threads 1 are the ones to compare: threads that wait for each other count as work.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import logging
 import os
 import platform
 import random
 import shutil
 import statistics
-import subprocess
 import sys
-import tempfile
-from importlib import metadata
+import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS, ROOT, Worker, environment, machine, module
-from benchmarks.peers.cpu import engine
+from benchmarks.common import DEMO, RESULTS, Worker, answer_questions, command_line, machine, version, words, write_json
+from benchmarks.peers.cpu import engine, write_form
 
 ENGINES = ("neox-lite-int4", "hf-bfloat16")
-DEMO = ROOT / "app" / "neox_lite_app" / "demo_model"
 PASSAGE, END = 200, 26  # characters: about 85 and 10 tokens
 WORDS = 5  # times as many documents: they are shorter
+
+
+# In a process of its own ----------------------------------------------------------------------------------------------
+
+
+def work(name: str, home: Path, threads: int) -> None:
+    """A question is `TASK BATCH`; the answer is the seconds for all log-likelihoods of a task, and the log-likelihoods.
+
+    Tokenizing is included and metrics are not; tokens are those that went through the layers, padding included.
+    """
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    logging.disable(logging.CRITICAL)
+    import torch
+
+    torch.set_num_threads(threads)
+    requests = requests_of(home)
+    lm = neox_lite(home) if name == ENGINES[0] else hf(home)
+
+    def answer(question: str) -> dict[str, Any]:
+        task, batch = question.split()
+        if name.startswith("hf"):
+            lm.batch_size_per_gpu = int(batch)
+        before, began, busy = lm.computed, time.perf_counter(), time.process_time()
+        with torch.inference_mode(), Path(os.devnull).open("w") as null, contextlib.redirect_stderr(null):
+            answers = lm.loglikelihood(requests[task], disable_tqdm=True)
+        times = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - busy}
+        return {**times, "tokens": lm.computed - before, "answers": answers}
+
+    answer_questions({"requests": {task: len(found) for task, found in requests.items()}}, answer)
+
+
+def neox_lite(home: Path) -> Any:
+    from neox_lite import GPTNeoXForCausalLM
+    from neox_lite_app.evaluation.harness import NeoxLiteLM
+
+    return NeoxLiteLM(GPTNeoXForCausalLM.from_pretrained(home / "int4", device_map="cpu"))
+
+
+def hf(home: Path) -> Any:
+    from lm_eval.models.huggingface import HFLM
+
+    lm = HFLM(pretrained=str(home / "plain"), dtype="bfloat16", device="cpu")
+    lm.computed, call = 0, lm._model_call
+
+    def counted(inputs: Any, *args: Any, **options: Any) -> Any:
+        lm.computed += inputs.numel()
+        return call(inputs, *args, **options)
+
+    lm._model_call = counted
+    return lm
+
+
+def requests_of(home: Path) -> dict[str, list[Any]]:
+    """The requests of each task, as the harness makes them."""
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(home / "tasks"), include_defaults=False)
+    found = {}
+    for name in manager.all_tasks:
+        (task,) = manager.load([name])["tasks"].values()
+        task.set_fewshot_seed(seed=1234)
+        task.build_all_requests()
+        found[name] = task.instances
+    return found
+
+
+# The side that measures -----------------------------------------------------------------------------------------------
 
 
 def write_tasks(folder: Path, documents: int) -> None:
@@ -45,66 +110,56 @@ def write_tasks(folder: Path, documents: int) -> None:
         start = text.index(" ", draw.randrange(len(text) - 2 * length)) + 1
         return text[start : text.index(" ", start + length)]
 
-    ends, letters, words = [], [], []
+    def last_word() -> dict[str, str]:
+        start, _, word = passage(PASSAGE).rpartition(" ")
+        return {"start": start, "word": word}
+
+    ends, letters = [], []
     for _ in range(documents + 5):
         ends.append({"start": passage(PASSAGE), "ends": [passage(END) for _ in range(4)], "gold": draw.randrange(4)})
         letters.append({"start": passage(PASSAGE), "gold": draw.randrange(4)})
-    for _ in range(WORDS * documents):
-        start, _, word = passage(PASSAGE).rpartition(" ")
-        words.append({"start": start, "word": word})
+    lasts = [last_word() for _ in range(WORDS * documents)]
     choice = {"output_type": "multiple_choice", "doc_to_target": "{{gold}}", "num_fewshot": 5}
-    first = {"sampler": "first_n"}
-    tasks: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
-        "ends": (ends, {**choice, "doc_to_text": "{{start}}", "doc_to_choice": "{{ends}}"}),
-        "letters": (
-            letters,
-            {**choice, "doc_to_text": "{{start}}\nAnswer:", "doc_to_choice": list("ABCD"), "fewshot_config": first},
-        ),
-        "words": (words, {"output_type": "loglikelihood", "doc_to_text": "{{start}}", "doc_to_target": " {{word}}"}),
+    same_five = {
+        "doc_to_text": "{{start}}\nAnswer:",
+        "doc_to_choice": list("ABCD"),
+        "fewshot_config": {"sampler": "first_n"},
     }
-    for name, (found, settings) in tasks.items():
-        asked = found[5:] if name != "words" else found
-        for split, part in (("test", asked), ("train", found[:5] if name == "letters" else found)):
-            lines = "".join(json.dumps(one) + "\n" for one in part)
-            (folder / f"{name}_{split}.jsonl").write_text(lines, encoding="utf-8")
-        files = {split: str(folder / f"{name}_{split}.jsonl") for split in ("test", "train")}
-        task = {"task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": files}, **settings}
-        task |= {"test_split": "test", "fewshot_split": "train", "metric_list": [{"metric": "acc"}]}
-        (folder / f"{name}.yaml").write_text(json.dumps(task), encoding="utf-8")
+    tasks: dict[str, tuple[list[Any], list[Any], dict[str, Any]]] = {  # documents, examples, settings
+        "ends": (ends[5:], ends, {**choice, "doc_to_text": "{{start}}", "doc_to_choice": "{{ends}}"}),
+        "letters": (letters[5:], letters[:5], {**choice, **same_five}),
+        "words": (
+            lasts,
+            lasts,
+            {"output_type": "loglikelihood", "doc_to_text": "{{start}}", "doc_to_target": " {{word}}"},
+        ),
+    }
+    for name, (test, train, how) in tasks.items():
+        files = {split: folder / f"{name}_{split}.jsonl" for split in ("test", "train")}
+        for path, rows in zip(files.values(), (test, train), strict=True):
+            path.write_text("".join(json.dumps(one) + "\n" for one in rows), encoding="utf-8")
+        task = {"task": name, "dataset_path": "json", "test_split": "test", "fewshot_split": "train", **how}
+        task["dataset_kwargs"] = {"data_files": {split: str(path) for split, path in files.items()}}
+        (folder / f"{name}.yaml").write_text(json.dumps({**task, "metric_list": [{"metric": "acc"}]}), encoding="utf-8")
 
 
 def prepare(home: Path, args: argparse.Namespace) -> None:
     for what in ("int4", "plain"):
-        if not (home / what).exists():
-            print(f"write {what} ...", file=sys.stderr)
-            subprocess.run(
-                module("peers.model", what, home, args.shape), env=environment(), check=True, stdout=sys.stderr
-            )
-        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-            shutil.copy(DEMO / name, home / what / name)
+        if (why := write_form(what, home, args.shape)) is not None:
+            raise SystemExit(f"{what}: {why}")
+        for path in DEMO.glob("*token*.json"):
+            shutil.copy(path, home / what)
     shutil.rmtree(home / "tasks", ignore_errors=True)
     write_tasks(home / "tasks", args.documents)
-
-
-def measure(args: argparse.Namespace, home: Path) -> dict[str, Any]:
-    workers = {}
-    try:
-        for name in ENGINES:
-            print(f"load {name} ...", file=sys.stderr)
-            workers[name] = engine(name, args, home, "peers.harness_engines")
-        return {task: measured(task, workers, args) for task in args.tasks}
-    finally:
-        for worker in workers.values():
-            worker.close()
 
 
 def measured(task: str, workers: dict[str, Worker], args: argparse.Namespace) -> dict[str, Any]:
     """Seconds of a task: hf's batch size is found first, then both take turns."""
     ours, theirs = (workers[name] for name in ENGINES)
-    ours.ask(f"{task} 0")  # kernels are compiled
+    # Kernels are compiled.
+    ours.ask(f"{task} 0")
     tried = {batch: theirs.ask(f"{task} {batch}")["seconds"] for batch in args.batches}
     best = min(tried, key=lambda batch: tried[batch])
-    print(f"{task}: hf by batch size: {tried}", file=sys.stderr)
     samples: dict[str, list[dict[str, Any]]] = {name: [] for name in ENGINES}
     for _ in range(args.rounds):
         for name, worker in workers.items():
@@ -121,49 +176,38 @@ def measured(task: str, workers: dict[str, Worker], args: argparse.Namespace) ->
     pairs = list(zip(*(samples[name][0]["answers"] for name in ENGINES), strict=True))
     row["log_likelihood_difference"] = statistics.mean(abs(a - b) for (a, _), (b, _) in pairs)
     row["log_likelihood_mean"] = statistics.mean(b for _, (b, _) in pairs)
-    print(f"{task}: {row[ENGINES[0]]['seconds']} s, hf {row[ENGINES[1]]['seconds']} s", file=sys.stderr)
+    times = (
+        f"{row[ENGINES[0]]['seconds']:.2f} s, hf {row[ENGINES[1]]['seconds']:.2f} s: {row['times_faster']:.2f} times"
+    )
+    print(f"{task}: {row['requests']} requests, {times}, {row['times_less_cpu']:.2f} of processor time")
     return row
 
 
-def table(rows: dict[str, Any]) -> str:
-    lines = [
-        f"{'task':<10}{'requests':>9}{'neox-lite s':>13}{'hf s':>9}{'times':>8}{'CPU times':>11}{'tokens':>9}{'hf tokens':>11}"
-    ]
-    for name, row in rows.items():
-        ours, theirs = (row[engine] for engine in ENGINES)
-        lines.append(
-            f"{name:<10}{row['requests']:>9}{ours['seconds']:>13.2f}{theirs['seconds']:>9.2f}{row['times_faster']:>8.2f}"
-            f"{row['times_less_cpu']:>11.2f}{ours['tokens']:>9}{theirs['tokens']:>11}"
-        )
-    return "\n".join(lines)
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = lambda text: text.split(",")  # noqa: E731
+    parser = command_line(__doc__, rounds=3, threads=True, scratch="harness", out=RESULTS / "harness.json")
     parser.add_argument("--shape", default="pythia-410m", help="as of cpu.py (default pythia-410m)")
-    parser.add_argument("--tasks", type=names, default=["ends", "letters", "words"], help="some of ends,letters,words")
+    parser.add_argument("--tasks", type=words, default=["ends", "letters", "words"], help="some of ends,letters,words")
     parser.add_argument("--documents", type=int, default=8, help="of ends and letters; words has five times as many")
-    parser.add_argument("--rounds", type=int, default=3, help="measurements of each figure (default 3)")
-    parser.add_argument("--batches", type=names, default=["1", "4", "8", "16"], help="batch sizes that hf tries")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="for both (default: all)")
-    parser.add_argument(
-        "--scratch", type=Path, default=Path(tempfile.gettempdir()) / "neox-lite-harness", help="for models"
-    )
-    parser.add_argument("--out", type=Path, default=RESULTS / "harness.json", help="file of the result")
+    parser.add_argument("--batches", type=words, default=["1", "4", "8", "16"], help="batch sizes that hf tries")
     args = parser.parse_args()
     home = args.scratch / args.shape
     home.mkdir(parents=True, exist_ok=True)
     prepare(home, args)
     load = os.getloadavg()[0]
-    rows = measure(args, home)
-    print(table(rows))
-    packages = {name: metadata.version(name) for name in ("torch", "transformers", "lm-eval")}
+    with contextlib.ExitStack() as stack:
+        workers = {name: engine(name, args, home, "peers.harness") for name in ENGINES}
+        for worker in workers.values():
+            stack.callback(worker.close)
+        rows = {task: measured(task, workers, args) for task in args.tasks}
+    packages = {name: version(name) for name in ("torch", "transformers", "lm-eval")}
     keys = {"shape": args.shape, "threads": args.threads, "rounds": args.rounds, "documents": args.documents}
     beside = {"machine": machine(), "python": platform.python_version(), "packages": packages}
-    args.out.write_text(json.dumps({**keys, **beside, "load_before": load, "tasks": rows}, indent=1) + "\n")
+    write_json(args.out, {**keys, **beside, "load_before": load, "tasks": rows})
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if len(sys.argv) > 1 and sys.argv[1] in ENGINES:
+        work(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
+    else:
+        sys.exit(main())

@@ -11,9 +11,6 @@ that the texts differ, so `same_choice` counts every token anew after llama.cpp'
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -23,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.common import command_line, write_json
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
 from neox_lite_app.paths import DEMO
 from neox_lite_quant import convert, export_gguf, import_gguf
@@ -71,24 +69,18 @@ def beside(model: GPTNeoXForCausalLM, prompts: Tensor, theirs: list[tuple[list[i
     count, width = len(theirs[0][0]), prompts.shape[1]
     partings, equal, same = [], 0, 0
     for number, (prompt, (tokens, margins)) in enumerate(zip(prompts, theirs, strict=True)):
-        found = model.generate(prompt[None], max_new_tokens=count, min_new_tokens=count, do_sample=False)[
-            0, width:
-        ].tolist()
-        after = model(torch.cat((prompt, torch.tensor(tokens)))[None]).logits[0, width - 1 : -1].float()
-        same += int((after.argmax(-1) == torch.tensor(tokens)).sum())
+        out = model.generate(prompt[None], max_new_tokens=count, min_new_tokens=count, do_sample=False)
+        found, wanted = out[0, width:].tolist(), torch.tensor(tokens)
+        after = model(torch.cat((prompt, wanted))[None]).logits[0, width - 1 : -1].float()
+        same += int((after.argmax(-1) == wanted).sum())
         at = next((i for i in range(count) if found[i] != tokens[i]), count)
         equal += at
         if at < count:
             best = after[at].topk(2).values
             ours = round(float(best[0] - best[1]), 4)
             partings.append({"prompt": number, "token": at, "our_margin": ours, "their_margin": round(margins[at], 4)})
-    return {
-        "tokens": count * len(theirs),
-        "equal_before_parting": equal,
-        "prompts_equal_to_the_end": len(theirs) - len(partings),
-        "same_choice": same,
-        "partings": partings,
-    }
+    counts = {"tokens": count * len(theirs), "equal_before_parting": equal, "same_choice": same}
+    return {**counts, "prompts_equal_to_the_end": len(theirs) - len(partings), "partings": partings}
 
 
 def compare(folder: Path, scratch: Path, prompts: Tensor, count: int) -> dict[str, Any]:
@@ -98,14 +90,9 @@ def compare(folder: Path, scratch: Path, prompts: Tensor, count: int) -> dict[st
     import_gguf(path, back)
     peer = LlamaCpp(path, prompts.shape[1] + count)
     theirs = [peer.greedy(prompt.tolist(), count) for prompt in prompts]
-    result: dict[str, Any] = {
-        "ways": {name: beside(load(folder, **way), prompts, theirs) for name, way in WAYS.items()}
-    }
-    same = [
-        torch.equal(load(folder, exact=exact)(prompts).logits, load(back, exact=exact)(prompts).logits)
-        for exact in (False, True)
-    ]
-    return result | {"logits_identical_after_round_trip": all(same)}
+    ways = {name: beside(load(folder, **way), prompts, theirs) for name, way in WAYS.items()}
+    logits = [[load(of, exact=exact)(prompts).logits for of in (folder, back)] for exact in (False, True)]
+    return {"ways": ways, "logits_identical_after_round_trip": all(torch.equal(*pair) for pair in logits)}
 
 
 def demo_prompts(count: int, width: int = PROMPT) -> Tensor:
@@ -117,36 +104,27 @@ def demo_prompts(count: int, width: int = PROMPT) -> Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--out", type=Path, help="also write the JSON there")
     args = parser.parse_args()
     import llama_cpp
 
     warnings.simplefilter("ignore")
     prompts, rows = demo_prompts(args.prompts), {}
     with tempfile.TemporaryDirectory() as name:
-        scratch = Path(name)
-        convert(DEMO, scratch / "int4", format="int4", group_size=32)
-        convert(DEMO, scratch / "int8", format="int8", group_size=32)
-        for label, folder in (
-            ("int4 g32 as Q4_0", scratch / "int4"),
-            ("int8 g32 as Q8_0", scratch / "int8"),
-            ("F16", DEMO),
-        ):
-            rows[label] = compare(folder, scratch, prompts, args.tokens)
+        folders = {"int4 g32 as Q4_0": Path(name) / "int4", "int8 g32 as Q8_0": Path(name) / "int8", "F16": DEMO}
+        for format in ("int4", "int8"):
+            convert(DEMO, Path(name) / format, format=format, group_size=32)
+        for label, folder in folders.items():
+            rows[label] = compare(folder, Path(name), prompts, args.tokens)
             for way, found in rows[label]["ways"].items():
-                print(
-                    f"{label:<18}{way:<40}{found['equal_before_parting']:>6} of {found['tokens']} before parting, "
-                    f"{found['same_choice']} the same choice, {found['prompts_equal_to_the_end']} prompts to the end",
-                    file=sys.stderr,
-                )
-    result = {"model": "bundled demo", "llama-cpp-python": llama_cpp.__version__, "prompt_tokens": PROMPT, "rows": rows}
-    text = json.dumps(result, indent=1)
-    print(text)
+                counts = [found[key] for key in ("equal_before_parting", "same_choice", "prompts_equal_to_the_end")]
+                print(f"{label}, {way}: {counts[0]} of {found['tokens']} tokens before parting, ", end="")
+                print(f"{counts[1]} the same choice, {counts[2]} prompts to the end")
+    about = {"model": "bundled demo", "llama-cpp-python": llama_cpp.__version__, "prompt_tokens": PROMPT}
     if args.out:
-        args.out.write_text(text + "\n")
+        write_json(args.out, {**about, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -518,7 +518,7 @@ def main() -> None:
     parser.add_argument("--tree", type=Path, default=Path.cwd(), help="checkout to test; it is copied, never changed")
     parser.add_argument("--count", type=int, default=200, help="mutants in all, shared among the areas (default 200)")
     parser.add_argument("--areas", type=lambda text: text.split(","), default=list(AREAS), help=",".join(AREAS))
-    parser.add_argument("--seconds", type=float, default=8.0, help="of tests for a mutant, as recorded (default 8)")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of tests for a mutant, as recorded (default 20)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--list", action="store_true", help="print the mutants and end")
     parser.add_argument("--report", action="store_true", help="print what --results holds and end")
