@@ -39,7 +39,7 @@ def command_line(
     if scratch:
         folder = Path(tempfile.gettempdir()) / f"neox-lite-{scratch}"
         parser.add_argument("--scratch", type=Path, default=folder, help=f"for models and logs (default {folder})")
-    parser.add_argument("--out", type=Path, default=out, help="JSON to write, or the folder of JSON and plot")
+    parser.add_argument("--out", type=Path, default=out, help="file, or folder, of the JSON")
     return parser
 
 

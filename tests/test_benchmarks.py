@@ -12,7 +12,9 @@ import torch
 ROOT = Path(__file__).parents[1]
 HOME = ROOT / "benchmarks"
 COMMANDS = sorted(
-    ".".join(path.relative_to(HOME).with_suffix("").parts) for path in HOME.rglob("*.py") if "--out" in path.read_text()
+    ".".join(path.relative_to(HOME).with_suffix("").parts)
+    for path in HOME.rglob("*.py")
+    if "parser.parse_args()" in path.read_text()
 )
 
 

@@ -172,7 +172,6 @@ def main() -> int:
     parser = command_line(__doc__)
     parser.add_argument("--steps", type=int, default=30, help="that are timed (default 30)")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--out", type=Path, help="JSON to write")
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows = []

@@ -222,7 +222,6 @@ def command_of(args: argparse.Namespace) -> Callable[[Sequence[str], float], lis
 
 def main() -> int:
     begun, parser = time.monotonic(), command_line(__doc__)
-    parser.add_argument("--out", type=Path, help="folder for the JSON")
     parser.add_argument("--minutes", type=float, help="what would begin later is left out (default 9; 60 to rehearse)")
     parser.add_argument("--only", type=words, metavar="NAME,NAME", help=f"of {', '.join(LIMITS_S)}")
     parser.add_argument("--packages", metavar="DIR", help="peers that are unpacked there and not installed")

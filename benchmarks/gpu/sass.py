@@ -306,7 +306,6 @@ def main() -> int:
     parser.add_argument("--cards", type=int, nargs="+", default=list(CARDS), help="compute capabilities, as 86")
     parser.add_argument("--all", action="store_true", help="every format, dtype and shape, not only the usual ones")
     parser.add_argument("--candidates", action="store_true", help="every size of tile, not only the shipped ones")
-    parser.add_argument("--out", type=Path, help="JSON to write")
     args = parser.parse_args()
     rows = [row for card in args.cards for row in compiled(card, ALL if args.all else FEW, args.candidates)]
     print(table(rows))
