@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -113,7 +112,10 @@ def measure(shape: str, steps: int) -> Iterator[dict[str, Any]]:
             pool = model.new_pool(rows * 16)
             block_tables = [pool.new() for _ in range(rows)]
             Batch.reserve(pool, block_tables, [CONTEXT] * rows).commit()
-            steps_of = {False: partial(eager, model, pool, block_tables), True: partial(graph, model, pool, block_tables)}
+            steps_of = {
+                False: partial(eager, model, pool, block_tables),
+                True: partial(graph, model, pool, block_tables),
+            }
             for step in steps_of.values():
                 step()
             count.clear()

@@ -101,12 +101,12 @@ class NeoxLite(Engine):
         self.pool, self.block_tables = self.model.new_pool(sequences * -(-tokens // 128)), []
 
     def reset(self, sequences: int) -> None:
-        for sequence in self.sequences:
-            self.pool.free(sequence)
-        self.sequences = [self.pool.new() for _ in range(sequences)]
+        for block_table in self.block_tables:
+            self.pool.free(block_table)
+        self.block_tables = [self.pool.new() for _ in range(sequences)]
 
     def feed(self, rows: list[list[int]]) -> Any:
-        return self.model.step(self.pool, self.sequences, rows)
+        return self.model.step(self.pool, self.block_tables, rows)
 
 
 class LlamaCpp(Engine):
