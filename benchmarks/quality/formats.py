@@ -13,12 +13,10 @@ sees the text that is scored. Runs from a checkout without installing.
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +24,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from benchmarks.common import DEMO, command_line, write_json
 from benchmarks.quality import peers
 from neox_lite import GPTNeoXForCausalLM
 from neox_lite.formats import make_format
 from neox_lite_app.demo import CONTEXT
-from neox_lite_app.evaluation.quality import cut, log_probabilities
-from neox_lite_app.paths import DEMO
+from neox_lite_app.evaluation import quality
 from neox_lite_quant import convert
 
 FACTOR, CHANNELS = 30.0, 6  # of the outlier variant: gains times this, of so many channels of each norm
@@ -39,36 +37,28 @@ METHODS = ("rtn", "mse", "balance", "gptq")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("model", type=Path, nargs="?", default=DEMO)
     parser.add_argument("--text", type=Path, help="to score (default: the model folder's heldout.txt)")
     parser.add_argument("--outliers", action="store_true", help="of the same function with large channels")
     parser.add_argument("--peers", action="store_true", help="other tools' formats too")
-    parser.add_argument(
-        "--windows", type=int, default=128, help="of 128 tokens that gptq is calibrated with (default 128)"
-    )
+    parser.add_argument("--windows", type=int, default=128, help="of 128 tokens that gptq is calibrated with")
     parser.add_argument("--scored", type=int, help="windows of 256 tokens to score (default: all)")
     parser.add_argument("--activations", action="store_true", help="measure int8 activations too")
     parser.add_argument("--calibration", type=Path, help="another gptq row for int4 g128, calibrated with this text")
-    parser.add_argument("--out", type=Path, help="also write the JSON there")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        folder = args.model
-        if args.outliers:
-            folder = with_outliers(args.model, Path(scratch) / "outliers")
+        folder = with_outliers(args.model, Path(scratch) / "outliers") if args.outliers else args.model
         result = measure(folder, args, Path(scratch))
-    text = json.dumps(result, indent=1)
-    print(text)
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(text + "\n")
+        write_json(args.out, result)
 
 
 def measure(folder: Path, args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     source = GPTNeoXForCausalLM.from_pretrained(folder)
     text = (args.text or args.model / "heldout.txt").read_text(encoding="utf-8")
-    windows = cut(source, text, CONTEXT)[: args.scored]
-    truth = torch.stack(list(log_probabilities(source, windows)))
+    windows = quality.cut(source, text, CONTEXT)[: args.scored]
+    truth = torch.stack(list(quality.log_probabilities(source, windows)))
     rows = [{"name": "fp16", "method": None, "bits_per_weight": 16.0, **distance(truth, source, windows)}]
     for row, quantized in quantizations(folder, args, scratch):
         exact = GPTNeoXForCausalLM.from_pretrained(quantized, exact=True, dtype=torch.float32)
@@ -78,7 +68,7 @@ def measure(folder: Path, args: argparse.Namespace, scratch: Path) -> dict[str, 
             row["kl_int8_activations"] = distance(truth, rounded, windows)["kl"]
         rows.append(row)
         shutil.rmtree(quantized)
-        print(f"{row['name']:<28} {row['bits_per_weight']:.3f} bits  KL {row['kl']:.6f}", file=sys.stderr, flush=True)
+        print(f"{row['name']:<28} {row['bits_per_weight']:.3f} bits  KL {row['kl']:.6f}", flush=True)
     return {
         "model": "bundled demo" if args.model == DEMO else args.model.name,
         "outliers": f"{CHANNELS} channels of each norm times {FACTOR:.0f}" if args.outliers else None,
@@ -93,32 +83,28 @@ def measure(folder: Path, args: argparse.Namespace, scratch: Path) -> dict[str, 
 def quantizations(folder: Path, args: argparse.Namespace, scratch: Path) -> Iterator[tuple[dict[str, Any], Path]]:
     """Each quantized folder, with what it is; the caller removes it."""
     out = scratch / "quantized"
-    for format in ("int8", "int4"):
-        for group_size in (32, 64, 128):
-            bits = make_format(format, group_size).bits_per_weight(torch.float16)
-            for method in METHODS:
-                count = args.windows if method == "gptq" else None
-                convert(folder, out, format, group_size, method, calibration_windows=count)
-                yield {"name": f"{format}-g{group_size}-{method}", "method": method, "bits_per_weight": bits}, out
+
+    def row(name: str, method: str, bits: float) -> tuple[dict[str, Any], Path]:
+        return {"name": name, "method": method, "bits_per_weight": bits}, out
+
+    def bits_of(format: str, group_size: int) -> float:
+        return make_format(format, group_size).bits_per_weight(torch.float16)
+
+    for format, group_size, method in product(("int8", "int4"), (32, 64, 128), METHODS):
+        count = args.windows if method == "gptq" else None
+        convert(folder, out, format, group_size, method, calibration_windows=count)
+        yield row(f"{format}-g{group_size}-{method}", method, bits_of(format, group_size))
     if args.calibration:
         convert(folder, out, "int4", 128, "gptq", calibration=args.calibration, calibration_windows=args.windows // 4)
-        bits = make_format("int4", 128).bits_per_weight(torch.float16)
-        name = f"int4-g128-gptq, calibrated with {args.calibration.name}"
-        yield {"name": name, "method": "gptq", "bits_per_weight": bits}, out
-    if args.peers:
-        for name, bits, note in peers.quantized(folder, out):
-            yield {"name": name, "method": note, "bits_per_weight": bits}, out
+        yield row(f"int4-g128-gptq, calibrated with {args.calibration.name}", "gptq", bits_of("int4", 128))
+    for name, bits, note in peers.quantized(folder, out) if args.peers else ():
+        yield row(name, note, bits)
 
 
 def distance(truth: Tensor, model: GPTNeoXForCausalLM, windows: Tensor) -> dict[str, float]:
     """KL, perplexity and top-1 agreement on the windows, whose true log-probabilities are (n, context - 1, vocabulary)."""
-    loss, kl, same, count = 0.0, 0.0, 0, 0
-    for window, wanted, found in zip(windows, truth, log_probabilities(model, windows), strict=True):
-        loss -= float(found.gather(1, window[1:, None]).double().sum())
-        kl += float((wanted.exp().double() * (wanted.double() - found.double())).sum())
-        same += int((wanted.argmax(1) == found.argmax(1)).sum())
-        count += len(window) - 1
-    return {"perplexity": math.exp(loss / count), "kl": kl / count, "top1": same / count}
+    found = quality.measure(model, windows, quality.log_probabilities(model, windows), iter(truth), "")
+    return {"perplexity": found.perplexity, "kl": found.kl, "top1": found.top1}
 
 
 def with_outliers(model: Path, out: Path) -> Path:

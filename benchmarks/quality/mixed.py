@@ -8,10 +8,7 @@ lose there if its layers were chosen at random, since KL adds up over layers. Ac
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-import sys
 import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -20,6 +17,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.common import DEMO, command_line, write_json
 from benchmarks.quality.formats import with_outliers
 from neox_lite import GPTNeoXForCausalLM
 from neox_lite.formats import GroupInt, label, make_format
@@ -28,7 +26,6 @@ from neox_lite.loading.quantize import encode
 from neox_lite_app.demo import CONTEXT
 from neox_lite_app.evaluation.quality import cut, log_probabilities, quality_of
 from neox_lite_app.evaluation.quality import measure as measure_of
-from neox_lite_app.paths import DEMO
 from neox_lite_quant import convert
 from neox_lite_quant.mixed import FORMATS, choose, stored_bytes
 
@@ -39,12 +36,9 @@ ALONE_WINDOWS = 24
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="also write the JSON there")
-    args = parser.parse_args()
+    args = command_line(__doc__).parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        outliers = with_outliers(DEMO, Path(scratch) / "outliers")
-        models = {"bundled demo": DEMO, "with outliers": outliers}
+        models = {"bundled demo": DEMO, "with outliers": with_outliers(DEMO, Path(scratch) / "outliers")}
         rows = [
             {"model": name, "method": method, **row}
             for name, folder in models.items()
@@ -52,11 +46,8 @@ def main() -> None:
             for row in measure(folder, method, Path(scratch) / "quantized")
         ]
         added = [{"model": name, **adding(folder)} for name, folder in models.items()]
-    result = json.dumps({"context": CONTEXT, "torch": torch.__version__, "rows": rows, "alone": added}, indent=1)
-    print(result)
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(result + "\n")
+        write_json(args.out, {"context": CONTEXT, "torch": torch.__version__, "rows": rows, "alone": added})
 
 
 def measure(folder: Path, method: str, out: Path) -> list[dict[str, Any]]:
@@ -67,7 +58,7 @@ def measure(folder: Path, method: str, out: Path) -> list[dict[str, Any]]:
         report = convert(folder, out, method=method, **options)
         quality = asdict(quality_of(source, GPTNeoXForCausalLM.from_pretrained(out, exact=True), windows, name))
         size = sum(file.stat().st_size for file in out.iterdir())
-        print(f"{method:<8} {name:<24} {size} bytes  KL {quality['kl']:.6f}", file=sys.stderr, flush=True)
+        print(f"{method:<8} {name:<24} {size} bytes  KL {quality['kl']:.6f}", flush=True)
         found = {key: quality[key] for key in ("bits_per_weight", "kl", "kl_error", "perplexity", "top1")}
         return {"name": name, "folder_bytes": size, "mix": report.mix, **found}
 
@@ -106,7 +97,7 @@ def adding(folder: Path) -> dict[str, Any]:
     g64 = dict.fromkeys(linears, GroupInt(4, 64))
     best = choose(alone, model.config, torch.float16, stored_bytes(g64, model.config, torch.float16))
     gain = sum(alone[n][f] for n, f in best.items()) / found["int4 g64"]["sum"]
-    print(f"best at the size of int4 g64: {gain:.3f} of its KL; {found}", file=sys.stderr, flush=True)
+    print(f"best at the size of int4 g64: {gain:.3f} of its KL; {found}", flush=True)
     return {"windows": ALONE_WINDOWS, "method": "mse", "formats": found, "best_mix_at_int4_g64": gain}
 
 

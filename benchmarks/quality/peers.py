@@ -92,9 +92,8 @@ def _hqq(weights: dict[str, Tensor], group_size: int) -> Encoded:
 
     found = {}
     for name, weight in weights.items():
-        codes, state = Quantizer.quantize(
-            weight, nbits=4, group_size=group_size, axis=1, device="cpu", compute_dtype=torch.float32
-        )
+        how = {"nbits": 4, "group_size": group_size, "axis": 1, "device": "cpu", "compute_dtype": torch.float32}
+        codes, state = Quantizer.quantize(weight, **how)
         state |= {key: state[key].half().float() for key in ("scale", "zero")}  # as they are stored
         found[name] = Quantizer.dequantize(codes, state).float()
     return found, 4 + 32 / group_size, ""

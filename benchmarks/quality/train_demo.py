@@ -1,20 +1,24 @@
 """Train the demo checkpoint: a 4-layer GPT-NeoX with a tokenizer of its own, from one small text file, on a CPU.
 
     python -m benchmarks.quality.train_demo --text shakespeare.txt --out demo --epochs 32 --threads 1
+    python -m benchmarks.quality.train_demo --standard-library --out other --minutes 15 --threads 1
 
 The text is cut at blank lines into 90 % training, 5 % validation and 5 % held out, in that order. The tokenizer and
 the weights see the training part only; the validation part chooses which checkpoint is kept; the held-out part is
 written to ``heldout.txt`` and scored once, at the end, from the fp16 files as saved. The same ``--seed``, ``--epochs``
 and ``--threads`` give the same weights on the same machine; with ``--minutes`` the result depends on its speed.
 
+The second model of formats.py, which is not committed, has seen the .py files at the top of the running Python's standard
+library, shuffled with a fixed seed so that training and held-out parts are alike, 3 MB of them.
 Needs ``transformers`` (``pip install neox-lite[test]``), for the model to train only.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
+import random
+import sysconfig
 import time
 from pathlib import Path
 
@@ -24,8 +28,22 @@ from safetensors.torch import save as to_bytes
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+from benchmarks.common import command_line, write_json
+
 CONTEXT = 512
+LIBRARY_BYTES = 3_000_000
 EOT, PAD = "<|endoftext|>", "<|padding|>"
+ROTARY = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
+
+
+def standard_library() -> str:
+    """Modules one after another, a blank line between, up to about LIBRARY_BYTES."""
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    random.Random(0).shuffle(files)
+    texts: list[str] = []
+    while sum(map(len, texts)) <= LIBRARY_BYTES and len(texts) < len(files):
+        texts.append(files[len(texts)].read_text(encoding="utf-8").strip())
+    return "\n\n".join(texts) + "\n"
 
 
 def split_text(text: str) -> tuple[str, str, str]:
@@ -116,10 +134,6 @@ def score(model: GPTNeoXForCausalLM, ids: list[int], window: int, bf16: bool = F
     return nats / count
 
 
-def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
 def save(model: GPTNeoXForCausalLM, out: Path) -> None:
     """fp16 weights and a config.json that both older and newer transformers read."""
     tensors = {
@@ -127,44 +141,24 @@ def save(model: GPTNeoXForCausalLM, out: Path) -> None:
         for name, tensor in model.state_dict().items()
     }
     (out / "model.safetensors").write_bytes(to_bytes(tensors, metadata={"format": "pt"}))
-    config = model.config
-    write_json(
-        out / "config.json",
-        {
-            "architectures": ["GPTNeoXForCausalLM"],
-            "model_type": "gpt_neox",
-            "vocab_size": config.vocab_size,
-            "hidden_size": config.hidden_size,
-            "num_hidden_layers": config.num_hidden_layers,
-            "num_attention_heads": config.num_attention_heads,
-            "intermediate_size": config.intermediate_size,
-            "max_position_embeddings": config.max_position_embeddings,
-            "hidden_act": config.hidden_act,
-            "layer_norm_eps": config.layer_norm_eps,
-            "initializer_range": config.initializer_range,
-            "use_parallel_residual": config.use_parallel_residual,
-            "attention_bias": True,
-            "attention_dropout": 0.0,
-            "hidden_dropout": 0.0,
-            "tie_word_embeddings": False,
-            "use_cache": True,
-            "bos_token_id": 0,
-            "eos_token_id": 0,
-            "pad_token_id": 1,
-            "rotary_pct": 0.25,  # this and the next line: transformers 4; rope_parameters: transformers 5
-            "rotary_emb_base": 10000,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
-            "torch_dtype": "float16",
-            "dtype": "float16",
-        },
-    )
-    write_json(out / "generation_config.json", {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1})
+    same = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act")
+    same += ("max_position_embeddings", "layer_norm_eps", "initializer_range", "use_parallel_residual")
+    ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
+    config = {"architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox"}
+    config |= {key: getattr(model.config, key) for key in same}
+    config |= {"attention_bias": True, "attention_dropout": 0.0, "hidden_dropout": 0.0, "tie_word_embeddings": False}
+    config |= {"use_cache": True, **ends}
+    # The first two of these, and torch_dtype, are read by transformers 4; the others by transformers 5.
+    config |= {"rotary_pct": 0.25, "rotary_emb_base": 10000, "rope_parameters": ROTARY}
+    write_json(out / "config.json", config | {"torch_dtype": "float16", "dtype": "float16"})
+    write_json(out / "generation_config.json", ends)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, required=True, help="the text, UTF-8")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint, tokenizer and heldout.txt")
+    parser = command_line(__doc__)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--text", type=Path, help="the text, UTF-8")
+    source.add_argument("--standard-library", action="store_true", help="Python's own text instead")
     parser.add_argument("--epochs", type=float, default=32.0, help="passes over the training tokens")
     parser.add_argument("--minutes", type=float, default=math.inf, help="end after this long, if that comes first")
     parser.add_argument("--seed", type=int, default=0)
@@ -180,12 +174,15 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
-    train_text, valid_text, heldout_text = split_text(args.text.read_text(encoding="utf-8"))
+    # 1. The text, the tokenizer and the batches.
+    text = standard_library() if args.standard_library else args.text.read_text(encoding="utf-8")
+    train_text, valid_text, heldout_text = split_text(text)
     (args.out / "heldout.txt").write_text(heldout_text, encoding="utf-8")
     tokenizer = train_tokenizer(train_text, args.vocab, args.out)
     valid = tokenizer.encode(valid_text).ids
     batches = Batches(tokenizer, train_text, args.batch, args.seed)
 
+    # 2. The model and its optimizer.
     config = GPTNeoXConfig(
         vocab_size=math.ceil((tokenizer.get_vocab_size() + 8) / 128) * 128,
         hidden_size=256,
@@ -193,7 +190,7 @@ def main() -> None:
         num_attention_heads=4,
         intermediate_size=1024,
         max_position_embeddings=CONTEXT,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+        rope_parameters=ROTARY,
         hidden_dropout=args.dropout,
         attention_dropout=args.dropout,
         bos_token_id=0,
@@ -201,19 +198,15 @@ def main() -> None:
     )
     config._attn_implementation = "eager"  # on a CPU, the fastest one that has dropout
     model = GPTNeoXForCausalLM(config).train()
-    decay = [p for p in model.parameters() if p.ndim > 1]
-    rest = [p for p in model.parameters() if p.ndim == 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], betas=(0.9, 0.98)
-    )
+    groups = [{"params": [p for p in model.parameters() if (p.ndim > 1) == wide]} for wide in (True, False)]
+    groups[0]["weight_decay"], groups[1]["weight_decay"] = 0.1, 0.0
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
     steps = round(args.epochs * len(batches.ids) / (args.batch * CONTEXT))
     warmup, every = min(150, steps // 10), max(1, steps // 25)
-    print(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {tokenizer.get_vocab_size()} "
-        f"(model {config.vocab_size}), {len(batches.ids):,} training tokens, {steps} steps",
-        flush=True,
-    )
+    sizes = f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {tokenizer.get_vocab_size()}"
+    print(f"{sizes} (model {config.vocab_size}), {len(batches.ids):,} training tokens, {steps} steps", flush=True)
 
+    # 3. Steps; the checkpoint with the least validation loss is kept.
     best, running, began = math.inf, 0.0, time.monotonic()
     step, seen, progress = 0, 0, 0.0
     while progress < 1:
@@ -238,20 +231,18 @@ def main() -> None:
                 best = valid_loss
                 save(model, args.out)
             speed, left = step * args.batch * CONTEXT / elapsed, elapsed * max(0, 1 - progress) / progress / 60
-            print(
-                f"step {step}/{steps}  train {running / seen:.4f}  valid {valid_loss:.4f}{' kept' if kept else ''}  "
-                f"{speed:,.0f} tokens/s  ETA {left:.1f} min",
-                flush=True,
-            )
+            losses = f"train {running / seen:.4f}  valid {valid_loss:.4f}{' kept' if kept else ''}"
+            print(f"step {step}/{steps}  {losses}  {speed:,.0f} tokens/s  ETA {left:.1f} min", flush=True)
             running, seen = 0.0, 0
 
+    # 4. What was kept, on text that nothing has seen.
     model = GPTNeoXForCausalLM.from_pretrained(args.out, dtype=torch.float32)
     ids = tokenizer.encode(heldout_text).ids
     nats = score(model, ids, 256)
-    print(
-        f"held out: {len(ids):,} tokens, loss {nats:.4f}, perplexity {math.exp(nats):.3f}, "
-        f"{nats * len(ids) / len(heldout_text):.4f} nats a character; trained {(time.monotonic() - began) / 60:.1f} min"
+    loss = (
+        f"loss {nats:.4f}, perplexity {math.exp(nats):.3f}, {nats * len(ids) / len(heldout_text):.4f} nats a character"
     )
+    print(f"held out: {len(ids):,} tokens, {loss}; trained {(time.monotonic() - began) / 60:.1f} min")
 
 
 if __name__ == "__main__":
