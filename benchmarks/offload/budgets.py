@@ -11,53 +11,48 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import statistics
 import subprocess
 import threading
 import time
-from pathlib import Path
+from itertools import product
 from typing import Any
 
-from benchmarks.common import environment, model_folder, module
+from benchmarks.common import command_line, environment, model_folder, module, status_bytes, words, write_json
 
 DECODE_TOKENS = 16
 SAMPLE_S = 0.02
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--scratch", type=Path, required=True, help="where models are kept between runs")
-    parser.add_argument("--shapes", default="pythia-160m,pythia-1.4b,pythia-6.9b,20b")
+    parser = command_line(__doc__, scratch="offload")
+    parser.add_argument("--shapes", type=words, default=["pythia-160m", "pythia-1.4b", "pythia-6.9b", "20b"])
     parser.add_argument("--format", choices=("int4", "int8", "fp16"), default="int4")
     parser.add_argument("--context", type=int, default=1024)
-    parser.add_argument("--cpu-memory", default="", help="budgets, comma between; default: what is free")
-    parser.add_argument("--gpu-memory", default="", help="likewise")
+    parser.add_argument("--cpu-memory", type=words, default=[""], help="budgets, comma between; default: what is free")
+    parser.add_argument("--gpu-memory", type=words, default=[""], help="likewise")
     parser.add_argument("--kv", choices=("fp16", "int8"))
     parser.add_argument("--decode", type=int, default=DECODE_TOKENS)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--name", default="offload")
+    parser.add_argument("--name", default="offload", help="of the JSON in the folder --out")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case:
         print(json.dumps(measure(**json.loads(args.case))))
         return
     rows = []
-    for shape in args.shapes.split(","):
+    for shape in args.shapes:
         folder = model_folder(shape, args.format, args.scratch)
-        for gpu in args.gpu_memory.split(","):
-            for cpu in args.cpu_memory.split(","):
-                case = {"folder": str(folder), "context": args.context, "kv": args.kv, "decode": args.decode}
-                case["limits"] = {where: size for where, size in (("cuda", gpu), ("cpu", cpu)) if size}
-                rows.append({"shape": shape, "format": args.format, **run(case), "folder": folder.name})
-                print(line(rows[-1]), flush=True)
+        for gpu, cpu in product(args.gpu_memory, args.cpu_memory):
+            case = {"folder": str(folder), "context": args.context, "kv": args.kv, "decode": args.decode}
+            case["limits"] = {where: size for where, size in (("cuda", gpu), ("cpu", cpu)) if size}
+            rows.append({"shape": shape, "format": args.format, **run(case), "folder": folder.name})
+            print(line(rows[-1]), flush=True)
     if args.out:
-        target = args.out / f"{args.name}.json"
-        target.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+        write_json(args.out / f"{args.name}.json", {"machine": machine(), "rows": rows})
 
 
 def run(case: dict[str, Any]) -> dict[str, Any]:
-    command = module("offload.budgets", "--scratch", ".", "--case", json.dumps(case))
+    command = module("offload.budgets", "--case", json.dumps(case))
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     if done.returncode:
         return {**case, "error": (done.stderr.strip().splitlines() or ["no word"])[-1]}
@@ -129,9 +124,9 @@ class Counters:
             self._look()
 
     def _look(self) -> None:
-        text = Path("/proc/self/status").read_text()
-        held = {kind: int(kib) << 10 for kind, kib in re.findall(r"^Rss(Anon|File|Shmem):\s*(\d+) kB", text, re.M)}
-        now = {"cpu": sum(held.values()), "cpu_anonymous": held["Anon"] + held["Shmem"], "cpu_files": held["File"]}
+        found = status_bytes(anonymous="RssAnon", files="RssFile", shared="RssShmem")
+        private = found["anonymous"] + found["shared"]
+        now = {"cpu": private + found["files"], "cpu_anonymous": private, "cpu_files": found["files"]}
         self.found = {key: max(value, self.found.get(key, 0)) for key, value in now.items()}
 
     def __exit__(self, *_: object) -> None:

@@ -21,17 +21,16 @@ import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import ROOT, environment, machine
+from benchmarks.common import ROOT, command_line, environment, machine, write_json
 from benchmarks.peers.cpu import engine
 
 READY_S = 300
@@ -83,27 +82,26 @@ def running(name: str, command: list[str], port: int, log: Path, checkout: Path 
                 time.sleep(0.5)
         yield server
     finally:
-        server_group = process.pid
         for which in (signal.SIGCONT, signal.SIGKILL):
-            try:
-                os.killpg(server_group, which)
-            except ProcessLookupError:
-                break
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, which)
         process.wait()
 
 
-async def ask(url: str, prompt: str, tokens: int) -> Sample:
-    """One streamed completion, read from the bare connection, so that the client takes little of the machine.
-
-    Its tokens are what the server's usage says, or else its events.
-    """
-    body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True}
-    text = json.dumps({**body, "stream_options": {"include_usage": True}}).encode()
-    host = url.removeprefix("http://").partition("/")[0]
+async def post(url: str, body: dict[str, Any]) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A completion that is asked for on a connection of its own, so that the client takes little of the machine."""
+    host, text = url.removeprefix("http://").partition("/")[0], json.dumps(body).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nConnection: close\r\n"
-    began, times, usage = time.perf_counter(), [], 0
     reader, writer = await asyncio.open_connection(*host.split(":"))
     writer.write(f"{head}Content-Length: {len(text)}\r\n\r\n".encode() + text)
+    return reader, writer
+
+
+async def ask(url: str, prompt: str, tokens: int) -> Sample:
+    """One streamed completion. Its tokens are what the server's usage says, or else its events."""
+    body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True}
+    began, times, usage = time.perf_counter(), [], 0
+    reader, writer = await post(url, {**body, "stream_options": {"include_usage": True}})
     if b" 200 " not in (status := await reader.readline()):
         raise RuntimeError(f"{url}: {status!r} {(await reader.read())[:500]!r}")
     while line := await reader.readline():
@@ -173,37 +171,26 @@ def median(rounds: list[dict[str, float]]) -> dict[str, float]:
 
 def openvino(args: argparse.Namespace) -> dict[int, float]:
     """Tokens a second of OpenVINO's bare decoding, by sequences; its process runs only while it is asked."""
-    own = sys.executable
-    sys.executable = str(args.peers_python)
-    try:
-        worker = engine("openvino-int4", args, args.openvino)
-        found = {
-            n: statistics.median(worker.ask(f"batch {n} {args.tokens}")["tokens_per_s"] for _ in range(args.rounds))
-            for n in args.clients
-        }
-        worker.close()
-    finally:
-        sys.executable = own
-    return found
+    with closing(engine("openvino-int4", args, args.openvino, python=str(args.peers_python))) as worker:
+
+        def rate(sequences: int) -> float:
+            return worker.ask(f"batch {sequences} {args.tokens}")["tokens_per_s"]
+
+        return {n: statistics.median(rate(n) for _ in range(args.rounds)) for n in args.clients}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, rounds=3, threads=True, scratch="serving")
     parser.add_argument("--neox-lite", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="the same model for llama-cpp-python's server")
     parser.add_argument("--openvino", type=Path, metavar="HOME", help="where peers/cpu.py keeps the same shape")
     parser.add_argument("--peers-python", type=Path, default=Path(sys.executable))
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="tokenizer.json for a folder that has none")
     parser.add_argument("--clients", type=lambda t: [int(n) for n in t.split(",")], default=[1, 4, 16, 64])
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--prompt", type=int, default=64, metavar="WORDS")
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--context", type=int, help="tokens a sequence may hold, default the model's own")
-    logs = Path(tempfile.gettempdir()) / "neox-lite-serving"
-    parser.add_argument("--scratch", type=Path, default=logs, help="for the servers' logs")
-    parser.add_argument("--out", type=Path, help="JSON to write")
     args = parser.parse_args()
     if args.tokenizer and not (args.neox_lite / "tokenizer.json").exists():
         (args.neox_lite / "tokenizer.json").write_bytes(args.tokenizer.read_bytes())
@@ -220,16 +207,12 @@ def main() -> int:
     for clients, rate in bare.items():
         print(f"openvino, bare     {clients:>3} sequences {rate:8.1f} tokens/s")
     if args.out:
-        rows = [
-            {"server": s.name, "clients": n, **median(rounds), "rounds": rounds}
-            for s in servers
-            for n, rounds in s.rounds.items()
-        ]
-        settings = {
-            k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("out", "scratch")
-        }
-        text: dict[str, Any] = {"machine": machine(), "settings": settings, "rows": rows, "openvino_tokens_per_s": bare}
-        args.out.write_text(json.dumps(text, indent=1) + "\n")
+        rounds = [(server.name, n, found) for server in servers for n, found in server.rounds.items()]
+        rows = [{"server": name, "clients": n, **median(found), "rounds": found} for name, n, found in rounds]
+        given = {key: value for key, value in vars(args).items() if key not in ("out", "scratch")}
+        settings = {key: str(value) if isinstance(value, Path) else value for key, value in given.items()}
+        about = {"machine": machine(), "settings": settings}
+        write_json(args.out, {**about, "rows": rows, "openvino_tokens_per_s": bare})
     return 0
 
 
@@ -245,17 +228,8 @@ def own_command(args: argparse.Namespace) -> tuple[list[str], int]:
 def llama_command(args: argparse.Namespace) -> tuple[list[str], int]:
     port = free_port()
     command = [str(args.peers_python), "-m", "llama_cpp.server", "--model", str(args.gguf), "--port", str(port)]
-    threads = ["--n_threads", str(args.threads), "--n_threads_batch", str(args.threads)]
-    return [
-        *command,
-        *threads,
-        "--n_ctx",
-        str(args.context or 2048),
-        "--flash_attn",
-        "True",
-        "--interrupt_requests",
-        "False",
-    ], port
+    command += ["--n_threads", str(args.threads), "--n_threads_batch", str(args.threads), "--flash_attn", "True"]
+    return [*command, "--n_ctx", str(args.context or 2048), "--interrupt_requests", "False"], port
 
 
 if __name__ == "__main__":

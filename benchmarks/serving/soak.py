@@ -22,38 +22,27 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from benchmarks.common import ROOT, machine
-from benchmarks.serving.load import Server, free_port, running
+from benchmarks.common import DEMO, command_line, machine, status_bytes, write_json
+from benchmarks.serving.load import Server, free_port, post, running
 
-DEMO = ROOT / "app" / "neox_lite_app" / "demo_model"
 NAMES = ("ROMEO", "JULIET", "KING HENRY", "OPHELIA", "MACBETH", "PORTIA", "VIOLA", "DUKE")
 LEAVE = 0.1  # of the answers are left in the middle
 TOKENS = 48
 
 
-async def post(url: str, body: dict[str, Any], leave_after: int | None = None) -> dict[str, Any] | None:
-    """A completion; None where it was left after so many bytes."""
-    host = url.removeprefix("http://").partition("/")[0]
-    reader, writer = await asyncio.open_connection(*host.split(":"))
-    text = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nConnection: close\r\n"
-    writer.write(f"{head}Content-Length: {len(text)}\r\n\r\n".encode() + text)
-    try:
-        if leave_after is not None:
-            await reader.read(leave_after)
-            return None
-        found = await reader.read()
-    finally:
-        writer.close()
+async def answer(url: str, body: dict[str, Any]) -> tuple[str, str | None]:
+    """The status of a completion, and its text."""
+    reader, writer = await post(url, body)
+    found = await reader.read()
+    writer.close()
     status = found.split(b" ", 2)[1].decode()
-    return {"status": status, "body": json.loads(found.partition(b"\r\n\r\n")[2]) if status == "200" else None}
+    whole = json.loads(found.partition(b"\r\n\r\n")[2]) if status == "200" else None
+    return status, whole and whole["choices"][0]["text"]
 
 
 def question(number: int) -> dict[str, Any]:
@@ -65,23 +54,18 @@ async def client(server: Server, number: int, expected: list[str], ends: float, 
     draw = random.Random(number)
     while time.monotonic() < ends:
         if draw.random() < LEAVE:
-            await post(server.url, {**question(number), "stream": True}, leave_after=draw.randrange(1, 4000))
+            reader, writer = await post(server.url, {**question(number), "stream": True})
+            await reader.read(draw.randrange(1, 4000))
+            writer.close()
             counts["left in the middle"] += 1
             continue
-        found = await post(server.url, question(number))
-        assert found is not None
-        if found["body"] is None:
-            counts[f"refused with {found['status']}"] += 1
+        status, text = await answer(server.url, question(number))
+        if text is None:
+            counts[f"refused with {status}"] += 1
             continue
-        text = found["body"]["choices"][0]["text"]
         counts["answers"] += 1
         if text != expected[number]:
             counts["answers of another client" if text in expected else "answers rounded another way"] += 1
-
-
-def own_memory(pid: int) -> int:
-    status = Path(f"/proc/{pid}/status").read_text()
-    return sum(int(kib) << 10 for kib in re.findall(r"^Rss(?:Anon|Shmem):\s*(\d+) kB", status, re.MULTILINE))
 
 
 async def watch(server: Server, ends: float, seen: list[tuple[int, int]]) -> None:
@@ -91,7 +75,8 @@ async def watch(server: Server, ends: float, seen: list[tuple[int, int]]) -> Non
         while time.monotonic() < ends:
             text = (await http.get(metrics)).text
             cache = re.search(r'^neox_lite_memory_bytes{tier="cache_cpu"} (.*)$', text, re.MULTILINE)
-            seen.append((own_memory(server.process.pid), int(float(cache[1])) if cache else 0))
+            own = sum(status_bytes(server.process.pid, anonymous="RssAnon", shared="RssShmem").values())
+            seen.append((own, int(float(cache[1])) if cache else 0))
             await asyncio.sleep(1)
 
 
@@ -107,10 +92,8 @@ async def pages(url: str, count: int, ends: float, counts: Counter[str]) -> None
             page = await (await browser.new_context()).new_page()
             await page.goto(url)
             await page.get_by_role("tab", name="Chat").click()
-            message, stop = (
-                page.get_by_label("Message", exact=True),
-                page.get_by_role("button", name="Stop", exact=True),
-            )
+            message = page.get_by_label("Message", exact=True)
+            stop = page.get_by_role("button", name="Stop", exact=True)
             for turn in itertools.count():
                 if time.monotonic() >= ends:
                     break
@@ -136,8 +119,7 @@ async def pages(url: str, count: int, ends: float, counts: Counter[str]) -> None
 
 
 async def soak(server: Server, args: argparse.Namespace) -> dict[str, Any]:
-    answers = [await post(server.url, question(number)) for number in range(args.clients)]
-    expected = [found["body"]["choices"][0]["text"] for found in answers if found and found["body"]]
+    expected = [(await answer(server.url, question(number)))[1] or "" for number in range(args.clients)]
     counts: Counter[str] = Counter()
     seen: list[tuple[int, int]] = []
     ends = time.monotonic() + 60 * args.minutes
@@ -158,29 +140,24 @@ async def soak(server: Server, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def served(with_page: bool, scratch: Path) -> Iterator[Server]:
-    port = free_port()
-    os.environ["NEOX_LITE_DATA"] = str(scratch / "data")  # conversations of the pages
-    command = [sys.executable, "-m", "neox_lite_app", "serve", str(DEMO), "--port", str(port), "--device", "cpu"]
-    command += [] if with_page else ["--no-page"]
-    with running("neox-lite", command, port, scratch / "server.log") as server:
-        yield server
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--pages", type=int, default=16)
-    parser.add_argument("--out", type=Path, help="JSON to write")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch, served(args.pages > 0, Path(scratch)) as server:
-        found = asyncio.run(soak(server, args))
+    port = free_port()
+    command = [sys.executable, "-m", "neox_lite_app", "serve", str(DEMO), "--port", str(port), "--device", "cpu"]
+    command += [] if args.pages else ["--no-page"]
+    with tempfile.TemporaryDirectory() as scratch:
+        # Conversations of the pages.
+        os.environ["NEOX_LITE_DATA"] = f"{scratch}/data"
+        with running("neox-lite", command, port, Path(scratch) / "server.log") as server:
+            found = asyncio.run(soak(server, args))
     print(json.dumps(found, indent=1))
     if args.out:
         settings = {"minutes": args.minutes, "clients": args.clients, "pages": args.pages}
-        args.out.write_text(json.dumps({"machine": machine(), "settings": settings, **found}, indent=1) + "\n")
+        write_json(args.out, {"machine": machine(), "settings": settings, **found})
 
 
 if __name__ == "__main__":
