@@ -11,6 +11,7 @@ from weakref import WeakSet
 import pytest
 import torch
 from support import peers
+from support.checkpoints import change_json, change_tensors
 from support.fake_hub import FakeHub
 from support.peers import difference, random_ids
 from support.simulated_accelerator import SimulatedAccelerator
@@ -88,19 +89,6 @@ def changed(every, tmp_path):
     return folder
 
 
-def set_keys(folder, **keys):
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
-
-
-def set_tensors(folder, change):
-    from safetensors.torch import load_file, save_file
-
-    tensors = load_file(folder / "adapter_model.safetensors")
-    change(tensors)
-    save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
-
-
 def load(base, adapter, **options):
     return GPTNeoXForCausalLM.from_pretrained(base, **{"adapter": adapter, "exact": True, **options})
 
@@ -174,7 +162,7 @@ def test_other_classes_take_the_head_that_the_adapter_brings(tmp_path, cls, task
     for name in names.get(cls, ["logits"]):
         assert difference(getattr(seen, name), getattr(expected, name)) < EQUAL
     if task == "SEQ_CLS":  # a class leaves the heads of others alone
-        set_keys(tmp_path / "adapter", task_type="CAUSAL_LM")
+        change_json(tmp_path / "adapter" / "adapter_config.json", task_type="CAUSAL_LM")
         assert load(tmp_path / "base", tmp_path / "adapter").adapter is not None
 
 
@@ -376,16 +364,16 @@ def test_an_adapter_s_folder_stands_for_its_base_with_it(every, changed, tmp_pat
     model = GPTNeoXForCausalLM.from_pretrained(adapter)
     assert difference(logits(model), logits(theirs)) < EQUAL
     assert model.adapter.name == str(adapter) and model.source.folder == base
-    set_keys(changed, base_model_name_or_path=str(tmp_path / "gone"))
+    change_json(changed / "adapter_config.json", base_model_name_or_path=str(tmp_path / "gone"))
     with pytest.raises(
         CheckpointError, match=r"changed: an adapter whose base model cannot be had: .*gone': no such folder; pass"
     ):
         GPTNeoXForCausalLM.from_pretrained(changed)
     assert difference(logits(load(base, changed)), logits(theirs)) < EQUAL
-    set_keys(changed, base_model_name_or_path=None)
+    change_json(changed / "adapter_config.json", base_model_name_or_path=None)
     with pytest.raises(CheckpointError, match="names no base model; pass that model, and adapter="):
         GPTNeoXForCausalLM.from_pretrained(changed)
-    set_keys(changed, base_model_name_or_path=str(adapter))
+    change_json(changed / "adapter_config.json", base_model_name_or_path=str(adapter))
     with pytest.raises(ConfigError, match="holds a LoRA adapter and no model"):
         GPTNeoXForCausalLM.from_pretrained(changed)
     shutil.copytree(base, changed, dirs_exist_ok=True)
@@ -455,7 +443,7 @@ def test_hub_ids_work_in_both_places(every, hub, capsys):
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_settings_that_cannot_be_honoured_are_refused_by_name(every, changed, keys, message):
-    set_keys(changed, **keys)
+    change_json(changed / "adapter_config.json", **keys)
     with pytest.raises(
         (UnsupportedError, ConfigError, CheckpointError), match=f"adapter_config.json: {message}"
     ) as raised:
@@ -484,7 +472,7 @@ FIRST = "base_model.model.gpt_neox.layers.0.attention.dense.lora_A.weight"
     ids=["missing", "shape", "dtype", "layer", "module", "kind", "head", "nan"],
 )  # fmt: skip
 def test_tensors_that_do_not_fit_are_named(every, changed, change, message):
-    set_tensors(changed, change)
+    change_tensors(changed / "adapter_model.safetensors", change)
     with pytest.raises((CheckpointError, UnsupportedError), match=message) as raised:
         load(every[0], changed)
     assert "adapter_model.safetensors: " in str(raised.value) and "\n" not in str(raised.value)
@@ -524,7 +512,7 @@ def test_an_adapter_of_another_size_is_refused(tmp_path, every):
 
 
 def test_values_beyond_float16_are_refused_there(every, changed):
-    set_tensors(changed, lambda t: t[FIRST].fill_(1e5))
+    change_tensors(changed / "adapter_model.safetensors", lambda t: t[FIRST].fill_(1e5))
     assert load(every[0], changed).dtype == torch.float32
     with pytest.raises(neox_lite.NeoxLiteError, match=r"layers.0.attention.dense: holds values that overflow float16"):
         load(every[0], changed, dtype="float16")

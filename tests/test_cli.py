@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.checkpoints import flip
+from support.checkpoints import change_json, flip
 from support.commands import PIPES, ROOT, command, environment, run_python, start
 
 from neox_lite import GPTNeoXForCausalLM
@@ -147,10 +147,8 @@ def test_generate_with_drafts_prints_the_same_text_and_counts_them(run, demo_int
 
 
 def test_what_is_wrong_with_a_draft_is_said_of_the_draft(run, demo_int4, tmp_path, monkeypatch):
-    narrow = tmp_path / "narrow"
-    shutil.copytree(DEMO, narrow)
-    config = json.loads((narrow / "config.json").read_text())
-    (narrow / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 256}))
+    narrow = shutil.copytree(DEMO, tmp_path / "narrow")
+    change_json(narrow / "config.json", max_position_embeddings=256)
     words = ("generate", demo_int4, "--prompt", "O, ", "--context", 300, "--cpu-memory", "64GB")
     for draft, message in ((narrow, "context is 300, but"), ("/no/such/folder", "no such folder")):
         code, _, err = run(*words, "--draft", draft)

@@ -1,12 +1,12 @@
 """serve --engine vllm: the command line that an installed vLLM would get, recorded by a stand-in; never run on a GPU."""
 
-import json
 import os
 import shutil
 from pathlib import Path
 
 import jinja2
 import pytest
+from support.checkpoints import change_json
 from support.commands import start
 
 from neox_lite_app.cli import build_parser, main
@@ -139,10 +139,8 @@ def test_every_argument_of_serve_is_handed_over_or_said():
 
 
 def test_a_template_of_the_folder_stays_its_own(serve, tmp_path):
-    folder = tmp_path / "own"
-    shutil.copytree(DEMO, folder)
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": "{{ messages }}"}))
+    folder = shutil.copytree(DEMO, tmp_path / "own")
+    change_json(folder / "tokenizer_config.json", chat_template="{{ messages }}")
     assert "--chat-template" not in flags(serve(folder)[0])
     assert "--chat-template" in flags(serve(folder, "--form", "dolly")[0])
 

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from support.checkpoints import change_tensors
 from support.peers import difference, opened_by_transformers, peer, random_ids
 
 from neox_lite import GPTNeoXForCausalLM
@@ -208,11 +209,8 @@ def test_groups_of_another_format_are_refused(tmp_path, kind):
 @pytest.mark.parametrize("key", ["weight_zero_point", "weight_g_idx"])
 def test_tensors_that_the_config_does_not_announce_are_refused_by_name(tmp_path, key):
     folder = write(tmp_path / "m", [(["Linear"], INT4)])
-    from safetensors.torch import load_file, save_file
-
-    tensors = load_file(folder / "model.safetensors")
-    tensors[f"gpt_neox.layers.0.{UP}.{key}"] = torch.zeros(4, dtype=torch.int32)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    extra = {f"gpt_neox.layers.0.{UP}.{key}": torch.zeros(4, dtype=torch.int32)}
+    change_tensors(folder / "model.safetensors", lambda tensors: tensors | extra)
     with pytest.raises(NeoxLiteError, match=rf"unexpected: gpt_neox.layers.0.{UP}.{key}"):
         GPTNeoXForCausalLM.from_pretrained(folder)
 

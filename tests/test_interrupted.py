@@ -16,8 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from support.checkpoints import digests
+from support.checkpoints import change_tensors, digests
 from support.checkpoints import write_source as write_model
 from support.commands import environment, run_python
 from support.often import TIMES, times
@@ -225,10 +224,7 @@ def tensors(change):
     """Rewrite the file that holds WEIGHT."""
 
     def damage(source):
-        path = source / json.loads((source / INDEX).read_text())["weight_map"][WEIGHT]
-        state = load_file(path)
-        change(state)
-        save_file(state, path)
+        change_tensors(source / json.loads((source / INDEX).read_text())["weight_map"][WEIGHT], change)
 
     return damage
 

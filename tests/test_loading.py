@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from support.checkpoints import change_json, change_tensors
 from support.peers import TINY, difference, ours, pair, peer, random_ids
 from torch import Tensor
 
@@ -46,19 +47,6 @@ def outputs(model: Any, ids: Tensor = IDS) -> Tensor:
     if hasattr(found, "start_logits"):
         return torch.stack((found.start_logits, found.end_logits))
     return found.last_hidden_state if "last_hidden_state" in found else found.logits
-
-
-def rewrite(folder: Path, change: Any) -> Path:
-    """Apply `change` to the state dict of a folder with one safetensors file."""
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
-def set_config(folder: Path, **keys: Any) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
 
 
 @pytest.fixture
@@ -148,7 +136,7 @@ def test_a_language_model_opens_a_base_checkpoint_only_where_its_head_is_tied(tm
     reference = peer(tie_word_embeddings=True)
     reference.gpt_neox.save_pretrained(tmp_path)
     assert difference(outputs(GPTNeoXForCausalLM.from_pretrained(tmp_path)), outputs(reference)) <= EQUAL
-    set_config(tmp_path, tie_word_embeddings=False)
+    change_json(tmp_path / "config.json", tie_word_embeddings=False)
     with pytest.raises(CheckpointError, match=r"1 missing: embed_out\.weight"):
         GPTNeoXForCausalLM.from_pretrained(tmp_path)
 
@@ -170,9 +158,9 @@ def test_a_tied_head_may_be_stored_twice_but_not_differently(tmp_path: Path) -> 
     def add(tensors: dict[str, Tensor]) -> None:
         tensors["embed_out.weight"] = tensors["gpt_neox.embed_in.weight"].clone()
 
-    rewrite(tmp_path, add)
+    change_tensors(tmp_path / "model.safetensors", add)
     assert difference(outputs(GPTNeoXForCausalLM.from_pretrained(tmp_path)), outputs(reference)) <= EQUAL
-    rewrite(tmp_path, lambda tensors: tensors["embed_out.weight"].add_(1))
+    change_tensors(tmp_path / "model.safetensors", lambda tensors: tensors["embed_out.weight"].add_(1))
     with pytest.raises(CheckpointError, match=r"ties the head to the embedding, but embed_out\.weight differs"):
         GPTNeoXForCausalLM.from_pretrained(tmp_path)
 
@@ -197,8 +185,9 @@ def test_tensors_that_do_not_fit_are_named(saved: Path) -> None:
         tensors["gpt_neox.final_layer_norm.weight"] = torch.ones(63)
         tensors["gpt_neox.layers.0.mlp.dense_4h_to_h.weight"] = torch.ones(64, 96, dtype=torch.int32)
 
+    change_tensors(saved / "model.safetensors", spoil)
     with pytest.raises(CheckpointError) as caught:
-        GPTNeoXForCausalLM.from_pretrained(rewrite(saved, spoil))
+        GPTNeoXForCausalLM.from_pretrained(saved)
     told = str(caught.value)
     assert str(saved) in told
     assert "1 missing: gpt_neox.layers.1.mlp.dense_h_to_4h.bias" in told
@@ -208,10 +197,10 @@ def test_tensors_that_do_not_fit_are_named(saved: Path) -> None:
 
 
 def test_a_config_of_another_shape_is_named(saved: Path) -> None:
-    set_config(saved, num_hidden_layers=3)
+    change_json(saved / "config.json", num_hidden_layers=3)
     with pytest.raises(CheckpointError, match=r"12 missing: gpt_neox\.layers\.2\."):
         GPTNeoXForCausalLM.from_pretrained(saved)
-    set_config(saved, num_hidden_layers=2, attention_bias=False)
+    change_json(saved / "config.json", num_hidden_layers=2, attention_bias=False)
     with pytest.raises(CheckpointError, match=r"4 unexpected: .*attention.*bias"):
         GPTNeoXForCausalLM.from_pretrained(saved)
 
@@ -261,7 +250,7 @@ def test_a_value_that_overflows_the_dtype_asked_for_is_an_error_and_not_infinity
     def grow(tensors: dict[str, Tensor]) -> None:
         tensors["gpt_neox.layers.0.mlp.dense_4h_to_h.weight"][0, 0] = 1e6
 
-    rewrite(saved, grow)
+    change_tensors(saved / "model.safetensors", grow)
     with pytest.raises(FormatError, match=r"layers.0.mlp.dense_4h_to_h.weight: holds values that overflow float16"):
         GPTNeoXForCausalLM.from_pretrained(saved, dtype=torch.float16)
     assert GPTNeoXForCausalLM.from_pretrained(saved, dtype=torch.bfloat16).dtype == torch.bfloat16
@@ -269,7 +258,7 @@ def test_a_value_that_overflows_the_dtype_asked_for_is_an_error_and_not_infinity
 
 def test_config_dtype_beats_the_files(saved: Path) -> None:
     """As in transformers: a float32 file whose config says float16 is run as float16."""
-    set_config(saved, dtype="float16")
+    change_json(saved / "config.json", dtype="float16")
     assert GPTNeoXForCausalLM.from_pretrained(saved).dtype == torch.float16
 
 
@@ -498,7 +487,9 @@ def test_quantizing_while_loading_equals_the_dequantized_model(
 def test_a_changed_checkpoint_is_quantized_again(tmp_path: Path, own_caches: Path) -> None:
     peer(**QUANTIZABLE).save_pretrained(tmp_path)
     first = GPTNeoXForCausalLM.from_pretrained(tmp_path, quantization="int8", exact=True)
-    rewrite(tmp_path, lambda tensors: [tensor.mul_(0.5) for tensor in tensors.values()])
+    change_tensors(
+        tmp_path / "model.safetensors", lambda tensors: {name: tensor * 0.5 for name, tensor in tensors.items()}
+    )
     second = GPTNeoXForCausalLM.from_pretrained(tmp_path, quantization="int8", exact=True)
     assert not torch.equal(outputs(first), outputs(second))
     assert difference(outputs(second), outputs(dequantized(second, tmp_path))) <= EQUAL

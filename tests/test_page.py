@@ -4,7 +4,6 @@ NEOX_LITE_SCREENSHOTS=1 writes pictures to docs/images.
 """
 
 import asyncio
-import json
 import os
 import re
 import shutil
@@ -21,6 +20,7 @@ playwright = pytest.importorskip("playwright.sync_api", reason="needs pip instal
 expect = playwright.expect
 expect.set_options(timeout=30_000)  # nothing here takes so long, unless it hangs
 
+from support.checkpoints import change_json
 from support.serving import serving
 
 from neox_lite import GPTNeoXForCausalLM
@@ -1138,10 +1138,8 @@ def test_all_text_is_readable_and_every_control_has_a_name(open_page, demo, sche
 @pytest.fixture
 def long_demo(engine, tmp_path):
     """The demo with room for 4096 tokens: what it writes beyond its own 512 makes no sense, and need not."""
-    folder = tmp_path / "long-demo"
-    shutil.copytree(DEMO, folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 4096}))
+    folder = shutil.copytree(DEMO, tmp_path / "long-demo")
+    change_json(folder / "config.json", max_position_embeddings=4096)
     engine.load(str(folder), lambda: GPTNeoXForCausalLM.from_pretrained(folder, device_map="cpu"))
     yield engine
     engine.unload()

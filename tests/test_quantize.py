@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from support.checkpoints import IDS, digests, flip, write_source
+from support.checkpoints import IDS, change_tensors, digests, flip, write_source
 from support.peers import opened_by_transformers
 
 from neox_lite import GPTNeoXForCausalLM
@@ -121,11 +121,8 @@ def test_what_a_killed_load_left_in_the_cache_is_taken_over(source, tmp_path, mo
 
 def test_a_weight_shape_that_lies_is_refused(source, tmp_path):
     convert(source, tmp_path / "out")
-    path = next((tmp_path / "out").glob("model*.safetensors"))
-    with safe_open(path, "pt") as file:
-        tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
-    tensors["gpt_neox.layers.0.mlp.dense_h_to_4h.weight_shape"] = torch.tensor([128, 256])
-    save_file(tensors, path)
+    lie = {"gpt_neox.layers.0.mlp.dense_h_to_4h.weight_shape": torch.tensor([128, 256])}
+    change_tensors(next((tmp_path / "out").glob("model*.safetensors")), lambda tensors: tensors | lie)
     with pytest.raises(CheckpointError, match=r"dense_h_to_4h.weight_shape: is \[128, 256\], expected \[256, 128\]"):
         GPTNeoXForCausalLM.from_pretrained(tmp_path / "out")
 

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 from huggingface_hub import constants
+from support.checkpoints import change_json
 
 from neox_lite import GPTNeoXForCausalLM
 from neox_lite.loading.quantized_cache import cache_root
@@ -27,9 +28,7 @@ def places(tmp_path, monkeypatch):
 def copy(folder, **config):
     """The demo model in a folder, with changes to its config.json."""
     shutil.copytree(DEMO, folder)
-    if config:
-        value = json.loads((folder / "config.json").read_text()) | config
-        (folder / "config.json").write_text(json.dumps(value))
+    change_json(folder / "config.json", **config)
     return folder
 
 

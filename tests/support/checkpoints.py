@@ -1,8 +1,10 @@
 """Small random checkpoints on the disk, and what tests compare of folders. Knows no test and no hub."""
 
 import hashlib
+import json
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
@@ -29,6 +31,18 @@ def write_words(folder):
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<|endoftext|>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def change_json(path, **keys):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
+
+
+def change_tensors(path, change):
+    """Rewrite a weight file after `change` of its tensors by name, which are changed in place or returned as a dict."""
+    tensors = load_file(path)
+    changed = change(tensors)
+    tensors = changed if isinstance(changed, dict) else tensors
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, path, {"format": "pt"})
 
 
 def digests(folder, pattern="*"):
