@@ -6,13 +6,13 @@ import pickle
 import shutil
 import warnings
 from dataclasses import replace
-from weakref import WeakSet
 
 import pytest
 import torch
 from support import peers
 from support.checkpoints import change_json, change_tensors
 from support.fake_hub import FakeHub
+from support.machine import known_machine
 from support.peers import difference, random_ids
 from support.simulated_accelerator import SimulatedAccelerator
 
@@ -25,8 +25,6 @@ from neox_lite.kernels.graphs import EagerRunner
 from neox_lite.layers import Linear, LowRank
 from neox_lite.loading.apply import move_parts
 from neox_lite.loading.quantized_cache import cache_root
-from neox_lite.offload import placement, profile
-from neox_lite.offload.plan import Machine, Rates
 from neox_lite.offload.run import Placement
 from neox_lite_app.cli import main
 from neox_lite_app.paths import DEMO
@@ -265,7 +263,7 @@ def test_the_adapter_goes_where_its_layers_go(every, tiers):
 
 
 def test_a_plan_counts_the_adapter(every, monkeypatch):
-    monkeypatch.setattr(placement, "PLANNED", WeakSet())
+    known_machine(monkeypatch)
     base, adapter, theirs = every
     model = load(base, adapter, device_map="auto", quantization="int4")
     actual = tuple(sum(t.nbytes for t in (*x.parameters(), *x.buffers())) for x in model.base_model.blocks)
@@ -530,7 +528,7 @@ def test_a_module_s_scale_is_peft_s(every):
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
     """The bundled model, and an adapter for it."""
-    monkeypatch.setattr(placement, "PLANNED", WeakSet())
+    known_machine(monkeypatch)
     import transformers
 
     train(transformers.AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32), tmp_path / "adapter", r=8)
@@ -576,9 +574,7 @@ def test_info_says_what_an_adapter_is(folders, every, capsys):
 )
 def test_commands_say_in_one_line_what_an_adapter_is_not(every, words, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        profile, "profile", lambda *given, **options: Machine(Rates(4e10, 1e12, 1e-4), 1e9, 4 << 26, None)
-    )
+    known_machine(monkeypatch)
     names = {"ADAPTER": str(every[1]), "MODEL": str(every[0])}
     assert main([names.get(word, word) for word in words]) == 1
     out, err = capsys.readouterr()

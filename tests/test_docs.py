@@ -10,21 +10,19 @@ import re
 import shutil
 from dataclasses import fields
 from functools import cache
-from weakref import WeakSet
 
 import generated
 import pytest
 import torch
 from support.documents import PAGES, ROOT, Session, blocks_of, commands_of, prose_of
 from support.fake_hub import FakeHub
+from support.machine import known_machine
 
 import neox_lite
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
 from neox_lite.generation.options import Options
 from neox_lite.generation.sampling import Sampling
 from neox_lite.loading.options import LoadOptions
-from neox_lite.offload import placement, profile
-from neox_lite.offload.plan import Machine, Rates
 from neox_lite_app.cli import build_parser, main
 from neox_lite_app.conversations.conversation import Conversation, Store
 from neox_lite_app.models.family import FAMILY
@@ -117,11 +115,7 @@ def session(hub, prepared, tmp_path, monkeypatch):
     folder = tmp_path / "work"
     shutil.copytree(prepared, folder)
     monkeypatch.chdir(folder)
-    rates = Rates(40e9, 1e12, 100e-6, 20e-6)
-    here = Machine(rates, 1e9, 400 << 20, None)
-    monkeypatch.setattr(profile, "profile", lambda *given, **options: here)
-    monkeypatch.setattr(profile, "renew", lambda *given: here)
-    monkeypatch.setattr(placement, "PLANNED", WeakSet())
+    known_machine(monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     hub.stand_in(monkeypatch, tmp_path, TOKEN)
     monkeypatch.setenv("NEOX_LITE_DATA", str(tmp_path / "data"))

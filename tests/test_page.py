@@ -21,6 +21,7 @@ expect = playwright.expect
 expect.set_options(timeout=30_000)  # nothing here takes so long, unless it hangs
 
 from support.checkpoints import change_json
+from support.machine import known_machine
 from support.serving import serving
 
 from neox_lite import GPTNeoXForCausalLM
@@ -57,6 +58,7 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NEOX_LITE_DATA", str(folder))
+        known_machine(patch)
         yield folder
 
 

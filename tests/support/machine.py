@@ -1,0 +1,16 @@
+"""A machine without a GPU whose speed is known, so that no test that is not about measuring waits for it."""
+
+from weakref import WeakSet
+
+import pytest
+
+from neox_lite.offload import placement, profile
+from neox_lite.offload.plan import Machine, Rates
+
+KNOWN = Machine(Rates(40e9, 1e12, 100e-6, 20e-6), 1e9, 400 << 20, None)
+
+
+def known_machine(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(profile, "profile", lambda *given, **options: KNOWN)
+    patch.setattr(profile, "renew", lambda *given: KNOWN)
+    patch.setattr(placement, "PLANNED", WeakSet())
