@@ -1,16 +1,15 @@
 """GGUF import: exact weights back, the tokenizer, other tools' files, refusals, hostile headers, and llama.cpp's tokens."""
 
 import json
-import os
 import random
 import struct
-import subprocess
-import sys
 import warnings
 
 import numpy as np
 import pytest
 import torch
+from support.checkpoints import digests
+from support.commands import run_python
 from support.often import times
 from test_gguf import IDS, Reader, expected, give_tokenizer, llama_cpp, write_source  # noqa: F401 - a fixture
 from tokenizers import processors
@@ -136,9 +135,8 @@ def test_blocks_are_undone_for_every_code():
         bits = 4 if kind == Q4_0 else 8
         from neox_lite.formats import GroupInt
 
-        assert torch.equal(
-            blocks(GroupInt(bits, 32), {key: make() for key, make in from_blocks(kind, raw).items()}), raw
-        )
+        found = {key: make() for key, make in from_blocks(kind, raw).items()}
+        assert torch.equal(blocks(GroupInt(bits, 32), found), raw)
 
 
 def test_rows_of_heads_are_put_back_slice_by_slice():
@@ -154,9 +152,7 @@ def test_slices_of_any_size_give_the_same_folder(plain, tmp_path, monkeypatch):
     import_gguf(plain, tmp_path / "one")
     monkeypatch.setattr(gguf_import, "SLICE_ELEMENTS", 1000)
     import_gguf(plain, tmp_path / "two")
-    assert (tmp_path / "one" / "model.safetensors").read_bytes() == (
-        tmp_path / "two" / "model.safetensors"
-    ).read_bytes()
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
 
 
 # -- the tokenizer ----------------------------------------------------------------------------------------------------
@@ -195,10 +191,8 @@ def test_tokens_around_every_text_come_back(source, tmp_path, rebuilt):
     if rebuilt:
         path = rewritten(path, tmp_path / "n.gguf", {"tokenizer.huggingface.json": None})
     import_gguf(path, tmp_path / "back")
-    assert GPTNeoXTokenizerFast.from_pretrained(tmp_path / "back").encode("the") == [
-        0,
-        *tokenizer.encode("the").ids[1:],
-    ]
+    found = GPTNeoXTokenizerFast.from_pretrained(tmp_path / "back").encode("the")
+    assert found == [0, *tokenizer.encode("the").ids[1:]]
 
 
 def test_the_20b_tokenizer_comes_back(tmp_path, shared_data):
@@ -208,9 +202,8 @@ def test_the_20b_tokenizer_comes_back(tmp_path, shared_data):
     export_gguf(tmp_path / "there", tmp_path / "m.gguf")
     rewritten(tmp_path / "m.gguf", tmp_path / "n.gguf", {"tokenizer.huggingface.json": None})
     there = GPTNeoXTokenizerFast.from_pretrained(tmp_path / "there")
-    sample = (shared_data / "wikitext-2-valid.txt").read_text(encoding="utf-8")[
-        :50000
-    ] + "\n\n\t    é 日本 <|endoftext|>"
+    sample = (shared_data / "wikitext-2-valid.txt").read_text(encoding="utf-8")[:50000]
+    sample += "\n\n\t    é 日本 <|endoftext|>"
     for path in (tmp_path / "m.gguf", tmp_path / "n.gguf"):
         import_gguf(path, tmp_path / path.stem)
         back = GPTNeoXTokenizerFast.from_pretrained(tmp_path / path.stem)
@@ -277,9 +270,7 @@ def test_a_tokenizer_json_of_another_vocabulary_is_refused(source, tmp_path):
 
 def test_mixed_types_become_mixed_formats(plain, source, tmp_path):
     model = GPTNeoXForCausalLM.from_pretrained(source)
-    up, down = (
-        getattr(model.gpt_neox.layers[i].mlp, n).weight for i, n in ((0, "dense_h_to_4h"), (1, "dense_4h_to_h"))
-    )
+    up, down = model.gpt_neox.layers[0].mlp.dense_h_to_4h.weight, model.gpt_neox.layers[1].mlp.dense_4h_to_h.weight
     data = {"blk.0.ffn_up.weight": as_blocks(up, 4), "blk.1.ffn_down.weight": as_blocks(down, 8)}
     import_gguf(rewritten(plain, tmp_path / "m.gguf", data=data), tmp_path / "back")
     back = GPTNeoXForCausalLM.from_pretrained(tmp_path / "back", dtype=torch.float32)
@@ -419,9 +410,8 @@ def test_tensors_of_something_else_are_refused(plain, tmp_path):
 
 
 def test_numbers_that_are_none_are_refused(plain, source, tmp_path):
-    kind, shape, raw = as_blocks(
-        GPTNeoXForCausalLM.from_pretrained(source).gpt_neox.layers[0].mlp.dense_h_to_4h.weight, 4
-    )
+    layer = GPTNeoXForCausalLM.from_pretrained(source).gpt_neox.layers[0]
+    kind, shape, raw = as_blocks(layer.mlp.dense_h_to_4h.weight, 4)
     raw[3, :2] = torch.tensor([0, 0x7C])  # infinity
     path = rewritten(plain, tmp_path / "m.gguf", data={"blk.0.ffn_up.weight": (kind, shape, raw)})
     with pytest.raises(FormatError, match=r"dense_h_to_4h.weight_scale: holds values that are not finite as float16"):
@@ -437,13 +427,9 @@ def test_numbers_that_are_none_are_refused(plain, source, tmp_path):
 
 def test_what_is_no_gguf_file_is_refused(plain, tmp_path):
     (tmp_path / "text").write_text("GGML is not GGUF, and this is long enough to be read")
-    for path, message in (
-        (tmp_path / "text", "not a GGUF file"),
-        (tmp_path / "none", "cannot be read: No such file"),
-        (tmp_path, "not a regular file"),
-    ):
+    for name, message in {"text": "not a GGUF", "none": "cannot be read: No such", "": "not a regular file"}.items():
         with pytest.raises(CheckpointError, match=message):
-            import_gguf(path, tmp_path / "back")
+            import_gguf(tmp_path / name, tmp_path / "back")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "model.safetensors").write_bytes(b"mine")
     with pytest.raises(CheckpointError, match="holds a model that neox-lite did not write"):
@@ -516,7 +502,7 @@ def small(tmp_path_factory):
 
 def test_every_truncation_is_refused(small, tmp_path):
     raw, path = small.read_bytes(), tmp_path / "m.gguf"
-    lengths = {*range(0, 600), *random.Random(0).sample(range(len(raw) - 32), 400)}
+    lengths = {*range(0, 600, 7), *random.Random(0).sample(range(len(raw) - 32), times(100))}
     for length in sorted(lengths):
         path.write_bytes(raw[:length])
         with pytest.raises(CheckpointError):
@@ -526,9 +512,7 @@ def test_every_truncation_is_refused(small, tmp_path):
 def test_mutated_headers_end_in_a_model_or_a_sentence(small, tmp_path):
     """Anything but a NeoxLiteError, or a folder that is whole, fails; each is tried under a limit of memory."""
     count = times(120)
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-c", MUTATE, str(small), str(tmp_path), str(count)]
-    out = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    out = run_python(MUTATE, small, tmp_path, count)
     assert out.returncode == 0, out.stderr[-2000:]
     refused, taken = map(int, out.stdout.split())
     assert refused + taken == count and refused > count / 3

@@ -7,8 +7,6 @@ import json
 import os
 import random
 import re
-import subprocess
-import sys
 import unicodedata
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -19,13 +17,14 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from support.commands import ROOT, run_python
 from support.often import times
+from tokenizers import decoders
 
 from neox_lite.errors import TokenizerError
 from neox_lite.tokenizer import ABSENT, BatchEncoding, GPTNeoXTokenizerFast, StreamDecoder
 
 DATA = Path(__file__).parents[2] / "shared/data"
-REPO = Path(__file__).parents[1]
 CORPUS = [
     "def main(args):\n        return [x for x in args if x]  # comment",
     "The quick brown fox jumps over the lazy dog, and the dog sleeps on.",
@@ -134,9 +133,8 @@ def random_text(rng: random.Random) -> str:
 
 
 def all_texts() -> list[str]:
-    runs = [
-        f"{left}{blank * n}{right}" for n in range(101) for blank in " \t\n" for left, right in (("", ""), ("a", "b"))
-    ]
+    ends = (("", ""), ("a", "b"))
+    runs = [f"{left}{blank * n}{right}" for n in range(101) for blank in " \t\n" for left, right in ends]
     words = [
         "a" * 5000,
         "é" * 3000,
@@ -192,12 +190,7 @@ def test_the_real_ids_are_the_known_ones(real_folder):
     tokenizer = GPTNeoXTokenizerFast.from_pretrained(real_folder)
     assert tokenizer("Hello world\n        x<|endoftext|>").input_ids == [12092, 1533, 187, 50270, 89, 0]
     assert (len(tokenizer), tokenizer.vocab_size) == (50277, 50254)
-    assert (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id) == (
-        0,
-        0,
-        0,
-        1,
-    )
+    assert [getattr(tokenizer, f"{name}_token_id") for name in ("eos", "bos", "unk", "pad")] == [0, 0, 0, 1]
     assert [tokenizer.convert_tokens_to_ids(" " * n) for n in (24, 3, 2)] == [50254, 50275, 50276]
     assert tokenizer.decode([50277, 50431, 12092, 2**32 - 1]) == "Hello"  # the model's padded vocabulary is no text
 
@@ -207,9 +200,8 @@ def test_special_tokens_and_vocabulary_are_those_of_transformers(ours, theirs):
         assert getattr(ours, name) == getattr(theirs, name), name
     assert len(ours) == len(theirs)
     assert ours.get_vocab() == theirs.get_vocab()
-    assert {i: str(t) for i, t in ours.added_tokens_decoder.items()} == {
-        i: str(t) for i, t in theirs.added_tokens_decoder.items()
-    }
+    added = [{i: str(token) for i, token in t.added_tokens_decoder.items()} for t in (ours, theirs)]
+    assert added[0] == added[1]
     tokens = ["<|endoftext|>", "a", "no such token", "  "]
     assert ours.convert_tokens_to_ids(tokens) == theirs.convert_tokens_to_ids(tokens)
     assert ours.convert_tokens_to_ids("Ġthe") == theirs.convert_tokens_to_ids("Ġthe")
@@ -266,11 +258,8 @@ def test_sides_match_transformers(small, small_theirs):
         for small.truncation_side in ("left", "right"):
             small_theirs.padding_side, small_theirs.truncation_side = small.padding_side, small.truncation_side
             for options in OPTIONS[1:]:
-                with (
-                    warnings.catch_warnings(action="ignore")
-                    if sys.version_info >= (3, 11)
-                    else warnings.catch_warnings()
-                ):
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
                     assert small(texts, **options) == dict(small_theirs(texts, **options)), options
 
 
@@ -335,9 +324,8 @@ def test_pad_matches_transformers(ours, theirs):
         one = {"input_ids": [1, 2, 3]}
         assert as_plain(ours.pad(dict(one), **options)) == as_plain(theirs.pad(dict(one), **options))
     tensors = {"input_ids": torch.tensor([[1, 2], [3, 4]]), "attention_mask": torch.ones(2, 2, dtype=torch.int64)}
-    assert as_plain(ours.pad(dict(tensors), pad_to_multiple_of=4)) == as_plain(
-        theirs.pad(dict(tensors), pad_to_multiple_of=4)
-    )
+    padded = [as_plain(tokenizer.pad(dict(tensors), pad_to_multiple_of=4)) for tokenizer in (ours, theirs)]
+    assert padded[0] == padded[1]
     assert ours.pad({"input_ids": [[1]], "attention_mask": [[1]]}, return_attention_mask=False) == {"input_ids": [[1]]}
     assert batch["input_ids"] == [[5, 6, 7], [8], []]  # the caller's lists are left alone
 
@@ -363,14 +351,10 @@ def test_decode_takes_ids_in_any_container(ours, theirs):
     ids = [40, 41, 42]
     for value in (40, ids, tuple(ids), torch.tensor(ids), numpy.array(ids), torch.tensor(40), numpy.int64(40), []):
         assert ours.decode(value) == theirs.decode(value)
+    for value in (ids, tuple(ids), torch.tensor(ids), numpy.array(ids)):  # of one id alone, versions differ
         assert ours.batch_decode(value) == theirs.batch_decode(value)
-    for batch in (
-        [ids, [43]],
-        torch.tensor([ids, ids]),
-        numpy.array([ids]),
-        [torch.tensor(ids), torch.tensor([43])],
-        [[]],
-    ):
+    tensors = [torch.tensor(ids), torch.tensor([43])]
+    for batch in ([ids, [43]], torch.tensor([ids, ids]), numpy.array([ids]), tensors, [[]]):
         assert ours.decode(batch) == ours.batch_decode(batch) == theirs.batch_decode(batch)
     assert ours.decode(list(map(numpy.int32, ids))) == theirs.decode(ids)
     assert ours.decode(ids, clean_up_tokenization_spaces=True) == ours.decode(ids)
@@ -543,12 +527,8 @@ def test_a_tokenizer_without_the_default_tokens_has_none(tmp_path):
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.save(str(tmp_path / "tokenizer.json"))
     tokenizer = GPTNeoXTokenizerFast(tmp_path / "tokenizer.json")
-    assert (tokenizer.eos_token, tokenizer.pad_token_id, tokenizer.all_special_ids, len(tokenizer)) == (
-        None,
-        None,
-        [],
-        2,
-    )
+    assert (tokenizer.eos_token, tokenizer.pad_token_id) == (None, None)
+    assert (tokenizer.all_special_ids, len(tokenizer)) == ([], 2)
 
 
 def test_chat_template_is_the_file_or_the_config(tmp_path, small_folder):
@@ -580,9 +560,7 @@ def test_a_hub_id_fetches_only_tokenizer_files(monkeypatch, small_folder, tmp_pa
     assert (repo_id, revision) == ("EleutherAI/pythia-70m", "step3000")
     assert {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"} < set(names)
     assert not [name for name in names if name.endswith((".safetensors", ".bin"))]
-    with pytest.raises(
-        TokenizerError, match=r"rinna/japanese: no tokenizer.json \(found spiece.model, but sentencepiece"
-    ):
+    with pytest.raises(TokenizerError, match=r"rinna/japanese: no tokenizer.json \(found spiece.model, but sentencep"):
         GPTNeoXTokenizerFast.from_pretrained("rinna/japanese")
 
 
@@ -634,9 +612,8 @@ def test_streamed_random_ids_are_the_whole(ours):
     hostile += [*ours.all_special_ids * 20, *range(len(ours) - 25, len(ours) + 30)]
     assert len(hostile) > 200
     for _ in range(times(3_000)):
-        ids = [
-            rng.choice(hostile) if rng.random() < 0.8 else rng.randrange(len(ours)) for _ in range(rng.randint(0, 9))
-        ]
+        pick = lambda: rng.choice(hostile) if rng.random() < 0.8 else rng.randrange(len(ours))  # noqa: E731
+        ids = [pick() for _ in range(rng.randint(0, 9))]
         skip = rng.random() < 0.5
         assert "".join(stream(ours, ids, skip)) == ours.decode(ids, skip_special_tokens=skip)
 
@@ -674,14 +651,9 @@ def test_an_added_token_that_looks_like_bytes_streams_as_it_decodes(small):
 
 
 SENTENCEPIECE = {
-    "metaspace": tokenizers.decoders.Metaspace(),
-    "byte-fallback": tokenizers.decoders.Sequence(
-        [
-            tokenizers.decoders.Replace("▁", " "),
-            tokenizers.decoders.ByteFallback(),
-            tokenizers.decoders.Fuse(),
-            tokenizers.decoders.Strip(" ", 1, 0),
-        ]
+    "metaspace": decoders.Metaspace(),
+    "byte-fallback": decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     ),
     "none": None,
 }
@@ -699,15 +671,15 @@ def test_stream_of_a_converted_sentencepiece_tokenizer_is_the_whole(tmp_path, na
     rng = random.Random(9)
     for _ in range(600):
         emoji = [words.index(f"<0x{byte:02X}>") for byte in "🙂é".encode()]
-        ids = [
-            i for _ in range(6) for i in rng.choice([[rng.randrange(7)], [rng.randrange(270)], emoji[:4], emoji[4:]])
-        ]
+        pieces = [rng.choice([[rng.randrange(7)], [rng.randrange(270)], emoji[:4], emoji[4:]]) for _ in range(6)]
+        ids = [index for piece in pieces for index in piece]
         skip = rng.random() < 0.5
         assert "".join(stream(tokenizer, ids, skip)) == tokenizer.decode(ids, skip_special_tokens=skip)
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
+ODD = {"pad_to_multiple_of": 4, "padding": True, "truncation": True}
 BAD_CALLS = {
     "text: found the lone surrogate U+D800 at position 2": lambda t: t("ab\ud800c"),
     r"text\[1\]: found the lone surrogate U+DFFF at position 0": lambda t: t(["a", "\udfff"]),
@@ -730,9 +702,7 @@ BAD_CALLS = {
     "return_tensors: found 'tf', expected one of 'pt', 'np'": lambda t: t("a", return_tensors="tf"),
     "max_length: found -1, expected an integer of at least 0": lambda t: t("a", max_length=-1),
     "pad_to_multiple_of: found 0": lambda t: t("a", pad_to_multiple_of=0),
-    "max_length: 7 is not a multiple of pad_to_multiple_of 4": lambda t: t(
-        "a", max_length=7, pad_to_multiple_of=4, padding=True, truncation=True
-    ),
+    "max_length: 7 is not a multiple of pad_to_multiple_of 4": lambda t: t("a", max_length=7, **ODD),
     "return_tensors: rows have 1 to 2 tokens": lambda t: t(["a", "ab\n"[::2]], return_tensors="pt"),
     r"ids\[1\]: found -100, expected an integer from 0 on; drop ignored labels": lambda t: t.decode([1, -100]),
     r"ids\[0\]: found -1": lambda t: t.batch_decode([[1], [-1]]),
@@ -804,22 +774,14 @@ def test_bad_files_are_refused_with_their_path(tmp_path, small_folder):
     refused("run git lfs pull", tokenizer__json="version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
     refused("tokenizer_config.json: not valid JSON: .* line 1", tokenizer__json=good, tokenizer_config__json="{,}")
     refused("special_tokens_map.json: found a JSON list", tokenizer__json=good, special_tokens_map__json="[]")
-    refused(
-        "auto_map names code", tokenizer__json=good, tokenizer_config__json='{"auto_map": {"AutoTokenizer": "x.Y"}}'
-    )
+    auto = '{"auto_map": {"AutoTokenizer": "x.Y"}}'
+    refused("auto_map names code", tokenizer__json=good, tokenizer_config__json=auto)
     for settings in (
-        {"added_tokens_decoder": {"x": "a"}},
-        {"tokenizer_class": 5},
-        {"chat_template": [1]},
-        {"additional_special_tokens": 7},
-        {"added_tokens_decoder": {"0": {}}},
-        {"model_max_length": "long"},
+        *({"added_tokens_decoder": {"x": "a"}}, {"tokenizer_class": 5}, {"chat_template": [1]}),
+        *({"additional_special_tokens": 7}, {"added_tokens_decoder": {"0": {}}}, {"model_max_length": "long"}),
     ):
-        refused(
-            "malformed tokenizer settings|correct the file",
-            tokenizer__json=good,
-            tokenizer_config__json=json.dumps(settings),
-        )
+        text = json.dumps(settings)
+        refused("malformed tokenizer settings|correct the file", tokenizer__json=good, tokenizer_config__json=text)
     refused("'<x>' has id .*, expected 9999", tokenizer__json=good, added_tokens__json='{"<x>": 9999}')
 
 
@@ -830,11 +792,6 @@ def test_a_path_that_is_not_there_is_not_looked_up_on_the_hub(source):
 
 
 # -- manners -----------------------------------------------------------------------------------------------------------
-
-
-def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess:
-    environment = {k: v for k, v in os.environ.items() if k != "TOKENIZERS_PARALLELISM"} | {"PYTHONPATH": str(REPO)}
-    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
@@ -850,7 +807,7 @@ def test_forking_after_use_prints_no_warning(small_folder):
             os._exit(0)
         os.wait()
     """
-    result = run_python(code, str(small_folder))
+    result = run_python(code, small_folder, TOKENIZERS_PARALLELISM=None)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
@@ -862,7 +819,7 @@ def test_importing_the_tokenizer_imports_neither_torch_nor_numpy():
         import neox_lite.tokenizer
         print(*({"torch", "numpy", "transformers"} & sys.modules.keys()))
     """
-    result = run_python(code, str(REPO / "neox_lite"))
+    result = run_python(code, ROOT / "neox_lite")
     assert (result.returncode, result.stdout, result.stderr) == (0, "\n", "")
 
 
