@@ -26,6 +26,13 @@ def test_a_measurement_says_what_it_needs(name, monkeypatch, capsys):
     assert ended.value.code == 0 and "usage" in capsys.readouterr().out
 
 
+def test_the_calls_of_a_token_and_of_a_request_are_counted(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.count_calls", "--out", str(tmp_path / "calls.json")]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    found = json.loads((tmp_path / "calls.json").read_text())
+    assert all(row["calls"] >= row["changes"] >= row["files"] > 1 for row in found.values())
+
+
 def test_the_tables_of_kernels_md_are_those_of_the_roofline():
     from benchmarks.gpu import roofline
 

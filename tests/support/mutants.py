@@ -48,10 +48,11 @@ AREAS: dict[str, tuple[float, tuple[str, ...], tuple[str, ...]]] = {
     "loader": (
         0.2,
         (
-            *(f"neox_lite/{name}.py" for name in ("loading", "checkpoint", "safetensors_file", "skeleton")),
+            *(f"neox_lite/{name}.py" for name in ("loading", "checkpoint", "safetensors_file", "blueprint")),
             *(f"neox_lite/{name}.py" for name in ("load_options", "encoding")),
-            *(f"neox_lite/loading/{name}.py" for name in ("load", "options", "quantize", "skeleton")),
+            *(f"neox_lite/loading/{name}.py" for name in ("load", "apply", "options", "quantize", "skeleton")),
             *(f"neox_lite/checkpoint/{name}.py" for name in ("reader", "safetensors_file")),
+            "neox_lite/core/source.py",
         ),
         (
             "test_loading.py",
@@ -65,9 +66,10 @@ AREAS: dict[str, tuple[float, tuple[str, ...], tuple[str, ...]]] = {
         0.15,
         (
             *(f"neox_lite/{name}.py" for name in ("folder_writer", "saving")),
-            *("neox_lite/checkpoint/folder_writer.py", "neox_lite/loading/save.py"),
+            *(f"neox_lite/checkpoint/{name}.py" for name in ("folder_writer", "manifest")),
+            *("neox_lite/files.py", "neox_lite/loading/save.py"),
         ),
-        ("test_checkpoint*.py", "test_interrupted.py", "test_loading.py", "test_quantize.py", "test_folder_writer.py"),
+        ("test_checkpoint*.py", "test_interrupted.py", "test_loading.py", "test_quantize.py", "test_files.py"),
     ),
     "security": (
         0.125,
