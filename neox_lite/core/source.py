@@ -37,7 +37,8 @@ def identity_of(tensor: Tensor) -> tuple[int, int]:
 
 def identities(module: nn.Module) -> list[tuple[int, int]]:
     """Of all tensors of a module: changes when one is written to or replaced."""
-    return [identity_of(t) for t in (*module.parameters(), *module.buffers())]
+    tensors = (*module.parameters(), *module.buffers())
+    return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
 
 
 class TensorWatch:
