@@ -378,7 +378,7 @@ def test_every_command_does_what_its_line_says(terminal, environment, tmp_path):
     do(f"/load {tmp_path / 'absent'}", "cannot be read")
     do("/load 9", "no such number")
     do("/load ~nobody-at-all/x", "no such user")
-    do(f"/load {tmp_path}", "not a file")
+    do(f"/load {tmp_path}", "not a regular file")
     do("/save /nowhere/x", "cannot be written")
     do("/continuee", "did you mean /continue")
     do("/new now", "usage: /new")

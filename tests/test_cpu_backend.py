@@ -26,7 +26,7 @@ from neox_lite.cache import Batch, PagePool
 from neox_lite.errors import ArgumentError, ContextLengthError
 from neox_lite.formats import DENSE, Format, GroupInt
 from neox_lite.kernels import cpu, dispatch
-from neox_lite.kernels.cpu import target
+from neox_lite.kernels.cpu import compile, target
 from neox_lite.kernels.cpu.code import Code
 from neox_lite.kernels.graphs import MAX_GRAPHS, MAX_TOKENS
 from neox_lite.layers import Linear, norm_of
