@@ -44,7 +44,7 @@ CLASSES = (
 # What a model has for those who run it step by step or place it themselves; its users need none of it.
 INTERNAL = {"acquire_prefix_cache", "base_model", "blocks", "compute_dtype", "first_pages", "launch", "padding_ids"}
 INTERNAL |= {"new_pool", "ops", "rebind", "run_layers", "runner", "step", "tie_weights", "train", "activation"}
-INTERNAL |= {"backend_tokenizer"}
+INTERNAL |= {"backend_tokenizer", "final_norm", "heads", "initialize", "refresh"}
 
 
 # The family -----------------------------------------------------------------------------------------------------------
@@ -98,11 +98,8 @@ def classes() -> Iterator[str]:
 
 def members(cls: type) -> Iterator[str]:
     """Public methods and properties that a class brings, with those of bases that have no section of their own."""
-    bases = [
-        base
-        for base in cls.__mro__
-        if base is cls or (base not in CLASSES and base.__module__.startswith("neox_lite."))
-    ]
+    elsewhere = {base for section in CLASSES if section in cls.__mro__[1:] for base in section.__mro__}
+    bases = [base for base in cls.__mro__ if base not in elsewhere and base.__module__.startswith("neox_lite.")]
     seen = set(INTERNAL)
     for base in bases:
         for name, value in vars(base).items():
