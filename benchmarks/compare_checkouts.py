@@ -20,14 +20,23 @@ import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import Worker, environment, machine, model_folder, threads_of, write_json
+from benchmarks.common import (
+    Worker,
+    command_line,
+    environment,
+    machine,
+    model_folder,
+    quartiles,
+    threads_of,
+    words,
+    write_json,
+)
 from benchmarks.serving.load import Server, free_port, load, running
 
 HOST_SHAPE, HOST_WORDS = "12x128x2", 512
@@ -100,9 +109,9 @@ def compared(measure: Measure, rounds: int) -> dict[str, Any]:
             row[key] = max(values["old"] + values["new"])
             continue
         ratios = [old / new for old, new in zip(values["old"], values["new"], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+        speeds = quartiles(ratios)
         medians = {name: statistics.median(found) for name, found in values.items()}
-        row[key] = {**medians, "speed": middle, "speed_quartiles": [low, high], "samples": values}
+        row[key] = {**medians, "speed": speeds["median"], "speed_quartiles": speeds["quartiles"], "samples": values}
     return row
 
 
@@ -112,24 +121,15 @@ def commit(path: Path) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = lambda text: text.split(",")  # noqa: E731
+    parser = command_line(__doc__, rounds=8, threads=True, scratch="checkouts")
     every = ["host", "decode", "prefill", "first token", "import", "serve"]
     parser.add_argument("--old", type=Path, required=True, help="checkout, whose speed is 1")
     parser.add_argument("--new", type=Path, required=True, help="checkout, which is compared with it")
-    parser.add_argument(
-        "--shapes", type=names, default=["pythia-160m", "pythia-1.4b"], help="the first one is served, too"
-    )
-    parser.add_argument("--only", type=names, default=every, help=f"some of {','.join(every)}")
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--shapes", type=words, default=["pythia-160m", "pythia-1.4b"], help="the first is served, too")
+    parser.add_argument("--only", type=words, default=every, help=f"some of {','.join(every)}")
     parser.add_argument("--tokens", type=int, default=64, help="decoded in a measurement, and by each client")
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt (default 512)")
     parser.add_argument("--clients", type=int, default=8, help="of a server at once (default 8)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the kernels (default: all)")
-    parser.add_argument(
-        "--scratch", type=Path, default=Path(tempfile.gettempdir()) / "neox-lite-checkouts", help="for models"
-    )
-    parser.add_argument("--out", type=Path, help="JSON to write, after every measurement")
     args = parser.parse_args()
     if unknown := [name for name in args.only if name not in every]:
         parser.error(f"--only names {', '.join(unknown)}; there are {', '.join(every)}")

@@ -14,7 +14,7 @@ HOME = ROOT / "benchmarks"
 COMMANDS = sorted(
     ".".join(path.relative_to(HOME).with_suffix("").parts)
     for path in HOME.rglob("*.py")
-    if "parser.parse_args()" in path.read_text()
+    if ".parse_args()" in path.read_text()
 )
 
 

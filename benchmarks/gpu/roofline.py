@@ -240,12 +240,10 @@ def plot(found: dict[str, dict[str, Any]], path: Path) -> None:
         roof = [min(x * here.bandwidth, here.flops) / 1e12 for x in intensity]
         axis.loglog(intensity, roof, color="black", linewidth=1, label="roof: bandwidth, tensor cores")
         reached = [2 * weights * n / product_s(n, here) / 1e12 for n in TOKENS]
-        axis.loglog(
-            intensity, reached, color="tab:orange", linestyle="--", marker="o", fillstyle="none", label="predicted"
-        )
-        rows = [
-            r for r in found.get(here.name, {}).get("tokens", []) if (r["engine"], r["format"]) == ("neox-lite", "int4")
-        ]
+        how = {"color": "tab:orange", "marker": "o", "linestyle": "--", "fillstyle": "none"}
+        axis.loglog(intensity, reached, label="predicted", **how)
+        rows = found.get(here.name, {}).get("tokens", [])
+        rows = [r for r in rows if (r["engine"], r["format"]) == ("neox-lite", "int4")]
         if rows:
             points = [(2 * weights * r["tokens"] / nbytes, 2 * weights * r["tokens"] / r["us"] / 1e6) for r in rows]
             axis.loglog(*zip(*points, strict=True), "o", color="tab:orange", label="measured")

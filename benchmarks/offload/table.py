@@ -7,14 +7,13 @@ Every figure is a prediction: cards by their specifications, the CPU and the dis
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 
 import torch
 
+from benchmarks.common import command_line
 from neox_lite.offload import profile
 from neox_lite.offload.plan import CARDS, Machine, Plan, Request, plan, sizes_of
 from neox_lite_app.load_for_command import default_threads
@@ -26,9 +25,7 @@ CONTEXT = 2048
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="file to write (default: stdout)")
-    args = parser.parse_args()
+    args = command_line(__doc__).parse_args()
     torch.set_num_threads(default_threads())
     here = profile.profile()
     text = "\n".join((*rows(here), "", *notes(here))) + "\n"

@@ -16,16 +16,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.common import command_line, machine, quartiles, words, write_json
 from neox_lite import GPTNeoXForCausalLM, Speculation
 from neox_lite.cache import PrefixCache
 from neox_lite.formats import DENSE, GroupInt
@@ -51,29 +50,23 @@ FORMATS = {"int4": GroupInt(4, 128), "int8": GroupInt(8, 128), "fp16": DENSE}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, rounds=5)
     parser.add_argument("what", choices=("turn", "drafts", "lookup"))
     parser.add_argument("--shape", default="pythia-160m")
     parser.add_argument("--draft", default="pythia-160m", help="shape of the draft model")
     parser.add_argument("--format", choices=FORMATS, default="int4", help="of both models")
-    parser.add_argument(
-        "--acceptance", type=lambda text: [float(word) for word in text.split(",")], default=[0, 0.6, 0.8]
-    )
+    parser.add_argument("--acceptance", type=lambda text: [float(p) for p in words(text)], default=[0, 0.6, 0.8])
     parser.add_argument("--history", type=int, default=1500, help="tokens of the first turn's prompt")
     parser.add_argument("--context", type=int, default=128, help="tokens of the prompt before drafts are timed")
     parser.add_argument("--tokens", type=int, default=300, help="generated in a run with drafts")
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="JSON file; default: stdout")
     args = parser.parse_args()
     torch.set_num_threads(args.threads or default_threads())
-    machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
     settings = {"what": args.what, "shape": args.shape, "format": args.format, "threads": torch.get_num_threads()}
-    result = json.dumps({**settings, **machine, "torch": torch.__version__, **globals()[args.what](args)}, indent=1)
+    result = {**settings, "machine": machine(), "torch": torch.__version__, **globals()[args.what](args)}
+    print(json.dumps(result, indent=1))
     if args.out:
-        args.out.write_text(result + "\n")
-    else:
-        print(result)
+        write_json(args.out, result)
 
 
 def build(shape: str, format: str) -> GPTNeoXForCausalLM:
@@ -84,11 +77,6 @@ def build(shape: str, format: str) -> GPTNeoXForCausalLM:
 
 def ids_of(model: GPTNeoXForCausalLM, count: int, seed: int) -> list[int]:
     return torch.randint(1, 50000, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def summary(times: list[float]) -> dict[str, float]:
-    first, _, third = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
-    return {"median": statistics.median(times), "first_quartile": first, "third_quartile": third}
 
 
 # A second turn --------------------------------------------------------------------------------------------------------
@@ -108,7 +96,7 @@ def turn(args: argparse.Namespace) -> dict[str, Any]:
             began = time.perf_counter()
             first_tokens(model, first + question, 1)
             seconds.append(time.perf_counter() - began)
-    figures = {f"first_token_s_{name}_reuse": summary(seconds[1:]) for name, seconds in times.items()}
+    figures = {f"first_token_s_{name}_reuse": quartiles(seconds[1:]) for name, seconds in times.items()}
     medians = [figures[f"first_token_s_{name}_reuse"]["median"] for name in ("with", "without")]
     return {"history": args.history, "new": 30, **figures, "ratio": medians[1] / medians[0], "load": loads}
 
@@ -224,19 +212,13 @@ def race(
     rows: dict[str, dict[str, Any]] = {}
     for name, found in seconds.items():
         ratios = [a / b for a, b in zip(seconds["plain"][1:], found[1:], strict=True)]
-        rows[name] = {"tokens_per_s": summary([1 / s for s in found[1:]]), "speedup": summary(ratios)}
+        rows[name] = {"tokens_per_s": quartiles([1 / s for s in found[1:]]), "speedup": quartiles(ratios)}
         if name != "plain":
             rows[name] |= {**vars(counts[name]), "mean_tokens_per_pass": counts[name].mean_tokens_per_pass}
     passes = {str(n): s for n, s in times.known.items()}
     per_draft = statistics.median(draft_s) if draft_s else None
-    return {
-        "context": context,
-        "tokens": args.tokens,
-        "rows": rows,
-        "pass_s": passes,
-        "draft_s": per_draft,
-        "load": loads,
-    }
+    about = {"context": context, "tokens": args.tokens, "load": loads}
+    return {**about, "rows": rows, "pass_s": passes, "draft_s": per_draft}
 
 
 def optimum(acceptance: float, known: dict[int, float], draft_s: float) -> tuple[float, int]:
