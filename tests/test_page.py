@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from pathlib import Path
+from statistics import median
 from urllib.parse import urlsplit
 
 import pytest
@@ -1139,18 +1140,18 @@ def test_all_text_is_readable_and_every_control_has_a_name(open_page, demo, sche
 
 @pytest.fixture
 def long_demo(engine, tmp_path):
-    """The demo with room for 4096 tokens: what it writes beyond its own 512 makes no sense, and need not."""
+    """The demo with room for 2048 tokens: what it writes beyond its own 512 makes no sense, and need not."""
     folder = shutil.copytree(DEMO, tmp_path / "long-demo")
-    change_json(folder / "config.json", max_position_embeddings=4096)
+    change_json(folder / "config.json", max_position_embeddings=2048)
     engine.load(str(folder), lambda: GPTNeoXForCausalLM.from_pretrained(folder, device_map="cpu"))
     yield engine
     engine.unload()
 
 
 @pytest.mark.parametrize("view", ["Chat", "Notebook"])
-def test_an_update_costs_the_same_at_2000_tokens(open_page, long_demo, monkeypatch, view):
+def test_an_update_costs_the_same_at_1000_tokens(open_page, long_demo, monkeypatch, view):
     put = Ticket._put
-    monkeypatch.setattr(Ticket, "_put", lambda t, s: (time.sleep(0.002), put(t, s))[1])
+    monkeypatch.setattr(Ticket, "_put", lambda t, s: (time.sleep(0.004), put(t, s))[1])
     streams, sizes = set(), []
 
     def watch(page):
@@ -1161,7 +1162,7 @@ def test_an_update_costs_the_same_at_2000_tokens(open_page, long_demo, monkeypat
         devtools.send("Network.enable")
 
     page = open_page(view=view, before=watch)
-    at_most(page, 2100, "Creative")
+    at_most(page, 1050, "Creative")
     if view == "Chat":
         page.get_by_text("System text and prompt form").click()
         page.get_by_label("Prompt form").select_option("completion")
@@ -1173,8 +1174,9 @@ def test_an_update_costs_the_same_at_2000_tokens(open_page, long_demo, monkeypat
         page.get_by_role("button", name="Complete").click()
         expect(page.get_by_role("button", name="Undo")).to_be_enabled()
         text = completed(page)
-    assert len(text) > 3000
+    assert len(text) > 1500
     updates = [size for size in sizes if size > 150]
-    assert len(updates) > 20  # it did stream
-    early, late = updates[3:8], updates[-8:-3]
-    assert max(late) < 2 * max(early), updates
+    assert len(updates) > 26  # it did stream
+    # How many tokens one update brings depends on the load: the middle one of ten does not.
+    early, late = median(updates[3:13]), median(updates[-13:-3])
+    assert late < 2 * early, updates
