@@ -18,7 +18,7 @@ from neox_lite.errors import CheckpointError, FormatError
 from neox_lite.formats import DENSE, NF4, Weight, formats_of, make_format, quantization_config
 from neox_lite.formats.nf4 import ABSMAX, LEVELS, NESTED_ABSMAX, NESTED_MAP, STATE, dynamic_map
 from neox_lite.kernels import nf4
-from neox_lite.offload.placement import sizes_in
+from neox_lite.offload.plan import sizes_of
 from neox_lite_app.cli import main
 from neox_lite_quant import convert
 
@@ -326,7 +326,7 @@ def test_half_and_float_leave_codes_and_scales_alone(written):
 
 def test_sizes_are_those_of_the_real_tensors(written):
     model = GPTNeoXForCausalLM.from_pretrained(written)
-    sizes = sizes_in(model.config, formats_of(model.config.quantization_config), torch.float16, torch.float16, True)
+    sizes = sizes_of(model.config, formats_of(model.config.quantization_config), small_head=True)
     assert sizes.layers == tuple(sum(t.nbytes for t in layer.state_dict().values()) for layer in model.gpt_neox.layers)
     assert sizes.written == sizes.weights  # each pass on the CPU writes them out
 

@@ -17,9 +17,9 @@ from neox_lite.kernels import cpu, reference
 from neox_lite.kernels.graphs import EagerRunner
 from neox_lite.loading.apply import move_parts
 from neox_lite.offload import plan, profile
-from neox_lite.offload.plan import Card, Machine, Rates
+from neox_lite.offload.plan import Card, HardwareProfile, Rates
 from neox_lite.offload.run import Placement
-from neox_lite.offload.stream import Image
+from neox_lite.offload.stream import LayerLayout
 from neox_lite_quant.convert import convert
 
 LAYERS = 6
@@ -163,7 +163,7 @@ def test_every_wait_is_needed(folder, monkeypatch, forgets, eager):
 
 def test_a_pass_uploads_each_layer_outside_the_gpu_once_and_decode_uploads_none(folder):
     model, device = placed(folder, placement("ddccgg"))
-    pool, layer = model.new_pool(), Image(model.gpt_neox.blocks[0]).nbytes
+    pool, layer = model.new_pool(), LayerLayout(model.gpt_neox.blocks[0]).nbytes
     page = 2 * 4 * 128 * 16 * 4  # keys and values of 4 heads of 16 in float32
     settled = device.allocated
     a = pool.new()
@@ -193,7 +193,7 @@ def test_activations_cross_once_at_each_boundary(folder, letters, prefill, decod
 
 def test_pages_that_were_planned_for_are_allocated_once(folder):
     model, device = placed(folder, Placement(("cpu",) * 4 + ("gpu",) * 2, "cpu", "gpu", 4, pages=PAGES))
-    pool, layer, page = model.new_pool(), Image(model.gpt_neox.blocks[0]).nbytes, 2 * 4 * 128 * 16 * 4
+    pool, layer, page = model.new_pool(), LayerLayout(model.gpt_neox.blocks[0]).nbytes, 2 * 4 * 128 * 16 * 4
     before, a = device.allocated, pool.new()
     for count in (5, 300, 5):
         model.step(pool, [a], [[1] * count])
@@ -395,21 +395,21 @@ def test_a_model_with_layers_on_the_disk_refuses_what_would_read_them_into_memor
 # From what is asked for to a placement -----------------------------------------------------------------------------------
 
 CONTEXT_BYTES = 1 << 20  # of the simulated device's driver
-FAST, SLOW = Rates(1e12, 1e14, 0.0), Rates(1e10, 1e11, 0.0)
+FAST, SLOW = Rates(1e12, 1e14), Rates(1e10, 1e11)
 
 
 @pytest.fixture
 def gpu(monkeypatch):
     """A machine with a GPU, which is simulated: budgets hold for it, and the plan's rates are given."""
     device = SimulatedAccelerator()
-    here = Machine(SLOW, 1e9, 100 << 20, Card("simulated", 1 << 34, FAST, 2e10, CONTEXT_BYTES))
+    here = HardwareProfile(SLOW, 1e9, 100 << 20, Card("simulated", 1 << 34, FAST, 2e10, CONTEXT_BYTES))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr("neox_lite.offload.placement.Cuda", lambda *_: device)
-    monkeypatch.setattr(profile, "profile", lambda progress=None, measure=True: here)
+    monkeypatch.setattr(profile, "load", lambda: here)
     monkeypatch.setattr(profile, "free_memory", lambda: (1 << 34, 1 << 34))
     monkeypatch.setattr(profile, "free_gpu", lambda gpu: (1 << 34, 1 << 34))
-    monkeypatch.setattr(profile, "resident", lambda: 50 << 20)
+    monkeypatch.setattr("neox_lite.offload.placement.own_memory", lambda: {"Anon": 50 << 20})
     monkeypatch.setattr("neox_lite.offload.placement.PLANNED", WeakSet())
     monkeypatch.setattr(plan, "DECODED_SLICE", 0)
     monkeypatch.setattr(plan, "CUBLAS_WORKSPACE", 0)
@@ -459,8 +459,8 @@ def test_what_a_plan_predicts_is_what_the_device_is_asked_for(folder, gpu, kv, c
         rounding = 256 * 20 * (LAYERS + 4)  # tensors start at multiples of 256 bytes
         table = 2 * 512 * 2 * 4  # rotary cosines and sines, which are uploaded like activations
         weights = (
-            settled - sum(slot.device.nbytes for slot in model.runner.layers._ring._slots)
-            if model.runner.layers._ring
+            settled - sum(buffer.device.nbytes for buffer in model.runner.layers._streamer._buffers)
+            if model.runner.layers._streamer
             else settled
         )
         assert 0 <= weights + table * bool(parts) - parts.get("weights", 0) <= rounding
@@ -529,13 +529,13 @@ def test_models_of_one_process_share_its_budget(folder, gpu):
     """The second is planned beside the first, whose cache from then on stays as planned; what is gone counts no more."""
     options = {"device_map": "cpu", "max_memory": {"cpu": 1 << 28}, "context": 128}
     first = GPTNeoXForCausalLM.from_pretrained(folder, **options)
-    assert first.plan.machine.process_bytes == 100 << 20 and first.cache_pages > first.plan.pages
+    assert first.plan.hardware.process_bytes == 100 << 20 and first.cache_pages > first.plan.pages
     second = GPTNeoXForCausalLM.from_pretrained(folder, **options)
-    assert second.plan.machine.process_bytes == first.plan.totals["cpu"]
+    assert second.plan.hardware.process_bytes == first.plan.totals["cpu"]
     assert first.cache_pages == first.plan.pages < second.cache_pages
     tight = {**options, "max_memory": {"cpu": second.plan.totals["cpu"]}}
     with pytest.raises(ArgumentError, match="the process with the models loaded before alone takes"):
         GPTNeoXForCausalLM.from_pretrained(folder, **tight)
     assert first.generate(torch.tensor([[1]]), max_new_tokens=2).shape == (1, 3)
     del first, second
-    assert GPTNeoXForCausalLM.from_pretrained(folder, **tight).plan.machine.process_bytes == 100 << 20
+    assert GPTNeoXForCausalLM.from_pretrained(folder, **tight).plan.hardware.process_bytes == 100 << 20

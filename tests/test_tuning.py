@@ -292,8 +292,7 @@ def test_it_says_what_is_used_and_why():
 
 def test_doctor_tells_it_and_times_anew_when_it_measures(monkeypatch, capsys):
     from neox_lite.offload import profile
-    from neox_lite.offload.plan import Machine as Profile
-    from neox_lite.offload.plan import Rates
+    from neox_lite.offload.plan import HardwareProfile, Rates
     from neox_lite_app import doctor
     from neox_lite_app.cli import main
 
@@ -301,7 +300,7 @@ def test_doctor_tells_it_and_times_anew_when_it_measures(monkeypatch, capsys):
     here = bench.tuning(KNOWN)
     monkeypatch.setattr(doctor, "cards", lambda: [device])
     monkeypatch.setattr(tuning, "of", lambda found: here)
-    rates = Profile(Rates(2e10, 3e11, 1e-5, 1e-9, 1e11), None, 400 << 20, None)
+    rates = HardwareProfile(Rates(2e10, 3e11), None, 400 << 20, None)
     monkeypatch.setattr(profile, "_measured", lambda progress: here.pick(PAGES, bench.launch) and rates)
     assert main(["doctor"]) == 0 and bench.launched == []
     assert "kernels  on cuda:0: all as shipped for RTX 30" in capsys.readouterr().out

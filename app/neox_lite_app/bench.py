@@ -29,8 +29,10 @@ from neox_lite.kernels.graphs import ReplayRunner
 from neox_lite.layers import Linear
 from neox_lite.loading.apply import apply
 from neox_lite.loading.options import LoadOptions
-from neox_lite.offload.placement import Wish, check, decide
-from neox_lite.offload.profile import context_bytes, free_gpu, free_memory
+from neox_lite.offload.memory import free_gpu, free_memory
+from neox_lite.offload.placement import check, decide
+from neox_lite.offload.plan import PlacementRequest
+from neox_lite.offload.profile import context_bytes
 from neox_lite.units import PAGE, dtype_name
 
 from .load_for_command import default_threads, describe, load, placing, warn_if_busy
@@ -52,7 +54,7 @@ def bench(args: argparse.Namespace) -> None:
     check_options(args)
     config = config_of(args.shape) if args.shape is not None else config_in(args.model, args.revision)
     args.context = contexts_of(config, args)
-    check(wish_of(args))  # said before gigabytes are written
+    check(placement_request(args))  # said before gigabytes are written
     plan = plan_of(config, args) if args.shape is not None else None
     load_average = warn_if_busy()
     if plan is not None and args.scratch is not None:
@@ -87,10 +89,10 @@ def check_options(args: argparse.Namespace) -> None:
         raise ArgumentError("--warm reads weights from the disk, and --shape makes them in memory; add --scratch DIR")
 
 
-def wish_of(args: argparse.Namespace, **changes: Any) -> Wish:
+def placement_request(args: argparse.Namespace, **changes: Any) -> PlacementRequest:
     """What the placement flags ask for, with room for the longest sequence that is measured."""
     longest = max(*args.prefill, max(args.context) + WARM_UP + args.decode)
-    return replace(LoadOptions.parse({**placing(args), "context": longest}).wish, **changes)
+    return replace(LoadOptions.parse({**placing(args), "context": longest}).placement_request, **changes)
 
 
 def load_model(args: argparse.Namespace) -> tuple[GPTNeoXForCausalLM, float]:
@@ -98,7 +100,7 @@ def load_model(args: argparse.Namespace) -> tuple[GPTNeoXForCausalLM, float]:
     quantization = args.format if args.model and args.format != "fp16" else None
     name = args.model or args.scratch
     began = time.perf_counter()
-    model = load(name, args, args.head, quantization=quantization, context=wish_of(args).context)
+    model = load(name, args, args.head, quantization=quantization, context=placement_request(args).context)
     load_s = time.perf_counter() - began
     if args.format == "fp16" and linears(model)[0].format != DENSE:
         raise ArgumentError(f"{args.model}: is quantized; --format fp16 needs the checkpoint that it was made from")
@@ -122,7 +124,7 @@ def write(plan: RandomModel, folder: Path) -> None:
 
 def build(plan: RandomModel, args: argparse.Namespace) -> GPTNeoXForCausalLM:
     """The plan's model in memory, where the placement flags say."""
-    decision = decide(wish_of(args, head="fp16"), plan.sizes, ["embed_out"])
+    decision = decide(placement_request(args, head="fp16"), plan.sizes, ["embed_out"])
     there = decision.device if decision.everything_there else torch.device("cpu")
     free = free_memory()[1]
     if there.type == "cpu" and free is not None and plan.nbytes > free:

@@ -16,12 +16,13 @@ from neox_lite.errors import ArgumentError
 from neox_lite.kernels import cpu, dispatch
 from neox_lite.kernels.triton import tuning
 from neox_lite.loading.quantized_cache import cache_root
-from neox_lite.offload.plan import Machine
-from neox_lite.offload.profile import cpu_name, free_memory, profile
+from neox_lite.offload import profile
+from neox_lite.offload.memory import free_memory
+from neox_lite.offload.plan import HardwareProfile
 from neox_lite.units import format_bytes
 from neox_lite.version import __version__
 
-from .load_for_command import default_threads, measure_machine
+from .load_for_command import default_threads, measure_hardware
 from .terminal import print_json
 
 PACKAGES = (
@@ -42,14 +43,14 @@ def doctor(args: argparse.Namespace) -> None:
     if args.measure:
         for device in cards()[:1]:  # the one that is measured, which times what it launches
             tuning.of(device).renew()
-    result = examine(measure_machine() if args.measure else measured())
+    result = examine(measure_hardware() if args.measure else measured())
     if args.json:
         print_json(result)
     else:
         print(describe(result))
 
 
-def examine(rates: Machine | None) -> dict[str, Any]:
+def examine(rates: HardwareProfile | None) -> dict[str, Any]:
     """Facts about this machine; memory and disk in bytes."""
     total, free = free_memory()
     cache = cache_root().parent
@@ -59,7 +60,7 @@ def examine(rates: Machine | None) -> dict[str, Any]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": {
-            "name": cpu_name(),
+            "name": profile.cpu_name(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "instructions": torch.backends.cpu.get_cpu_capability(),
@@ -129,10 +130,10 @@ def no_gpu_reason() -> str:
     return f"torch was built for CUDA {torch.version.cuda}, but the driver shows it no device; see nvidia-smi"
 
 
-def measured() -> Machine | None:
+def measured() -> HardwareProfile | None:
     """The rates that predictions rest on; None where they were not measured yet, or no kernel is left to measure."""
     try:
-        return profile(measure=False)
+        return profile.load()
     except ArgumentError:
         return None
 

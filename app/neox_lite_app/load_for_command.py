@@ -17,6 +17,7 @@ from neox_lite.generation.sampling import BOUNDS
 from neox_lite.layers import Linear
 from neox_lite.offload import profile
 from neox_lite.offload.placement import device_of
+from neox_lite.offload.plan import HardwareProfile
 from neox_lite.units import dtype_name, parse_bytes
 
 from .terminal import amount, bar, note
@@ -66,11 +67,11 @@ def memory_limit(args: argparse.Namespace, side: str) -> int | None:
         raise ArgumentError(f"--{side}-memory is {text[:40]!r}, expected a size such as 8GiB or 500MB") from error
 
 
-def measure_machine() -> profile.Machine:
+def measure_hardware() -> HardwareProfile:
     """Measure this machine's speed, with a progress bar, and keep it."""
     warn_if_busy()
     with bar("measure this machine", "step") as progress:
-        return profile.renew(progress)
+        return profile.measure(progress)
 
 
 def warn_if_busy() -> float | None:

@@ -166,9 +166,9 @@ def line(row: dict[str, Any]) -> str:
 def machine() -> dict[str, Any]:
     from dataclasses import asdict
 
-    from neox_lite.offload.profile import identity, profile
+    from neox_lite.offload.profile import identity, load, measure
 
-    return {**identity(), "rates": asdict(profile()), "load_average": os.getloadavg()[0]}
+    return {**identity(), "rates": asdict(load() or measure()), "load_average": os.getloadavg()[0]}
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ from itertools import product
 import torch
 
 from benchmarks.common import command_line
+from neox_lite.formats import make_format
 from neox_lite.offload import profile
-from neox_lite.offload.plan import CARDS, Machine, Plan, Request, plan, sizes_of
+from neox_lite.offload.plan import CARDS, Budgets, HardwareProfile, PlacementRequest, Plan, plan, sizes_of
 from neox_lite_app.load_for_command import default_threads
 from neox_lite_app.models.family import FAMILY
 
@@ -27,7 +28,7 @@ CONTEXT = 2048
 def main() -> None:
     args = command_line(__doc__).parse_args()
     torch.set_num_threads(default_threads())
-    here = profile.profile()
+    here = profile.load() or profile.measure()
     text = "\n".join((*rows(here), "", *notes(here))) + "\n"
     if args.out:
         args.out.write_text(text, encoding="utf-8")
@@ -35,15 +36,18 @@ def main() -> None:
         print(text, end="")
 
 
-def rows(here: Machine) -> Iterator[str]:
+def rows(here: HardwareProfile) -> Iterator[str]:
     """One row for each pair of memories: what goes where, then the figures of each card."""
-    sizes = sizes_of(next(m for m in FAMILY if m.name == "gpt-neox-20b").config(), 4, small_head=True)
+    sizes = sizes_of(next(m for m in FAMILY if m.name == "gpt-neox-20b").config(), make_format("int4"), small_head=True)
     titles = ["GPU", "host", "layers on GPU / CPU / disk", "KV cache, head", *CARDS]
     yield f"| {' | '.join(titles)} |"
     yield "|" + "---|" * len(titles)
     for gpu, cpu in product(GPU_GIB, CPU_GIB):
-        request = Request(CONTEXT, (cpu << 30) - SYSTEM_BYTES, (gpu << 30) - profile.GPU_MARGIN)
-        plans = [plan(sizes, replace(here, card=card), request) for card in CARDS.values()]
+        request, budgets = (
+            PlacementRequest(context=CONTEXT),
+            Budgets((cpu << 30) - SYSTEM_BYTES, (gpu << 30) - profile.GPU_MARGIN),
+        )
+        plans = [plan(sizes, replace(here, card=card), request, budgets) for card in CARDS.values()]
         (placed,) = {placement(found) for found in plans}  # memory decides that, not speed
         yield f"| {gpu} GB | {cpu} GB | {placed} | {' | '.join(map(figures, plans))} |"
 
@@ -61,7 +65,7 @@ def figures(found: Plan) -> str:
     return f"{decode:.1f}, {prompt:.0f}" + (f", {found.crossover_tokens}" if found.crossover_tokens else "")
 
 
-def notes(here: Machine) -> Iterator[str]:
+def notes(here: HardwareProfile) -> Iterator[str]:
     cpu, disk = here.cpu, here.disk_bytes_per_s
     yield (
         f"GPT-NeoX-20B, int4 g128, context {CONTEXT}. For each card: tokens/s of decoding and of a prompt, and the length of a "
@@ -71,8 +75,8 @@ def notes(here: Machine) -> Iterator[str]:
     )
     yield (
         f"The CPU as measured on this machine ({profile.cpu_name()}, {torch.get_num_threads()} threads): "
-        f"{cpu.read_bytes_per_s / 1e9:.1f} GB/s of int4 weights, {cpu.flops_per_s / 1e9:.0f} GFLOP/s at {profile.MANY} tokens, "
-        f"{cpu.layer_s * 1e6:.0f} µs a layer; disk {f'{disk / 1e9:.1f} GB/s' if disk else 'unknown'}."
+        f"{cpu.read_bytes_per_s / 1e9:.1f} GB/s of int4 weights, {cpu.flops_per_s / 1e9:.0f} GFLOP/s at {profile.MANY} tokens; "
+        f"disk {f'{disk / 1e9:.1f} GB/s' if disk else 'unknown'}."
     )
 
 

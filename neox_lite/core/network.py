@@ -15,8 +15,8 @@ from ..errors import ArgumentError, UnsupportedError
 from ..formats import DENSE, Format, formats_of
 from ..layers import GPTNeoXLayer, Linear, Norm, Rotary, norm_of
 from ..offload.accelerator import Accelerator
+from ..offload.memory import free_memory
 from ..offload.plan import KINDS, Plan
-from ..offload.profile import free_memory
 from ..offload.run import Placement
 from .source import Source, on_meta
 

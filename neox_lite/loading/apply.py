@@ -16,7 +16,7 @@ from ..formats import GroupInt
 from ..hub import HEAD
 from ..layers import Linear
 from ..offload.accelerator import Accelerator
-from ..offload.placement import Decision, let_go, remember, settle
+from ..offload.placement import PlacementDecision, evict, move, share_memory
 from ..offload.run import Placement
 from .quantize import read_ahead
 
@@ -53,15 +53,15 @@ def announce(text: str) -> None:
     print(f"neox-lite: {text}", file=sys.stderr)
 
 
-def apply(model: Network, decision: Decision) -> None:
+def apply(model: Network, decision: PlacementDecision) -> None:
     """Make a model that lies in host memory what was decided of it: its head, its cache, and its place."""
     if decision.head == "int8":
         assert model.source.folder is not None
         _use_small_head(model, model.source.folder)
     model.kv, model.plan = decision.kv, decision.plan
     if decision.plan is not None:
-        model.first_pages, model.cache_pages = decision.plan.pages, decision.plan.most_pages
-        remember(model)
+        model.first_pages, model.cache_pages = decision.plan.pages, decision.plan.max_pages
+        share_memory(model)
     if decision.placement is None:
         model.to(decision.device)
     else:
@@ -80,9 +80,9 @@ def move_parts(model: Network, placement: Placement, accelerator: Accelerator | 
             assert accelerator is not None
             mapped = model.source.origins_in(module, prefix).keys()
             left = [tensor for name, tensor in module.state_dict().items() if name in mapped]
-            settle(module, accelerator)
+            move(module, accelerator)
             for tensor in left:
-                let_go(tensor)
+                evict(tensor)
     model.rebind(placement, accelerator)
 
 

@@ -20,8 +20,8 @@ from ..errors import ArgumentError, CheckpointError, FormatError, NeoxLiteError
 from ..formats import DENSE, Format, formats_of, make_format
 from ..hub import ADAPTER_CONFIG, HEAD, WEIGHTS, holds_adapter, resolve
 from ..layers import Linear, LowRank
-from ..offload.placement import check, decide, sizes_in
-from ..offload.plan import Sizes
+from ..offload.placement import check, decide
+from ..offload.plan import ModelSizes, sizes_of
 from ..units import DTYPES, dtype_name
 from .apply import announce, apply
 from .options import LoadOptions
@@ -32,7 +32,7 @@ from .skeleton import Skeleton, converted
 def from_pretrained(cls: type[Network], name: str | os.PathLike[str], options: LoadOptions) -> Any:
     """Build `cls` from a folder or hub id, that of an adapter too. Raises a NeoxLiteError naming the first thing that does not
     fit."""
-    check(options.wish)
+    check(options.placement_request)
     folder = resolve(os.fspath(name), options.revision, options.access, adapter=True)
     if options.adapter is None and (folder / ADAPTER_CONFIG).exists():
         return _from_adapter(cls, os.fspath(name), folder, options)
@@ -58,7 +58,7 @@ def _from_folder(cls: type[Network], name: str | os.PathLike[str], folder: Path,
         adapter = skeleton.adapter(options.adapter, options.access)
         sizes = _sizes(skeleton, dtype, folder, options.exact)
         decision = decide(
-            options.wish,
+            options.placement_request,
             sizes if adapter is None else sizes.with_adapter(adapter.layer_weights, dtype.itemsize),
             skeleton.heads,
             skeleton.prefix,
@@ -125,13 +125,13 @@ def _from_cache(cls: type[Network], cached: Path, options: LoadOptions, source: 
     return model
 
 
-def _sizes(skeleton: Skeleton, dtype: torch.dtype, folder: Path, exact: bool) -> Sizes:
+def _sizes(skeleton: Skeleton, dtype: torch.dtype, folder: Path, exact: bool) -> ModelSizes:
     """Bytes of a model's parts as they will be."""
     config = skeleton.model.config
     scale = next((n for n in skeleton.checkpoint.names() if n.endswith(".weight_scale")), None)
     scale_dtype = skeleton.checkpoint.info(scale).dtype if scale is not None else dtype
     formats = formats_of(config.quantization_config)
-    sizes = sizes_in(config, formats, dtype, scale_dtype, (folder / HEAD).exists())
+    sizes = sizes_of(config, formats, dtype, scale_dtype, (folder / HEAD).exists())
     if exact:  # quantized weights, too, are written out for many tokens
         sizes = replace(sizes, decoded=max(out * columns for out, columns, _ in config.linear_shapes.values()))
     return sizes if "embed_out" in skeleton.heads else replace(sizes, head=0, small_head=None)

@@ -15,7 +15,7 @@ from ..config import FIELDS, GPTNeoXConfig
 from ..errors import ArgumentError, UnsupportedError
 from ..formats import make_format
 from ..hub import USUAL, Access
-from ..offload.placement import Wish
+from ..offload.plan import PlacementRequest
 from ..units import parse_bytes, parse_dtype
 
 # Options of transformers that scripts pass, and what stands for them here.
@@ -139,8 +139,8 @@ class LoadOptions:
         return cls(**given)
 
     @property
-    def wish(self) -> Wish:
-        return Wish(self.device_map, self.max_memory, self.context, self.kv, self.head)
+    def placement_request(self) -> PlacementRequest:
+        return PlacementRequest(self.device_map, self.max_memory, self.context, self.kv, self.head)
 
 
 def _take_bits(given: dict[str, Any]) -> None:

@@ -14,12 +14,12 @@ from ..kernels import dispatch
 from ..kernels.backend import Backend
 
 Queue = Literal["compute", "copy"]
-Mark = Any  # a point in a queue: everything given to the queue before it
+Event = Any  # a point in a queue: everything given to the queue before it
 
 
 class Accelerator(Protocol):
     """Work is given to two queues and runs later: what operations compute, and what `copy` moves. Neither waits for the
-    other, nor does the host wait for them, unless told to."""
+    other, nor does the host wait for them, unless they are asked to."""
 
     @property
     def device(self) -> torch.device: ...
@@ -48,28 +48,28 @@ class Accelerator(Protocol):
         """On the copy queue, between memory of the device and staging memory of as many bytes."""
         ...
 
-    def mark(self, queue: Queue) -> Mark: ...
+    def record(self, queue: Queue) -> Event: ...
 
-    def follow(self, queue: Queue, mark: Mark) -> None:
-        """What is given to the queue from now on runs after the mark."""
+    def wait_event(self, queue: Queue, event: Event) -> None:
+        """What is given to the queue from now on runs after the event."""
         ...
 
-    def wait(self, mark: Mark) -> None:
-        """Until everything before the mark is done."""
+    def synchronize(self, event: Event) -> None:
+        """Until everything before the event is done."""
         ...
 
 
 class Cuda:
     """An NVIDIA GPU: the compute queue is the calling thread's current stream."""
 
-    def __init__(self, device: torch.device, most_bytes: int | None = None) -> None:
-        """most_bytes: torch is to take no more than so much more of the device's memory than it has, in all of this process."""
+    def __init__(self, device: torch.device, max_bytes: int | None = None) -> None:
+        """max_bytes: torch is to take no more than so much more of the device's memory than it has, in all of this process."""
         self.device = torch.device("cuda", device.index if device.index is not None else torch.cuda.current_device())
         self._copies = torch.cuda.Stream(self.device)
-        if most_bytes is not None:
+        if max_bytes is not None:
             total = torch.cuda.get_device_properties(self.device).total_memory
-            most_bytes += torch.cuda.memory_reserved(self.device)
-            torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, most_bytes) / total), self.device)
+            max_bytes += torch.cuda.memory_reserved(self.device)
+            torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, max_bytes) / total), self.device)
 
     def operations(self, exact: bool) -> Backend:
         return dispatch.choose(self.device, exact)
@@ -93,13 +93,13 @@ class Cuda:
     def _stream(self, queue: Queue) -> torch.cuda.Stream:
         return self._copies if queue == "copy" else torch.cuda.current_stream(self.device)
 
-    def mark(self, queue: Queue) -> torch.cuda.Event:
+    def record(self, queue: Queue) -> torch.cuda.Event:
         event = torch.cuda.Event()
         event.record(self._stream(queue))
         return event
 
-    def follow(self, queue: Queue, mark: torch.cuda.Event) -> None:
-        self._stream(queue).wait_event(mark)
+    def wait_event(self, queue: Queue, event: torch.cuda.Event) -> None:
+        self._stream(queue).wait_event(event)
 
-    def wait(self, mark: torch.cuda.Event) -> None:
-        mark.synchronize()
+    def synchronize(self, event: torch.cuda.Event) -> None:
+        event.synchronize()

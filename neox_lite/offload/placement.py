@@ -5,47 +5,33 @@ from __future__ import annotations
 import ctypes
 import difflib
 import gc
-import math
 import mmap
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from ..config import GPTNeoXConfig
-from ..errors import ArgumentError, FormatError, UnsupportedError
-from ..formats import DENSE, Format, GroupInt
+from ..errors import ArgumentError, UnsupportedError
 from . import profile
 from .accelerator import Accelerator, Cuda
-from .plan import CPU, DISK, GPU, NO, Bytes, Machine, Plan, Rates, Request, Sizes, plan, sizes_of
+from .memory import own_memory
+from .plan import CPU, DISK, GPU, NO, Budgets, HardwareProfile, ModelSizes, PlacementRequest, Plan, Rates, plan
 from .run import Placement
-from .stream import Image, install
+from .stream import LayerLayout, set_tensor
 
-NOMINAL = Rates(20e9, 3e11, 0.0)  # of a processor that was not measured; nothing but a prediction depends on it
+NOMINAL = Rates(20e9, 3e11)  # of a processor that was not measured; only predictions depend on it
 PROCESS_GROWTH = 16 << 20  # what binding the kernels adds to a process
 PLANNED: WeakSet[Any] = WeakSet()  # models of this process that were placed by a plan
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What a caller says about memory; see `loading.LoadOptions`. max_memory in bytes."""
-
-    device_map: Any = None
-    max_memory: Mapping[Any, int] | None = None
-    context: int | None = None
-    kv: str | None = None
-    head: str | None = None
-
-
-@dataclass(frozen=True)
-class Decision:
+class PlacementDecision:
     """Where a model goes. Without a placement all of it is on `device`; with one, what is on "gpu" is.
 
-    most_bytes: that torch may take of the GPU's memory, where the caller set a limit.
+    max_bytes: that torch may take of the GPU's memory, where the caller set a limit.
     """
 
     device: torch.device
@@ -53,15 +39,15 @@ class Decision:
     kv: str = "fp16"
     head: str = "fp16"
     plan: Plan | None = None
-    most_bytes: int | None = None
+    max_bytes: int | None = None
 
     def accelerator(self) -> Accelerator | None:
-        return Cuda(self.device, self.most_bytes) if self.placement is not None and self.device.type == "cuda" else None
+        return Cuda(self.device, self.max_bytes) if self.placement is not None and self.device.type == "cuda" else None
 
     @property
     def everything_there(self) -> bool:
         """Whether all of the model goes to the device, and no limit was set that counts from what torch holds before."""
-        return self.most_bytes is None and (self.placement is None or self.placement.tiers == {"gpu"})
+        return self.max_bytes is None and (self.placement is None or self.placement.tiers == {"gpu"})
 
     @property
     def announcement(self) -> str | None:
@@ -71,12 +57,10 @@ class Decision:
             return None
         names = {"gpu": str(self.device), "cpu": "the CPU", "disk": "the disk"}
         shares = [f"{found.layers.count(tier)} on {name}" for tier, name in names.items() if tier in found.layers]
-        where = f"of {len(found.layers)} layers {', '.join(shares)}"
-        speed = found.decode_tokens_per_s
-        rate = (
-            f"; about {speed:.2g} tokens/s by prediction" if speed is not None and found.machine.cpu != NOMINAL else ""
-        )
-        return "; ".join([where + rate, *found.notes, *(found.advice[:1] if found.level == DISK else ())])
+        speed = found.decode_tokens_per_s if found.hardware.cpu != NOMINAL else None
+        rate = "" if speed is None else f"; about {speed:.2g} tokens/s by prediction"
+        advice = found.advice[:1] if found.level == DISK else ()
+        return "; ".join([f"of {len(found.layers)} layers {', '.join(shares)}{rate}", *found.notes, *advice])
 
 
 # What is asked for ------------------------------------------------------------------------------------------------------
@@ -97,18 +81,18 @@ def device_of(asked: Any, who: str = "device_map is") -> torch.device:
     return device
 
 
-def check(wish: Wish) -> None:
+def check(request: PlacementRequest) -> None:
     """Raise ArgumentError or UnsupportedError for what cannot be honoured, before anything is read."""
-    if isinstance(wish.device_map, Mapping):
-        _devices(wish.device_map)
-    elif wish.device_map != "auto":
-        device_of(wish.device_map)
-    planned = wish.device_map is not None and not isinstance(wish.device_map, Mapping)
-    if wish.max_memory is not None and not planned:
+    if isinstance(request.device_map, Mapping):
+        _devices(request.device_map)
+    elif request.device_map != "auto":
+        device_of(request.device_map)
+    planned = request.device_map is not None and not isinstance(request.device_map, Mapping)
+    if request.max_memory is not None and not planned:
         raise ArgumentError("max_memory limits device_map='auto', 'cpu' or 'cuda'; pass both or neither")
-    if wish.context is not None and not planned:
+    if request.context is not None and not planned:
         raise ArgumentError("context is what device_map='auto' plans memory for; pass both or neither")
-    for key, limit in (wish.max_memory or {}).items():
+    for key, limit in (request.max_memory or {}).items():
         if key != "cpu" and limit:  # nothing of a GPU can be had anywhere
             device_of(key, "max_memory names")
 
@@ -122,63 +106,39 @@ def _devices(asked: Mapping[str, Any]) -> dict[str, str | torch.device]:
     return found
 
 
-def sizes_in(
-    config: GPTNeoXConfig, formats: Callable[[str], Format], dtype: torch.dtype, scales: torch.dtype, small_head: bool
-) -> Sizes:
-    """Bytes of a model's parts with its linear layers in these formats, their scales and plain tensors in these dtypes."""
-
-    def packing(name: str) -> tuple[int, int] | Bytes | None:
-        format = formats(name)
-        if isinstance(format, GroupInt):
-            return format.bits, format.group_size
-        return None if format == DENSE else partial(_bytes_in, name, format, scales)
-
-    return sizes_of(config, packing, 128, scales.itemsize, dtype.itemsize, small_head)
-
-
-def _bytes_in(name: str, format: Format, dtype: torch.dtype, out: int, columns: int) -> int:
-    if (reason := format.why_not((out, columns))) is not None:
-        raise FormatError(f"{name}: {reason}")
-    return sum(math.prod(shape) * kind.itemsize for kind, shape in format.specs((out, columns), dtype).values())
-
-
 def _numbered(device: torch.device) -> torch.device:
     """The first GPU where none is named, as "cuda" is "cuda:0" to those who write both."""
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
 def decide(
-    wish: Wish, sizes: Sizes, heads: list[str], prefix: str = "gpt_neox.", not_on_disk: str | None = None
-) -> Decision:
+    request: PlacementRequest,
+    sizes: ModelSizes,
+    heads: list[str],
+    prefix: str = "gpt_neox.",
+    not_on_disk: str | None = None,
+) -> PlacementDecision:
     """Where a model goes. heads: names of its output layers; prefix: of its other parts.
 
     not_on_disk: why its layers cannot stay in their files, None where they can. Raises ArgumentError where the model fits
     nowhere, saying by how much and what would help.
     """
-    if isinstance(wish.device_map, Mapping):
-        return _by_map(wish, sizes, heads, prefix, not_on_disk)
-    if wish.device_map == "auto" or wish.max_memory is not None:
-        return _by_plan(wish, sizes, not_on_disk)
-    return Decision(device_of(wish.device_map), None, wish.kv or "fp16", wish.head or "fp16")
+    if isinstance(request.device_map, Mapping):
+        return _by_map(request, sizes, heads, prefix, not_on_disk)
+    if request.device_map == "auto" or request.max_memory is not None:
+        return _by_plan(request, sizes, not_on_disk)
+    return PlacementDecision(device_of(request.device_map), None, request.kv or "fp16", request.head or "fp16")
 
 
 # By plan ----------------------------------------------------------------------------------------------------------------
 
 
-def _by_plan(wish: Wish, sizes: Sizes, not_on_disk: str | None) -> Decision:
-    device, limits = _gpu_of(wish), dict(wish.max_memory or {})
-    here = known_machine(measure=device is not None)
+def _by_plan(request: PlacementRequest, sizes: ModelSizes, not_on_disk: str | None) -> PlacementDecision:
+    device, limits = _gpu_of(request), dict(request.max_memory or {})
+    here = hardware(measure=device is not None)
     limit = next((n for key, n in limits.items() if device is not None and key in _names_of(device)), None)
-    cpu_bytes, gpu_bytes = profile.budgets(here, limits.get("cpu"), limit, None if device is None else device.index)
-    request = Request(
-        context=wish.context or sizes.context,
-        cpu_bytes=cpu_bytes,
-        gpu_bytes=gpu_bytes,
-        kv=wish.kv,
-        head=wish.head,
-        disk=not_on_disk is None,
-    )
-    found = plan(sizes, here, request)
+    budgets = profile.budgets(here, limits.get("cpu"), limit, None if device is None else device.index)
+    found = plan(sizes, here, request, replace(budgets, disk=not_on_disk is None))
     if found.level == NO:
         beside = " with the models loaded before" if PLANNED else ""
         reason = f"; layers cannot stay on the disk: {not_on_disk}" if not_on_disk else ""
@@ -189,24 +149,18 @@ def _by_plan(wish: Wish, sizes: Sizes, not_on_disk: str | None) -> Decision:
         )
     placement = None
     if found.gpu_layers or found.disk_layers:
-        placement = Placement(
-            found.layers,
-            found.embedding_on,
-            found.head_on,
-            found.crossover_tokens if found.mixed else None,
-            found.pages,
-        )
+        placement = Placement(found.layers, found.embedding_on, found.head_on, found.crossover_tokens, found.pages)
     where = device if device is not None and found.gpu_layers else torch.device("cpu")
-    most = limit - here.card.context_bytes if limit is not None and here.card is not None else None
-    return Decision(where, placement, found.kv, found.head, found, most)
+    max_bytes = limit - here.card.context_bytes if limit is not None and here.card is not None else None
+    return PlacementDecision(where, placement, found.kv, found.head, found, max_bytes)
 
 
-def _gpu_of(wish: Wish) -> torch.device | None:
+def _gpu_of(request: PlacementRequest) -> torch.device | None:
     """The GPU that a plan may use."""
-    if wish.device_map == "auto" and not torch.cuda.is_available():
+    if request.device_map == "auto" and not torch.cuda.is_available():
         return None
-    device = device_of("cuda" if wish.device_map == "auto" else wish.device_map)
-    unlimited = all(n > 0 for key, n in (wish.max_memory or {}).items() if key in _names_of(device))
+    device = device_of("cuda" if request.device_map == "auto" else request.device_map)
+    unlimited = all(n > 0 for key, n in (request.max_memory or {}).items() if key in _names_of(device))
     return _numbered(device) if device.type == "cuda" and unlimited else None
 
 
@@ -215,30 +169,26 @@ def _names_of(device: torch.device) -> tuple[Any, ...]:
     return device.index or 0, f"cuda:{device.index or 0}", "cuda"
 
 
-def known_machine(measure: bool) -> Machine:
+def hardware(measure: bool) -> HardwareProfile:
     """This machine with this process: as measured before, or now if `measure`; else with nominal rates.
 
     What the process holds already, and what models that were planned before may come to hold, counts as the process's own.
     """
-    found = profile.profile(measure=False)
-    if found is None and measure:
-        found = profile.profile()
-    own = profile.resident()
-    process = own + PROCESS_GROWTH if own is not None else profile.PROCESS_BYTES
+    found = profile.load() or (profile.measure() if measure else HardwareProfile(NOMINAL, None, 0, None))
     if PLANNED:
         gc.collect()  # a model that nobody refers to may still be in a cycle
     planned = [model.plan.totals for model in PLANNED if model.plan is not None]
-    process = max(process, *(totals["cpu"] for totals in planned), 0)
-    if found is None:
-        return Machine(NOMINAL, None, process, None)
+    held = own_memory()
+    own = profile.PROCESS_BYTES if held is None else sum(held.values()) + PROCESS_GROWTH
     card = found.card
     if card is not None and torch.cuda.is_initialized():
         taken = card.context_bytes + torch.cuda.memory_reserved()
         card = replace(card, context_bytes=max(taken, *(totals["gpu"] for totals in planned), 0))
-    return replace(found, process_bytes=max(process, found.process_bytes), card=card)
+    process = max(own, found.process_bytes, *(totals["cpu"] for totals in planned))
+    return replace(found, process_bytes=process, card=card)
 
 
-def remember(model: Any) -> None:
+def share_memory(model: Any) -> None:
     """Models that are planned from now on share the memory with this one; the caches of earlier ones stay as planned."""
     for earlier in PLANNED:
         if earlier.plan is not None:
@@ -249,19 +199,23 @@ def remember(model: Any) -> None:
 # By map -----------------------------------------------------------------------------------------------------------------
 
 
-def _by_map(wish: Wish, sizes: Sizes, heads: list[str], prefix: str, not_on_disk: str | None) -> Decision:
+def _by_map(
+    request: PlacementRequest, sizes: ModelSizes, heads: list[str], prefix: str, not_on_disk: str | None
+) -> PlacementDecision:
     """A place for every part from a map as accelerate writes them: a module's name stands for all that is in it."""
-    devices, count = _devices(wish.device_map), len(sizes.layers)
+    devices, count = _devices(request.device_map), len(sizes.layers)
     names = [f"{prefix}embed_in", *(f"{prefix}layers.{i}" for i in range(count)), f"{prefix}final_layer_norm", *heads]
     gpu = next((d for d in devices.values() if isinstance(d, torch.device) and d.type == "cuda"), None)
     tiers, unused = [], set(devices) - {f"{prefix}rotary_emb"}
+    # 1. The longest key that covers a part is its tier.
     for name in names:
-        key = next((key for key in sorted(devices, key=len, reverse=True) if _covers(key, name)), None)
-        if key is None:
+        covering = [key for key in devices if key in ("", name) or name.startswith(f"{key}.")]
+        if not covering:
             raise ArgumentError(f"device_map says nothing of {name}")
-        where = devices[key]
+        where = devices[key := max(covering, key=len)]
         tiers.append(where if isinstance(where, str) else "gpu" if where.type == "cuda" else "cpu")
         unused.discard(key)
+    # 2. What cannot run is refused.
     if unused:
         near = difflib.get_close_matches(wrong := min(unused), names, 1)
         parts = [names[0], f"{names[1]} to {names[count]}", *names[count + 1 :]]
@@ -277,42 +231,32 @@ def _by_map(wish: Wish, sizes: Sizes, heads: list[str], prefix: str, not_on_disk
         raise ArgumentError(f"device_map: layers cannot stay on the disk: {not_on_disk}")
     if len(ends) > 1:
         raise ArgumentError("device_map: the final norm goes where the head is; give both the same device")
-    kv, head = wish.kv or "fp16", wish.head or "fp16"
+    # 3. One memory needs no placement; of two, rates say from how many tokens on layers are streamed.
+    device, kv, head = gpu or torch.device("cpu"), request.kv or "fp16", request.head or "fp16"
     if len({embedding, *layers, *ends}) == 1:
-        return Decision(gpu or torch.device("cpu"), None, kv, head)
-    return Decision(
-        gpu or torch.device("cpu"), Placement(layers, embedding, ends.pop(), _stream_from(sizes, layers, kv)), kv, head
-    )
-
-
-def _covers(key: str, name: str) -> bool:
-    return key == "" or name == key or name.startswith(f"{key}.")
-
-
-def _stream_from(sizes: Sizes, layers: tuple[str, ...], kv: str) -> int | None:
-    """From how many tokens on streaming is faster for layers outside the GPU, by this machine's measured rates."""
-    on_gpu = layers.count("gpu")
-    if not 0 < on_gpu < len(layers):
-        return None
-    request = Request(sizes.context, 0, 0, kv=kv)
-    there = Plan(sizes, known_machine(measure=True), request, kv, "fp16", layers.count("disk"), on_gpu, "cpu")
-    return there.crossover_tokens
+        return PlacementDecision(device, None, kv, head)
+    on_gpu, stream_from = layers.count("gpu"), None
+    if 0 < on_gpu < count:
+        here = hardware(measure=True)
+        as_plan = Plan(sizes, here, request, Budgets(0, 0), kv, "fp16", layers.count("disk"), on_gpu, "cpu")
+        stream_from = as_plan.crossover_tokens
+    return PlacementDecision(device, Placement(layers, embedding, ends.pop(), stream_from), kv, head)
 
 
 # Moving -----------------------------------------------------------------------------------------------------------------
 
 
-def settle(module: nn.Module, accelerator: Accelerator) -> None:
+def move(module: nn.Module, accelerator: Accelerator) -> None:
     """Move all tensors of a module to the device, into one piece of its memory."""
-    image = Image(module)
-    memory = accelerator.empty(image.nbytes)
-    for piece in image.pieces:
-        piece.view(memory).copy_(piece.tensor)
-        install(module, piece.name, piece.view(memory))
+    layout = LayerLayout(module)
+    memory = accelerator.empty(layout.nbytes)
+    for slot in layout.slots:
+        slot.view(memory).copy_(slot.tensor)
+        set_tensor(module, slot.name, slot.view(memory))
 
 
-def let_go(tensor: Tensor) -> None:
-    """Give back the memory that a mapped file's pages take, where nothing has been written to them.
+def evict(tensor: Tensor) -> None:
+    """Return the memory that a mapped file's pages take, where nothing has been written to them.
 
     For tensors that are mapped and unchanged only: what lies there otherwise is lost.
     """

@@ -1,55 +1,47 @@
-"""What this machine does in a second, measured once and kept, and what memory is free now. Knows no model and no plan.
+"""What this machine does in a second, measured once and kept, and what of its memory a process may take. Knows no model.
 
-The profile is measured on random weights through the very operations that a model calls. It lies in machine.json (where:
-kept.py) and counts for as long as `identity()` stays the same.
+The profile is measured on random weights through the very products that a model calls. It lies in machine.json (where:
+user_cache.py) and counts for as long as `identity()` stays the same.
 """
 
 from __future__ import annotations
 
 import csv
-import ctypes
 import os
 import platform
-import re
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from .. import user_cache
-from ..cache import Batch, PagePool
-from ..config import GPTNeoXConfig
 from ..errors import ArgumentError
-from ..formats import DENSE, Format, GroupInt
+from ..formats import DENSE, Format, GroupInt, Weight
 from ..kernels import cpu, dispatch
-from ..layers import GPTNeoXLayer, Linear, Rotary
-from ..units import PAGE
 from ..user_cache import entry, shown
 from ..version import __version__
-from .plan import Card, Machine, Rates
-from .stream import Files, Origin
+from .memory import STATUS, free_gpu, free_memory, own_memory
+from .plan import Budgets, Card, HardwareProfile, Rates
+from .stream import FileReader, Origin
 
 Progress = Callable[[int, int], object]  # steps done, steps in all
+T = TypeVar("T")
 
 FILE = "machine.json"
-FORMAT_VERSION = 3
-MOST_KEPT = 8  # profiles: of other thread counts or kernels on the same machine
+FORMAT_VERSION = 4
+MAX_KEPT = 8  # profiles: of other thread counts or kernels on the same machine
 INT4 = GroupInt(4, 128)
-LARGE = (6144, 1)  # hidden size and layers: one of GPT-NeoX-20B, 234 MB as int4
-LARGE_ON_LITTLE = (2048, 8)  # where less than LITTLE is free
-LITTLE = 2 << 30
-PLAIN = (2048, 1)  # 100 MB in 16 bits
-SMALL = (768, 32)  # many small ones, 118 MB together: more than processors keep to themselves
-MANY = 256  # tokens of the pass that shows operations a second
+COLUMNS = 12288  # of a weight of 156 or 101 MB, more than processors' caches hold
+ROWS: dict[Format, int] = {INT4: 24576, DENSE: 4096}
+MANY = 256  # tokens of the product that shows operations a second
 SECONDS = 0.6  # to repeat a measurement for
 REPEATS = (3, 25)  # least and most
 BUS_BYTES = 256 << 20
@@ -57,43 +49,37 @@ DISK_BYTES = 1 << 30
 SLOT_BYTES = 128 << 20  # of a file read at a time: a layer or so
 CONTEXT_BYTES = 512 << 20  # of a driver's context where the driver does not say
 PROCESS_BYTES = 600 << 20  # of a process that has imported torch, where the system does not say
-# What a number in a kept profile can be: wider than any machine, narrow enough that arithmetic with it means something.
-SENSIBLE = {
-    "read_bytes_per_s": (1e6, 1e15),
-    "flops_per_s": (1e6, 1e18),
-    "plain_flops_per_s": (1e6, 1e18),
-    "layer_s": (0.0, 10.0),
-    "feature_s": (0.0, 1.0),
-    "bus_bytes_per_s": (1e6, 1e13),
-    "disk_bytes_per_s": (1e3, 1e12),
-    "process_bytes": (1 << 20, 1 << 40),
-    "bytes": (1 << 20, 1 << 44),
-    "context_bytes": (1, 1 << 40),
-}
 HOST_MARGIN = 512 << 20  # of what is free now, left to the rest of the system
 GPU_MARGIN = 256 << 20
 
 
-# The profile ----------------------------------------------------------------------------------------------------------
+# Kept -----------------------------------------------------------------------------------------------------------------
 
 
-@overload
-def profile(progress: Progress | None = None, measure: Literal[True] = True) -> Machine: ...
-@overload
-def profile(progress: Progress | None = None, *, measure: bool) -> Machine | None: ...
-def profile(progress: Progress | None = None, measure: bool = True) -> Machine | None:
-    """This machine's rates: the kept ones if they are of this machine as it is now, else measured (seconds) and kept.
+def load() -> HardwareProfile | None:
+    """The kept profile of this machine as it is now; None where there is none, or where the file makes no sense, with a
+    warning."""
+    here = identity()
+    try:
+        for one in _kept():
+            if entry(one, "identity") == here:
+                return _parse(HardwareProfile, entry(one, "machine"))
+    except ValueError as error:
+        _warn(f"{cache_file()} is not used: {error}")
+    return None
 
-    progress is told the steps done and in all while measuring. Without `measure`, None where nothing is kept.
-    """
-    found = _load(identity())
-    return renew(progress) if found is None and measure else found
 
-
-def renew(progress: Progress | None = None) -> Machine:
-    """This machine's rates, measured now and kept in place of what was kept of it."""
-    found = _measured(progress or (lambda done, total: None))
-    _keep(identity(), found)
+def measure(progress: Progress = lambda done, total: None) -> HardwareProfile:
+    """Measure this machine's rates, in seconds, and keep them in place of what was kept of it."""
+    found, here, others = _measured(progress), identity(), list[Any]()
+    with suppress(ValueError):  # a file that is not one of ours is replaced
+        others = [one for one in _kept() if isinstance(one, dict) and one.get("identity") != here]
+    profiles = [{"identity": here, "machine": asdict(found)}, *others][:MAX_KEPT]
+    try:
+        user_cache.write(FILE, {"profiles": profiles})
+    except OSError as error:
+        reason = error.strerror or error
+        _warn(f"the machine's measured speed cannot be kept, so it is measured every time: {reason}")
     return found
 
 
@@ -114,19 +100,8 @@ def identity() -> dict[str, Any]:
 
 
 def cache_file() -> Path:
-    """Where the profile is kept. Raises OSError where the user has no home."""
+    """Where profiles are kept. Raises OSError where the user has no home."""
     return user_cache.folder() / FILE
-
-
-def _load(here: dict[str, Any]) -> Machine | None:
-    """The kept profile of this identity; None where there is none, or where the file makes no sense, which is said once."""
-    try:
-        for one in _kept():
-            if entry(one, "identity") == here:
-                return _parse(entry(one, "machine"))
-    except ValueError as error:
-        _say(f"{cache_file()} is not used: {error}")
-    return None
 
 
 def _kept() -> list[Any]:
@@ -138,169 +113,74 @@ def _kept() -> list[Any]:
     return entries
 
 
-def _parse(found: Any) -> Machine:
-    """Raises ValueError for anything but a profile of numbers that a machine can have."""
-    card, disk = entry(found, "card"), entry(found, "disk_bytes_per_s")
-    return Machine(
-        _rates(entry(found, "cpu")),
-        None if disk is None else _number(found, "disk_bytes_per_s"),
-        int(_number(found, "process_bytes")),
-        None if card is None else _card(card),
-    )
-
-
-def _card(found: Any) -> Card:
-    name = entry(found, "name")
-    if not isinstance(name, str) or not name.isprintable():
-        raise ValueError(f"name is {shown(name)}, expected a GPU's")
-    sizes = {key: int(_number(found, key)) for key in ("bytes", "context_bytes")}
-    return Card(name, rates=_rates(entry(found, "rates")), bus_bytes_per_s=_number(found, "bus_bytes_per_s"), **sizes)
-
-
-def _rates(found: Any) -> Rates:
-    known = {key: _number(found, key) for key in ("read_bytes_per_s", "flops_per_s", "layer_s", "feature_s")}
-    plain = entry(found, "plain_flops_per_s")
-    return Rates(**known, plain_flops_per_s=None if plain is None else _number(found, "plain_flops_per_s"))
-
-
-def _number(found: Any, key: str) -> float:
-    value, (low, high) = entry(found, key), SENSIBLE[key]
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        raise ValueError(f"{key} is {shown(value)}, expected {low:.3g} to {high:.3g}")
-    return value
-
-
-def _keep(here: dict[str, Any], found: Machine) -> None:
-    """Write the profile beside those of other identities, whole or not at all; a folder that cannot be written is said once."""
-    others: list[Any] = []
-    with suppress(ValueError):  # a file that is not one of ours is replaced
-        others = [p for p in _kept() if isinstance(p, dict) and p.get("identity") != here]
-    profiles = [{"identity": here, "machine": asdict(found)}, *others][:MOST_KEPT]
-    try:
-        user_cache.write(FILE, {"profiles": profiles})
-    except OSError as error:
-        reason = error.strerror or error
-        _say(f"the machine's measured speed cannot be kept, so it is measured every time: {reason}")
+def _parse(kind: Callable[..., T], found: Any) -> T:
+    """A profile or a part of one. Raises ValueError for a number that no machine has."""
+    parts = {"cpu": Rates, "rates": Rates, "card": Card}
+    values = {}
+    for key in (field.name for field in fields(kind)):  # type: ignore[arg-type]
+        value = entry(found, key)
+        if key in parts and (value is not None or key != "card"):
+            value = _parse(parts[key], value)
+        elif key == "name":
+            if not isinstance(value, str) or not value.isprintable():
+                raise ValueError(f"name is {shown(value)}, expected a GPU's")
+        elif value is not None or key not in ("card", "disk_bytes_per_s", "plain_flops_per_s"):
+            low, high = (1e3, 1e18) if key.endswith("_per_s") else (1, 1 << 44)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+                raise ValueError(f"{key} is {shown(value)}, expected {low:.3g} to {high:.3g}")
+        values[key] = value
+    return kind(**values)
 
 
 @cache
-def _say(text: str) -> None:
+def _warn(text: str) -> None:
     """Warn of something once."""
     warnings.warn(text, stacklevel=4)
 
 
-def _measured(progress: Progress) -> Machine:
-    gpu = torch.cuda.is_available()
-    total = 7 if gpu else 4
-    host = measure_rates(torch.device("cpu"), lambda done, _: progress(done, total))
-    disk = measure_disk()
-    progress(3, total)
-    process = measure_process()
-    progress(4, total)
-    card = measure_card(lambda done, _: progress(4 + done, total)) if gpu else None
-    return Machine(host, disk, process, card)
+# Measured -------------------------------------------------------------------------------------------------------------
 
 
-# Processors -----------------------------------------------------------------------------------------------------------
+def _measured(progress: Progress) -> HardwareProfile:
+    gpu = torch.device("cuda:0") if torch.cuda.is_available() else None
+    steps: list[Callable[[], Any]] = [lambda: measure_rates(torch.device("cpu")), measure_disk, measure_process]
+    steps += [lambda: measure_card(gpu)] if gpu is not None else []
+    found: list[Any] = []
+    for done, step in enumerate(steps):
+        found.append(step())
+        progress(done + 1, len(steps))
+    return HardwareProfile(found[0], found[1], found[2], found[3] if gpu is not None else None)
 
 
-def measure_rates(device: torch.device, progress: Progress = lambda done, total: None) -> Rates:
-    """Rates of a device in int4 layers of groups of 128: of one large layer and of many small ones.
+def measure_rates(device: torch.device) -> Rates:
+    """Rates of a device, from products of one and of many tokens with int4 weights in groups of 128, and with plain ones."""
+    ops = dispatch.choose(device)
 
-    A straight line through the two gives the seconds for each byte and those of a layer beside them at one token, and at
-    many tokens the seconds for each operation and those of a feature beside them. One plain layer gives the operations a second
-    of those.
-    """
-    free = free_memory()[1] if device.type == "cpu" else free_gpu(device.index or 0)[1]
-    large = LARGE_ON_LITTLE if free is not None and free < LITTLE else LARGE
-    one, many = [], []
+    def product(format: Format, tokens: int) -> tuple[float, int]:
+        """Seconds of a product, and the bytes of its weight."""
+        weight = _random_weight(format, device)
+        x = torch.randn(tokens, COLUMNS, device=device).to(ops.activation_dtype(torch.float16, device))
+        seconds = _seconds(lambda: ops.grouped_linear([x], [weight], [None], [None], [None]), device)
+        return seconds, sum(t.nbytes for t in weight.tensors.values())
 
-    def prefill_s(layers: Layers) -> float:
-        """Seconds of a token in a layer, among many."""
-        return _seconds(lambda: layers.prefill(MANY), device) / layers.count / MANY
+    def flops_per_s(format: Format) -> float:
+        return 2 * ROWS[format] * COLUMNS * MANY / product(format, MANY)[0]
 
     with torch.inference_mode():
-        for step, (hidden, count) in enumerate((large, SMALL)):
-            layers = Layers(device, hidden, count)
-            one.append((layers.nbytes / count, _seconds(layers.decode(), device) / count))
-            many.append((2 * layers.weights / hidden, prefill_s(layers) / hidden))
-            del layers
-            progress(step + 1, 2)
-        plain = Layers(device, *PLAIN, DENSE)
-        plain_s = prefill_s(plain)
-    (byte_s, layer_s), (operation_s, feature_s) = _line(*one), _line(*many)
-    products_s = max(plain_s - feature_s * PLAIN[0], 0.5 * plain_s)  # most of it, whatever noise says
-    return Rates(1 / byte_s, 1 / operation_s, layer_s, feature_s, 2 * plain.weights / products_s)
+        seconds, nbytes = product(INT4, 1)
+        return Rates(nbytes / seconds, flops_per_s(INT4), flops_per_s(DENSE))
 
 
-def _line(large: tuple[float, float], small: tuple[float, float]) -> tuple[float, float]:
-    """Slope and height at 0 of the line through two points, neither of them negative: on a busy machine they could be."""
-    slope = max(0.0, (large[1] - small[1]) / (large[0] - small[0]))
-    height = small[1] - slope * small[0]
-    return (slope, height) if slope > 0 and height >= 0 else (large[1] / large[0], 0.0)
-
-
-class Layers:
-    """Layers of random weights on a device, and passes through them."""
-
-    def __init__(self, device: torch.device, hidden: int, count: int, format: Format = INT4) -> None:
-        config = GPTNeoXConfig(
-            hidden_size=hidden,
-            intermediate_size=4 * hidden,
-            num_attention_heads=hidden // 96 if hidden % 96 == 0 else hidden // 128,
-            num_hidden_layers=count,
-        )
-        with device:
-            self.layers = [GPTNeoXLayer(config, i, lambda name: format) for i in range(count)]
-        for layer in self.layers:
-            _fill(layer)
-        self.count = count
-        self.weights = sum(m.in_features * m.out_features for m in self.layers[0].modules() if isinstance(m, Linear))
-        self.nbytes = sum(t.nbytes for layer in self.layers for t in (*layer.parameters(), *layer.buffers()))
-        self.ops = dispatch.choose(device)
-        self.rotary = Rotary(config).table.to(device)
-        self.embedding = torch.randn(MANY, hidden, device=device).half()
-        self.pool = PagePool(
-            config.num_attention_heads, config.head_dim, torch.float16, [device] * count, pages=1 + -(-MANY // PAGE)
-        )
-
-    def decode(self) -> Callable[[], object]:
-        """A pass of one token, captured where the backend can do that."""
-        ids, batch = torch.tensor([0]), Batch.reserve(self.pool, [self.pool.new()], [1])
-        passes = self.ops.pass_runner(lambda ids, pool, batch: self._run(ids, batch), self.embedding.device, PAGE)
-        return lambda: passes.run(ids, self.pool, batch)
-
-    def prefill(self, tokens: int) -> None:
-        """A pass of so many tokens of one sequence."""
-        block_table = self.pool.new()
-        self._run(torch.arange(tokens), Batch.reserve(self.pool, [block_table], [tokens]))
-        self.pool.free(block_table)
-
-    def _run(self, ids: Tensor, batch: Batch) -> Tensor:
-        device = self.embedding.device
-        x = self.ops.embed(ids, self.embedding, self.ops.activation_dtype(torch.float16, device))
-        for layer in self.layers:
-            x = layer(x, self.ops, self.pool, batch, self.rotary)
-        return x
-
-
-def _fill(layer: GPTNeoXLayer) -> None:
-    """16-bit values: random words, scales with which activations stay of order one."""
-    for module in layer.modules():
-        if isinstance(module, Linear):
-            module.become(module.format, torch.float16)
-    layer.half()
-    for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
-        if name.endswith("weight_packed"):
+def _random_weight(format: Format, device: torch.device) -> Weight:
+    """16-bit values: random words, and scales with which products stay of order one."""
+    shape, tensors = (ROWS[format], COLUMNS), {}
+    for name, (dtype, size) in format.specs(shape, torch.float16).items():
+        tensor = tensors[name] = torch.zeros(size, dtype=dtype, device=device)
+        if dtype == torch.int32:
             tensor.random_(-(1 << 31), 1 << 31)
-        elif name.endswith("weight_scale"):
-            tensor.uniform_(0.5, 1.5).mul_(0.2 * (tensor.shape[1] * 128) ** -0.5)
-        elif tensor.dim() == 2:
-            tensor.uniform_(-1, 1).mul_(tensor.shape[1] ** -0.5)
-        elif name.endswith("bias"):
-            tensor.zero_()
-        else:  # gains of norms; and weight_shape, which nothing reads while running
-            tensor.fill_(1)
+        elif dtype == torch.float16:
+            tensor.uniform_(0.5, 1.5).mul_((0.2 if format == INT4 else 1.0) * COLUMNS**-0.5)
+    return Weight(format, shape, tensors)
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
@@ -322,21 +202,14 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
     return sorted(times)[len(times) // 4]
 
 
-def measure_card(progress: Progress = lambda done, total: None) -> Card:
-    """The first GPU: its rates, how fast pinned memory is copied there, and what the driver takes of it."""
-    device = torch.device("cuda:0")
-    rates = measure_rates(device, progress)
-    bus = measure_bus(device)
-    progress(3, 3)
-    torch.cuda.empty_cache()
-    return Card(torch.cuda.get_device_name(0), free_gpu()[0], rates, bus, context_bytes())
-
-
-def measure_bus(device: torch.device) -> float:
-    """Bytes a second that are copied from pinned host memory to a GPU, in pieces of 256 MiB."""
+def measure_card(device: torch.device) -> Card:
+    """A GPU: its rates, how fast pinned memory is copied there, and what the driver takes of it."""
+    rates = measure_rates(device)
     source = torch.zeros(BUS_BYTES, dtype=torch.uint8, pin_memory=True)
     target = torch.empty(BUS_BYTES, dtype=torch.uint8, device=device)
-    return BUS_BYTES / _seconds(lambda: target.copy_(source, non_blocking=True), device)
+    bus = BUS_BYTES / _seconds(lambda: target.copy_(source, non_blocking=True), device)
+    torch.cuda.empty_cache()
+    return Card(torch.cuda.get_device_name(device), free_gpu(device.index)[0], rates, bus, context_bytes())
 
 
 def context_bytes() -> int:
@@ -361,11 +234,8 @@ def _nvidia_smi(query: str) -> list[list[str]]:
     return [[cell.strip() for cell in row] for row in csv.reader(out.splitlines()) if row]
 
 
-# Disk -----------------------------------------------------------------------------------------------------------------
-
-
 def measure_disk() -> float | None:
-    """Bytes a second of the disk that torch is installed on, from torch's own libraries; None where it cannot be told."""
+    """Bytes a second of the disk that torch is installed on, from torch's own libraries; None where it cannot be measured."""
     files = sorted(Path(torch.__file__).parent.rglob("*.so*"), key=lambda f: f.stat().st_size, reverse=True)
     return disk_rate(files[0]) if files else None
 
@@ -381,7 +251,7 @@ def disk_rate(path: Path) -> float | None:
     with path.open("rb") as file:
         found = os.fstat(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    files, size = Files(), min(DISK_BYTES, found.st_size)
+    files, size = FileReader(), min(DISK_BYTES, found.st_size)
     slot = torch.empty(min(SLOT_BYTES, size), dtype=torch.uint8).fill_(0)
     before, began = _disk_reads(), time.perf_counter()
     for start in range(0, size, SLOT_BYTES):
@@ -398,8 +268,6 @@ def _disk_reads() -> int | None:
         return int(Path("/proc/self/io").read_text().partition("\nread_bytes:")[2].split()[0])
     return None
 
-
-# Memory ---------------------------------------------------------------------------------------------------------------
 
 PROBE = """
 import sys
@@ -419,140 +287,15 @@ print(Path("/proc/self/status").read_text())
 
 def measure_process() -> int:
     """Bytes of memory of a process that has imported torch and taken two steps of a tiny model; a constant elsewhere."""
-    if not Path("/proc/self/status").exists():
+    if not STATUS.exists():
         return PROCESS_BYTES
     code = PROBE.format(path=[os.fspath(Path(p).absolute()) for p in sys.path], threads=torch.get_num_threads())
     for _ in range(2):  # the first compiles kernels, which takes memory
         out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    if (held := _resident(out.stdout)) is None:
-        raise ArgumentError(
-            f"a process to measure memory in failed: {(out.stderr.strip().splitlines() or ['no word'])[-1]}"
-        )
+    if (held := own_memory(out.stdout)) is None:
+        reason = (out.stderr.strip().splitlines() or ["no word"])[-1]
+        raise ArgumentError(f"a process to measure memory in failed: {reason}")
     return sum(held.values())
-
-
-def _resident(status: str) -> dict[str, int] | None:
-    """Bytes of memory by kind, from the text of /proc/self/status."""
-    found = dict(re.findall(r"^Rss(Anon|File|Shmem):\s*(\d+) kB", status, re.MULTILINE))
-    return {kind: int(kib) << 10 for kind, kib in found.items()} if len(found) == 3 else None
-
-
-def budgets(
-    here: Machine, cpu_bytes: int | None = None, gpu_bytes: int | None = None, gpu: int | None = 0
-) -> tuple[int, int | None]:
-    """What this process may take of host memory and of the GPU number `gpu` in all.
-
-    That is as given, or else what it holds and what is free now but a margin. None for the GPU's where `gpu` is None or the
-    machine has none. Raises ArgumentError where the system does not say what is free.
-    """
-    if cpu_bytes is None:
-        free = free_memory()[1]
-        if free is None:
-            raise ArgumentError("this system does not say how much memory is free; give the budget")
-        held = _own_memory()
-        own = held["Anon"] + held["Shmem"] if held else 0  # memory of files counts as free already
-        cpu_bytes = max(0, free + own - HOST_MARGIN)
-    if gpu is None or here.card is None:
-        return cpu_bytes, None
-    if gpu_bytes is None and torch.cuda.is_available():
-        held_there = here.card.context_bytes + torch.cuda.memory_reserved(gpu)  # asking has made the context
-        gpu_bytes = max(0, free_gpu(gpu)[1] + held_there - GPU_MARGIN)
-    return cpu_bytes, gpu_bytes
-
-
-def resident() -> int | None:
-    """Bytes of memory that this process holds now; None where the system does not say."""
-    held = _own_memory()
-    return sum(held.values()) if held else None
-
-
-def _own_memory() -> dict[str, int] | None:
-    status = Path("/proc/self/status")
-    return _resident(status.read_text()) if status.exists() else None
-
-
-def free_gpu(index: int = 0) -> tuple[int, int]:
-    """Total and free bytes of a GPU. Raises ArgumentError where torch sees no such device."""
-    if not torch.cuda.is_available() or index >= torch.cuda.device_count():
-        raise ArgumentError(f"torch sees no CUDA device {index} here")
-    free, total = torch.cuda.mem_get_info(index)
-    return total, free
-
-
-def free_memory() -> tuple[int | None, int | None]:
-    """Total and available bytes of host memory, within a container's limit; None where the system does not say."""
-    if platform.system() == "Windows":
-        return _windows_memory()
-    if platform.system() == "Darwin":
-        return _mac_memory()
-    try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        total, free = (int(lines[key].split()[0]) << 10 for key in ("MemTotal", "MemAvailable"))
-    except (OSError, LookupError, ValueError):
-        return None, None
-    for limit, used in _cgroup_limits():
-        total, free = min(total, limit), min(free, max(0, limit - used))
-    return total, free
-
-
-def _cgroup_limits(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[tuple[int, int]]:
-    """(limit, used) of each control group above this process; used leaves out file pages that the kernel would drop."""
-    names = {
-        "v2": ("memory.max", "memory.current", "inactive_file"),
-        "v1": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    }
-    found = []
-    try:
-        groups = [line.split(":", 2) for line in own.read_text().splitlines()]
-    except OSError:
-        return []
-    for _, controllers, path in groups:
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        limit, usage, inactive = names["v1" if controllers else "v2"]
-        mount = root / "memory" if controllers else root
-        inner = mount / path.lstrip("/")
-        for folder in {mount, inner, *(p for p in inner.parents if mount in p.parents)}:
-            with suppress(OSError, ValueError):  # no such group here, or "max": no limit
-                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                used = int((folder / usage).read_text()) - int(stat.get(inactive, 0))
-                found.append((int((folder / limit).read_text()), used))
-    return found
-
-
-class _MemoryStatus(ctypes.Structure):
-    _fields_ = (
-        ("length", ctypes.c_uint32),
-        ("load", ctypes.c_uint32),
-        *((name, ctypes.c_uint64) for name in ("total", "free", "page_total", "page_free", "virtual", "virtual_free")),
-        ("extended", ctypes.c_uint64),
-    )
-
-
-def _windows_memory() -> tuple[int | None, int | None]:
-    status = _MemoryStatus(length=ctypes.sizeof(_MemoryStatus))
-    if not ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):  # type: ignore[attr-defined]
-        return None, None
-    return status.total, status.free
-
-
-def _mac_memory() -> tuple[int | None, int | None]:
-    try:
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        counts = subprocess.run(["vm_stat"], capture_output=True, text=True, timeout=20, check=True).stdout
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return None, None
-    return total, _mac_free(counts)
-
-
-def _mac_free(text: str) -> int | None:
-    """Bytes that macOS can give at once, from vm_stat's page counts."""
-    size = re.search(r"page size of (\d+) bytes", text)
-    pages = [re.search(rf"^Pages {kind}:\s*(\d+)", text, re.MULTILINE) for kind in ("free", "inactive", "speculative")]
-    return int(size[1]) * sum(int(p[1]) for p in pages if p) if size and all(pages) else None
-
-
-# The processor --------------------------------------------------------------------------------------------------------
 
 
 def cpu_name() -> str:
@@ -571,3 +314,29 @@ def _kernel_path() -> str:
     from ..kernels.cpu import target
 
     return target.host().path
+
+
+# Budgets --------------------------------------------------------------------------------------------------------------
+
+
+def budgets(
+    here: HardwareProfile, cpu_bytes: int | None = None, gpu_bytes: int | None = None, gpu: int | None = 0
+) -> Budgets:
+    """What this process may take of host memory and of the GPU number `gpu` in all.
+
+    That is as given, or else what it holds and what is free now but a margin. None for the GPU's where `gpu` is None or the
+    machine has none. Raises ArgumentError where the system does not say what is free.
+    """
+    if cpu_bytes is None:
+        free = free_memory()[1]
+        if free is None:
+            raise ArgumentError("this system does not say how much memory is free; give the budget")
+        held = own_memory()
+        own = held["Anon"] + held["Shmem"] if held else 0  # memory of files counts as free already
+        cpu_bytes = max(0, free + own - HOST_MARGIN)
+    if gpu is None or here.card is None:
+        return Budgets(cpu_bytes)
+    if gpu_bytes is None and torch.cuda.is_available():
+        held_there = here.card.context_bytes + torch.cuda.memory_reserved(gpu)  # asking has made the context
+        gpu_bytes = max(0, free_gpu(gpu)[1] + held_there - GPU_MARGIN)
+    return Budgets(cpu_bytes, gpu_bytes)

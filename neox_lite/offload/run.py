@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -21,7 +21,7 @@ from ..kernels import dispatch
 from ..kernels.backend import Backend, PassRunner
 from ..layers import GPTNeoXLayer
 from .accelerator import Accelerator
-from .stream import Image, Lent, Origins, Ring
+from .stream import LayerLayout, LayerStreamer, NextLayer, Origins
 
 CPU = torch.device("cpu")
 
@@ -64,13 +64,13 @@ class LayerRunner:
         ops: Backend | None = None,
     ) -> None:
         """rotary: the table, where the embedding is. dtype: of the model's plain tensors. accelerator: what "gpu" is, where
-        there is anything beside it. origins: of each layer, for those on the disk; see `Image`. ops: used on every tier
+        there is anything beside it. origins: of each layer, for those on the disk; see `LayerLayout`. ops: used on every tier
         rather than the fastest ones.
 
         Raises ArgumentError for a layer on the disk that no file holds as it is.
         """
         self.layers, self.placement, self.accelerator = layers, placement, accelerator
-        self._lock = threading.Lock()  # slots hold one pass at a time
+        self._lock = threading.Lock()  # buffers hold one pass at a time
         sides = {side_of(tier) for tier in placement.tiers}
         device = {"cpu": CPU, "gpu": rotary.device if accelerator is None else accelerator.device}
         choices: dict[str, Callable[[bool], Backend]] = {side: partial(dispatch.choose, device[side]) for side in sides}
@@ -81,30 +81,30 @@ class LayerRunner:
         self.tables = {side_of(placement.embedding): rotary}
         if accelerator is not None:
             self.tables = {"cpu": rotary.cpu(), "gpu": accelerator.upload(rotary.cpu(), torch.float32)}
-        self._ring = self._make_ring(origins)
+        self._streamer = self._make_streamer(origins)
         self._segments: dict[tuple[int, int], PassRunner] = {}
 
     @property
     def alone(self) -> bool:
         """Whether one backend computes all of them where they are, so that a whole pass may be captured."""
-        return self._ring is None and len(self.ops) == 1
+        return self._streamer is None and len(self.ops) == 1
 
-    def _make_ring(self, origins: Sequence[Origins]) -> Ring | None:
+    def _make_streamer(self, origins: Sequence[Origins]) -> LayerStreamer | None:
         placement = self.placement
         uploads = placement.stream_from is not None and self.accelerator is not None
-        images = {}
+        layouts = {}
         for i, tier in enumerate(placement.layers):
             if tier == "disk":
-                images[i] = Image(self.layers[i], origins[i] if origins else {})
-                kept = sum(p.tensor.nbytes for p in images[i].pieces if p.origin is None and ".adapter." not in p.name)
-                if kept > images[i].nbytes / 10:
+                layouts[i] = LayerLayout(self.layers[i], origins[i] if origins else {})
+                kept = sum(s.tensor.nbytes for s in layouts[i].slots if s.origin is None and ".adapter." not in s.name)
+                if kept > layouts[i].nbytes / 10:
                     raise ArgumentError(
                         f"layer {i} is on the disk, but its weights differ from what its file holds; those there cannot be "
                         "changed: load the model with more memory for that"
                     )
             elif tier == "cpu" and uploads:
-                images[i] = Image(self.layers[i])
-        return Ring(images, self.accelerator if uploads else None, placement.pages) if images else None
+                layouts[i] = LayerLayout(self.layers[i])
+        return LayerStreamer(layouts, self.accelerator if uploads else None, placement.pages) if layouts else None
 
     @property
     def first(self) -> Backend:
@@ -140,17 +140,17 @@ class LayerRunner:
         """
         placement, tokens = self.placement, len(x)
         upload = placement.stream_from is not None and tokens >= placement.stream_from
-        passing = [i for i, tier in enumerate(placement.layers) if tier == "disk" or (upload and tier == "cpu")]
+        streamed = [i for i, tier in enumerate(placement.layers) if tier == "disk" or (upload and tier == "cpu")]
         at = side_of(placement.embedding)
         with ExitStack() as stack:
-            following = stack.enter_context(self._passing(passing, pool, batch, upload)) if passing else None
+            next_layer = stack.enter_context(self._streaming(streamed, pool, batch, upload)) if streamed else None
             for first, last, tier in segments(placement.layers):
                 to = "gpu" if upload else side_of(tier)
                 x, at = self._moved(x, at, to), to
-                if following is not None and first in passing:
+                if next_layer is not None and first in streamed:
                     for _ in range(first, last):
-                        with following() as lent:
-                            x = self._through([lent.layer], at, x, lent.pool, lent.batch, each)
+                        with next_layer() as there:
+                            x = self._through([there.layer], at, x, there.pool, there.batch, each)
                 elif small and each is None:
                     x = self._segment(first, last, at).run(x, pool, batch)
                 else:
@@ -180,12 +180,10 @@ class LayerRunner:
         return self._segments[first, last]
 
     @contextmanager
-    def _passing(
-        self, order: Sequence[int], pool: PagePool, batch: Batch, upload: bool
-    ) -> Iterator[Callable[[], AbstractContextManager[Lent]]]:
-        assert self._ring is not None
-        with self._lock, self._ring.passing(order, pool, batch, upload) as following:
-            yield following
+    def _streaming(self, order: Sequence[int], pool: PagePool, batch: Batch, upload: bool) -> Iterator[NextLayer]:
+        assert self._streamer is not None
+        with self._lock, self._streamer.stream(order, pool, batch, upload) as next_layer:
+            yield next_layer
 
     def _moved(self, x: Tensor, at: str, to: str) -> Tensor:
         if at == to:

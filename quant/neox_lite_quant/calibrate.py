@@ -15,7 +15,7 @@ from torch import Tensor
 from neox_lite import GPTNeoXForCausalLM, GPTNeoXTokenizerFast
 from neox_lite.config import GPTNeoXConfig
 from neox_lite.errors import ArgumentError
-from neox_lite.offload.profile import free_memory
+from neox_lite.offload.memory import free_memory
 
 # Of a file: tokens in a window, at most the model's context, and the default number of windows.
 CONTEXT, WINDOWS = 512, 128

@@ -15,7 +15,7 @@ from neox_lite.layers import Linear
 from neox_lite.loading.save import Rows
 from neox_lite.loading.skeleton import Skeleton
 from neox_lite.modeling.causal_lm import GPTNeoXForCausalLM
-from neox_lite.offload.profile import free_memory
+from neox_lite.offload.memory import free_memory
 
 from . import calibrate
 from .blockwise import Blockwise, memory_bytes, operations_of, scratch_bytes, steps_of

@@ -13,7 +13,7 @@ import torch
 from neox_lite.errors import ArgumentError
 from neox_lite.formats import Format
 from neox_lite.loading.quantize import encode
-from neox_lite.offload.profile import free_memory
+from neox_lite.offload.memory import free_memory
 
 PROBE_ELEMENTS, PROBE_BYTES = 1 << 20, 64 << 20
 PROCESS_BYTES, THREAD_BYTES = 64 << 20, 64 << 20  # beyond the memory of torch; generous

@@ -5,12 +5,12 @@ from weakref import WeakSet
 import pytest
 
 from neox_lite.offload import placement, profile
-from neox_lite.offload.plan import Machine, Rates
+from neox_lite.offload.plan import HardwareProfile, Rates
 
-KNOWN = Machine(Rates(40e9, 1e12, 100e-6, 20e-6), 1e9, 400 << 20, None)
+KNOWN = HardwareProfile(Rates(40e9, 1e12), 1e9, 400 << 20, None)
 
 
 def known_machine(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(profile, "profile", lambda *given, **options: KNOWN)
-    patch.setattr(profile, "renew", lambda *given: KNOWN)
+    patch.setattr(profile, "load", lambda: KNOWN)
+    patch.setattr(profile, "measure", lambda *given: KNOWN)
     patch.setattr(placement, "PLANNED", WeakSet())

@@ -1,7 +1,7 @@
 """A simulated accelerator: memory of its own, two queues that run as late as they may, and a judge of what races.
 
 Its memory is the host's, told apart by address. Copies run only when something waits for them, and what they will overwrite
-is unreadable from the moment they are given. Every access is compared with the marks that were waited for.
+is unreadable from the moment they are given. Every access is compared with the events that were waited for.
 """
 
 import threading
@@ -113,20 +113,20 @@ class SimulatedAccelerator:
             else:
                 to.view(torch.uint8).fill_(255)
 
-    def mark(self, queue):
+    def record(self, queue):
         with self._lock:
             return Mark(queue, {**self._known[queue], queue: self._time[queue]})
 
-    def follow(self, queue, mark):
+    def wait_event(self, queue, event):
         with self._lock:
-            self._learn(queue, mark)
+            self._learn(queue, event)
             if queue == "compute":
-                self._run(mark.known["copy"])
+                self._run(event.known["copy"])
 
-    def wait(self, mark):
+    def synchronize(self, event):
         with self._lock:
-            self._learn("host", mark)
-            self._run(mark.known["copy"])
+            self._learn("host", event)
+            self._run(event.known["copy"])
 
     # Memory ---------------------------------------------------------------------------------------------------------------
 
@@ -174,8 +174,8 @@ class SimulatedAccelerator:
             self._check("host", "copy", staging.sent[1], staging)
         staging.sent = staging.tensor.clone(), self._time["copy"]
 
-    def _learn(self, queue, mark):
-        self._known[queue] = {q: max(t, mark.known[q]) for q, t in self._known[queue].items()}
+    def _learn(self, queue, event):
+        self._known[queue] = {q: max(t, event.known[q]) for q, t in self._known[queue].items()}
 
     def _tick(self, queue):
         self._time[queue] += 1

@@ -133,7 +133,7 @@ def _adapter_info(args: argparse.Namespace, folder: Path, is_local: bool) -> Non
 
 def stored_bytes(config: GPTNeoXConfig) -> dict[str, int]:
     """Bytes of all tensors by format, in the largest groups that fit; formats that do not suit the shape are left out."""
-    sizes = {"float16": sizes_of(config, None).total}
+    sizes = {"float16": sizes_of(config).total}
     for name in FORMATS:
         with suppress(FormatError):
             sizes[name] = Model.quantized(config, name).sizes.total

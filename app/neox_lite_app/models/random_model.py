@@ -19,8 +19,7 @@ from neox_lite.formats.nf4 import LEVELS
 from neox_lite.formats.weight import Specs
 from neox_lite.layers import Linear
 from neox_lite.loading.save import Part, write_model
-from neox_lite.offload.placement import sizes_in
-from neox_lite.offload.plan import Sizes
+from neox_lite.offload.plan import ModelSizes, sizes_of
 
 from .family import FAMILY
 
@@ -75,9 +74,9 @@ class RandomModel:
                 raise FormatError(f"{name}: {reason}")
 
     @property
-    def sizes(self) -> Sizes:
+    def sizes(self) -> ModelSizes:
         """Bytes of the parts, with the one head that is in use."""
-        sizes = sizes_in(
+        sizes = sizes_of(
             self.config, formats_of(self.config.quantization_config), DTYPE, DTYPE, self.small_head is not None
         )
         return replace(sizes, head=sizes.small_head or sizes.head, small_head=None)

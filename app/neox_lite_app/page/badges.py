@@ -18,7 +18,7 @@ from neox_lite.offload.plan import CPU, DISK, GPU, MIXED
 from neox_lite.units import format_bytes
 
 from ..models.family import FAMILY
-from ..models.plan import WHERE, Model, Place, make_plan
+from ..models.plan import WHERE, Model, Target, make_plan, request_of
 from ..models.plan import speed as speed_of
 from ..serving.engine import Engine
 from .events import sentence, unforeseen
@@ -69,12 +69,12 @@ class Badges:
     def _reckon(self, folders: dict[str, str | None]) -> None:
         found: dict[tuple[str, str], Badge] = {}
         try:
-            place = self._place()
+            target = self._target()
             for folder, format in folders.items():
                 own = argparse.Namespace(**{**vars(self._args), "format": format})
-                found[folder, ""] = self._badge(place, partial(Model.of, folder, own))
+                found[folder, ""] = self._badge(target, partial(Model.of, folder, own))
             for member, form in product(FAMILY, offered()):
-                found[member.id, form] = self._badge(place, partial(Model.quantized, member.config(), form))
+                found[member.id, form] = self._badge(target, partial(Model.quantized, member.config(), form))
         except Exception as error:  # measuring the machine may fail in any way, and the page does without
             log.warning("no plans for the Model tab: %s", error)
             problem = {"error": sentence(error) if isinstance(error, NeoxLiteError) else unforeseen(error)}
@@ -84,18 +84,18 @@ class Badges:
             self._found, self._when, self._busy = found, time.monotonic(), False
             self.version += 1
 
-    def _place(self) -> Place:
+    def _target(self) -> Target:
         """This machine; what the loaded model holds of it counts as free, for another one would take its place."""
-        place = Place.of(self._args)
+        target = Target.of(self._args)
         memory = self.engine.status().memory
-        held = {tier: memory.get(f"weights_{tier}", 0) + memory.get(f"cache_{tier}", 0) for tier in ("gpu", "cpu")}
-        gpu_bytes = None if place.gpu_bytes is None else place.gpu_bytes + held["gpu"]
-        return replace(place, gpu_bytes=gpu_bytes, cpu_bytes=place.cpu_bytes + memory.get("cache_cpu", 0))
+        cpu, gpu = target.budgets.cpu + memory.get("cache_cpu", 0), target.budgets.gpu
+        gpu = None if gpu is None else gpu + sum(memory.get(f"{part}_gpu", 0) for part in ("weights", "cache"))
+        return replace(target, budgets=replace(target.budgets, cpu=cpu, gpu=gpu))
 
-    def _badge(self, place: Place, model: Callable[[], Model]) -> Badge:
+    def _badge(self, target: Target, model: Callable[[], Model]) -> Badge:
         try:
             found = model()
-            plan = make_plan(found.sizes, place.machine, place.request(self._args, self._context(found)))
+            plan = make_plan(found.sizes, target.hardware, request_of(self._args, self._context(found)), target.budgets)
         except NeoxLiteError as error:
             return {"error": sentence(error)}
         total = format_bytes(found.sizes.total)

@@ -28,7 +28,7 @@ from neox_lite.generation.options import GenerationConfig, Options, as_dict
 from neox_lite.generation.request import Sequence, StopStringChecker, check_ids
 from neox_lite.generation.sampling import TokenLogprob
 from neox_lite.generation.scheduler import PrefillBudget, Scheduler
-from neox_lite.offload import profile
+from neox_lite.offload.memory import own_memory
 from neox_lite.offload.run import Placement
 
 KEPT_BYTES = 2 << 30  # of pages that stay for later prompts that begin alike; one context's where that is more
@@ -392,8 +392,8 @@ class Engine:
         memory = dict(loaded.weights) if loaded is not None and model is not None else {}
         if model is not None:
             memory |= cache_by_tier(model)
-        if (process := profile.resident()) is not None:
-            memory["process"] = process
+        if (process := own_memory()) is not None:
+            memory["process"] = sum(process.values())
         return Status(state, name, active, waiting, rate, cached, memory, fault)
 
     def _tokens_per_s(self) -> float:
