@@ -140,13 +140,13 @@ class Careless(SimulatedAccelerator):
         super().__init__(**options)
         self._forgets = forgets
 
-    def follow(self, queue, mark):
+    def wait_event(self, queue, event):
         if self._forgets != queue:
-            super().follow(queue, mark)
+            super().wait_event(queue, event)
 
-    def wait(self, mark):
+    def synchronize(self, event):
         if self._forgets != "host":
-            super().wait(mark)
+            super().synchronize(event)
 
 
 @pytest.mark.parametrize("eager", [False, True], ids=["late", "early"])

@@ -16,14 +16,15 @@ from neox_lite.cache import Batch, PagePool
 from neox_lite.formats import DENSE, Weight, make_format
 from neox_lite.kernels import dispatch, reference, triton
 from neox_lite.kernels.triton import operations, tile_configs
+from neox_lite.kernels.triton.device import DeviceProperties
 from neox_lite.kernels.triton.operations import NATURAL, Laid, Layout, Operations, Output
 from neox_lite.layers import Rotary
 
 pytestmark = [] if triton.interpreted() else [pytest.mark.gpu]
 DEVICE = torch.device("cpu" if triton.interpreted() else "cuda")
 AMPERE, TURING = (
-    tile_configs.Machine((8, 0)),
-    tile_configs.Machine((7, 5)),
+    DeviceProperties((8, 0)),
+    DeviceProperties((7, 5)),
 )  # with tensor cores and bfloat16, and without
 HALVES = 3e-3  # sums of four products rounded to halves, in the interpreter after every step
 ROUNDED = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}  # of weights or results, in a dtype
@@ -40,8 +41,8 @@ def nan_memory(monkeypatch):
     monkeypatch.setattr(torch, "empty", nan_empty)
 
 
-def ops_for(machine=AMPERE, exact=False):
-    return Operations(exact, lambda device: machine)
+def ops_for(properties=AMPERE, exact=False):
+    return Operations(exact, lambda device: properties)
 
 
 def quantized(bits, group, size, columns, dtype=torch.float16):

@@ -42,7 +42,7 @@ def doctor(args: argparse.Namespace) -> None:
     torch.set_num_threads(default_threads())
     if args.measure:
         for device in cards()[:1]:  # the one that is measured, which times what it launches
-            tuning.of(device).renew()
+            tuning.tuner(device).renew()
     result = examine(measure_hardware() if args.measure else measured())
     if args.json:
         print_json(result)
@@ -95,15 +95,22 @@ def sizes() -> dict[str, dict[str, Any]]:
     found = {}
     for device in cards():
         try:
-            here = tuning.of(device)
+            here = tuning.tuner(device)
         except ArgumentError as error:
             found[str(device)] = {"why": str(error), "timed": {}}
         else:
-            found[str(device)] = {
-                "why": here.why(),
-                "timed": {key: asdict(choice) for key, choice in here.kept.items()},
-            }
+            found[str(device)] = {"why": tuned(here), "timed": here.kept}
     return found
+
+
+def tuned(here: tuning.Tuner) -> str:
+    """Which sizes are used on a card, and why."""
+    kept = f"{len(here.kept)} timed on this card, kept in {tuning.FILE}; others" if here.kept else "all"
+    if here.times:
+        reason = "as asked" if here.when == "always" else "no choices are shipped for its class"
+        return f"{kept} are timed on first use ({reason})"
+    unknown = f"on most cards: its class is unknown, and {tuning.VARIABLE} is never"
+    return f"{kept} as {unknown if here.shipped is None else f'shipped for {here.shipped}'}"
 
 
 def gpus() -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from torch.nn import functional
 from benchmarks.gpu.peers import PEERS, once_for_each, torch_fp16
 from neox_lite.cache import Batch, PagePool
 from neox_lite.formats import DENSE, Weight, make_format
-from neox_lite.kernels.triton import tile_configs
+from neox_lite.kernels.triton.device import DeviceProperties
 from neox_lite_app.bench import copy_gb_per_s
 
 
@@ -220,8 +220,8 @@ class Bench:
         """How large a piece of a weight should be written out for cuBLAS at a time, and from how many tokens on."""
         weight = weight_of("int4", 4 * self.hidden, self.hidden, self.device)
         plain, ours = weight.decode(torch.float16), self.ops.slice_bytes
-        machine = self.ops.machine(self.device)
-        tiles = type(self.ops)(False, lambda device: TilesAlways(machine.capability))
+        properties = self.ops.properties(self.device)
+        tiles = type(self.ops)(False, lambda device: TilesAlways(properties.capability))
         for count in self.sizes.prefill:
             x = self.x(count, self.hidden)
             row = {"tokens": count, "cublas fp16": 1e6 * self.clock.seconds([partial(torch.mm, x, plain.T)])}
@@ -230,7 +230,7 @@ class Bench:
                 call = partial(self.ops._by_torch, x, weight, x.dtype)
                 row[f"written out, {name}"] = 1e6 * self.clock.seconds([call])
             self.ops.slice_bytes = ours
-            if machine.tensor_core_dtypes:
+            if properties.tensor_core_dtypes:
                 placed = lay(x, tiles._way(weight, x).layout)
                 call = partial(tiles.grouped_linear, [placed], [weight], [None], [None], [None])
                 row["tiles"] = 1e6 * self.clock.seconds([call])
@@ -264,7 +264,7 @@ class Bench:
             yield {**row, "us": 1e6 * ours, "torch_sdpa_us": 1e6 * sdpa}
 
 
-class TilesAlways(tile_configs.Machine):
+class TilesAlways(DeviceProperties):
     """A card for which no number of tokens is too large for tiles."""
 
     tiles_up_to = 1 << 30

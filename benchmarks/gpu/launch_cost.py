@@ -29,7 +29,8 @@ from neox_lite import GPTNeoXForCausalLM
 from neox_lite.cache import Batch
 from neox_lite.formats import make_format
 from neox_lite.kernels.backend import DeviceSampling
-from neox_lite.kernels.triton import operations, tile_configs
+from neox_lite.kernels.triton import operations
+from neox_lite.kernels.triton.device import DeviceProperties
 from neox_lite.layers import Linear
 from neox_lite_app.models.random_model import config_of
 
@@ -105,7 +106,7 @@ def seconds(call: Callable[[], object], steps: int) -> float:
 def measure(shape: str, steps: int) -> Iterator[dict[str, Any]]:
     """Microseconds of a step, launch by launch and as a graph, for one sequence and eight; then operation by operation."""
     model = model_of(shape)
-    card = tile_configs.Machine((8, 0))
+    card = DeviceProperties((8, 0))
     model.ops = ops = operations.Operations(False, lambda _: card, graphs=lambda _: NoGraphs())
     with without_launches() as count:
         for rows in (1, 8):

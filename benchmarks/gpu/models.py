@@ -7,7 +7,8 @@ import os
 import statistics
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -18,10 +19,9 @@ from benchmarks.gpu.peers import PEERS, Transformers, substituted
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
 from neox_lite.formats import DENSE, make_format
 from neox_lite.kernels import dispatch
-from neox_lite.kernels.triton import tile_configs, tuning
+from neox_lite.kernels.triton import tuning
 from neox_lite.loading.apply import apply
 from neox_lite.offload.placement import decide
-from neox_lite.offload.plan import PlacementRequest
 from neox_lite.offload.profile import context_bytes
 from neox_lite_app import bench
 from neox_lite_app.models.random_model import RandomModel
@@ -69,26 +69,24 @@ class Models:
     def tuned(self) -> Iterator[dict[str, Any]]:
         """int4 with sizes of kernels timed on this card, and what each choice saves over the shipped one."""
         with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, NEOX_LITE_CACHE=folder):
-            here = tuning.Tuning(self.machine, self.card, self.timer(), "always", self.lengths.tuning_s)
+            here = tuning.Tuner(self.card, None, self.timer, "always", self.lengths.tuning_s)
             model = self.model("int4")
-            model.ops = self.ops(tuned=lambda device: here)
+            model.ops = self.ops(tuner=lambda device: here)
             yield {"engine": "neox-lite", "format": "int4", "sizes": "timed on this card", **self.figures(model)}
             for name, picked in here.kept.items():
-                yield {"table": "choices", "choice": name, **asdict(picked)}
+                yield {"table": "choices", "choice": name, **picked}
 
     def ops(self, **options: Any) -> Any:
-        """The triton backend, with its own sizes of kernels where `tuned` is given."""
+        """The triton backend, with its own sizes of kernels where `tuner` is given."""
         return type(dispatch.load("triton").bind(False))(False, **options)
 
     @property
-    def machine(self) -> tile_configs.Machine:
-        return tile_configs.machine(self.device)
+    def card(self) -> str:
+        return tuning.card_of(self.device) if self.device.type == "cuda" else "none"
 
-    def card(self) -> tuning.Card:
-        return tuning.card_of(self.device) if self.device.type == "cuda" else tuning.Card("none", "", "", "")
-
+    @property
     def timer(self) -> tuning.Timer:
-        return tuning.EventTimer(self.device) if self.device.type == "cuda" else self.clock.elapsed
+        return partial(tuning.seconds_on, self.device) if self.device.type == "cuda" else self.clock.elapsed
 
     def model(self, format: str) -> GPTNeoXForCausalLM:
         """A random model on the device. Raises FormatError for a format that this version lacks."""
@@ -143,8 +141,9 @@ class Models:
         longest = self.lengths.contexts[-1] + self.lengths.warm_up + self.lengths.steps
         plan = RandomModel(self.config, make_format("int4"), small_head=True)
         cuda = self.device.type == "cuda"
-        wish = Wish("auto", {"cuda": gib << 30}, longest) if cuda else Wish("cpu", context=longest)
-        decision = decide(wish, plan.sizes, ["embed_out"])
+        limits = {"cuda": gib << 30} if cuda else None
+        request = PlacementRequest("auto" if cuda else "cpu", limits, longest)
+        decision = decide(request, plan.sizes, ["embed_out"])
         model = plan.build(lambda done, total: None)
         apply(model, decision)
         rates = {context: self.decode_rate(model, context) for context in self.lengths.contexts}

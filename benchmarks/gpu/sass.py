@@ -33,6 +33,7 @@ from neox_lite import GPTNeoXConfig
 from neox_lite.cache import Batch, PagePool
 from neox_lite.formats import DENSE, Weight, make_format
 from neox_lite.kernels.triton import tile_configs
+from neox_lite.kernels.triton.device import DeviceProperties
 from neox_lite.kernels.triton.operations import Operations
 from neox_lite.kernels.triton.steps import Inputs, Tables
 from neox_lite.layers import GPTNeoXLayer, Linear, Rotary, norm_of
@@ -143,7 +144,7 @@ class Nth:
 
     number: int
 
-    def pick(self, candidates: tile_configs.Candidates[Any], launch: object) -> Any:
+    def pick(self, candidates: tile_configs.Candidates, launch: object) -> Any:
         return candidates.tiles[self.number % len(candidates.tiles)]
 
 
@@ -287,7 +288,7 @@ def broken(row: Facts) -> list[str]:
 def compiled(card: int, runs: Sequence[Run], candidates: bool) -> list[Facts]:
     """Of every kernel that the runs launch on a card, once each."""
     found: dict[int, tuple[Any, Facts]] = {}
-    machine = tile_configs.Machine((card // 10, card % 10))
+    properties = DeviceProperties((card // 10, card % 10))
 
     def note(run: Run, kernel: Any, given: dict[str, Any]) -> None:
         # The kernel is held, so that its id stays its own.
@@ -295,9 +296,9 @@ def compiled(card: int, runs: Sequence[Run], candidates: bool) -> list[Facts]:
             found[id(kernel)] = kernel, facts(run.name, card, kernel, given)
 
     for run in runs:
-        for number in range(tile_configs.MOST if candidates else 1):
+        for number in range(tile_configs.MAX_CANDIDATES if candidates else 1):
             with recorded(card, partial(note, run)):
-                step(run, Operations(run.exact, lambda device: machine, lambda device, nth=Nth(number): nth))
+                step(run, Operations(run.exact, lambda device: properties, lambda device, nth=Nth(number): nth))
     return [row for _, row in found.values()]
 
 

@@ -27,6 +27,7 @@ from ..backend import Forward, Norm, PassRunner
 from ..graphs import EagerRunner
 from . import activations, attention, embed_and_sample, gemv, interpreted, matmul, tile_configs, tuning
 from .cuda_graph import CudaGraphs
+from .device import DeviceProperties, properties_of
 from .packing import SHIFT
 from .steps import GraphDevice, GraphRunner, Inputs
 
@@ -170,19 +171,19 @@ class Operations:
     def __init__(
         self,
         exact: bool,
-        machine: Callable[[torch.device], tile_configs.Machine] = tile_configs.machine,
-        tuned: Callable[[torch.device], tuning.Tuning] = tuning.of,
+        properties: Callable[[torch.device], DeviceProperties] = properties_of,
+        tuner: Callable[[torch.device], tuning.Tuner] = tuning.tuner,
         graphs: Callable[[torch.device], GraphDevice] | None = None,
     ) -> None:
-        """machine: what is known of a device. tuned: the sizes of kernels there. graphs: what captures steps there; None: CUDA,
+        """properties: of a device. tuner: picks the sizes of kernels there. graphs: what captures steps there; None: CUDA,
         where kernels are compiled."""
-        self.exact, self.machine, self.tuned, self.slice_bytes = exact, machine, tuned, SLICE_BYTES
+        self.exact, self.properties, self.tuner, self.slice_bytes = exact, properties, tuner, SLICE_BYTES
         self._graphs = graphs or (None if interpreted() else CudaGraphs)
         self._local = _Local()
 
     def activation_dtype(self, weights: torch.dtype, device: torch.device) -> torch.dtype:
         """The weights' own; float32 where the card has no bfloat16, announced."""
-        if weights != torch.bfloat16 or self.machine(device).bfloat16:
+        if weights != torch.bfloat16 or self.properties(device).bfloat16:
             return weights
         warnings.warn("this card has no bfloat16, float32 is used instead; .half() is faster", stacklevel=3)
         return torch.float32
@@ -251,7 +252,7 @@ class Operations:
                 )  # fmt: skip
 
             typical = splits >= PAGES_TO_TIME
-            page(self.tuned(qkv.device).pick(tile_configs.page(piece, int8, qkv.dtype), page if typical else None))
+            page(self.tuner(qkv.device).pick(tile_configs.page(piece, int8, qkv.dtype), page if typical else None))
             if not alone:
                 _launch(
                     attention.combine, (len(qkv), heads), parts, stats, splits, memory(out),
@@ -274,8 +275,8 @@ class Operations:
             )  # fmt: skip
 
         typical = len(qkv) >= TOKENS_TO_TIME
-        candidates = tile_configs.blocks(self.machine(qkv.device), dim, int8, qkv.dtype)
-        block(self.tuned(qkv.device).pick(candidates, block if typical else None))
+        candidates = tile_configs.blocks(self.properties(qkv.device), dim, int8, qkv.dtype)
+        block(self.tuner(qkv.device).pick(candidates, block if typical else None))
         return out
 
     def linear_residual(
@@ -349,17 +350,17 @@ class Operations:
 
     def _way(self, weight: Weight, like: Tensor) -> Way:
         """How a weight meets activations such as `like` (tokens, ...): all that a kernel must know of the two."""
-        machine, format, tokens = self.machine(like.device), weight.format, len(like)
+        properties, format, tokens = self.properties(like.device), weight.format, len(like)
         if isinstance(format, Dense):
             rows = tokens <= PLAIN_ROWS and weight.tensors["weight"].numel() < 1 << 31
             return Way("rows", stored=weight.tensors["weight"].dtype) if rows else TORCH
         if not isinstance(format, GroupInt):
             return TORCH
         bits, scale = format.bits, weight.tensors["weight_scale"].dtype
-        if tokens <= machine.rows_up_to:
+        if tokens <= properties.rows_up_to:
             halves = bits == 4 and like.dtype == torch.float16 and not self.exact
             return _coded("rows", bits, format.group_size, 16 // bits, SHIFT if halves else 0, scale)
-        if tokens <= machine.tiles_up_to and like.dtype in machine.tensor_core_dtypes:
+        if tokens <= properties.tiles_up_to and like.dtype in properties.tensor_core_dtypes:
             return _coded("tiles", bits, format.group_size, 32 // bits, 0, scale)
         return TORCH
 
@@ -451,8 +452,8 @@ class Operations:
 
         size, device = sum(o.size for o in outputs), inputs[0].device
         words = (way.words(columns),)
-        candidates = tile_configs.rows(self.machine(device), size, words, way.bits, way.inner, tokens, math)
-        launch(self.tuned(device).pick(candidates, launch))
+        candidates = tile_configs.rows(self.properties(device), size, words, way.bits, way.inner, tokens, math)
+        launch(self.tuner(device).pick(candidates, launch))
         return outs
 
     def _sum(self, way: Way, output: Output) -> Tensor:
@@ -472,9 +473,9 @@ class Operations:
 
         words = tuple(map(way.words, columns))
         candidates = tile_configs.rows(
-            self.machine(out.device), output.size, words, way.bits, way.inner, output.tokens, math
+            self.properties(out.device), output.size, words, way.bits, way.inner, output.tokens, math
         )
-        launch(self.tuned(out.device).pick(candidates, launch))
+        launch(self.tuner(out.device).pick(candidates, launch))
         return out
 
     def _tiles(self, way: Way, output: Output) -> Activation:
@@ -493,7 +494,7 @@ class Operations:
             )  # fmt: skip
 
         candidates = tile_configs.tiles(output.size, sum(columns), output.tokens, way.bits, inputs[0].dtype)
-        launch(self.tuned(inputs[0].device).pick(candidates, launch))
+        launch(self.tuner(inputs[0].device).pick(candidates, launch))
         return out
 
     def _by_torch(self, x: Activation, weight: Weight, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
@@ -568,7 +569,7 @@ class Operations:
             self._local.batch = held = (
                 batch,
                 device,
-                BatchTable(batch, device, tile_configs.queries(self.machine(device))),
+                BatchTable(batch, device, self.properties(device).query_block),
             )
         return held[2]
 
