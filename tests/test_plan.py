@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM, cache
 from neox_lite.errors import ArgumentError, FormatError
 from neox_lite.formats import DENSE, GroupInt, formats_of, quantization_config
+from neox_lite.generation import protocols
 from neox_lite.offload import plan, profile
 from neox_lite.offload.plan import CARDS, Budgets, Card, HardwareProfile, PlacementRequest, Plan, Rates, sizes_of
 from neox_lite.units import PAGE, parse_bytes
@@ -142,6 +143,10 @@ def test_a_file_s_windows_are_counted_as_random_rows_touch_them():
         mean = plan.WINDOW * sum(touched) / len(touched)
         found = placed(OF_20B, 44, context=context)
         assert found.parts["cpu"]["weights"] == pytest.approx(mean, rel=0.02)  # nine samples of thousands of windows
+
+
+def test_a_prompt_is_planned_in_the_pieces_that_generation_reads():
+    assert plan.PREFILL_TOKENS == protocols.PREFILL_TOKENS
 
 
 def test_sizes_name_a_row_that_groups_do_not_divide():

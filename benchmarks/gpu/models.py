@@ -22,6 +22,7 @@ from neox_lite.kernels import dispatch
 from neox_lite.kernels.triton import tuning
 from neox_lite.loading.apply import apply
 from neox_lite.offload.placement import decide
+from neox_lite.offload.plan import PlacementRequest
 from neox_lite.offload.profile import context_bytes
 from neox_lite_app import bench
 from neox_lite_app.models.random_model import RandomModel

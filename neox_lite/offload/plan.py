@@ -21,11 +21,11 @@ import torch
 from ..config import GPTNeoXConfig
 from ..errors import ArgumentError, FormatError
 from ..formats import DENSE, GROUP_SIZES, Format, GroupInt
-from ..generation.protocols import PREFILL_TOKENS
 from ..units import PAGE, format_bytes
 
 TIERS = ("gpu", "cpu", "disk")
 KINDS = ("fp16", "int8")  # of the KV cache and of the head; fp16 stands for the model's own dtype
+PREFILL_TOKENS = 512  # of a prompt that go through the model at a time, as in generation/protocols.py
 WINDOW = 64 << 10  # bytes of a sparsely mapped file that come into memory with one row of the embedding
 SLOTS = 2  # layers on their way at a time: one is computed while the next one arrives
 MAX_STREAM_FROM = 4096  # tokens of the longest pass for which streaming is considered
