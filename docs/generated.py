@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import math
 import re
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -20,11 +21,12 @@ from typing import Any
 import neox_lite
 from neox_lite import errors
 from neox_lite.generation.options import Options
-from neox_lite.generation.sampling import Sampling
+from neox_lite.generation.parameters import BY_NAME, NUMBERS, PARAMETERS, Parameter
 from neox_lite.loading.options import LoadOptions
 from neox_lite_app.conversations.prompt_forms import FORMS
 from neox_lite_app.models.family import FAMILY, Member
 from neox_lite_app.models.plan import Model
+from neox_lite_app.serving import schema
 from neox_lite_app.terminal import amount
 
 DOCS = Path(__file__).resolve().parent
@@ -87,6 +89,31 @@ def options(cls: type) -> Iterator[str]:
                 if plain and default is not None
                 else (f"| `{field.name}` | | {cell(told[field.name])} |")
             )
+
+
+def parameters() -> Iterator[str]:
+    """The table of sampling parameters, with the defaults of `generate`."""
+    yield "| option | default | range | |"
+    yield "|---|---|---|---|"
+    for p in PARAMETERS:
+        default = "" if p.kind is dict else f"`{p.default!r}`"
+        yield f"| `{p.name}` | {default} | {bounds(p)} | {cell(p.help)} |"
+
+
+def api_parameters() -> Iterator[str]:
+    """The sampling parameters that a request may have."""
+    yield "| field | range | |"
+    yield "|---|---|---|"
+    for name in schema.SAMPLING:
+        yield f"| `{name}` | {bounds(BY_NAME[name])} | {cell(BY_NAME[name].help)} |"
+
+
+def bounds(parameter: Parameter) -> str:
+    """What a number may be; "" for what is none."""
+    if parameter not in NUMBERS:
+        return ""
+    exponent = round(math.log2(parameter.high)) if parameter.kind is int else 0
+    return f"{parameter.low:g} to {f'2^{exponent} - 1' if exponent else f'{parameter.high:g}'}"
 
 
 def classes() -> Iterator[str]:
@@ -159,11 +186,12 @@ def escape(text: str) -> str:
 # Pages ----------------------------------------------------------------------------------------------------------------
 
 PARTS: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
+    "api.md": {"sampling": api_parameters},
     "family.md": {"family": family},
     "python-api.md": {
         "load": lambda: options(LoadOptions),
         "generate": lambda: options(Options),
-        "sampling": lambda: options(Sampling),
+        "sampling": parameters,
         "classes": classes,
         "errors": raised,
     },

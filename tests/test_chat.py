@@ -17,7 +17,7 @@ from support import commands
 
 from neox_lite import GPTNeoXForCausalLM
 from neox_lite.errors import ArgumentError, ContextLengthError
-from neox_lite.generation.sampling import BOUNDS
+from neox_lite.generation.parameters import NUMBERS
 from neox_lite_app.chat import COMMANDS, Terminal
 from neox_lite_app.cli import build_parser
 from neox_lite_app.conversations.conversation import Conversation, Store, read_file
@@ -144,9 +144,10 @@ def test_in_greedy_decoding_nothing_is_set_that_has_no_effect(session, recwarn):
 
 @pytest.mark.parametrize("command", [["chat", "M"], ["generate", "M", "--prompt", "x"]])
 def test_every_number_of_sampling_has_its_flag(command):
-    flags = [word for name in BOUNDS for word in (f"--{name.replace('_', '-')}", "1")]
+    names = [parameter.name for parameter in NUMBERS]
+    flags = [word for name in names for word in (f"--{name.replace('_', '-')}", "1")]
     args = build_parser().parse_args([*command, *flags])
-    assert [getattr(args, name) for name in BOUNDS] == [1] * len(BOUNDS)
+    assert [getattr(args, name) for name in names] == [1] * len(names)
     assert build_parser().parse_args(["chat", "M"]).temperature == 0.8
 
 

@@ -123,6 +123,63 @@ def goes(heading, run):
         assert any(step in names for names in places), f"{step} is not called after those before it"
 
 
+USED = """
+import numpy as np
+import generated
+from neox_lite.errors import ArgumentError
+from neox_lite.generation.options import Options
+from neox_lite.generation.sampling import candidates
+from neox_lite_app.cli import build_parser
+from neox_lite_app.page.settings import FIELDS, options_of
+from neox_lite_app.serving import schema
+
+try:
+    Options.parse({"top_n_sigma": -1})
+except ArgumentError as error:
+    print("checked:", error)
+for command in (["generate", "M", "--prompt", "x"], ["chat", "M"]):
+    print("flag:", build_parser().parse_args([*command, "--top-n-sigma", "1.5"]).top_n_sigma)
+asked = schema.completion({"prompt": "x", "top_n_sigma": 1.5}).options
+print("field:", asked["top_n_sigma"])
+try:
+    schema.completion({"prompt": "x", "top_n_sigma": 101})
+except schema.RequestError as error:
+    print("refused:", error)
+labels = [field.label for field in FIELDS if field.name == "top_n_sigma"]
+print("control:", labels, options_of({"top_n_sigma": 2})["top_n_sigma"])
+print("docs:", sum("`top_n_sigma`" in line for line in (*generated.parameters(), *generated.api_parameters())))
+sampling = Options.parse(asked).sampling
+logits = np.array([5, 4.9, 1, -np.inf, 0, 0, 0], np.float32)
+print("filter:", candidates(logits, sampling)[0].tolist(), "host:", sampling.host_reason)
+"""
+
+
+def run(copy, *words):
+    """A process of Python in the copy."""
+    rooms = os.pathsep.join(str(copy / room) for room in (".", "quant", "app", "docs"))
+    environment = {**ENVIRONMENT, "PYTHONPATH": rooms}
+    return subprocess.run(
+        [sys.executable, *words], cwd=copy, env=environment, capture_output=True, text=True, timeout=600
+    )
+
+
+def test_a_sampling_parameter_added_as_described_is_an_option_a_flag_a_field_and_a_control(copy):
+    done = run(copy, "-c", USED)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.splitlines() == [
+        "checked: top_n_sigma is -1.0, expected 0.0 to 100.0",
+        "flag: 1.5",
+        "flag: 1.5",
+        "field: 1.5",
+        "refused: top_n_sigma is 101, expected a number from 0 to 100",
+        "control: ['Top-n-sigma'] 2.0",
+        "docs: 2",
+        "filter: [0, 1] host: top_n_sigma is the host's work",
+    ]
+    tests = run(copy, "-m", "pytest", "-p", "no:cacheprovider", "-k", "not transformers", "tests/test_parameters.py")
+    assert tests.returncode == 0, tests.stdout[-4000:]
+
+
 def test_a_token_goes_the_way_that_is_described():
     assert len(described("One token's way")) == 17
     model = GPTNeoXForCausalLM.from_pretrained(DEMO)

@@ -227,9 +227,10 @@ def test_everything_public_is_described():
 
 
 def test_every_option_is_described():
-    for cls in (LoadOptions, Options, Sampling):
-        rows = [row.split("|") for row in list(generated.options(cls))[2:]]
-        assert [row[1] for row in rows if not row[3].strip()] == []
+    tables = {cls: generated.options(cls) for cls in (LoadOptions, Options)} | {Sampling: generated.parameters()}
+    for cls, table in tables.items():
+        rows = [row.split("|") for row in list(table)[2:]]
+        assert [row[1] for row in rows if not row[-2].strip()] == []
         assert len(rows) == len([field for field in fields(cls) if field.name != "sampling"])
 
 

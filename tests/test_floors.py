@@ -23,7 +23,7 @@ BUDGETS = {
     "neox_lite.cache": 420,
     "neox_lite.kernels": 6700,
     "neox_lite.layers": 290,
-    "neox_lite.generation": 2400,
+    "neox_lite.generation": 2475,
     "neox_lite.offload": 2400,
     "neox_lite.core": 700,
     "neox_lite.loading": 1200,

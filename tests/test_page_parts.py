@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("gradio", reason="needs pip install '.[page]'")
 
 from neox_lite.errors import ArgumentError
+from neox_lite.generation.parameters import SAMPLED
 from neox_lite_app.cli import build_parser
 from neox_lite_app.models.local_models import LocalModel
 from neox_lite_app.page import badges, model_tab
@@ -73,10 +74,11 @@ def test_a_cancel_that_comes_too_late_leaves_the_model_able_to_wake(engine):
 # Settings -------------------------------------------------------------------------------------------------------------
 
 
-def test_options_leave_out_what_changes_nothing():
+def test_options_are_what_the_controls_show():
     neutral = {field.name: field.neutral for field in FIELDS}
-    assert options_of(neutral) == {"do_sample": True, "top_k": 0}
-    assert options_of({"temperature": 0}) == {"do_sample": False, "top_k": 0}
+    assert options_of(neutral) == {"do_sample": True, **neutral} == options_of({})
+    greedy = options_of({"temperature": 0})
+    assert greedy["do_sample"] is False and not greedy.keys() & SAMPLED
     given = {**DEFAULT, "stop": "\\n\\n\nEND", "logit_bias": "5:-1, 7:2.5", "seed": "3"}
     options = options_of(given)
     assert options_of({"stop": "\u2028"})["stop"] == []

@@ -122,7 +122,7 @@ def test_no_repeated_ngrams_are_transformers(n):
 def test_a_bias_is_transformers_sequence_bias_of_single_ids():
     logits, biases = logits_with_ties(0), {5: 2.5, 60: -100.0, 7: 0.25}
     peer = logits_process.SequenceBiasLogitsProcessor({(i,): bias for i, bias in biases.items()})
-    found = add_bias(logits, torch.tensor(list(biases)), torch.tensor(list(biases.values())))
+    found = add_bias(HISTORY, logits, biases)
     same(found, peer(HISTORY[None], logits[None])[0])
 
 

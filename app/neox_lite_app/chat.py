@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from neox_lite.errors import ArgumentError, NeoxLiteError
 from neox_lite.generation.options import Options
-from neox_lite.generation.sampling import BOUNDS
+from neox_lite.generation.parameters import NUMBERS
 
 from .conversations.conversation import Conversation, Fit, Store, read_file
 from .conversations.prompt_forms import check_name, form_named, form_of
@@ -36,7 +36,7 @@ except ImportError:  # on Windows; then there is no history
 
 HISTORY_LINES = 1000
 SHOWN_AGAIN = 4  # messages of a resumed conversation
-SETTINGS = (*BOUNDS, "max_new_tokens", "stop")
+SETTINGS = (*(parameter.name for parameter in NUMBERS), "max_new_tokens", "stop")
 COMMANDS = {
     "help": ("", "this list"),
     "new": ("", "a new conversation; the present one stays in /list"),

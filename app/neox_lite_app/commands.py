@@ -7,6 +7,8 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple
 
+from neox_lite.generation.parameters import NUMBERS
+
 QUANTIZED = ("int4", "int8", "nf4", "nf4-double")  # formats.FORMATS, which would import torch
 
 
@@ -134,7 +136,7 @@ def _generate(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("model", metavar="MODEL")
     sub.add_argument("--prompt", required=True, help="the text to continue; - reads it from stdin")
     sub.add_argument("--max-new-tokens", type=_count, metavar="N", help="default: to the end of the context")
-    _add_sampling(sub, help="0 for greedy (default: generation_config.json's, else greedy)")
+    _add_sampling(sub, None, "default: generation_config.json's, else greedy")
     _add_context(sub)
     drafts = sub.add_mutually_exclusive_group()
     drafts.add_argument(
@@ -152,7 +154,7 @@ def _chat(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--max-new-tokens", type=_positive, metavar="N", help="of an answer (default: what the context leaves)"
     )
-    _add_sampling(sub, 0.8, "0 for greedy (default 0.8)")
+    _add_sampling(sub, 0.8, "default 0.8")
     _add_context(sub)
     _add_running(sub, revision=True, json=False)
 
@@ -277,22 +279,13 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=_positive, metavar="N", default=512, help="tokens a window (default 512)")
 
 
-def _add_sampling(parser: argparse.ArgumentParser, temperature: float | None = None, help: str = "") -> None:
-    """How tokens are drawn, for every command that generates text: a flag for each of sampling's numbers."""
-    parser.add_argument("--temperature", type=float, metavar="T", default=temperature, help=help)
-    parser.add_argument("--top-k", type=_count, metavar="K", help="keep the k likeliest tokens; 0 for all")
-    parser.add_argument("--top-p", type=float, metavar="P", help="keep the likeliest tokens up to this probability")
-    parser.add_argument("--min-p", type=float, metavar="P", help="drop tokens below this share of the likeliest one's")
-    parser.add_argument(
-        "--typical-p", type=float, metavar="P", help="keep the tokens of usual surprise up to this probability"
-    )
-    parser.add_argument("--repetition-penalty", type=float, metavar="R", help="above 1 makes seen tokens less likely")
-    parser.add_argument("--frequency-penalty", type=float, metavar="F", help="likewise with each time, from 0 to 2")
-    parser.add_argument("--presence-penalty", type=float, metavar="F", help="likewise once for all times, from 0 to 2")
-    parser.add_argument(
-        "--no-repeat-ngram-size", type=_count, metavar="N", help="no N tokens come twice in the same order"
-    )
-    parser.add_argument("--seed", type=_count, metavar="S", help="makes sampling repeatable")
+def _add_sampling(parser: argparse.ArgumentParser, temperature: float | None, default: str) -> None:
+    """A flag for each number of sampling. default: of the temperature, in words."""
+    for parameter in NUMBERS:
+        flag, kind = f"--{parameter.name.replace('_', '-')}", _count if parameter.kind is int else float
+        help = f"{parameter.help} ({default})" if parameter.name == "temperature" else parameter.help
+        parser.add_argument(flag, type=kind, metavar=parameter.flag, help=help)
+    parser.set_defaults(temperature=temperature)
     parser.add_argument(
         "--stop", action="append", metavar="TEXT", help="end before this text; may be given several times"
     )

@@ -9,11 +9,12 @@ from typing import Any
 from neox_lite import GPTNeoXForCausalLM, Speculation
 from neox_lite.errors import ArgumentError, ContextLengthError, NeoxLiteError
 from neox_lite.generation.mixin import Clock
-from neox_lite.generation.options import Options
+from neox_lite.generation.options import Options, as_dict
+from neox_lite.generation.parameters import NEUTRAL, SAMPLED
 from neox_lite.generation.speculative import MAX_DRAFT_TOKENS
 from neox_lite.tokenizer import check_text
 
-from .load_for_command import DRAWS, load, sampling
+from .load_for_command import load, sampling
 from .terminal import note, print_json, read_text
 
 
@@ -27,14 +28,16 @@ def generate(args: argparse.Namespace) -> None:
     ids, options["max_new_tokens"] = _lengths(model, prompt, args)
     options["do_sample"] = bool(model.generation_config.do_sample) if args.temperature is None else args.temperature > 0
     if not options["do_sample"]:
-        idle = [name for name in DRAWS if options.pop(name) is not None and name != "temperature"]
+        idle = [name for name in options if name in SAMPLED and options[name] is not None and name != "temperature"]
+        options = {name: value for name, value in options.items() if name not in SAMPLED}
         if idle:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
             note(f"neox-lite: warning: {flags} without effect in greedy decoding; add --temperature 0.8")
     if draft is not None:
         options["assistant_model"] = draft
     clock, counts, pieces, tokens, reason = Clock(), Speculation(), [], 0, None
-    for event in model.stream(ids, speculation=counts, **options):
+    config = {**NEUTRAL, **as_dict(model.generation_config)}
+    for event in model.stream(ids, speculation=counts, generation_config=config, **options):
         clock.tick()
         tokens += event.token is not None
         pieces.append(event.text)
@@ -63,7 +66,7 @@ def _draft(args: argparse.Namespace) -> GPTNeoXForCausalLM:
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
-    """What the flags say under the names of `generate`; None where they say nothing."""
+    """The values of the flags under the names of `generate`; None where a flag is not given."""
     return {
         **sampling(args),
         "stop_strings": args.stop,

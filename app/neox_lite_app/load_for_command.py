@@ -13,7 +13,7 @@ import torch
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
 from neox_lite.errors import ArgumentError
 from neox_lite.formats import Format, formats_of, label
-from neox_lite.generation.sampling import BOUNDS
+from neox_lite.generation.parameters import NUMBERS
 from neox_lite.layers import Linear
 from neox_lite.offload import profile
 from neox_lite.offload.placement import device_of
@@ -24,7 +24,6 @@ from .terminal import amount, bar, note
 
 MIXED = "mixed"
 BUSY = 0.3  # load average from which on measurements suffer
-DRAWS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed")  # without effect in greedy decoding
 
 
 def load(name: str, args: argparse.Namespace, head: str | None = None, **options: Any) -> GPTNeoXForCausalLM:
@@ -83,8 +82,8 @@ def warn_if_busy() -> float | None:
 
 
 def sampling(args: argparse.Namespace) -> dict[str, Any]:
-    """What the sampling flags say, under the names of `generate`; None where they say nothing."""
-    return {name: getattr(args, name) for name in BOUNDS}
+    """The values of the sampling flags under the names of `generate`; None where a flag is not given."""
+    return {parameter.name: getattr(args, parameter.name) for parameter in NUMBERS}
 
 
 def default_threads() -> int:

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from neox_lite.errors import ArgumentError
+from neox_lite.generation.parameters import SAMPLED
 
 from .conversations.conversation import Chat, Conversation, Fit, Store, fit
 from .conversations.prompt_forms import Form
-from .load_for_command import DRAWS
 from .serving.engine import Engine, Job, Ticket
 
 MIN_ANSWER = 512  # tokens that old turns make room for, at most a quarter of the context; max_new_tokens overrules it
@@ -90,7 +90,7 @@ class Session:
         """The settings as options of a job, with what ends an answer in this form."""
         draws = self.settings.get("temperature", 1.0) > 0
         given = {
-            name: value for name, value in self.settings.items() if name != "stop" and (draws or name not in DRAWS)
+            name: value for name, value in self.settings.items() if name != "stop" and (draws or name not in SAMPLED)
         }
         ends = self.engine.generation_config.eos_token_id
         ends = [] if ends is None else ends if isinstance(ends, list | tuple) else [ends]

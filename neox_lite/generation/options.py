@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import math
 import os
-import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,16 +18,32 @@ from torch import Tensor
 from ..errors import ArgumentError, ConfigError, ContextLengthError, UnsupportedError
 from ..files import read_json
 from ..hub import Access, fetch_files, local_folder
+from .parameters import PARAMETERS
 from .sampling import Sampling
 from .speculative import Speculation
+from .values import (
+    check_count,
+    check_drafts,
+    parse_biases,
+    parse_callables,
+    parse_ids,
+    parse_sequence_biases,
+    parse_texts,
+    time_limit,
+)
 
 FILE = "generation_config.json"
 DEFAULT_NEW_TOKENS = 20  # transformers' default
-MAX_RETURN_SEQUENCES = 1 << 12  # bounds on what a hostile generation_config.json can ask for
 MAX_TOKEN_ID = 1 << 31
-MAX_ASSISTANT_TOKENS = 1 << 10
 
-SAMPLING_FIELDS = {f.name for f in dataclasses.fields(Sampling)}
+# Integers and their bounds, which also limit what a hostile generation_config.json can ask for; None: no upper one.
+COUNTS: dict[str, tuple[int, int | None]] = {
+    **dict.fromkeys(("max_new_tokens", "max_length", "min_new_tokens", "min_length"), (0, None)),
+    "num_return_sequences": (1, 1 << 12),
+    **dict.fromkeys(("num_assistant_tokens", "prompt_lookup_num_tokens"), (1, 1 << 10)),
+    **dict.fromkeys(("bos_token_id", "pad_token_id"), (-1, MAX_TOKEN_ID)),
+}
+SWITCHES = ("return_dict_in_generate", "output_scores", "output_logits")
 # transformers' options that are honoured only at the value that means "off", with what to do instead.
 OFF_ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "num_beams": ((1, None), "beam search is not supported; use do_sample=True or greedy decoding"),
@@ -56,22 +70,10 @@ OFF_ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 # Options that change nothing here: the cache is always used, lengths of beams and encoders do not arise.
 NO_EFFECT = {
-    "use_cache",
-    "early_stopping",
-    "length_penalty",
-    "diversity_penalty",
-    "renormalize_logits",
-    "remove_invalid_values",
-    "transformers_version",
-    "decoder_start_token_id",
-    "num_assistant_tokens_schedule",
-    "cache_implementation",
-    "low_memory",
-    "trust_remote_code",
-    "synced_gpus",
-    "disable_compile",
-    "token_type_ids",
-}
+    "use_cache", "early_stopping", "length_penalty", "diversity_penalty", "renormalize_logits", "remove_invalid_values",
+    "transformers_version", "decoder_start_token_id", "num_assistant_tokens_schedule", "cache_implementation", "low_memory",
+    "trust_remote_code", "synced_gpus", "disable_compile", "token_type_ids",
+}  # fmt: skip
 # Other options under which these are known: forbidden words are biases, and time that is up is a reason to stop.
 OTHER_NAMES = {"stop", "bad_words_ids", "suppress_tokens", "max_time"}
 
@@ -129,50 +131,36 @@ class Options:
     @classmethod
     def parse(cls, *layers: dict[str, Any]) -> Options:
         """Merge layers of option names and values, later ones winning; None means "as below"."""
+        # 1. The names: refused, without effect, or known.
         merged: dict[str, Any] = {}
         for layer in layers:
             merged |= {k: v for k, v in layer.items() if v is not None}
         if "stop" in merged:
             merged["stop_strings"] = merged.pop("stop")
-        known = option_names() | OTHER_NAMES
-        for name in list(merged):
-            if name in OFF_ONLY:
-                allowed, instead = OFF_ONLY[name]
-                if merged.pop(name) not in allowed:
-                    raise UnsupportedError(f"{name}: {instead}")
-            elif name in NO_EFFECT or name.startswith("_"):
-                del merged[name]
-            elif name not in known:
-                near = difflib.get_close_matches(name, known, 1)
-                raise ArgumentError(
-                    f"generate knows no option {name!r}" + (f"; nearest is {near[0]!r}" if near else "")
-                )
-        if merged.get("do_sample") and "seed" not in merged:  # torch.manual_seed makes scripts repeatable
-            merged["seed"] = int(torch.randint(2**63 - 1, ()))
-        merged["eos_token_id"] = _ids("eos_token_id", merged.get("eos_token_id"))
+        merged = {name: value for name, value in merged.items() if _is_known(name, value)}
+        # 2. How a token is sampled.
+        merged["eos_token_id"] = parse_ids("eos_token_id", merged.get("eos_token_id"))
+        merged["sequence_bias"] = parse_sequence_biases(merged)
         if "logit_bias" in merged:
-            merged["logit_bias"] = _biases(merged["logit_bias"])
-        merged["sequence_bias"] = _sequence_biases(merged)
-        given = {k: merged.pop(k) for k in list(merged) if k in SAMPLING_FIELDS}
-        sampling = Sampling(**{k: v if k.endswith("_bias") else _number(k, v) for k, v in given.items()})
-        for name in ("max_new_tokens", "max_length", "min_new_tokens", "min_length"):
-            _check_count(name, merged.get(name), 0)
-        _check_count("num_return_sequences", merged.get("num_return_sequences"), 1, MAX_RETURN_SEQUENCES)
-        for name in ("num_assistant_tokens", "prompt_lookup_num_tokens"):
-            _check_count(name, merged.get(name), 1, MAX_ASSISTANT_TOKENS)
-        for name in ("bos_token_id", "pad_token_id"):
-            _check_count(name, merged.get(name), -1, MAX_TOKEN_ID)
-        merged["stop_strings"] = _texts(merged.get("stop_strings"))
-        for name in ("logits_processor", "stopping_criteria"):
-            merged[name] = _callables(name, merged.get(name, ()))
-        if (seconds := merged.pop("max_time", None)) is not None:
-            merged["stopping_criteria"] += (_time_is_up(seconds),)
-        for name in ("return_dict_in_generate", "output_scores", "output_logits"):
+            merged["logit_bias"] = parse_biases(merged["logit_bias"])
+        # Without a seed, torch.manual_seed makes scripts repeatable.
+        if merged.get("do_sample") and "seed" not in merged:
+            merged["seed"] = int(torch.randint(2**63 - 1, ()))
+        sampling = Sampling(**{p.name: p.parse(merged.pop(p.name)) for p in PARAMETERS if p.name in merged})
+        # 3. The other values.
+        for name, (low, high) in COUNTS.items():
+            check_count(name, merged.get(name), low, high)
+        for name in SWITCHES:
             if not isinstance(merged.get(name, False), bool):
                 raise ArgumentError(f"{name} is {merged[name]!r}, expected True or False")
+        merged["stop_strings"] = parse_texts(merged.get("stop_strings"))
+        for name in ("logits_processor", "stopping_criteria"):
+            merged[name] = parse_callables(name, merged.get(name, ()))
+        if (seconds := merged.pop("max_time", None)) is not None:
+            merged["stopping_criteria"] += (time_limit(seconds),)
         if "streamer" in merged and not (hasattr(merged["streamer"], "put") and hasattr(merged["streamer"], "end")):
             raise ArgumentError(f"streamer is {merged['streamer']!r}, expected an object with put(ids) and end()")
-        _check_drafts(merged)
+        check_drafts(merged)
         options = cls(sampling=sampling, **merged)
         if options.num_return_sequences > 1 and sampling.greedy:
             raise ArgumentError(
@@ -182,9 +170,9 @@ class Options:
 
     def warn_of_what_is_without_effect(self, given: Mapping[str, Any]) -> None:
         """Of a script's own options; those who call it stand three calls above the script."""
-        for name in ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed"):
-            if not self.sampling.do_sample and given.get(name) not in (None, 0, getattr(Sampling, name)):
-                warnings.warn(f"{name} is without effect, because do_sample is not set", stacklevel=5)
+        for p in PARAMETERS:
+            if p.sampled and not self.sampling.do_sample and given.get(p.name) not in (None, 0, p.neutral, p.default):
+                warnings.warn(f"{p.name} is without effect, because do_sample is not set", stacklevel=5)
         if given.get("max_length") is not None and self.max_new_tokens is not None:
             warnings.warn("max_length is without effect, because max_new_tokens is set", stacklevel=5)
         for name in ("output_scores", "output_logits"):
@@ -216,112 +204,28 @@ class Options:
 
 def option_names() -> set[str]:
     """What `generate` takes, under the names that callers use."""
-    return {f.name for f in dataclasses.fields(Options)} - {"sampling"} | SAMPLING_FIELDS
+    return {f.name for f in dataclasses.fields(Options)} - {"sampling"} | {p.name for p in PARAMETERS}
+
+
+def _is_known(name: str, value: Any) -> bool:
+    """Whether a name is an option; False where it has no effect. Raises for an unknown or unsupported one."""
+    if name in OFF_ONLY:
+        allowed, instead = OFF_ONLY[name]
+        if value not in allowed:
+            raise UnsupportedError(f"{name}: {instead}")
+        return False
+    if name in NO_EFFECT or name.startswith("_"):
+        return False
+    known = option_names() | OTHER_NAMES
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        raise ArgumentError(f"generate knows no option {name!r}" + (f"; nearest is {near[0]!r}" if near else ""))
+    return True
 
 
 def known_names() -> set[str]:
     """What a generation_config.json may name: that, other names for it, and what is refused or without effect."""
     return option_names() | OTHER_NAMES | OFF_ONLY.keys() | NO_EFFECT
-
-
-def _number(name: str, value: Any) -> Any:
-    kinds = {"do_sample": bool, "top_k": int, "no_repeat_ngram_size": int, "seed": int}
-    kind = kinds.get(name, float)
-    try:
-        plain = kind(value)
-        if isinstance(value, str) or (kind is int and plain != value) or (kind is bool and value not in (0, 1)):
-            raise TypeError
-    except (TypeError, ValueError, OverflowError):
-        raise ArgumentError(f"{name} is {value!r}, expected a {kind.__name__}") from None
-    return plain
-
-
-def _biases(value: Any) -> dict[int, float]:
-    """Biases by id; ids may be numbers in strings, as JSON has them."""
-    if not isinstance(value, Mapping):
-        raise ArgumentError(f"logit_bias is {value!r}, expected a bias for each of some ids: {{42: -5.0}}")
-    found = {}
-    for token, bias in value.items():
-        try:
-            number = int(token)
-            if isinstance(token, bool | float) or isinstance(bias, bool | str):
-                raise TypeError
-            found[number] = float(bias)
-        except (TypeError, ValueError, OverflowError):
-            raise ArgumentError(f"logit_bias: found {token!r}: {bias!r}, expected an id and a number") from None
-    return found
-
-
-def _sequence_biases(merged: dict[str, Any]) -> dict[tuple[int, ...], float]:
-    """sequence_bias, with what bad_words_ids and suppress_tokens forbid; as in transformers, no word forbids the end."""
-    given, words = merged.pop("sequence_bias", {}), merged.pop("bad_words_ids", [])
-    suppressed, ends = _ids("suppress_tokens", merged.pop("suppress_tokens", None)), merged["eos_token_id"]
-    try:
-        pairs = given.items() if isinstance(given, Mapping) else given
-        found = {tuple(ids): float(bias) for ids, bias in pairs}
-        forbidden = [tuple(word) for word in words]
-        if any(math.isnan(bias) or bias == math.inf for bias in found.values()):
-            raise TypeError
-        if not all(ids and all(type(i) is int for i in ids) for ids in (*found, *forbidden)):
-            raise TypeError
-    except (TypeError, ValueError, OverflowError):
-        raise ArgumentError(
-            f"sequence_bias is {given!r} and bad_words_ids is {words!r}, expected {{(42, 7): -5.0}} and [[42, 7]]"
-        ) from None
-    forbidden += [(i,) for i in suppressed]
-    allowed = {(i,) for i in ends if i not in suppressed}
-    return found | {ids: -math.inf for ids in forbidden if ids not in allowed}
-
-
-def _time_is_up(seconds: Any) -> Callable[[Tensor, Tensor], bool]:
-    """A criterion that stops from so many seconds after now on."""
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds >= 0:
-        raise ArgumentError(f"max_time is {seconds!r}, expected a number of seconds")
-    start = time.monotonic()
-    return lambda ids, scores: time.monotonic() - start >= seconds
-
-
-def _check_count(name: str, value: Any, low: int, high: int | None = None) -> None:
-    valid = isinstance(value, int) and not isinstance(value, bool) and value >= low and (high is None or value <= high)
-    if value is not None and not valid:
-        bound = "" if high is None else f" and at most {high}"
-        raise ArgumentError(f"{name} is {value!r}, expected an integer of at least {low}{bound}")
-
-
-def _check_drafts(merged: dict[str, Any]) -> None:
-    draft, counts = merged.get("assistant_model"), merged.get("speculation")
-    if draft is not None and not all(hasattr(draft, name) for name in ("new_pool", "step", "config")):
-        raise ArgumentError(f"assistant_model is a {type(draft).__name__}, expected a GPTNeoXForCausalLM")
-    if draft is not None and merged.get("prompt_lookup_num_tokens") is not None:
-        raise ArgumentError("assistant_model and prompt_lookup_num_tokens exclude each other; leave one out")
-    if counts is not None and not isinstance(counts, Speculation):
-        raise ArgumentError(f"speculation is a {type(counts).__name__}, expected a Speculation to count in")
-
-
-def _ids(name: str, value: Any) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    ids = value.tolist() if isinstance(value, Tensor) else value
-    ids = list(ids) if isinstance(ids, list | tuple | set) else [ids]
-    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-        raise ArgumentError(f"{name} is {value!r}, expected an id or a list of ids")
-    return tuple(i for i in ids if i >= 0)
-
-
-def _texts(value: Any) -> tuple[str, ...]:
-    if value is None:
-        return ()
-    texts = tuple(value) if isinstance(value, list | tuple | set) else (value,)
-    if not all(isinstance(t, str) and t for t in texts):
-        raise ArgumentError(f"stop_strings is {value!r}, expected texts that are not empty")
-    return texts
-
-
-def _callables(name: str, value: Any) -> tuple[Callable[[Tensor, Tensor], Any], ...]:
-    found = tuple(value) if isinstance(value, list | tuple) else (value,)
-    if not all(map(callable, found)):
-        raise ArgumentError(f"{name} is {value!r}, expected a callable or a list of callables")
-    return found
 
 
 class GenerationConfig:

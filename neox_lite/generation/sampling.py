@@ -7,133 +7,67 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..cache import copied
-from ..errors import ArgumentError, NeoxLiteError
+from ..errors import NeoxLiteError
+from .parameters import BY_NAME, SamplingParameters
 
 if TYPE_CHECKING:
     import numpy as np
 
 Processor = Callable[[Tensor, Tensor], Tensor]  # history (tokens,) int64, logits (vocabulary,) float32 -> logits
-Filter = Callable[["np.ndarray"], "np.ndarray"]  # logits (n,) -> the places of those that are kept, in ascending order
-COLDEST = 1e-5  # a temperature below this counts as 0: logits divided by less could overflow float32
-MAX_BIAS = 100.0
-BOUNDS = {
-    "temperature": (0.0, 1e6),
-    "top_k": (0, 2**31 - 1),
-    "top_p": (0.0, 1.0),
-    "min_p": (0.0, 1.0),
-    "typical_p": (0.0, 1.0),
-    "repetition_penalty": (1e-6, 1e6),
-    "frequency_penalty": (-2.0, 2.0),
-    "presence_penalty": (-2.0, 2.0),
-    "no_repeat_ngram_size": (0, 2**31 - 1),
-    "seed": (0, 2**64 - 1),
-}
-HOST_ONLY = (
-    "typical_p",
-    "repetition_penalty",
-    "frequency_penalty",
-    "presence_penalty",
-    "no_repeat_ngram_size",
-    "logit_bias",
-    "sequence_bias",
-)
+Filter = Callable[["np.ndarray", Any], "np.ndarray"]  # logits (n,), a parameter -> places of the kept ones, ascending
+
+# By their parameters, in the order in which they apply; a parameter with its neutral value leaves its own out.
+PROCESSORS: dict[tuple[str, ...], tuple[Callable[..., Tensor], bool]] = {}
+FILTERS: dict[str, Filter] = {}
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def processor_of(*names: str, new_tokens: bool = False) -> Callable[[Function], Function]:
+    """Register the processor of parameters: history (new_tokens: without the prompt), logits and their values -> logits."""
+    return lambda function: PROCESSORS.setdefault(names, (function, new_tokens))[0]  # type: ignore[return-value]
+
+
+def filter_of(name: str) -> Callable[[Function], Function]:
+    """Register the filter of a parameter."""
+    return lambda function: FILTERS.setdefault(name, function)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How one token is drawn. The defaults are transformers'.
+class Sampling(SamplingParameters):
+    """How one token is sampled. The defaults are transformers'."""
 
-    do_sample: draw; otherwise the best id is taken, and what only shapes a draw has no effect.
-    temperature: divides the logits; 0 takes the best id.
-    top_k: draw from the k likeliest ids; 0 for all.
-    top_p: draw from the likeliest ids up to this probability.
-    min_p: leave out ids below this share of the likeliest one's probability.
-    typical_p: draw from the ids of usual surprise up to this probability.
-    repetition_penalty: above 1 makes ids of the prompt and the answer less likely.
-    frequency_penalty: taken from the logits of ids among the new tokens, once for each time.
-    presence_penalty: likewise, once for all times.
-    no_repeat_ngram_size: no so many tokens come twice in the same order; 0 for any.
-    logit_bias: added to the logits of ids, -100 to 100.
-    sequence_bias: added to the logit of a sequence's last id where the ids before it have just come; -inf forbids it.
-    seed: the same one gives the same tokens, whatever else runs.
-    """
-
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_k: int = 50
-    top_p: float = 1.0
-    min_p: float = 0.0
-    typical_p: float = 1.0
-    repetition_penalty: float = 1.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    no_repeat_ngram_size: int = 0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    sequence_bias: Mapping[tuple[int, ...], float] = field(default_factory=dict)
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, (low, high) in BOUNDS.items():
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise ArgumentError(f"{name} is {value}, expected {low} to {high}")
-        for token, bias in self.logit_bias.items():
-            if token < 0:
-                raise ArgumentError(f"logit_bias: found id {token}, expected ids from 0 on")
-            if not -MAX_BIAS <= bias <= MAX_BIAS:
-                raise ArgumentError(f"logit_bias: the bias of id {token} is {bias}, expected {-MAX_BIAS} to {MAX_BIAS}")
-
-    @property
-    def greedy(self) -> bool:
-        return not self.do_sample or self.temperature < COLDEST
-
-    @cached_property
-    def host_reason(self) -> str | None:
-        """Which of these a device that has the logits cannot do; None where it can do all."""
-        for name in HOST_ONLY:
-            if getattr(self, name) != getattr(Sampling, name, {}):
-                return f"{name} is the host's work"
-        return None
+    def _is_neutral(self, name: str) -> bool:
+        return bool(getattr(self, name) == BY_NAME[name].neutral)
 
     def processors(self, between: Sequence[Processor] = (), prompt: int = 0) -> list[Processor]:
-        """The steps between logits and choice or draw, in order, for a sequence whose first `prompt` tokens are not new.
+        """The steps between logits and sample, in order, for a sequence whose first `prompt` tokens are not new.
 
         `between` come last.
         """
-        steps: list[Processor] = []
-        if self.logit_bias:
-            ids = torch.tensor(list(self.logit_bias), dtype=torch.long)
-            biases = torch.tensor(list(self.logit_bias.values()), dtype=torch.float32)
-            steps.append(lambda history, logits: add_bias(logits, ids, biases))
-        if self.sequence_bias:
-            steps.append(lambda history, logits: bias_sequences(history, logits, self.sequence_bias))
-        if self.repetition_penalty != 1.0:
-            steps.append(lambda history, logits: penalize_repetition(history, logits, self.repetition_penalty))
-        if self.frequency_penalty or self.presence_penalty:
-            both = self.frequency_penalty, self.presence_penalty
-            steps.append(lambda history, logits: penalize_frequency(history[prompt:], logits, *both))
-        if self.no_repeat_ngram_size:
-            steps.append(lambda history, logits: forbid_repeats(history, logits, self.no_repeat_ngram_size))
-        return [*steps, *between]
+        active = [names for names in PROCESSORS if not all(map(self._is_neutral, names))]
+        return [*(self._processor(names, prompt) for names in active), *between]
+
+    def _processor(self, names: tuple[str, ...], prompt: int) -> Processor:
+        (process, new_tokens), values = PROCESSORS[names], [getattr(self, name) for name in names]
+        start = prompt if new_tokens else 0
+        return lambda history, logits: process(history[start:], logits, *values)
 
     @cached_property
-    def filters(self) -> list[Filter]:
-        """What leaves ids out of a draw, in order, each from what the one before it left."""
-        found: list[tuple[bool, Filter]] = [
-            (self.top_k > 0, partial(top_k, k=self.top_k)),
-            (self.top_p < 1.0, partial(top_p, p=self.top_p)),
-            (self.min_p > 0.0, partial(min_p, p=self.min_p)),
-            (self.typical_p < 1.0, partial(typical_p, p=self.typical_p)),
-        ]
-        return [kept for wanted, kept in found if wanted]
+    def filters(self) -> list[Callable[[np.ndarray], np.ndarray]]:
+        """What leaves ids out of a sample, in order, each from what the one before it kept."""
+        return [_bound(keep, getattr(self, name)) for name, keep in FILTERS.items() if not self._is_neutral(name)]
+
+
+def _bound(keep: Filter, value: Any) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda values: keep(values, value)
 
 
 # Processors -----------------------------------------------------------------------------------------------------------
@@ -146,13 +80,17 @@ def exclude(logits: Tensor, ids: Tensor) -> Tensor:
     return copy
 
 
-def add_bias(logits: Tensor, ids: Tensor, biases: Tensor) -> Tensor:
-    """Add biases (n,) to the logits of ids (n,), each there once."""
+@processor_of("logit_bias")
+def add_bias(history: Tensor, logits: Tensor, biases: Mapping[int, float]) -> Tensor:
+    """Add each bias to the logit of its id."""
+    import numpy as np
+
     copy = copied(logits)
-    copy.numpy()[ids.numpy()] += biases.numpy()
+    copy.numpy()[np.fromiter(biases, np.int64)] += np.fromiter(biases.values(), np.float32)
     return copy
 
 
+@processor_of("sequence_bias")
 def bias_sequences(history: Tensor, logits: Tensor, biases: Mapping[tuple[int, ...], float]) -> Tensor:
     """Add each bias to the logit of its sequence's last id, where the history ends with the ids before it."""
     import numpy as np
@@ -165,6 +103,7 @@ def bias_sequences(history: Tensor, logits: Tensor, biases: Mapping[tuple[int, .
     return copy
 
 
+@processor_of("repetition_penalty")
 def penalize_repetition(history: Tensor, logits: Tensor, penalty: float) -> Tensor:
     """Divide positive and multiply negative logits of ids seen so far (CTRL, https://arxiv.org/abs/1909.05858)."""
     import numpy as np
@@ -175,6 +114,7 @@ def penalize_repetition(history: Tensor, logits: Tensor, penalty: float) -> Tens
     return copy
 
 
+@processor_of("frequency_penalty", "presence_penalty", new_tokens=True)
 def penalize_frequency(new: Tensor, logits: Tensor, frequency: float, presence: float) -> Tensor:
     """Lower the logits of ids among the new tokens: by `frequency` for each time, and by `presence` once."""
     import numpy as np
@@ -185,6 +125,7 @@ def penalize_frequency(new: Tensor, logits: Tensor, frequency: float, presence: 
     return copy
 
 
+@processor_of("no_repeat_ngram_size")
 def forbid_repeats(history: Tensor, logits: Tensor, n: int) -> Tensor:
     """Exclude every id that would end n tokens which the history has already."""
     import numpy as np
@@ -202,6 +143,7 @@ def forbid_repeats(history: Tensor, logits: Tensor, n: int) -> Tensor:
 # Filters --------------------------------------------------------------------------------------------------------------
 
 
+@filter_of("top_k")
 def top_k(values: np.ndarray, k: int) -> np.ndarray:
     """Places of the k largest, and of all that equal the k-th."""
     import numpy as np
@@ -218,6 +160,7 @@ def top_k(values: np.ndarray, k: int) -> np.ndarray:
     return kept if places is None else places[kept]
 
 
+@filter_of("top_p")
 def top_p(values: np.ndarray, p: float) -> np.ndarray:
     """Places of the smallest set whose probability reaches p, at least one (https://arxiv.org/abs/1904.09751)."""
     import numpy as np
@@ -239,6 +182,7 @@ def top_p(values: np.ndarray, p: float) -> np.ndarray:
     return np.sort(places[np.append(heavier, equal[len(heavier) + last - len(ordered) :])])
 
 
+@filter_of("min_p")
 def min_p(values: np.ndarray, p: float) -> np.ndarray:
     """Places of those at least p times as probable as the most probable one (https://arxiv.org/abs/2407.01082)."""
     import numpy as np
@@ -246,6 +190,7 @@ def min_p(values: np.ndarray, p: float) -> np.ndarray:
     return np.flatnonzero(values >= values.max() + np.float32(math.log(p)))
 
 
+@filter_of("typical_p")
 def typical_p(values: np.ndarray, p: float) -> np.ndarray:
     """Places of the smallest set that reaches probability p, from those whose information is nearest to the expected one on
     (https://arxiv.org/abs/2202.00666)."""
@@ -261,7 +206,7 @@ def typical_p(values: np.ndarray, p: float) -> np.ndarray:
     return finite[kept]
 
 
-# Choice ---------------------------------------------------------------------------------------------------------------
+# Samples --------------------------------------------------------------------------------------------------------------
 
 
 def sample_token(logits: Tensor, history: Tensor, stream: int, sampling: Sampling, steps: Sequence[Processor]) -> int:

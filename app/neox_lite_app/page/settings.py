@@ -1,4 +1,4 @@
-"""The sampling controls: their table, their presets, and from what a form holds to the options of `generate`."""
+"""The sampling controls: a slider for each number of `parameters`, presets, and from a form's values to options."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import gradio as gr
 
 from neox_lite.errors import ArgumentError
+from neox_lite.generation.parameters import NUMBERS, SAMPLED
 
 from .components import part
 
@@ -26,18 +27,8 @@ class Field:
     hint: str
 
 
-FIELDS = (
-    Field("temperature", "Temperature", 0, 2, 0.05, 1, "Higher is more surprising; 0 always takes the likeliest token"),
-    Field("top_k", "Top-k", 0, 200, 1, 0, "Only the k likeliest tokens; 0 keeps all"),
-    Field("top_p", "Top-p", 0, 1, 0.01, 1, "The likeliest tokens that together reach p; 1 keeps all"),
-    Field("min_p", "Min-p", 0, 1, 0.01, 0, "Tokens at least this share as likely as the best one; 0 keeps all"),
-    Field("typical_p", "Typical-p", 0.01, 1, 0.01, 1, "Tokens about as surprising as expected; 1 keeps all"),
-    Field(
-        "repetition_penalty", "Repetition penalty", 0.5, 2, 0.01, 1, "Above 1 makes tokens that were there less likely"
-    ),
-    Field("frequency_penalty", "Frequency penalty", -2, 2, 0.05, 0, "Lowers a token for each time it was generated"),
-    Field("presence_penalty", "Presence penalty", -2, 2, 0.05, 0, "Lowers a token once it was generated"),
-    Field("no_repeat_ngram_size", "No-repeat n-gram", 0, 10, 1, 0, "No run of so many tokens comes twice; 0 is off"),
+FIELDS = tuple(
+    Field(p.name, *p.slider, p.neutral, p.help[:1].upper() + p.help[1:]) for p in NUMBERS if p.slider is not None
 )
 LIMIT = Field("max_new_tokens", "Max new tokens", 0, 4096, 1, 0, "0 goes on to the end of the context")
 TEXTS = {
@@ -65,18 +56,14 @@ def settings_part() -> gr.HTML:
 
 
 def options_of(values: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The options of `generate`, without those that change nothing, so that none is refused that nobody asked for."""
+    """The options of `generate` that the controls show, so that generation_config.json never hides behind a control."""
     values = values or {}
-    numbers = {field.name: _number(field, values.get(field.name, field.neutral)) for field in (*FIELDS, LIMIT)}
-    options: dict[str, Any] = {
-        field.name: numbers[field.name] for field in FIELDS if numbers[field.name] != field.neutral
-    }
-    options["do_sample"] = numbers["temperature"] > 0
-    options["top_k"] = numbers["top_k"]  # left out, it would be 50
+    options: dict[str, Any] = {f.name: _number(f, values.get(f.name, f.neutral)) for f in (*FIELDS, LIMIT)}
+    options["do_sample"] = options["temperature"] > 0
     if not options["do_sample"]:
-        options.pop("temperature", None)
-    if numbers["max_new_tokens"]:
-        options["max_new_tokens"] = numbers["max_new_tokens"]
+        options = {name: value for name, value in options.items() if name not in SAMPLED}
+    if options["max_new_tokens"] == LIMIT.neutral:
+        del options["max_new_tokens"]
     readers = {"seed": _seed, "stop": _stops, "logit_bias": _biases}
     for name, read in readers.items():
         if text := str(values.get(name) or "").strip("\n" if name == "stop" else None):

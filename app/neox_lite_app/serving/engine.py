@@ -25,6 +25,7 @@ from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXTokenizerFast
 from neox_lite.cache import PrefixCache
 from neox_lite.errors import ArgumentError, NeoxLiteError
 from neox_lite.generation.options import GenerationConfig, Options, as_dict
+from neox_lite.generation.parameters import NEUTRAL
 from neox_lite.generation.request import Sequence, StopStringChecker, check_ids
 from neox_lite.generation.sampling import TokenLogprob
 from neox_lite.generation.scheduler import PrefillBudget, Scheduler
@@ -225,7 +226,7 @@ class LoadedModel:
         prompt = self._prompt(job.prompt)
         if given.get("max_new_tokens") is None and given.get("max_length") is None:
             given["max_new_tokens"] = max(1, self.context - len(prompt))
-        options = Options.parse(as_dict(self.generation_config), given)
+        options = Options.parse(NEUTRAL, as_dict(self.generation_config), given)
         limit = options.new_tokens(len(prompt), self.context)
         check_ids(prompt, options, self.config.vocab_size)
         for name in ("logprobs", "prompt_logprobs"):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from neox_lite.errors import NeoxLiteError
+from neox_lite.generation.parameters import BY_NAME, NUMBERS, SAMPLED, Parameter
 
 MAX_DEPTH = 100  # of arrays and objects in a body
 MAX_STOPS = 16
@@ -261,29 +262,29 @@ def _message(name: str, value: Any) -> dict[str, str]:
 
 # The fields -----------------------------------------------------------------------------------------------------------
 
-# Sampling: the API's name -> the engine's, and the check.
-SAMPLING: dict[str, tuple[str, Check]] = {
-    "temperature": ("temperature", number(0, 100)),
-    "top_p": ("top_p", number(0, 1)),
-    "top_k": ("top_k", integer(-1, 1_000_000)),  # 0 and -1: all
-    "min_p": ("min_p", number(0, 1)),
-    "typical_p": ("typical_p", number(0, 1)),
-    "frequency_penalty": ("frequency_penalty", number(-2, 2)),
-    "presence_penalty": ("presence_penalty", number(-2, 2)),
-    "repetition_penalty": ("repetition_penalty", number(0.01, 100)),
-    "no_repeat_ngram_size": ("no_repeat_ngram_size", integer(0, 1000)),
-    "logit_bias": ("logit_bias", _biases),
-    "min_tokens": ("min_new_tokens", integer(0, 10**9)),
+
+def _of_parameter(parameter: Parameter) -> Check:
+    """The check of a sampling parameter."""
+    low = OTHER_NEUTRAL.get(parameter.name, parameter.low)
+    return integer(int(low), int(parameter.high)) if parameter.kind is int else number(low, parameter.high)
+
+
+# vLLM's other value for "all".
+OTHER_NEUTRAL = {"top_k": -1}
+# Sampling: fields that pass to the engine under their own names. A seed goes beside the options.
+SAMPLING: dict[str, Check] = {
+    **{parameter.name: _of_parameter(parameter) for parameter in NUMBERS if parameter.name != "seed"},
+    "logit_bias": _biases,
 }
-WHEN_SAMPLED = ("temperature", "top_p", "top_k", "min_p", "typical_p")  # without effect at temperature 0
 
 COMMON: dict[str, Check] = {
-    **{name: check for name, (_, check) in SAMPLING.items()},
+    **SAMPLING,
     "model": text(1024),
     "max_tokens": integer(0, 10**9),
     "n": integer(1, MAX_ANSWERS),
     "stop": one_or_more(text(256, empty=False), MAX_STOPS),
     "seed": integer(-(2**63), 2**64 - 1),
+    "min_tokens": integer(0, 10**9),
     "stream": flag,
     "stream_options": fields({"include_usage": flag, "include_obfuscation": flag}),
     "user": text(1024),
@@ -388,11 +389,8 @@ REPEATED: dict[str, str] = {
     "max_new_tokens": "max_tokens",
     "n_predict": "max_tokens",
     "num_predict": "max_tokens",
-    "typical": "typical_p",
-    "rep_pen": "repetition_penalty",
-    "repeat_penalty": "repetition_penalty",
-    "sampler_seed": "seed",
     "stopping_strings": "stop",
+    **{other: parameter.name for parameter in NUMBERS for other in parameter.other_names},
 }
 
 
@@ -534,17 +532,16 @@ def _common(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """OpenAI's defaults (temperature 1, everything kept) and what the request says, under the engine's names."""
-    values = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, **given}
+    """OpenAI's defaults (temperature and top_p 1) and the request's values, under the engine's names."""
+    values = {"temperature": 1.0, "top_p": 1.0, **given}
     sampled = values["temperature"] > 0
-    options = {
-        ours: values[name]
-        for name, (ours, _) in SAMPLING.items()
-        if name in values and (sampled or name not in WHEN_SAMPLED)
-    }
+    options = {name: values[name] for name in SAMPLING if name in values and (sampled or name not in SAMPLED)}
     options |= {"do_sample": sampled, "stop_strings": given.get("stop", [])}
-    if options.get("top_k") == -1:
-        options["top_k"] = 0
+    for name, neutral in OTHER_NEUTRAL.items():
+        if options.get(name) == neutral:
+            options[name] = BY_NAME[name].neutral
+    if "min_tokens" in given:
+        options["min_new_tokens"] = given["min_tokens"]
     if given.get("ignore_eos"):
         options["eos_token_id"] = []
     return options
