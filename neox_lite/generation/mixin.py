@@ -33,7 +33,7 @@ NEW_POOL_PAGES = 64  # at most, at the start of a pool without a limit
 
 @dataclass(frozen=True)
 class Event:
-    """One token as it is chosen.
+    """One new token.
 
     text: what it completes, "" where that is no whole character yet; stop strings and special tokens are cut. token: its id.
     finish_reason: with the last one "stop" (end of text or a stop string) or "length", else None.
@@ -79,14 +79,14 @@ def _draft_sampler(options: Options, padding_ids: Tensor, vocabulary: int) -> Ca
     The user's processors are left out: they may count their calls, one for each token.
     """
 
-    def draw(sequence: Sequence, history: Tensor, logits: Tensor) -> int:
+    def sample(sequence: Sequence, history: Tensor, logits: Tensor) -> int:
         lacking = torch.full((max(0, vocabulary - len(logits)),), float("-inf"))
         logits = torch.cat((logits[:vocabulary], lacking)) if len(lacking) else logits[:vocabulary]
         logits = hold_back_end(len(sequence.prompt), len(history), logits, options)
         steps = processors(options, padding_ids, len(sequence.prompt), users=False)
         return sample_token(logits, history, sequence.stream, options.sampling, steps)
 
-    return draw
+    return sample
 
 
 class PrefixCacheHolder:

@@ -83,28 +83,28 @@ class Options:
     """What `generate` and `stream` take.
 
     sampling: the fields of Sampling, each an option of its own; without a seed, torch.manual_seed decides.
-    max_new_tokens: of the answer; goes before max_length. With neither, 20 or what the context leaves.
+    max_new_tokens: of the answer; takes precedence over max_length. With neither, 20 or what the context leaves.
     max_length: tokens of prompt and answer together.
-    min_new_tokens: before which nothing ends the sequence.
-    min_length: likewise, counted with the prompt.
+    min_new_tokens: nothing ends the sequence before.
+    min_length: the same, counted with the prompt.
     bos_token_id: starts an empty prompt.
     eos_token_id: ids that end a sequence, [] for none.
-    pad_token_id: fills rows that end early.
+    pad_token_id: fills sequences that end early.
     stop_strings: (or stop) texts that end it, looked for in the new text; `generate` keeps the token that completes one,
         `stream` cuts the text before it.
     num_return_sequences: samples of each prompt.
     logits_processor: callables (ids (1, n), logits (1, vocabulary)) -> logits.
     stopping_criteria: callables (ids (1, n), logits) -> bool.
     streamer: an object with put(ids) and end().
-    return_dict_in_generate: `generate` returns an object with `.sequences` and what the next two ask for.
-    output_scores: `.scores`, for each new token (batch, vocabulary) float32, as it was drawn from.
-    output_logits: `.logits`, likewise, as the model gave it.
+    return_dict_in_generate: `generate` returns an object with `.sequences`, and those of the next two.
+    output_scores: `.scores`, for each new token (batch, vocabulary) float32, from which it was sampled.
+    output_logits: `.logits`, of the same shape, as the model returns them.
     assistant_model: a smaller model with the same tokenizer that drafts; changes no token.
-    num_assistant_tokens: most tokens of a draft; drafts are as long as pays.
-    prompt_lookup_num_tokens: drafts of at most so many tokens are looked up in the prompt and what followed it instead.
-    speculation: counts what came of drafts.
+    num_assistant_tokens: of a draft at most; its length is chosen for speed.
+    prompt_lookup_num_tokens: of a draft at most, which is looked up in the prompt and the answer instead.
+    speculation: counts drafts and their acceptance.
 
-    Also bad_words_ids and suppress_tokens, lists of what never comes, and max_time, seconds after which no token follows.
+    Also bad_words_ids and suppress_tokens, lists of what is never sampled, and max_time, seconds until the last token.
     """
 
     sampling: Sampling = field(default_factory=Sampling)

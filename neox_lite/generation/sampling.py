@@ -74,7 +74,7 @@ def _bound(keep: Filter, value: Any) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def exclude(logits: Tensor, ids: Tensor) -> Tensor:
-    """A copy of logits (vocabulary,) in which ids (n,) cannot be chosen."""
+    """A copy of logits (vocabulary,) without ids (n,): theirs are -inf."""
     copy = copied(logits)
     copy.numpy()[ids.numpy()] = -math.inf
     return copy
@@ -210,28 +210,28 @@ def typical_p(values: np.ndarray, p: float) -> np.ndarray:
 
 
 def sample_token(logits: Tensor, history: Tensor, stream: int, sampling: Sampling, steps: Sequence[Processor]) -> int:
-    """The id that follows history (tokens,), by argmax of logits (vocabulary,) or a draw; both tensors on the CPU.
+    """The id after history (tokens,): argmax of logits (vocabulary,), or a sample. Both tensors are on the CPU.
 
-    The draw depends on the logits and (seed, tokens so far, stream) alone: every id runs a race against the same clock, and a
-    likelier one runs faster (Gumbel-max). Two models that draw at the same place therefore mostly draw the same id: with a
-    probability of at least (1 - d) / (1 + d), where d is the total variation distance of their distributions
-    (Daliri et al. 2024, https://arxiv.org/abs/2408.07978). Raises NeoxLiteError where NaN or infinite logits, or processors
-    that exclude every id, leave nothing to choose from.
+    A sample depends on the logits and (seed, tokens so far, stream) alone: the argmax of the logits plus a Gumbel number for
+    each id (Gumbel-max). Two models at the same position use the same numbers, so they sample the same id with a probability
+    of at least (1 - d) / (1 + d), where d is the total variation distance of their distributions (Daliri et al. 2024,
+    https://arxiv.org/abs/2408.07978). Raises NeoxLiteError for NaN or infinite logits, and where no id is left.
     """
     for step in steps:
         logits = step(history, logits)
     values = logits.numpy()
-    chosen = int(values.argmax())  # of a NaN, if there is one
-    if not math.isfinite(values[chosen]):
+    # The argmax is the place of a NaN, if there is one.
+    best = int(values.argmax())
+    if not math.isfinite(values[best]):
         raise no_token_left()
     if sampling.greedy:
-        return chosen
+        return best
     ids, values = candidates(values, sampling)
     return int(ids[(values + gumbel(sampling.seed, len(history), stream, ids)).argmax()])
 
 
 def sampled_logits(logits: Tensor, sampling: Sampling) -> Tensor:
-    """What `choose` draws from, of logits (vocabulary,) after all steps: divided by the temperature, -inf for ids left out."""
+    """Logits (vocabulary,) after all steps, as `sample_token` samples: divided by the temperature, -inf for filtered ids."""
     if sampling.greedy:
         return copied(logits)
     ids, values = candidates(logits.numpy(), sampling)
@@ -248,7 +248,7 @@ def no_token_left() -> NeoxLiteError:
 
 
 def candidates(values: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
-    """Ids that may be drawn, in ascending order, and their logits, from those of all ids (vocabulary,)."""
+    """Ids that the filters keep, ascending, and their logits after the temperature. values: logits (vocabulary,)."""
     import numpy as np
 
     if sampling.temperature != 1.0:
@@ -264,7 +264,7 @@ def candidates(values: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.n
 def gumbel(seed: int, position: int, stream: int, ids: Any) -> Any:
     """A random number for each of ids (n,), float64 with Gumbel's distribution.
 
-    It depends on nothing that was drawn before: Philox with key `seed` and counter (position, stream, 0, 0) gives the place
+    It depends on no earlier number: Philox with key `seed` and counter (position, stream, 0, 0) gives the place
     in SplitMix64's sequence (Steele et al., OOPSLA 2014) from which ids count, and 52 bits of each output are used.
     """
     import numpy as np

@@ -25,7 +25,7 @@ class Captured(Protocol):
 
 
 class DeviceSampling(NamedTuple):
-    """How a device samples a token, as `sampling.choose` does. temperature 0: the best id; top_k 0: of all."""
+    """How a device samples a token, as `sampling.sample_token` does. temperature 0: the best id; top_k 0: of all."""
 
     seed: int = 0
     stream: int = 0

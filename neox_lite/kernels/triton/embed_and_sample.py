@@ -1,4 +1,4 @@
-"""The two ends of a step: rows of the embedding, and the token that follows. `draw` is sampling.choose where the logits are.
+"""The two ends of a step: rows of the embedding, and the token that follows. `draw` is sampling.sample_token on the device.
 
 It takes the same ids: filters in the same order, ties broken alike, the same counter-based random numbers, compared in float64.
 What differs is the order of sums, which top_p therefore forms from integers, and a GPU's exponential, which may round
