@@ -144,7 +144,7 @@ def spoiled(path, *value):
         *(("machine.card.bytes", 1 << 60), ("machine.card.bus_bytes_per_s", "fast")),
         *(("machine.card.name", value) for value in (3060, "a\ncard", None)),
     ],
-    ids=str,
+    ids=lambda spoil: "cut short" if callable(spoil) else str(spoil),
 )
 def test_a_spoiled_file_is_named_in_a_line_measured_again_and_replaced(measurements, spoil):
     profile.measure()
