@@ -66,9 +66,8 @@ def test_the_model_gets_exactly_the_forms_prompt(session, engine):
     talk(session, "Who art thou?")
     session.say("And who am I?")
     session.conversation.system = "Speak."
-    ids, fitted = session.prompt()
     text = session.form.render(session.conversation.chat(), "Speak.")
-    assert ids == engine.tokenizer(text).input_ids and fitted.tokens == len(ids)
+    assert session.turn().ids == engine.tokenizer(text).input_ids
 
 
 def test_another_answer_differs_even_with_a_seed_and_comes_back_the_same_in_a_new_session(session, engine):
@@ -114,14 +113,14 @@ def test_forty_turns_go_on_past_the_context_with_a_marker(session):
     session.settings["max_new_tokens"] = 16
     for number in range(40):
         talk(session, f"This is question number {number}, and it takes some of the context.")
-        assert session.figures.fit.tokens + session.figures.tokens <= session.engine.context
-    assert session.figures.fit.dropped > 20 and "no longer sent" in session.figures.fit.marker
+        assert session.figures.used <= session.engine.context
+    assert session.figures.turn.dropped > 20 and "no longer sent" in session.notes[0]
     assert len(session.conversation.path()) == 80
 
 
 def test_a_message_that_is_too_long_is_refused_and_the_chat_goes_on(session):
     session.say("word " * 1000)
-    with pytest.raises(ContextLengthError, match="room for 488"):
+    with pytest.raises(ContextLengthError, match="room for 511"):
         list(session.answer())
     assert session.conversation.last.role == "user"
     assert talk(session, "Short.")
@@ -129,8 +128,8 @@ def test_a_message_that_is_too_long_is_refused_and_the_chat_goes_on(session):
 
 def test_forms_and_people_both_say_where_an_answer_ends(session):
     session.settings["stop"] = ["e"]
-    options = session.options()
-    assert options["stop_strings"] == ["\nUser:", "\nAssistant:", "e"] and options["eos_token_id"] == [0]
+    session.say("Who art thou?")
+    assert session.turn().options["stop_strings"] == ["\nUser:", "\nAssistant:", "e"]
     assert "e" not in talk(session, "Who art thou?")
 
 

@@ -6,14 +6,12 @@ import random
 
 import pytest
 
-from neox_lite.errors import ContextLengthError
 from neox_lite_app.conversations.conversation import (
     MAX_BYTES,
     MAX_MESSAGES,
     Conversation,
     ConversationError,
     Store,
-    fit,
     imported,
     read_file,
 )
@@ -302,61 +300,6 @@ def test_other_markdown_is_refused_in_one_sentence(text):
     with pytest.raises(ConversationError) as caught:
         Conversation.from_markdown(text)
     assert "\n" not in str(caught.value)
-
-
-# What fits -------------------------------------------------------------------------------------------------------------
-
-
-def words(messages):
-    return sum(len(message["content"].split()) for message in messages) + 2  # 2: the system text
-
-
-def chat(turns, *, answered=False):
-    talk = Conversation()
-    for number in range(turns):
-        talk.append("user", f"question {number}")
-        if answered or number < turns - 1:
-            talk.append("assistant", "an answer of five words")
-    return talk.chat()
-
-
-def test_nothing_is_dropped_while_all_fits():
-    messages = chat(5)
-    found = fit(messages, words(messages), words)
-    assert found.messages == messages and found.dropped == 0 and found.marker is None
-
-
-@pytest.mark.parametrize("answered", [False, True])
-@pytest.mark.parametrize("room", [9, 10, 16, 17, 150, 283, 284])
-def test_the_oldest_turns_are_dropped_until_the_rest_fits(room, answered):
-    messages = chat(40, answered=answered)
-    found = fit(messages, room, words)
-    assert found.tokens == words(found.messages) <= room
-    assert list(found.messages) == messages[found.dropped :] and found.messages[0]["role"] == "user"
-    if found.dropped:
-        assert str(found.dropped) in found.marker
-        assert room < 150 or found.tokens > 0.7 * room  # not many more than must be
-
-
-def test_what_is_dropped_is_the_same_for_several_turns():
-    """Prompts that begin alike are computed once, so the beginning must not move with every turn."""
-    dropped = [fit(chat(turns), 150, words).dropped for turns in range(40, 100)]
-    assert dropped == sorted(dropped) and dropped[0] > 0
-    assert len(set(dropped)) <= 60 / 4 and len(set(dropped)) > 5
-
-
-def test_a_last_message_that_is_too_long_alone_is_refused_with_the_numbers():
-    messages = [*chat(3)[:-1], {"role": "user", "content": "much " * 50}]
-    with pytest.raises(ContextLengthError, match=r"takes 52 tokens .* room for 40"):
-        fit(messages, 40, words)
-    with pytest.raises(ContextLengthError, match="room for 0"):
-        fit(chat(1), -5, words)
-
-
-def test_long_chats_are_counted_a_few_times_only():
-    calls = []
-    fit(chat(1000), 50, lambda messages: calls.append(1) or words(messages))
-    assert len(calls) < 14
 
 
 # Saved conversations ---------------------------------------------------------------------------------------------------

@@ -292,7 +292,7 @@ def test_a_template_tells_where_an_answer_ends(name, tokens, stops):
 
 def test_stops_of_a_template_of_words_are_its_words():
     template = "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n\n{% endfor %}### assistant:\n"
-    assert TemplateForm(template, {}).stops == ("### user:",)
+    assert TemplateForm(template, {}).stops == ("\n### user:",)  # no words in the middle of a line
     assert TemplateForm("{{ nothing.at.all }}", {}).stops == ()  # the error comes with the first prompt
 
 

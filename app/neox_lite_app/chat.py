@@ -21,7 +21,7 @@ from neox_lite.errors import ArgumentError, NeoxLiteError
 from neox_lite.generation.options import Options
 from neox_lite.generation.parameters import NUMBERS
 
-from .conversations.conversation import Conversation, Fit, Store, read_file
+from .conversations.conversation import Conversation, Store, read_file
 from .conversations.prompt_forms import check_name, form_named, form_of
 from .load_for_command import load, sampling
 from .paths import data_folder
@@ -93,6 +93,10 @@ def _newest(store: Store) -> Conversation:
 
 
 def _piped(session: Session) -> None:
+    def started(ticket: Ticket) -> None:
+        for text in session.notes:
+            note(text)
+
     lines = sys.stdin.buffer if sys.stdin is not None else []
     for number, raw in enumerate(lines, 1):
         try:
@@ -102,7 +106,7 @@ def _piped(session: Session) -> None:
         if not text:
             continue
         session.say(text)
-        for piece in session.answer():
+        for piece in session.answer(started=started):
             print(piece, end="", flush=True)
         print(flush=True)
         if session.figures.error:
@@ -220,16 +224,13 @@ class Terminal:
 
             def started(ticket: Ticket) -> None:
                 key.aim(ticket)
-                self._tell_dropped(session.figures.fit)
+                for text in session.notes:
+                    self._tell(text)
 
             for piece in session.answer(go_on, started):
                 self._print(piece, end="")
             self._print("")
         self._tell(session.figures.error or self._status())
-
-    def _tell_dropped(self, found: Fit) -> None:
-        if found.marker is not None:
-            self._tell(found.marker)
 
     def _status(self) -> str:
         figures = self._session.figures
@@ -238,7 +239,7 @@ class Terminal:
             parts.append(f"{figures.tokens_per_s:.1f} tokens/s")
         if figures.first_s is not None and figures.tokens:
             parts.append(f"the first after {figures.first_s:.2f} s")
-        parts.append(f"context {figures.fit.tokens + figures.tokens} of {self._session.engine.context}")
+        parts.append(f"context {figures.used} of {self._session.engine.context}")
         why = {"length": "; cut at the limit, /continue goes on", "cancelled": "; stopped, /continue goes on"}
         return ", ".join(parts) + why.get(str(figures.finish_reason), "")
 
@@ -376,13 +377,11 @@ class Terminal:
 
     def _raw(self, _: str) -> None:
         """As for the next answer: without what does not fit."""
-        session = self._session
-        talk = session.conversation
-        last = talk.last
-        opened = last.text if last is not None and last.role == "assistant" else ""
-        fitted = session.prompt(opened)[1]
-        self._tell_dropped(fitted)
-        self._print(session.form.render(fitted.messages, talk.system, opened or None))
+        session, last = self._session, self._session.conversation.last
+        turn = session.turn(last.text if last is not None and last.role == "assistant" else "")
+        for text in turn.notes:
+            self._tell(text)
+        self._print(session.engine.tokenizer.decode(turn.ids, skip_special_tokens=False))
 
     def _save_quietly(self) -> None:
         if self._session.store is not None:

@@ -9,23 +9,27 @@ from typing import Any
 from neox_lite.errors import ArgumentError
 from neox_lite.generation.parameters import SAMPLED
 
-from .conversations.conversation import Chat, Conversation, Fit, Store, fit
+from .conversations.conversation import Conversation, Store
 from .conversations.prompt_forms import Form
+from .conversations.turn import Turn, prepare
 from .serving.engine import Engine, Job, Ticket
-
-MIN_ANSWER = 512  # tokens that old turns make room for, at most a quarter of the context; max_new_tokens overrules it
 
 
 @dataclass
 class Figures:
-    """Of one answer. first_s: from the question to the first token. finish_reason as of a Update."""
+    """Of one answer. first_s: from the question to the first token. turn: None before the first one."""
 
-    fit: Fit
+    turn: Turn | None = None
     tokens: int = 0
     tokens_per_s: float | None = None
     first_s: float | None = None
     finish_reason: str | None = None
     error: str | None = None
+
+    @property
+    def used(self) -> int:
+        """Tokens of the context, the answer's own included."""
+        return self.tokens + (0 if self.turn is None else len(self.turn.ids))
 
 
 @dataclass
@@ -37,7 +41,7 @@ class Session:
     conversation: Conversation
     settings: dict[str, Any] = field(default_factory=dict)
     store: Store | None = None
-    figures: Figures = field(default_factory=lambda: Figures(Fit([], 0, 0)))
+    figures: Figures = field(default_factory=Figures)
 
     def say(self, text: str) -> None:
         """Add a message; in place of the last one where that got no answer."""
@@ -50,7 +54,8 @@ class Session:
     def answer(self, go_on: bool = False, started: Callable[[Ticket], None] = lambda ticket: None) -> Iterator[str]:
         """Another answer to the last message, or with go_on the rest of the last one, as text that is kept as it comes.
 
-        started: told the ticket, to cancel it. Figures of it are there afterwards; an answer without any text is not kept.
+        started: called with the ticket, which cancels the answer; `notes` are there by then, `figures` afterwards.
+        An answer without any text is not kept.
         """
         talk = self.conversation
         if not go_on:
@@ -72,46 +77,33 @@ class Session:
             if self.store is not None:
                 self.store.save(talk)
 
-    def prompt(self, open_answer: str = "") -> tuple[list[int], Fit]:
-        """The ids for an answer to the last user's message, and what fits of the conversation."""
-        talk, tokenizer = self.conversation, self.engine.tokenizer
-        last = talk.last
+    @property
+    def notes(self) -> list[str]:
+        """What people are to know of the answer before it comes."""
+        return [] if self.figures.turn is None else self.figures.turn.notes
+
+    def turn(self, open_answer: str = "") -> Turn:
+        """The turn that answers the last message of the user, as it stands now."""
+        talk, last = self.conversation, self.conversation.last
         messages = talk.chat(last.parent if last is not None and last.role == "assistant" else None)
+        return prepare(self.engine, self.form, messages, self._options(), talk.system, open_answer or None)
 
-        def encode(part: Chat) -> list[int]:
-            return self.form.encode(tokenizer, part, talk.system, open_answer or None)
-
-        context = self.engine.context
-        room = context - (self.settings.get("max_new_tokens") or min(MIN_ANSWER, context // 4))
-        found = fit(messages, room, lambda part: len(encode(part)))
-        return encode(found.messages), found
-
-    def options(self) -> dict[str, Any]:
-        """The settings as options of a job, with what ends an answer in this form."""
-        draws = self.settings.get("temperature", 1.0) > 0
-        given = {
-            name: value for name, value in self.settings.items() if name != "stop" and (draws or name not in SAMPLED)
-        }
-        ends = self.engine.generation_config.eos_token_id
-        ends = [] if ends is None else ends if isinstance(ends, list | tuple) else [ends]
-        stops = [*self.form.stops, *self.settings.get("stop", [])]
-        return {
-            **given,
-            "do_sample": draws,
-            "eos_token_id": sorted({*ends, *self.form.stop_ids(self.engine.tokenizer)}),
-            "stop_strings": list(dict.fromkeys(stops)) or None,
-        }
+    def _options(self) -> dict[str, Any]:
+        """The settings as options of `generate`; greedy decoding gets none of those that shape a draw."""
+        sampled = self.settings.get("temperature", 1.0) > 0
+        given = {name: value for name, value in self.settings.items() if sampled or name not in SAMPLED}
+        return {**given, "do_sample": sampled}
 
     def _submit(self, open_answer: str) -> tuple[Ticket, Figures]:
-        ids, fitted = self.prompt(open_answer)
+        turn = self.turn(open_answer)
         assert self.conversation.last is not None
         sample = self.conversation.place(self.conversation.last.id)[0] - 1  # another answer differs, whatever the seed
-        self.figures = Figures(fitted)
-        return self.engine.submit(Job(ids, self.options(), stream=sample)), self.figures
+        self.figures = Figures(turn)
+        return self.engine.submit(Job(turn.ids, turn.options, stream=sample)), self.figures
 
     def _read(self, ticket: Ticket, figures: Figures) -> Iterator[str]:
-        assert self.conversation.last is not None
-        reader = self.form.reader(self.conversation.last.text)
+        assert figures.turn is not None
+        reader = figures.turn.reader()
         for step in ticket:
             figures.tokens += step.token is not None
             figures.finish_reason, figures.error = step.finish_reason, step.error

@@ -9,13 +9,13 @@ import json
 import math
 import re
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from neox_lite.errors import ContextLengthError, NeoxLiteError
+from neox_lite.errors import NeoxLiteError
 from neox_lite.files import parse_json, read_regular, write_atomically
 
 from ..paths import data_folder
@@ -28,8 +28,6 @@ MAX_TITLE = 200  # characters
 MAX_DETAILS, MAX_DETAIL = 32, 1_000  # of one message; characters of one of them
 _ID = re.compile(r"[0-9a-f]{32}")
 _MARK = re.compile(r"^(\\*)## (System|User|Assistant) <!-- neox-lite -->\r?$", re.MULTILINE)
-
-Chat = Sequence[Mapping[str, str]]  # {"role": "user" | "assistant", "content": text}, as the OpenAI API writes it
 
 
 class ConversationError(NeoxLiteError, ValueError):
@@ -280,68 +278,6 @@ def imported(text: str, where: str = "the file") -> Conversation:
 def read_file(path: Path) -> Conversation:
     """`imported` of a file."""
     return imported(_read(path), str(path))
-
-
-# What fits the context -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Fit:
-    """The messages that fit, how many older ones do not, and the tokens of the prompt."""
-
-    messages: Chat
-    dropped: int
-    tokens: int
-
-    @property
-    def marker(self) -> str | None:
-        """What people are to see in place of what was dropped."""
-        return (
-            f"context full: the oldest {self.dropped} messages are no longer sent to the model"
-            if self.dropped
-            else None
-        )
-
-
-def fit(messages: Chat, room: int, count: Callable[[Chat], int]) -> Fit:
-    """Drop the oldest whole turns (a user's message and its answer) until the prompt takes at most `room` tokens.
-
-    messages: of alternating roles, a user's first. count: tokens of the whole prompt made of them, the system text included.
-    Some turns go together, so that the next prompts begin like this one, and what is in the KV cache serves them. The last turn
-    always stays: where it alone is too long, ContextLengthError says so with the numbers.
-    """
-    tokens = count(messages)
-    if tokens <= room:
-        return Fit(messages, 0, tokens)
-    steps = _steps(messages, room)
-    few, many = 0, len(steps) - 1
-    last = tokens = count(messages[2 * steps[many] :])
-    if last > room:
-        raise ContextLengthError(
-            f"the last message takes {last} tokens with the system text, and the context leaves room for {max(room, 0)}; "
-            "shorten it, or ask for fewer new tokens"
-        )
-    while few < many:  # `many` is known to be enough
-        middle = (few + many) // 2
-        if (found := count(messages[2 * steps[middle] :])) <= room:
-            many, tokens = middle, found
-        else:
-            few = middle + 1
-    return Fit(messages[2 * steps[many] :], 2 * steps[many], tokens)
-
-
-def _steps(messages: Chat, room: int) -> list[int]:
-    """How many turns may be dropped: whenever they hold as many bytes more as there is room for tokens, and all but the last.
-
-    A token has three or four bytes, so that is a quarter of the context or so, and the same turns whatever is said later.
-    """
-    turns, size, steps = max(0, len(messages) - 1) // 2, 0, []
-    for turn in range(1, turns):
-        full = size // max(room, 1)
-        size += sum(len(message["content"].encode()) for message in messages[2 * turn - 2 : 2 * turn])
-        if size // max(room, 1) > full:
-            steps.append(turn)
-    return [*steps, turns]
 
 
 # Saved conversations ---------------------------------------------------------------------------------------------------

@@ -166,9 +166,13 @@ class TemplateForm(Form):
 
     @property
     def stops(self) -> tuple[str, ...]:  # type: ignore[override]
-        """What ends an answer as text: that token, or all that stands between an answer and the next message."""
+        """What ends an answer as text: that token, or all that stands between an answer and the next message.
+
+        A line break before it belongs to it: an answer may well hold "User:" in the middle of a line.
+        """
         between = self._between.strip()
-        return self.stop_tokens or ((between,) if len(between) > 2 else ())
+        space = self._between[: self._between.find(between)]
+        return self.stop_tokens or (("\n" * ("\n" in space) + between,) if len(between) > 2 else ())
 
     @cached_property
     def stop_tokens(self) -> tuple[str, ...]:  # type: ignore[override]

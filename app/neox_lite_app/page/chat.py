@@ -8,12 +8,13 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from neox_lite.errors import ArgumentError, NeoxLiteError
+from neox_lite.errors import ArgumentError
 
-from ..conversations.conversation import Conversation, Fit, Message, Store, fit
-from ..conversations.prompt_forms import Form, form_of
-from ..serving.engine import Engine, Job, Ticket, Update
-from .events import PageUpdate, Running, Updates, sentence
+from ..conversations.conversation import Conversation, Message, Store
+from ..conversations.prompt_forms import form_of
+from ..conversations.turn import Turn, dropped_note, prepare
+from ..serving.engine import Engine, Job, Update
+from .events import PageUpdate, Running, Updates, as_sentence
 from .stream import Meter, batches
 
 ENDS = {"length": "cut at the limit", "cancelled": "stopped", "error": "broken off"}
@@ -26,15 +27,6 @@ class Asked:
     options: dict[str, Any]
     form: str | None
     session: str
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A conversation as the model is given it."""
-
-    ids: list[int]
-    form: Form
-    fitted: Fit
 
 
 class Chat:
@@ -56,7 +48,7 @@ class Chat:
             "turns": [self._turn(conversation, message) for message in path],
             "live": live,
             "dropped": dropped,
-            "dropped_note": Fit([], dropped, 0).marker,
+            "dropped_note": dropped_note(dropped),
             "read": time.monotonic(),  # answers to two events may overtake each other
         }
 
@@ -79,15 +71,11 @@ class Chat:
 
     # Answers ----------------------------------------------------------------------------------------------------------
 
-    def prompt(self, conversation: Conversation, answer: Message, asked: Asked) -> Prompt:
-        """What stands before an answer, and what is written of it; the oldest turns dropped until there is room for more."""
-        tokenizer, context = self.engine.tokenizer, self.engine.context
-        form = form_of(self.engine.name or "", tokenizer, asked.form)
-        system, begun = conversation.system or None, answer.text or None
-        most = min(asked.options.get("max_new_tokens", context // 4), context // 2)
+    def turn(self, conversation: Conversation, answer: Message, asked: Asked) -> Turn:
+        """What is to be written for an answer, from what is written of it on."""
+        form = form_of(self.engine.name or "", self.engine.tokenizer, asked.form)
         messages = conversation.chat(answer.parent)
-        fitted = fit(messages, context - most, lambda some: len(form.encode(tokenizer, some, system, begun)))
-        return Prompt(form.encode(tokenizer, fitted.messages, system, begun), form, fitted)
+        return prepare(self.engine, form, messages, asked.options, conversation.system, answer.text or None)
 
     def raw(self, conversation: Conversation, asked: Asked) -> tuple[str, str]:
         """The prompt of the conversation's last answer, or of the one that would come next, and a sentence about it."""
@@ -95,33 +83,23 @@ class Chat:
         if last is None:
             raise ArgumentError("there is no prompt yet; write a message first")
         blank = Message("", "assistant", "", last.id if last.role == "user" else last.parent)
-        prompt = self.prompt(conversation, blank, asked)
-        text: str = self.engine.tokenizer.decode(prompt.ids, skip_special_tokens=False)
-        note = f"{len(prompt.ids):,} of {self.engine.context:,} tokens, written as {prompt.form.title}."
-        return text, " ".join(
-            filter(None, [note, prompt.fitted.marker and sentence(NeoxLiteError(prompt.fitted.marker))])
-        )
-
-    def submit(self, prompt: Prompt, asked: Asked) -> Ticket:
-        tokenizer, options = self.engine.tokenizer, dict(asked.options)
-        options["stop"] = [*prompt.form.stops, *options.get("stop", [])]
-        options["eos_token_id"] = prompt.form.stop_ids(tokenizer)
-        if "max_new_tokens" in options:
-            options["max_new_tokens"] = min(options["max_new_tokens"], self.engine.context - len(prompt.ids))
-        return self.engine.submit(Job(prompt.ids, options, client=asked.session))
+        turn = self.turn(conversation, blank, asked)
+        text: str = self.engine.tokenizer.decode(turn.ids, skip_special_tokens=False)
+        about = f"{len(turn.ids):,} of {self.engine.context:,} tokens, written as {turn.form.title}."
+        return text, " ".join([about, *map(as_sentence, turn.notes)])
 
     async def answer(self, conversation: Conversation, answer: Message, asked: Asked) -> Updates:
         """An answer, or more of one, as it comes; kept in the Store however that ends. The first update says it is submitted.
 
         What is refused is refused before the conversation is saved: an error leaves it as it was.
         """
-        prompt = await asyncio.to_thread(self.prompt, conversation, answer, asked)
-        ticket = self.submit(prompt, asked)
+        turn = await asyncio.to_thread(self.turn, conversation, answer, asked)
+        ticket = self.engine.submit(Job(turn.ids, turn.options, client=asked.session))
         self.running.start(asked.session, "chat", ticket, answer.id)
-        writing = _Writing(answer, prompt, Meter(ticket, self.engine.context))
+        writing = _Writing(answer, turn, Meter(ticket, self.engine.context))
         try:
             self.store.save(conversation)
-            yield {}
+            yield {} if turn.capped_note is None else {"notice": as_sentence(turn.capped_note)}
             async with aclosing(batches(ticket)) as steps_of:
                 async for steps in steps_of:
                     yield writing.take(steps)
@@ -145,13 +123,13 @@ class _Writing:
     """An answer as it comes."""
 
     answer: Message
-    prompt: Prompt
+    turn: Turn
     meter: Meter
     end: str = "cancelled"
     parts: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.reader = self.prompt.form.reader(self.answer.text or None)
+        self.reader = self.turn.reader()
         self.before = int(self.answer.details.get("tokens", 0))
 
     def take(self, steps: list[Update]) -> PageUpdate:
@@ -164,12 +142,12 @@ class _Writing:
             text += self.reader.end(last.finish_reason)
             self.end = last.finish_reason
             if last.error is not None:
-                update["notice"] = sentence(NeoxLiteError(last.error))
+                update["notice"] = as_sentence(last.error)
         self.parts.append(text)
         return {**update, "answer": {"id": self.answer.id, "text": text, "end": last.finish_reason}}
 
     @property
     def message(self) -> Message:
         details = {**self.answer.details, "tokens": self.before + self.meter.tokens, "end": self.end}
-        details["dropped"] = self.prompt.fitted.dropped
+        details["dropped"] = self.turn.dropped
         return replace(self.answer, text=self.answer.text + "".join(self.parts), details=details)

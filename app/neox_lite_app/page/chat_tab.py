@@ -105,7 +105,7 @@ class Tab:
                 try:
                     async with aclosing(self.chat.answer(conversation, answer, self._asked(event))) as updates:
                         async for update in updates:
-                            yield update if taken else self._show(conversation, event)
+                            yield update if taken else {**update, **self._show(conversation, event)}
                             taken = True
                 except Exception:
                     if taken:  # what cannot be kept is shown all the same

@@ -75,8 +75,15 @@ def listen(place: gr.HTML, name: str, handler: Handler) -> None:
 
 
 def sentence(error: BaseException) -> str:
-    """An error of ours as people read it: a capital, if it begins with a word and no name, a full stop, no line breaks."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    """An error of ours as people read it."""
+    return as_sentence(str(error)) or f"{type(error).__name__}."
+
+
+def as_sentence(text: str) -> str:
+    """A line of ours as people read it: a capital, if it begins with a word and no name, a full stop, no line breaks."""
+    text = " ".join(text.split())
+    if not text:
+        return ""
     word = text.partition(" ")[0]
     start = word.capitalize() if word.isalpha() and word.islower() else word
     return start + text[len(word) :] + ("" if text.endswith((".", "!", "?")) else ".")

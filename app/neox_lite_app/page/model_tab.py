@@ -20,7 +20,7 @@ from ..serving.engine import Engine
 from ..terminal import amount
 from .badges import Badges, offered
 from .components import part
-from .events import Handler, PageEvent, Updates, listen, sentence
+from .events import Handler, PageEvent, Updates, as_sentence, listen
 from .work import DEMO_NAME, Work, name_of
 
 TIERS = ("gpu", "cpu", "disk")
@@ -142,7 +142,7 @@ def local_card(model: LocalModel) -> dict[str, Any]:
     id = model.name if model.where == "hub" and model.revision is None else model.path
     about = " · ".join(filter(None, known))
     problem = model.problem or ("" if model.tokenizer else "it has no tokenizer.json; copy its checkpoint's into it")
-    problem = sentence(NeoxLiteError(problem)) if problem else ""
+    problem = as_sentence(problem)
     return {"id": id, "name": name_of(model.name), "about": about, "plain": plain, "problem": problem}
 
 

@@ -10,9 +10,10 @@ import gradio as gr
 
 from neox_lite.errors import ArgumentError, NeoxLiteError
 
+from ..conversations.turn import room_for_answer
 from ..serving.engine import Engine, Job
 from .components import part
-from .events import PageEvent, Running, Updates, listen, sentence
+from .events import PageEvent, Running, Updates, as_sentence, listen
 from .settings import options_of
 from .stream import ALTERNATIVES, Meter, Spans, batches
 
@@ -62,9 +63,9 @@ async def _complete(engine: Engine, running: Running, event: PageEvent) -> Updat
     text, scores, session = event.text("text"), bool(event.data.get("scores")), event.session
     options, tokenizer, context = options_of(event.settings), engine.tokenizer, engine.context
     ids: list[int] = await asyncio.to_thread(lambda: list(tokenizer(text).input_ids))
-    new = min(options.get("max_new_tokens", context // 4), context // 2)
-    if len(ids) > context - new:
-        ids = ids[new - context :]
+    room = room_for_answer(options.get("max_new_tokens"), context)
+    if len(ids) > context - room:
+        ids = ids[room - context :]
         yield {
             "notice": f"The text is longer than the context of {context:,} tokens: the model sees its last {len(ids):,}."
         }
@@ -81,7 +82,7 @@ async def _complete(engine: Engine, running: Running, event: PageEvent) -> Updat
                 completion: dict[str, Any] = {"text": "".join(step.text for step in steps), "end": last.finish_reason}
                 if scores:
                     completion["spans"] = [span for token, score in chosen for span in spans.add(token, score)]
-                notice = {"notice": sentence(NeoxLiteError(last.error))} if last.error is not None else {}
+                notice = {"notice": as_sentence(last.error)} if last.error is not None else {}
                 yield {"completion": completion, "meter": meter.figures, **notice}
     finally:
         running.end(session, "notebook", ticket)

@@ -23,6 +23,7 @@ from neox_lite.errors import ContextLengthError, NeoxLiteError
 from neox_lite.version import __version__
 
 from ..conversations.prompt_forms import Reader, form_of
+from ..conversations.turn import Turn, end_ids, prepare, with_top_k
 from . import schema
 from .engine import Busy, Engine, Job, NotLoaded, Ticket, Update
 from .grammar import Grammar, Vocabulary
@@ -106,14 +107,18 @@ class Api:
         name = self._check_model(request.model)
         model = self._current(name)
         prompts = [await self._aside(model.prompt, prompt) for prompt in request.prompts]
-        return await self._answer(http_request, request, prompts, Completions(model.tokens), model, request.options)
+        return await self._answer(
+            http_request, request, prompts, Completions(model.tokens), model, model.completion(request)
+        )
 
     async def chat(self, http_request: Request) -> Response:
         request = schema.chat(await _body(http_request))
         name = self._check_model(request.model)
         model = self._current(name)
-        ids, options = await self._aside(model.chat, request)
-        return await self._answer(http_request, request, [Prompt(ids, None)], Chats(model.tokens), model, options)
+        turn = await self._aside(model.chat, request)
+        reader = turn.reader if request.constraint is None else None
+        prompts = [Prompt(turn.ids, None)]
+        return await self._answer(http_request, request, prompts, Chats(model.tokens), model, turn.options, reader)
 
     def _check_model(self, asked: str | None) -> str:
         """The loaded model's name. Raises NotLoaded, or RequestError where another is asked for."""
@@ -145,7 +150,9 @@ class Api:
         shapes: Completions | Chats,
         model: _Model,
         options: Any,
+        reader: Callable[[], Reader] | None = None,
     ) -> Response:
+        """reader: makes what tidies an answer in the model's prompt form; a text, and that of a grammar, stay as they are."""
         grammars: list[Grammar] = []
         if request.constraint is not None:
             grammar = await self._aside(model.grammar, request.constraint, options)
@@ -160,7 +167,7 @@ class Api:
                 model.tokenizer,
                 prompts[index // request.n].text if request.echo else None,
                 request.top,
-                model.reader(request) if request.messages else None,
+                reader() if reader is not None else None,
             )
             for index, ticket in enumerate(tickets)
         ]
@@ -189,10 +196,9 @@ class _Model:
         self.name, self.id = name, _short(name)
         self.tokenizer = engine.tokenizer
         self.tokens = Tokens(self.tokenizer)
+        self.generation_config, self.context = engine.generation_config, engine.context
         self._vocabulary_size = engine.config.vocab_size
-        self._start = engine.generation_config.bos_token_id
-        ends = engine.generation_config.eos_token_id
-        self._ends = [ends] if isinstance(ends, int) else list(ends or [])
+        self._start = self.generation_config.bos_token_id
         self._form = form_of(name, self.tokenizer, form)
         self._vocabularies: dict[tuple[int, ...], Vocabulary] = {}
         identity = json.dumps([__version__, name, vars(engine.config)], default=str)
@@ -210,26 +216,22 @@ class _Model:
             raise RequestError("prompt is empty, and this model names no token to start from", "prompt")
         return Prompt(ids or [self._start], text)
 
-    def chat(self, request: GenerationRequest) -> tuple[list[int], dict[str, Any]]:
-        """Ids of the messages in the model's prompt form, and the options with the form's own ends."""
-        messages, answer = (
-            (request.messages[:-1], request.messages[-1]["content"]) if request.go_on else (request.messages, None)
+    def chat(self, request: GenerationRequest) -> Turn:
+        """The turn that the messages ask for, in the model's prompt form."""
+        messages, answer = request.messages, None
+        if request.go_on:
+            messages, answer = messages[:-1], messages[-1]["content"]
+        constrained = request.constraint is not None
+        return prepare(
+            self, self._form, messages, request.options, open_answer=answer, strict=True, constrained=constrained
         )
-        ids = self._form.encode(self.tokenizer, messages, open_answer=answer)
-        options = dict(request.options)
-        if "eos_token_id" not in options:
-            options["eos_token_id"] = [*self._ends, *self._form.stop_ids(self.tokenizer)]
-        if request.constraint is None:  # in JSON, a form's stop string may be part of a text
-            options["stop_strings"] = [*options["stop_strings"], *self._form.stops]
-        return ids, options
 
-    def reader(self, request: GenerationRequest) -> Reader | None:
-        """What tidies an answer in the model's prompt form; text of a grammar is as it is."""
-        answer = request.messages[-1]["content"] if request.go_on else None
-        return None if request.constraint is not None else self._form.reader(answer)
+    def completion(self, request: GenerationRequest) -> dict[str, Any]:
+        """The options of a text that goes on."""
+        return with_top_k(request.options, self.generation_config)
 
     def grammar(self, constraint: schema.Constraint, options: Any) -> Grammar:
-        ends = tuple(options.get("eos_token_id", self._ends))
+        ends = tuple(end_ids(options, self.generation_config))
         if ends not in self._vocabularies:
             self._vocabularies[ends] = Vocabulary(self.tokenizer, self._vocabulary_size, ends)
         return Grammar(self._vocabularies[ends], constraint)
