@@ -58,7 +58,7 @@ def test_an_answer_is_streamed_kept_and_saved_with_its_figures(session):
     last = session.conversation.last
     assert shown and shown == last.text and last.role == "assistant"
     assert last.details["finish_reason"] in ("stop", "length") and 0 < last.details["tokens"] <= 24
-    assert last.details["model"] == "demo" and session.figures.first_s >= 0
+    assert last.details["model"] == "demo" and session.figures.clock.wait_s >= 0
     assert session.store.load(session.conversation.id) == session.conversation
 
 
@@ -85,7 +85,7 @@ def test_a_continued_answer_grows_and_counts_all_its_tokens(session):
     tokens = session.conversation.last.details["tokens"]
     more = "".join(session.answer(go_on=True))
     assert session.conversation.last.text == first + more
-    assert session.conversation.last.details["tokens"] == tokens + session.figures.tokens
+    assert session.conversation.last.details["tokens"] == tokens + session.figures.clock.tokens
     with pytest.raises(ArgumentError, match="no answer to continue"):
         "".join(Session(session.engine, session.form, Conversation()).answer(go_on=True))
 
@@ -97,7 +97,7 @@ def test_a_cancelled_answer_keeps_what_there_is(session):
     for piece in session.answer(started=tickets.append):
         pieces.append(piece)
         tickets[0].cancel()
-    assert session.figures.finish_reason == "cancelled" and session.figures.tokens < 300
+    assert session.figures.finish_reason == "cancelled" and session.figures.clock.tokens < 300
     assert session.conversation.last.text == "".join(pieces) and pieces
 
 

@@ -22,7 +22,8 @@ from neox_lite.errors import ArgumentError, CacheError, ContextLengthError, Unsu
 from neox_lite.generation.request import Sequence
 from neox_lite.kernels import dispatch
 from neox_lite_app.paths import DEMO
-from neox_lite_app.serving.engine import Busy, Engine, Job, NotLoaded, Ticket, Update, sentence
+from neox_lite_app.serving.engine import Busy, Engine, NotLoaded, sentence
+from neox_lite_app.serving.jobs import Job, Ticket, Update
 
 SAMPLED = {"do_sample": True, "temperature": 0.8, "top_p": 0.95}
 PATIENCE_S = 60  # a test that waits so long has failed
@@ -158,7 +159,7 @@ def test_a_ticket_says_what_was_reused_and_when_steps_came(shared):
     list(second)
     assert first.reused_tokens < len(prompt) <= second.reused_tokens
     for ticket in (first, second):
-        assert ticket.submitted_s <= ticket.first_s <= ticket.last_s <= time.monotonic()
+        assert ticket.clock.start_s <= ticket.clock.first_s <= ticket.clock.last_s <= time.monotonic()
 
 
 @pytest.mark.parametrize(
@@ -296,9 +297,9 @@ def test_clients_take_turns_and_a_client_is_served_in_its_order():
         for _, ticket in tickets:
             list(ticket)
     engine.close()
-    order = [client for client, ticket in sorted(tickets, key=lambda pair: pair[1].first_s)]
+    order = [client for client, ticket in sorted(tickets, key=lambda pair: pair[1].clock.first_s)]
     assert order == ["first", "busy", "a", "b", "busy", "a", "busy", "busy", "busy"]
-    of_busy = [ticket.first_s for client, ticket in tickets if client == "busy"]
+    of_busy = [ticket.clock.first_s for client, ticket in tickets if client == "busy"]
     assert of_busy == sorted(of_busy)
 
 

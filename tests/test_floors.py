@@ -33,7 +33,7 @@ BUDGETS = {
     "neox_lite_app.paths": 20,
     "neox_lite_app.terminal": 110,
     "neox_lite_app.load_for_command": 160,
-    "neox_lite_app.conversations": 1300,
+    "neox_lite_app.conversations": 1400,
     "neox_lite_app.models": 1700,
     "neox_lite_app.evaluation": 1900,
     "neox_lite_app.serving": 2900,
@@ -48,8 +48,6 @@ LONGER = {
     "neox_lite.offload.plan",
     "neox_lite.offload.profile",
     "neox_lite_app.bench",
-    "neox_lite_app.conversations.conversation",
-    "neox_lite_app.serving.engine",
     "neox_lite_app.serving.schema",
 }
 MAX_LINES_IN = {"neox_lite.core": 300, "neox_lite.loading": 300, "neox_lite.modeling": 300}

@@ -34,7 +34,7 @@ from neox_lite.errors import (
     TokenizerError,
     UnsupportedError,
 )
-from neox_lite.generation.mixin import Clock, GenerationMixin
+from neox_lite.generation.mixin import GenerationMixin
 from neox_lite.generation.options import OFF_ONLY
 from neox_lite.generation.protocols import PREFILL_TOKENS
 
@@ -1170,13 +1170,3 @@ def test_sensible_calls_warn_of_nothing(model):
         mask, types = torch.ones_like(ids), torch.zeros_like(ids)
         found = model.generate(input_ids=ids, attention_mask=mask, token_type_ids=types)
     assert torch.equal(found, model.generate(ids))
-
-
-def test_the_clock_counts_between_the_first_and_the_last_token(monkeypatch):
-    times = iter([10.0, 10.5, 11.0])
-    monkeypatch.setattr("neox_lite.generation.mixin.time.perf_counter", lambda: next(times))
-    clock = Clock()
-    clock.tick()
-    assert clock.tokens_per_s is None
-    clock.tick(), clock.tick()
-    assert clock.tokens_per_s == 2.0

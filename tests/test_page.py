@@ -32,7 +32,8 @@ from neox_lite_app.page import badges, chat, chat_tab, notebook
 from neox_lite_app.page.settings import FIELDS, PRESETS
 from neox_lite_app.paths import DEMO
 from neox_lite_app.server import build
-from neox_lite_app.serving.engine import Engine, Ticket, Update
+from neox_lite_app.serving.engine import Engine
+from neox_lite_app.serving.jobs import Ticket, Update
 from neox_lite_app.serving.keys import Keys
 from neox_lite_app.serving.security import Hosts
 
@@ -73,7 +74,7 @@ def engine():
 @pytest.fixture(scope="module")
 def site(data, engine):
     args = build_parser().parse_args(["serve", "--device", "cpu"])
-    with serving(build(engine, Hosts(), page=args)[1], lifespan="on") as address:
+    with serving(build(engine, Hosts(), page=args), lifespan="on") as address:
         yield address
 
 
@@ -295,7 +296,7 @@ def test_what_cannot_be_loaded_is_said_in_a_sentence(open_page, tmp_path):
 def test_a_phone_of_the_home_network_gets_in_with_the_key(browser, demo, data):
     address = own_address()
     args = build_parser().parse_args(["serve", "--device", "cpu", "--host", address])
-    app = build(demo, Hosts(address), Keys("open-sesame-and-more"), page=args)[1]
+    app = build(demo, Hosts(address), Keys("open-sesame-and-more"), page=args)
     with serving(app, address, lifespan="on") as site:
         page = browser.new_context(viewport=PHONE, has_touch=True, is_mobile=True).new_page()
         page.goto(site)
@@ -630,7 +631,7 @@ def test_more_than_can_be_sent_is_said_and_nothing_waits_for_it(open_page, demo)
 @pytest.fixture
 def late(engine, monkeypatch):
     """The server takes its time to open a conversation, and to begin an answer."""
-    opened, prompted = chat_tab.Tab.open, chat.Chat.prompt
+    opened, prompted = chat_tab.Tab.open, chat.Chat.turn
 
     async def open(tab, said):
         await asyncio.sleep(0.4)
@@ -638,7 +639,7 @@ def late(engine, monkeypatch):
             yield update
 
     monkeypatch.setattr(chat_tab.Tab, "open", open)
-    monkeypatch.setattr(chat.Chat, "prompt", lambda *given: (time.sleep(0.4), prompted(*given))[1])
+    monkeypatch.setattr(chat.Chat, "turn", lambda *given: (time.sleep(0.4), prompted(*given))[1])
 
 
 def test_a_message_goes_into_the_conversation_on_the_screen(open_page, demo, late):

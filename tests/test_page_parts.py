@@ -19,7 +19,8 @@ from neox_lite_app.page.settings import DEFAULT, FIELDS, options_of
 from neox_lite_app.page.stream import Feed, batches
 from neox_lite_app.page.work import Work
 from neox_lite_app.paths import DEMO
-from neox_lite_app.serving.engine import Engine, Update
+from neox_lite_app.serving.engine import Engine
+from neox_lite_app.serving.jobs import Update
 
 ARGS = build_parser().parse_args(["serve", "--device", "cpu"])
 

@@ -108,13 +108,6 @@ def test_a_strict_turn_is_sent_as_it_is():
     assert len(turn.ids) > 512 and turn.options["max_new_tokens"] == 4096 and turn.notes == []
 
 
-@pytest.mark.parametrize(("settings", "top_k"), [({}, 0), ({"top_k": 40}, 40)])
-def test_a_missing_top_k_is_that_of_generation_config_else_off(settings, top_k):
-    assert prepare(model(**settings), FORM, QUESTION, {"do_sample": True}).options["top_k"] == top_k
-    assert prepare(model(**settings), FORM, QUESTION, {"do_sample": True, "top_k": 3}).options["top_k"] == 3
-    assert "top_k" not in prepare(model(**settings), FORM, QUESTION, {"do_sample": False}).options
-
-
 def test_words_of_a_template_end_an_answer_only_at_the_beginning_of_a_line():
     template = "{% for m in messages %}{{ m.role | capitalize }}: {{ m.content }}\n{% endfor %}Assistant:"
     turn = prepare(model(), TemplateForm(template, {}), QUESTION, {})

@@ -25,7 +25,8 @@ from .conversations.conversation import Conversation, Store, read_file
 from .conversations.prompt_forms import check_name, form_named, form_of
 from .load_for_command import load, sampling
 from .paths import data_folder
-from .serving.engine import Engine, Ticket
+from .serving.engine import Engine
+from .serving.jobs import Ticket
 from .session import Session
 from .terminal import note, printable
 
@@ -234,11 +235,12 @@ class Terminal:
 
     def _status(self) -> str:
         figures = self._session.figures
-        parts = [f"{figures.tokens} tokens"]
-        if figures.tokens_per_s:
-            parts.append(f"{figures.tokens_per_s:.1f} tokens/s")
-        if figures.first_s is not None and figures.tokens:
-            parts.append(f"the first after {figures.first_s:.2f} s")
+        clock = figures.clock
+        parts = [f"{clock.tokens} tokens"]
+        if clock.tokens_per_s is not None:
+            parts.append(f"{clock.tokens_per_s:.1f} tokens/s")
+        if clock.wait_s is not None:
+            parts.append(f"the first after {clock.wait_s:.2f} s")
         parts.append(f"context {figures.used} of {self._session.engine.context}")
         why = {"length": "; cut at the limit, /continue goes on", "cancelled": "; stopped, /continue goes on"}
         return ", ".join(parts) + why.get(str(figures.finish_reason), "")

@@ -9,12 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from neox_lite import GPTNeoXForCausalLM
-from neox_lite.generation.mixin import Clock
 from neox_lite_quant import convert
 
 from .evaluation.quality import cut, quality_of, table
 from .load_for_command import load, placement, placing
 from .paths import DEMO
+from .serving.token_clock import TokenClock
 from .terminal import bar, note, print_json
 
 CONTEXT, WINDOWS = 256, 40
@@ -48,7 +48,7 @@ def demo(args: argparse.Namespace) -> None:
             )
             print(table(rows))
             note(f"\nThe int4 model on {placement(model)}:\n")
-        clock, pieces = Clock(), []
+        clock, pieces = TokenClock(), []
         sampling = {"do_sample": True, "temperature": 0.8, "top_k": 0, "top_p": 0.95, "seed": args.seed}
         for event in model.stream(PROMPT, max_new_tokens=NEW_TOKENS, **sampling):
             clock.tick()

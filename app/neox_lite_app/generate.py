@@ -8,13 +8,13 @@ from typing import Any
 
 from neox_lite import GPTNeoXForCausalLM, Speculation
 from neox_lite.errors import ArgumentError, ContextLengthError, NeoxLiteError
-from neox_lite.generation.mixin import Clock
 from neox_lite.generation.options import Options, as_dict
 from neox_lite.generation.parameters import NEUTRAL, SAMPLED
 from neox_lite.generation.speculative import MAX_DRAFT_TOKENS
 from neox_lite.tokenizer import check_text
 
 from .load_for_command import load, sampling
+from .serving.token_clock import TokenClock
 from .terminal import note, print_json, read_text
 
 
@@ -35,11 +35,11 @@ def generate(args: argparse.Namespace) -> None:
             note(f"neox-lite: warning: {flags} without effect in greedy decoding; add --temperature 0.8")
     if draft is not None:
         options["assistant_model"] = draft
-    clock, counts, pieces, tokens, reason = Clock(), Speculation(), [], 0, None
+    clock, counts, pieces, reason = TokenClock(), Speculation(), [], None
     config = {**NEUTRAL, **as_dict(model.generation_config)}
     for event in model.stream(ids, speculation=counts, generation_config=config, **options):
-        clock.tick()
-        tokens += event.token is not None
+        if event.token is not None:
+            clock.tick()
         pieces.append(event.text)
         reason = event.finish_reason
         if not args.json:
@@ -47,14 +47,14 @@ def generate(args: argparse.Namespace) -> None:
     if args.json:
         figures = {"prompt_tokens": len(ids), "finish_reason": reason, "decode_tokens_per_s": clock.tokens_per_s}
         drafts = {"speculation": _speculation(counts)} if args.draft is not None or args.lookup else {}
-        print_json({"text": "".join(pieces), "tokens": tokens, **figures, **drafts})
+        print_json({"text": "".join(pieces), "tokens": clock.tokens, **figures, **drafts})
         return
     print()
     sys.stdout.flush()
     pace = f", {clock.tokens_per_s:.1f} tokens/s" if clock.tokens_per_s else ""
     if counts.passes:
         pace += f", {counts.mean_tokens_per_pass:.2f} tokens a pass, {counts.accepted} of {counts.drafted} drafted ones right"
-    note(f"{len(ids)} prompt tokens, {tokens} new ones{pace} ({reason})")
+    note(f"{len(ids)} prompt tokens, {clock.tokens} new ones{pace} ({reason})")
 
 
 def _draft(args: argparse.Namespace) -> GPTNeoXForCausalLM:

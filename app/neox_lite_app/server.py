@@ -25,8 +25,6 @@ from .serving.engine import Engine
 from .terminal import note
 
 if TYPE_CHECKING:
-    from starlette.types import ASGIApp
-
     from .serving.keys import Keys
     from .serving.security import Guard, Hosts
 
@@ -63,10 +61,10 @@ def serve(args: argparse.Namespace) -> int:
     with contextlib.closing(engine), contextlib.closing(listener):
         if args.model is not None:
             engine.load(args.model, lambda: load(args.model, args, args.head))
-        guard, app = build(engine, hosts, Keys(key) if key else None, args.page and args, args.form)
+        guard = build(engine, hosts, Keys(key) if key else None, args.page and args, args.form)
         if args.api_key == "auto":
             note(f"API key, shown this once: {key}")
-        return _run(app, guard, engine, listener, args.host)
+        return _run(guard, engine, listener, args.host)
 
 
 def build(
@@ -75,8 +73,8 @@ def build(
     keys: Keys | None = None,
     page: argparse.Namespace | Literal[False] = False,
     form: str | None = None,
-) -> tuple[Guard, ASGIApp]:
-    """The guard, and the whole application: what counts requests, the guard, API and page.
+) -> Guard:
+    """The whole application: the guard before API and page.
 
     page: the arguments of `serve`, by which the page loads models, or False for none. form: a prompt form's name.
     """
@@ -91,8 +89,7 @@ def build(
     app: Any = Api(engine, metrics, form).app()
     if page:
         _mount_page(app, engine, page)
-    guard = Guard(app, hosts, keys, page is not False)
-    return guard, metrics.counting(guard) if metrics is not None else guard
+    return Guard(app, hosts, keys, page is not False, metrics)
 
 
 def _check_packages(page: bool) -> None:
@@ -194,7 +191,7 @@ def _own_address() -> str:
 # Running --------------------------------------------------------------------------------------------------------------
 
 
-def _run(app: ASGIApp, guard: Guard, engine: Engine, listener: socket.socket, host: str) -> int:
+def _run(guard: Guard, engine: Engine, listener: socket.socket, host: str) -> int:
     import uvicorn
 
     class Server(uvicorn.Server):
@@ -230,7 +227,7 @@ def _run(app: ASGIApp, guard: Guard, engine: Engine, listener: socket.socket, ho
             await super().shutdown(list(sockets or []))
 
     config = uvicorn.Config(
-        app,
+        guard,
         http="h11",
         ws="none",
         loop="asyncio",

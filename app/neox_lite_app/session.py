@@ -12,24 +12,24 @@ from neox_lite.generation.parameters import SAMPLED
 from .conversations.conversation import Conversation, Store
 from .conversations.prompt_forms import Form
 from .conversations.turn import Turn, prepare
-from .serving.engine import Engine, Job, Ticket
+from .serving.engine import Engine
+from .serving.jobs import Job, Ticket
+from .serving.token_clock import TokenClock
 
 
 @dataclass
 class Figures:
-    """Of one answer. first_s: from the question to the first token. turn: None before the first one."""
+    """Of one answer; turn: None before the first one. finish_reason and error: as of an Update."""
 
     turn: Turn | None = None
-    tokens: int = 0
-    tokens_per_s: float | None = None
-    first_s: float | None = None
+    clock: TokenClock = field(default_factory=TokenClock)
     finish_reason: str | None = None
     error: str | None = None
 
     @property
     def used(self) -> int:
         """Tokens of the context, the answer's own included."""
-        return self.tokens + (0 if self.turn is None else len(self.turn.ids))
+        return self.clock.tokens + (0 if self.turn is None else len(self.turn.ids))
 
 
 @dataclass
@@ -68,8 +68,9 @@ class Session:
             ticket, figures = self._submit(talk.last.text)
             started(ticket)
             yield from self._read(ticket, figures)
-            rate = None if figures.tokens_per_s is None else round(figures.tokens_per_s, 2)
-            about = {"finish_reason": figures.finish_reason, "tokens": before + figures.tokens, "tokens_per_s": rate}
+            rate, tokens = figures.clock.tokens_per_s, before + figures.clock.tokens
+            rate = None if rate is None else round(rate, 2)
+            about = {"finish_reason": figures.finish_reason, "tokens": tokens, "tokens_per_s": rate}
             talk.extend("", **about, model=str(self.engine.name)[:200])
         finally:
             if not talk[answer].text:
@@ -98,20 +99,16 @@ class Session:
         turn = self.turn(open_answer)
         assert self.conversation.last is not None
         sample = self.conversation.place(self.conversation.last.id)[0] - 1  # another answer differs, whatever the seed
-        self.figures = Figures(turn)
-        return self.engine.submit(Job(turn.ids, turn.options, stream=sample)), self.figures
+        ticket = self.engine.submit(Job(turn.ids, turn.options, stream=sample))
+        self.figures = Figures(turn, ticket.clock)
+        return ticket, self.figures
 
     def _read(self, ticket: Ticket, figures: Figures) -> Iterator[str]:
         assert figures.turn is not None
         reader = figures.turn.reader()
-        for step in ticket:
-            figures.tokens += step.token is not None
-            figures.finish_reason, figures.error = step.finish_reason, step.error
-            piece = reader.put(step.text) + (reader.end(step.finish_reason) if step.finish_reason else "")
+        for update in ticket:
+            figures.finish_reason, figures.error = update.finish_reason, update.error
+            piece = reader.put(update.text) + (reader.end(update.finish_reason) if update.finish_reason else "")
             if piece:
                 self.conversation.extend(piece)
                 yield piece
-        if ticket.first_s is not None and ticket.last_s is not None:
-            figures.first_s = ticket.first_s - ticket.submitted_s
-            if figures.tokens > 1 and ticket.last_s > ticket.first_s:
-                figures.tokens_per_s = (figures.tokens - 1) / (ticket.last_s - ticket.first_s)

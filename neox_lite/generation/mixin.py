@@ -323,23 +323,3 @@ def _own_tokenizer(tokenizer: Any) -> GPTNeoXTokenizerFast:
     if isinstance(tokenizer, GPTNeoXTokenizerFast):
         return tokenizer
     raise ArgumentError(f"tokenizer is a {type(tokenizer).__name__}, expected a neox_lite GPTNeoXTokenizerFast")
-
-
-@dataclass
-class Clock:
-    """Counts tokens per second between the first and the last token."""
-
-    first: float | None = None
-    last: float = 0.0
-    tokens: int = 0
-
-    def tick(self) -> None:
-        self.last = time.perf_counter()
-        self.first = self.first if self.first is not None else self.last
-        self.tokens += 1
-
-    @property
-    def tokens_per_s(self) -> float | None:
-        if self.first is None or self.tokens < 2 or self.last == self.first:
-            return None
-        return (self.tokens - 1) / (self.last - self.first)

@@ -24,7 +24,7 @@ def demo_engine(**options):
 
 
 def application(engine, keys=None, hosts=None, **options):
-    return build(engine, hosts or Hosts(), keys, page=False, **options)[1]
+    return build(engine, hosts or Hosts(), keys, page=False, **options)
 
 
 @contextlib.contextmanager

@@ -103,15 +103,8 @@ def prepare(
     fits = context - len(ids)
     if not strict:
         given["max_new_tokens"] = fits if asked is None else min(asked, fits)
-    # 4. How it is drawn.
-    given = with_top_k(given, config)
     capped = asked is not None and asked > fits and not strict
     return Turn(form, ids, given, open_answer, dropped, asked if capped else None)
-
-
-def with_top_k(options: Mapping[str, Any], config: GenerationConfig) -> dict[str, Any]:
-    """The options of a draw with their top_k: where they do not say it, generation_config.json's, else all tokens."""
-    return {**({"top_k": config.top_k or 0} if options.get("do_sample") else {}), **options}
 
 
 def end_ids(options: Mapping[str, Any], config: GenerationConfig) -> list[int]:

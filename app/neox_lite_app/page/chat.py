@@ -13,9 +13,10 @@ from neox_lite.errors import ArgumentError
 from ..conversations.conversation import Conversation, Message, Store
 from ..conversations.prompt_forms import form_of
 from ..conversations.turn import Turn, dropped_note, prepare
-from ..serving.engine import Engine, Job, Update
+from ..serving.engine import Engine
+from ..serving.jobs import Job, Ticket, Update
 from .events import PageUpdate, Running, Updates, as_sentence
-from .stream import Meter, batches
+from .stream import batches, meter
 
 ENDS = {"length": "cut at the limit", "cancelled": "stopped", "error": "broken off"}
 
@@ -96,13 +97,13 @@ class Chat:
         turn = await asyncio.to_thread(self.turn, conversation, answer, asked)
         ticket = self.engine.submit(Job(turn.ids, turn.options, client=asked.session))
         self.running.start(asked.session, "chat", ticket, answer.id)
-        writing = _Writing(answer, turn, Meter(ticket, self.engine.context))
+        writing = _Writing(answer, turn, ticket, self.engine.context)
         try:
             self.store.save(conversation)
             yield {} if turn.capped_note is None else {"notice": as_sentence(turn.capped_note)}
-            async with aclosing(batches(ticket)) as steps_of:
-                async for steps in steps_of:
-                    yield writing.take(steps)
+            async with aclosing(batches(ticket)) as arriving:
+                async for updates in arriving:
+                    yield writing.take(updates)
         finally:
             ticket.cancel()
             self.running.end(asked.session, "chat", ticket)
@@ -124,30 +125,31 @@ class _Writing:
 
     answer: Message
     turn: Turn
-    meter: Meter
+    ticket: Ticket
+    context: int
     end: str = "cancelled"
+    tokens: int = 0
     parts: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.reader = self.turn.reader()
-        self.before = int(self.answer.details.get("tokens", 0))
+        self.tokens = int(self.answer.details.get("tokens", 0))
 
-    def take(self, steps: list[Update]) -> PageUpdate:
-        """The update that some steps make."""
-        self.meter.count(steps)
-        last = steps[-1]
-        text = "".join(self.reader.put(step.text) for step in steps)
-        update: PageUpdate = {"meter": self.meter.figures}
+    def take(self, updates: list[Update]) -> PageUpdate:
+        """What some updates bring to the page."""
+        self.tokens += sum(update.token is not None for update in updates)
+        last = updates[-1]
+        text = "".join(self.reader.put(update.text) for update in updates)
+        shown: PageUpdate = {"meter": meter(self.ticket, self.context)}
         if last.finish_reason is not None:
             text += self.reader.end(last.finish_reason)
             self.end = last.finish_reason
             if last.error is not None:
-                update["notice"] = as_sentence(last.error)
+                shown["notice"] = as_sentence(last.error)
         self.parts.append(text)
-        return {**update, "answer": {"id": self.answer.id, "text": text, "end": last.finish_reason}}
+        return {**shown, "answer": {"id": self.answer.id, "text": text, "end": last.finish_reason}}
 
     @property
     def message(self) -> Message:
-        details = {**self.answer.details, "tokens": self.before + self.meter.tokens, "end": self.end}
-        details["dropped"] = self.turn.dropped
+        details = {**self.answer.details, "tokens": self.tokens, "end": self.end, "dropped": self.turn.dropped}
         return replace(self.answer, text=self.answer.text + "".join(self.parts), details=details)

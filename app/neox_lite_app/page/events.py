@@ -15,7 +15,7 @@ import gradio as gr
 
 from neox_lite.errors import ArgumentError, NeoxLiteError
 
-from ..serving.engine import Ticket
+from ..serving.jobs import Ticket
 from .components import part
 from .stream import Feed
 

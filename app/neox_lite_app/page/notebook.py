@@ -11,11 +11,12 @@ import gradio as gr
 from neox_lite.errors import ArgumentError, NeoxLiteError
 
 from ..conversations.turn import room_for_answer
-from ..serving.engine import Engine, Job
+from ..serving.engine import Engine
+from ..serving.jobs import Job
 from .components import part
 from .events import PageEvent, Running, Updates, as_sentence, listen
 from .settings import options_of
-from .stream import ALTERNATIVES, Meter, Spans, batches
+from .stream import ALTERNATIVES, Spans, batches, meter
 
 MAX_SCORED = 100_000  # characters of a text that is scored
 
@@ -73,17 +74,22 @@ async def _complete(engine: Engine, running: Running, event: PageEvent) -> Updat
         options["max_new_tokens"] = min(options["max_new_tokens"], context - len(ids))
     ticket = engine.submit(Job(ids, options, client=session, logprobs=ALTERNATIVES if scores else None))
     running.start(session, "notebook", ticket)
-    meter, spans = Meter(ticket, context), Spans(tokenizer)
+    spans = Spans(tokenizer)
     try:
-        async with aclosing(batches(ticket)) as steps_of:
-            async for steps in steps_of:
-                meter.count(steps)
-                last, chosen = steps[-1], [(step.token, step.logprob) for step in steps if step.token is not None]
-                completion: dict[str, Any] = {"text": "".join(step.text for step in steps), "end": last.finish_reason}
+        async with aclosing(batches(ticket)) as arriving:
+            async for updates in arriving:
+                last, chosen = (
+                    updates[-1],
+                    [(update.token, update.logprob) for update in updates if update.token is not None],
+                )
+                completion: dict[str, Any] = {
+                    "text": "".join(update.text for update in updates),
+                    "end": last.finish_reason,
+                }
                 if scores:
                     completion["spans"] = [span for token, score in chosen for span in spans.add(token, score)]
                 notice = {"notice": as_sentence(last.error)} if last.error is not None else {}
-                yield {"completion": completion, "meter": meter.figures, **notice}
+                yield {"completion": completion, "meter": meter(ticket, context), **notice}
     finally:
         running.end(session, "notebook", ticket)
 
@@ -97,10 +103,10 @@ async def _score(engine: Engine, event: PageEvent) -> Updates:
     if not 0 < len(ids) < context:
         raise ArgumentError(f"the text has {len(ids):,} tokens; 1 to {context - 1:,} can be scored")
     ticket = engine.submit(Job(ids, {"max_new_tokens": 1}, client=event.session, prompt_logprobs=ALTERNATIVES))
-    async with aclosing(batches(ticket)) as steps_of:
-        async for steps in steps_of:
-            if steps[-1].error is not None:
-                raise NeoxLiteError(steps[-1].error)
+    async with aclosing(batches(ticket)) as arriving:
+        async for updates in arriving:
+            if updates[-1].error is not None:
+                raise NeoxLiteError(updates[-1].error)
     spans = Spans(tokenizer)
     scored = [span for id, score in zip(ids, ticket.prompt_logprobs, strict=True) for span in spans.add(id, score)]
     yield {"completion": {"spans": scored, "end": "stop"}}

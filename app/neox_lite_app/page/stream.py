@@ -16,16 +16,16 @@ from neox_lite import GPTNeoXTokenizerFast
 from neox_lite.generation.sampling import TokenLogprob
 from neox_lite.tokenizer import StreamDecoder
 
-from ..serving.engine import Ticket, Update
+from ..serving.jobs import Ticket, Update
 
 SECONDS = 0.1  # between two updates, at least
 ALTERNATIVES = 5  # likeliest tokens that are shown beside the one that was chosen
 
 
 async def batches(ticket: Ticket, seconds: float = SECONDS) -> AsyncGenerator[list[Update], None]:
-    """A ticket's steps as they come, those within `seconds` together. Closed early, the job is cancelled."""
-    loop, steps = asyncio.get_running_loop(), aiter(ticket)
-    coming: asyncio.Future[Update] = asyncio.ensure_future(anext(steps))
+    """A ticket's updates as they come, those within `seconds` together. Closed early, the job is cancelled."""
+    loop, updates = asyncio.get_running_loop(), aiter(ticket)
+    coming: asyncio.Future[Update] = asyncio.ensure_future(anext(updates))
     sent, batch = -math.inf, list[Update]()
     try:
         while not batch or batch[-1].finish_reason is None:
@@ -34,7 +34,7 @@ async def batches(ticket: Ticket, seconds: float = SECONDS) -> AsyncGenerator[li
             if coming.done():
                 batch.append(coming.result())
                 if batch[-1].finish_reason is None:
-                    coming = asyncio.ensure_future(anext(steps))
+                    coming = asyncio.ensure_future(anext(updates))
             if batch and (batch[-1].finish_reason is not None or loop.time() >= sent + seconds):
                 yield batch
                 if batch[-1].finish_reason is not None:
@@ -56,29 +56,20 @@ class Feed:
         return self.value
 
 
-class Meter:
+def meter(ticket: Ticket, context: int) -> dict[str, Any]:
     """What the status strip says of a job: time to its first token, tokens a second, tokens of the context."""
-
-    def __init__(self, ticket: Ticket, context: int) -> None:
-        self.ticket, self.context, self.tokens = ticket, context, 0
-
-    def count(self, steps: list[Update]) -> None:
-        self.tokens += sum(step.token is not None for step in steps)
-
-    @property
-    def figures(self) -> dict[str, Any]:
-        ticket, used = self.ticket, len(self.ticket.job.prompt) + self.tokens
-        if ticket.first_s is None or ticket.last_s is None:
-            return {"used": used, "context": self.context}
-        after, seconds = self.tokens - 1, ticket.last_s - ticket.first_s
-        return {
-            "used": used,
-            "context": self.context,
-            "tokens": self.tokens,
-            "first": round(ticket.first_s - ticket.submitted_s, 3),
-            "rate": round(after / seconds, 1) if after > 0 and seconds > 0 else None,
-            "reused": ticket.reused_tokens,
-        }
+    clock = ticket.clock
+    used = {"used": len(ticket.job.prompt) + clock.tokens, "context": context}
+    if clock.wait_s is None:
+        return used
+    rate = None if clock.tokens_per_s is None else round(clock.tokens_per_s, 1)
+    return {
+        **used,
+        "tokens": clock.tokens,
+        "first": round(clock.wait_s, 3),
+        "rate": rate,
+        "reused": ticket.reused_tokens,
+    }
 
 
 class Spans:

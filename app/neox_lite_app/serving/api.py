@@ -23,11 +23,12 @@ from neox_lite.errors import ContextLengthError, NeoxLiteError
 from neox_lite.version import __version__
 
 from ..conversations.prompt_forms import Reader, form_of
-from ..conversations.turn import Turn, end_ids, prepare, with_top_k
+from ..conversations.turn import Turn, end_ids, prepare
 from . import schema
-from .engine import Busy, Engine, Job, NotLoaded, Ticket, Update
+from .engine import Busy, Engine, NotLoaded
 from .grammar import Grammar, Vocabulary
-from .responses import Chats, Choice, Completions, Envelope, Scored, Tokens, event, usage
+from .jobs import Job, Ticket, Update, arrivals
+from .responses import Chats, Choice, Completions, Responses, Scored, Tokens, event, usage
 from .schema import GenerationRequest, RequestError
 
 if TYPE_CHECKING:
@@ -104,21 +105,17 @@ class Api:
 
     async def completions(self, http_request: Request) -> Response:
         request = schema.completion(await _body(http_request))
-        name = self._check_model(request.model)
-        model = self._current(name)
+        model = self._current(self._check_model(request.model))
         prompts = [await self._aside(model.prompt, prompt) for prompt in request.prompts]
-        return await self._answer(
-            http_request, request, prompts, Completions(model.tokens), model, model.completion(request)
-        )
+        return await self._answer(http_request, request, model, Completions, prompts, request.options)
 
     async def chat(self, http_request: Request) -> Response:
         request = schema.chat(await _body(http_request))
-        name = self._check_model(request.model)
-        model = self._current(name)
-        turn = await self._aside(model.chat, request)
+        model = self._current(self._check_model(request.model))
+        turn = await self._aside(model.turn, request)
+        # The text of a grammar stays as it is.
         reader = turn.reader if request.constraint is None else None
-        prompts = [Prompt(turn.ids, None)]
-        return await self._answer(http_request, request, prompts, Chats(model.tokens), model, turn.options, reader)
+        return await self._answer(http_request, request, model, Chats, [Prompt(turn.ids, None)], turn.options, reader)
 
     def _check_model(self, asked: str | None) -> str:
         """The loaded model's name. Raises NotLoaded, or RequestError where another is asked for."""
@@ -146,35 +143,27 @@ class Api:
         self,
         http_request: Request,
         request: GenerationRequest,
-        prompts: Sequence[Prompt],
-        shapes: Completions | Chats,
         model: _Model,
+        shapes: type[Responses],
+        prompts: Sequence[Prompt],
         options: Any,
         reader: Callable[[], Reader] | None = None,
     ) -> Response:
-        """reader: makes what tidies an answer in the model's prompt form; a text, and that of a grammar, stay as they are."""
+        """reader: makes what tidies an answer in the model's prompt form."""
         grammars: list[Grammar] = []
         if request.constraint is not None:
             grammar = await self._aside(model.grammar, request.constraint, options)
             grammars = [grammar.copy() for _ in range(len(prompts) * request.n)]
         client = f"api {http_request.client.host if http_request.client else ''} {request.user}"
-        jobs = _jobs(request, prompts, options, grammars, client)
-        tickets = self._submit(jobs)
+        tickets = self._submit(_jobs(request, prompts, options, grammars, client))
+        texts = [prompts[index // request.n].text if request.echo else None for index in range(len(tickets))]
         choices = [
-            Choice(
-                index,
-                ticket,
-                model.tokenizer,
-                prompts[index // request.n].text if request.echo else None,
-                request.top,
-                reader() if reader is not None else None,
-            )
-            for index, ticket in enumerate(tickets)
+            Choice(index, ticket, model.tokenizer, text, request.top, reader() if reader is not None else None)
+            for index, (ticket, text) in enumerate(zip(tickets, texts, strict=True))
         ]
-        exchange = _Exchange(
-            choices, shapes, Envelope(shapes, model.id, model.fingerprint), request, grammars, self._metrics
-        )
-        return _Stream(exchange) if request.stream else await exchange.whole(http_request, self._aside)
+        responses = shapes(model.tokens, model.id, model.fingerprint, request.include_usage)
+        answer = _Answer(request, choices, responses, grammars, self._metrics)
+        return answer if request.stream else await answer.whole(http_request.receive, self._aside)
 
     def _submit(self, jobs: Sequence[Job]) -> list[Ticket]:
         """All of a request's jobs, or none."""
@@ -216,7 +205,7 @@ class _Model:
             raise RequestError("prompt is empty, and this model names no token to start from", "prompt")
         return Prompt(ids or [self._start], text)
 
-    def chat(self, request: GenerationRequest) -> Turn:
+    def turn(self, request: GenerationRequest) -> Turn:
         """The turn that the messages ask for, in the model's prompt form."""
         messages, answer = request.messages, None
         if request.go_on:
@@ -225,10 +214,6 @@ class _Model:
         return prepare(
             self, self._form, messages, request.options, open_answer=answer, strict=True, constrained=constrained
         )
-
-    def completion(self, request: GenerationRequest) -> dict[str, Any]:
-        """The options of a text that goes on."""
-        return with_top_k(request.options, self.generation_config)
 
     def grammar(self, constraint: schema.Constraint, options: Any) -> Grammar:
         ends = tuple(end_ids(options, self.generation_config))
@@ -253,169 +238,117 @@ def _jobs(
     return jobs
 
 
-class _Steps:
-    """The steps of several tickets in the order in which they come; it cancels the tickets when the client goes, or we do."""
-
-    def __init__(self, choices: Sequence[Choice], receive: Receive, metrics: Metrics | None) -> None:
-        self._choices, self._receive, self._metrics = choices, receive, metrics
-        self._queue: asyncio.Queue[tuple[Choice, Update] | Exception | None] = asyncio.Queue()
-        self._silent = True
-
-    async def __aenter__(self) -> _Steps:
-        work = [*map(self._follow, self._choices), self._watch(), self._tick()]
-        self._tasks = [asyncio.create_task(each) for each in work]
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        for choice in self._choices:
-            choice.ticket.cancel()
-        for task in self._tasks:
-            task.cancel()
-
-    async def next(self) -> tuple[Choice, Update] | None:
-        """The next step; None after some silence. Raises ClientGone."""
-        item = await self._queue.get()
-        if isinstance(item, Exception):
-            raise item
-        return item
-
-    async def _follow(self, choice: Choice) -> None:
-        last = None
-        try:
-            async for step in choice.ticket:
-                self._silent = False
-                if self._metrics is not None and step.token is not None:
-                    last = self._metrics.token(choice.ticket, last)
-                self._queue.put_nowait((choice, step))
-        except Exception as error:
-            self._queue.put_nowait(error)
-
-    async def _watch(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
-        self._queue.put_nowait(ClientGone())
-
-    async def _tick(self) -> None:
-        while True:
-            self._silent = True
-            await asyncio.sleep(KEEP_ALIVE_S)
-            if self._silent:
-                self._queue.put_nowait(None)
-
-
 class ClientGone(Exception):
     """The connection was closed before the answer was there."""
 
 
-class _Exchange:
-    """One request on its way from tickets to an answer."""
+class _Answer(Response):
+    """What the tickets of one request bring, as one body, or (called as an ASGI application) as server-sent events."""
 
     def __init__(
         self,
-        choices: Sequence[Choice],
-        shapes: Completions | Chats,
-        envelope: Envelope,
         request: GenerationRequest,
+        choices: Sequence[Choice],
+        responses: Responses,
         grammars: Sequence[Grammar],
         metrics: Metrics | None,
     ) -> None:
-        self._choices, self._shapes, self._envelope, self._request = choices, shapes, envelope, request
+        self._request, self._choices, self._responses = request, choices, responses
         self._grammars, self._metrics = grammars, metrics
 
-    async def whole(self, http_request: Request, aside: Callable[..., Awaitable[Response]]) -> Response:
+    async def whole(self, receive: Receive, aside: Callable[..., Awaitable[Response]]) -> Response:
         """Everything in one piece. aside: runs a function beside the event loop; a batch of scored prompts takes seconds."""
-        texts: list[list[str]] = [[] for _ in self._choices]
-        scored: list[Scored] = [[] for _ in self._choices]
+        parts: list[list[tuple[str, Scored]]] = [[] for _ in self._choices]
         try:
-            async for choice, text, found in self._pieces(http_request.receive):
-                if choice is not None:
-                    texts[choice.index].append(text)
-                    scored[choice.index] += found
+            async with contextlib.aclosing(self._updates(receive)) as updates:
+                async for choice, update in updates:
+                    if update is not None:
+                        parts[choice.index].append(choice.take(update))
         except ClientGone:
             return Response(status_code=CLOSED)
-        return await aside(self._render, texts, scored)
+        return await aside(self._render, parts)
 
-    def _render(self, texts: Sequence[Sequence[str]], scored: Sequence[Scored]) -> Response:
-        shown = [
-            self._shapes.choice(c.index, "".join(text), found if c.top is not None else None, c.finish_reason)
-            for c, text, found in zip(self._choices, texts, scored, strict=True)
-        ]
-        return JSONResponse(self._envelope.whole(shown, usage(self._choices, self._request.n)))
-
-    async def events(self, receive: Receive) -> AsyncGenerator[bytes, None]:
-        """Server-sent events. An error is raised where it comes first, and is an event later."""
-        chunk = self._envelope.chunks(self._request.include_usage)
-        begun, opened = False, set[int]()
-        try:
-            async with contextlib.aclosing(self._pieces(receive)) as pieces:
-                async for choice, text, found in pieces:
-                    begun = True
-                    if choice is None:
-                        yield b": still working\n\n"
-                        continue
-                    if choice.index not in opened and (opening := self._shapes.opening(choice.index)):
-                        yield chunk([opening])
-                    opened.add(choice.index)
-                    if text or found or choice.finish_reason:
-                        scored = found if choice.top is not None else None
-                        yield chunk([self._shapes.delta(choice.index, text, scored, choice.finish_reason)])
-        except NeoxLiteError as error:
-            if not begun:
-                raise
-            yield event(_error_body(error))
-            return
-        if self._request.include_usage:
-            yield self._envelope.usage(usage(self._choices, self._request.n))
-        yield b"data: [DONE]\n\n"
-
-    async def _pieces(self, receive: Receive) -> AsyncGenerator[tuple[Choice | None, str, Scored], None]:
-        """(choice, text, tokens to report) of each step; (None, "", []) after some silence."""
-        running = {choice.index for choice in self._choices}
-        async with _Steps(self._choices, receive, self._metrics) as steps:
-            while running:
-                item = await steps.next()
-                if item is None:
-                    yield None, "", []
-                    continue
-                choice, step = item
-                self._check(choice, step)
-                if step.finish_reason is not None:
-                    running.discard(choice.index)
-                yield choice, *choice.take(step)
-
-    def _check(self, choice: Choice, step: Update) -> None:
-        """Raises NeoxLiteError for an answer that ended otherwise than it should."""
-        if step.finish_reason == "error":
-            raise RequestError(step.error or "the engine failed", None, "engine_error", 503, "server_error")
-        if step.finish_reason == "cancelled":
-            raise RequestError("the model was unloaded; ask again", None, "model_not_loaded", 503, "server_error")
-        if step.finish_reason and self._grammars and (error := self._grammars[choice.index].error):
-            param = self._request.constraint.param if self._request.constraint else None
-            raise RequestError(f"{param}: given up while the answer was written: {error}", param)
-
-
-class _Stream(Response):
-    """Server-sent events as a response that begins with the first of them, so that an error before it has its own status."""
-
-    def __init__(self, exchange: _Exchange) -> None:
-        self._exchange = exchange
+    def _render(self, parts: Sequence[Sequence[tuple[str, Scored]]]) -> Response:
+        shown = []
+        for choice, some in zip(self._choices, parts, strict=True):
+            text, scored = "".join(text for text, _ in some), [one for _, scored in some for one in scored]
+            reported = scored if choice.top is not None else None
+            shown.append(self._responses.choice(choice.index, text, reported, choice.finish_reason))
+        return JSONResponse(self._responses.whole(shown, usage(self._choices, self._request.n)))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with contextlib.aclosing(self._exchange.events(receive)) as events:
-            try:
-                part: bytes | None = await anext(events)
-            except ClientGone:
-                await Response(status_code=CLOSED)(scope, receive, send)
-                return
-            except NeoxLiteError as error:
-                await (await _failed(None, error))(scope, receive, send)
-                return
-            await send({"type": "http.response.start", "status": 200, "headers": EVENT_STREAM})
-            with contextlib.suppress(ClientGone):
-                while part is not None:
-                    await send({"type": "http.response.body", "body": part, "more_body": True})
-                    part = await anext(events, None)
-            await send({"type": "http.response.body", "body": b""})
+        """An error that comes before anything else has its own status, and is an event later."""
+        opened = set[int]()
+        begun = False
+        try:
+            async with contextlib.aclosing(self._updates(receive)) as updates:
+                async for choice, update in updates:
+                    if not begun:
+                        await send({"type": "http.response.start", "status": 200, "headers": EVENT_STREAM})
+                        begun = True
+                    part = b": still working\n\n" if update is None else self._event(choice, update, opened)
+                    if part:
+                        await send({"type": "http.response.body", "body": part, "more_body": True})
+            end = self._responses.last_chunk(usage(self._choices, self._request.n))
+        except ClientGone:
+            if not begun:
+                return await Response(status_code=CLOSED)(scope, receive, send)
+            end = b""
+        except NeoxLiteError as error:
+            if not begun:
+                return await (await _failed(None, error))(scope, receive, send)
+            end = event(_error_body(error))
+        return await send({"type": "http.response.body", "body": end})
+
+    def _event(self, choice: Choice, update: Update, opened: set[int]) -> bytes:
+        text, scored = choice.take(update)
+        part = b"" if choice.index in opened else self._responses.opening(choice.index)
+        opened.add(choice.index)
+        if text or scored or choice.finish_reason:
+            reported = scored if choice.top is not None else None
+            part += self._responses.chunk(self._responses.delta(choice.index, text, reported, choice.finish_reason))
+        return part
+
+    async def _updates(self, receive: Receive) -> AsyncGenerator[tuple[Choice, Update | None], None]:
+        """What comes for each choice; None after some silence. The tickets are cancelled when the client goes, or this ends."""
+        tickets, gone = [choice.ticket for choice in self._choices], False
+
+        async def watch() -> None:
+            nonlocal gone
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            gone = True
+            for ticket in tickets:
+                ticket.cancel()
+
+        watcher = asyncio.create_task(watch())
+        try:
+            async with contextlib.aclosing(arrivals(tickets, KEEP_ALIVE_S)) as found:
+                async for number, update in found:
+                    if gone:
+                        raise ClientGone
+                    choice = self._choices[number]
+                    if update is not None:
+                        self._check(choice, update)
+                    yield choice, update
+        finally:
+            watcher.cancel()
+            for ticket in tickets:
+                ticket.cancel()
+
+    def _check(self, choice: Choice, update: Update) -> None:
+        """Count a token. Raises NeoxLiteError for an answer that ended otherwise than it should."""
+        if self._metrics is not None and update.token is not None:
+            choice.last_s = self._metrics.token(choice.ticket, choice.last_s)
+        if update.finish_reason is None:
+            return
+        if update.finish_reason == "error":
+            raise RequestError(update.error or "the engine failed", None, "engine_error", 503, "server_error")
+        if update.finish_reason == "cancelled":
+            raise RequestError("the model was unloaded; ask again", None, "model_not_loaded", 503, "server_error")
+        if self._grammars and (error := self._grammars[choice.index].error):
+            param = self._request.constraint.param if self._request.constraint else None
+            raise RequestError(f"{param}: given up while the answer was written: {error}", param)
 
 
 # Bodies and errors ----------------------------------------------------------------------------------------------------

@@ -6,19 +6,14 @@ What other threads do is queue, cancel and read; none of them waits for a pass, 
 
 from __future__ import annotations
 
-import asyncio
-import gc
 import operator
-import queue
 import threading
 import time
-from collections import OrderedDict, abc, deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from typing import Any
+from collections import abc
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXTokenizerFast
@@ -27,10 +22,12 @@ from neox_lite.errors import ArgumentError, NeoxLiteError
 from neox_lite.generation.options import GenerationConfig, Options, as_dict
 from neox_lite.generation.parameters import NEUTRAL
 from neox_lite.generation.request import Sequence, StopStringChecker, check_ids
-from neox_lite.generation.sampling import TokenLogprob
 from neox_lite.generation.scheduler import PrefillBudget, Scheduler
 from neox_lite.offload.memory import own_memory
-from neox_lite.offload.run import Placement
+
+from .jobs import CANCELLED, FairQueue, Job, Ticket, Update, notify
+from .memory import cache_by_tier, return_memory, weights_by_tier
+from .token_clock import RecentRate
 
 KEPT_BYTES = 2 << 30  # of pages that stay for later prompts that begin alike; one context's where that is more
 RATE_SECONDS = 5.0  # over which tokens a second are counted
@@ -50,133 +47,6 @@ class Busy(NeoxLiteError):
 
 class NotLoaded(NeoxLiteError):
     """No model is loaded (HTTP 503)."""
-
-
-@dataclass(frozen=True)
-class Update:
-    """One token as it is chosen. text: what it completes, "" where a character or stop string is still open.
-
-    logprob: where the job asked for it. finish_reason: "stop" or "length" with the last one, "cancelled" or "error" (then
-    `error` says why, in a sentence) where it ended otherwise; token is None where an end comes without one.
-    """
-
-    text: str
-    token: int | None
-    finish_reason: str | None = None
-    logprob: TokenLogprob | None = None
-    error: str | None = None
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is to be generated. options: those of `generate`, under its names; max_new_tokens None: to the end of the context.
-
-    client: whose job it is; clients take turns in the queue. logprobs: None, or how many likeliest ids to report with each new
-    token (0: only the token's own log-probability). prompt_logprobs: likewise for every token of the prompt. stream: number of
-    the random stream; jobs that are alike but for it are different samples of one seed.
-    """
-
-    prompt: abc.Sequence[int]
-    options: Mapping[str, Any] = field(default_factory=dict)
-    client: str = ""
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-    stream: int = 0
-
-
-class Ticket:
-    """A job on its way: iterate (or `async for`) over its steps; the last one has a finish_reason."""
-
-    def __init__(self, job: Job, sequence: Sequence, cancel: Callable[[Ticket], None]) -> None:
-        self.job = job
-        self.prompt_logprobs: list[TokenLogprob] = []  # there before the first step
-        self.reused_tokens = 0  # of the prompt, found in the cache
-        self.submitted_s = time.monotonic()
-        self.first_s: float | None = None  # when the first step came, and the last one
-        self.last_s: float | None = None
-        self._sequence, self._cancel = sequence, cancel
-        self._steps: queue.SimpleQueue[Update] = queue.SimpleQueue()
-        self._over = False  # the last step was read
-        self._listener: Listener | None = None
-
-    def cancel(self) -> None:
-        """End it at the next pass; harmless when it has ended."""
-        self._cancel(self)
-
-    def __iter__(self) -> Iterator[Update]:
-        while not self._over:
-            yield self._read()
-
-    async def __aiter__(self) -> AsyncIterator[Update]:
-        arrived = asyncio.Event()
-        self._listener = asyncio.get_running_loop(), arrived
-        while not self._over:
-            arrived.clear()
-            while not self._over and not self._steps.empty():
-                yield self._read()
-            if not self._over:
-                await arrived.wait()
-
-    def _read(self) -> Update:
-        step = self._steps.get()
-        self._over = step.finish_reason is not None
-        return step
-
-    def _put(self, step: Update) -> None:
-        """Add a step; who listens is still to be notified."""
-        self.last_s = time.monotonic()
-        self.first_s = self.first_s or self.last_s
-        self._steps.put(step)
-
-
-Listener = tuple[asyncio.AbstractEventLoop, asyncio.Event]  # an event loop, and what is set there when there are steps
-
-
-def notify(tickets: Iterable[Ticket]) -> None:
-    """Wake the event loops that wait for steps of these tickets, each once: every call may cost the lock of the interpreter."""
-    events: dict[asyncio.AbstractEventLoop, list[asyncio.Event]] = {}
-    for ticket in tickets:
-        if ticket._listener is not None:
-            loop, arrived = ticket._listener
-            events.setdefault(loop, []).append(arrived)
-    for loop, of_loop in events.items():
-        with suppress(RuntimeError):  # the loop is closed: nobody listens any more
-            loop.call_soon_threadsafe(set_all, of_loop)
-
-
-def set_all(events: Iterable[asyncio.Event]) -> None:
-    for event in events:
-        event.set()
-
-
-class FairQueue:
-    """Tickets that wait: clients take turns, and a client's own come first come, first served."""
-
-    def __init__(self) -> None:
-        self._of: OrderedDict[str, deque[Ticket]] = OrderedDict()
-
-    def __len__(self) -> int:
-        return sum(map(len, self._of.values()))
-
-    def put(self, ticket: Ticket) -> None:
-        self._of.setdefault(ticket.job.client, deque()).append(ticket)
-
-    def get(self) -> Ticket:
-        client, tickets = self._of.popitem(last=False)
-        ticket = tickets.popleft()
-        if tickets:
-            self._of[client] = tickets  # behind the others
-        return ticket
-
-    def remove(self, ticket: Ticket) -> bool:
-        """Whether it was there."""
-        tickets = self._of.get(ticket.job.client, deque())
-        if ticket not in tickets:
-            return False
-        tickets.remove(ticket)
-        if not tickets:
-            del self._of[ticket.job.client]
-        return True
 
 
 @dataclass(frozen=True)
@@ -256,7 +126,7 @@ class Engine:
 
     def __init__(self, sequences: int = 64, waiting: int = 256, idle_s: float | None = None) -> None:
         """sequences: generated together at most. waiting: jobs in the queue at most. idle_s: unload after so many seconds."""
-        self._sequences, self._most = sequences, sequences + waiting
+        self._max_sequences, self._max_jobs = sequences, sequences + waiting
         self._idle_s = idle_s
         self._switching = threading.Lock()  # one load or unload at a time
         self._changed = threading.Condition()  # guards what follows
@@ -273,8 +143,8 @@ class Engine:
         self._used_s = time.monotonic()  # when it last was
         self._scheduler: Scheduler | None = None
         self._prefill_budget = PrefillBudget()
-        self._short = False  # memory ran out: the pool is to go when nothing runs
-        self._rates: deque[tuple[float, int]] = deque()  # when tokens came, and how many
+        self._out_of_memory = False  # memory ran out: the pool is to go when nothing runs
+        self._rate = RecentRate(RATE_SECONDS, COUNT_SECONDS)
         self._cached_tokens, self._counted_s = 0, 0.0
         self._thread = threading.Thread(target=self._work, name="neox-lite engine", daemon=True)
         self._thread.start()
@@ -323,7 +193,7 @@ class Engine:
                 self._halted = True
                 self._changed.notify_all()
                 self._changed.wait_for(lambda: not self._serving)
-                self._end_queue(Update("", None, "cancelled"))
+                self._end_queue(CANCELLED)
             try:
                 yield
             finally:
@@ -336,7 +206,7 @@ class Engine:
             self._model = self._loaded = None
             self._state, self._name, self._fault = state, name, fault
             self._cached_tokens = 0
-            self._end_queue(Update("", None, "cancelled"))
+            self._end_queue(CANCELLED)
         return_memory()
 
     # Of the model, also while it is idle; NotLoaded where there is none.
@@ -377,8 +247,8 @@ class Engine:
         with self._changed:
             if self._closed or self._loaded is not loaded:
                 raise NotLoaded("the model was unloaded just now; try again")
-            if len(self._queue) + len(self._running) >= self._most:
-                raise Busy(f"{self._most} jobs are running or waiting, as many as the queue holds; try again later")
+            if len(self._queue) + len(self._running) >= self._max_jobs:
+                raise Busy(f"{self._max_jobs} jobs are running or waiting, as many as the queue holds; try again later")
             self._queue.put(ticket)
             self._changed.notify_all()
         return ticket
@@ -388,7 +258,7 @@ class Engine:
             scheduler, model, loaded = self._scheduler, self._model, self._loaded
             behind = len(scheduler.waiting) if scheduler is not None else 0
             active, waiting = len(self._running) - behind, len(self._queue) + behind
-            rate, cached = self._tokens_per_s(), self._cached_tokens
+            rate, cached = self._rate.tokens_per_s, self._cached_tokens
             state, name, fault = self._state, self._name, self._fault
         memory = dict(loaded.weights) if loaded is not None and model is not None else {}
         if model is not None:
@@ -397,25 +267,19 @@ class Engine:
             memory["process"] = sum(process.values())
         return Status(state, name, active, waiting, rate, cached, memory, fault)
 
-    def _tokens_per_s(self) -> float:
-        now, rates = time.monotonic(), self._rates
-        while rates and rates[0][0] < now - RATE_SECONDS:
-            rates.popleft()
-        return sum(count for _, count in rates) / max(now - rates[0][0], COUNT_SECONDS) if len(rates) > 1 else 0.0
-
     def _cancel(self, ticket: Ticket) -> None:
         with self._changed:
             if self._queue.remove(ticket):
-                ticket._put(Update("", None, "cancelled"))
+                ticket._put(CANCELLED)
                 notify([ticket])
             elif ticket._sequence in self._running:
                 self._cancelled.append(ticket)
 
-    def _end_queue(self, step: Update) -> None:
+    def _end_queue(self, update: Update) -> None:
         ended = []
         while len(self._queue):
             ended.append(self._queue.get())
-            ended[-1]._put(step)
+            ended[-1]._put(update)
         notify(ended)
 
     # The thread -------------------------------------------------------------------------------------------------------
@@ -467,8 +331,8 @@ class Engine:
             finally:
                 scheduler.close()
                 self._count(holder.prefixes, [])
-        if self._short:
-            self._short = False
+        if self._out_of_memory:
+            self._out_of_memory = False
             model.forget()
             return_memory()
 
@@ -495,9 +359,9 @@ class Engine:
             cancelled = [ticket for ticket in cancelled if ticket._sequence in self._running]
             for ticket in cancelled:
                 scheduler.cancel(ticket._sequence)
-                self._end(ticket, Update("", None, "cancelled"))
+                self._end(ticket, CANCELLED)
             notify(cancelled)
-            while not self._halted and len(self._queue) and len(self._running) < self._sequences:
+            while not self._halted and len(self._queue) and len(self._running) < self._max_sequences:
                 ticket = self._queue.get()
                 self._running[ticket._sequence] = ticket
                 scheduler.add(ticket._sequence)
@@ -510,25 +374,25 @@ class Engine:
         """Hand out what sequences got."""
         tickets = [self._running[sequence] for sequence in changed]
         with self._changed:
-            self._rates.append((time.monotonic(), len(changed)))
+            self._rate.add(len(changed))
         for sequence, ticket in zip(changed, tickets, strict=True):
-            if ticket.first_s is None:
+            if not ticket.clock.tokens:
                 ticket.prompt_logprobs = sequence.prompt_logprobs if sequence.num_prompt_logprobs is not None else []
                 ticket.reused_tokens = sequence.num_cached_tokens or 0
-            step = self._step_of(sequence)
-            if step.finish_reason is None:
-                ticket._put(step)
+            update = self._update_of(sequence)
+            if update.finish_reason is None:
+                ticket._put(update)
             else:
-                self._end(ticket, step)
+                self._end(ticket, update)
         notify(tickets)
 
-    def _step_of(self, sequence: Sequence) -> Update:
+    def _update_of(self, sequence: Sequence) -> Update:
         """What a sequence got last."""
         if sequence.error is not None:
             error, sequence.error = sequence.error, None  # its traceback holds on to tensors
             if not isinstance(error, NeoxLiteError):  # what a user could not cause is a fault of the engine
                 self._fault = sentence(error)
-                self._short = self._short or is_short_of_memory(error)
+                self._out_of_memory = self._out_of_memory or is_short_of_memory(error)
             return Update("", None, "error", None, sentence(error))
         if sequence.finish_reason is not None:
             self._fault = None
@@ -536,10 +400,10 @@ class Engine:
             return Update("", None, sequence.finish_reason)
         return Update(sequence.new_text, sequence.tokens[-1], sequence.finish_reason, sequence.logprob)
 
-    def _end(self, ticket: Ticket, step: Update) -> None:
+    def _end(self, ticket: Ticket, update: Update) -> None:
         with self._changed:
             if self._running.pop(ticket._sequence, None) is not None:
-                ticket._put(step)
+                ticket._put(update)
 
     def _count(self, prefixes: PrefixCache, sequences: abc.Sequence[Sequence]) -> None:
         """See how full the cache is: now and then, and when there is nothing to do."""
@@ -554,12 +418,12 @@ class Engine:
         """End all jobs with an error."""
         with self._changed:
             self._fault = sentence(error)
-            step = Update("", None, "error", None, self._fault)
+            update = Update("", None, "error", None, self._fault)
             ended = list(self._running.values())
             for ticket in ended:
-                self._end(ticket, step)
+                self._end(ticket, update)
             notify(ended)
-            self._end_queue(step)
+            self._end_queue(update)
             if self._model is not None:
                 self._model.forget()
         return_memory()
@@ -581,36 +445,3 @@ def is_short_of_memory(error: BaseException) -> bool:
     """As Python, torch's CUDA and torch's CPU allocator say it."""
     text = str(error).lower()
     return isinstance(error, MemoryError) or "out of memory" in text or ("alloc" in text and "memory" in text)
-
-
-def return_memory() -> None:
-    """Give what nothing refers to back to the system."""
-    gc.collect()
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
-
-
-def weights_by_tier(model: GPTNeoXForCausalLM) -> dict[str, int]:
-    """Bytes of weights under "weights_gpu", "weights_cpu" and "weights_disk", as far as there are any."""
-    blocks = model.gpt_neox.blocks
-    alone = Placement.alone("cpu" if model.device.type == "cpu" else "gpu", len(blocks))
-    placement = model.placement or alone
-    parts = [*zip(blocks, placement.layers, strict=True), (model.gpt_neox.embed_in, placement.embedding)]
-    found: dict[str, int] = {}
-    seen: set[int] = set()
-    for part, tier in [*parts, (model, placement.head)]:  # the rest is where the head is
-        for tensor in (*part.parameters(), *part.buffers()):
-            if id(tensor) not in seen:
-                seen.add(id(tensor))
-                found[f"weights_{tier}"] = found.get(f"weights_{tier}", 0) + tensor.nbytes
-    return found
-
-
-def cache_by_tier(model: GPTNeoXForCausalLM) -> dict[str, int]:
-    """Bytes of the KV cache's pool under "cache_gpu" and "cache_cpu", as far as there are any."""
-    holder, found = model._cache_holder, dict[str, int]()
-    if holder is not None:
-        for tensor in (*holder.prefixes.pool.storage, *holder.prefixes.pool.scales):
-            tier = "cache_cpu" if tensor.device.type == "cpu" else "cache_gpu"
-            found[tier] = found.get(tier, 0) + tensor.nbytes
-    return found

@@ -8,11 +8,11 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from neox_lite.version import __version__
 
-from .engine import Engine, NotLoaded, Ticket
+from .engine import Engine, NotLoaded
+from .jobs import Ticket
 
 ROUTES = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics", "/login")
 FIRST_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -66,7 +66,7 @@ class Metrics:
         now = time.monotonic()
         self.new_tokens.inc()
         if last_s is None:
-            self.first_s.observe(now - ticket.submitted_s)
+            self.first_s.observe(now - ticket.clock.start_s)
             self.prompt_tokens.inc(len(ticket.job.prompt))
             self.reused_tokens.inc(ticket.reused_tokens)
         else:
@@ -76,20 +76,6 @@ class Metrics:
     def text(self) -> bytes:
         return generate_latest(self._registry)
 
-    def counting(self, app: ASGIApp) -> ASGIApp:
-        """ASGI middleware that counts answers by route and status. Routes that are not ours share one name."""
-
-        async def counted(scope: Scope, receive: Receive, send: Send) -> None:
-            if scope["type"] != "http":
-                await app(scope, receive, send)
-                return
-            route = scope["path"] if scope["path"] in ROUTES else "other"
-
-            async def sending(message: Message) -> None:
-                if message["type"] == "http.response.start":
-                    self.requests.labels(route, str(message["status"])).inc()
-                await send(message)
-
-            await app(scope, receive, sending)
-
-        return counted
+    def answered(self, path: str, status: int) -> None:
+        """Count an answer. Routes that are not ours share one name."""
+        self.requests.labels(path if path in ROUTES else "other", str(status)).inc()

@@ -1,11 +1,11 @@
-"""Steps of the engine -> OpenAI's JSON: texts, log-probabilities, usage, chunks. Knows no HTTP and starts no job."""
+"""Updates of jobs -> OpenAI's JSON: texts, log-probabilities, usage, chunks. Knows no HTTP and starts no job."""
 
 from __future__ import annotations
 
 import json
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from neox_lite.generation.sampling import TokenLogprob
 from neox_lite.tokenizer import StreamDecoder, token_bytes
 
 from ..conversations.prompt_forms import Reader
-from .engine import Ticket, Update
+from .jobs import Ticket, Update
 
 KNOWN_TOKENS = 1 << 16
 MIN_LOGPROB = -9999.0  # JSON has no -Infinity; OpenAI writes this
@@ -62,7 +62,7 @@ Scored = list[ScoredToken]
 class Choice:
     """One answer as it comes. prompt_text: what echo shows, None without; top: None, or how many likeliest ids to report.
 
-    reader: tidies the text of a chat's answer.
+    reader: tidies the text of a chat's answer. last_s: when its last token came.
     """
 
     index: int
@@ -73,58 +73,81 @@ class Choice:
     reader: Reader | None
     tokens: int = 0
     finish_reason: str | None = None
+    last_s: float | None = None
     _length: int = 0  # characters before the next token's text
     _begun: bool = False
 
     def __post_init__(self) -> None:
         self._decoder = StreamDecoder(self.tokenizer, skip_special_tokens=True)
 
-    def take(self, step: Update) -> tuple[str, Scored]:
-        """What a step adds to the answer: text, and tokens to report."""
-        text, scored = ("", []) if self._begun else self._prompt()
-        self._begun, self.finish_reason = True, step.finish_reason
-        if step.token is not None:
+    def take(self, update: Update) -> tuple[str, Scored]:
+        """What an update adds to the answer: text, and tokens to report."""
+        text, scored = ("", []) if self._begun or self.prompt_text is None else self._prompt(self.prompt_text)
+        self._begun, self.finish_reason = True, update.finish_reason
+        if update.token is not None:
             self.tokens += 1
-            if self.top is not None and step.logprob is not None:
-                scored.append(ScoredToken(step.token, step.logprob, self._length))
-                self._length += len(self._decoder.put(step.token))
-        return text + self._tidy(step), scored
-
-    def _tidy(self, step: Update) -> str:
+            if self.top is not None and update.logprob is not None:
+                scored.append(ScoredToken(update.token, update.logprob, self._length))
+                self._length += len(self._decoder.put(update.token))
         if self.reader is None:
-            return step.text
-        text = self.reader.put(step.text)
-        return text if step.finish_reason is None else text + self.reader.end(step.finish_reason)
+            return text + update.text, scored
+        text += self.reader.put(update.text)
+        return (text if update.finish_reason is None else text + self.reader.end(update.finish_reason)), scored
 
-    def _prompt(self) -> tuple[str, Scored]:
-        """What echo puts before the answer; the engine has it with the first step."""
-        if self.prompt_text is None:
-            return "", []
+    def _prompt(self, text: str) -> tuple[str, Scored]:
+        """What echo puts before the answer; the engine has it with the first update."""
         scored, decoder = [], StreamDecoder(self.tokenizer)
         if self.top is not None:
             for token, score in zip(self.ticket.job.prompt, self.ticket.prompt_logprobs, strict=True):
                 scored.append(ScoredToken(token, score, self._length))
                 self._length += len(decoder.put(token))
-        self._length = len(self.prompt_text)
-        return self.prompt_text, scored
+        self._length = len(text)
+        return text, scored
 
 
-class Completions:
+class Responses:
+    """What stands around the choices of one request. tokens: of the loaded model, which clients call `model`."""
+
+    prefix, whole_kind, chunk_kind = "", "", ""
+
+    def __init__(self, tokens: Tokens, model: str, fingerprint: str, include_usage: bool) -> None:
+        self._tokens, self._include_usage = tokens, include_usage
+        self._head = {"id": f"{self.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+        self._head["system_fingerprint"] = fingerprint
+
+    def whole(self, choices: Sequence[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
+        return {**self._head, "object": self.whole_kind, "choices": choices, "usage": usage}
+
+    def chunk(self, choice: dict[str, Any]) -> bytes:
+        """A choice's part as an event; where usage is asked for, OpenAI sends usage: null with all but the last."""
+        without = {"usage": None} if self._include_usage else {}
+        return event({**self._head, "object": self.chunk_kind, **without, "choices": [choice]})
+
+    def last_chunk(self, usage: dict[str, Any]) -> bytes:
+        """The end of a stream, with its usage where that is asked for."""
+        last = event({**self._head, "object": self.chunk_kind, "choices": [], "usage": usage})
+        return (last if self._include_usage else b"") + b"data: [DONE]\n\n"
+
+    def choice(self, index: int, text: str, scored: Scored | None, finish_reason: str | None) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def delta(self, index: int, text: str, scored: Scored | None, finish_reason: str | None) -> dict[str, Any]:
+        """A choice as a part of a stream."""
+        return self.choice(index, text, scored, finish_reason)
+
+    def opening(self, index: int) -> bytes:
+        """What comes before the first part of a choice."""
+        return b""
+
+
+class Completions(Responses):
     """The shapes of /v1/completions."""
 
-    prefix, whole, chunk = "cmpl", "text_completion", "text_completion"
-
-    def __init__(self, tokens: Tokens) -> None:
-        self._tokens = tokens
+    prefix, whole_kind, chunk_kind = "cmpl", "text_completion", "text_completion"
 
     def choice(self, index: int, text: str, scored: Scored | None, finish_reason: str | None) -> dict[str, Any]:
         logprobs = None if scored is None else self._logprobs(scored)
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
-
-    delta = choice
-
-    def opening(self, index: int) -> dict[str, Any] | None:
-        return None
 
     def _logprobs(self, scored: Scored) -> dict[str, Any]:
         text = self._tokens.text
@@ -142,20 +165,17 @@ class Completions:
         }
 
 
-class Chats:
+class Chats(Responses):
     """The shapes of /v1/chat/completions."""
 
-    prefix, whole, chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"
-
-    def __init__(self, tokens: Tokens) -> None:
-        self._tokens = tokens
+    prefix, whole_kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def choice(self, index: int, text: str, scored: Scored | None, finish_reason: str | None) -> dict[str, Any]:
         message = {"role": "assistant", "content": text, "refusal": None}
         return {
             "index": index,
             "message": message,
-            "logprobs": self._logprobs(scored),
+            "logprobs": None if scored is None else self._logprobs(scored),
             "finish_reason": finish_reason,
         }
 
@@ -164,17 +184,15 @@ class Chats:
         return {
             "index": index,
             "delta": delta,
-            "logprobs": self._logprobs(scored),
+            "logprobs": None if scored is None else self._logprobs(scored),
             "finish_reason": finish_reason,
         }
 
-    def opening(self, index: int) -> dict[str, Any] | None:
+    def opening(self, index: int) -> bytes:
         delta = {"role": "assistant", "content": "", "refusal": None}
-        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+        return self.chunk({"index": index, "delta": delta, "logprobs": None, "finish_reason": None})
 
-    def _logprobs(self, scored: Scored | None) -> dict[str, Any] | None:
-        if scored is None:
-            return None
+    def _logprobs(self, scored: Scored) -> dict[str, Any]:
         content = [
             {**self._entry(token, score.logprob), "top_logprobs": [self._entry(i, p) for i, p in score.top]}
             for token, score, _ in scored
@@ -188,26 +206,6 @@ class Chats:
 
 def _finite(logprob: float | None) -> float | None:
     return logprob if logprob is None else max(logprob, MIN_LOGPROB)
-
-
-class Envelope:
-    """What stands around the choices of one request."""
-
-    def __init__(self, shapes: Completions | Chats, model: str, fingerprint: str) -> None:
-        self._shapes = shapes
-        self._head = {"id": f"{shapes.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
-        self._head["system_fingerprint"] = fingerprint
-
-    def whole(self, choices: Sequence[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
-        return {**self._head, "object": self._shapes.whole, "choices": choices, "usage": usage}
-
-    def chunks(self, usage_too: bool) -> Callable[[list[dict[str, Any]]], bytes]:
-        """How choices become an event; with usage_too, OpenAI sends usage: null with all but the last."""
-        head = {**self._head, "object": self._shapes.chunk, **({"usage": None} if usage_too else {})}
-        return lambda choices: event({**head, "choices": choices})
-
-    def usage(self, usage: dict[str, Any]) -> bytes:
-        return event({**self._head, "object": self._shapes.chunk, "choices": [], "usage": usage})
 
 
 def event(value: dict[str, Any]) -> bytes:

@@ -11,12 +11,16 @@ import ipaddress
 import json
 import re
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 from urllib.parse import parse_qs
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .keys import Keys
 from .login import login_page
+
+if TYPE_CHECKING:
+    from .metrics import Metrics
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 MAX_BODY = 1 << 20
@@ -101,7 +105,10 @@ def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 
 class Guard:
-    """ASGI middleware in front of the API and the page. keys None: no key is needed. page: whether Gradio's routes exist."""
+    """ASGI middleware in front of the API and the page.
+
+    keys None: no key is needed. page: whether Gradio's routes exist. metrics: what counts every answer, also refusals.
+    """
 
     def __init__(
         self,
@@ -109,10 +116,11 @@ class Guard:
         hosts: Hosts,
         keys: Keys | None = None,
         page: bool = True,
+        metrics: Metrics | None = None,
         max_body: int = MAX_BODY,
         body_timeout_s: float = BODY_TIMEOUT_S,
     ) -> None:
-        self.app, self.hosts, self.keys, self.page = app, hosts, keys, page
+        self.app, self.hosts, self.keys, self.page, self.metrics = app, hosts, keys, page, metrics
         self.max_body, self.body_timeout_s = max_body, body_timeout_s
         self.closing = False  # refuse what is new, on connections that are still open
         self.answering = 0  # requests to the API, whose answers have not ended
@@ -122,7 +130,7 @@ class Guard:
             return await self.app(scope, receive, send)
         if scope["type"] == "websocket":
             return await self._websocket(scope, receive, send)
-        send = _with_headers(send)
+        send = self._opening(scope["path"], send)
         try:
             self._check_source(scope)
             if self.keys is not None and await self._login(self.keys, scope, receive, send):
@@ -139,6 +147,18 @@ class Guard:
             await self.app(scope, receive, send)
         finally:
             self.answering -= ours
+
+    def _opening(self, path: str, send: Send) -> Send:
+        """Count the answer, add the security headers, and take away those that would open the answer to other sites."""
+
+        async def sending(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                if self.metrics is not None:
+                    self.metrics.answered(path, message["status"])
+                message = {**message, "headers": _with_ours(message.get("headers", ()))}
+            await send(message)
+
+        return sending
 
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Nothing here is served over websockets; what may come from elsewhere does not even learn that."""
@@ -306,20 +326,13 @@ def _set_cookie(value: str, age_s: int) -> list[tuple[str, str]]:
 # Responses ------------------------------------------------------------------------------------------------------------
 
 
-def _with_headers(send: Send) -> Send:
-    """Add the security headers, and take away those that would open the answer to other sites."""
-
-    async def sending(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            kept = [
-                (name, value)
-                for name, value in message.get("headers", ())
-                if name.lower() not in HEADERS and not name.lower().startswith(b"access-control-")
-            ]
-            message = {**message, "headers": [*kept, *HEADERS.items()]}
-        await send(message)
-
-    return sending
+def _with_ours(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    kept = [
+        (name, value)
+        for name, value in headers
+        if name.lower() not in HEADERS and not name.lower().startswith(b"access-control-")
+    ]
+    return [*kept, *HEADERS.items()]
 
 
 async def _respond(send: Send, status: int, kind: str, body: bytes, headers: Iterable[tuple[str, str]] = ()) -> None:
