@@ -37,7 +37,7 @@ from neox_lite.kernels.cpu.target import PATHS
 from neox_lite.units import PAGE, dtype_name
 
 ROOT = Path(__file__).parents[1]
-KINDS = ["gemv", "interleaved", "gemm"]  # how products take activations: int8 for few tokens, float32, int8 for many
+KINDS = ["gemv", "planar", "gemm"]  # how products take activations: int8 for few tokens, float32, int8 for many
 FORMATS = [(bits, group) for bits in (4, 8) for group in (32, 64, 128)]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 # One and two at a time; a tile less than half full, more, and full; a second tile, a third. The last ones are many, for which
@@ -65,14 +65,14 @@ class Forced(Operations):
     """The operations on one path, with the activations of quantized weights in one layout whatever the number of tokens."""
 
     def __init__(self, path: str, kind: Any = "gemv") -> None:
-        super().__init__(exact=kind == "interleaved")
+        super().__init__(exact=kind == "planar")
         self.target, self.kind = target.for_path(path), kind
 
     def _layout(self, next_weight: Weight | None, tokens: int) -> Layout:
         if next_weight is None or not isinstance(next_weight.format, GroupInt):
             return NATURAL
         bits = next_weight.format.bits
-        return Layout(self.kind, bits, 0 if self.kind == "interleaved" else self.target.offset(bits))
+        return Layout(self.kind, bits, 0 if self.kind == "planar" else self.target.offset(bits))
 
     def coded(self, x: Tensor, weight: Weight) -> PackedActivation:
         """x as `weight` reads it."""
@@ -142,7 +142,7 @@ def wide(weight: Weight) -> Tensor:
 def decoded(coded: PackedActivation) -> Tensor:
     """What activations in a layout stand for, (tokens, features) float64, by the words of activations.py; padding is zero."""
     tokens, features = coded.padded
-    if coded.layout.kind == "interleaved":
+    if coded.layout.kind == "planar":
         codes_per_word = 32 // coded.layout.bits
         planes = coded.memory.view(torch.float32).view(tokens, -1, codes_per_word, UNIT // codes_per_word)
         values = planes.transpose(2, 3).reshape(tokens, features).double()
@@ -220,7 +220,7 @@ PRODUCTS = [
     for path in PATHS
     for kind in KINDS
     for bits, group in FORMATS
-    if (path, kind) != ("avx_vnni", "interleaved") and (path == "avx512_vnni" or (kind, group) != ("gemm", 64))
+    if (path, kind) != ("avx_vnni", "planar") and (path == "avx512_vnni" or (kind, group) != ("gemm", 64))
 ]
 
 
@@ -344,7 +344,7 @@ def test_int8_activations_are_the_nearest_codes_for_the_largest_of_32(path: str,
 @here
 @pytest.mark.parametrize("bits", [4, 8])
 def test_planes_hold_the_activations_themselves(path: str, bits: int) -> None:
-    ops, weight, x = Forced(path, "interleaved"), random_weight(bits, 32, 160, rows=1), torch.randn(3, 160)
+    ops, weight, x = Forced(path, "planar"), random_weight(bits, 32, 160, rows=1), torch.randn(3, 160)
     assert torch.equal(decoded(ops.coded(x, weight)), x.double())
 
 
@@ -396,9 +396,7 @@ def test_two_norms_of_one_pass_go_into_two_layouts(path: str) -> None:
             values = decoded(coded) if isinstance(coded, PackedActivation) else coded.double()
             # int8: half a step of the row's largest element at most; float32: a few roundings
             step = (
-                float(expected.abs().max()) / 127
-                if isinstance(coded, PackedActivation) and kind != "interleaved"
-                else 0.0
+                float(expected.abs().max()) / 127 if isinstance(coded, PackedActivation) and kind != "planar" else 0.0
             )
             assert float((values - expected).abs().max()) < step / 2 * 1.001 + 4e-6
 
@@ -432,7 +430,7 @@ def test_finishing_writes_every_layout(path: str, kind: str, bits: int) -> None:
         x = torch.randn(tokens, 33)
         (coded,) = ops.grouped_linear([x], [dense(matrix)], [bias], [activation], [random_weight(bits, 32, 96)])
         expected = GELU[activation](x.double() @ matrix.double().T + bias.double())
-        step = float(expected.abs().max()) / 127 if kind != "interleaved" else 0.0
+        step = float(expected.abs().max()) / 127 if kind != "planar" else 0.0
         assert isinstance(coded, PackedActivation)
         assert float((decoded(coded) - expected).abs().max()) < step / 2 * 1.001 + ROUNDING
 
@@ -749,7 +747,7 @@ def kernels(machine: target.Target) -> list[tuple[str, linear.BuildKernel]]:
         gemv.write_dense(machine, "float16"),
         linear.write_epilogue(machine, ["float16", "float32"], "erf", Layout("gemv", 4, 8)),
         linear.write_epilogue(machine, ["bfloat16"], "tanh", NATURAL),
-        norm.write_layer_norms(machine, [Layout("gemm", 8), Layout("interleaved", 4)], ["float16", "float32"]),
+        norm.write_layer_norms(machine, [Layout("gemm", 8), Layout("planar", 4)], ["float16", "float32"]),
         norm.write_embed(machine, "float16"),
         attention.write_attention(machine, attention.HeadShape(20, 6, "int8")),
         ("precomputed", linear.write_precomputed),

@@ -23,7 +23,7 @@ from neox_lite.generation.sampling import Sampling, exclude, sample_token
 from neox_lite.kernels import reference, triton
 from neox_lite.kernels.backend import DeviceSampling
 from neox_lite.kernels.graphs import GraphCache
-from neox_lite.kernels.triton import embed_and_sample, operations, steps
+from neox_lite.kernels.triton import attention, device_calls, embed_and_sample, steps
 from neox_lite.kernels.triton.operations import Operations
 
 pytestmark = [pytest.mark.skipif(not triton.interpreted(), reason="a GPU is there: tests/test_gpu.py captures on it")]
@@ -230,8 +230,8 @@ def drawn(logits, missing, samplings, streams, starts, block):
     excluded = torch.zeros(vocabulary, dtype=torch.int8).index_fill_(0, missing.long(), 1)
     values, listed = torch.full((rows, vocabulary), float("nan")), torch.full((rows, vocabulary), -1, dtype=torch.int32)
     chosen = torch.full((rows,), -2)
-    operations._launch(
-        embed_and_sample.draw,
+    device_calls.launch(
+        embed_and_sample.sample,
         (rows,),
         logits,
         excluded,
@@ -384,18 +384,18 @@ def test_a_launch_that_depends_on_the_step_is_found_when_it_is_replayed(monkeypa
     pool = model.new_pool(2)
     block_tables, others = [pool.new()], torch.empty(4, 4)
     with device:
-        launch = operations._launch
+        launch = device_calls.launch
 
         def depends(kernel, grid, *arguments, **options):
-            if kernel is operations.attention.attend_page:
+            if kernel is attention.paged_decode:
                 now = block_tables[0].length // 3
                 arguments += (now if fault == "a position as a number" else others[now],)
             launch(kernel, grid, *arguments, **options)
 
-        monkeypatch.setattr(operations, "_launch", depends)
+        monkeypatch.setattr(device_calls, "launch", depends)
         for _ in range(3):
             model.launch(pool, block_tables, [1], [DeviceSampling()])
-        with pytest.raises(NotCapturable, match=r"launch .*attend_page.* where it was"):
+        with pytest.raises(NotCapturable, match=r"launch .*paged_decode.* where it was"):
             model.launch(pool, block_tables, [1], [DeviceSampling()])
 
 

@@ -1,4 +1,4 @@
-"""The inline assembly of words.py, executed line by line as PTX defines it: what the interpreter leaves to twins.
+"""The inline assembly of packing.py, executed line by line as PTX defines it: what the interpreter leaves to twins.
 
 The text is taken from the functions themselves. Semantics: https://docs.nvidia.com/cuda/parallel-thread-execution/
 """
@@ -108,30 +108,30 @@ def register_of(pairs):
     return bits[..., 0] | bits[..., 1] << 16
 
 
-def test_halves_of_gives_every_code_exactly():
+def test_dequant_int4_half2_gives_every_code_exactly():
     codes, word = some_words(4)
-    for j, register in enumerate(run(packing.halves_of, word)):
+    for j, register in enumerate(run(packing.dequant_int4_half2, word)):
         assert (as_halves(register) == codes[:, [j, j + 4]]).all()
 
 
-def test_dot_of_halves_is_the_sum_of_eight_products_and_cannot_overflow():
+def test_dot_half2_is_the_sum_of_eight_products_and_cannot_overflow():
     codes, word = some_words(4)
-    pairs = run(packing.halves_of, word)
+    pairs = run(packing.dequant_int4_half2, word)
     x = np.random.default_rng(0).normal(size=(len(word), 8))
     for scale in (1.0, 3000.0, 65504 / np.abs(x).max()):
-        stored = (x * scale).astype(np.float16).astype(np.float64) * 2.0**-packing.SHIFT
+        stored = (x * scale).astype(np.float16).astype(np.float64) * 2.0**-packing.HALF_SHIFT
         planes = [register_of(stored[:, [j, j + 4]]) for j in range(4)]
-        (found,) = run(packing.dot_of_halves, *pairs, *planes)
+        (found,) = run(packing.dot_half2, *pairs, *planes)
         exact = (codes * stored).sum(1)
         rounding = 4 * 2.0**-11 * np.abs(codes * stored).sum(1) + 2.0**-23
         assert (np.abs(found.view(np.float32) - exact) <= rounding).all()
-    worst = np.full((len(word), 2), 65504 * 2.0**-packing.SHIFT)
+    worst = np.full((len(word), 2), 65504 * 2.0**-packing.HALF_SHIFT)
     lowest = [register_of(np.full((len(word), 2), -8.0))] * 4
-    (found,) = run(packing.dot_of_halves, *lowest, *[register_of(worst)] * 4)
-    assert np.isfinite(found.view(np.float32)).all() and 2**packing.SHIFT >= SUM_OF_FOUR_CODES
+    (found,) = run(packing.dot_half2, *lowest, *[register_of(worst)] * 4)
+    assert np.isfinite(found.view(np.float32)).all() and 2**packing.HALF_SHIFT >= SUM_OF_FOUR_CODES
 
 
-@pytest.mark.parametrize(("bits", "function"), [(4, packing._int4_planes), (8, packing._int8_planes)])
+@pytest.mark.parametrize(("bits", "function"), [(4, packing._dequant_int4_float16), (8, packing._dequant_int8_float16)])
 def test_planes_are_scaled_codes_of_two_words(bits, function):
     codes, word = some_words(bits)
     scale = np.random.default_rng(0).normal(size=(len(word) // 2, 2)).astype(np.float16)
@@ -149,6 +149,6 @@ def test_code_reads_every_place_with_the_mask_and_mantissa_it_names(bits):
         shift = (12 if bits == 4 else 16) if upper else 0
         at = element * bits - shift
         signed = (word.view(np.int32) >> shift).view(np.uint32)
-        (big,) = run(packing.code, signed, constants=(((1 << bits) - 1) << at, 0x4B000000))
+        (big,) = run(packing.dequant_code, signed, constants=(((1 << bits) - 1) << at, 0x4B000000))
         value = big.view(np.float32).astype(np.float64) / (1 << at) - ((1 << 23) / (1 << at) + (1 << (bits - 1)))
         assert (value == codes[:, element]).all()

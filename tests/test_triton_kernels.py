@@ -15,9 +15,12 @@ from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
 from neox_lite.cache import Batch, PagePool
 from neox_lite.formats import DENSE, Weight, make_format
 from neox_lite.kernels import dispatch, reference, triton
-from neox_lite.kernels.triton import operations, tile_configs
+from neox_lite.kernels.triton import device_calls, tile_configs
+from neox_lite.kernels.triton.batch_table import BatchTable
 from neox_lite.kernels.triton.device import DeviceProperties
-from neox_lite.kernels.triton.operations import NATURAL, Laid, Layout, Operations, Output
+from neox_lite.kernels.triton.linear import Call
+from neox_lite.kernels.triton.linear_method import NATURAL, Layout, PackedActivation, layout_of
+from neox_lite.kernels.triton.operations import Operations
 from neox_lite.layers import Rotary
 
 pytestmark = [] if triton.interpreted() else [pytest.mark.gpu]
@@ -26,7 +29,7 @@ AMPERE, TURING = (
     DeviceProperties((8, 0)),
     DeviceProperties((7, 5)),
 )  # with tensor cores and bfloat16, and without
-HALVES = 3e-3  # sums of four products rounded to halves, in the interpreter after every step
+HALF2_ROUNDING = 3e-3  # sums of four products rounded to halves, in the interpreter after every step
 ROUNDED = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}  # of weights or results, in a dtype
 
 
@@ -60,26 +63,25 @@ def exact_rows(weight):
 
 
 def order(features, layout):
-    """Where each feature lies: words.py's rule, said once more."""
-    feature = torch.arange(features)
-    word, element = feature // layout.codes, feature % layout.codes
-    plane, beside = element % layout.planes, element // layout.planes
-    return (plane * (features // layout.codes) + word) * (layout.codes // layout.planes) + beside
+    """The offset of each feature: the rule of packing.py, written once more."""
+    feature, pack, planes = torch.arange(features), layout.pack_factor, layout.num_planes
+    word, element = feature // pack, feature % pack
+    return (element % planes * (features // pack) + word) * (pack // planes) + element // planes
 
 
-def lay(x, layout):
+def packed(x, layout):
     """x (tokens, features) as a kernel with that layout reads it."""
     if layout == NATURAL:
         return x.to(DEVICE)
     moved = torch.empty_like(x)
     moved[:, order(x.shape[1], layout)] = x * layout.scale
-    return Laid(layout, moved.to(DEVICE))
+    return PackedActivation(layout, moved.to(DEVICE))
 
 
 def natural(x):
-    if not isinstance(x, Laid):
+    if not isinstance(x, PackedActivation):
         return x.double().cpu()
-    return x.memory.double().cpu()[:, order(x.memory.shape[1], x.layout)] / x.layout.scale
+    return x.tensor.double().cpu()[:, order(x.tensor.shape[1], x.layout)] / x.layout.scale
 
 
 def error(found, exact):
@@ -87,14 +89,13 @@ def error(found, exact):
 
 
 def product(ops, xs, weights, addends=(), x=None, activation=None, kind=None):
-    """The result in float32 of one product or the sum of two, by the way that `ops` chooses, which is to be `kind`."""
-    ways = [ops._way(w, a.to(DEVICE)) for w, a in zip(weights, xs, strict=True)]
-    assert kind is None or {way.kind for way in ways} == {kind}
-    inputs = [lay(a, way.layout) for a, way in zip(xs, ways, strict=True)]
+    """The result in float32 of one product or the sum of two, by the method that `ops` chooses, which is to be `kind`."""
+    methods = [ops.linear.method(w, a.to(DEVICE)) for w, a in zip(weights, xs, strict=True)]
+    assert kind is None or {method.kind for method in methods} == {kind}
+    inputs = [packed(a, method.layout) for a, method in zip(xs, methods, strict=True)]
     on_device = [a.to(DEVICE) for a in addends]
     extra = None if x is None else x.to(DEVICE)
-    output = Output(inputs, weights, on_device, activation, x=extra, dtype=torch.float32)
-    (found,) = ops._products([output])
+    (found,) = ops.linear([Call(inputs, weights, on_device, activation, residual=extra, dtype=torch.float32)])
     return found
 
 
@@ -102,7 +103,7 @@ def product(ops, xs, weights, addends=(), x=None, activation=None, kind=None):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("kind", ["rows", "tiles", "torch"])
+@pytest.mark.parametrize("kind", ["gemv", "gemm", "torch"])
 def test_every_code_in_every_place_of_a_word_is_read_exactly(bits, kind):
     format, columns = make_format(f"int{bits}", 32), 64
     codes = (torch.arange(48 * columns).reshape(48, columns) * 37 + torch.arange(48)[:, None]) % (1 << bits)
@@ -112,8 +113,8 @@ def test_every_code_in_every_place_of_a_word_is_read_exactly(bits, kind):
     packed = torch.where(packed >= 1 << 31, packed - (1 << 32), packed).int()
     stored = {"weight_packed": packed.to(DEVICE), "weight_scale": torch.ones(48, 2, dtype=torch.float16, device=DEVICE)}
     weight = Weight(format, (48, columns), stored)
-    machine = {"rows": TURING, "tiles": AMPERE, "torch": TURING}[kind]
-    count = 32 if kind == "rows" else columns
+    machine = {"gemv": TURING, "gemm": AMPERE, "torch": TURING}[kind]
+    count = 32 if kind == "gemv" else columns
     found = product(ops_for(machine), [torch.eye(columns).half()[:count]], [weight], kind=kind)
     assert torch.equal(found.cpu(), (codes - (1 << (bits - 1))).float().T[:count])
 
@@ -121,12 +122,12 @@ def test_every_code_in_every_place_of_a_word_is_read_exactly(bits, kind):
 @pytest.mark.parametrize("layout", [Layout(8, 4, 5), Layout(8, 8), Layout(4, 2), Layout(4, 4)], ids=str)
 def test_activations_are_moved_and_nothing_else(layout):
     x, norm = torch.randn(3, 96), (torch.rand(96) + 0.5, torch.randn(96), 1e-5)
-    moved = Laid(layout, torch.empty(3, 96, device=DEVICE))
+    moved = PackedActivation(layout, torch.empty(3, 96, device=DEVICE))
     ops = ops_for()
     on_device = tuple(t.to(DEVICE) if isinstance(t, torch.Tensor) else t for t in norm)
-    ops._norms(x.to(DEVICE), [on_device], [moved])
+    ops._layer_norms(x.to(DEVICE), [on_device], [moved])
     straight = torch.empty(3, 96, device=DEVICE)
-    ops._norms(x.to(DEVICE), [on_device], [straight])
+    ops._layer_norms(x.to(DEVICE), [on_device], [straight])
     assert torch.equal(natural(moved), natural(straight))
 
 
@@ -143,60 +144,60 @@ SHAPES = [
 @pytest.mark.parametrize("group", [32, 64, 128])
 @pytest.mark.parametrize(("size", "columns"), SHAPES)
 @pytest.mark.parametrize("tokens", [1, 2])
-def test_rows_as_float32_equal_float64(bits, group, size, columns, tokens):
+def test_gemv_in_float32_equals_float64(bits, group, size, columns, tokens):
     weight, x = quantized(bits, group, size, columns), torch.randn(tokens, columns)
-    found = product(ops_for(), [x], [weight], kind="rows")
+    found = product(ops_for(), [x], [weight], kind="gemv")
     assert error(found, x.double() @ exact_rows(weight).T) < 2e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_rows_lose_nothing_in_exact_mode_whatever_the_activations_dtype(bits, dtype):
+def test_gemv_loses_nothing_in_exact_mode_whatever_the_activations_dtype(bits, dtype):
     weight, x = quantized(bits, 64, 40, 512, dtype), torch.randn(2, 512).to(dtype)
-    found = product(ops_for(exact=True), [x], [weight], kind="rows")
+    found = product(ops_for(exact=True), [x], [weight], kind="gemv")
     assert error(found, x.double() @ exact_rows(weight).T) < 2e-6
 
 
 @pytest.mark.parametrize("group", [32, 64, 128])
 @pytest.mark.parametrize(("size", "columns"), SHAPES)
-def test_rows_as_halves_err_by_their_rounding(group, size, columns):
+def test_gemv_in_half2_errs_by_its_rounding(group, size, columns):
     weight, x = quantized(4, group, size, columns), torch.randn(1, columns).half()
-    assert ops_for()._way(weight, x.to(DEVICE)).layout.shift
-    found = product(ops_for(), [x], [weight], kind="rows")
-    assert error(found, x.double() @ exact_rows(weight).T) < HALVES
+    assert ops_for().linear.method(weight, x.to(DEVICE)).layout.shift
+    found = product(ops_for(), [x], [weight], kind="gemv")
+    assert error(found, x.double() @ exact_rows(weight).T) < HALF2_ROUNDING
 
 
 @pytest.mark.parametrize("size", [3000.0, 65504.0], ids=["outliers of thousands", "the largest halves"])
-def test_rows_as_halves_cannot_overflow(size):
+def test_gemv_in_half2_cannot_overflow(size):
     weight, x = quantized(4, 128, 40, 1024), torch.randn(2, 1024).half()
     x[:, ::7] = size
-    found = product(ops_for(), [x], [weight], kind="rows")
+    found = product(ops_for(), [x], [weight], kind="gemv")
     assert torch.isfinite(found).all()
-    assert error(found, x.double() @ exact_rows(weight).T) < HALVES
+    assert error(found, x.double() @ exact_rows(weight).T) < HALF2_ROUNDING
 
 
 @pytest.mark.parametrize("size", [1e-3, 1e-5])
-def test_tiny_activations_as_halves_err_by_half_a_millionth_each(size):
+def test_tiny_activations_in_half2_err_by_half_a_millionth_each(size):
     weight, x = quantized(4, 128, 40, 1024), (size * torch.randn(1, 1024)).half()
-    found = product(ops_for(), [x], [weight], kind="rows").double().cpu()
+    found = product(ops_for(), [x], [weight], kind="gemv").double().cpu()
     exact, codes = x.double() @ exact_rows(weight).T, exact_rows(weight).abs()
-    rounded = HALVES * exact.square().mean().sqrt() + 2.0**-20 * codes.square().sum(1).sqrt() * 4
+    rounded = HALF2_ROUNDING * exact.square().mean().sqrt() + 2.0**-20 * codes.square().sum(1).sqrt() * 4
     assert bool(((found - exact).abs() < rounded).all())  # 2**-25 is half of the smallest half, times 32
 
 
 @pytest.mark.parametrize("tokens", [3, 4, 5, 8, 11, 32])
-def test_without_tensor_cores_rows_serve_more_tokens(tokens):
+def test_without_tensor_cores_gemv_serves_more_tokens(tokens):
     weight, x = quantized(4, 32, 20, 96), torch.randn(tokens, 96).half()
-    found = product(ops_for(TURING), [x], [weight], kind="rows")
-    assert error(found, x.double() @ exact_rows(weight).T) < HALVES
+    found = product(ops_for(TURING), [x], [weight], kind="gemv")
+    assert error(found, x.double() @ exact_rows(weight).T) < HALF2_ROUNDING
     assert product(ops_for(TURING), [torch.randn(33, 96).half()], [weight], kind="torch").shape == (33, 20)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("columns", [256, 1000])
-def test_rows_of_a_plain_matrix(dtype, columns):
+def test_gemv_of_a_plain_matrix(dtype, columns):
     weight, x = plain(37, columns, dtype), torch.randn(2, columns).to(dtype)
-    found = product(ops_for(), [x], [weight], kind="rows")
+    found = product(ops_for(), [x], [weight], kind="gemv")
     assert error(found, x.double() @ exact_rows(weight).T) < 2e-6
 
 
@@ -204,26 +205,26 @@ def test_rows_of_a_plain_matrix(dtype, columns):
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("group", [32, 64, 128])
 @pytest.mark.parametrize("tokens", [3, 40])
-def test_tiles_err_by_the_rounding_of_weights(dtype, bits, group, tokens):
+def test_gemm_errs_by_the_rounding_of_weights(dtype, bits, group, tokens):
     weight, x = quantized(bits, group, 70, 1152, dtype), torch.randn(tokens, 1152).to(dtype)
-    found = product(ops_for(), [x], [weight], kind="tiles")
+    found = product(ops_for(), [x], [weight], kind="gemm")
     assert error(found, x.double() @ exact_rows(weight).T) < ROUNDED[dtype]
 
 
 @pytest.mark.parametrize("tokens", [16, 17, 64, 65, 256])
-def test_tiles_cover_every_token_once(tokens):
+def test_gemm_covers_every_token_once(tokens):
     weight, x = quantized(4, 32, 64, 96), torch.randn(tokens, 96).half()
-    found = product(ops_for(), [x], [weight], kind="tiles")
+    found = product(ops_for(), [x], [weight], kind="gemm")
     assert error(found, x.double() @ exact_rows(weight).T) < ROUNDED[torch.float16]
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_a_weight_is_written_out_in_slices_as_it_decodes(bits, dtype, monkeypatch):
+def test_a_weight_is_dequantized_in_slices_as_it_decodes(bits, dtype, monkeypatch):
     weight, ops, seen = quantized(bits, 32, 70, 1120, dtype), ops_for(), []
-    ops.slice_bytes = 16 * 1120 * dtype.itemsize
-    multiply = operations._mm
-    monkeypatch.setattr(operations, "_mm", lambda x, rows, out: (seen.append(rows.clone()), multiply(x, rows, out)))
+    ops.linear.slice_bytes = 16 * 1120 * dtype.itemsize
+    multiply = device_calls.mm
+    monkeypatch.setattr(device_calls, "mm", lambda x, rows, out: (seen.append(rows.clone()), multiply(x, rows, out)))
     x = torch.randn(300, 1120).to(dtype)
     found = product(ops, [x], [weight], kind="torch")
     assert [len(rows) for rows in seen] == [16, 16, 16, 16, 6]
@@ -234,7 +235,7 @@ def test_a_weight_is_written_out_in_slices_as_it_decodes(bits, dtype, monkeypatc
     assert error(found, x.double() @ exact_rows(weight).T) < 2 * ROUNDED[dtype]
 
 
-@pytest.mark.parametrize(("tokens", "kind"), [(1, "rows"), (2, "rows"), (20, "tiles"), (300, "torch")])
+@pytest.mark.parametrize(("tokens", "kind"), [(1, "gemv"), (2, "gemv"), (20, "gemm"), (300, "torch")])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_two_products_addends_and_residual_are_one_sum(tokens, kind, bits):
     first, second = quantized(bits, 32, 70, 96), quantized(bits, 32, 70, 160)
@@ -245,7 +246,7 @@ def test_two_products_addends_and_residual_are_one_sum(tokens, kind, bits):
     assert error(found, exact) < ROUNDED[torch.float16]
 
 
-@pytest.mark.parametrize(("tokens", "kind"), [(1, "rows"), (20, "tiles"), (300, "torch")])
+@pytest.mark.parametrize(("tokens", "kind"), [(1, "gemv"), (20, "gemm"), (300, "torch")])
 @pytest.mark.parametrize("activation", ["erf", "tanh"])
 def test_gelu_follows_the_bias(tokens, kind, activation):
     weight, x, bias = quantized(4, 32, 70, 96), 3 * torch.randn(tokens, 96).half(), torch.randn(70)
@@ -267,32 +268,32 @@ def test_products_of_several_formats_are_summed_too(tokens):
 def test_results_lie_as_the_next_weight_reads_them(tokens):
     ops, first, second = ops_for(), quantized(4, 32, 96, 64), quantized(8, 32, 160, 64)
     third, x = quantized(4, 32, 10, 160), torch.randn(tokens, 64).half()
-    inputs = [lay(x, ops._way(w, x.to(DEVICE)).layout) for w in (first, second)]
+    inputs = [packed(x, ops.linear.method(w, x.to(DEVICE)).layout) for w in (first, second)]
     one, two = ops.grouped_linear(inputs, [first, second], [None, None], [None, "erf"], [None, third])
     assert error(natural(one), x.double() @ exact_rows(first).T) < 2 * ROUNDED[torch.float16]
     assert error(natural(two), functional.gelu(x.double() @ exact_rows(second).T)) < 2 * ROUNDED[torch.float16]
-    assert operations.layout_of(two) == ops._way(third, x.to(DEVICE)).layout
+    assert layout_of(two) == ops.linear.method(third, x.to(DEVICE)).layout
 
 
 def test_two_weights_of_one_kind_take_one_launch_and_two_kinds_take_two(monkeypatch):
-    launched, launch = [], operations._launch
+    launched, launch = [], device_calls.launch
     monkeypatch.setattr(
-        operations, "_launch", lambda kernel, *a, **o: (launched.append(kernel), launch(kernel, *a, **o))
+        device_calls, "launch", lambda kernel, *a, **o: (launched.append(kernel), launch(kernel, *a, **o))
     )
     x = torch.randn(1, 64).half().to(DEVICE)
     for other, expected in ((quantized(4, 32, 40, 64), 1), (quantized(8, 32, 40, 64), 2)):
         launched.clear()
         weights = [quantized(4, 32, 24, 64), other]
-        inputs = [lay(x.cpu(), ops_for()._way(w, x).layout) for w in weights]
+        inputs = [packed(x.cpu(), ops_for().linear.method(w, x).layout) for w in weights]
         ops_for().grouped_linear(inputs, weights, [None, None], [None, None], [None, None])
         assert len(launched) == expected
 
 
 @pytest.mark.parametrize("activation", [None, "erf"])
 def test_a_long_product_that_needs_no_end_is_not_copied(monkeypatch, activation):
-    launched, launch = [], operations._launch
+    launched, launch = [], device_calls.launch
     monkeypatch.setattr(
-        operations, "_launch", lambda kernel, *a, **o: (launched.append(kernel), launch(kernel, *a, **o))
+        device_calls, "launch", lambda kernel, *a, **o: (launched.append(kernel), launch(kernel, *a, **o))
     )
     weight, x = quantized(4, 32, 40, 64), torch.randn(300, 64).half()
     (found,) = ops_for().grouped_linear([x.to(DEVICE)], [weight], [None], [activation], [None])
@@ -306,7 +307,7 @@ def test_tables_begin_where_no_kernel_has_to_be_compiled_anew():
         pool = PagePool(1, 16, torch.float16, [DEVICE])
         block_tables = [pool.new() for _ in starts]
         Batch.reserve(pool, block_tables, starts).commit()
-        table = operations.BatchTable(Batch.reserve(pool, block_tables, counts), DEVICE, 64)
+        table = BatchTable(Batch.reserve(pool, block_tables, counts), DEVICE, 64)
         for part in (table.sequences, table.pages, table.tokens, table.blocks):
             assert part.storage_offset() % 4 == 0
 
@@ -563,5 +564,5 @@ def test_tiles_are_whole_for_every_shape_of_the_family():
         for columns in (hidden, 4 * hidden):
             for bits in (4, 8):
                 words = columns * bits // 32
-                for tile in tile_configs.rows(AMPERE, 4 * hidden, (words,), bits, 128 * bits // 32, 1, "halves").tiles:
+                for tile in tile_configs.rows(AMPERE, 4 * hidden, (words,), bits, 128 * bits // 32, 1, "half2").tiles:
                     assert words % (tile.groups * tile.inner) == 0  # no masks in the loop

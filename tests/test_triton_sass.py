@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[1]
 # The oldest, a common one and the youngest, each half a minute; the others on request.
 CARDS = (75, 86, 120, *(pytest.param(card, marks=pytest.mark.slow) for card in (80, 89, 90)))
 KERNELS = {
-    "write_norms", "multiply_beside", "multiply_sum", "attend_page", "combine", "append", "attend_block", "decode", "finish",
-    "multiply_tiles", "embed", "draw",
+    "layer_norms", "grouped_gemv", "gemv_residual", "gemm", "dequantize", "epilogue",
+    "paged_decode", "combine_splits", "append_kv", "paged_prefill", "embed", "sample",
 }  # fmt: skip
 
 
@@ -43,12 +43,12 @@ def compiled(request, tmp_path_factory):
 
 def test_every_kernel_compiles_without_spilling(compiled):
     card, found = compiled
-    assert set(found) == KERNELS - ({"multiply_tiles"} if card == 75 else set())
+    assert set(found) == KERNELS - ({"gemm"} if card == 75 else set())
     assert all(row["spills"] == row["stack_bytes"] == 0 for rows in found.values() for row in rows)
 
 
 def test_a_decode_step_streams_weights_128_bits_at_a_time_without_a_barrier(compiled):
-    for kernel in ("multiply_beside", "multiply_sum"):
+    for kernel in ("grouped_gemv", "gemv_residual"):
         row = next(r for r in compiled[1][kernel] if r["halves"])
         streamed = [name for name in row["loads"] if ".EF" in name]
         assert streamed and all(".128" in name for name in streamed) and row["barriers"] == 0
@@ -57,14 +57,14 @@ def test_a_decode_step_streams_weights_128_bits_at_a_time_without_a_barrier(comp
 
 def test_many_tokens_meet_weights_on_tensor_cores(compiled):
     card, found = compiled
-    for kernel in ("multiply_tiles", "attend_block") if card > 75 else ():
+    for kernel in ("gemm", "paged_prefill") if card > 75 else ():
         assert all(row["tensor_core"] for row in found[kernel])
 
 
 @pytest.mark.slow
 def test_no_size_that_tuning_may_pick_spills(tmp_path):
     """On the youngest card, whose compiler spilled first when sizes were chosen."""
-    assert compile_kernels(tmp_path, "--cards", 120, "--candidates").count("multiply_tiles") > 20
+    assert compile_kernels(tmp_path, "--cards", 120, "--candidates").count("gemm") > 20
 
 
 def test_the_rules_name_what_they_find():
@@ -72,7 +72,7 @@ def test_the_rules_name_what_they_find():
 
     good = sass.Facts(
         "decode",
-        "multiply_beside",
+        "grouped_gemv",
         86,
         4,
         56,
@@ -94,7 +94,7 @@ def test_the_rules_name_what_they_find():
     }  # fmt: skip
     for name, value in changes.items():
         assert len(sass.broken(replace(good, **{name: value}))) == 1
-    tiles = replace(good, kernel="multiply_tiles", halves=False)
+    tiles = replace(good, kernel="gemm", halves=False)
     assert sass.broken(tiles) == ["no tensor cores"] and sass.broken(replace(tiles, card=75)) == []
     assert sass.parse(
         ".L_x_1:\n /*0000*/ LDG.E.EF.128 R4 ;\n /*0010*/ FADD R1 ;\n /*0020*/ FADD R2 ;\n /*0030*/ @P0 BRA `(.L_x_1) ;"
@@ -104,7 +104,7 @@ def test_the_rules_name_what_they_find():
 def test_a_summary_counts_what_spills_and_keeps_the_most():
     from benchmarks.gpu import sass
 
-    one = sass.Facts("decode", "append", 80, 4, 40, 0, 0, 64, 9, 0, None, {}, 0, 0, False, False)
+    one = sass.Facts("decode", "append_kv", 80, 4, 40, 0, 0, 64, 9, 0, None, {}, 0, 0, False, False)
     rows = [
         one,
         replace(one, registers=90, spills=2),
@@ -113,6 +113,6 @@ def test_a_summary_counts_what_spills_and_keeps_the_most():
     ]
     first, second = sass.summary(rows)
     assert first == {
-        "card": 80, "kernel": "append", "compiled": 3, "spill": 2, "registers": 90, "shared_bytes": 64
+        "card": 80, "kernel": "append_kv", "compiled": 3, "spill": 2, "registers": 90, "shared_bytes": 64
     }  # fmt: skip
     assert second["card"] == 90 and second["compiled"] == 1 and second["spill"] == 0

@@ -280,7 +280,7 @@ ROWS = [
     tile_configs.rows(device, size, words, bits, inner, tokens, math)
     for device in (*CLASSES, DeviceProperties((10, 0)))
     for size, words in ((43008, (768,)), (6144, (768, 3072)), (768, (96,)), (2560, (320, 1280)))
-    for bits, inner, math in ((4, 16, "halves"), (8, 32, "float16"), (4, 4, "float32"), (0, 1, "float16"))
+    for bits, inner, math in ((4, 16, "half2"), (8, 32, "float16"), (4, 4, "float32"), (0, 1, "float16"))
     for tokens in (1, 2, 7)
 ]
 TILES = [
@@ -315,7 +315,7 @@ def test_shapes_of_a_class_share_their_choice_and_large_products_are_cut_by_the_
     few = tile_configs.tiles(43008, 6144, 3, 4, HALF)
     assert few.key == tile_configs.tiles(40000, 5120, 9, 4, HALF).key != tile_configs.tiles(6144, 6144, 3, 4, HALF).key
     assert len({candidates.key for candidates in ROWS}) > 20
-    one_token = (43008, (768,), 4, 16, 1, "halves")
+    one_token = (43008, (768,), 4, 16, 1, "half2")
     here, there = (tile_configs.rows(DeviceProperties(c), *one_token).tiles[0] for c in ((9, 0), (8, 6)))
     assert (here.rows, there.rows) == (4, 2) and replace(here, rows=2) == there  # 9.0 is short of instructions
     assert tile_configs.rows(DeviceProperties((9, 0)), 6144, *one_token[1:]).tiles[0].rows == 2

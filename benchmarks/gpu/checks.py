@@ -278,8 +278,9 @@ def natural(x: Any) -> Tensor:
     """Activations of any backend as (tokens, features)."""
     if isinstance(x, Tensor):
         return x
-    layout, (tokens, features) = x.layout, x.memory.shape
-    split = x.memory.view(tokens, layout.planes, features // layout.codes, layout.codes // layout.planes)
+    layout, (tokens, features) = x.layout, x.tensor.shape
+    pack, planes = layout.pack_factor, layout.num_planes
+    split = x.tensor.view(tokens, planes, features // pack, pack // planes)
     return split.permute(0, 2, 3, 1).reshape(tokens, features) / layout.scale
 
 

@@ -132,7 +132,7 @@ class Bench:
 
     def moved(self, x: Tensor, weight: Weight) -> Any:
         """x as the weight reads it; what moving costs belongs to the operation before, and is measured there."""
-        return lay(x, self.ops._way(weight, x).layout)
+        return lay(x, self.ops.linear.method(weight, x).layout)
 
     def copy(self) -> Iterator[dict[str, float]]:
         """GB/s of a device-to-device copy, read and write counted: the roof that every kernel is compared with."""
@@ -219,19 +219,19 @@ class Bench:
     def slices(self) -> Iterator[dict[str, Any]]:
         """How large a piece of a weight should be written out for cuBLAS at a time, and from how many tokens on."""
         weight = weight_of("int4", 4 * self.hidden, self.hidden, self.device)
-        plain, ours = weight.decode(torch.float16), self.ops.slice_bytes
+        plain, ours = weight.decode(torch.float16), self.ops.linear.slice_bytes
         properties = self.ops.properties(self.device)
         tiles = type(self.ops)(False, lambda device: TilesAlways(properties.capability))
         for count in self.sizes.prefill:
             x = self.x(count, self.hidden)
             row = {"tokens": count, "cublas fp16": 1e6 * self.clock.seconds([partial(torch.mm, x, plain.T)])}
             for name, size in {**{f"{n} MB": n << 20 for n in (8, 16, 32, 64)}, "whole": plain.nbytes}.items():
-                self.ops.slice_bytes = size
-                call = partial(self.ops._by_torch, x, weight, x.dtype)
+                self.ops.linear.slice_bytes = size
+                call = partial(self.ops.linear.by_torch, x, weight, x.dtype)
                 row[f"written out, {name}"] = 1e6 * self.clock.seconds([call])
-            self.ops.slice_bytes = ours
+            self.ops.linear.slice_bytes = ours
             if properties.tensor_core_dtypes:
-                placed = lay(x, tiles._way(weight, x).layout)
+                placed = lay(x, tiles.linear.method(weight, x).layout)
                 call = partial(tiles.grouped_linear, [placed], [weight], [None], [None], [None])
                 row["tiles"] = 1e6 * self.clock.seconds([call])
             yield row
@@ -271,11 +271,13 @@ class TilesAlways(DeviceProperties):
 
 
 def lay(x: Tensor, layout: Any) -> Any:
-    """x (tokens, features) moved to where a kernel reads it; words.py has the rule."""
-    from neox_lite.kernels.triton.operations import NATURAL, Laid  # imports triton, which a machine may lack
+    """x (tokens, features) in the order in which a kernel reads it; packing.py has the rule."""
+    # Imports triton, which a machine may lack.
+    from neox_lite.kernels.triton.linear_method import NATURAL, PackedActivation
 
     if layout == NATURAL:
         return x
     features = x.shape[1]
-    split = x.view(len(x), features // layout.codes, layout.codes // layout.planes, layout.planes)
-    return Laid(layout, (split.permute(0, 3, 1, 2).reshape(len(x), features) * layout.scale).contiguous())
+    pack, planes = layout.pack_factor, layout.num_planes
+    split = x.view(len(x), features // pack, pack // planes, planes)
+    return PackedActivation(layout, (split.permute(0, 3, 1, 2).reshape(len(x), features) * layout.scale).contiguous())

@@ -29,7 +29,7 @@ from neox_lite import GPTNeoXForCausalLM
 from neox_lite.cache import Batch
 from neox_lite.formats import make_format
 from neox_lite.kernels.backend import DeviceSampling
-from neox_lite.kernels.triton import operations
+from neox_lite.kernels.triton import device_calls, operations
 from neox_lite.kernels.triton.device import DeviceProperties
 from neox_lite.layers import Linear
 from neox_lite_app.models.random_model import config_of
@@ -72,11 +72,11 @@ def without_launches() -> Iterator[Counter[str]]:
     count: Counter[str] = Counter()
     kernels = triton.runtime.KernelInterface
     getitem, kernels.__getitem__ = kernels.__getitem__, lambda kernel, grid: NoLaunch(count)
-    mm, operations._mm = operations._mm, NoLaunch(count)
+    mm, device_calls.mm = device_calls.mm, NoLaunch(count)
     try:
         yield count
     finally:
-        kernels.__getitem__, operations._mm = getitem, mm
+        kernels.__getitem__, device_calls.mm = getitem, mm
 
 
 def model_of(shape: str) -> GPTNeoXForCausalLM:

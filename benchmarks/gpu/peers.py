@@ -92,26 +92,34 @@ def once_for_each(make: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
 
 def substituted(make: Callable[[Weight], Callable[[Tensor], Tensor]]) -> Any:
     """The triton backend with the products of int4 weights made by a peer; the rest of a step stays as it is."""
-    from neox_lite.kernels.triton.operations import TORCH, Operations, Way
+    from neox_lite.kernels.triton.linear import LinearKernels
+    from neox_lite.kernels.triton.linear_method import TORCH, LinearMethod
+    from neox_lite.kernels.triton.operations import Operations
+
+    class PeerProducts(LinearKernels):
+        def __init__(self, ops: Operations) -> None:
+            super().__init__(False, ops.properties, ops.tuner, ops._scratch)
+            self._made: dict[int, Callable[[Tensor], Tensor]] = {}
+
+        def method(self, weight: Weight, like: Tensor) -> LinearMethod:
+            return TORCH if theirs(weight) else super().method(weight, like)
+
+        def by_torch(self, x: Any, weight: Weight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+            if not theirs(weight):
+                return super().by_torch(x, weight, dtype, out)
+            key = weight.tensors["weight_packed"].data_ptr()
+            if key not in self._made:
+                self._made[key] = make(weight)
+            # The result is in the peer's dtype: what follows reads any.
+            found = self._made[key](x)
+            return found if out is None else out.copy_(found)
 
     class Substituted(Operations):
         name = "triton, products by a peer"
 
         def __init__(self) -> None:
             super().__init__(False)
-            self._made: dict[int, Callable[[Tensor], Tensor]] = {}
-
-        def _way(self, weight: Weight, like: Tensor) -> Way:
-            return TORCH if theirs(weight) else super()._way(weight, like)
-
-        def _by_torch(self, x: Any, weight: Weight, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
-            if not theirs(weight):
-                return super()._by_torch(x, weight, dtype, into)
-            key = weight.tensors["weight_packed"].data_ptr()
-            if key not in self._made:
-                self._made[key] = make(weight)
-            out = self._made[key](x)  # in their dtype: what follows reads any
-            return out if into is None else into.copy_(out)
+            self.linear = PeerProducts(self)
 
     def theirs(weight: Weight) -> bool:
         return isinstance(weight.format, GroupInt) and weight.format.bits == 4

@@ -83,12 +83,12 @@ def launches(format: str = "int4", context: int = 2048) -> list[Launch]:
     head = {"shape": "gpt-neox-20b", "format": "int8", "launch": "norm and head"}
     pages = -(-context // 128)
     return [
-        Launch("norms", "both LayerNorms in one pass, placed for the weights that read them", 2 * 3 * HIDDEN, LAYERS),
-        Launch("qkv beside h→4h", "two products in one launch, biases, GELU", beside, LAYERS,
+        Launch("norms", "both LayerNorms in one pass, in the order in which their weights read them", 2 * 3 * HIDDEN, LAYERS),
+        Launch("qkv and h→4h", "two products in one launch, biases, GELU", beside, LAYERS,
                ("pairs", {**shape, "launch": "qkv beside h to 4h"})),
-        Launch(f"attention at {context}, and its parts combined", "rotary, the new key and value stored, one page a program",
+        Launch(f"attention at {context}, and its splits combined", "rotary, the new key and value, one page a program",
                cache + 2 * 4 * pages * HIDDEN, LAYERS, ("attention", attended)),
-        Launch("dense plus 4h→h", "one sum over both inputs, biases, residual", down, LAYERS,
+        Launch("dense + 4h→h", "one sum over both inputs, biases, residual", down, LAYERS,
                ("pairs", {**shape, "launch": "dense plus 4h to h"})),
         Launch("norm and head", "the last LayerNorm and the logits, int8", weight_bytes(VOCABULARY, HIDDEN, "int8"), 1,
                ("pairs", head)),
@@ -121,8 +121,8 @@ def instructions(sm: int) -> dict[int, float]:
     def found(kernel: str, run: str) -> float:
         return next(r["per_weight"] for r in rows if (r["card"], r["kernel"], r["run"]) == (sm, kernel, run))
 
-    return {1: found("multiply_beside", "decode"), 16: found("multiply_tiles", "batch of 16"),
-            64: found("multiply_tiles", "prefill 256")}  # fmt: skip
+    return {1: found("grouped_gemv", "decode"), 16: found("gemm", "batch of 16"),
+            64: found("gemm", "prefill 256")}  # fmt: skip
 
 
 def product_s(tokens: int, card: Card, format: str = "int4") -> float:
@@ -201,7 +201,7 @@ def steps_table(found: dict[str, dict[str, Any]]) -> Iterator[str]:
         yield f"| {here.name} | {here.bandwidth / 1e9:.0f} | {' | '.join(cells)} |"
 
 
-def told(found: dict[str, dict[str, Any]]) -> str:
+def status(found: dict[str, dict[str, Any]]) -> str:
     """What the measured columns are."""
     if not found:
         return "**No GPU has run these kernels: the measured columns are empty.**"
@@ -211,7 +211,7 @@ def told(found: dict[str, dict[str, Any]]) -> str:
 
 def page(text: str, found: dict[str, dict[str, Any]]) -> str:
     """The page with its tables made anew."""
-    parts = {"told": [told(found)], "kernels": kernels_table(found), "steps": steps_table(found)}
+    parts = {"status": [status(found)], "kernels": kernels_table(found), "steps": steps_table(found)}
     for name, lines in parts.items():
         mark = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         text, count = mark.subn(lambda hit, lines=lines: hit[1] + "\n".join(lines) + "\n" + hit[2], text)

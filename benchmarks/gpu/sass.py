@@ -42,7 +42,7 @@ CARDS = (75, 80, 86, 89, 90, 120)
 SHARED_BYTES = {75: 64 << 10, 80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 META = torch.device("meta")
-TENSOR_CORE_KERNELS = ("multiply_tiles", "attend_block")
+TENSOR_CORE_KERNELS = ("gemm", "paged_prefill")
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def step(run: Run, ops: Operations) -> None:
     if run.new == 1:
         tables = Tables.cut(torch.empty(Tables.bytes_for(1), dtype=torch.uint8, device=META), 1)
         chosen, excluded = torch.empty_like(ids), torch.empty(len(embedding), dtype=torch.int8, device=META)
-        ops._draw(logits, Inputs(run.sequences, 1, 1, ids, *tables, chosen, excluded, logits))
+        ops._sample(logits, Inputs(run.sequences, 1, 1, ids, *tables, chosen, excluded, logits))
 
 
 @dataclass
@@ -229,8 +229,8 @@ def facts(run: str, card: int, kernel: Any, given: dict[str, Any]) -> Facts:
         loads=dict(Counter(name for name in inside if name.startswith(("LDG.", "LDGSTS")))),
         barriers=sum(name.startswith("BAR") for name in inside),
         tensor_core=sum(name.startswith(("HMMA", "HGMMA")) for name in code),
-        halves=given.get("MATH") == "halves" and given["TOKENS"] == 1,
-        float32=given.get("MATH") == triton.language.float32,
+        halves=given.get("COMPUTE") == "half2" and given["BLOCK_M"] == 1,
+        float32=given.get("COMPUTE_DTYPE") == triton.language.float32,
     )
 
 
@@ -259,8 +259,8 @@ def weights_of_iteration(loop: list[str], given: dict[str, Any]) -> float | None
     if streamed:
         bits = given["BITS"] or 8 * given["w1_ptr"].element_size()
         return sum(load_bits(name) for name in streamed) / bits
-    if "WORDS" in given and "TOKENS" in given:
-        return given["ROWS"] * given["WORDS"] * (32 // given["BITS"]) / (32 * given["num_warps"])
+    if "BLOCK_K" in given and "BLOCK_M" in given:
+        return given["BLOCK_N"] * given["BLOCK_K"] * (32 // given["BITS"]) / (32 * given["num_warps"])
     return None
 
 
@@ -272,12 +272,12 @@ def load_bits(name: str) -> int:
 
 def broken(row: Facts) -> list[str]:
     """The rules that a kernel breaks."""
-    product = row.kernel in ("multiply_beside", "multiply_sum")
+    product = row.kernel in ("grouped_gemv", "gemv_residual")
     streamed = [name for name in row.loads if ".EF" in name]  # only weights are loaded so
     rules = {
         "registers spill": row.spills == 0 and row.stack_bytes == 0,
         "more shared memory than the card has": row.shared_bytes <= SHARED_BYTES[row.card],
-        "a barrier in the loop": row.barriers == 0 or not (product or row.kernel == "attend_page"),
+        "a barrier in the loop": row.barriers == 0 or not (product or row.kernel == "paged_decode"),
         "weights loaded by less than 128 bits": not product or all(load_bits(name) == 128 for name in streamed),
         "no tensor cores": row.card < 80 or row.float32 or row.tensor_core or row.kernel not in TENSOR_CORE_KERNELS,
         "more than 3.3 instructions a weight as halves": not row.halves or (row.per_weight or 0) <= 3.3,

@@ -12,7 +12,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from neox_lite.kernels.triton import operations
+from neox_lite.kernels.triton import device_calls
 
 VIEWS = {
     "alias", "as_strided", "detach", "expand", "select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose",
@@ -94,9 +94,9 @@ class SimulatedGraphs:
 
     def __enter__(self):
         stack = self._stack
-        for name in ("_launch", "_mm", "_nf4"):
-            stack.callback(setattr, operations, name, getattr(operations, name))
-            setattr(operations, name, self._hook(name, getattr(operations, name)))
+        for name in ("launch", "mm", "nf4_mm"):
+            stack.callback(setattr, device_calls, name, getattr(device_calls, name))
+            setattr(device_calls, name, self._hook(name, getattr(device_calls, name)))
         stack.enter_context(_InOrder(self))
         return self
 

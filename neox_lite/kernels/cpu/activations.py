@@ -1,7 +1,7 @@
 """How activations lie in memory between operations, and the code that writes them. Knows no weight and no kernel.
 
 natural      float32 (tokens, features).
-interleaved  float32 for the exact product. In each unit of 128 elements, plane j holds element j of every 32-bit word of the
+planar       float32 for the exact product. In each unit of 128 elements, plane j holds element j of every 32-bit word of the
              weight's codes.
 gemv         int8 codes with a scale per 32 elements, for a few tokens. In each unit of 128, for 4-bit weights the elements of
              even index and then those of odd index (the low and the high nibbles), for 8-bit weights natural order.
@@ -29,7 +29,7 @@ ROUNDER_BITS = 0x4B400000
 class Layout:
     """One of the four layouts, for weights of `bits` bits. offset: stored code - value of the weight's codes."""
 
-    kind: Literal["natural", "interleaved", "gemv", "gemm"] = "natural"
+    kind: Literal["natural", "planar", "gemv", "gemm"] = "natural"
     bits: int = 0
     offset: int = 0
 
@@ -67,7 +67,7 @@ def write_block(code: Code, layout: Layout, out: Destination, token: Value, bloc
     """Write elements 32 * block.. of a token, float32 in 32 lanes."""
     if layout.kind == "natural":
         code.store(x, out.values + (token * out.features + block * BLOCK) * 4)
-    elif layout.kind == "interleaved":
+    elif layout.kind == "planar":
         words = 4 if layout.bits == 4 else 8  # of a block
         unit = out.values + (token * out.features + (block >> 2) * UNIT + (block & 3) * words) * 4
         for j in range(BLOCK // words):

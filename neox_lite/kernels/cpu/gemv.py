@@ -32,7 +32,7 @@ def token_tiles(code: Code, tokens: Value, sizes: Sequence[int], body: Callable[
 
 
 def write_gemv(target: Target, fmt: PackedFormat, exact: bool, tailed: bool) -> tuple[str, BuildKernel]:
-    """Packed codes times int8 activations in `gemv` layout, or, `exact`, float32 ones in `interleaved`.
+    """Packed codes times int8 activations in `gemv` layout, or, `exact`, float32 ones in `planar`.
 
     For each unit of 128 the products of a word's codes land in that word's lane; a lane never mixes two blocks or groups, so
     scales apply lane by lane and rows are summed across lanes once, at their end. Stored codes are `offset` too large: the

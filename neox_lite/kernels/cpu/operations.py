@@ -229,7 +229,7 @@ class Operations:
             return NATURAL
         bits = next_weight.format.bits
         if self.exact:
-            return Layout("interleaved", bits) if tokens <= MAX_EXACT_GEMV_TOKENS else NATURAL
+            return Layout("planar", bits) if tokens <= MAX_EXACT_GEMV_TOKENS else NATURAL
         return Layout("gemv" if tokens < MIN_GEMM_TOKENS else "gemm", bits, self.target.offset(bits))
 
     def _norms(self, program: Program, x: Tensor, lns: Sequence[Norm], layouts: Sequence[Layout]) -> list[Activation]:
@@ -306,7 +306,7 @@ class Operations:
             if x.layout.kind == "gemm":
                 kernel = gemm.write_gemm(self.target, fmt, tokens >= MIN_WIDE_GEMM_TOKENS)
             else:
-                kernel = gemv.write_gemv(self.target, fmt, x.layout.kind == "interleaved", rest > 0)
+                kernel = gemv.write_gemv(self.target, fmt, x.layout.kind == "planar", rest > 0)
             row_words, groups = packed.shape[1], scale.shape[1]
             stored = program.keep(packed), program.keep(scale), row_words, units, rest // fmt.codes_per_word, groups
             values, scales, sums, _ = _addresses(program, x)

@@ -1,7 +1,8 @@
 """The operations on NVIDIA GPUs, in Triton, on weights as the checkpoint stores them.
 
-Which kernel multiplies what is decided in operations.py; words.py says how codes lie in words, gemv.py multiplies one or a
-few tokens, matmul.py many, attention.py and activations.py hold the rest. TRITON_INTERPRET=1 runs all of it on the CPU, slowly.
+linear_method.py chooses the kernel of a product, linear.py launches it: gemv.py for one or a few tokens, matmul.py for many.
+packing.py holds what both share; attention.py, activations.py and embed_and_sample.py the other kernels; operations.py
+launches those. TRITON_INTERPRET=1 runs all of it on the CPU, slowly.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ class DeviceProperties:
 
     @property
     def query_block(self) -> int:
-        """Tokens of a sequence that one program of attention.attend_block takes."""
+        """Tokens of a sequence that one program of attention.paged_prefill takes."""
         return 64 if self.tensor_core_dtypes else 32
 
 

@@ -1,8 +1,9 @@
-"""Products of many tokens: codes become floats in registers and meet the tokens on tensor cores; or a weight is written out.
+"""Products of many tokens: codes become floats in registers and meet the tokens on tensor cores; or a weight is dequantized.
 
-The weight is the first operand of tl.dot: its words come through a pipeline of asynchronous copies into the registers of the
-threads that need their codes, and codes never leave those. The order in which a product is summed is free, so long as both
-sides have it: plane by plane, as words give it.
+x is (M, K), a weight (N, K) of 32-bit words with PACK_FACTOR codes each, y (M, N). The weight is the first operand of tl.dot:
+its words come through a pipeline of asynchronous copies into the registers of the threads that need their codes, and codes
+never leave those. A product may be summed in any order that both operands share: here plane by plane (packing.py).
+BLOCK_K counts words.
 """
 
 from __future__ import annotations
@@ -10,81 +11,93 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .activations import add_rest, gelu
-from .packing import dot, place, planes_of
+from .activations import add_bias_and_residual, gelu
+from .packing import dequant_planes, dot, planar_offset
 
 
 @triton.jit
-def add_tile(
-    total, x_ptr, w_ptr, s_ptr, row, token, tokens,
-    K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, MATH: tl.constexpr, WORDS: tl.constexpr,
+def accumulate(
+    acc, x_ptr, w_ptr, scale_ptr, offs_n, offs_m, M,
+    K: tl.constexpr, BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, COMPUTE_DTYPE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """total (rows, tokens) += weight[row] @ x[token].T"""
-    W: tl.constexpr = 32 // BITS
-    KW: tl.constexpr = K // W
-    INNER: tl.constexpr = GROUP // W  # words that share a scale
-    x_row = x_ptr + token[None, :].to(tl.int64) * K
-    there = (token < tokens)[None, :]
-    for start in range(0, KW, WORDS):
-        word = start + tl.arange(0, WORDS)
-        at = w_ptr + row[:, None] * KW + word[None, :]
-        w = tl.load(at) if KW % WORDS == 0 else tl.load(at, mask=(word < KW)[None, :], other=0)
-        if INNER % WORDS == 0:
-            scale = tl.load(s_ptr + row * (K // GROUP) + start // INNER)[:, None]
+    """acc (BLOCK_N, BLOCK_M) += w[offs_n] @ x[offs_m].T"""
+    PACK_FACTOR: tl.constexpr = 32 // BITS
+    K_WORDS: tl.constexpr = K // PACK_FACTOR
+    GROUP_WORDS: tl.constexpr = GROUP_SIZE // PACK_FACTOR
+    x_row_ptrs = x_ptr + offs_m[None, :].to(tl.int64) * K
+    mask_m = (offs_m < M)[None, :]
+    for start_k in range(0, K_WORDS, BLOCK_K):
+        offs_k = start_k + tl.arange(0, BLOCK_K)
+        w_ptrs = w_ptr + offs_n[:, None] * K_WORDS + offs_k[None, :]
+        # (BLOCK_N, BLOCK_K) int32
+        w = tl.load(w_ptrs) if K_WORDS % BLOCK_K == 0 else tl.load(w_ptrs, mask=(offs_k < K_WORDS)[None, :], other=0)
+        if GROUP_WORDS % BLOCK_K == 0:
+            # (BLOCK_N, 1): all words of this step share a scale
+            scale = tl.load(scale_ptr + offs_n * (K // GROUP_SIZE) + start_k // GROUP_WORDS)[:, None]
         else:
-            at = s_ptr + row[:, None] * (K // GROUP) + (word // INNER)[None, :]
-            scale = tl.load(at) if KW % WORDS == 0 else tl.load(at, mask=(word < KW)[None, :], other=0)
-        planes = planes_of(w, tl.broadcast_to(scale, w.shape), BITS, MATH)
-        inside = there if KW % WORDS == 0 else there & (word < KW)[:, None]
-        for j in tl.static_range(W):
-            x = tl.load(x_row + j * KW + word[:, None], mask=inside, other=0)
-            total = dot(planes[j], x, total)
-    return total
+            scale_ptrs = scale_ptr + offs_n[:, None] * (K // GROUP_SIZE) + (offs_k // GROUP_WORDS)[None, :]
+            # (BLOCK_N, BLOCK_K)
+            if K_WORDS % BLOCK_K == 0:
+                scale = tl.load(scale_ptrs)
+            else:
+                scale = tl.load(scale_ptrs, mask=(offs_k < K_WORDS)[None, :], other=0)
+        planes = dequant_planes(w, tl.broadcast_to(scale, w.shape), BITS, COMPUTE_DTYPE)
+        mask = mask_m if K_WORDS % BLOCK_K == 0 else mask_m & (offs_k < K_WORDS)[:, None]
+        for j in tl.static_range(PACK_FACTOR):
+            x = tl.load(x_row_ptrs + j * K_WORDS + offs_k[:, None], mask=mask, other=0)  # (BLOCK_K, BLOCK_M)
+            acc = dot(planes[j], x, acc)
+    return acc
 
 
-@triton.jit(do_not_specialize=["tokens"])
-def multiply_tiles(
-    x1_ptr, w1_ptr, s1_ptr, x2_ptr, w2_ptr, s2_ptr, a_ptr, a_step, b_ptr, b_step, x_ptr, y_ptr, tokens,
-    K1: tl.constexpr, K2: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, MATH: tl.constexpr,
-    ROWS: tl.constexpr, TOKENS: tl.constexpr, WORDS: tl.constexpr,
-    N: tl.constexpr, ACTIVATION: tl.constexpr, W: tl.constexpr, PLANES: tl.constexpr,
+@triton.jit(do_not_specialize=["M"])
+def gemm(
+    x1_ptr, w1_ptr, scale1_ptr, x2_ptr, w2_ptr, scale2_ptr,
+    bias1_ptr, stride_bias1_m, bias2_ptr, stride_bias2_m, residual_ptr, y_ptr, M,
+    K1: tl.constexpr, K2: tl.constexpr, BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, COMPUTE_DTYPE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    N: tl.constexpr, ACTIVATION: tl.constexpr, PACK_FACTOR: tl.constexpr, NUM_PLANES: tl.constexpr,
 ):  # fmt: skip
-    """y = activation(x1 @ w1.T + x2 @ w2.T + a + b + x) for TOKENS tokens a program; K2 0 leaves the second product out."""
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    stored = tl.minimum(row, N - 1)
-    y = tl.zeros((ROWS, TOKENS), tl.float32)
-    y = add_tile(y, x1_ptr, w1_ptr, s1_ptr, stored, token, tokens, K1, BITS, GROUP, MATH, WORDS)
+    """y = activation(x1 @ w1.T + x2 @ w2.T + bias1 + bias2 + residual); K2 0: without the second product."""
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = tl.minimum(offs_n, N - 1)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    acc = accumulate(acc, x1_ptr, w1_ptr, scale1_ptr, rows, offs_m, M, K1, BITS, GROUP_SIZE, COMPUTE_DTYPE, BLOCK_K)
     if K2 > 0:
-        y = add_tile(y, x2_ptr, w2_ptr, s2_ptr, stored, token, tokens, K2, BITS, GROUP, MATH, WORDS)
-    feature, token = row[:, None], token[None, :].to(tl.int64)
-    inside = (feature < N) & (token < tokens)
-    y = add_rest(y, token * N + feature, feature, token, a_ptr, a_step, b_ptr, b_step, x_ptr, inside)
-    tl.store(y_ptr + token * N + place(feature, N, W, PLANES), gelu(y, ACTIVATION), mask=inside)
+        acc = accumulate(acc, x2_ptr, w2_ptr, scale2_ptr, rows, offs_m, M, K2, BITS, GROUP_SIZE, COMPUTE_DTYPE, BLOCK_K)
+    offs_n, offs_m = offs_n[:, None], offs_m[None, :].to(tl.int64)
+    mask = (offs_n < N) & (offs_m < M)
+    y = add_bias_and_residual(
+        acc, offs_m * N + offs_n, offs_n, offs_m,
+        bias1_ptr, stride_bias1_m, bias2_ptr, stride_bias2_m, residual_ptr, mask,
+    )  # fmt: skip
+    y_ptrs = y_ptr + offs_m * N + planar_offset(offs_n, N, PACK_FACTOR, NUM_PLANES)
+    tl.store(y_ptrs, gelu(y, ACTIVATION), mask=mask)  # (BLOCK_N, BLOCK_M)
 
 
-@triton.jit(do_not_specialize=["first", "rows"])
-def decode(
-    w_ptr, s_ptr, y_ptr, first, rows,
-    K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
+@triton.jit(do_not_specialize=["start_n", "N"])
+def dequantize(
+    w_ptr, scale_ptr, y_ptr, start_n, N,
+    K: tl.constexpr, BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Rows first..first + rows of a weight, written out in natural order: y (rows, K)."""
-    W: tl.constexpr = 32 // BITS
-    KW: tl.constexpr = K // W
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    word = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
-    inside = (row < rows)[:, None] & (word < KW)[None, :]
-    at = (first + row)[:, None]
-    w = tl.load(w_ptr + at * KW + word[None, :], mask=inside, other=0, eviction_policy="evict_first")
-    scale = tl.load(s_ptr + at * (K // GROUP) + (word // (GROUP // W))[None, :], mask=inside, other=0)
-    codes = planes_of(w, scale, BITS, y_ptr.dtype.element_ty)
+    """y (N, K) in natural order = N rows of a weight from row start_n on."""
+    PACK_FACTOR: tl.constexpr = 32 // BITS
+    K_WORDS: tl.constexpr = K // PACK_FACTOR
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_w = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask = (offs_n < N)[:, None] & (offs_w < K_WORDS)[None, :]
+    rows = (start_n + offs_n)[:, None]
+    # (BLOCK_N, BLOCK_K) int32, and a scale for each word
+    w = tl.load(w_ptr + rows * K_WORDS + offs_w[None, :], mask=mask, other=0, eviction_policy="evict_first")
+    scale_ptrs = scale_ptr + rows * (K // GROUP_SIZE) + (offs_w // (GROUP_SIZE // PACK_FACTOR))[None, :]
+    scale = tl.load(scale_ptrs, mask=mask, other=0)
+    planes = dequant_planes(w, scale, BITS, y_ptr.dtype.element_ty)
     if BITS == 4:
-        even = tl.join(tl.join(codes[0], codes[4]), tl.join(codes[2], codes[6]))
-        odd = tl.join(tl.join(codes[1], codes[5]), tl.join(codes[3], codes[7]))
+        even = tl.join(tl.join(planes[0], planes[4]), tl.join(planes[2], planes[6]))
+        odd = tl.join(tl.join(planes[1], planes[5]), tl.join(planes[3], planes[7]))
     else:
-        even, odd = tl.join(codes[0], codes[2]), tl.join(codes[1], codes[3])
-    y = tl.join(even, odd).reshape(ROWS, WORDS * W)
-    column = tl.program_id(1) * WORDS * W + tl.arange(0, WORDS * W)
-    tl.store(
-        y_ptr + row[:, None].to(tl.int64) * K + column[None, :], y, mask=(row < rows)[:, None] & (column < K)[None, :]
-    )
+        even, odd = tl.join(planes[0], planes[2]), tl.join(planes[1], planes[3])
+    y = tl.join(even, odd).reshape(BLOCK_N, BLOCK_K * PACK_FACTOR)
+    offs_k = tl.program_id(1) * BLOCK_K * PACK_FACTOR + tl.arange(0, BLOCK_K * PACK_FACTOR)
+    y_ptrs = y_ptr + offs_n[:, None].to(tl.int64) * K + offs_k[None, :]
+    tl.store(y_ptrs, y, mask=(offs_n < N)[:, None] & (offs_k < K)[None, :])

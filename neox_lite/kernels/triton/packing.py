@@ -1,9 +1,12 @@
-"""Codes out of words, and where activations lie for them: what every kernel with quantized weights shares.
+"""Dequantization of packed codes, and the planar order of the activations that they meet.
 
-A word of 32 bits holds 8 (int4) or 4 (int8) codes of one row. Weights and scales are read where the checkpoint has them; only
-activations are moved, by whatever kernel makes them. They lie in planes: with P planes for words of W codes, plane j holds, for
-every word, its elements j, j + P, ... below W. One plane of one is natural order; W planes feed tensor cores, which take a code
-of several words at a time; W / 2 planes hold *pairs*, two elements whose codes come out of a word together, 16 bits apart.
+A 32-bit word packs PACK_FACTOR codes of one row: 8 of int4, 4 of int8. Weights and scales are read where the checkpoint has
+them. Only activations are reordered, by the kernel that computes them, into planes: with NUM_PLANES planes, plane j holds, for
+every word, its elements j, j + NUM_PLANES, ... below PACK_FACTOR.
+
+    PACK_FACTOR 1, NUM_PLANES 1     natural order
+    NUM_PLANES = PACK_FACTOR        for tensor cores, which take the same element of several words at a time
+    NUM_PLANES = PACK_FACTOR / 2    pairs: two elements side by side whose codes come out of a word together, 16 bits apart
 """
 
 from __future__ import annotations
@@ -13,23 +16,27 @@ import triton.language as tl
 
 from . import interpreted
 
-INTERPRETED = tl.constexpr(interpreted())  # without inline assembly, by twins that round alike
-SHIFT = 5  # activations as halves lie times 2**-SHIFT, so that no sum of four codes (at most 8) times them can overflow
+# Triton's interpreter has no inline assembly: there, plain code rounds as the instructions do.
+INTERPRETED = tl.constexpr(interpreted())
+# float16 activations for half2 products are stored times 2**-HALF_SHIFT, so that no sum of four products with codes (of at most
+# 8 in size) overflows.
+HALF_SHIFT = 5
 
 
 @triton.jit
-def place(feature, features: tl.constexpr, W: tl.constexpr, PLANES: tl.constexpr):
-    """Where a feature of a token lies among its `features`."""
-    if W == 1:
-        return feature
+def planar_offset(offs_n, N: tl.constexpr, PACK_FACTOR: tl.constexpr, NUM_PLANES: tl.constexpr):
+    """Offsets at which features offs_n of a token lie among its N."""
+    if PACK_FACTOR == 1:
+        return offs_n
     else:
-        word, element = feature // W, feature % W
-        return ((element % PLANES) * (features // W) + word) * (W // PLANES) + element // PLANES
+        word, element = offs_n // PACK_FACTOR, offs_n % PACK_FACTOR
+        together: tl.constexpr = PACK_FACTOR // NUM_PLANES
+        return ((element % NUM_PLANES) * (N // PACK_FACTOR) + word) * together + element // NUM_PLANES
 
 
 @triton.jit
-def low(pair, DTYPE: tl.constexpr):
-    """The first of a pair, float32."""
+def unpack_low(pair, DTYPE: tl.constexpr):
+    """The first number of each pair, float32. pair: int32 of 16-bit numbers, int64 of float32 ones."""
     if DTYPE == "float32":
         return (pair & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
     elif DTYPE == "bfloat16":
@@ -39,8 +46,8 @@ def low(pair, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def high(pair, DTYPE: tl.constexpr):
-    """The second of a pair, float32."""
+def unpack_high(pair, DTYPE: tl.constexpr):
+    """The second number of each pair, float32."""
     if DTYPE == "float32":
         return (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
     elif DTYPE == "bfloat16":
@@ -50,8 +57,8 @@ def high(pair, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def code(word, E: tl.constexpr, BITS: tl.constexpr):
-    """Code E of each word as float32, exact: its bits in the mantissa of 2**23, which is then taken off.
+def dequant_code(word, E: tl.constexpr, BITS: tl.constexpr):
+    """word int32 -> its code E as float32, exact: the code's bits go into the mantissa of 2**23, which is then subtracted.
 
     A mantissa has 23 bits, so codes in a word's upper half are read after a shift that several of them share.
     """
@@ -62,7 +69,8 @@ def code(word, E: tl.constexpr, BITS: tl.constexpr):
     STEP: tl.constexpr = 1.0 / (1 << AT)
     OFFSET: tl.constexpr = (1 << 23) / (1 << AT) + (1 << (BITS - 1))
     bits = (word >> HALF) if UPPER else word
-    if not INTERPRETED:  # one instruction, where the compiler makes two of two immediates
+    if not INTERPRETED:
+        # One instruction; from two immediates, the compiler makes two.
         big = tl.inline_asm_elementwise(
             "lop3.b32 $0, $1, $2, $3, 0xEA;",
             "=f,r,r,r",
@@ -76,12 +84,12 @@ def code(word, E: tl.constexpr, BITS: tl.constexpr):
     return big * STEP - OFFSET
 
 
-# Pairs of halves, for one or a few tokens -----------------------------------------------------------------------------
+# half2: two float16 numbers in 32 bits, for one or a few tokens -------------------------------------------------------
 
 
 @triton.jit
-def halves_of(word):
-    """The codes of int4 words as pairs of halves (0, 4), (1, 5), (2, 6), (3, 7): or-ed into the mantissa of 1024 or 64."""
+def dequant_int4_half2(word):
+    """word int32 -> codes (0, 4), (1, 5), (2, 6), (3, 7) as half2 in int32: or-ed into the mantissa of 1024 or 64."""
     if not INTERPRETED:
         return tl.inline_asm_elementwise(
             """
@@ -106,16 +114,16 @@ def halves_of(word):
         )
     else:
         return (
-            _pair(code(word, 0, 4), code(word, 4, 4)),
-            _pair(code(word, 1, 4), code(word, 5, 4)),
-            _pair(code(word, 2, 4), code(word, 6, 4)),
-            _pair(code(word, 3, 4), code(word, 7, 4)),
+            _pack_half2(dequant_code(word, 0, 4), dequant_code(word, 4, 4)),
+            _pack_half2(dequant_code(word, 1, 4), dequant_code(word, 5, 4)),
+            _pack_half2(dequant_code(word, 2, 4), dequant_code(word, 6, 4)),
+            _pack_half2(dequant_code(word, 3, 4), dequant_code(word, 7, 4)),
         )
 
 
 @triton.jit
-def dot_of_halves(a, b, c, d, x0, x1, x2, x3):
-    """The sum of eight products of pairs of halves, formed in halves but for the last addition: float32."""
+def dot_half2(a, b, c, d, x0, x1, x2, x3):
+    """a * x0 + b * x1 + c * x2 + d * x3 of half2, then the sum of both halves in float32."""
     if not INTERPRETED:
         return tl.inline_asm_elementwise(
             """
@@ -140,20 +148,20 @@ def dot_of_halves(a, b, c, d, x0, x1, x2, x3):
             pack=1,
         )
     else:
-        first = low(a, "float16").to(tl.float16) * low(x0, "float16").to(tl.float16)
-        first += low(b, "float16").to(tl.float16) * low(x1, "float16").to(tl.float16)
-        first += low(c, "float16").to(tl.float16) * low(x2, "float16").to(tl.float16)
-        first += low(d, "float16").to(tl.float16) * low(x3, "float16").to(tl.float16)
-        second = high(a, "float16").to(tl.float16) * high(x0, "float16").to(tl.float16)
-        second += high(b, "float16").to(tl.float16) * high(x1, "float16").to(tl.float16)
-        second += high(c, "float16").to(tl.float16) * high(x2, "float16").to(tl.float16)
-        second += high(d, "float16").to(tl.float16) * high(x3, "float16").to(tl.float16)
+        first = unpack_low(a, "float16").to(tl.float16) * unpack_low(x0, "float16").to(tl.float16)
+        first += unpack_low(b, "float16").to(tl.float16) * unpack_low(x1, "float16").to(tl.float16)
+        first += unpack_low(c, "float16").to(tl.float16) * unpack_low(x2, "float16").to(tl.float16)
+        first += unpack_low(d, "float16").to(tl.float16) * unpack_low(x3, "float16").to(tl.float16)
+        second = unpack_high(a, "float16").to(tl.float16) * unpack_high(x0, "float16").to(tl.float16)
+        second += unpack_high(b, "float16").to(tl.float16) * unpack_high(x1, "float16").to(tl.float16)
+        second += unpack_high(c, "float16").to(tl.float16) * unpack_high(x2, "float16").to(tl.float16)
+        second += unpack_high(d, "float16").to(tl.float16) * unpack_high(x3, "float16").to(tl.float16)
         return first.to(tl.float32) + second.to(tl.float32)
 
 
 @triton.jit
-def _pair(first, second):
-    """Two numbers as halves in one word."""
+def _pack_half2(first, second):
+    """Two numbers as one half2, int32."""
     one = first.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
     return one | (second.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) << 16)
 
@@ -162,24 +170,24 @@ def _pair(first, second):
 
 
 @triton.jit
-def planes_of(word, scale, BITS: tl.constexpr, DTYPE: tl.constexpr):
-    """code * scale for every code of the words, in DTYPE, rounded once: a tuple, as many as a word has codes."""
+def dequant_planes(word, scale, BITS: tl.constexpr, DTYPE: tl.constexpr):
+    """word int32 -> code * scale for each of its codes, rounded once to DTYPE: a tuple of PACK_FACTOR tensors."""
     if not INTERPRETED and DTYPE == tl.float16 and scale.dtype == tl.float16:
         if BITS == 4:
-            return _int4_planes(word, scale)
+            return _dequant_int4_float16(word, scale)
         else:
-            return _int8_planes(word, scale)
+            return _dequant_int8_float16(word, scale)
     else:
         scale = scale.to(tl.float32)
         planes = ()
         for j in tl.static_range(32 // BITS):
-            planes = planes + ((code(word, j, BITS) * scale).to(DTYPE),)
+            planes = planes + ((dequant_code(word, j, BITS) * scale).to(DTYPE),)
         return planes
 
 
 @triton.jit
-def _int4_planes(word, scale):
-    """Codes of two words at a time, as in halves_of: their lower and upper halves side by side, then scaled."""
+def _dequant_int4_float16(word, scale):
+    """Codes of two words at a time, as in dequant_int4_half2: their lower and upper halves side by side, then scaled."""
     return tl.inline_asm_elementwise(
         """
         {
@@ -226,7 +234,7 @@ def _int4_planes(word, scale):
 
 
 @triton.jit
-def _int8_planes(word, scale):
+def _dequant_int8_float16(word, scale):
     """The same for bytes: or-ed into the mantissa of 1024, and 1024 + 128 taken off."""
     return tl.inline_asm_elementwise(
         """
@@ -260,9 +268,10 @@ def _int8_planes(word, scale):
 
 
 @triton.jit
-def dot(a, b, total):
-    """total + a @ b, summed in float32. The interpreter has no products of bfloat16; as float32 they are the same numbers."""
+def dot(a, b, acc):
+    """acc + a @ b, summed in float32."""
     if INTERPRETED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
+        # The interpreter has no products of bfloat16; as float32 they are the same numbers.
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     else:
-        return tl.dot(a, b, total, input_precision="ieee")
+        return tl.dot(a, b, acc, input_precision="ieee")

@@ -70,7 +70,7 @@ def rows(
 ) -> Candidates:
     """For so many outputs over weights with `words` in a row each, `inner` of which share a scale (plain matrices: bits 0, 1).
 
-    math: as gemv.add_products has it.
+    math: as gemv.accumulate has it (COMPUTE).
     """
     # A thread loads 16 bytes of a row at a time, so `at_once` words make a warp read a row each; fewer where rows are short.
     at_once = 128 if bits else 256
@@ -131,7 +131,7 @@ def tiles(size: int, columns: int, tokens: int, bits: int, dtype: torch.dtype) -
 
 @dataclass(frozen=True)
 class Blocks:
-    """Of attention.attend_block: tokens looked at, warps, stages of loads ahead."""
+    """Of attention.paged_prefill: tokens looked at, warps, stages of loads ahead."""
 
     keys: int
     warps: int = 4
@@ -153,7 +153,7 @@ def blocks(device: DeviceProperties, head_dim: int, int8: bool, dtype: torch.dty
 
 @dataclass(frozen=True)
 class Page:
-    """Of attention.attend_page: tokens that threads see side by side, warps."""
+    """Of attention.paged_decode: tokens that threads see side by side, warps."""
 
     lanes: int
     warps: int = 4
