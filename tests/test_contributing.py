@@ -6,10 +6,13 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
+from support.serving import application, demo_engine, serving
 
 from neox_lite import GPTNeoXForCausalLM
 from neox_lite.kernels import reference
@@ -101,83 +104,36 @@ def described(heading):
     ]
 
 
-def goes(heading, run):
-    """Whether run() calls the functions under a heading, in their order."""
-    called = []
+class Watch:
+    """Notes which functions are called, by whichever thread that starts after it."""
 
-    def watch(frame, event, argument):
+    def __init__(self):
+        self.called = []
+
+    def __call__(self, frame, event, argument):
         if event == "call" and "neox_lite" in (path := frame.f_code.co_filename):
             inside = re.split("/neox_lite(?:_app)?/", path)[-1]
             owner = frame.f_locals.get("self", frame.f_locals.get("cls"))
             owner = owner if isinstance(owner, type) else type(owner)
             names = {"", *(f"{c.__name__}." for c in owner.__mro__)}
-            called.append({(inside, prefix + frame.f_code.co_name) for prefix in names})
+            self.called.append({(inside, prefix + frame.f_code.co_name) for prefix in names})
 
+    def follows(self, heading):
+        """Fail unless the functions under a heading were called in their order."""
+        places = iter(self.called)
+        for step in described(heading):
+            assert any(step in names for names in places), f"{step} is not called after those before it"
+
+
+def goes(heading, run):
+    """Whether run() calls the functions under a heading, in their order."""
+    watch = Watch()
     sys.setprofile(watch)
     try:
         run()
     finally:
         sys.setprofile(None)
-    places = iter(called)
-    for step in described(heading):
-        assert any(step in names for names in places), f"{step} is not called after those before it"
-
-
-USED = """
-import numpy as np
-import generated
-from neox_lite.errors import ArgumentError
-from neox_lite.generation.options import Options
-from neox_lite.generation.sampling import candidates
-from neox_lite_app.cli import build_parser
-from neox_lite_app.page.settings import FIELDS, options_of
-from neox_lite_app.serving import schema
-
-try:
-    Options.parse({"top_n_sigma": -1})
-except ArgumentError as error:
-    print("checked:", error)
-for command in (["generate", "M", "--prompt", "x"], ["chat", "M"]):
-    print("flag:", build_parser().parse_args([*command, "--top-n-sigma", "1.5"]).top_n_sigma)
-asked = schema.completion({"prompt": "x", "top_n_sigma": 1.5}).options
-print("field:", asked["top_n_sigma"])
-try:
-    schema.completion({"prompt": "x", "top_n_sigma": 101})
-except schema.RequestError as error:
-    print("refused:", error)
-labels = [field.label for field in FIELDS if field.name == "top_n_sigma"]
-print("control:", labels, options_of({"top_n_sigma": 2})["top_n_sigma"])
-print("docs:", sum("`top_n_sigma`" in line for line in (*generated.parameters(), *generated.api_parameters())))
-sampling = Options.parse(asked).sampling
-logits = np.array([5, 4.9, 1, -np.inf, 0, 0, 0], np.float32)
-print("filter:", candidates(logits, sampling)[0].tolist(), "host:", sampling.host_reason)
-"""
-
-
-def run(copy, *words):
-    """A process of Python in the copy."""
-    rooms = os.pathsep.join(str(copy / room) for room in (".", "quant", "app", "docs"))
-    environment = {**ENVIRONMENT, "PYTHONPATH": rooms}
-    return subprocess.run(
-        [sys.executable, *words], cwd=copy, env=environment, capture_output=True, text=True, timeout=600
-    )
-
-
-def test_a_sampling_parameter_added_as_described_is_an_option_a_flag_a_field_and_a_control(copy):
-    done = run(copy, "-c", USED)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.splitlines() == [
-        "checked: top_n_sigma is -1.0, expected 0.0 to 100.0",
-        "flag: 1.5",
-        "flag: 1.5",
-        "field: 1.5",
-        "refused: top_n_sigma is 101, expected a number from 0 to 100",
-        "control: ['Top-n-sigma'] 2.0",
-        "docs: 2",
-        "filter: [0, 1] host: top_n_sigma is the host's work",
-    ]
-    tests = run(copy, "-m", "pytest", "-p", "no:cacheprovider", "-k", "not transformers", "tests/test_parameters.py")
-    assert tests.returncode == 0, tests.stdout[-4000:]
+    watch.follows(heading)
 
 
 def test_a_token_goes_the_way_that_is_described():
@@ -202,3 +158,17 @@ def test_a_weight_goes_the_way_that_is_described(tmp_path, monkeypatch):
         model(torch.tensor([[5]]))
 
     goes("One weight's way", load_and_run)
+
+
+def test_a_request_goes_the_way_that_is_described():
+    assert len(described("One request's way")) == 14
+    watch = Watch()
+    threading.setprofile(watch)
+    try:
+        with demo_engine() as engine, serving(application(engine)) as address:
+            body = {"messages": [{"role": "user", "content": "To be"}], "max_tokens": 4, "stream": True}
+            reply = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=60)
+    finally:
+        threading.setprofile(None)
+    assert reply.text.endswith("data: [DONE]\n\n")
+    watch.follows("One request's way")

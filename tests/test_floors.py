@@ -44,9 +44,7 @@ MAX_LINES = 500  # of a file, but for
 LONGER = {
     "neox_lite.tokenizer",
     "neox_lite.config",
-    "neox_lite.kernels.triton.operations",
     "neox_lite.offload.plan",
-    "neox_lite.offload.profile",
     "neox_lite_app.bench",
     "neox_lite_app.serving.schema",
 }
