@@ -25,7 +25,7 @@ from neox_lite_app.paths import DEMO
 from neox_lite_app.serving.engine import Busy, Engine, NotLoaded, sentence
 from neox_lite_app.serving.jobs import Job, Ticket, Update
 
-SAMPLED = {"do_sample": True, "temperature": 0.8, "top_p": 0.95}
+SAMPLED = {"do_sample": True, "temperature": 0.8, "top_k": 0, "top_p": 0.95}
 PATIENCE_S = 60  # a test that waits so long has failed
 
 

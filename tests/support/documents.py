@@ -202,10 +202,10 @@ class Server:
         finally:
             self._ready.set()
 
-    def _run(self, app, guard, engine, listener, host) -> int:
+    def _run(self, guard, engine, listener, host) -> int:
         """In place of what handles signals, which only a main thread can."""
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        config = uvicorn.Config(app, http="h11", ws="none", log_level="critical", lifespan="off")
+        config = uvicorn.Config(guard, http="h11", ws="none", log_level="critical", lifespan="off")
         self._uvicorn = uvicorn.Server(config)
         listener.listen()
         self._ready.set()

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import transformers
 
-import neox_lite.modeling.pretrained
+import neox_lite.core.network
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -43,5 +43,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    neox_lite.modeling.pretrained.free_memory = lambda: (32 << 30, 16 << 30)  # whatever this machine has
+    neox_lite.core.network.free_memory = lambda: (32 << 30, 16 << 30)  # whatever this machine has
     print(json.dumps({which: run(which) for which in sys.argv[1:]}))
