@@ -715,7 +715,7 @@ def test_what_streams_survives_that_the_conversation_is_drawn_anew(open_page, de
 
 
 def test_a_conversation_that_is_left_keeps_what_was_written_and_disturbs_no_other(open_page, demo, slow):
-    page = chat_page(open_page, 400)
+    page = chat_page(open_page, 1000)
     say(page, "I am left behind")
     expect(page.locator(".turn.live .body p").first).not_to_be_empty()
     page.get_by_role("button", name="New conversation", exact=True).click()
