@@ -84,11 +84,11 @@ class PagePool:
         self._trim(block_table)
         used = block_table.length % PAGE
         new = -(-(block_table.length + count) // PAGE) - len(block_table.pages)
-        if self.wanted(block_table, count) > len(self._free) and self.reclaim is not None:
-            self.reclaim(self.wanted(block_table, count))
-        if (lacking := self.wanted(block_table, count) - len(self._free)) > 0:
+        if self.pages_needed(block_table, count) > len(self._free) and self.reclaim is not None:
+            self.reclaim(self.pages_needed(block_table, count))
+        if (lacking := self.pages_needed(block_table, count) - len(self._free)) > 0:
             self._grow(self.pages + lacking)
-        if self.wanted(block_table, count) > new:  # copy on write
+        if self.pages_needed(block_table, count) > new:  # copy on write
             old, copy = block_table.pages[-1], self._take()
             for s in (*self.storage, *self.scales):
                 s[copy, :, :, :used] = s[old, :, :, :used]
@@ -96,7 +96,7 @@ class PagePool:
             block_table.pages[-1] = copy
         block_table.pages += [self._take() for _ in range(new)]
 
-    def wanted(self, block_table: BlockTable, count: int) -> int:
+    def pages_needed(self, block_table: BlockTable, count: int) -> int:
         """Pages that `reserve` would take, with the one for a copy where others hold the page that is written to."""
         filled, used = divmod(block_table.length, PAGE)
         new = -(-(block_table.length + count) // PAGE) - filled - (used > 0)
@@ -217,7 +217,7 @@ class PrefixCache:
         self._entries: list[PrefixEntry] = []  # least recently used first
         # A strong reference would make a cycle, and only the garbage collector would free the pool's memory.
         evict = WeakMethod(self.evict)
-        pool.reclaim = lambda wanted: (call := evict()) and call(wanted)
+        pool.reclaim = lambda needed: (call := evict()) and call(needed)
 
     def match_prefix(
         self, ids: Sequence[int] | Tensor, live: Iterable[PrefixEntry] = ()
@@ -226,9 +226,9 @@ class PrefixCache:
 
         Without logits the prefix is at least one id shorter than ids. live: running sequences, searched like entries.
         """
-        wanted = torch.as_tensor(ids)
+        prompt = torch.as_tensor(ids)
         known = [*self._entries, *live]
-        lengths = [common_length(wanted, one.ids) for one in known]
+        lengths = [common_length(prompt, one.ids) for one in known]
         for one, length in zip(known, lengths, strict=True):
             if one.logits is not None and length == len(ids) == one.prompt:
                 # A copy, because a caller's processor may write to it.
@@ -263,9 +263,9 @@ class PrefixCache:
                 filled[page] = max(filled.get(page, 0), min(PAGE, block_table.length - i * PAGE))
         return sum(filled.values())
 
-    def evict(self, wanted: int) -> None:
-        """Drop entries until `wanted` pages are free, or the pool may grow by what is missing."""
-        while self._entries and self.pool.pages + max(0, wanted - self.pool.free_pages) > self.budget:
+    def evict(self, needed: int) -> None:
+        """Drop entries until `needed` pages are free, or the pool may grow by what is missing."""
+        while self._entries and self.pool.pages + max(0, needed - self.pool.free_pages) > self.budget:
             self._drop(0)
 
     def clear(self) -> None:
@@ -332,7 +332,7 @@ class Batch:
     ) -> Batch:
         """Reserve room for counts[i] more tokens in each block table, or on CacheError for none.
 
-        positions default to the places in the block table.
+        positions default to those in the block table.
         """
         offsets, pages, slots = [0], [], []
         try:
@@ -343,9 +343,9 @@ class Batch:
                 pool._trim(block_table)
             raise
         for block_table, count in zip(block_tables, counts, strict=True):
-            places = range(block_table.length, block_table.length + count)
-            pages += [block_table.pages[p // PAGE] for p in places]
-            slots += [p % PAGE for p in places]
+            span = range(block_table.length, block_table.length + count)
+            pages += [block_table.pages[p // PAGE] for p in span]
+            slots += [p % PAGE for p in span]
             offsets.append(offsets[-1] + count)
         starts = tuple(s.length for s in block_tables)
         own = [s + i for s, n in zip(starts, counts, strict=True) for i in range(n)]

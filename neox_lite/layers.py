@@ -23,13 +23,13 @@ class FixedDtype(nn.Module):
     fixed: tuple[str, ...] = ()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        kept = {name: self._buffers[name] for name in self.fixed}
+        fixed = {name: self._buffers[name] for name in self.fixed}
         self._buffers.update(dict.fromkeys(self.fixed))
         try:
             super()._apply(fn, recurse)
         finally:  # a device that runs full must not cost the model its tensors
-            self._buffers.update(kept)
-        for name, buffer in kept.items():
+            self._buffers.update(fixed)
+        for name, buffer in fixed.items():
             if buffer is not None:
                 self._buffers[name] = buffer.to(fn(buffer.new_empty(0)).device)
         return self
@@ -183,8 +183,8 @@ def _yarn(wavelengths: Tensor, rope: dict[str, Any], dim: int) -> tuple[Tensor, 
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     width = (high - low) or 0.001
-    kept = 1 - ((torch.arange(dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
-    frequencies = (1 / (factor * wavelengths)) * (1 - kept) + (1 / wavelengths) * kept
+    keep = 1 - ((torch.arange(dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
+    frequencies = (1 / (factor * wavelengths)) * (1 - keep) + (1 / wavelengths) * keep
     return frequencies, rope.get("attention_factor") or _yarn_attention_factor(factor, rope)
 
 

@@ -273,10 +273,10 @@ def _short(value: object) -> str:
     return repr(value)[:100]
 
 
-def _matches(wanted: str | tuple[str, ...], name: str) -> bool:
-    if isinstance(wanted, str):
-        return wanted.lower() == "all-linear" or re.fullmatch(wanted, name) is not None
-    return any(name == one or name.endswith(f".{one}") for one in wanted)
+def _matches(targets: str | tuple[str, ...], name: str) -> bool:
+    if isinstance(targets, str):
+        return targets.lower() == "all-linear" or re.fullmatch(targets, name) is not None
+    return any(name == one or name.endswith(f".{one}") for one in targets)
 
 
 def _lookup(patterns: Mapping[str, Any], name: str, default: Any) -> Any:

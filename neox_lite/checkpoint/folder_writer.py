@@ -110,8 +110,8 @@ class ShardWriter:
         if spec is None:
             raise CheckpointError(f"{self.path}: {shown(name)} is not planned for this file")
         if tensor.dtype != spec.dtype or tensor.shape[1:] != spec.shape[1:] or tensor.dim() != len(spec.shape):
-            found, wanted = dtype_name(tensor.dtype), dtype_name(spec.dtype)
-            raise CheckpointError(f"{name}: got {found} {list(tensor.shape)}, planned {wanted} {list(spec.shape)}")
+            found, expected = dtype_name(tensor.dtype), dtype_name(spec.dtype)
+            raise CheckpointError(f"{name}: got {found} {list(tensor.shape)}, planned {expected} {list(spec.shape)}")
         rows, total = (tensor.shape[0], spec.shape[0]) if spec.shape else (1, 1)
         if not 0 <= row <= row + rows <= total:
             raise CheckpointError(f"{name}: rows {row}..{row + rows} of {total}")
@@ -308,8 +308,8 @@ class FolderWriter:
 
         manifest_fields: what to record, such as method, source and source_revision; nothing that differs between runs.
         """
-        wanted = [self.shard_name(i) for i in range(len(self.plan))]
-        unwritten = [name for name in dict.fromkeys((*wanted, *self._writers)) if name not in self._weights]
+        shards = [self.shard_name(i) for i in range(len(self.plan))]
+        unwritten = [name for name in dict.fromkeys((*shards, *self._writers)) if name not in self._weights]
         if unwritten:
             raise CheckpointError(f"{self.folder}: not written yet: {first_few(unwritten)}")
         own = {"format_version": FORMAT_VERSION, "created_by": f"neox-lite {__version__}"}

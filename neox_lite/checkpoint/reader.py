@@ -142,8 +142,8 @@ class Checkpoint:
             if info.shape != tuple(shape):
                 shapes.append(f"{name} is {list(info.shape)}, expected {list(shape)}")
             elif allowed is not None and info.dtype not in allowed:
-                wanted = " or ".join(sorted(dtype_name(dtype) for dtype in allowed))
-                dtypes.append(f"{name} is {dtype_name(info.dtype)}, expected {wanted}")
+                choices = " or ".join(sorted(dtype_name(dtype) for dtype in allowed))
+                dtypes.append(f"{name} is {dtype_name(info.dtype)}, expected {choices}")
         problems = {"missing": missing, "unexpected": extra, "wrong shape": shapes, "wrong dtype": dtypes}
         listed = [f"{len(found)} {what}: {first_few(found)}" for what, found in problems.items() if found]
         if listed:

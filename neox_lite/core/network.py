@@ -26,7 +26,7 @@ Self = TypeVar("Self", bound="Network")
 class Network(nn.Module):
     """A model as modules that hold tensors. `Transformer` has the blocks; others hold one as `gpt_neox`, and an output layer.
 
-    version: raised by whatever kernels must be bound anew for: moves, new places, other settings.
+    version: raised by whatever kernels must be bound again for: moves, new places, other settings.
     """
 
     base_model_prefix = "gpt_neox"
@@ -137,9 +137,9 @@ class Network(nn.Module):
         return self._exact
 
     @exact.setter
-    def exact(self, wanted: bool) -> None:
-        self.version += wanted != self._exact
-        self._exact = wanted
+    def exact(self, value: bool) -> None:
+        self.version += value != self._exact
+        self._exact = value
 
     def new_pool(self, pages: int = 0, limit: int | None = None) -> PagePool:
         """An empty KV cache pool for this model's layers, of the kind that `kv` names. limit: None for `cache_pages`."""

@@ -47,8 +47,8 @@ class TensorWatch:
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         tables: list[Any] = [table for part in module.modules() for table in (part._parameters, part._buffers)]
-        places = [(table, name) for table in tables for name, tensor in table.items() if tensor is not None]
-        self._tables, self._names = [table for table, _ in places], [name for _, name in places]
+        slots = [(table, name) for table in tables for name, tensor in table.items() if tensor is not None]
+        self._tables, self._names = [table for table, _ in slots], [name for _, name in slots]
         self._identities, self._addresses = identities(module), self._addresses_now()
 
     def changed(self) -> bool:

@@ -174,8 +174,8 @@ class NF4(ByRows):
             raise FormatError(f"{STATE}: expected an object with {', '.join(sorted(known))}")
         for key, allowed in expected.items():
             if not any(state[key] == value and type(state[key]) is type(value) for value in allowed):  # 64.0 is no size
-                wanted = " or ".join(map(repr, allowed))
-                raise FormatError(f"{STATE}: {key} is {str(state[key])[:60]!r}, expected {wanted}")
+                choices = " or ".join(map(repr, allowed))
+                raise FormatError(f"{STATE}: {key} is {str(state[key])[:60]!r}, expected {choices}")
         offset = state.get("nested_offset", 0.0)
         if type(offset) not in (int, float) or not abs(offset) < torch.finfo(torch.float32).max:
             raise FormatError(f"{STATE}: nested_offset is {str(offset)[:60]!r}, expected a finite number")

@@ -182,24 +182,24 @@ class Options:
     def new_tokens(self, prompt_tokens: int, context: int) -> int:
         """How many tokens may follow a prompt. Raises ContextLengthError when they do not fit."""
         if self.max_new_tokens is not None:
-            wanted = self.max_new_tokens
+            new_tokens = self.max_new_tokens
         elif self.max_length is not None:
-            wanted = self.max_length - prompt_tokens
-            if wanted < 0:
+            new_tokens = self.max_length - prompt_tokens
+            if new_tokens < 0:
                 raise ArgumentError(
                     f"the prompt has {prompt_tokens} tokens, more than max_length {self.max_length}; raise max_length or "
                     "use max_new_tokens"
                 )
         else:
-            wanted = max(min(DEFAULT_NEW_TOKENS, context - prompt_tokens), 1)
-        if prompt_tokens + wanted > context:
+            new_tokens = max(min(DEFAULT_NEW_TOKENS, context - prompt_tokens), 1)
+        if prompt_tokens + new_tokens > context:
             room = context - prompt_tokens
             instead = f" or ask for at most {room} new token{'s' if room > 1 else ''}" if room > 0 else ""
             raise ContextLengthError(
-                f"{prompt_tokens} prompt tokens and {wanted} new ones are {prompt_tokens + wanted}, more than the context of "
-                f"{context} tokens; shorten the prompt{instead}"
+                f"{prompt_tokens} prompt tokens and {new_tokens} new ones are {prompt_tokens + new_tokens}, more than the "
+                f"context of {context} tokens; shorten the prompt{instead}"
             )
-        return wanted
+        return new_tokens
 
 
 def option_names() -> set[str]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 Processor = Callable[[Tensor, Tensor], Tensor]  # history (tokens,) int64, logits (vocabulary,) float32 -> logits
-Filter = Callable[["np.ndarray", Any], "np.ndarray"]  # logits (n,), a parameter -> places of the kept ones, ascending
+Filter = Callable[["np.ndarray", Any], "np.ndarray"]  # logits (n,), a parameter -> indices of the kept ones, ascending
 
 # By their parameters, in the order in which they apply; a parameter with its neutral value leaves its own out.
 PROCESSORS: dict[tuple[str, ...], tuple[Callable[..., Tensor], bool]] = {}
@@ -131,7 +131,7 @@ def forbid_repeats(history: Tensor, logits: Tensor, n: int) -> Tensor:
     import numpy as np
 
     ids = history.numpy()
-    starts = len(ids) - n + 1  # places where n tokens begin
+    starts = len(ids) - n + 1  # where n tokens begin
     if starts < 1:
         return logits
     match = np.ones(starts, dtype=bool)
@@ -145,27 +145,27 @@ def forbid_repeats(history: Tensor, logits: Tensor, n: int) -> Tensor:
 
 @filter_of("top_k")
 def top_k(values: np.ndarray, k: int) -> np.ndarray:
-    """Places of the k largest, and of all that equal the k-th."""
+    """Indices of the k largest, and of all that equal the k-th."""
     import numpy as np
 
     n, columns = len(values), 16 * k
     if k >= n:
         return np.arange(n)
-    places = None
+    indices = None
     if n >= 4 * columns:  # of so many columns' largest, the k-th largest is at most the k-th largest of all
         tops = values[: n // columns * columns].reshape(-1, columns).max(0)
-        places = np.flatnonzero(values >= np.partition(tops, -k)[-k])
-        values = values[places]
-    kept = np.flatnonzero(values >= np.partition(values, -k)[-k])
-    return kept if places is None else places[kept]
+        indices = np.flatnonzero(values >= np.partition(tops, -k)[-k])
+        values = values[indices]
+    keep = np.flatnonzero(values >= np.partition(values, -k)[-k])
+    return keep if indices is None else indices[keep]
 
 
 @filter_of("top_p")
 def top_p(values: np.ndarray, p: float) -> np.ndarray:
-    """Places of the smallest set whose probability reaches p, at least one (https://arxiv.org/abs/1904.09751)."""
+    """Indices of the smallest set whose probability reaches p, at least one (https://arxiv.org/abs/1904.09751)."""
     import numpy as np
 
-    places, weights = np.arange(len(values)), np.exp(values - values.max())
+    indices, weights = np.arange(len(values)), np.exp(values - values.max())
     total = weights.sum(dtype=np.float64)
     left_out = (1 - p) * total  # what the others may weigh together
     rest, lost = left_out, 0.0
@@ -173,18 +173,18 @@ def top_p(values: np.ndarray, p: float) -> np.ndarray:
         heavy = np.flatnonzero(weights > rest / len(weights))
         if not len(heavy):
             break
-        places, weights = places[heavy], weights[heavy]
+        indices, weights = indices[heavy], weights[heavy]
         lost = total - weights.sum(dtype=np.float64)
         rest = left_out - lost
     ordered = np.sort(weights)  # much faster than their order is found
     last = min(int(np.count_nonzero(lost + ordered.cumsum(dtype=np.float64) <= left_out)), len(ordered) - 1)
     heavier, equal = np.flatnonzero(weights > ordered[last]), np.flatnonzero(weights == ordered[last])
-    return np.sort(places[np.append(heavier, equal[len(heavier) + last - len(ordered) :])])
+    return np.sort(indices[np.append(heavier, equal[len(heavier) + last - len(ordered) :])])
 
 
 @filter_of("min_p")
 def min_p(values: np.ndarray, p: float) -> np.ndarray:
-    """Places of those at least p times as probable as the most probable one (https://arxiv.org/abs/2407.01082)."""
+    """Indices of those at least p times as probable as the most probable one (https://arxiv.org/abs/2407.01082)."""
     import numpy as np
 
     return np.flatnonzero(values >= values.max() + np.float32(math.log(p)))
@@ -192,7 +192,7 @@ def min_p(values: np.ndarray, p: float) -> np.ndarray:
 
 @filter_of("typical_p")
 def typical_p(values: np.ndarray, p: float) -> np.ndarray:
-    """Places of the smallest set that reaches probability p, from those whose information is nearest to the expected one on
+    """Indices of the smallest set that reaches probability p, from those whose information is nearest to the expected one on
     (https://arxiv.org/abs/2202.00666)."""
     import numpy as np
 
@@ -202,8 +202,8 @@ def typical_p(values: np.ndarray, p: float) -> np.ndarray:
     distance = np.abs(-logs + (probabilities * logs).sum())
     order = distance.argsort()
     last = min(int((probabilities[order].cumsum() < p).sum()), len(order) - 1)
-    kept = distance <= distance[order[last]]
-    return finite[kept]
+    keep = distance <= distance[order[last]]
+    return finite[keep]
 
 
 # Samples --------------------------------------------------------------------------------------------------------------
@@ -254,9 +254,9 @@ def candidates(values: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.n
     if sampling.temperature != 1.0:
         values = values / np.float32(sampling.temperature)
     ids = None
-    for kept in sampling.filters:
-        places = kept(values)
-        ids, values = places if ids is None else ids[places], values[places]
+    for keep in sampling.filters:
+        indices = keep(values)
+        ids, values = indices if ids is None else ids[indices], values[indices]
     finite = np.flatnonzero(values > -np.inf)
     return finite if ids is None else ids[finite], values[finite]
 
@@ -304,8 +304,8 @@ def token_logprob(logits: Tensor, token: int, likeliest: int, padding_ids: Tenso
     if padding_ids is not None and len(padding_ids):
         logits = exclude(logits, padding_ids)
     logs = log_softmax(logits.numpy())
-    places = top_k(logs, likeliest) if likeliest else np.arange(0)
-    best = places[np.argsort(-logs[places], kind="stable")][:likeliest]
+    indices = top_k(logs, likeliest) if likeliest else np.arange(0)
+    best = indices[np.argsort(-logs[indices], kind="stable")][:likeliest]
     return TokenLogprob(float(logs[token]), tuple((int(i), float(logs[i])) for i in best if logs[i] > -np.inf))
 
 

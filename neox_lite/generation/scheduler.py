@@ -59,10 +59,10 @@ class StepLogits(NamedTuple):
 
 
 class PendingBatch(NamedTuple):
-    """A step that was launched and not read yet, and the place of each sequence in its batch."""
+    """A step that was launched and not read yet, and the row of each sequence in its batch."""
 
     step: PendingStep
-    places: dict[Sequence, int]
+    rows: dict[Sequence, int]
 
 
 class Scheduler:
@@ -263,7 +263,7 @@ class Scheduler:
         if self._drafting is not None:
             self._drafting.drafter.drop(sequence)
         if self._pending is not None:
-            self._pending.places.pop(sequence, None)
+            self._pending.rows.pop(sequence, None)
         if (table := sequence.block_table) is None:
             return
         if keep:
@@ -348,9 +348,9 @@ class Scheduler:
         self._pending = self._launch()
         if before is not None:
             tokens = before.step.tokens()
-            for sequence, place in before.places.items():
-                self._append(sequence, partial(_accept, sequence, tokens[place]))
-            return list(before.places)
+            for sequence, row in before.rows.items():
+                self._append(sequence, partial(_accept, sequence, tokens[row]))
+            return list(before.rows)
         return None if self._pending is None else []
 
     def _launch(self) -> PendingBatch | None:
@@ -359,25 +359,25 @@ class Scheduler:
             return None
         # 1. Whether all sequences are in decode, and the device can sample for all of them.
         before = self._pending
-        places = before.places if before is not None else {}
-        sequences = [s for s in self.running if len(s.tokens) + (s in places) < s.max_tokens]
-        if not sequences or not all(s in places or (s.tokens and s.num_uncached == 1) for s in sequences):
+        rows = before.rows if before is not None else {}
+        sequences = [s for s in self.running if len(s.tokens) + (s in rows) < s.max_tokens]
+        if not sequences or not all(s in rows or (s.tokens and s.num_uncached == 1) for s in sequences):
             return None
-        if any(s.host_reason(s in places) for s in sequences) or len({id(s.padding_ids) for s in sequences}) > 1:
+        if any(s.host_reason(s in rows) for s in sequences) or len({id(s.padding_ids) for s in sequences}) > 1:
             return None
-        # 2. The step; an id of -1 - i stands for what the pending step samples in its place i.
+        # 2. The step; an id of -1 - i stands for what the pending step samples in its row i.
         block_tables = [s.block_table for s in sequences if s.block_table is not None]
-        ids = [-1 - places[s] if s in places else s.tokens[-1] for s in sequences]
+        ids = [-1 - rows[s] if s in rows else s.tokens[-1] for s in sequences]
         sampling, excluded = [s.device_sampling for s in sequences], sequences[0].padding_ids
         previous = before.step if before is not None else None
         try:
-            flight = self._async_runner.launch(self._pool, block_tables, ids, sampling, excluded, previous)
+            step = self._async_runner.launch(self._pool, block_tables, ids, sampling, excluded, previous)
         except CacheError:
             # Sequences that end with the pending step may make room.
             if before is not None:
                 return None
             raise
-        return None if flight is None else PendingBatch(flight, {s: i for i, s in enumerate(sequences)})
+        return None if step is None else PendingBatch(step, {s: i for i, s in enumerate(sequences)})
 
     # Sampling ---------------------------------------------------------------------------------------------------------
 

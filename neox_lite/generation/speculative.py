@@ -163,9 +163,9 @@ class DraftModel:
     def propose(self, sequences: Sequence[SequenceView], counts: Sequence[int]) -> list[list[int]]:
         """All sequences together, one pass for each drafted token; the first also takes the tokens since the last draft."""
         room = [min(count, self._context - len(s.history)) for s, count in zip(sequences, counts, strict=True)]
-        wanted = {sequence: count for sequence, count in zip(sequences, room, strict=True) if count}
+        lengths = {sequence: count for sequence, count in zip(sequences, room, strict=True) if count}
         drafts: dict[SequenceView, list[int]] = {sequence: [] for sequence in sequences}
-        new = {sequence: self._rewind(sequence) for sequence in wanted}
+        new = {sequence: self._rewind(sequence) for sequence in lengths}
         while new:
             states = [self._states[sequence] for sequence in new]
             block_tables = [state.block_table for state in states]
@@ -174,7 +174,7 @@ class DraftModel:
                 state.ids += ids
                 history = torch.cat((sequence.history, torch.tensor(drafts[sequence], dtype=torch.long)))
                 drafts[sequence].append(self._sample(sequence, history, one))
-            new = {sequence: drafts[sequence][-1:] for sequence in new if len(drafts[sequence]) < wanted[sequence]}
+            new = {sequence: drafts[sequence][-1:] for sequence in new if len(drafts[sequence]) < lengths[sequence]}
         return [drafts[sequence] for sequence in sequences]
 
     def drop(self, sequence: SequenceView) -> None:

@@ -141,13 +141,13 @@ def _target(quantization: str | None, config: GPTNeoXConfig, folder: Path) -> Fo
     """The format to quantize to while loading, or None."""
     if quantization is None:
         return None
-    wanted = make_format(quantization)
+    requested = make_format(quantization)
     if config.quantization_config is None:
-        return wanted
+        return requested
     format_of = formats_of(config.quantization_config)
     layers = (f"gpt_neox.layers.{i}.{name}" for i in range(config.num_hidden_layers) for name in config.linear_shapes)
     stored = {format_of(name).name for name in layers} - {DENSE.name}
-    if stored == {wanted.name}:
+    if stored == {requested.name}:
         return None  # the folder is what was asked for
     raise FormatError(f"{folder}: is quantized already ({' and '.join(sorted(stored))}); leave quantization out")
 

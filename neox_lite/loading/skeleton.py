@@ -140,8 +140,8 @@ class Skeleton:
                 if info.offset is None:
                     return f"{info.file.name} is no safetensors file; save the model as one, or quantize it"
                 if module.format == DENSE and info.dtype != dtype:
-                    stored, wanted = (dtype_name(kind) for kind in (info.dtype, dtype))
-                    return f"{info.file.name} holds {stored}, and they are to be {wanted}; pass dtype={stored!r}, or quantize"
+                    stored, needed = (dtype_name(kind) for kind in (info.dtype, dtype))
+                    return f"{info.file.name} holds {stored}, and they are to be {needed}; pass dtype={stored!r}, or quantize"
         return None
 
     def adapter(self, name: str | os.PathLike[str] | None, access: Access) -> Adapter | None:

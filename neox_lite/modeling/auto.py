@@ -60,8 +60,8 @@ def pipeline(
     if isinstance(model, str | os.PathLike):
         tokenizer = model if tokenizer is None else tokenizer
         where = {name: value for name, value in loading.items() if name != "trust_remote_code"}
-        wanted = class_of(GPTNeoXConfig.from_pretrained(model, **where)) if task is None else TASKS[task]
-        model = wanted.from_pretrained(model, **loading, **own)
+        model_class = class_of(GPTNeoXConfig.from_pretrained(model, **where)) if task is None else TASKS[task]
+        model = model_class.from_pretrained(model, **loading, **own)
     elif not isinstance(model, GPTNeoXPreTrainedModel):
         raise ArgumentError(f"model is a {type(model).__name__}, expected a model of neox_lite, a folder or a hub id")
     if isinstance(tokenizer, str | os.PathLike):

@@ -198,14 +198,14 @@ class _Scoring:
             piece = self.ready[0][1]
             block_table = self._begin(piece)
             count = min(room, piece.end - block_table.length)
-            pages -= self.pool.wanted(block_table, count)
+            pages -= self.pool.pages_needed(block_table, count)
             if pages < 0 and batch:
                 break
             if pages < 0:
                 self._start_over()
                 block_table = self._begin(piece)
                 count = min(room, piece.end)
-                pages = self.pool.room - self.pool.wanted(block_table, count)
+                pages = self.pool.room - self.pool.pages_needed(block_table, count)
             heapq.heappop(self.ready)
             batch[piece] = count
             room -= count

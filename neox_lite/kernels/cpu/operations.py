@@ -128,7 +128,7 @@ class Operations:
             rotary.shape[1],
             heads,
         )
-        program.kept.append(table)
+        program.keep_alive.append(table)
         program.scratch_bytes = attention.scratch_bytes(dim, table.max_length)
         self._add_task(
             program, attention.write_attention(self.target, shape), arguments, len(batch.block_tables) * heads
@@ -181,7 +181,7 @@ class Operations:
         """
         own_ids, table = x.clone(), BatchTable(batch, -(-limit // PAGE))
         self._local.program, self._local.batch = Program(), (batch, table)
-        self._local.program.kept.append(own_ids)
+        self._local.program.keep_alive.append(own_ids)
         try:
             out = forward(own_ids, pool, batch)
             return Captured(self.pool, own_ids, table, self._local.program, out)

@@ -72,25 +72,25 @@ class Program:
     """Tasks in order, what they need kept alive, and the scratch memory of a thread."""
 
     tasks: list[Task] = field(default_factory=list)
-    kept: list[object] = field(default_factory=list)
+    keep_alive: list[object] = field(default_factory=list)
     scratch_bytes: int = 0
     buffers: dict[tuple[Layout, int, int], list[Tensor]] = field(default_factory=dict)
 
     def table(self, *values: int) -> int:
         """Address of int64 arguments."""
-        self.kept.append(table := np.array(values, np.int64))
+        self.keep_alive.append(table := np.array(values, np.int64))
         return table.ctypes.data
 
     def keep(self, tensor: Tensor) -> int:
         """Address of a tensor, which stays alive as long as the program."""
-        self.kept.append(tensor)
+        self.keep_alive.append(tensor)
         return tensor.data_ptr()
 
     def add(self, part: Program) -> None:
         """Append a program."""
         buffers = {id(tensor) for tensors in self.buffers.values() for tensor in tensors}
         self.tasks += part.tasks
-        self.kept += [thing for thing in part.kept if id(thing) not in buffers]
+        self.keep_alive += [thing for thing in part.keep_alive if id(thing) not in buffers]
         self.scratch_bytes = max(self.scratch_bytes, part.scratch_bytes)
 
     def buffer(self, layout: Layout, tokens: int, features: int) -> Tensor:
