@@ -10,8 +10,7 @@ import pytest
 import torch
 from support.often import times
 from support.peers import pair, random_ids
-from support.scripted import ScriptedModel, certain
-from torch import Tensor
+from support.scripted import ScriptedModel, certain, failing
 
 from neox_lite.cache import PrefixCache
 from neox_lite.errors import CacheError
@@ -25,39 +24,47 @@ from neox_lite.units import PAGE
 VOCABULARY = 50
 
 
-def expected(prompt: list[int], count: int) -> list[int]:
+def continuation(prompt, count):
+    """What the scripted model says after a prompt: each token is the last one plus the number of tokens so far."""
     ids = list(prompt)
     for _ in range(count):
         ids.append((ids[-1] + len(ids)) % VOCABULARY)
     return ids[len(prompt) :]
 
 
-def run(scheduler: Scheduler, passes: int | None = None) -> list[list[Sequence]]:
+def check_complete(*sequences):
+    for sequence in sequences:
+        assert sequence.tokens == continuation(sequence.prompt, sequence.max_tokens)
+
+
+def run(scheduler, passes=None):
     """All that is yielded, until nothing is left or for so many passes."""
-    found: list[list[Sequence]] = []
+    found = []
     while scheduler.busy and passes != 0:
         found += scheduler.step()
         passes = None if passes is None else passes - 1
     return found
 
 
-def says(place: int, token: int) -> Tensor:
-    return certain((token + place) % VOCABULARY)
+class CountingScheduler(Scheduler):
+    preemptions = 0
+
+    def preempt(self, sequence):
+        self.preemptions += 1
+        super().preempt(sequence)
 
 
-def scheduler_with(
-    sequences: list[Sequence], budget: int = 0, prefill_budget: bool = False, **script
-) -> tuple[ScriptedModel, Scheduler]:
-    """A scripted model that says (last token + tokens so far) % 50, and a scheduler of it with rows that wait."""
-    model = ScriptedModel(says, **script)
+def scheduler_with(*sequences, budget=0, prefill_budget=False, **script):
+    """A scripted model and a scheduler of it with sequences that wait; budget: pages of kept prefixes."""
+    model = ScriptedModel(lambda place, token: certain((token + place) % VOCABULARY), **script)
     prefill_budget = PrefillBudget(1.0, lambda: model.now) if prefill_budget else None
-    scheduler = Scheduler(model, PrefixCache(model.pool, budget), prefill_budget=prefill_budget)
+    scheduler = CountingScheduler(model, PrefixCache(model.pool, budget), prefill_budget=prefill_budget)
     for sequence in sequences:
         scheduler.add(sequence)
     return model, scheduler
 
 
-def used(model: ScriptedModel) -> int:
+def used(model):
     return model.pool.pages - model.pool.free_pages
 
 
@@ -70,31 +77,21 @@ def model(tmp_path_factory):
     return pair(tmp_path_factory.mktemp("model"), max_position_embeddings=1024)[0]
 
 
-class Counting(Scheduler):
-    """Counts what happened."""
+class FinishedStep:
+    """A PendingStep whose tokens are there; notes whether somebody has read them."""
 
-    def __init__(self, *given, **options) -> None:
-        super().__init__(*given, **options)
-        self.seen = Counter()
-
-    def preempt(self, sequence: Sequence) -> None:
-        self.seen["preempted"] += 1
-        super().preempt(sequence)
-
-
-class Flight:
     def __init__(self, tokens):
-        self.found, self.read = tokens, False
+        self.sampled, self.was_read = tokens, False
 
     def tokens(self):
-        self.read = True
-        return self.found
+        self.was_read = True
+        return self.sampled
 
 
 class AsyncModel:
-    """A model on a device that chooses tokens itself, but for now and then."""
+    """A model on a device that samples tokens itself, but for now and then."""
 
-    def __init__(self, model, choice: random.Random) -> None:
+    def __init__(self, model, choice):
         self.model, self.choice, self.seen = model, choice, Counter()
         self.new_pool, self.step = model.new_pool, model.step
 
@@ -105,8 +102,8 @@ class AsyncModel:
     def launch(self, pool, block_tables, ids, choices, excluded=None, previous=None):
         if self.choice.random() < 0.05:
             return None
-        given = [id if id >= 0 else previous.found[-1 - id] for id in ids]
-        self.seen["pending"] += previous is not None and not previous.read
+        given = [id if id >= 0 else previous.sampled[-1 - id] for id in ids]
+        self.seen["pending"] += previous is not None and not previous.was_read
         starts = [block_table.length for block_table in block_tables]
         logits = self.model.step(pool, block_tables, [[id] for id in given])
         tokens = []
@@ -114,7 +111,7 @@ class AsyncModel:
             sampling = Sampling(one.temperature > 0, one.temperature, one.top_k, one.top_p, one.min_p, seed=one.seed)
             tokens.append(sample_token(logits_, torch.zeros(start + 1), one.stream, sampling, []))
         self.seen["launched"] += 1
-        return Flight(tokens)
+        return FinishedStep(tokens)
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
@@ -126,39 +123,35 @@ def test_random_schedules_give_every_row_the_tokens_it_gets_alone(model, asynchr
     seen = Counter()
     for seed in range(times(15)):
         choice = random.Random(seed)
-        limit = choice.choice([None, 4, 5])
-        prefill_budget = PrefillBudget(1.0, lambda: 0.0)
-        prefill_budget.update = lambda tokens, seconds, prefill_budget=prefill_budget, choice=choice: setattr(
-            prefill_budget, "tokens", choice.randint(16, 200)
-        )
+        prefixes = PrefixCache(model.new_pool(0, choice.choice([None, 4, 5])), choice.choice([0, 4]))
+        budget = PrefillBudget(1.0, lambda: 0.0)
+        budget.update = lambda *pass_, budget=budget, choice=choice: setattr(budget, "tokens", choice.randint(16, 200))
         model_runner = AsyncModel(model, choice) if asynchronous else model
-        scheduler = Counting(
-            model_runner, PrefixCache(model.new_pool(0, limit), choice.choice([0, 4])), prefill_budget=prefill_budget
-        )
+        scheduler = CountingScheduler(model_runner, prefixes, prefill_budget=budget)
         trunk = random_ids(1, 300, seed=seed)[0].tolist()
         todo = [random_sequence(choice, trunk, i, asynchronous) for i in range(choice.randint(3, 10))]
         sequences = list(todo)
         while todo or scheduler.busy:
             while todo and choice.random() < 0.3:
                 scheduler.add(todo.pop())
-            if choice.random() < 0.01 and scheduler.running:
-                scheduler.cancel(choice.choice(scheduler.running))
-            if choice.random() < 0.01 and scheduler.waiting:
-                scheduler.cancel(choice.choice(scheduler.waiting))
+            for queue in (scheduler.running, scheduler.waiting):
+                if choice.random() < 0.01 and queue:
+                    scheduler.cancel(choice.choice(queue))
             if choice.random() < 0.03 and scheduler.running:
                 scheduler.preempt(scheduler.running[-1])  # more often than the pool alone asks for it
-            for changed in scheduler.step():
-                seen["tokens"] += len(changed)
+            list(scheduler.step())
         for sequence in sequences:
             check_alone(model, sequence)
             seen[sequence.finish_reason] += 1
-        assert scheduler._pool.pages - scheduler._pool.free_pages == scheduler._prefixes.pages
-        seen += scheduler.seen + (model_runner.seen if asynchronous else Counter())
+        assert scheduler._pool.pages - scheduler._pool.free_pages == prefixes.pages
+        seen["preempted"] += scheduler.preemptions
+        seen += model_runner.seen if asynchronous else Counter()
     assert not asynchronous or seen["pending"] > 0.8 * seen["launched"] > 250
     assert min(seen[name] for name in ("preempted", "cancelled", "length", "stop")) >= 5, seen
 
 
-def random_sequence(choice: random.Random, trunk: list[int], number: int, plain: bool = False) -> Sequence:
+def random_sequence(choice, trunk, number, plain):
+    """plain: one that a device can sample for."""
     own = random_ids(1, 80, seed=number + 1000)[0].tolist()
     prompt = trunk[: choice.choice([0, 1, 60, 130, 256])] + own[: choice.randint(1, 80)]
     prompt = choice.choice([prompt, trunk[:200]])  # now and then the same
@@ -171,21 +164,16 @@ def random_sequence(choice: random.Random, trunk: list[int], number: int, plain:
         frequency_penalty=choice.choice([0.0, 0.7]) if not plain else 0.0,
         no_repeat_ngram_size=choice.choice([0, 3]) if not plain else 0,
     )
-    options = Options(
-        sampling=sampling,
-        eos_token_id=choice.choice([(), tuple(range(0, 131, 40))]),
-        min_new_tokens=choice.choice([0, 9]),
-    )
-    scores = choice.choice([None, None, 3])
-    return Sequence(
-        prompt, choice.choice([1, 20, 60, 140]), choice.randint(0, 2), options=options, num_prompt_logprobs=scores
-    )
+    ends, least = choice.choice([(), tuple(range(0, 131, 40))]), choice.choice([0, 9])
+    options = Options(sampling=sampling, eos_token_id=ends, min_new_tokens=least)
+    scores, count = choice.choice([None, None, 3]), choice.choice([1, 20, 60, 140])
+    return Sequence(prompt, count, choice.randint(0, 2), options=options, num_prompt_logprobs=scores)
 
 
-def check_alone(model, sequence: Sequence) -> None:
+def check_alone(model, sequence):
     """A row's tokens, up to where it was cancelled, and its scores."""
     alone = Sequence(sequence.prompt, sequence.max_tokens, sequence.stream, options=sequence.options)
-    run(scheduler := Scheduler(model, PrefixCache(model.new_pool(), 0)))
+    scheduler = Scheduler(model, PrefixCache(model.new_pool(), 0))
     scheduler.add(alone)
     run(scheduler)
     assert sequence.tokens == alone.tokens[: len(sequence.tokens)]
@@ -195,7 +183,7 @@ def check_alone(model, sequence: Sequence) -> None:
             check_prompt_logprobs(model, sequence)
 
 
-def check_prompt_logprobs(model, sequence: Sequence) -> None:
+def check_prompt_logprobs(model, sequence):
     logs = model(torch.tensor([sequence.prompt])).logits[0].log_softmax(-1)
     own = logs[range(len(sequence.prompt) - 1), sequence.prompt[1:]].tolist()
     assert sequence.prompt_logprobs[0] == (None, ())
@@ -205,13 +193,13 @@ def check_prompt_logprobs(model, sequence: Sequence) -> None:
         assert [logprob for _, logprob in score.top] == pytest.approx(best, abs=1e-3)
 
 
-# Reading beside answering ---------------------------------------------------------------------------------------------
+# Prefill beside decode ------------------------------------------------------------------------------------------------
 
 
-def test_rows_that_are_answered_get_a_token_in_every_pass_while_a_long_prompt_is_read():
+def test_rows_in_decode_get_a_token_in_every_pass_while_a_long_prompt_is_read():
     short = [Sequence([i + 5], 60, 0) for i in range(3)]
     # 100 tokens a second; a pass may take one
-    model, scheduler = scheduler_with(short, prefill_budget=True, cost=lambda tokens: 0.01 * tokens)
+    model, scheduler = scheduler_with(*short, prefill_budget=True, cost=lambda tokens: 0.01 * tokens)
     run(scheduler, 2)
     scheduler.add(long := Sequence([1] * 700, 5, 0))
     before = len(model.passes)
@@ -223,38 +211,38 @@ def test_rows_that_are_answered_get_a_token_in_every_pass_while_a_long_prompt_is
     assert sum(read) == 700
     assert max(read) <= 110 and min(read[1:-1]) >= 90  # what fits into a second, after a first guess
     run(scheduler)
-    assert [sequence.tokens for sequence in [*short, long]] == [
-        expected(sequence.prompt, sequence.max_tokens) for sequence in [*short, long]
-    ]
+    check_complete(*short, long)
 
 
-def test_prompts_are_read_in_large_pieces_while_nobody_is_answered():
-    sequences = [Sequence([i + 1] * length, 1, 0) for i, length in enumerate((700, 400, 5))]
-    model, scheduler = scheduler_with(sequences, prefill_budget=True, cost=lambda tokens: 0.01 * tokens)
+@pytest.mark.parametrize("lengths", [[3] * 8, [PREFILL_TOKENS], [PREFILL_TOKENS + 1], [500, 600, 3, 5], [1100, 1, 1]])
+def test_prompts_are_read_together_in_large_pieces_while_nobody_is_in_decode(lengths):
+    sequences = [Sequence([i + 1] * length, 1, 0) for i, length in enumerate(lengths)]
+    # A prompt of one token is in decode as soon as it is there.
+    model, scheduler = scheduler_with(*sequences, prefill_budget=1 not in lengths, cost=lambda tokens: 0.01 * tokens)
     run(scheduler)
-    assert [sum(lengths) for lengths in model.passes][:1] == [PREFILL_TOKENS]
-    assert sum(map(sum, model.passes)) == 1105
+    full, rest = divmod(sum(lengths), PREFILL_TOKENS)
+    assert [sum(lengths) for lengths in model.passes] == [PREFILL_TOKENS] * full + [rest] * (rest > 0)
 
 
-def test_the_pace_finds_what_fits_into_a_pass_and_follows_it():
+def test_the_prefill_budget_finds_what_fits_into_a_pass_and_follows_it():
     cases = ((0.0, 0.001, 250), (0.1, 0.001, 150), (0.2, 0.01, MIN_PREFILL_TOKENS), (0.0, 1e-5, PREFILL_TOKENS))
     for base, slope, fits in cases:
-        prefill_budget = PrefillBudget(0.25)
+        budget = PrefillBudget(0.25)
         for _ in range(60):
-            prefill_budget.update(prefill_budget.tokens, base + slope * prefill_budget.tokens)
-        assert abs(prefill_budget.tokens - fits) <= 2
+            budget.update(budget.tokens, base + slope * budget.tokens)
+        assert abs(budget.tokens - fits) <= 2
 
 
-def test_the_pace_grows_at_most_twofold_and_a_short_rest_does_not_shrink_it():
-    prefill_budget = PrefillBudget(1.0)
-    prefill_budget.update(64, 1e-6)
-    assert prefill_budget.tokens == 128
-    prefill_budget.update(3, 0.9)  # nearly all of it went into the others' tokens
-    assert prefill_budget.tokens == 128
-    prefill_budget.update(3, 2.0)
-    assert prefill_budget.tokens == MIN_PREFILL_TOKENS
-    prefill_budget.update(512, 0.0)  # a clock that stands still
-    assert prefill_budget.tokens == PREFILL_TOKENS
+def test_the_prefill_budget_grows_at_most_twofold_and_a_short_rest_does_not_shrink_it():
+    budget = PrefillBudget(1.0)
+    for tokens, seconds, expected in (
+        (64, 1e-6, 128),
+        (3, 0.9, 128),  # nearly all of it went into the others' tokens
+        (3, 2.0, MIN_PREFILL_TOKENS),
+        (512, 0.0, PREFILL_TOKENS),  # a clock that stands still
+    ):
+        budget.update(tokens, seconds)
+        assert budget.tokens == expected
 
 
 # Beginnings in common -------------------------------------------------------------------------------------------------
@@ -264,7 +252,7 @@ def test_the_pace_grows_at_most_twofold_and_a_short_rest_does_not_shrink_it():
 @pytest.mark.parametrize(("length", "read"), [(600, [[512], [88]]), (20, [[20]]), (1, [[1]])])
 def test_equal_prompts_are_read_once_and_answered_together(length, read, budget):
     sequences = [Sequence([1] * length, 3, i) for i in range(4)]
-    model, scheduler = scheduler_with(sequences, budget)
+    model, scheduler = scheduler_with(*sequences, budget=budget)
     first = run(scheduler, len(read))
     assert model.passes == read and first == [sequences]
     run(scheduler)
@@ -272,28 +260,28 @@ def test_equal_prompts_are_read_once_and_answered_together(length, read, budget)
     assert [sequence.num_cached_tokens for sequence in sequences] == [0, *[length] * 3]
 
 
-def test_a_common_beginning_of_a_page_is_read_once_and_a_shorter_one_is_not_waited_for():
-    trunk = [7] * (2 * PAGE)
-    for length, passes in ((2 * PAGE, [[258], [1, 2, 2]]), (PAGE - 1, [[129] * 3])):
-        sequences = [Sequence([*trunk[:length], i, i], 2, 0) for i in range(3)]
-        model, scheduler = scheduler_with(sequences)
-        run(scheduler, len(passes))
-        assert model.passes == passes
-        run(scheduler)
-        assert [sequence.tokens for sequence in sequences] == [expected(sequence.prompt, 2) for sequence in sequences]
+@pytest.mark.parametrize(("length", "passes"), [(2 * PAGE, [[258], [1, 2, 2]]), (PAGE - 1, [[129] * 3])])
+def test_a_common_beginning_of_a_page_is_read_once_and_a_shorter_one_is_not_waited_for(length, passes):
+    sequences = [Sequence([*[7] * length, i, i], 2, 0) for i in range(3)]
+    model, scheduler = scheduler_with(*sequences)
+    run(scheduler, len(passes))
+    assert model.passes == passes
+    run(scheduler)
+    check_complete(*sequences)
 
 
 def test_who_waits_for_another_to_read_goes_on_when_that_one_is_cancelled():
     first, second = Sequence([1] * 600, 3, 0), Sequence([1] * 600, 3, 1)
-    _, scheduler = scheduler_with([first, second])
+    _, scheduler = scheduler_with(first, second)
     run(scheduler, 1)
     scheduler.cancel(first)
     run(scheduler)
-    assert second.tokens == expected(second.prompt, 3) and first.tokens == []
+    check_complete(second)
+    assert first.tokens == []
 
 
 def test_a_prompt_that_begins_like_a_row_at_work_takes_its_pages():
-    model, scheduler = scheduler_with([first := Sequence([1] * 300, 50, 0)])
+    model, scheduler = scheduler_with(first := Sequence([1] * 300, 50, 0))
     run(scheduler, 5)
     scheduler.add(second := Sequence([1] * 300 + first.tokens[:3] + [9], 2, 0))
     pages = used(model)
@@ -301,11 +289,11 @@ def test_a_prompt_that_begins_like_a_row_at_work_takes_its_pages():
     assert second.num_cached_tokens == 303 and model.passes[-1] == [1, 1]
     assert used(model) == pages + 1
     run(scheduler)
-    assert first.tokens == expected(first.prompt, 50)
+    check_complete(first)
 
 
 def test_the_next_turn_of_a_conversation_reads_what_is_new():
-    model, scheduler = scheduler_with([first := Sequence([1] * 300, 20, 0)], budget=20)
+    model, scheduler = scheduler_with(first := Sequence([1] * 300, 20, 0), budget=20)
     run(scheduler)
     scheduler.add(second := Sequence([1] * 300 + first.tokens + [3, 4, 5], 2, 0))
     run(scheduler, 1)
@@ -316,39 +304,33 @@ def test_the_next_turn_of_a_conversation_reads_what_is_new():
 
 
 def test_prompts_that_are_scored_are_read_whole_and_in_small_pieces():
-    model, scheduler = scheduler_with([Sequence([1] * 300, 1, 0)], budget=20)
+    model, scheduler = scheduler_with(Sequence([1] * 300, 1, 0), budget=20)
     run(scheduler)
-    sequences = [Sequence([1] * 300, 1, 0, num_prompt_logprobs=2), Sequence([2] * 30, 4, 0)]
-    for sequence in sequences:
-        scheduler.add(sequence)
+    scored, plain = Sequence([1] * 300, 1, 0, num_prompt_logprobs=2), Sequence([2] * 30, 4, 0)
+    scheduler.add(scored)
+    scheduler.add(plain)
     model.passes.clear()
     run(scheduler)
     read = [lengths for lengths in model.passes if max(lengths) > 1]
-    assert read == [[PROMPT_LOGPROB_TOKENS], [PROMPT_LOGPROB_TOKENS], [44], [1, 30]] or read == [
-        [128],
-        [128],
-        [44],
-        [30],
-    ]
-    assert len(sequences[0].prompt_logprobs) == 300 and sequences[1].tokens == expected(sequences[1].prompt, 4)
+    assert read[:3] == [[PROMPT_LOGPROB_TOKENS], [PROMPT_LOGPROB_TOKENS], [44]] and read[3:] in ([[1, 30]], [[30]])
+    assert len(scored.prompt_logprobs) == 300
+    check_complete(plain)
 
 
-def test_a_row_that_gives_way_while_its_prompt_is_scored_is_scored_from_the_start():
-    _, scheduler = scheduler_with(
-        [sequence := Sequence([i % 7 for i in range(300)], 2, 0, num_prompt_logprobs=1)], budget=20
-    )
+def test_a_row_that_is_preempted_while_its_prompt_is_scored_is_scored_from_the_start():
+    sequence = Sequence([i % 7 for i in range(300)], 2, 0, num_prompt_logprobs=1)
+    _, scheduler = scheduler_with(sequence, budget=20)
     run(scheduler, 2)
     assert len(sequence.prompt_logprobs) == 2 * PROMPT_LOGPROB_TOKENS + 1
     scheduler.preempt(sequence)
     run(scheduler)
-    said = [(token + place + 1) % VOCABULARY for place, token in enumerate(sequence.prompt[:-1])]
-    assert [score.top[0][0] for score in sequence.prompt_logprobs[1:]] == said and len(sequence.tokens) == 2
+    likeliest = [(token + place + 1) % VOCABULARY for place, token in enumerate(sequence.prompt[:-1])]
+    assert [score.top[0][0] for score in sequence.prompt_logprobs[1:]] == likeliest and len(sequence.tokens) == 2
 
 
 def test_a_row_that_wants_scores_alone_ends_without_a_token():
-    model, scheduler = scheduler_with([sequence := Sequence([1, 2, 4, 7], 0, 0, num_prompt_logprobs=1)])
-    scheduler.add(one := Sequence([1], 0, 0, num_prompt_logprobs=1))
-    scheduler.add(nothing := Sequence([1, 2], 0, 0))
+    sequence, one = (Sequence(prompt, 0, 0, num_prompt_logprobs=1) for prompt in ([1, 2, 4, 7], [1]))
+    model, scheduler = scheduler_with(sequence, one, nothing := Sequence([1, 2], 0, 0))
     assert nothing.finish_reason == one.finish_reason == "length"  # nothing comes before a first token
     assert run(scheduler) == [[sequence]]
     assert sequence.finish_reason == "length" and sequence.tokens == []
@@ -360,25 +342,22 @@ def test_a_row_that_wants_scores_alone_ends_without_a_token():
 
 
 @pytest.mark.parametrize("budget", [0, 4])
-def test_the_youngest_row_gives_way_and_goes_on_later_with_the_same_tokens(budget):
-    model = ScriptedModel(says, limit=4)
-    scheduler = Counting(model, PrefixCache(model.pool, budget))
+def test_the_youngest_row_is_preempted_and_goes_on_later_with_the_same_tokens(budget):
     sequences = [Sequence([i + 1] * 100, 200, 0) for i in range(3)]  # three pages each in the end
-    for sequence in sequences:
-        scheduler.add(sequence)
-    ended: list[Sequence] = []
+    model, scheduler = scheduler_with(*sequences, budget=budget, limit=4)
+    ended = []
     while scheduler.busy:
         ended += [sequence for changed in scheduler.step() for sequence in changed if sequence.finish_reason]
     assert ended == sequences
-    assert [sequence.tokens for sequence in sequences] == [expected(sequence.prompt, 200) for sequence in sequences]
-    assert 1 <= scheduler.seen["preempted"] <= 3
+    check_complete(*sequences)
+    assert 1 <= scheduler.preemptions <= 3
     assert used(model) == scheduler._prefixes.pages
 
 
 def test_no_row_is_admitted_before_all_of_it_fits():
     """Read again and again in vain, prompts would cost more passes than they have tokens."""
     sequences = [Sequence([i + 1] * 700, 120, 0) for i in range(4)]  # seven pages each
-    model, scheduler = scheduler_with(sequences, limit=10)
+    model, scheduler = scheduler_with(*sequences, limit=10)
     run(scheduler)
     assert all(sequence.finish_reason == "length" for sequence in sequences)
     assert sum(sum(lengths) for lengths in model.passes) == 4 * (700 + 119)
@@ -386,86 +365,70 @@ def test_no_row_is_admitted_before_all_of_it_fits():
 
 def test_a_row_that_does_not_fit_alone_ends_with_an_error_and_the_others_go_on():
     sequences = [
-        Sequence([1] * 200, 10, 0),
-        Sequence([2] * 500, 10, 0),
-        Sequence([3] * 200, 300, 0),
-        Sequence([4] * 10, 10, 0),
+        Sequence([i + 1] * length, count, 0)
+        for i, (length, count) in enumerate([(200, 10), (500, 10), (200, 300), (10, 10)])
     ]
-    model, scheduler = scheduler_with(sequences, limit=3)
+    model, scheduler = scheduler_with(*sequences, limit=3)
     run(scheduler)
     assert [sequence.finish_reason for sequence in sequences] == ["length", "error", "error", "length"]
     assert all(isinstance(sequence.error, CacheError) for sequence in sequences[1:3])
-    assert sequences[2].tokens == expected(sequences[2].prompt, 3 * PAGE - 200 + 1)  # as far as it goes
+    assert sequences[2].tokens == continuation(sequences[2].prompt, 3 * PAGE - 200 + 1)  # as far as it goes
     assert used(model) == 0
 
 
-def test_kept_prefixes_make_room_before_anybody_gives_way():
-    model = ScriptedModel(says, limit=4)
-    scheduler = Counting(model, PrefixCache(model.pool, 4))
+def test_kept_prefixes_make_room_before_anybody_is_preempted():
+    model, scheduler = scheduler_with(budget=4, limit=4)
     for i in range(6):
         scheduler.add(Sequence([i + 1] * 300, 3, 0))
         run(scheduler)
-    assert scheduler.seen["preempted"] == 0 and used(model) == 3
+    assert scheduler.preemptions == 0 and used(model) == 3
 
 
 # Ends -----------------------------------------------------------------------------------------------------------------
 
 
 def test_a_cancelled_row_frees_its_pages_at_once_wherever_it_is():
-    sequences = [Sequence([1] * 20, 50, 0), Sequence([2] * 900, 50, 0), Sequence([2] * 900, 50, 1)]
-    model, scheduler = scheduler_with(sequences)
+    sequences = answered, read, waiting = [
+        Sequence([t] * n, 50, i) for i, (t, n) in enumerate([(1, 20), (2, 900), (2, 900)])
+    ]
+    model, scheduler = scheduler_with(*sequences)
     run(scheduler, 1)
-    answered, read, waiting = sequences
     assert answered.tokens and not read.tokens and waiting.block_table is None
     before = used(model)
-    scheduler.cancel(waiting)
-    assert used(model) == before
-    scheduler.cancel(read)
-    assert used(model) == 1
-    scheduler.cancel(answered)
-    scheduler.cancel(answered)  # harmless
-    assert used(model) == 0 and not scheduler.busy
-    assert {sequence.finish_reason for sequence in sequences} == {"cancelled"}
+    for sequence, left in ((waiting, before), (read, 1), (answered, 0), (answered, 0)):  # twice is harmless
+        scheduler.cancel(sequence)
+        assert used(model) == left
+    assert not scheduler.busy and {sequence.finish_reason for sequence in sequences} == {"cancelled"}
 
 
 def test_a_failing_pass_ends_its_rows_and_nothing_else():
     boom = MemoryError("boom")
-    model, scheduler = scheduler_with(
-        [Sequence([9] * 200, 1, 0)], budget=20, fails=lambda number: boom if number == 3 else None
-    )
+    kept, *failed = [Sequence([9] * 200, 1, 0), Sequence([1], 9, 0), Sequence([2], 9, 0)]
+    model, scheduler = scheduler_with(kept, budget=20, fails=lambda number: boom if number == 3 else None)
     run(scheduler)
     assert scheduler._prefixes.pages == 2
-    sequences = [Sequence([1], 9, 0), Sequence([2], 9, 0)]
-    for sequence in sequences:
+    for sequence in failed:
         scheduler.add(sequence)
     run(scheduler)
-    assert [(sequence.finish_reason, sequence.error, len(sequence.tokens)) for sequence in sequences] == [
-        ("error", boom, 1)
-    ] * 2
+    for sequence in failed:
+        assert (sequence.finish_reason, sequence.error, len(sequence.tokens)) == ("error", boom, 1)
     assert used(model) == 0 and not scheduler.busy  # what was kept shares pages with what may be half written
     scheduler.add(after := Sequence([9] * 200, 3, 0))
     run(scheduler)
-    assert after.tokens == expected(after.prompt, 3)
+    check_complete(after)
 
 
 def test_a_processor_that_fails_ends_its_own_row():
-    def fail(ids: Tensor, logits: Tensor) -> Tensor:
-        if ids.shape[1] == 4:
-            raise ValueError("grammar")
-        return logits
-
-    sequences = [Sequence([1], 9, 0, options=Options(logits_processor=(fail,))), Sequence([2], 9, 0)]
-    model, scheduler = scheduler_with(sequences)
+    failed, other = Sequence([1], 9, 0, options=Options(logits_processor=(failing(4),))), Sequence([2], 9, 0)
+    model, scheduler = scheduler_with(failed, other)
     run(scheduler)
-    assert (
-        sequences[0].finish_reason == "error" and str(sequences[0].error) == "grammar" and len(sequences[0].tokens) == 3
-    )
-    assert sequences[1].tokens == expected([2], 9)
+    assert (failed.finish_reason, type(failed.error), len(failed.tokens)) == ("error", MemoryError, 3)
+    check_complete(other)
     assert used(model) == 0
 
 
-def test_every_row_is_told_once_for_each_token_and_its_end():
+def test_every_row_is_yielded_once_for_each_token_and_its_end():
     sequences = [Sequence([i + 1] * (i + 1), 5 + i, 0) for i in range(5)]
-    _, scheduler = scheduler_with(sequences)
-    told = Counter(sequence for changed in run(scheduler) for sequence in changed)
-    assert [told[sequence] for sequence in sequences] == [sequence.max_tokens for sequence in sequences]
+    _, scheduler = scheduler_with(*sequences)
+    yielded = Counter(sequence for changed in run(scheduler) for sequence in changed)
+    assert [yielded[sequence] for sequence in sequences] == [sequence.max_tokens for sequence in sequences]

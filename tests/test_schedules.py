@@ -1,7 +1,7 @@
-"""Rows that come and go at random: passes in the air give the tokens of passes one by one. The model is made up.
+"""Rows that come and go at random: asynchronous steps give the tokens of synchronous ones. The model is made up.
 
 Its logits depend on every token that the cache holds of a sequence, read through the tables as a kernel would, as late as the
-device may; so a page, a length, a seat or an id of another row's shows. Kernels are looked at in test_graphs.py.
+device may; so a page, a length, a staging buffer or an id of another row's shows. tests/test_graphs.py is about kernels.
 """
 
 import math
@@ -29,7 +29,7 @@ PADDING_IDS = torch.tensor([3, 50])
 
 
 class Device(SimulatedGraphs):
-    """What it captures is given to it again and again, without a look at launches: there are none."""
+    """Replays a captured step as Python, for there are no launches to compare."""
 
     def capture(self, step):
         self.captures += 1
@@ -43,11 +43,11 @@ class Device(SimulatedGraphs):
         return replay
 
 
-class Toy:
+class ToyRunner:
     """A ModelRunner on a device whose one layer keeps ids as keys."""
 
-    def __init__(self, device):
-        self.device, self.graph, self.flights = device, True, 0
+    def __init__(self, device, graph):
+        self.device, self.graph, self.launched = device, graph, 0
         self.passes = steps.GraphRunner(self._eager, self._run, device, torch.device("cpu"), VOCABULARY, POSITIONS)
         self.frozen = {}  # where the pool lay when a step was captured
 
@@ -68,28 +68,26 @@ class Toy:
     def _eager(self, ids, pool, batch):
         self.device.run()
         pool.storage[0][batch.pages, 0, 0, batch.slots, 0] = ids.double()
-        ends = [start + n - m for start, n, m in zip(batch.starts, batch.offsets[1:], batch.offsets, strict=False)]
-        held = [
-            pool.storage[0][s.pages, 0, 0, :, 0].flatten()[:end].tolist()
-            for s, end in zip(batch.block_tables, ends, strict=True)
-        ]
+        held = []
+        for i, table in enumerate(batch.block_tables):
+            end = batch.starts[i] + batch.offsets[i + 1] - batch.offsets[i]
+            held.append(pool.storage[0][table.pages, 0, 0, :, 0].flatten()[:end].tolist())
         return torch.stack([self._logits(ids) for ids in held])
 
     def launch(self, pool, block_tables, ids, choices, excluded=None, previous=None):
         batch = Batch.reserve(pool, block_tables, [1] * len(ids))
-        flight = self.passes.launch(pool, batch, ids, choices, excluded, previous) if self.graph else None
-        if flight is not None:
+        pending = self.passes.launch(pool, batch, ids, choices, excluded, previous) if self.graph else None
+        if pending is not None:
             batch.commit()
-            self.flights += 1
-        return flight
+            self.launched += 1
+        return pending
 
     def _logits(self, held):
         seed = hash(tuple(held)) % (1 << 31)
         found = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(seed)) * 3
         found[:: 2 + seed % 5] = -math.inf
-        found[seed % VOCABULARY] = (
-            9.0 if seed % 4 else math.inf if seed % 64 == 0 else 0.5
-        )  # some end a row by an error
+        # Some end a row by an error.
+        found[seed % VOCABULARY] = 9.0 if seed % 4 else math.inf if seed % 64 == 0 else 0.5
         return found
 
     def _run(self, pool, inputs):
@@ -111,13 +109,10 @@ class Toy:
             inputs.sampled[row] = self._draw(inputs, row, start + 1)
 
     def _draw(self, inputs, row, position):
-        seed, stream, top_k = (
-            int(inputs.sampling[row, c.value])
-            for c in (embed_and_sample.SEED, embed_and_sample.STREAM, embed_and_sample.TOP_K)
-        )
-        temperature, rest, least = (
-            inputs.sampling[row].view(torch.float64)[embed_and_sample.TEMPERATURE.value :][:3].tolist()
-        )
+        columns = embed_and_sample.SEED, embed_and_sample.STREAM, embed_and_sample.TOP_K
+        seed, stream, top_k = (int(inputs.sampling[row, column.value]) for column in columns)
+        numbers = inputs.sampling[row].view(torch.float64)[embed_and_sample.TEMPERATURE.value :]
+        temperature, rest, least = numbers[:3].tolist()
         sampling = Sampling(temperature > 0, temperature, top_k, 1 - rest, math.exp(least), seed=seed % (1 << 64))
         logits = torch.where(inputs.excluded.bool(), -math.inf, inputs.logits[row])
         try:
@@ -175,14 +170,13 @@ def run(model, seed):
 
 @pytest.mark.parametrize("late", [True, False])
 @pytest.mark.parametrize("seed", range(times(20)))
-def test_passes_in_the_air_give_the_tokens_of_passes_one_by_one(seed, late):
-    found, model = [], None
+def test_asynchronous_steps_give_the_tokens_of_synchronous_ones(seed, late):
+    found = []
     for graph in (True, False):
         with Device(late=late) as device:
-            model = Toy(device)
-            model.graph = graph
+            model = ToyRunner(device, graph)
             found.append(run(model, seed))
-            assert graph or not model.flights
+            assert graph or not model.launched
     for (tokens, reason, error), (expected, other_reason, other_error) in zip(*found, strict=True):
         if "cancelled" in (reason, other_reason):  # the moment differs, what was said until then does not
             count = min(len(tokens), len(expected))

@@ -13,6 +13,7 @@ import neox_lite
 
 TINY = {"vocab_size": 131, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96,
         "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 0}  # fmt: skip
+NO_EOS = {"eos_token_id": []}
 
 
 def peer(cls: str = "GPTNeoXForCausalLM", seed: int = 0, **config: Any) -> Any:
@@ -67,6 +68,22 @@ def opened_by_transformers(folder: Path, cls: Any = transformers.AutoModelForCau
 def random_ids(rows: int, width: int, vocab: int = TINY["vocab_size"], seed: int = 1) -> Tensor:
     """Ids (rows, width) that leave out 0, which tests use for padding."""
     return torch.randint(1, vocab, (rows, width), generator=torch.Generator().manual_seed(seed))
+
+
+def padded(prompts: list[Tensor], side: str, fill: int = 0) -> tuple[Tensor, Tensor]:
+    """Prompts as a batch, and its mask: (rows, longest) each."""
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), fill)
+    mask = torch.zeros_like(ids)
+    for i, prompt in enumerate(prompts):
+        place = slice(width - len(prompt), width) if side == "left" else slice(0, len(prompt))
+        ids[i, place], mask[i, place] = prompt, 1
+    return ids, mask
+
+
+def prompts_of_many_lengths(count: int) -> list[Tensor]:
+    """1 to 40 ids each."""
+    return [random_ids(1, 1 + 7 * i % 40, seed=i)[0] for i in range(count)]
 
 
 def difference(a: Tensor, b: Tensor) -> float:
