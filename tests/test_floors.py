@@ -44,7 +44,6 @@ MAX_LINES = 500  # of a file, but for
 LONGER = {
     "neox_lite.tokenizer",
     "neox_lite.config",
-    "neox_lite.offload.plan",
     "neox_lite_app.bench",
     "neox_lite_app.serving.schema",
 }

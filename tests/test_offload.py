@@ -464,7 +464,7 @@ def test_what_a_plan_predicts_is_what_the_device_is_asked_for(folder, gpu, kv, c
             else settled
         )
         assert 0 <= weights + table * bool(parts) - parts.get("weights", 0) <= rounding
-        planned = sum(parts.get(name, 0) for name in ("weights", "cache", "ring"))
+        planned = sum(parts.get(name, 0) for name in ("weights", "cache", "layer_buffers"))
         assert planned - table <= device.peak <= planned + 3 * rounding or not parts
         assert (
             device.peak + sum(parts.get(name, 0) for name in ("context", "scratch", "graphs")) <= budget + 3 * rounding

@@ -15,12 +15,12 @@ from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM, cache
 from neox_lite.errors import ArgumentError, FormatError
 from neox_lite.formats import DENSE, GroupInt, formats_of, quantization_config
 from neox_lite.generation import protocols
-from neox_lite.offload import plan, profile
-from neox_lite.offload.plan import CARDS, Budgets, Card, HardwareProfile, PlacementRequest, Plan, Rates, sizes_of
+from neox_lite.offload import advice, plan, profile
+from neox_lite.offload.plan import Budgets, Card, HardwareProfile, PlacementRequest, Plan, Rates, sizes_of
 from neox_lite.units import PAGE, parse_bytes
 from neox_lite_app.cli import main
 from neox_lite_app.models.family import FAMILY
-from neox_lite_app.models.plan import bar_of
+from neox_lite_app.models.plan import CARDS, bar_of
 from neox_lite_app.models.random_model import SHAPES, RandomModel, config_of
 from neox_lite_app.paths import DEMO
 
@@ -65,7 +65,7 @@ def odd(name):
 
 def best(sizes, here, cpu_gib, gpu_gib=None, **asked):
     budgets = Budgets(int(cpu_gib * GIB), None if gpu_gib is None else int(gpu_gib * GIB))
-    return plan.plan(sizes, here, PlacementRequest(**asked), budgets)
+    return plan.make_plan(sizes, here, PlacementRequest(**asked), budgets)
 
 
 def placed(sizes, gpu_layers, kv="fp16", **asked):
@@ -192,7 +192,7 @@ def cases(count, seed):
 def test_a_plan_never_exceeds_its_budgets_and_places_every_part_once():
     seen = set()
     for sizes, here, request, budgets in cases(3000, seed=1):
-        found = plan._best(sizes, here, request, budgets)
+        found = plan.make_plan(sizes, here, request, budgets)
         assert found.totals["gpu"] <= (budgets.gpu or 0)
         assert found.totals["cpu"] <= budgets.cpu + found.short_by and found.fits == (found.short_by == 0)
         order = [plan.TIERS[::-1].index(tier) for tier in found.layers]
@@ -207,8 +207,10 @@ def test_a_plan_never_exceeds_its_budgets_and_places_every_part_once():
         expected = sum(sizes.layers) + sizes.head_bytes(found.head) + embedding + rest
         assert sum(tier.get("weights", 0) for tier in parts.values()) == expected
         assert found.embedding_on == "cpu" or not host
-        ring = 2 * (max(sizes.layers) + (kv if found.mixed else 0)) if found.mixed or found.disk_layers else 0
-        assert parts["cpu"]["ring"] == ring and parts["gpu"].get("ring", 0) == (ring if found.mixed else 0)
+        buffers = 2 * (max(sizes.layers) + (kv if found.mixed else 0)) if found.mixed or found.disk_layers else 0
+        assert parts["cpu"]["layer_buffers"] == buffers and parts["gpu"].get("layer_buffers", 0) == (
+            buffers if found.mixed else 0
+        )
         assert request.kv in (None, found.kv) and request.head in (None, found.head)
         seen.add(found.level)
     assert seen == {plan.NO, plan.DISK, plan.CPU, plan.MIXED, plan.GPU}
@@ -218,10 +220,10 @@ def test_more_memory_never_gives_more_layers_on_the_disk_or_then_fewer_on_the_gp
     rng = random.Random(2)
     for sizes, here, request, budgets in cases(3000, seed=2):
         request = replace(request, kv=request.kv or "fp16", head=request.head or "fp16")
-        found, more = plan._best(sizes, here, request, budgets), int(rng.random() * sizes.total)
+        found, more = plan.make_plan(sizes, here, request, budgets), int(rng.random() * sizes.total)
         grown = [replace(budgets, cpu=budgets.cpu + more)]
         grown += [replace(budgets, gpu=budgets.gpu + more)] if here.card else []
-        for larger in (plan._best(sizes, here, request, b) for b in grown):
+        for larger in (plan.make_plan(sizes, here, request, b) for b in grown):
             assert larger.level >= found.level, (found, larger)
             if found.fits:
                 assert (-larger.disk_layers, larger.gpu_layers) >= (-found.disk_layers, found.gpu_layers)
@@ -229,19 +231,19 @@ def test_more_memory_never_gives_more_layers_on_the_disk_or_then_fewer_on_the_gp
 
 def test_rates_move_no_layer():
     for sizes, here, request, budgets in cases(300, seed=7):
-        found = plan._best(sizes, here, request, budgets)
+        found = plan.make_plan(sizes, here, request, budgets)
         card = here.card and replace(here.card, rates=CPU, bus_bytes_per_s=1e9)
         other = replace(here, cpu=Rates(1e12, 1e15), card=card, disk_bytes_per_s=1e3)
-        assert plan._best(sizes, other, request, budgets).layers == found.layers
+        assert plan.make_plan(sizes, other, request, budgets).layers == found.layers
 
 
 def test_what_a_plan_is_short_by_makes_it_fit():
     for sizes, here, request, budgets in cases(2000, seed=3):
-        found = plan._best(sizes, here, request, budgets)
+        found = plan.make_plan(sizes, here, request, budgets)
         if not found.fits:
             enough = budgets.cpu + found.short_by
-            assert plan._best(sizes, here, request, replace(budgets, cpu=enough)).fits
-            assert not plan._best(sizes, here, request, replace(budgets, cpu=enough - 1)).fits
+            assert plan.make_plan(sizes, here, request, replace(budgets, cpu=enough)).fits
+            assert not plan.make_plan(sizes, here, request, replace(budgets, cpu=enough - 1)).fits
 
 
 def followed(request, budgets, sentence):
@@ -257,24 +259,26 @@ def followed(request, budgets, sentence):
 def test_following_advice_does_what_it_says():
     kinds = set()
     for sizes, here, request, budgets in cases(700, seed=4):
-        found = plan.plan(sizes, here, request, budgets)
-        for sentence in found.advice:
-            lifted = plan._best(sizes, here, *followed(request, budgets, sentence))
-            assert lifted.level > found.level and plan.GAINS[lifted.level] == sentence.partition(" would ")[2]
+        found = plan.make_plan(sizes, here, request, budgets)
+        for sentence in advice.advice(found):
+            lifted = plan.make_plan(sizes, here, *followed(request, budgets, sentence))
+            assert lifted.level > found.level and advice.GAINS[lifted.level] == sentence.partition(" would ")[2]
             kinds.add(sentence.split()[2])
-        assert found.advice or found.level > plan.DISK
+        assert advice.advice(found) or found.level > plan.DISK
     assert kinds == {"KV", "head", "of", "CPU", "GPU"}
 
 
 def test_the_least_degraded_choice_that_reaches_the_best_level_is_taken():
     for sizes, here, request, budgets in cases(700, seed=5):
-        found = plan.plan(sizes, here, replace(request, kv=None, head=None), budgets)
+        found = plan.make_plan(sizes, here, replace(request, kv=None, head=None), budgets)
         choices = [("fp16", "fp16"), ("int8", "fp16")]
         choices += [("fp16", "int8"), ("int8", "int8")] if sizes.small_head else []
-        levels = [plan._best(sizes, here, replace(request, kv=kv, head=head), budgets).level for kv, head in choices]
+        levels = [
+            plan.make_plan(sizes, here, replace(request, kv=kv, head=head), budgets).level for kv, head in choices
+        ]
         if found.fits:
             assert (found.kv, found.head) == choices[levels.index(max(levels))]
-        assert bool(found.notes) == ("int8" in (found.kv, found.head))
+        assert bool(advice.notes(found)) == ("int8" in (found.kv, found.head))
 
 
 # Time -----------------------------------------------------------------------------------------------------------------
@@ -345,7 +349,7 @@ def test_graphs_of_decode_steps_are_counted_where_the_whole_model_is_on_the_gpu(
 
 def test_a_longer_pass_never_takes_less_time():
     for case in cases(300, seed=6):
-        found = plan._best(*case)
+        found = plan.make_plan(*case)
         times = [found.pass_s(n, cached) for cached in (0, found.context) for n in (1, 2, 8, 64, 512)]
         assert times[:5] == sorted(times[:5]) and times[5:] == sorted(times[5:]) and times[0] <= times[5]
 
@@ -489,7 +493,10 @@ def test_the_picture_is_as_narrow_as_the_terminal_and_plain_where_the_encoding_l
 
 
 def test_a_bar_is_as_long_as_its_shares():
-    assert bar_of({"weights": 50, "cache": 25, "ring": 5, "process": 5}, 100, 20, "#=-.") == "##########=====--..."
+    assert (
+        bar_of({"weights": 50, "cache": 25, "layer_buffers": 5, "process": 5}, 100, 20, "#=-.")
+        == "##########=====--..."
+    )
     assert bar_of({"weights": 300}, 100, 10, "#=-.") == "#" * 10 and bar_of({}, 100, 4, "#=-.") == "...."
 
 

@@ -81,10 +81,10 @@ def test_another_identity_has_a_profile_of_its_own(measurements, identify, name)
 
 
 def test_only_the_latest_profiles_are_kept(measurements, identify):
-    for threads in range(profile.MAX_KEPT + 1):
+    for threads in range(profile.MAX_PROFILES + 1):
         identify(threads=threads)
         profile.measure()
-    assert len(profile._kept()) == profile.MAX_KEPT
+    assert len(profile._stored()) == profile.MAX_PROFILES
     identify(threads=0)
     assert profile.load() is None
 
@@ -96,7 +96,7 @@ def test_measuring_replaces_what_was_kept_of_this_identity_alone(measurements, i
     profile.measure()
     faster = replace(KNOWN, disk_bytes_per_s=5e9)
     monkeypatch.setattr(profile, "_measured", lambda progress: faster)
-    assert profile.measure() == faster == profile.load() and len(profile._kept()) == 2
+    assert profile.measure() == faster == profile.load() and len(profile._stored()) == 2
     identify(threads=99)
     assert profile.load() == KNOWN
 

@@ -564,5 +564,7 @@ def test_tiles_are_whole_for_every_shape_of_the_family():
         for columns in (hidden, 4 * hidden):
             for bits in (4, 8):
                 words = columns * bits // 32
-                for tile in tile_configs.rows(AMPERE, 4 * hidden, (words,), bits, 128 * bits // 32, 1, "half2").tiles:
-                    assert words % (tile.groups * tile.inner) == 0  # no masks in the loop
+                for tile in tile_configs.gemv_tiles(
+                    AMPERE, 4 * hidden, (words,), bits, 128 * bits // 32, 1, "half2"
+                ).tiles:
+                    assert words % (tile.groups * tile.group_words) == 0  # no masks in the loop

@@ -14,11 +14,11 @@ from neox_lite import user_cache
 from neox_lite.errors import ArgumentError
 from neox_lite.kernels.triton import tile_configs, tuning
 from neox_lite.kernels.triton.device import DeviceProperties
-from neox_lite.kernels.triton.tile_configs import Candidates, Page
+from neox_lite.kernels.triton.tile_configs import Candidates, DecodeTile
 
 CARD, CLASS = "RTX 6090 (10.3), Triton 3.9.0, neox-lite 1", "RTX 30, A10, A40"
-PAGES = Candidates("page: heads", (Page(8), Page(4, 2), Page(16, 8)))
-OTHERS = Candidates("page: other heads", (Page(8), Page(4, 2)))
+PAGES = Candidates("decode: heads", (DecodeTile(8), DecodeTile(4, 2), DecodeTile(16, 8)))
+OTHERS = Candidates("decode: other heads", (DecodeTile(8), DecodeTile(4, 2)))
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +28,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 class Bench:
-    """Times launches by a table of seconds by lanes; counts them, and hears what is reported."""
+    """Times launches by a table of seconds by block_n; counts them, and hears what is reported."""
 
     def __init__(self, seconds=None):
         self.seconds, self.launched, self.reported = seconds or {8: 3.0, 4: 2.0, 16: 1.0}, [], []
@@ -38,7 +38,7 @@ class Bench:
 
     def timer(self, launch):
         launch()
-        found = self.seconds[self.launched[-1].lanes]
+        found = self.seconds[self.launched[-1].block_n]
         if isinstance(found, Exception):
             raise found
         return found
@@ -60,20 +60,20 @@ def kept_file():
 
 def test_a_card_of_a_known_class_takes_what_is_shipped_and_times_nothing():
     bench = Bench()
-    assert bench.pick(CLASS) == Page(8)
+    assert bench.pick(CLASS) == DecodeTile(8)
     assert bench.launched == bench.reported == [] and not kept_file().exists()
 
 
 def test_an_unknown_card_takes_the_fastest_once_and_the_next_start_finds_it(monkeypatch):
     bench = Bench()
     first = bench.tuner()
-    assert first.pick(PAGES, bench.launch) == Page(16, 8) and bench.launched == list(PAGES.tiles)
+    assert first.pick(PAGES, bench.launch) == DecodeTile(16, 8) and bench.launched == list(PAGES.tiles)
     monkeypatch.setattr(first, "_lock", None)  # no launch pays for it again
-    assert first.pick(PAGES, bench.launch) == Page(16, 8)
+    assert first.pick(PAGES, bench.launch) == DecodeTile(16, 8)
     began, done = bench.reported
     assert began == f"timing sizes of kernels on {CARD}, once: at most 60 s; NEOX_LITE_TUNE=never leaves it out"
-    assert done == "page: heads: number 3, 67% less time, of 3"
-    assert bench.pick() == Page(16, 8) and len(bench.launched) == 3
+    assert done == "decode: heads: number 3, 67% less time, of 3"
+    assert bench.pick() == DecodeTile(16, 8) and len(bench.launched) == 3
     assert [f.name for f in user_cache.folder().iterdir()] == ["tuning.json"]
 
 
@@ -82,28 +82,32 @@ def test_another_card_or_version_is_timed_anew_and_both_are_kept():
     for card in (CARD, "another card"):
         bench.pick(card=card)
     assert len(bench.launched) == 6
-    assert all(bench.pick(card=card) == Page(16, 8) for card in (CARD, "another card")) and len(bench.launched) == 6
+    assert (
+        all(bench.pick(card=card) == DecodeTile(16, 8) for card in (CARD, "another card")) and len(bench.launched) == 6
+    )
 
 
 def test_what_was_timed_on_a_card_of_a_known_class_is_used_there_too():
     bench = Bench()
     bench.pick(CLASS, when="always")
     later = bench.tuner(CLASS)
-    assert later.pick(PAGES, bench.launch) == Page(16, 8) and later.pick(OTHERS, bench.launch) == Page(8)
+    assert later.pick(PAGES, bench.launch) == DecodeTile(16, 8) and later.pick(OTHERS, bench.launch) == DecodeTile(8)
     assert len(bench.launched) == 3
 
 
 def test_a_lead_within_noise_changes_nothing():
     bench = Bench({8: 1.0, 4: 0.99, 16: 0.985})
-    assert bench.pick() == Page(8) and bench.reported[-1] == "page: heads: the shipped size, of 3"
+    assert bench.pick() == DecodeTile(8) and bench.reported[-1] == "decode: heads: the shipped size, of 3"
 
 
 def test_a_size_that_the_card_or_the_compiler_cannot_do_is_passed_over_and_no_other_fault_is_hidden():
     triton = pytest.importorskip("triton", reason="triton is not installed")
     refused = triton.runtime.errors.OutOfResources(200, 100, "shared memory")
     broken = RuntimeError("PassManager::run failed")
-    assert Bench({8: refused, 4: 2.0, 16: broken}).pick() == Page(4, 2)
-    assert Bench({8: refused, 4: refused}).pick(candidates=OTHERS) == Page(8)  # which then says itself what it lacks
+    assert Bench({8: refused, 4: 2.0, 16: broken}).pick() == DecodeTile(4, 2)
+    assert Bench({8: refused, 4: refused}).pick(candidates=OTHERS) == DecodeTile(
+        8
+    )  # which then says itself what it lacks
     with pytest.raises(RuntimeError, match="illegal"):
         Bench({8: RuntimeError("an illegal memory access")}).pick(card="another")
 
@@ -111,25 +115,27 @@ def test_a_size_that_the_card_or_the_compiler_cannot_do_is_passed_over_and_no_ot
 def test_nothing_is_timed_while_launches_are_captured_or_are_not_typical_but_later():
     bench, capturing = Bench(), [True]
     here = bench.tuner(busy=lambda: capturing[0])
-    assert here.pick(PAGES, bench.launch) == Page(8) and bench.launched == []
+    assert here.pick(PAGES, bench.launch) == DecodeTile(8) and bench.launched == []
     capturing[0] = False
-    assert here.pick(PAGES, None) == Page(8) and bench.launched == [] and not kept_file().exists()
-    assert here.pick(PAGES, bench.launch) == Page(16, 8) == here.pick(PAGES, None)
+    assert here.pick(PAGES, None) == DecodeTile(8) and bench.launched == [] and not kept_file().exists()
+    assert here.pick(PAGES, bench.launch) == DecodeTile(16, 8) == here.pick(PAGES, None)
 
 
 def test_time_is_bounded_and_the_next_start_goes_on():
     bench = Bench()
     here = bench.tuner(limit_s=0.0)
-    assert here.pick(PAGES, bench.launch) == Page(8) == here.pick(PAGES, bench.launch) and len(bench.launched) == 1
-    assert here.pick(OTHERS, bench.launch) == Page(8) and len(bench.launched) == 1
+    assert (
+        here.pick(PAGES, bench.launch) == DecodeTile(8) == here.pick(PAGES, bench.launch) and len(bench.launched) == 1
+    )
+    assert here.pick(OTHERS, bench.launch) == DecodeTile(8) and len(bench.launched) == 1
     assert bench.reported[-1] == "0 s are used up; the next start goes on with it" and not kept_file().exists()
-    assert bench.pick() == Page(16, 8)
+    assert bench.pick() == DecodeTile(16, 8)
 
 
 def test_a_card_without_room_to_time_runs_with_the_shipped_sizes():
     bench = Bench({8: 1.0, 4: torch.OutOfMemoryError("CUDA out of memory")})
     here = bench.tuner()
-    assert here.pick(PAGES, bench.launch) == Page(8) and here.pick(OTHERS, bench.launch) == Page(8)
+    assert here.pick(PAGES, bench.launch) == DecodeTile(8) and here.pick(OTHERS, bench.launch) == DecodeTile(8)
     assert "too little memory" in bench.reported[-1] and len(bench.reported) == 2
 
 
@@ -150,8 +156,8 @@ def test_renewing_times_everything_anew():
     here.pick(PAGES, bench.launch)
     bench.seconds = {8: 3.0, 4: 1.0, 16: 2.0}
     here.renew()
-    assert here.pick(PAGES, bench.launch) == Page(4, 2) and len(bench.launched) == 6
-    assert bench.pick(CLASS) == Page(4, 2) and len(bench.launched) == 6
+    assert here.pick(PAGES, bench.launch) == DecodeTile(4, 2) and len(bench.launched) == 6
+    assert bench.pick(CLASS) == DecodeTile(4, 2) and len(bench.launched) == 6
 
 
 def test_threads_that_ask_at_once_time_once():
@@ -163,14 +169,14 @@ def test_threads_that_ask_at_once_time_once():
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == [Page(16, 8)] * 8 and len(bench.launched) == 3
+    assert found == [DecodeTile(16, 8)] * 8 and len(bench.launched) == 3
 
 
 # The file -------------------------------------------------------------------------------------------------------------
 
 
 def with_tile(tile):
-    return json.dumps({CARD: {"page: heads": {"tile": tile, "saved": 0.5, "timed": 3}}})
+    return json.dumps({CARD: {"decode: heads": {"tile": tile, "saved": 0.5, "timed": 3}}})
 
 
 @pytest.mark.parametrize("text", ["", "\0\xff", "null", "[1]", "[" * 100_000, " " * (5 << 20), '{"cards": 7}', "cut"])
@@ -179,29 +185,30 @@ def test_a_file_that_makes_no_sense_is_named_in_a_line_and_replaced(text):
     bench.pick()
     kept_file().write_text(kept_file().read_text()[:-30] if text == "cut" else text, encoding="utf-8")
     bench.reported.clear()
-    assert bench.pick() == Page(16, 8) and len(bench.launched) == 6
+    assert bench.pick() == DecodeTile(16, 8) and len(bench.launched) == 6
     complaint = bench.reported[0]
     assert complaint.startswith("tuning.json is not used: ") and "\n" not in complaint and len(complaint) < 300
-    assert bench.pick() == Page(16, 8) and len(bench.launched) == 6
+    assert bench.pick() == DecodeTile(16, 8) and len(bench.launched) == 6
 
 
 @pytest.mark.parametrize(
-    "tile", [None, "large", {"lanes": 7, "warps": 4}, {"lanes": 16}, {}, {"lanes": 16, "warps": 8, "x": 1}]
+    "tile",
+    [None, "large", {"block_n": 7, "num_warps": 4}, {"block_n": 16}, {}, {"block_n": 16, "num_warps": 8, "x": 1}],
 )
 def test_a_kept_size_that_is_no_candidate_is_not_used(tile):
     bench = Bench()
     bench.pick()
     kept_file().write_text(with_tile(tile))
-    assert bench.pick() == Page(16, 8) and len(bench.launched) == 6
+    assert bench.pick() == DecodeTile(16, 8) and len(bench.launched) == 6
 
 
 def test_choices_of_two_processes_are_both_kept():
     bench = Bench()
     one, other = bench.tuner(), bench.tuner()
-    assert one.kept == other.kept == {}
+    assert one.tuned == other.tuned == {}
     one.pick(PAGES, bench.launch)
     other.pick(OTHERS, bench.launch)
-    assert set(bench.tuner().kept) == {"page: heads", "page: other heads"}
+    assert set(bench.tuner().tuned) == {"decode: heads", "decode: other heads"}
 
 
 def test_a_folder_that_cannot_be_written_is_named_once(tmp_path, monkeypatch):
@@ -209,8 +216,8 @@ def test_a_folder_that_cannot_be_written_is_named_once(tmp_path, monkeypatch):
     monkeypatch.setenv("NEOX_LITE_CACHE", str(tmp_path / "file"))
     bench = Bench()
     here = bench.tuner()
-    assert here.pick(PAGES, bench.launch) == Page(16, 8)  # timed, so used
-    assert here.pick(OTHERS, bench.launch) == Page(8)
+    assert here.pick(PAGES, bench.launch) == DecodeTile(16, 8)  # timed, so used
+    assert here.pick(OTHERS, bench.launch) == DecodeTile(8)
     assert "cannot be kept, so no more are timed" in bench.reported[-1]
 
 
@@ -233,7 +240,7 @@ def test_doctor_names_what_is_used_and_why_and_times_anew_when_it_measures(monke
     assert main(["doctor", "--measure", "--json"]) == 0 and len(bench.launched) == 3
     found = json.loads(capsys.readouterr().out)["gpu_kernels"]["cuda:0"]
     assert found["why"] == "1 timed on this card, kept in tuning.json; others are timed on first use (as asked)"
-    assert found["timed"]["page: heads"] == {"tile": {"lanes": 16, "warps": 8}, "saved": 1 - 1 / 3, "timed": 3}
+    assert found["timed"]["decode: heads"] == {"tile": {"block_n": 16, "num_warps": 8}, "saved": 1 - 1 / 3, "timed": 3}
 
     def refuse(device):
         raise ArgumentError("NEOX_LITE_TUNE is 'yes'")
@@ -262,14 +269,14 @@ def test_a_gpu_s_tuner_is_its_own_and_waits_for_captures(monkeypatch, capability
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("emptied"))
     here = tuning.tuner.__wrapped__(torch.device("cuda", 0))
     assert here.card.startswith(f"a card ({capability[0]}.{capability[1]}), Triton ") and here.shipped == shipped
-    assert here.times == (shipped is None)
+    assert here.enabled == (shipped is None)
     assert here.timer(lambda: "launched") == 2e-3 and done == ["launched", "emptied"]
 
 
 def test_nothing_is_timed_in_the_interpreter_or_for_cards_that_are_not_there():
     here = tuning.tuner(torch.device("meta"))
-    assert not here.times and here is tuning.tuner(torch.device("meta"))
-    assert here.pick(PAGES, lambda tile: math.nan) == Page(8)
+    assert not here.enabled and here is tuning.tuner(torch.device("meta"))
+    assert here.pick(PAGES, lambda tile: math.nan) == DecodeTile(8)
 
 
 # Candidates -----------------------------------------------------------------------------------------------------------
@@ -277,21 +284,21 @@ def test_nothing_is_timed_in_the_interpreter_or_for_cards_that_are_not_there():
 HALF = torch.float16
 CLASSES = [DeviceProperties(capability) for capability in tile_configs.SHIPPED]
 ROWS = [
-    tile_configs.rows(device, size, words, bits, inner, tokens, math)
+    tile_configs.gemv_tiles(device, size, words, bits, inner, tokens, math)
     for device in (*CLASSES, DeviceProperties((10, 0)))
     for size, words in ((43008, (768,)), (6144, (768, 3072)), (768, (96,)), (2560, (320, 1280)))
     for bits, inner, math in ((4, 16, "half2"), (8, 32, "float16"), (4, 4, "float32"), (0, 1, "float16"))
     for tokens in (1, 2, 7)
 ]
 TILES = [
-    tile_configs.tiles(size, 6144, tokens, bits, dtype)
+    tile_configs.gemm_tiles(size, 6144, tokens, bits, dtype)
     for size in (768, 43008)
     for tokens in (3, 17, 33, 200)
     for bits in (4, 8)
     for dtype in (HALF, torch.bfloat16)
 ]
-BLOCKS = [tile_configs.blocks(device, dim, True, HALF) for device in CLASSES for dim in (64, 96, 256)]
-PAGE_SIZES = [tile_configs.page(piece, True, HALF) for piece in (16, 32, 128, 256)]
+BLOCKS = [tile_configs.prefill_tiles(device, dim, True, HALF) for device in CLASSES for dim in (64, 96, 256)]
+PAGE_SIZES = [tile_configs.decode_tiles(piece, True, HALF) for piece in (16, 32, 128, 256)]
 
 
 @pytest.mark.parametrize("every", [ROWS, TILES, BLOCKS, PAGE_SIZES], ids=["rows", "tiles", "blocks", "page"])
@@ -300,25 +307,31 @@ def test_a_kernel_has_two_to_six_different_candidates_of_powers_of_two(every):
         assert 2 <= len(candidates.tiles) <= 6 == tile_configs.MAX_CANDIDATES
         assert len(set(candidates.tiles)) == len(candidates.tiles)
         for tile in candidates.tiles:
-            sizes = [value for name, value in asdict(tile).items() if name not in ("registers", "stages")]
+            sizes = [value for name, value in asdict(tile).items() if name not in ("maxnreg", "num_stages")]
             assert all(value & (value - 1) == 0 and value > 0 for value in sizes)
 
 
 def test_a_thread_loads_16_bytes_of_a_row_in_every_candidate():
     for candidates in ROWS:
-        per = 4 if candidates.key.startswith("rows: int") else 8
+        per = 4 if candidates.key.startswith("gemv: int") else 8
         for tile in candidates.tiles:
-            assert tile.lanes * tile.groups * tile.inner == per * 32 * tile.warps
+            assert tile.block_n * tile.groups * tile.group_words == per * 32 * tile.num_warps
 
 
 def test_shapes_of_a_class_share_their_choice_and_large_products_are_cut_by_the_class_of_the_card():
-    few = tile_configs.tiles(43008, 6144, 3, 4, HALF)
-    assert few.key == tile_configs.tiles(40000, 5120, 9, 4, HALF).key != tile_configs.tiles(6144, 6144, 3, 4, HALF).key
+    few = tile_configs.gemm_tiles(43008, 6144, 3, 4, HALF)
+    assert (
+        few.key
+        == tile_configs.gemm_tiles(40000, 5120, 9, 4, HALF).key
+        != tile_configs.gemm_tiles(6144, 6144, 3, 4, HALF).key
+    )
     assert len({candidates.key for candidates in ROWS}) > 20
     one_token = (43008, (768,), 4, 16, 1, "half2")
-    here, there = (tile_configs.rows(DeviceProperties(c), *one_token).tiles[0] for c in ((9, 0), (8, 6)))
-    assert (here.rows, there.rows) == (4, 2) and replace(here, rows=2) == there  # 9.0 is short of instructions
-    assert tile_configs.rows(DeviceProperties((9, 0)), 6144, *one_token[1:]).tiles[0].rows == 2
+    here, there = (tile_configs.gemv_tiles(DeviceProperties(c), *one_token).tiles[0] for c in ((9, 0), (8, 6)))
+    assert (here.unroll_n, there.unroll_n) == (4, 2) and replace(
+        here, unroll_n=2
+    ) == there  # 9.0 is short of instructions
+    assert tile_configs.gemv_tiles(DeviceProperties((9, 0)), 6144, *one_token[1:]).tiles[0].unroll_n == 2
 
 
 # Results --------------------------------------------------------------------------------------------------------------
@@ -363,7 +376,7 @@ def test_every_candidate_is_within_the_kernel_s_bounds(kernels, nth):
         here.attention(32, torch.int8, (130,)),
     ]
     assert all(verdict["ok"] for verdict in verdicts), [v for v in verdicts if not v["ok"]]
-    assert {kernel for kernel, _ in picks.seen} == {"rows", "tiles", "blocks", "page"}
+    assert {kernel for kernel, _ in picks.seen} == {"gemv", "gemm", "prefill", "decode"}
 
 
 def test_candidates_that_keep_a_row_in_a_warp_give_the_same_bits(kernels):
@@ -376,7 +389,7 @@ def test_candidates_that_keep_a_row_in_a_warp_give_the_same_bits(kernels):
         inputs = ops.layer_norms(x, [(torch.ones_like(x[0]), torch.zeros_like(x[0]), 1e-5)], [weight])
         (y,) = ops.grouped_linear(inputs, [weight], [None], [None], [None])
         ((_, tile),) = picks.seen
-        found.setdefault(tile.groups * tile.inner, []).append(y)
+        found.setdefault(tile.groups * tile.group_words, []).append(y)
     assert sorted(map(len, found.values())) == [1, 5]
     for results in found.values():
         assert all(torch.equal(y, results[0]) for y in results)

@@ -99,18 +99,18 @@ def sizes() -> dict[str, dict[str, Any]]:
         except ArgumentError as error:
             found[str(device)] = {"why": str(error), "timed": {}}
         else:
-            found[str(device)] = {"why": tuned(here), "timed": here.kept}
+            found[str(device)] = {"why": tuned(here), "timed": here.tuned}
     return found
 
 
 def tuned(here: tuning.Tuner) -> str:
     """Which sizes are used on a card, and why."""
-    kept = f"{len(here.kept)} timed on this card, kept in {tuning.FILE}; others" if here.kept else "all"
-    if here.times:
+    stored = f"{len(here.tuned)} timed on this card, kept in {tuning.FILE}; others" if here.tuned else "all"
+    if here.enabled:
         reason = "as asked" if here.when == "always" else "no choices are shipped for its class"
-        return f"{kept} are timed on first use ({reason})"
+        return f"{stored} are timed on first use ({reason})"
     unknown = f"on most cards: its class is unknown, and {tuning.VARIABLE} is never"
-    return f"{kept} as {unknown if here.shipped is None else f'shipped for {here.shipped}'}"
+    return f"{stored} as {unknown if here.shipped is None else f'shipped for {here.shipped}'}"
 
 
 def gpus() -> list[dict[str, Any]]:

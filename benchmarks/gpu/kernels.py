@@ -267,7 +267,7 @@ class Bench:
 class TilesAlways(DeviceProperties):
     """A card for which no number of tokens is too large for tiles."""
 
-    tiles_up_to = 1 << 30
+    max_gemm_tokens = 1 << 30
 
 
 def lay(x: Tensor, layout: Any) -> Any:

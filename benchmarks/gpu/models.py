@@ -74,7 +74,7 @@ class Models:
             model = self.model("int4")
             model.ops = self.ops(tuner=lambda device: here)
             yield {"engine": "neox-lite", "format": "int4", "sizes": "timed on this card", **self.figures(model)}
-            for name, picked in here.kept.items():
+            for name, picked in here.tuned.items():
                 yield {"table": "choices", "choice": name, **picked}
 
     def ops(self, **options: Any) -> Any:

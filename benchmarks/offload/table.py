@@ -16,9 +16,10 @@ import torch
 from benchmarks.common import command_line
 from neox_lite.formats import make_format
 from neox_lite.offload import profile
-from neox_lite.offload.plan import CARDS, Budgets, HardwareProfile, PlacementRequest, Plan, plan, sizes_of
+from neox_lite.offload.plan import Budgets, HardwareProfile, PlacementRequest, Plan, make_plan, sizes_of
 from neox_lite_app.load_for_command import default_threads
 from neox_lite_app.models.family import FAMILY
+from neox_lite_app.models.plan import CARDS
 
 GPU_GIB, CPU_GIB = (8, 12, 16, 24), (16, 32)
 SYSTEM_BYTES = 2 << 30
@@ -47,7 +48,7 @@ def rows(here: HardwareProfile) -> Iterator[str]:
             PlacementRequest(context=CONTEXT),
             Budgets((cpu << 30) - SYSTEM_BYTES, (gpu << 30) - profile.GPU_MARGIN),
         )
-        plans = [plan(sizes, replace(here, card=card), request, budgets) for card in CARDS.values()]
+        plans = [make_plan(sizes, replace(here, card=card), request, budgets) for card in CARDS.values()]
         (placed,) = {placement(found) for found in plans}  # memory decides that, not speed
         yield f"| {gpu} GB | {cpu} GB | {placed} | {' | '.join(map(figures, plans))} |"
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from ..errors import ArgumentError, UnsupportedError
 from . import profile
 from .accelerator import Accelerator, Cuda
+from .advice import advice, notes
 from .memory import own_memory
-from .plan import CPU, DISK, GPU, NO, Budgets, HardwareProfile, ModelSizes, PlacementRequest, Plan, Rates, plan
+from .plan import CPU, DISK, GPU, NO, Budgets, HardwareProfile, ModelSizes, PlacementRequest, Plan, Rates, make_plan
 from .run import Placement
 from .stream import LayerLayout, set_tensor
 
@@ -53,17 +54,14 @@ class PlacementDecision:
     def announcement(self) -> str | None:
         """What a user should know before it happens; None where the whole model is in one memory, as it would be anyway."""
         found = self.plan
-        if found is None or (found.level in (CPU, GPU) and not found.notes):
+        if found is None or (found.level in (CPU, GPU) and not notes(found)):
             return None
         names = {"gpu": str(self.device), "cpu": "the CPU", "disk": "the disk"}
         shares = [f"{found.layers.count(tier)} on {name}" for tier, name in names.items() if tier in found.layers]
         speed = found.decode_tokens_per_s if found.hardware.cpu != NOMINAL else None
         rate = "" if speed is None else f"; about {speed:.2g} tokens/s by prediction"
-        advice = found.advice[:1] if found.level == DISK else ()
-        return "; ".join([f"of {len(found.layers)} layers {', '.join(shares)}{rate}", *found.notes, *advice])
-
-
-# What is asked for ------------------------------------------------------------------------------------------------------
+        first = advice(found)[:1] if found.level == DISK else []
+        return "; ".join([f"of {len(found.layers)} layers {', '.join(shares)}{rate}", *notes(found), *first])
 
 
 def device_of(asked: Any, who: str = "device_map is") -> torch.device:
@@ -130,22 +128,20 @@ def decide(
     return PlacementDecision(device_of(request.device_map), None, request.kv or "fp16", request.head or "fp16")
 
 
-# By plan ----------------------------------------------------------------------------------------------------------------
-
-
 def _by_plan(request: PlacementRequest, sizes: ModelSizes, not_on_disk: str | None) -> PlacementDecision:
     device, limits = _gpu_of(request), dict(request.max_memory or {})
     here = hardware(measure=device is not None)
     limit = next((n for key, n in limits.items() if device is not None and key in _names_of(device)), None)
     budgets = profile.budgets(here, limits.get("cpu"), limit, None if device is None else device.index)
-    found = plan(sizes, here, request, replace(budgets, disk=not_on_disk is None))
+    found = make_plan(sizes, here, request, replace(budgets, disk=not_on_disk is None))
     if found.level == NO:
         beside = " with the models loaded before" if PLANNED else ""
         reason = f"; layers cannot stay on the disk: {not_on_disk}" if not_on_disk else ""
-        advice = f"; {', or '.join(found.advice)}" if found.advice else ""
+        advices = advice(found)
+        changes = f"; {', or '.join(advices)}" if advices else ""
         raise ArgumentError(
             f"the model does not fit: {found.short_by / 2**20:.0f} MiB of CPU memory are missing, the process{beside} "
-            f"alone takes {here.process_bytes / 2**20:.0f}{reason}{advice}"
+            f"alone takes {here.process_bytes / 2**20:.0f}{reason}{changes}"
         )
     placement = None
     if found.gpu_layers or found.disk_layers:
@@ -196,9 +192,6 @@ def share_memory(model: Any) -> None:
     PLANNED.add(model)
 
 
-# By map -----------------------------------------------------------------------------------------------------------------
-
-
 def _by_map(
     request: PlacementRequest, sizes: ModelSizes, heads: list[str], prefix: str, not_on_disk: str | None
 ) -> PlacementDecision:
@@ -241,9 +234,6 @@ def _by_map(
         as_plan = Plan(sizes, here, request, Budgets(0, 0), kv, "fp16", layers.count("disk"), on_gpu, "cpu")
         stream_from = as_plan.crossover_tokens
     return PlacementDecision(device, Placement(layers, embedding, ends.pop(), stream_from), kv, head)
-
-
-# Moving -----------------------------------------------------------------------------------------------------------------
 
 
 def move(module: nn.Module, accelerator: Accelerator) -> None:

@@ -12,7 +12,7 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import product
 from typing import Any
 
@@ -21,13 +21,13 @@ import torch
 from ..config import GPTNeoXConfig
 from ..errors import ArgumentError, FormatError
 from ..formats import DENSE, GROUP_SIZES, Format, GroupInt
-from ..units import PAGE, format_bytes
+from ..units import PAGE
+from .stream import BUFFERS
 
 TIERS = ("gpu", "cpu", "disk")
 KINDS = ("fp16", "int8")  # of the KV cache and of the head; fp16 stands for the model's own dtype
 PREFILL_TOKENS = 512  # of a prompt that go through the model at a time, as in generation/protocols.py
 WINDOW = 64 << 10  # bytes of a sparsely mapped file that come into memory with one row of the embedding
-SLOTS = 2  # layers on their way at a time: one is computed while the next one arrives
 MAX_STREAM_FROM = 4096  # tokens of the longest pass for which streaming is considered
 
 # Scratch memory of a pass, in numbers for each of its tokens: times the hidden and the inner size. The CPU's are measured.
@@ -40,14 +40,9 @@ GRAPHS = 16 << 20  # what the driver keeps of captured CUDA graphs; assumed, not
 
 # Time beside the products, the same for every processor of a kind.
 LAYER_S = 20e-6  # seconds of a layer that no size changes
-ACTIVATION_BYTES = {
-    "cpu": 400,
-    "gpu": 100,
-}  # moved in a layer for each hidden feature of a token: norms, attention, and the like
-STAGING_SHARE = 0.5  # of the speed at which memory is read, for copying into a pinned slot: it is read and written
-
-
-# The model ------------------------------------------------------------------------------------------------------------
+# Moved in a layer for each hidden feature of a token: norms, attention, and the like.
+ACTIVATION_BYTES = {"cpu": 400, "gpu": 100}
+STAGING_SHARE = 0.5  # of the speed at which memory is read, for copying into pinned memory: it is read and written
 
 
 @dataclass(frozen=True)
@@ -133,7 +128,7 @@ def sizes_of(
 
     count = config.num_hidden_layers
     layers = tuple(map(layer, range(count))) if callable(format) else (layer(0),) * count
-    group = next((g for g in sorted(GROUP_SIZES, reverse=True) if hidden % g == 0), None) if small_head else None
+    group = largest_group(hidden) if small_head else None
     return ModelSizes(
         layers=layers,
         embedding=vocabulary * hidden * dtype.itemsize,
@@ -151,9 +146,6 @@ def sizes_of(
         context=config.max_position_embeddings,
         tied=config.tie_word_embeddings,
     )
-
-
-# The hardware ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -186,23 +178,12 @@ class HardwareProfile:
     process_bytes: int
     card: Card | None
 
-
-# Specifications, not measurements: GiB, GB/s of memory, dense fp16 TFLOP/s with float32 sums (NVIDIA's papers on GA102 and
-# AD102, or by cores and clock in the same proportion), GB/s of PCIe 4.0 x16 (x8 on the 4060 Ti). 92 % of the bandwidth and
-# 60 % of the operations are assumed to be reached.
-DATA_SHEETS = {
-    "RTX 3060": (12, 360, 25.5, 25),
-    "RTX 3090": (24, 936, 71, 25),
-    "RTX 4060 Ti": (16, 288, 44.1, 13),
-    "RTX 4090": (24, 1008, 165.2, 25),
-}
-CARDS = {
-    name: Card(name, gib << 30, Rates(0.92e9 * read, 0.6e12 * tensor), 1e9 * bus, 512 << 20)
-    for name, (gib, read, tensor, bus) in DATA_SHEETS.items()
-}
-
-
-# The plan -------------------------------------------------------------------------------------------------------------
+    def rates(self, side: str) -> Rates:
+        """Of "cpu", or of "gpu" where there is one."""
+        if side == "cpu":
+            return self.cpu
+        assert self.card is not None
+        return self.card.rates
 
 
 @dataclass(frozen=True)
@@ -229,17 +210,8 @@ class Budgets:
     disk: bool = True
 
 
-SMALLER = {"kv": "int8 KV cache", "head": "int8 head"}  # what a plan may choose to save memory
-
 # How good a plan is.
 NO, DISK, CPU, MIXED, GPU = range(5)
-GAINS = {
-    GPU: "put the whole model on the GPU",
-    MIXED: "keep every layer off the disk",
-    CPU: "keep every layer off the disk",
-    DISK: "make it run, with layers read from the disk",
-    NO: "come nearest to running",
-}
 
 
 @dataclass(frozen=True)
@@ -248,7 +220,6 @@ class Plan:
 
     The first disk_layers layers stay on disk, the last gpu_layers are on the GPU, and the head with them; those between, and
     the head where the GPU has no layer, are in host memory. embedding_on: "gpu" or "cpu".
-    notes: what was chosen and why. advice: sentences, each naming one change that lifts the plan to a better level.
     """
 
     sizes: ModelSizes
@@ -260,10 +231,6 @@ class Plan:
     disk_layers: int
     gpu_layers: int
     embedding_on: str
-    notes: tuple[str, ...] = ()
-    advice: tuple[str, ...] = ()
-
-    # Bytes ------------------------------------------------------------------------------------------------------------
 
     @property
     def context(self) -> int:
@@ -292,34 +259,34 @@ class Plan:
     @property
     def max_pages(self) -> int:
         """Pages of KV cache that each layer may have within the budgets; one layer's may be there twice while they grow."""
-        page, slots = PAGE * self.sizes.kv_bytes(self.kv), SLOTS if self.mixed else 0
+        page, buffers = PAGE * self.sizes.kv_bytes(self.kv), BUFFERS if self.mixed else 0
         host = len(self.sizes.layers) - self.gpu_layers
         sides = (("gpu", self.gpu_layers, self.budgets.gpu or 0), ("cpu", host, self.budgets.cpu))
-        free = [(budget - self.totals[tier]) // (page * (n + slots + 1)) for tier, n, budget in sides if n]
+        free = [(budget - self.totals[tier]) // (page * (n + buffers + 1)) for tier, n, budget in sides if n]
         return self.pages + max(0, min(free))
 
     @cached_property
     def parts(self) -> dict[str, dict[str, int]]:
-        """Bytes by tier and kind. ring: the slots of layers on their way; graphs: decode steps of a model that is on the GPU
-        as a whole; process and context: there before any model."""
+        """Bytes by tier and kind. layer_buffers: of LayerStreamer; graphs: decode steps of a model that is on the GPU as a
+        whole; process and context: there before any model."""
         sizes, stop = self.sizes, len(self.sizes.layers) - self.gpu_layers
         kv = self.pages * PAGE * sizes.kv_bytes(self.kv)
         head = sizes.head_bytes(self.head)
-        slot = max(sizes.layers) + (kv if self.mixed else 0)
-        ring = SLOTS * slot if self.mixed or self.disk_layers else 0
+        streams = self.mixed or self.disk_layers > 0
+        layer_buffers = BUFFERS * (max(sizes.layers) + (kv if self.mixed else 0)) if streams else 0
         adapter = sum(sizes.adapter[: self.disk_layers])
         in_memory = sum(sizes.layers[self.disk_layers : stop]) + adapter + self._embedding_bytes("cpu")
         cpu = {
             "weights": in_memory + (sizes.rest if stop else 0) + (0 if self.gpu_layers else head),
             "cache": stop * kv,  # that of layers on disk too
-            "ring": ring,
+            "layer_buffers": layer_buffers,
             "scratch": self._scratch_bytes("cpu") if stop else 0,
             "process": self.hardware.process_bytes,
         }
         gpu = {
             "weights": sum(sizes.layers[stop:]) + head + sizes.rest + self._embedding_bytes("gpu"),
             "cache": self.gpu_layers * kv,
-            "ring": ring,
+            "layer_buffers": layer_buffers,
             "scratch": self._scratch_bytes("gpu") + DECODED_SLICE + CUBLAS_WORKSPACE,
             "graphs": 0 if stop else self._graph_bytes(),
             "context": self.hardware.card.context_bytes if self.hardware.card else 0,
@@ -376,15 +343,13 @@ class Plan:
         decoded = TORCH_PRODUCT + 2 * min(4 * self.sizes.decoded, DECODED_SLICE) if written_out else 0
         return activations + self.sizes.vocabulary * 4 + decoded  # logits in float32
 
-    # Time -------------------------------------------------------------------------------------------------------------
-
     def pass_s(self, tokens: int = 1, cached: int | None = None) -> float:
         """Seconds of a pass that gives one sequence `tokens` more after `cached` ones (None: half the context).
 
         Layers in host memory take the quicker way, in place or streamed. Infinite where a disk of unknown speed is read.
         """
         kv = (self.context // 2 if cached is None else cached) * self.sizes.kv_bytes(self.kv)
-        seconds = self.sizes.head_bytes(self.head) / self._rates(self.head_on).read_bytes_per_s
+        seconds = self.sizes.head_bytes(self.head) / self.hardware.rates(self.head_on).read_bytes_per_s
         for stored, tier in zip(self.sizes.layers, self.layers, strict=True):
             if tier == "gpu":
                 seconds += self._layer_s("gpu", stored + kv, tokens)
@@ -399,13 +364,16 @@ class Plan:
     @property
     def decode_tokens_per_s(self) -> float | None:
         """Of one sequence at half its context; None where a disk of unknown speed is read."""
-        return _per_s(1, self.pass_s())
+        return self._tokens_per_s(1)
 
     @property
     def prefill_tokens_per_s(self) -> float | None:
         """Of a prompt of 512 tokens, or of the context if that is shorter."""
-        tokens = min(PREFILL_TOKENS, self.context)
-        return _per_s(tokens, self.pass_s(tokens, 0))
+        return self._tokens_per_s(min(PREFILL_TOKENS, self.context), 0)
+
+    def _tokens_per_s(self, tokens: int, cached: int | None = None) -> float | None:
+        seconds = self.pass_s(tokens, cached)
+        return None if math.isinf(seconds) else tokens / seconds
 
     @cached_property
     def crossover_tokens(self) -> int | None:
@@ -425,33 +393,20 @@ class Plan:
         return self._layer_s("cpu", max(stored, 4 * self.sizes.written), tokens)
 
     def streamed_s(self, stored: int, tokens: int) -> float:
-        """Seconds between two layers of `stored` bytes, weights and cache, that go through pinned slots to the GPU."""
+        """Seconds between two layers of `stored` bytes, weights and cache, that go through pinned buffers to the GPU."""
         copied = stored / (STAGING_SHARE * self.hardware.cpu.read_bytes_per_s)
         assert self.hardware.card is not None
         return max(stored / self.hardware.card.bus_bytes_per_s, copied, self._layer_s("gpu", stored, tokens))
 
-    def _rates(self, side: str) -> Rates:
-        if side == "cpu":
-            return self.hardware.cpu
-        assert self.hardware.card is not None
-        return self.hardware.card.rates
-
     def _layer_s(self, side: str, stored: int, tokens: int) -> float:
         """Seconds of a layer: reading its bytes or multiplying, whichever takes longer, and what comes beside."""
-        sizes, rates = self.sizes, self._rates(side)
+        sizes, rates = self.sizes, self.hardware.rates(side)
         beside = ACTIVATION_BYTES[side] * sizes.hidden * tokens / rates.read_bytes_per_s + LAYER_S
         flops_per_s = (sizes.decoded and rates.plain_flops_per_s) or rates.flops_per_s
         return max(stored / rates.read_bytes_per_s, 2 * sizes.weights * tokens / flops_per_s) + beside
 
 
-def _per_s(tokens: int, seconds: float) -> float | None:
-    return None if math.isinf(seconds) else tokens / seconds
-
-
-# Planning -------------------------------------------------------------------------------------------------------------
-
-
-def plan(sizes: ModelSizes, hardware: HardwareProfile, request: PlacementRequest, budgets: Budgets) -> Plan:
+def make_plan(sizes: ModelSizes, hardware: HardwareProfile, request: PlacementRequest, budgets: Budgets) -> Plan:
     """The best placement within the budgets, or, where none fits, the one that is short by the least.
 
     The whole model on the GPU is best, then layers on the GPU and the CPU, then the CPU alone, then layers on disk. Where
@@ -466,102 +421,49 @@ def plan(sizes: ModelSizes, hardware: HardwareProfile, request: PlacementRequest
         )
     if budgets.gpu is not None and hardware.card is None:
         raise ArgumentError("a GPU's budget is given, but the machine has no GPU; leave it out")
-    best = _best(sizes, hardware, request, budgets)
-    return replace(best, notes=tuple(_notes(best)), advice=tuple(_advice(best)))
+    on_the_cpu = (Plan(sizes, hardware, request, budgets, kv, head, 0, 0, "cpu") for kv, head in kinds(sizes, request))
+    best = [max(_placements(plan), key=_rank) for plan in on_the_cpu]
+    return max(best, key=lambda plan: (plan.level, -plan.short_by))
 
 
-def _best(sizes: ModelSizes, hardware: HardwareProfile, request: PlacementRequest, budgets: Budgets) -> Plan:
-    kinds = _kinds(sizes, request)
-    plans = [max(_placements(Plan(sizes, hardware, request, budgets, *k, 0, 0, "cpu")), key=_rank) for k in kinds]
-    return max(plans, key=lambda p: (p.level, -p.short_by))
-
-
-def _kinds(sizes: ModelSizes, request: PlacementRequest) -> list[tuple[str, str]]:
+def kinds(sizes: ModelSizes, request: PlacementRequest) -> list[tuple[str, str]]:
     """The kinds of KV cache and head that the request leaves open, the least degraded first."""
     heads = KINDS if sizes.small_head is not None else KINDS[:1]
     kvs, heads = (request.kv,) if request.kv else KINDS, (request.head,) if request.head else heads
     return [(kv, head) for head, kv in product(heads, kvs)]
 
 
-def _rank(found: Plan) -> tuple[int, ...]:
+def _rank(plan: Plan) -> tuple[int, ...]:
     """Placements with the same cache and head, better ones higher: what fits, with the fewest layers on the disk and then the
     most on the GPU."""
-    return (0, -found.short_by) if not found.fits else (1, -found.disk_layers, found.gpu_layers)
+    return (1, -plan.disk_layers, plan.gpu_layers) if plan.fits else (0, -plan.short_by)
 
 
-def _placements(none: Plan) -> Iterator[Plan]:
+def _placements(on_the_cpu: Plan) -> Iterator[Plan]:
     """Those worth comparing: all on the GPU, as many layers there as fit, none there; with as few layers on disk as fit."""
-    count, budgets = len(none.sizes.layers), none.budgets
+    count, gpu_bytes = len(on_the_cpu.sizes.layers), on_the_cpu.budgets.gpu
 
-    def place(gpu_layers: int, disk_layers: int = 0, embedding_on: str = "cpu") -> Plan:
-        return replace(none, gpu_layers=gpu_layers, disk_layers=disk_layers, embedding_on=embedding_on)
+    def place(gpu_layers: int, embedding_on: str = "cpu") -> Plan:
+        return replace(on_the_cpu, gpu_layers=gpu_layers, embedding_on=embedding_on)
 
-    counts = [0]  # of layers on the GPU
-    if budgets.gpu is not None:
-        yield from (p for p in (place(count, 0, "gpu"), place(count)) if p.totals["gpu"] <= budgets.gpu)
-        counts.insert(0, bisect_right(range(1, count), budgets.gpu, key=lambda n: place(n).totals["gpu"]))
-    for on_gpu in counts:
-        yield place(on_gpu)
-        if budgets.disk:  # from one layer on, each more takes less memory
-            cpu_bytes = partial(lambda on_gpu, n: -place(on_gpu, n).totals["cpu"], on_gpu)
-            yield place(on_gpu, 1 + bisect_left(range(1, count - on_gpu), -budgets.cpu, key=cpu_bytes))
-
-
-# What to say ----------------------------------------------------------------------------------------------------------
+    mixed_or_none = [on_the_cpu]
+    if gpu_bytes is not None:
+        yield from (plan for plan in (place(count, "gpu"), place(count)) if plan.totals["gpu"] <= gpu_bytes)
+        most = bisect_right(range(1, count), gpu_bytes, key=lambda n: place(n).totals["gpu"])
+        mixed_or_none.insert(0, place(most))
+    for plan in mixed_or_none:
+        yield plan
+        if plan.budgets.disk:
+            yield _with_disk(plan)
 
 
-def _notes(best: Plan) -> Iterator[str]:
-    """Why the plan chose less than 16 bits."""
-    chosen = [n for option, n in SMALLER.items() if getattr(best, option) != (getattr(best.request, option) or "fp16")]
-    if chosen:
-        yield f"{' and '.join(chosen)}, to {GAINS[best.level]}"
+def _with_disk(plan: Plan) -> Plan:
+    """The same with as few layers on the disk as make it fit, at least one: from there on each more takes less memory."""
+    numbers = range(1, len(plan.sizes.layers) - plan.gpu_layers)
+    fewer = bisect_left(numbers, True, key=lambda n: replace(plan, disk_layers=n).fits)
+    return replace(plan, disk_layers=1 + fewer)
 
 
-def _advice(best: Plan) -> Iterator[str]:
-    """One sentence for each single change that lifts the plan to a better level."""
-    request, budgets, changes = best.request, best.budgets, list[tuple[str, PlacementRequest, Budgets]]()
-
-    def lifted(request: PlacementRequest, budgets: Budgets) -> int | None:
-        level = _best(best.sizes, best.hardware, request, budgets).level
-        return level if level > best.level else None
-
-    for option, name in SMALLER.items():
-        if getattr(request, option) == "fp16" and (option == "kv" or best.sizes.small_head is not None):
-            changes.append((f"an {name} ({option})", replace(request, **{option: "int8"}), budgets))  # type: ignore[arg-type]
-    contexts = range((best.pages - 1) * PAGE, best.context // (4 * PAGE) * PAGE, -PAGE)  # a quarter or less is no help
-    enough = bisect_left(contexts, True, key=lambda n: lifted(replace(request, context=n), budgets) is not None)
-    for context in contexts[enough : enough + 1]:
-        changes.append((f"a context of {context}", replace(request, context=context), budgets))
-    for tier, wanted in dict.fromkeys(_wanted(best)):
-        if (more := wanted - getattr(budgets, tier)) > 0:
-            text = f"{wanted / 2**30:.1f}GiB of {tier.upper()} memory, {format_bytes(more)} more than the budget,"
-            changes.append((text, request, replace(budgets, **{tier: wanted})))  # type: ignore[arg-type]
-    for text, *changed in changes:
-        if (level := lifted(*changed)) is not None:  # type: ignore[arg-type]
-            yield f"{text} would {GAINS[level]}"
-
-
-def _wanted(best: Plan) -> Iterator[tuple[str, int]]:
-    """Budgets, in tenths of a GiB, that would hold the model on the GPU, or all layers of it in memory."""
-
-    def smallest(tier: str, gpu_layers: int) -> int:
-        kinds = _kinds(best.sizes, best.request)
-        changed = {"disk_layers": 0, "gpu_layers": gpu_layers, "embedding_on": "cpu"}
-        return min(replace(best, kv=kv, head=head, **changed).totals[tier] for kv, head in kinds)  # type: ignore[arg-type]
-
-    if best.budgets.gpu is not None:
-        yield "gpu", _tenths(smallest("gpu", len(best.sizes.layers)))
-    if best.level == NO:
-        yield "cpu", _tenths(best.budgets.cpu + best.short_by)
-    yield "cpu", _tenths(smallest("cpu", best.gpu_layers))
-
-
-def _tenths(count: int) -> int:
-    """Rounded up, as far as a size is written."""
-    return -(-count * 10 >> 30) * (1 << 30) // 10
-
-
-def largest_group(config: GPTNeoXConfig) -> int | None:
-    """The largest group size that divides the rows of every linear layer, None where none does."""
-    every = sorted(GROUP_SIZES, reverse=True)
-    return next((g for g in every if config.hidden_size % g == 0 == config.intermediate_size % g), None)
+def largest_group(*features: int) -> int | None:
+    """The largest group size that divides rows of so many features each, None where none does."""
+    return next((g for g in sorted(GROUP_SIZES, reverse=True) if all(n % g == 0 for n in features)), None)

@@ -1,4 +1,4 @@
-"""What this machine does in a second, measured once and kept, and what of its memory a process may take. Knows no model.
+"""What this machine does in a second, measured once and stored, and what of its memory a process may take. Knows no model.
 
 The profile is measured on random weights through the very products that a model calls. It lies in machine.json (where:
 user_cache.py) and counts for as long as `identity()` stays the same.
@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 FILE = "machine.json"
 FORMAT_VERSION = 4
-MAX_KEPT = 8  # profiles: of other thread counts or kernels on the same machine
+MAX_PROFILES = 8  # in the file: of other thread counts or kernels on the same machine
 INT4 = GroupInt(4, 128)
 COLUMNS = 12288  # of a weight of 156 or 101 MB, more than processors' caches hold
 ROWS: dict[Format, int] = {INT4: 24576, DENSE: 4096}
@@ -53,15 +53,12 @@ HOST_MARGIN = 512 << 20  # of what is free now, left to the rest of the system
 GPU_MARGIN = 256 << 20
 
 
-# Kept -----------------------------------------------------------------------------------------------------------------
-
-
 def load() -> HardwareProfile | None:
-    """The kept profile of this machine as it is now; None where there is none, or where the file makes no sense, with a
+    """The stored profile of this machine as it is now; None where there is none, or where the file makes no sense, with a
     warning."""
     here = identity()
     try:
-        for one in _kept():
+        for one in _stored():
             if entry(one, "identity") == here:
                 return _parse(HardwareProfile, entry(one, "machine"))
     except ValueError as error:
@@ -70,11 +67,11 @@ def load() -> HardwareProfile | None:
 
 
 def measure(progress: Progress = lambda done, total: None) -> HardwareProfile:
-    """Measure this machine's rates, in seconds, and keep them in place of what was kept of it."""
+    """Measure the rates of this machine, which takes seconds, and store them in place of earlier ones."""
     found, here, others = _measured(progress), identity(), list[Any]()
     with suppress(ValueError):  # a file that is not one of ours is replaced
-        others = [one for one in _kept() if isinstance(one, dict) and one.get("identity") != here]
-    profiles = [{"identity": here, "machine": asdict(found)}, *others][:MAX_KEPT]
+        others = [one for one in _stored() if isinstance(one, dict) and one.get("identity") != here]
+    profiles = [{"identity": here, "machine": asdict(found)}, *others][:MAX_PROFILES]
     try:
         user_cache.write(FILE, {"profiles": profiles})
     except OSError as error:
@@ -100,11 +97,11 @@ def identity() -> dict[str, Any]:
 
 
 def cache_file() -> Path:
-    """Where profiles are kept. Raises OSError where the user has no home."""
+    """Where profiles are stored. Raises OSError where the user has no home."""
     return user_cache.folder() / FILE
 
 
-def _kept() -> list[Any]:
+def _stored() -> list[Any]:
     """The entries of the file, whatever they are; none where there is no file. Raises ValueError if it holds anything else."""
     found = user_cache.read(FILE)
     entries = [] if found is None else entry(found, "profiles")
@@ -136,9 +133,6 @@ def _parse(kind: Callable[..., T], found: Any) -> T:
 def _warn(text: str) -> None:
     """Warn of something once."""
     warnings.warn(text, stacklevel=4)
-
-
-# Measured -------------------------------------------------------------------------------------------------------------
 
 
 def _measured(progress: Progress) -> HardwareProfile:
@@ -314,9 +308,6 @@ def _kernel_path() -> str:
     from ..kernels.cpu import target
 
     return target.host().path
-
-
-# Budgets --------------------------------------------------------------------------------------------------------------
 
 
 def budgets(

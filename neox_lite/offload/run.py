@@ -96,8 +96,8 @@ class LayerRunner:
         for i, tier in enumerate(placement.layers):
             if tier == "disk":
                 layouts[i] = LayerLayout(self.layers[i], origins[i] if origins else {})
-                kept = sum(s.tensor.nbytes for s in layouts[i].slots if s.origin is None and ".adapter." not in s.name)
-                if kept > layouts[i].nbytes / 10:
+                unstored = [s.tensor for s in layouts[i].slots if s.origin is None and ".adapter." not in s.name]
+                if sum(tensor.nbytes for tensor in unstored) > layouts[i].nbytes / 10:
                     raise ArgumentError(
                         f"layer {i} is on the disk, but its weights differ from what its file holds; those there cannot be "
                         "changed: load the model with more memory for that"

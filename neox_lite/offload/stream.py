@@ -43,9 +43,6 @@ class Origin:
 Origins = Mapping[str, Origin]  # by a tensor's name in its layer
 
 
-# The tensors of a layer -------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class TensorSlot:
     """A tensor of a layer and its place in a buffer. It is copied from `tensor`, or read from a file where it has an origin."""
@@ -143,9 +140,6 @@ def _read(origin: Origin, at: int, to: memoryview) -> None:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-# The KV cache of a layer on the device ----------------------------------------------------------------------------------
-
-
 class PageMap:
     """The pages of the host's KV cache that a batch uses, numbered for copies of them on the device.
 
@@ -210,9 +204,6 @@ class PageBuffer:
         self._accelerator.synchronize(self._accelerator.record("copy"))
         for host, staged in zip(pages.storage(layer), self._staged, strict=True):
             host.index_copy_(0, pages.pages[:count], staged[:count])
-
-
-# The streamer -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(eq=False)

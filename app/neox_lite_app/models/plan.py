@@ -19,34 +19,48 @@ from neox_lite.errors import ArgumentError, FormatError
 from neox_lite.formats import GROUPED, formats_of, label, make_format
 from neox_lite.hub import HEAD, MANIFEST, fetch_files, local_folder
 from neox_lite.offload import profile
+from neox_lite.offload.advice import GAINS, advice, notes
 from neox_lite.offload.plan import (
-    CARDS,
     CPU,
     DISK,
-    GAINS,
     GPU,
     MIXED,
     TIERS,
     Budgets,
+    Card,
     HardwareProfile,
     ModelSizes,
     PlacementRequest,
     Plan,
+    Rates,
     largest_group,
+    make_plan,
     sizes_of,
 )
-from neox_lite.offload.plan import plan as make_plan
 from neox_lite.units import DTYPES, dtype_name, format_bytes
 
 from ..load_for_command import default_threads, measure_hardware, memory_limit
 from ..terminal import amount, fold, print_json, terminal_width
 from .family import FAMILY
 
+# Specifications, not measurements: GiB, GB/s of memory, dense fp16 TFLOP/s with float32 sums (NVIDIA's papers on GA102 and
+# AD102, or by cores and clock in the same proportion), GB/s of PCIe 4.0 x16 (x8 on the 4060 Ti). 92 % of the bandwidth and
+# 60 % of the operations are assumed to be reached.
+DATA_SHEETS = {
+    "RTX 3060": (12, 360, 25.5, 25),
+    "RTX 3090": (24, 936, 71, 25),
+    "RTX 4060 Ti": (16, 288, 44.1, 13),
+    "RTX 4090": (24, 1008, 165.2, 25),
+}
+CARDS = {
+    name: Card(name, gib << 30, Rates(0.92e9 * read, 0.6e12 * tensor), 1e9 * bus, 512 << 20)
+    for name, (gib, read, tensor, bus) in DATA_SHEETS.items()
+}
 WEIGHT_FILES = (".safetensors", ".bin", ".index.json")
 WIDTH = 100  # of a bar and its name, at most
 HANG = 10  # columns that stand before every text
 BLOCKS, PLAIN = "█▓▒·", "#=-."  # weights, KV cache, the rest, free; plain where stdout's encoding lacks blocks
-LEGEND = ("weights", "KV cache", "slots, scratch, driver, process", "free")
+LEGEND = ("weights", "KV cache", "buffers, scratch, driver, process", "free")
 SMALLER_FORMATS: dict[str, tuple[str, ...]] = {"int4": (), **dict.fromkeys(("int8", "nf4", "nf4-double"), ("int4",))}
 WHERE = {GPU: "on the GPU", MIXED: "on the GPU and the CPU", CPU: "on the CPU", DISK: "with layers read from the disk"}
 COLUMNS = ("checkpoint", "context", "format", "size", "runs on", "tokens/s", "prompt")  # of the family's table
@@ -65,18 +79,15 @@ def plan(args: argparse.Namespace) -> None:
     if found.disk_layers and model.shard is not None:  # its own disk may be another than the one that was measured
         rate = profile.disk_rate(model.shard) or target.hardware.disk_bytes_per_s
         found = make_plan(model.sizes, replace(target.hardware, disk_bytes_per_s=rate), found.request, budgets)
-    advice = [*found.advice, *smaller_format(model, found)]
+    advices = [*advice(found), *smaller_format(model, found)]
     if args.json:
-        print_json({"model": args.model, **model.identity, **target.identity, **figures(found), "advice": advice})
+        print_json({"model": args.model, **model.identity, **target.identity, **figures(found, advices)})
     else:
-        print("\n".join(describe(args.model, model, target, found, advice, terminal_width())))
+        print("\n".join(describe(args.model, model, target, found, advices, terminal_width())))
 
 
 def request_of(args: argparse.Namespace, context: int | None = None) -> PlacementRequest:
     return PlacementRequest(context=args.context if context is None else context, kv=args.kv, head=args.head)
-
-
-# What is planned, and for what ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -121,9 +132,10 @@ class Model:
     @classmethod
     def quantized(cls, config: GPTNeoXConfig, format: str, dtype: torch.dtype = torch.float16) -> Model:
         """What `neox-lite quantize` would make of a plain checkpoint in the largest groups that fit: the rest has 16 bits."""
-        target = make_format(format, largest_group(config) if format in GROUPED else None)
-        kept = dtype if dtype.itemsize == 2 else torch.float16
-        return cls(sizes_of(config, target, kept, small_head=True), label(target, format), kept, config, made=True)
+        group = largest_group(config.hidden_size, config.intermediate_size) if format in GROUPED else None
+        target = make_format(format, group)
+        plain = dtype if dtype.itemsize == 2 else torch.float16
+        return cls(sizes_of(config, target, plain, small_head=True), label(target, format), plain, config, made=True)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -221,10 +233,7 @@ def smaller_format(model: Model, found: Plan) -> Iterator[str]:
                 return
 
 
-# Of one model ---------------------------------------------------------------------------------------------------------
-
-
-def figures(found: Plan) -> dict[str, Any]:
+def figures(found: Plan, advices: list[str]) -> dict[str, Any]:
     """A plan as one JSON object; bytes, and tokens a second."""
     names = ("embedding_on", "head_on", "kv", "head", "context", "pages", "decode_tokens_per_s", "prefill_tokens_per_s")
     return {
@@ -232,12 +241,14 @@ def figures(found: Plan) -> dict[str, Any]:
         "fits": found.fits,
         "tiers": found.totals,
         "layers": {tier: found.layers.count(tier) for tier in TIERS},
-        **{name: getattr(found, name) for name in (*names, "crossover_tokens", "short_by", "parts", "notes", "advice")},
+        **{name: getattr(found, name) for name in (*names, "crossover_tokens", "short_by", "parts")},
+        "notes": notes(found),
+        "advice": advices,
     }
 
 
 def describe(
-    name: str, model: Model, target: Target, found: Plan, advice: list[str], width: int | None
+    name: str, model: Model, target: Target, found: Plan, advices: list[str], width: int | None
 ) -> Iterator[str]:
     """A picture of the memories, then speed, choices and advice, in lines of at most `width`."""
     verdict = (
@@ -252,7 +263,7 @@ def describe(
     yield ""
     texts = []
     if found.fits:
-        decode, prompt = speed(found.decode_tokens_per_s), speed(found.prefill_tokens_per_s)
+        decode, prompt = speed_text(found.decode_tokens_per_s), speed_text(found.prefill_tokens_per_s)
         texts += [("speed", f"{decode} decoding, {prompt} reading a prompt"), ("", f"predicted from {target.source}")]
     if found.fits and found.mixed:
         how = (
@@ -262,12 +273,12 @@ def describe(
         texts.append(("streaming", f"{how}them in place" if found.crossover_tokens else never))
     kv, head = (name_of(model.dtype) if kind == "fp16" else kind for kind in (found.kv, found.head))
     texts.append(("kept as", f"{kv} KV cache, {head} head"))
-    texts += [("chosen", note) for note in found.notes]
+    texts += [("chosen", note) for note in notes(found)]
     if model.has_weights is False:
         texts.append(("missing", f"{name} has no weights; all this follows from its config.json"))
     if not (found.fits or model.disk):
         texts.append(("disk", "layers cannot stay there: the files do not hold them as they run"))
-    texts += [("" if i else "advice", line) for i, line in enumerate(advice)]
+    texts += [("" if i else "advice", line) for i, line in enumerate(advices)]
     for title, text in texts:
         yield from fold(f"{title:<{HANG}}{text}", width, HANG)
 
@@ -307,13 +318,10 @@ def can_print(text: str) -> bool:
     return True
 
 
-def speed(rate: float | None) -> str:
+def speed_text(rate: float | None) -> str:
     if rate is None:
         return "unknown (the disk's speed could not be measured)"
     return f"{rate:.{0 if rate >= 100 else 1 if rate >= 10 else 2}f} tokens/s"
-
-
-# The family -----------------------------------------------------------------------------------------------------------
 
 
 def family(args: argparse.Namespace, target: Target) -> None:
@@ -327,7 +335,8 @@ def family(args: argparse.Namespace, target: Target) -> None:
             model = Model.quantized(member.config(), format)
             context = min(args.context or model.sizes.context, model.sizes.context)
             found = make_plan(model.sizes, target.hardware, request_of(args, context), target.budgets)
-            rows.append({"model": member.id, "format": model.format, "bytes": model.sizes.total, **figures(found)})
+            about = {"model": member.id, "format": model.format, "bytes": model.sizes.total}
+            rows.append({**about, **figures(found, advice(found))})
     if args.json:
         print_json({**target.identity, "rows": rows})
     else:

@@ -14,12 +14,11 @@ from itertools import product
 from typing import Any
 
 from neox_lite.errors import NeoxLiteError
-from neox_lite.offload.plan import CPU, DISK, GPU, MIXED
+from neox_lite.offload.plan import CPU, DISK, GPU, MIXED, make_plan
 from neox_lite.units import format_bytes
 
 from ..models.family import FAMILY
-from ..models.plan import WHERE, Model, Target, make_plan, request_of
-from ..models.plan import speed as speed_of
+from ..models.plan import WHERE, Model, Target, request_of, speed_text
 from ..serving.engine import Engine
 from .events import sentence, unforeseen
 
@@ -104,7 +103,7 @@ class Badges:
             return {"level": "no", "text": f"does not fit · {total}", "rate": "", "sentence": short}
         level, where = LEVELS[plan.level]
         rate, memory = plan.decode_tokens_per_s, sum(plan.totals.values())
-        words = f"{found.format}, runs {WHERE[plan.level]} in {format_bytes(memory)}, predicted {speed_of(rate)}"
+        words = f"{found.format}, runs {WHERE[plan.level]} in {format_bytes(memory)}, predicted {speed_text(rate)}"
         short_rate = "" if rate is None else f"~{rate:.{0 if rate >= 10 else 1}f} tok/s"
         return {"level": level, "text": f"{where} · {total}", "rate": short_rate, "sentence": words}
 

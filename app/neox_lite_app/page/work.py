@@ -136,7 +136,7 @@ class Work:
         config = Model.of(source, with_format).config
         destination = data_folder("models") / f"{Path(source).name}-{format}"
         destination.parent.mkdir(parents=True, exist_ok=True)
-        group = largest_group(config) or 128  # if none fits, convert says so
+        group = largest_group(config.hidden_size, config.intermediate_size) or 128  # if none fits, convert says so
         report = convert(source, destination, format=format, group_size=group, progress=task.progress)
         task.result = str(report.destination)
         task.message = f"It is in {report.destination}."

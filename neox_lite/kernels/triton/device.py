@@ -26,18 +26,18 @@ class DeviceProperties:
         return (torch.float16, torch.bfloat16) if self.capability >= (8, 0) else ()
 
     @property
-    def rows_up_to(self) -> int:
-        """Most tokens for which each weight is read by the thread that multiplies it."""
+    def max_gemv_tokens(self) -> int:
+        """Most tokens that gemv.py multiplies, where each weight is read by the thread that multiplies it."""
         return 2 if self.tensor_core_dtypes else 32
 
     @property
-    def tiles_up_to(self) -> int:
-        """Most tokens for which codes meet them in registers; above, a weight is written out and multiplied by cuBLAS."""
+    def max_gemm_tokens(self) -> int:
+        """Most tokens that matmul.gemm multiplies; above, a weight is dequantized and multiplied by cuBLAS."""
         return 256
 
     @property
-    def query_block(self) -> int:
-        """Tokens of a sequence that one program of attention.paged_prefill takes."""
+    def prefill_block_m(self) -> int:
+        """BLOCK_M of attention.paged_prefill: tokens of a sequence that a program takes."""
         return 64 if self.tensor_core_dtypes else 32
 
 

@@ -150,17 +150,17 @@ class LinearKernels:
         compute = method.compute(inputs[0])
 
         # 2. Launch with the size of tile that the card takes.
-        def launch(tile: tile_configs.Rows) -> None:
-            blocks = sum(triton.cdiv(c.size, tile.lanes * tile.rows) for c in calls)
+        def launch(tile: tile_configs.GemvTile) -> None:
+            blocks = sum(triton.cdiv(c.size, tile.block_n * tile.unroll_n) for c in calls)
             device_calls.launch(
-                gemv.grouped_gemv, (blocks, triton.cdiv(tokens, tile.tokens)),
+                gemv.grouped_gemv, (blocks, triton.cdiv(tokens, tile.block_m)),
                 *pointers, tokens, 1.0 / method.layout.scale, columns, method.bits, method.group_size, compute,
-                tile.tokens, tile.lanes, tile.rows, tile.groups, tile.inner, *shapes,
-                num_warps=tile.warps, maxnreg=tile.registers,
+                tile.block_m, tile.block_n, tile.unroll_n, tile.groups, tile.group_words, *shapes,
+                num_warps=tile.num_warps, maxnreg=tile.maxnreg,
             )  # fmt: skip
 
         size, device, words = sum(c.size for c in calls), inputs[0].device, (method.words(columns),)
-        candidates = tile_configs.rows(
+        candidates = tile_configs.gemv_tiles(
             self.properties(device), size, words, method.bits, method.group_words, tokens, compute
         )
         launch(self.tuner(device).pick(candidates, launch))
@@ -172,18 +172,18 @@ class LinearKernels:
         columns = [x.shape[1] for x in inputs]
         compute = method.compute(inputs[0])
 
-        def launch(tile: tile_configs.Rows) -> None:
-            grid = triton.cdiv(call.size, tile.lanes * tile.rows), triton.cdiv(call.tokens, tile.tokens)
+        def launch(tile: tile_configs.GemvTile) -> None:
+            grid = triton.cdiv(call.size, tile.block_n * tile.unroll_n), triton.cdiv(call.tokens, tile.block_m)
             device_calls.launch(
                 gemv.gemv_residual, grid,
                 *_operands(method, call), out, call.tokens, 1.0 / method.layout.scale, *[*columns, 0][:2],
                 method.bits, method.group_size, compute,
-                tile.tokens, tile.lanes, tile.rows, tile.groups, tile.inner, call.size,
-                num_warps=tile.warps, maxnreg=tile.registers,
+                tile.block_m, tile.block_n, tile.unroll_n, tile.groups, tile.group_words, call.size,
+                num_warps=tile.num_warps, maxnreg=tile.maxnreg,
             )  # fmt: skip
 
         words = tuple(map(method.words, columns))
-        candidates = tile_configs.rows(
+        candidates = tile_configs.gemv_tiles(
             self.properties(out.device), call.size, words, method.bits, method.group_words, call.tokens, compute
         )
         launch(self.tuner(out.device).pick(candidates, launch))
@@ -194,17 +194,17 @@ class LinearKernels:
         inputs, out = [tensor_of(x) for x in call.inputs], self._out(call)
         columns, dtype = [x.shape[1] for x in inputs], inputs[0].dtype
 
-        def launch(tile: tile_configs.Tiles) -> None:
-            grid = triton.cdiv(call.tokens, tile.tokens), triton.cdiv(call.size, tile.rows)
+        def launch(tile: tile_configs.GemmTile) -> None:
+            grid = triton.cdiv(call.tokens, tile.block_m), triton.cdiv(call.size, tile.block_n)
             device_calls.launch(
                 matmul.gemm, grid,
                 *_operands(method, call), tensor_of(out), call.tokens, *[*columns, 0][:2],
-                method.bits, method.group_size, DTYPES[dtype], tile.rows, tile.tokens, tile.words,
+                method.bits, method.group_size, DTYPES[dtype], tile.block_n, tile.block_m, tile.block_k,
                 call.size, call.activation, *layout_arguments(out)[:2],
-                num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
+                num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.maxnreg,
             )  # fmt: skip
 
-        candidates = tile_configs.tiles(call.size, sum(columns), call.tokens, method.bits, dtype)
+        candidates = tile_configs.gemm_tiles(call.size, sum(columns), call.tokens, method.bits, dtype)
         launch(self.tuner(inputs[0].device).pick(candidates, launch))
         return out
 

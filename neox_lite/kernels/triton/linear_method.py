@@ -100,9 +100,9 @@ def choose(weight: Weight, like: Tensor, device: DeviceProperties, exact: bool) 
     if not isinstance(format, GroupInt):
         return TORCH
     bits, dtype = format.bits, weight.tensors["weight_scale"].dtype
-    if tokens <= device.rows_up_to:
+    if tokens <= device.max_gemv_tokens:
         half2 = bits == 4 and like.dtype == torch.float16 and not exact
         return _quantized("gemv", bits, format.group_size, 16 // bits, HALF_SHIFT if half2 else 0, dtype)
-    if tokens <= device.tiles_up_to and like.dtype in device.tensor_core_dtypes:
+    if tokens <= device.max_gemm_tokens and like.dtype in device.tensor_core_dtypes:
         return _quantized("gemm", bits, format.group_size, 32 // bits, 0, dtype)
     return TORCH

@@ -132,16 +132,16 @@ class Operations:
         shape = (0,) if single else (len(qkv), heads, splits)
         partial, stats = torch.empty(*shape, dim, device=qkv.device), torch.empty(*shape, 2, device=qkv.device)
 
-        def launch(tile: tile_configs.Page) -> None:
+        def launch(tile: tile_configs.DecodeTile) -> None:
             device_calls.launch(
                 attention.paged_decode, (table.count, heads, splits),
                 qkv, rotary, rotary.shape[1], *pool, table.sequences, table.pages, table.max_pages, table.tokens, dim**-0.5,
                 partial, stats, tensor_of(out),
-                heads, dim, rotary.shape[2], block_d, triton.cdiv(dim, block_d), tile.lanes, int8, single,
-                *layout_arguments(out), num_warps=tile.warps,
+                heads, dim, rotary.shape[2], block_d, triton.cdiv(dim, block_d), tile.block_n, int8, single,
+                *layout_arguments(out), num_warps=tile.num_warps,
             )  # fmt: skip
 
-        candidates = tile_configs.page(block_d, int8, qkv.dtype)
+        candidates = tile_configs.decode_tiles(block_d, int8, qkv.dtype)
         launch(self.tuner(qkv.device).pick(candidates, launch if splits >= MIN_PAGES_TO_TUNE else None))
         if not single:
             device_calls.launch(
@@ -167,15 +167,15 @@ class Operations:
             heads, dim, rotary.shape[2], block_d, num_blocks_d, int8, num_warps=1,
         )  # fmt: skip
 
-        def launch(tile: tile_configs.Blocks) -> None:
+        def launch(tile: tile_configs.PrefillTile) -> None:
             device_calls.launch(
                 attention.paged_prefill, (table.block_count, heads),
                 q, *pool, table.sequences, table.pages, table.max_pages, table.blocks, tensor_of(out),
-                heads, dim, block_d, num_blocks_d, table.block_m, tile.keys, int8, DTYPES[qkv.dtype],
-                *layout_arguments(out), num_warps=tile.warps, num_stages=tile.stages,
+                heads, dim, block_d, num_blocks_d, table.block_m, tile.block_n, int8, DTYPES[qkv.dtype],
+                *layout_arguments(out), num_warps=tile.num_warps, num_stages=tile.num_stages,
             )  # fmt: skip
 
-        candidates = tile_configs.blocks(self.properties(qkv.device), dim, int8, qkv.dtype)
+        candidates = tile_configs.prefill_tiles(self.properties(qkv.device), dim, int8, qkv.dtype)
         launch(self.tuner(qkv.device).pick(candidates, launch if len(qkv) >= MIN_TOKENS_TO_TUNE else None))
 
     def linear_residual(
@@ -268,7 +268,7 @@ class Operations:
             return self._local.step
         held = self._local.batch
         if held is None or held[0] is not batch or held[1] != device:
-            table = BatchTable(batch, device, self.properties(device).query_block)
+            table = BatchTable(batch, device, self.properties(device).prefill_block_m)
             self._local.batch = held = batch, device, table
         return held[2]
 

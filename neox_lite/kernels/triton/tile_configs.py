@@ -15,12 +15,12 @@ import torch
 from ...units import dtype_name
 from .device import DeviceProperties
 
-MAX_CANDIDATES = 6  # of a choice: each is compiled where they are timed
-LARGE = 16384  # outputs of a product that fill any card several times over
+MAX_CANDIDATES = 6  # for a class of shapes: each is compiled where they are timed
+LARGE_N = 16384  # outputs of a product that fill any card several times over
 
-# Cards whose choices need no timing, by compute capability, and the rows that a program of a large product with one token takes
-# one after the other. Four take the fewest instructions a weight, of which cards of several TB/s have few to spare, and keep
-# most bytes on their way; with two, programs are shorter and fill a card more evenly.
+# Cards whose sizes need no timing, by compute capability, and UNROLL_N of a large product with one token. Four take the fewest
+# instructions a weight, of which cards of several TB/s have few to spare, and keep most bytes in flight; with two, programs are
+# shorter and fill a card more evenly.
 SHIPPED = {
     (7, 5): ("RTX 20, T4", 2),
     (8, 0): ("A100, A30", 2),
@@ -47,122 +47,131 @@ def _candidates(key: str, tiles: list[Any]) -> Candidates:
 
 
 def magnitude(count: int) -> int:
-    """The largest power of two up to a count: shapes of about one size share a choice."""
+    """The largest power of two up to a count: shapes of about one size share a class."""
     return 1 << max(0, count.bit_length() - 1)
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Of gemv.py: tokens of a program, rows side by side, rows one after the other, groups at a time and their words."""
+class GemvTile:
+    """Of gemv.py. A step of its loop takes `groups` groups of `group_words` words.
 
-    tokens: int
-    lanes: int
-    rows: int
+    maxnreg: registers of a thread; the bound keeps the compiler from spilling to fit more programs.
+    """
+
+    block_m: int
+    block_n: int
+    unroll_n: int
     groups: int
-    inner: int
-    warps: int = 4
-    registers: int = 128  # most a thread may take; a bound keeps the compiler from spilling to fit more programs
+    group_words: int
+    num_warps: int = 4
+    maxnreg: int = 128
 
 
 @cache
-def rows(
-    device: DeviceProperties, size: int, words: tuple[int, ...], bits: int, inner: int, tokens: int, math: str
+def gemv_tiles(
+    device: DeviceProperties, n: int, k_words: tuple[int, ...], bits: int, group_words: int, m: int, compute: str
 ) -> Candidates:
-    """For so many outputs over weights with `words` in a row each, `inner` of which share a scale (plain matrices: bits 0, 1).
+    """For n outputs of m tokens over weights with `k_words` in a row each, `group_words` of which share a scale.
 
-    math: as gemv.accumulate has it (COMPUTE).
+    A plain matrix has bits 0. compute: as gemv.accumulate has it (COMPUTE).
     """
-    # A thread loads 16 bytes of a row at a time, so `at_once` words make a warp read a row each; fewer where rows are short.
-    at_once = 128 if bits else 256
-    across = next((w for w in (at_once, at_once // 2, at_once // 4) if all(n % w == 0 for n in words)), at_once // 4)
-    inner = inner if bits else across  # a plain matrix has no scale to share
-    most = 4 if math == "float32" else 8  # activations of a program's tokens are held in registers
-    count = next(n for n in (1, 2, 4, 8) if tokens <= n or n == most)
-    side_by_side, groups = 4 * at_once // across, across // inner
-    if count > 2:
-        tile = Rows(count, side_by_side, 1, groups, inner, registers=200)
+    # A thread loads 16 bytes of a row at a time, so a row of a step is a warp's load; fewer words where rows are short.
+    warp_words = 128 if bits else 256
+    block_k = next((w for w in (warp_words, warp_words // 2) if all(k % w == 0 for k in k_words)), warp_words // 4)
+    group_words = group_words if bits else block_k  # a plain matrix has no scale to share
+    max_m = 4 if compute == "float32" else 8  # activations of a program's tokens are held in registers
+    block_m = next(size for size in (1, 2, 4, 8) if m <= size or size == max_m)
+    block_n, groups = 4 * warp_words // block_k, block_k // group_words
+    if block_m > 2:
+        tile = GemvTile(block_m, block_n, 1, groups, group_words, maxnreg=200)
     else:
-        large = bits and count == 1 and size >= LARGE
-        tile = Rows(count, side_by_side, SHIPPED.get(device.capability, ("", 2))[1] if large else 2, groups, inner)
-    tiles = [tile, *(replace(tile, warps=w, lanes=max(1, tile.lanes * w // 4)) for w in (2, 8))]
-    most_rows = 4 if bits or math != "float32" else 2  # four of a plain matrix in 32 bits do not fit registers
-    tiles += [replace(tile, rows=r) for r in (1, 2, 4) if count <= 2 and r <= most_rows]
-    if side_by_side > 1 and all(n % (2 * across) == 0 for n in words):  # two warps a row, where there are few rows
-        wide = replace(tile, inner=2 * inner) if not bits else replace(tile, groups=2 * groups)
-        tiles.append(replace(wide, lanes=side_by_side // 2))
-    what = f"int{bits}, {inner} words a scale" if bits else "plain"
-    shape = f"{what}, {math}, {count} tokens, {magnitude(size)} rows of {magnitude(sum(words))} words"
-    return _candidates(f"rows: {shape}", tiles)
+        large = bits and block_m == 1 and n >= LARGE_N
+        unroll_n = SHIPPED.get(device.capability, ("", 2))[1] if large else 2
+        tile = GemvTile(block_m, block_n, unroll_n, groups, group_words)
+    tiles = [tile, *(replace(tile, num_warps=w, block_n=max(1, block_n * w // 4)) for w in (2, 8))]
+    max_unroll_n = 4 if bits or compute != "float32" else 2  # four of a plain matrix in 32 bits do not fit registers
+    tiles += [replace(tile, unroll_n=u) for u in (1, 2, 4) if block_m <= 2 and u <= max_unroll_n]
+    if block_n > 1 and all(k % (2 * block_k) == 0 for k in k_words):  # two warps a row, where there are few rows
+        wide = replace(tile, group_words=2 * group_words) if not bits else replace(tile, groups=2 * groups)
+        tiles.append(replace(wide, block_n=block_n // 2))
+    what = f"int{bits}, {group_words} words a scale" if bits else "plain"
+    shape = f"{what}, {compute}, {block_m} tokens, {magnitude(n)} rows of {magnitude(sum(k_words))} words"
+    return _candidates(f"gemv: {shape}", tiles)
 
 
 @dataclass(frozen=True)
-class Tiles:
-    """Of matmul.py: rows, tokens and words of a tile, warps, stages of loads ahead, most registers of a thread."""
+class GemmTile:
+    """Of matmul.gemm; block_k counts words."""
 
-    rows: int
-    tokens: int
-    words: int
-    warps: int = 4
-    stages: int = 3
-    registers: int = 128
+    block_n: int
+    block_m: int
+    block_k: int
+    num_warps: int = 4
+    num_stages: int = 3
+    maxnreg: int = 128
 
 
 @cache
-def tiles(size: int, columns: int, tokens: int, bits: int, dtype: torch.dtype) -> Candidates:
-    """For so many outputs over so many columns: an iteration takes 128 columns of weights, a group of the usual size."""
-    words, band = 128 * bits // 32, next((n for n in (16, 32, 64) if tokens <= n), 256)
-    if band <= 32:
+def gemm_tiles(n: int, k: int, m: int, bits: int, dtype: torch.dtype) -> Candidates:
+    """For n outputs of m tokens over k columns: a step takes 128 columns of weights, a group of the usual size."""
+    words, max_m = 128 * bits // 32, next((size for size in (16, 32, 64) if m <= size), 256)
+    if max_m <= 32:
         # Two warps of many rows share little work and take the fewest instructions a weight; where that leaves a card's
         # processors without work, rows are cut finer.
-        few = [Tiles(r, band, words, warps=2, stages=4, registers=160) for r in (64, 32)]
-        found = few if size >= LARGE else few[::-1]
-        found += [replace(found[0], stages=3), Tiles(64, band, words, 4, 3, 160), Tiles(128, band, words, 4, 3, 160)]
-    elif band == 64:
-        found = [Tiles(64, 64, words), Tiles(64, 64, words, stages=2), Tiles(128, 64, words, registers=255)]
-        found += [Tiles(64, 32, words, warps=2, stages=4, registers=160), Tiles(128, 64, words, 8)]
+        few = [GemmTile(r, max_m, words, num_warps=2, num_stages=4, maxnreg=160) for r in (64, 32)]
+        found = few if n >= LARGE_N else few[::-1]
+        found += [replace(found[0], num_stages=3)]
+        found += [GemmTile(64, max_m, words, 4, 3, 160), GemmTile(128, max_m, words, 4, 3, 160)]
+    elif max_m == 64:
+        found = [GemmTile(64, 64, words), GemmTile(64, 64, words, num_stages=2), GemmTile(128, 64, words, maxnreg=255)]
+        found += [GemmTile(64, 32, words, num_warps=2, num_stages=4, maxnreg=160), GemmTile(128, 64, words, 8)]
     else:
         # bfloat16 is made by way of float32, which takes registers.
-        first = [Tiles(128, 64, words, registers=255), Tiles(64, 64, words, registers=255)]
+        first = [GemmTile(128, 64, words, maxnreg=255), GemmTile(64, 64, words, maxnreg=255)]
         found = first if dtype == torch.float16 else first[::-1]
-        found += [replace(found[0], stages=2), Tiles(128, 64, words, 8), Tiles(128, 128, words, 8, 2, 255)]
-    shape = f"up to {band} tokens, {magnitude(size)} rows of {magnitude(columns)} columns"
-    return _candidates(f"tiles: int{bits}, {dtype_name(dtype)}, {shape}", found)
+        found += [replace(found[0], num_stages=2), GemmTile(128, 64, words, 8), GemmTile(128, 128, words, 8, 2, 255)]
+    shape = f"up to {max_m} tokens, {magnitude(n)} rows of {magnitude(k)} columns"
+    return _candidates(f"gemm: int{bits}, {dtype_name(dtype)}, {shape}", found)
 
 
 @dataclass(frozen=True)
-class Blocks:
-    """Of attention.paged_prefill: tokens looked at, warps, stages of loads ahead."""
+class PrefillTile:
+    """Of attention.paged_prefill; block_n counts keys."""
 
-    keys: int
-    warps: int = 4
-    stages: int = 2
+    block_n: int
+    num_warps: int = 4
+    num_stages: int = 2
 
 
 @cache
-def blocks(device: DeviceProperties, head_dim: int, int8: bool, dtype: torch.dtype) -> Candidates:
+def prefill_tiles(device: DeviceProperties, head_dim: int, int8: bool, dtype: torch.dtype) -> Candidates:
     """Without tensor cores products of tiles take many registers, and so do long heads."""
     if not device.tensor_core_dtypes:
-        found = [Blocks(16, 8), Blocks(16, 4), Blocks(32, 8)]
+        found = [PrefillTile(16, 8), PrefillTile(16, 4), PrefillTile(32, 8)]
     else:
-        first = Blocks(32, 4 if head_dim <= 128 else 8)
-        found = [first, replace(first, warps=8), replace(first, stages=3)]  # long heads do not fit 4 warps' registers
-        found += [replace(first, keys=64, warps=8), replace(first, keys=64, warps=8, stages=1)]
-    cache = "int8" if int8 else "plain"
-    return _candidates(f"blocks: heads of {head_dim}, {cache} cache, {dtype_name(dtype)}", found)
+        first = PrefillTile(32, 4 if head_dim <= 128 else 8)
+        # Long heads do not fit 4 warps' registers.
+        found = [first, replace(first, num_warps=8), replace(first, num_stages=3)]
+        found += [PrefillTile(64, 8), PrefillTile(64, 8, num_stages=1)]
+    return _candidates(f"prefill: heads of {head_dim}, {_cache_name(int8)}, {dtype_name(dtype)}", found)
 
 
 @dataclass(frozen=True)
-class Page:
-    """Of attention.paged_decode: tokens that threads see side by side, warps."""
+class DecodeTile:
+    """Of attention.paged_decode; block_n counts keys."""
 
-    lanes: int
-    warps: int = 4
+    block_n: int
+    num_warps: int = 4
 
 
 @cache
-def page(piece: int, int8: bool, dtype: torch.dtype) -> Candidates:
-    """For heads in pieces of so many: a thread of the first loads 16 bytes of 16-bit numbers at a time."""
-    lanes = max(1, 1024 // piece)
-    sizes = ((lanes, 4), (max(1, lanes // 2), 2), (2 * lanes, 8), (2 * lanes, 4), (max(1, lanes // 4), 1))
-    cache = "int8" if int8 else "plain"
-    return _candidates(f"page: pieces of {piece}, {cache} cache, {dtype_name(dtype)}", [Page(*s) for s in sizes])
+def decode_tiles(block_d: int, int8: bool, dtype: torch.dtype) -> Candidates:
+    """For heads in pieces of block_d: a thread of the first loads 16 bytes of 16-bit numbers at a time."""
+    n = max(1, 1024 // block_d)
+    sizes = ((n, 4), (max(1, n // 2), 2), (2 * n, 8), (2 * n, 4), (max(1, n // 4), 1))
+    found = [DecodeTile(*size) for size in sizes]
+    return _candidates(f"decode: pieces of {block_d}, {_cache_name(int8)}, {dtype_name(dtype)}", found)
+
+
+def _cache_name(int8: bool) -> str:
+    return "int8 cache" if int8 else "plain cache"

@@ -40,7 +40,7 @@ class Tuner:
     """The choices of one card.
 
     card: all that a kept choice depends on. shipped: the cards of its class, None where nothing is shipped for it. timer: None
-    where nothing can be timed. busy: whether launches are being captured, when nothing may be timed. kept: choices made by
+    where nothing can be timed. busy: whether launches are being captured, when nothing may be timed. tuned: choices made by
     timing, by kernel and class of shapes: the tile's fields, the share of time that it saves, how many were timed.
     """
 
@@ -51,13 +51,13 @@ class Tuner:
     limit_s: float = LIMIT_S
     busy: Callable[[], bool] = lambda: False
     report: Callable[[str], None] = lambda text: print(f"neox-lite: {text}", file=sys.stderr)
-    kept: dict[str, dict[str, Any]] = field(init=False, default_factory=dict)
+    tuned: dict[str, dict[str, Any]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self._spent_s, self._stopped, self._lock = 0.0, False, threading.Lock()
         self._tiles: dict[Candidates, Any] = {}
         try:
-            self.kept = _read().get(self.card, {})
+            self.tuned = _read().get(self.card, {})
         except ValueError as error:
             self.report(f"{FILE} is not used: {error}")
 
@@ -66,23 +66,23 @@ class Tuner:
         if (found := self._tiles.get(candidates)) is not None:
             return found
         with self._lock:
-            tiles, before = candidates.tiles, self.kept.get(candidates.key, {}).get("tile")
+            tiles, before = candidates.tiles, self.tuned.get(candidates.key, {}).get("tile")
             found = self._tiles.get(candidates) or next((tile for tile in tiles if asdict(tile) == before), None)
-            if found is None and self.times and not self._stopped and len(tiles) > 1:
+            if found is None and self.enabled and not self._stopped and len(tiles) > 1:
                 if launch is None or self.busy():
                     return tiles[0]  # for now
                 found = self._fastest(candidates, launch)
             return self._tiles.setdefault(candidates, found or tiles[0])
 
     @property
-    def times(self) -> bool:
-        """Whether candidates without a kept choice are timed."""
+    def enabled(self) -> bool:
+        """Whether candidates are timed where the file has no choice."""
         return self.timer is not None and self.when != "never" and (self.when == "always" or self.shipped is None)
 
     def renew(self) -> None:
         """Time everything anew, whatever is shipped or kept."""
         with self._lock:
-            self._tiles, self.kept, self.when, self._spent_s, self._stopped = {}, {}, "always", 0.0, False
+            self._tiles, self.tuned, self.when, self._spent_s, self._stopped = {}, {}, "always", 0.0, False
 
     def _fastest(self, candidates: Candidates, launch: Launch) -> Any:
         """The fastest candidate, kept; None where time or memory runs out before that is known."""
@@ -116,9 +116,9 @@ class Tuner:
         every: dict[str, Any] = {}
         with suppress(ValueError):
             every = _read()
-        self.kept = {**every.get(self.card, {}), **self.kept, candidates.key: picked}
+        self.tuned = {**every.get(self.card, {}), **self.tuned, candidates.key: picked}
         try:
-            user_cache.write(FILE, {**every, self.card: self.kept})
+            user_cache.write(FILE, {**every, self.card: self.tuned})
         except OSError as error:
             self._stop(f"sizes of kernels cannot be kept, so no more are timed: {error.strerror or error}")
         return candidates.tiles[best]
