@@ -9,10 +9,9 @@ import pytest
 import torch
 from support.often import times
 from support.peers import TINY, difference, pair, random_ids
-from torch import Tensor
 
 from neox_lite import GPTNeoXForCausalLM
-from neox_lite.cache import MAX_ENTRIES, Batch, BlockTable, KVCache, PagePool, PrefixCache, quantize
+from neox_lite.cache import MAX_ENTRIES, Batch, KVCache, PagePool, PrefixCache, quantize
 from neox_lite.errors import ArgumentError, CacheError
 from neox_lite.kernels import dispatch
 from neox_lite.units import PAGE, dtype_name
@@ -32,13 +31,13 @@ STORED = {torch.float32: 1e-4, torch.float16: 1e-3, torch.int8: 5e-3}
 class NanPool(PagePool):
     """A pool whose unwritten slots hold NaN, those of pages given back too, so that reading one shows."""
 
-    def _grow(self, at_least: int) -> None:
+    def _grow(self, at_least):
         before = self.pages
         super()._grow(at_least)
         for tensor in self.scales or self.storage:
             tensor[before:] = float("nan")
 
-    def _drop(self, page: int) -> None:
+    def _drop(self, page):
         super()._drop(page)
         if self._users[page] == 0:
             for tensor in self.scales or self.storage:
@@ -47,37 +46,35 @@ class NanPool(PagePool):
 
 @pytest.fixture(params=[torch.float32, torch.int8], ids=["float32", "int8"])
 def new_pool(request):
-    def make(pages: int = 0, limit: int | None = None) -> NanPool:
-        return NanPool(HEADS, HEAD_DIM, request.param, [CPU] * LAYERS, pages, limit)
-
-    return make
+    return lambda pages=0, limit=None: NanPool(HEADS, HEAD_DIM, request.param, [CPU] * LAYERS, pages, limit)
 
 
-def append(pool: PagePool, block_tables: list[BlockTable], counts: list[int]) -> list[Tensor]:
+def append(pool, block_tables, counts):
     """Write random keys and values to all layers -> what each sequence should hold, (layers, 2, count, heads, head_dim)."""
     batch = Batch.reserve(pool, block_tables, counts)
     written = torch.randn(LAYERS, 2, sum(counts), HEADS, HEAD_DIM)
     for layer, (keys, values) in enumerate(written):
         pool.write(layer, batch, keys, values)
     batch.commit()
-    if pool.dtype == torch.int8:
-        written = through_int8(written)
+    if pool.dtype == torch.int8:  # codes with a float16 scale for each vector, spelled out
+        scale = (written.abs().max(-1, keepdim=True).values / 127).half().float()
+        written = (written / scale).round() * scale
     return list(written.split(counts, dim=2))
 
 
-def through_int8(x: Tensor) -> Tensor:
-    """What x (..., n) is after int8 codes with a float16 scale for each vector, spelled out."""
-    scale = (x.abs().max(-1, keepdim=True).values / 127).half().float()
-    return (x / scale).round() * scale
+def started(pool, count):
+    """A new sequence of so many tokens, and what it should hold."""
+    block_table = pool.new()
+    return block_table, append(pool, [block_table], [count])[0]
 
 
-def contents(pool: PagePool, block_table: BlockTable) -> Tensor:
+def contents(pool, block_table):
     """All that a sequence holds, (layers, 2, length, heads, head_dim)."""
     layers = [torch.stack(pool.read(layer, block_table, block_table.length)) for layer in range(LAYERS)]
     return torch.stack(layers).transpose(2, 3)
 
 
-def check_counts(pool: PagePool, block_tables: list[BlockTable]) -> None:
+def check_counts(pool, block_tables):
     """Every page is either free or counted once for each sequence that holds it."""
     held = [page for block_table in block_tables for page in block_table.pages]
     assert pool._users == [held.count(page) for page in range(pool.pages)]
@@ -87,8 +84,7 @@ def check_counts(pool: PagePool, block_tables: list[BlockTable]) -> None:
 def test_random_operations_match_plain_tensors(new_pool):
     choice = random.Random(0)
     pool = new_pool(limit=30)
-    model: dict[BlockTable, Tensor] = {}  # what each sequence should hold
-    seen: Counter[str] = Counter()
+    model, seen = {}, Counter()  # what each sequence should hold
     while seen.total() < times(500):
         live = list(model)
         doing = choice.choice(["append"] * 4 + ["new", "fork", "truncate", "free"]) if live else "new"
@@ -128,32 +124,25 @@ def test_random_operations_match_plain_tensors(new_pool):
     assert pool.free_pages == pool.pages == 30
 
 
-def test_a_full_pool_says_its_limit_and_what_is_free(new_pool):
+def test_a_full_pool_says_its_limit_and_what_is_free_and_takes_no_page(new_pool):
     pool = new_pool(limit=3)
-    first, second = pool.new(), pool.new()
-    append(pool, [first], [2 * PAGE])
+    second = pool.new()
+    with pytest.raises(CacheError):
+        Batch.reserve(pool, [pool.new(), second], [2 * PAGE, 2 * PAGE])
+    assert pool.free_pages == pool.pages
+    first, _ = started(pool, 2 * PAGE)
     with pytest.raises(CacheError, match="3 pages of 128 tokens, 1 free, 2 needed"):
         pool.reserve(second, PAGE + 1)
     append(pool, [second], [PAGE])
     with pytest.raises(CacheError, match="0 free, 1 needed"):
         append(pool, [second], [1])
     pool.free(first)
-    append(pool, [second], [1])
-
-
-def test_a_batch_that_does_not_fit_takes_no_page(new_pool):
-    pool = new_pool(limit=3)
-    first, second = pool.new(), pool.new()
-    with pytest.raises(CacheError):
-        Batch.reserve(pool, [first, second], [2 * PAGE, 2 * PAGE])
-    assert pool.free_pages == pool.pages
-    append(pool, [second], [3 * PAGE])
+    append(pool, [second], [2 * PAGE])
 
 
 def test_tokens_reserved_but_never_committed_leave_nothing_behind(new_pool):
     pool = new_pool()
-    block_table = pool.new()
-    (before,) = append(pool, [block_table], [5])
+    block_table, before = started(pool, 5)
     Batch.reserve(pool, [block_table], [300])  # a forward pass that failed
     append(pool, [block_table], [0])
     assert torch.equal(contents(pool, block_table), before)
@@ -162,8 +151,7 @@ def test_tokens_reserved_but_never_committed_leave_nothing_behind(new_pool):
 
 def test_growth_doubles_and_keeps_contents(new_pool):
     pool = new_pool(pages=1)
-    block_table = pool.new()
-    sizes, parts = [], []
+    block_table, sizes, parts = pool.new(), [], []
     for _ in range(9):
         parts += append(pool, [block_table], [PAGE])
         sizes.append(pool.pages)
@@ -175,8 +163,7 @@ def test_growth_doubles_and_keeps_contents(new_pool):
 
 def test_sharing_uses_no_page_until_one_writes(new_pool):
     pool = new_pool(pages=10)
-    prompt = pool.new()
-    (shared,) = append(pool, [prompt], [PAGE + 10])
+    prompt, shared = started(pool, PAGE + 10)
     branches = [pool.fork(prompt) for _ in range(4)]
     assert pool.free_pages == 8
     new = append(pool, branches, [1] * 4)
@@ -186,61 +173,49 @@ def test_sharing_uses_no_page_until_one_writes(new_pool):
     assert torch.equal(contents(pool, prompt), shared)
 
 
-def test_the_last_owner_of_a_page_writes_in_place(new_pool):
+def test_the_last_owner_of_a_page_writes_in_place_and_a_fork_at_a_page_boundary_copies_nothing(new_pool):
     pool = new_pool(pages=4)
-    first = pool.new()
-    append(pool, [first], [10])
+    first, _ = started(pool, 10)
     second = pool.fork(first)
     pool.free(first)
     append(pool, [second], [1])
     assert pool.free_pages == 3
-
-
-def test_a_fork_at_a_page_boundary_copies_nothing(new_pool):
-    pool = new_pool(pages=4)
-    first = pool.new()
-    append(pool, [first], [PAGE])
-    second = pool.fork(first)
-    append(pool, [first, second], [1, 1])
+    append(pool, [second], [PAGE - 11])
+    append(pool, [second, pool.fork(second)], [1, 1])
     assert pool.free_pages == 1
 
 
-@pytest.mark.parametrize(
-    "use",
-    [
-        lambda pool, s: pool.free(s),
-        lambda pool, s: pool.fork(s),
-        lambda pool, s: pool.truncate(s, 0),
-        lambda pool, s: pool.reserve(s, 1),
-        lambda pool, s: pool.read(0, s, 1),
-        lambda pool, s: Batch.reserve(pool, [s], [1]),
-    ],
-    ids=["free", "fork", "truncate", "reserve", "read", "batch"],
-)
+USES = {
+    "free": lambda pool, s: pool.free(s),
+    "fork": lambda pool, s: pool.fork(s),
+    "truncate": lambda pool, s: pool.truncate(s, 0),
+    "reserve": lambda pool, s: pool.reserve(s, 1),
+    "read": lambda pool, s: pool.read(0, s, 1),
+    "batch": lambda pool, s: Batch.reserve(pool, [s], [1]),
+}
+
+
+@pytest.mark.parametrize("use", USES)
 def test_a_freed_sequence_is_refused(new_pool, use):
     pool = new_pool()
-    block_table, other = pool.new(), pool.new()
-    append(pool, [block_table, other], [PAGE, PAGE])
+    block_table, other = started(pool, PAGE)[0], started(pool, PAGE)[0]
     pool.free(block_table)
     with pytest.raises(CacheError, match="freed"):
-        use(pool, block_table)
+        USES[use](pool, block_table)
     check_counts(pool, [other])
 
 
 @pytest.mark.parametrize("length", [-1, 11])
 def test_truncating_to_what_is_not_there_is_refused(new_pool, length):
     pool = new_pool()
-    block_table = pool.new()
-    append(pool, [block_table], [10])
     with pytest.raises(ArgumentError, match=f"length is {length}, expected 0 to 10"):
-        pool.truncate(block_table, length)
+        pool.truncate(started(pool, 10)[0], length)
 
 
 def test_a_batch_of_nothing_is_legal(new_pool):
     pool = new_pool(pages=1)
-    block_table = pool.new()
-    assert append(pool, [block_table], [0])[0].shape[2] == 0
-    assert contents(pool, block_table).shape == (LAYERS, 2, 0, HEADS, HEAD_DIM)
+    block_table, written = started(pool, 0)
+    assert written.shape == contents(pool, block_table).shape == (LAYERS, 2, 0, HEADS, HEAD_DIM)
 
 
 def test_crop_and_fork_follow_the_columns_of_a_padded_batch(new_pool):
@@ -250,15 +225,13 @@ def test_crop_and_fork_follow_the_columns_of_a_padded_batch(new_pool):
     cache.append(keep)
     twin = cache.fork()
     cache.crop(-1)
-    assert cache.get_seq_length() == 3
-    assert cache.columns == [[1, 2], [0, 1]]
+    assert cache.get_seq_length() == 3 and cache.columns == [[1, 2], [0, 1]]
     assert [s.length for s in cache.block_tables] == [2, 2]
     cache.crop(100)  # more than it holds: nothing to forget
     assert cache.get_seq_length() == 3
     with pytest.raises(ArgumentError, match="max_length is -4, but the cache holds 3 columns"):
         cache.crop(-4)
-    assert twin.get_seq_length() == 4
-    assert [s.length for s in twin.block_tables] == [3, 3]
+    assert twin.get_seq_length() == 4 and [s.length for s in twin.block_tables] == [3, 3]
     cache.free()
     twin.free()
     assert cache.pool.free_pages == cache.pool.pages
@@ -286,14 +259,9 @@ def test_int8_survives_zeros_tiny_and_huge_numbers_and_shows_nan():
     assert scale[:4].tolist() == [0, 0, 65504, 65504] and bool(scale[4].isnan())
 
 
-def test_int8_takes_half_the_bytes_of_fp16_and_two_for_a_scale():
-    def bytes_of(dtype: torch.dtype) -> int:
-        return PagePool(64, 96, dtype, [CPU], pages=1).nbytes
-
-    assert bytes_of(torch.int8) == bytes_of(torch.float16) // 2 + 2 * 64 * PAGE * 2
-
-
-def test_a_cache_of_other_integers_is_refused():
+def test_int8_takes_half_the_bytes_of_fp16_and_two_for_a_scale_and_other_integers_are_refused():
+    small, usual = (PagePool(64, 96, dtype, [CPU], pages=1).nbytes for dtype in (torch.int8, torch.float16))
+    assert small == usual // 2 + 2 * 64 * PAGE * 2
     with pytest.raises(ArgumentError, match=r"dtype is torch.int16, expected a floating-point one or torch.int8"):
         PagePool(1, 1, torch.int16, [CPU])
 
@@ -301,12 +269,16 @@ def test_a_cache_of_other_integers_is_refused():
 # Kept sequences -------------------------------------------------------------------------------------------------------
 
 
-def kept(pool: PagePool, prefixes: PrefixCache, ids: list[int], **known) -> Tensor:
+def kept(pool, prefixes, ids, **known):
     """Write a sequence of these ids and keep it; what it holds."""
-    block_table = pool.new()
-    (written,) = append(pool, [block_table], [len(ids)])
+    block_table, written = started(pool, len(ids))
     prefixes.insert(torch.tensor(ids), block_table, **known)
     return written
+
+
+def lengths_of(prefixes, *prompts):
+    """How much of each prompt is kept."""
+    return [prefixes.match_prefix(prompt)[0].length for prompt in prompts]
 
 
 def test_the_longest_common_beginning_is_taken_and_its_pages_are_shared(new_pool):
@@ -346,22 +318,20 @@ def test_logits_come_back_for_the_very_prompt_they_followed_alone(new_pool):
 
 
 def test_the_least_recently_used_goes_first_when_the_budget_is_full(new_pool):
-    pool = new_pool()
-    prefixes = PrefixCache(pool, 3)
+    prefixes = PrefixCache(pool := new_pool(), 3)
     for first in (1, 2, 3):
         kept(pool, prefixes, [first] * 10)
     pool.free(prefixes.match_prefix([1] * 5)[0])
     kept(pool, prefixes, [4] * 10)
-    assert [prefixes.match_prefix([first] * 11)[0].length for first in (1, 2, 3, 4)] == [10, 0, 10, 10]
+    assert lengths_of(prefixes, *([first] * 11 for first in (1, 2, 3, 4))) == [10, 0, 10, 10]
     kept(pool, prefixes, [5] * 300)
-    assert [prefixes.match_prefix([first] * 301)[0].length for first in (1, 3, 4, 5)] == [0, 0, 0, 300]
+    assert lengths_of(prefixes, *([first] * 301 for first in (1, 3, 4, 5))) == [0, 0, 0, 300]
     kept(pool, prefixes, [6] * 400)  # more than the budget
     assert prefixes.pages == 0
 
 
 def test_equal_ids_are_kept_once_and_sequences_are_few(new_pool):
-    pool = new_pool()
-    prefixes = PrefixCache(pool, 1000)
+    prefixes = PrefixCache(pool := new_pool(), 1000)
     for _ in range(5):
         kept(pool, prefixes, [1] * 10)
     assert prefixes.pages == 1
@@ -386,8 +356,7 @@ def test_live_sequences_get_the_pages_that_are_kept(new_pool):
 
 
 def test_a_pool_without_a_limit_grows_to_the_budget_before_anything_is_given_up(new_pool):
-    pool = new_pool()
-    prefixes = PrefixCache(pool, 8)
+    prefixes = PrefixCache(pool := new_pool(), 8)
     for first in range(20):
         kept(pool, prefixes, [first] * 100)
     assert prefixes.pages == pool.pages == 8
@@ -397,15 +366,13 @@ def test_a_pool_without_a_limit_grows_to_the_budget_before_anything_is_given_up(
 
 
 def test_with_a_budget_of_nothing_nothing_is_kept(new_pool):
-    pool = new_pool()
-    prefixes = PrefixCache(pool, 0)
+    prefixes = PrefixCache(pool := new_pool(), 0)
     kept(pool, prefixes, [1] * 10)
-    assert pool.free_pages == pool.pages and prefixes.match_prefix([1] * 11)[0].length == 0
+    assert pool.free_pages == pool.pages and lengths_of(prefixes, [1] * 11) == [0]
 
 
 def test_a_pool_and_its_kept_sequences_go_without_the_garbage_collector(new_pool):
-    pool = new_pool()
-    prefixes = PrefixCache(pool, 4)
+    prefixes = PrefixCache(pool := new_pool(), 4)
     kept(pool, prefixes, [1] * 10)
     gone = weakref.ref(pool)
     gc.disable()
@@ -424,7 +391,7 @@ def model(tmp_path_factory):
     return pair(tmp_path_factory.mktemp("model"), use_parallel_residual=False)[0]
 
 
-def nan_pool(model, dtype: torch.dtype | None = None) -> NanPool:
+def nan_pool(model, dtype=None):
     config = model.config
     dtype = dtype or model.new_pool().dtype
     return NanPool(config.num_attention_heads, config.head_dim, dtype, [CPU] * config.num_hidden_layers)
@@ -439,11 +406,10 @@ def test_random_steps_of_sequences_match_uncached_logits(model, backend, dtype, 
     monkeypatch.setattr(model, "ops", dispatch.load(backend).bind(True))
     choice, pool = random.Random(0), nan_pool(model, dtype)
     prefixes = PrefixCache(pool, 12)
-    texts: dict[BlockTable, list[int]] = {pool.new(): []}
-    known: list[list[int]] = [[1, 2, 3]]
+    texts, known = {pool.new(): []}, [[1, 2, 3]]
     context, worst, seen = TINY["max_position_embeddings"], 0.0, Counter()
 
-    def rewind(block_table: BlockTable, length: int) -> None:
+    def rewind(block_table, length):
         del texts[block_table][length:]
         pool.truncate(block_table, length)
 
@@ -529,19 +495,14 @@ def test_an_int8_cache_costs_the_demo_model_little():
     assert float((logits.amax(1) - chosen).max()) < 0.1  # another token only where the best two are about equal
 
 
-@pytest.mark.parametrize("kv", ["int4", "fp8", 8, ["int8"]])
-def test_an_unknown_kind_of_cache_is_refused(kv):
-    with pytest.raises(ArgumentError, match=r"kv is .*, expected 'fp16' or 'int8'"):
-        GPTNeoXForCausalLM.from_pretrained(DEMO, kv=kv)
-    model = GPTNeoXForCausalLM.from_pretrained(DEMO)
-    with pytest.raises(ArgumentError, match=r"kv is .*, expected 'fp16' or 'int8'"):
-        model.kv = kv
-    assert model.kv == "fp16"
-
-
-@pytest.mark.parametrize("count", [-1, 0, True, 2.0, "8"])
-def test_a_limit_of_pages_that_is_no_number_of_them_is_refused(count):
-    model = GPTNeoXForCausalLM.from_pretrained(DEMO)
-    with pytest.raises(ArgumentError, match=r"cache_pages is .*, expected a number of pages"):
-        model.cache_pages = count
-    assert model.cache_pages is None
+def test_what_is_no_cache_is_refused():
+    model, kinds = GPTNeoXForCausalLM.from_pretrained(DEMO), r"kv is .*, expected 'fp16' or 'int8'"
+    for kv in ("int4", "fp8", 8, ["int8"]):
+        with pytest.raises(ArgumentError, match=kinds):
+            GPTNeoXForCausalLM.from_pretrained(DEMO, kv=kv)
+        with pytest.raises(ArgumentError, match=kinds):
+            model.kv = kv
+    for count in (-1, 0, True, 2.0, "8"):
+        with pytest.raises(ArgumentError, match=r"cache_pages is .*, expected a number of pages"):
+            model.cache_pages = count
+    assert model.kv == "fp16" and model.cache_pages is None

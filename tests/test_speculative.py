@@ -10,9 +10,8 @@ import pytest
 import tokenizers
 import torch
 from support.often import times
-from support.peers import pair, random_ids
-from support.scripted import ScriptedModel, certain
-from torch import Tensor
+from support.peers import NO_EOS, padded, pair, prompts_of_many_lengths, random_ids
+from support.scripted import ScriptedModel, certain, failing
 
 from neox_lite import GPTNeoXForCausalLM, GPTNeoXTokenizerFast, Speculation
 from neox_lite.cache import PrefixCache
@@ -33,7 +32,6 @@ from neox_lite.generation.speculative import (
 from neox_lite.kernels import dispatch
 from neox_lite_app.paths import DEMO
 
-NO_EOS = {"eos_token_id": []}
 VOCABULARY = 50
 
 
@@ -55,31 +53,24 @@ def stranger(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def relative(folder, tmp_path_factory):
+def relative(folder):
     """The model with noise in its weights: what it drafts is right now and then."""
-    return noisy(folder, 0.1)
-
-
-def noisy(folder, amount: float) -> GPTNeoXForCausalLM:
     model = GPTNeoXForCausalLM.from_pretrained(folder, exact=True)
     generator = torch.Generator().manual_seed(3)
     for parameter in model.parameters():
         if parameter.dim() == 2:
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * parameter.std() * amount)
-    return model
-
-
-def on(model: GPTNeoXForCausalLM, backend: str) -> GPTNeoXForCausalLM:
-    """The model, to run on a backend from here on."""
-    model.version += 1
-    model.ops = dispatch.load(backend).bind(model.exact)
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * parameter.std() * 0.1)
     return model
 
 
 @pytest.fixture(params=["reference", "cpu"])
-def backend(request):
+def backend(request, model, stranger, relative):
+    """The models run on a backend."""
     if (reason := dispatch.load(request.param).why_not(torch.device("cpu"))) is not None:
         pytest.skip(reason)
+    for one in (model, stranger, relative):
+        one.version += 1
+        one.ops = dispatch.load(request.param).bind(one.exact)
     return request.param
 
 
@@ -91,8 +82,9 @@ def any_length(monkeypatch):
     monkeypatch.setattr(DraftLengthController, "length", length)
 
 
-def prompts(count: int) -> list[Tensor]:
-    return [random_ids(1, 1 + 7 * i % 40, seed=i) for i in range(count)]
+@pytest.fixture
+def always_five(monkeypatch):
+    monkeypatch.setattr(DraftLengthController, "length", lambda self, rows, drafting, longest: 5 if drafting else 0)
 
 
 # The same tokens ------------------------------------------------------------------------------------------------------
@@ -100,10 +92,11 @@ def prompts(count: int) -> list[Tensor]:
 SAMPLED = {"do_sample": True, "seed": 7, "top_k": 20, "temperature": 0.9}
 
 
-@pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
+GREEDY_AND_SAMPLED = pytest.mark.parametrize("options", [NO_EOS, {**NO_EOS, **SAMPLED}], ids=["greedy", "sampled"])
+
+
+@GREEDY_AND_SAMPLED
 def test_all_prompts_get_the_same_tokens_whoever_drafts(model, stranger, relative, backend, options, any_length):
-    for one in (model, stranger, relative):
-        on(one, backend)
     drafters = {
         "lookup": {"prompt_lookup_num_tokens": 7},
         "itself": {"assistant_model": model},
@@ -111,10 +104,10 @@ def test_all_prompts_get_the_same_tokens_whoever_drafts(model, stranger, relativ
         "stranger": {"assistant_model": stranger, "num_assistant_tokens": 4},
     }
     counts = {name: Speculation() for name in drafters}
-    for ids in prompts(times(40 if backend == "cpu" else 12)):  # the reference is slow
-        plain = model.generate(ids, max_new_tokens=24, **NO_EOS, **options)
+    for ids in prompts_of_many_lengths(times(40 if backend == "cpu" else 12)):  # the reference is slow
+        plain = model.generate(ids[None], max_new_tokens=24, **options)
         for name, drafter in drafters.items():
-            out = model.generate(ids, max_new_tokens=24, speculation=counts[name], **drafter, **NO_EOS, **options)
+            out = model.generate(ids[None], max_new_tokens=24, speculation=counts[name], **drafter, **options)
             assert torch.equal(out, plain), name
     shares = {name: c.accepted / c.drafted for name, c in counts.items()}
     assert shares["itself"] > 0.98 > shares["relative"] > 0.2 > shares["stranger"], shares
@@ -122,33 +115,28 @@ def test_all_prompts_get_the_same_tokens_whoever_drafts(model, stranger, relativ
     assert all(c.tokens <= times(40) * 23 and c.passes + c.accepted == c.tokens for c in counts.values())
 
 
-@pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
+@GREEDY_AND_SAMPLED
 def test_a_batch_with_ragged_drafts_gets_the_tokens_of_single_runs(model, relative, backend, options, any_length):
-    on(model, backend), on(relative, backend)
-    rows = prompts(8)
-    ids = torch.full((8, 50), 99)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, 50 - row.shape[1] :], mask[i, 50 - row.shape[1] :] = row[0], 1
-    alone = [model.generate(row, max_new_tokens=30, **NO_EOS, **options)[0, row.shape[1] :] for row in rows]
+    prompts = prompts_of_many_lengths(8)
+    ids, mask = padded(prompts, "left", fill=99)
+    alone = [model.generate(ids[None], max_new_tokens=30, **options)[0, len(ids) :] for ids in prompts]
     for drafter in ({"prompt_lookup_num_tokens": 5}, {"assistant_model": relative}):
-        out = model.generate(ids, attention_mask=mask, max_new_tokens=30, **drafter, **NO_EOS, **options)
-        for found, expected in zip(out[:, 50:], alone, strict=True):
-            assert torch.equal(found, expected)
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=30, **drafter, **options)
+        assert torch.equal(out[:, ids.shape[1] :], torch.stack(alone))
 
 
 def test_several_samples_of_a_prompt_are_those_of_plain_decoding(model, relative, any_length):
     options = {"do_sample": True, "seed": 3, "max_new_tokens": 25, "num_return_sequences": 5, **NO_EOS}
     ids = random_ids(2, 6)
     plain = model.generate(ids, **options)
-    assert torch.equal(model.generate(ids, assistant_model=relative, **options), plain)
-    assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=6, **options), plain)
+    for drafter in ({"prompt_lookup_num_tokens": 6}, {"assistant_model": relative}):
+        assert torch.equal(model.generate(ids, **drafter, **options), plain)
 
 
-class Liar:
-    """Drafts what it is told to, right or wrong: says(position) -> id. spend(drafted tokens, unseen ones) is its cost."""
+class ScriptedDrafter:
+    """Drafts what it is given, right or wrong: says(position) -> id. spend(drafted tokens, unseen ones) is its cost."""
 
-    def __init__(self, says, spend=lambda tokens, unseen: None) -> None:
+    def __init__(self, says, spend=lambda tokens, unseen: None):
         self.says, self.spend, self.rows, self.seen = says, spend, set(), 0
 
     def ready(self, rows):
@@ -159,53 +147,53 @@ class Liar:
         end = max(len(row.history) for row in rows)
         self.spend(max(counts), end - self.seen)
         self.seen = end + max(counts)
-        return [
-            [self.says(len(row.history) + i) for i in range(count)] for row, count in zip(rows, counts, strict=True)
-        ]
+        return [[self.says(len(row.history) + i) for i in range(n)] for row, n in zip(rows, counts, strict=True)]
 
     def drop(self, row):
         self.rows.discard(row)
 
 
 def speculate(
-    model_runner, drafter, rows, options=None, times=None, clock=lambda: 0.0, longest=MAX_DRAFT_TOKENS, pool=None
+    target, drafter, rows, options=None, clock=lambda: 0.0, longest=MAX_DRAFT_TOKENS, yielded=lambda changed: None
 ):
-    """Every yielded list of rows, and the statistics."""
-    counts = Speculation()
-    drafting = Drafting(drafter, longest, times or PassTimes(), counts, clock)
-    prefixes = PrefixCache(pool or model_runner.new_pool(), 0)
+    """Run rows to their end -> the statistics. yielded: sees every list of rows. All pages must be free in the end."""
+    counts, prefixes = Speculation(), PrefixCache(target.new_pool(), 0)
+    drafting = Drafting(drafter, longest, PassTimes(), counts, clock)
     for row in rows:
         row.options = options or Options()
-    return list(map(list, decode(model_runner, prefixes, rows, drafting))), counts
+    for changed in decode(target, prefixes, rows, drafting):
+        yielded(changed)
+    assert prefixes.pool.free_pages == prefixes.pool.pages
+    return counts
 
 
 def test_drafts_that_are_always_wrong_change_nothing(model, any_length):
-    for ids in prompts(20):
-        plain = model.generate(ids, max_new_tokens=40, **NO_EOS)[0].tolist()
-        row = Sequence(ids[0].tolist(), 40, 0)
-        liar = Liar(lambda place, plain=plain: (plain[min(place, len(plain) - 1)] + 1) % 131)
-        _, counts = speculate(model, liar, [row])
+    for ids in prompts_of_many_lengths(20):
+        plain = model.generate(ids[None], max_new_tokens=40, **NO_EOS)[0].tolist()
+        row = Sequence(ids.tolist(), 40, 0)
+        wrong = ScriptedDrafter(lambda place, plain=plain: (plain[min(place, len(plain) - 1)] + 1) % 131)
+        counts = speculate(model, wrong, [row])
         assert row.prompt + row.tokens == plain
         assert counts.accepted == 0 < counts.drafted and counts.mean_tokens_per_pass == 1
-        assert not liar.rows
+        assert not wrong.rows
 
 
 @pytest.mark.parametrize("spread", [0.3, 1.5])
 def test_sampled_tokens_with_speculation_follow_the_targets_distribution(spread, any_length):
     """20,000 tokens of a model whose logits depend on the last token, drafted by another that is `spread` away."""
     generator = torch.Generator().manual_seed(1)
+    sampling = Sampling(do_sample=True, top_k=0, seed=11)
     table = 2 * torch.randn(VOCABULARY, VOCABULARY, generator=generator)
     target = ScriptedModel(lambda place, token: table[token])
     draft_table = table + spread * torch.randn(VOCABULARY, VOCABULARY, generator=generator)
     draft = ScriptedModel(lambda place, token: draft_table[token])
-    sampling = Sampling(do_sample=True, top_k=0, seed=11)
 
     def drawn(row, history, logits):
         return sample_token(logits, history, row.stream, sampling, [])
 
     rows = [Sequence([i % VOCABULARY], 100, i) for i in range(200)]
-    drafter = DraftModel(draft, PrefixCache(draft.new_pool(), 0), drawn, VOCABULARY, 10**6)
-    _, counts = speculate(target, drafter, rows, Options(sampling=sampling), longest=4)
+    drafter = draft_model(draft, drawn)
+    counts = speculate(target, drafter, rows, Options(sampling=sampling), longest=4)
     pairs = Counter(pair for row in rows for pair in zip(row.prompt + row.tokens, row.tokens, strict=False))
     assert pairs.total() == 20_000
     statistic, degrees = 0.0, 0
@@ -221,64 +209,50 @@ def test_sampled_tokens_with_speculation_follow_the_targets_distribution(spread,
     # Accepted as often as a coupling by common random numbers promises, and no coupling can do better than the optimum.
     weights = torch.tensor([float(sum(pairs[b, a] for a in range(VOCABULARY))) for b in range(VOCABULARY)]) / 20_000
     overlap = torch.minimum(table.softmax(-1), draft_table.softmax(-1)).sum(-1)
-    assert float(overlap @ weights) + 0.02 > first_accepted(rows, table, draft_table, sampling)
-    assert first_accepted(rows, table, draft_table, sampling) > float((overlap / (2 - overlap)) @ weights) - 0.02
-    assert counts.accepted > 0
-
-
-def first_accepted(rows, table, draft_table, sampling) -> float:
-    """How often the two models draw the same token at the same place."""
-    places = [(row, i) for row in rows[:50] for i in range(100)]
-    same = 0
-    for row, i in places:
+    agreeing = []  # whether the two models draw the same token at the same place
+    for row, i in ((row, i) for row in rows[:50] for i in range(100)):
         history = torch.tensor(row.prompt + row.tokens[:i])
-        both = [sample_token(t[history[-1]], history, row.stream, sampling, []) for t in (table, draft_table)]
-        same += both[0] == both[1]
-    return same / len(places)
+        first, second = (drawn(row, history, t[history[-1]]) for t in (table, draft_table))
+        agreeing.append(first == second)
+    share = sum(agreeing) / len(agreeing)
+    assert float((overlap / (2 - overlap)) @ weights) - 0.02 < share < float(overlap @ weights) + 0.02
+    assert counts.accepted > 0
 
 
 # With everything else -------------------------------------------------------------------------------------------------
 
 
-def truth(place: int) -> int:
+def truth(place):
     """The token that a script has at a place, never 0."""
     return 1 + place * 7919 % (VOCABULARY - 1)
 
 
-def says(place: int, token: int) -> Tensor:
+def says(place, token):
     return certain(truth(place))
 
 
-@pytest.fixture
-def always_five(monkeypatch):
-    monkeypatch.setattr(DraftLengthController, "length", lambda self, rows, drafting, longest: 5 if drafting else 0)
-
-
 def test_a_row_yields_its_tokens_one_by_one_in_order(always_five):
-    rows = [Sequence([1], 13, 0), Sequence([1], 4, 0)]
-    target = ScriptedModel(says)
-    counts, lengths = Counter(), []
-    prefixes = PrefixCache(target.new_pool(), 0)
-    drafting = Drafting(Liar(truth), 5, PassTimes(), Speculation(), lambda: 0.0)
-    for changed in decode(target, prefixes, rows, drafting):
+    rows, counts, lengths = [Sequence([1], 13, 0), Sequence([1], 4, 0)], Counter(), []
+
+    def note(changed):
         counts.update(changed)
         lengths.append([len(row.tokens) for row in rows])
-        assert all(len(row.tokens) == counts[row] for row in rows)
-    assert counts[rows[0]] == 13 and counts[rows[1]] == 4
-    assert lengths[:5] == [[1, 1], [2, 2], [3, 3], [4, 4], [5, 4]]
+        assert lengths[-1] == [counts[row] for row in rows]
+
+    speculate(target := ScriptedModel(says), ScriptedDrafter(truth), rows, longest=5, yielded=note)
+    assert lengths == [[i, min(i, 4)] for i in range(1, 14)]
     assert target.passes == [[1], [6, 3], [6]]  # the prompt once, drafts no longer than what may still come
     assert [row.finish_reason for row in rows] == ["length"] * 2
-    assert prefixes.pool.free_pages == prefixes.pool.pages
 
 
 def test_an_end_inside_an_accepted_draft_drops_what_follows(always_five):
     end = truth(4)
     row = Sequence([1], 40, 0)
-    speculate(target := ScriptedModel(says), Liar(truth), [row], Options(eos_token_id=(end,)))
+    speculate(target := ScriptedModel(says), ScriptedDrafter(truth), [row], Options(eos_token_id=(end,)))
     assert row.tokens == [truth(1), truth(2), truth(3), end] and row.finish_reason == "stop"
     assert target.passes == [[1], [6]]
     held = Sequence([1], 9, 0)
-    speculate(ScriptedModel(says), Liar(truth), [held], Options(eos_token_id=(end,), min_new_tokens=6))
+    speculate(ScriptedModel(says), ScriptedDrafter(truth), [held], Options(eos_token_id=(end,), min_new_tokens=6))
     assert len(held.tokens) == 9 and end not in held.tokens[:6]
 
 
@@ -305,54 +279,41 @@ def test_processors_and_criteria_see_every_token_once_and_in_order(model, relati
     assert run(prompt_lookup_num_tokens=8) == plain
 
 
-@pytest.fixture(scope="module")
-def demo():
-    return GPTNeoXForCausalLM.from_pretrained(DEMO).float()
-
-
-def test_stop_strings_and_streams_are_those_of_plain_decoding(demo, any_length):
+def test_stop_strings_and_streams_are_those_of_plain_decoding(any_length):
+    demo = GPTNeoXForCausalLM.from_pretrained(DEMO).float()
     prompt = "KING RICHARD III:\nMy lord, my lord, the king, the king"
     options = {"max_new_tokens": 60, "stop_strings": ["\n\n", "lord"]}
-    plain = [(e.text, e.token, e.finish_reason) for e in demo.stream(prompt, **options)]
-    for drafter in ({"prompt_lookup_num_tokens": 6}, {"assistant_model": demo}):
-        assert [(e.text, e.token, e.finish_reason) for e in demo.stream(prompt, **drafter, **options)] == plain
+    plain, *others = (
+        [(e.text, e.token, e.finish_reason) for e in demo.stream(prompt, **drafter, **options)]
+        for drafter in ({}, {"prompt_lookup_num_tokens": 6}, {"assistant_model": demo})
+    )
+    assert others == [plain] * 2
 
 
-def test_closing_a_stream_early_frees_the_pages_of_both_models(folder, relative, any_length):
-    model = GPTNeoXForCausalLM.from_pretrained(folder, exact=True)
+def test_closing_a_stream_early_frees_the_pages_of_both_models(model, relative, any_length, monkeypatch):
     pools = []
     for one in (model, relative):
-        one.reuse_prefix, make = False, one.new_pool
-        one.new_pool = lambda *a, make=make: pools.append(make(*a)) or pools[-1]
-    try:
-        options = Options(assistant_model=relative, eos_token_id=())
-        rows = [Sequence([5] * 130, 50, 0, options=options)]
-        stream = model._decode(rows, options)
-        for _ in range(7):
-            next(stream)
-        assert len(pools) == 2 and pools[0].free_pages < pools[0].pages
-        stream.close()
-        assert all(pool.free_pages == pool.pages for pool in pools)
-    finally:
-        relative.reuse_prefix = True
-        del relative.new_pool
+        make = lambda *given, make=one.new_pool: pools.append(make(*given)) or pools[-1]  # noqa: E731
+        monkeypatch.setattr(one, "new_pool", make)
+        monkeypatch.setattr(one, "reuse_prefix", False)
+    options = Options(assistant_model=relative, eos_token_id=())
+    stream = model._decode([Sequence([5] * 130, 50, 0, options=options)], options)
+    for _ in range(7):
+        next(stream)
+    assert len(pools) == 2 and pools[0].free_pages < pools[0].pages
+    stream.close()
+    assert all(pool.free_pages == pool.pages for pool in pools)
 
 
 def test_an_error_in_the_middle_frees_the_pages_of_both_models(model, relative, any_length):
-    calls = []
-
-    def fail(ids, logits):
-        calls.append(ids)
-        if len(calls) == 9:
-            raise MemoryError
-        return logits
-
     for one in (model, relative):
         one.forget()
+    options = {"assistant_model": relative, "logits_processor": failing(9), "max_new_tokens": 30}
     with pytest.raises(MemoryError):
-        model.generate(random_ids(1, 5), assistant_model=relative, logits_processor=fail, max_new_tokens=30, **NO_EOS)
-    holder = model._cache_holder.prefixes
-    assert holder.pages == 0 and holder.pool.free_pages == holder.pool.pages
+        model.generate(random_ids(1, 5), **options, **NO_EOS)
+    for one, kept in ((model, 0), (relative, 1)):
+        prefixes = one._cache_holder.prefixes
+        assert prefixes.pool.pages - prefixes.pool.free_pages == prefixes.pages == kept
     assert model.generate(random_ids(1, 5), max_new_tokens=3, **NO_EOS).shape == (1, 8)
 
 
@@ -376,7 +337,7 @@ def test_prompt_lookup_proposes_what_followed_the_longest_and_last_match():
     assert not lookup._indexes
 
 
-def naive_lookup(ids: list[int], count: int) -> list[int]:
+def naive_lookup(ids, count):
     """By definition: scan for the last earlier place of the last 4, else 3, else 2 tokens."""
     for n in (4, 3, 2):
         for end in range(len(ids) - 1, n - 1, -1):
@@ -399,76 +360,73 @@ def test_prompt_lookup_takes_in_each_token_once():
 
 def test_without_a_match_there_is_no_draft_and_no_pass_of_several_tokens():
     target = ScriptedModel(says)
-    row = Sequence([1], 40, 0)  # 49 different tokens
-    _, counts = speculate(target, PromptLookup(), [row])
+    counts = speculate(target, PromptLookup(), [Sequence([1], 40, 0)])  # 49 different tokens
     assert counts.drafted == 0 and counts.passes == 39
     assert all(lengths == [1] for lengths in target.passes)
+
+
+def draft_model(model, draw=lambda row, history, logits: int(logits.argmax()), vocabulary=VOCABULARY, context=10**6):
+    return DraftModel(model, PrefixCache(model.new_pool(), 0), draw, vocabulary, context)
+
+
+def check_true(*rows):
+    for row in rows:
+        assert row.tokens == [truth(len(row.prompt) + i) for i in range(row.max_tokens)]
 
 
 def test_a_draft_model_reads_every_token_once_and_forgets_what_was_refused(any_length):
     wrong = {7, 11, 12, 30}
     draft = ScriptedModel(lambda place, token: says(place + (place in wrong), token))
-    prefixes = PrefixCache(draft.new_pool(), 0)
-    row = Sequence([1] * 5, 45, 0)
-    drafter = DraftModel(draft, prefixes, lambda row, history, logits: int(logits.argmax()), VOCABULARY, 10**6)
-    _, counts = speculate(ScriptedModel(says), drafter, [row])
-    assert row.tokens == [truth(5 + i) for i in range(45)]
+    counts = speculate(ScriptedModel(says), draft_model(draft), [row := Sequence([1] * 5, 45, 0)])
+    check_true(row)
     read = sum(sum(lengths) for lengths in draft.passes)
     assert read <= 5 + counts.drafted + counts.passes  # the prompt, its own drafts, and one token of the target a pass
-    assert prefixes.pool.free_pages == prefixes.pool.pages
+    assert draft.pool.free_pages == draft.pool.pages
 
 
 def test_a_draft_model_stops_at_its_context_and_at_ids_that_it_lacks(always_five):
     draft = ScriptedModel(says)
-    argmax = lambda row, history, logits: int(logits.argmax())  # noqa: E731
-    short = DraftModel(draft, PrefixCache(draft.new_pool(), 0), argmax, VOCABULARY, 12)
-    row = Sequence([1], 30, 0)
-    speculate(ScriptedModel(says), short, [row])
-    assert row.tokens == [truth(1 + i) for i in range(30)]
-    small = DraftModel(draft, PrefixCache(draft.new_pool(), 0), argmax, 40, 10**6)
+    speculate(ScriptedModel(says), draft_model(draft, context=12), [row := Sequence([1], 30, 0)])
+    check_true(row)
+    small = draft_model(draft, vocabulary=40)
     rows = [Sequence([1], 30, 0), Sequence([45], 30, 0)]  # the second begins with an id that the draft model lacks
     assert small.ready(rows) == rows[:1]
     speculate(ScriptedModel(says), small, rows)
-    assert all(row.tokens == [truth(1 + i) for i in range(30)] for row in rows)
+    check_true(*rows)
     first_lacking = next(i for i in range(1, 40) if truth(i) >= 40)
-    assert max(map(len, [[]] + [p for p in draft.passes if p])) <= 2 and first_lacking < 30
+    assert max(map(len, draft.passes)) <= 2 and first_lacking < 30
 
 
-def test_vocabularies_of_other_sizes_are_padded_and_cut(folder, tmp_path_factory, any_length):
-    model = GPTNeoXForCausalLM.from_pretrained(folder, exact=True)
+def test_vocabularies_of_other_sizes_are_padded_and_cut(model, tmp_path, any_length):
     for size in (101, 200):
-        draft = pair(tmp_path_factory.mktemp(f"draft{size}"), vocab_size=size)[0]
+        draft = pair(tmp_path / str(size), vocab_size=size)[0]
         for options in ({}, {"do_sample": True, "seed": 4, "repetition_penalty": 1.3}):
             counts = Speculation()
-            for ids in prompts(6):
-                ids = ids.clamp(max=100)
+            for ids in prompts_of_many_lengths(6):
+                ids = ids[None].clamp(max=100)
                 plain = model.generate(ids, max_new_tokens=30, **NO_EOS, **options)
-                drafted = {"assistant_model": draft, "speculation": counts}
-                assert torch.equal(model.generate(ids, max_new_tokens=30, **drafted, **NO_EOS, **options), plain)
+                drafter = {"assistant_model": draft, "speculation": counts}
+                assert torch.equal(model.generate(ids, max_new_tokens=30, **drafter, **NO_EOS, **options), plain)
             assert counts.drafted > 0
 
 
-def tokenizer_of(words, path) -> GPTNeoXTokenizerFast:
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE({word: i for i, word in enumerate(words)}, []))
-    backend.save(str(path))
-    return GPTNeoXTokenizerFast(path)
+def test_a_draft_model_with_another_tokenizer_is_refused_with_the_first_id_that_differs(
+    model, stranger, tmp_path, monkeypatch
+):
+    def tokenizer_of(words):
+        backend = tokenizers.Tokenizer(tokenizers.models.BPE({word: i for i, word in enumerate(words)}, []))
+        backend.save(str(tmp_path / "tokenizer.json"))
+        return GPTNeoXTokenizerFast(tmp_path / "tokenizer.json")
 
-
-def test_a_draft_model_with_another_tokenizer_is_refused_with_the_first_id_that_differs(model, stranger, tmp_path):
     words = ["<|endoftext|>", "<|padding|>", *"abcdefghij"]
-    other = [*words[:5], *reversed(words[5:])]
-    try:
-        model.tokenizer = tokenizer_of(words, tmp_path / "a.json")
-        stranger.tokenizer = tokenizer_of(other, tmp_path / "b.json")
-        with pytest.raises(ArgumentError, match=r"id 5 is 'j' to it, but 'd' to this model"):
-            model.generate(random_ids(1, 4), assistant_model=stranger)
-        stranger.tokenizer = tokenizer_of([*words, "k"], tmp_path / "c.json")  # one more is no difference
-        out = model.generate(random_ids(1, 4), assistant_model=stranger, max_new_tokens=5, **NO_EOS)
-        assert int(out[0, 4:].max()) < len(words)
-    finally:
-        for one in (model, stranger):
-            one._tokenizer = None
-            one.__dict__.pop("padding_ids", None)
+    for one, own in ((model, words), (stranger, [*words[:5], *reversed(words[5:])])):
+        monkeypatch.setattr(one, "_tokenizer", tokenizer_of(own))
+        monkeypatch.delitem(one.__dict__, "padding_ids", raising=False)
+    with pytest.raises(ArgumentError, match=r"id 5 is 'j' to it, but 'd' to this model"):
+        model.generate(random_ids(1, 4), assistant_model=stranger)
+    stranger.tokenizer = tokenizer_of([*words, "k"])  # one more is no difference
+    out = model.generate(random_ids(1, 4), assistant_model=stranger, max_new_tokens=5, **NO_EOS)
+    assert int(out[0, 4:].max()) < len(words)
 
 
 @pytest.mark.parametrize(
@@ -484,7 +442,6 @@ def test_a_draft_model_with_another_tokenizer_is_refused_with_the_first_id_that_
     ids=["name", "both", "vocabulary", "zero", "fraction", "counts"],
 )
 def test_what_cannot_draft_is_refused(model, options, message):
-    model._tokenizer = ScriptedModel(says)._tokenizer = None
     for draft in (d for d in options.values() if isinstance(d, ScriptedModel)):
         draft._has_tokenizer = False
     with pytest.raises(ArgumentError, match=message):
@@ -503,27 +460,25 @@ COSTS = {
 PROMPT = 400
 
 
-def speed(cost, acceptance, draft_s: float, tokens: int, rows: int = 1, seed: int = 1) -> tuple[float, list[float]]:
+def speed(cost, acceptance, draft_s, tokens, rows=1):
     """Tokens a second on a simulated clock with drafts right with probability acceptance(place), and when each token came."""
-    target, choice = ScriptedModel(says, cost), random.Random(seed)
+    target, choice, arrivals = ScriptedModel(says, cost), random.Random(1), []
 
-    def guess(place: int) -> int:
+    def guess(place):
         return truth(place) if choice.random() < acceptance(place) else truth(place) % (VOCABULARY - 1) + 1
 
-    def spend(count: int, unseen: int) -> None:
+    def spend(count, unseen):
         """What was not drafted is read at a tenth of the cost: the prompt at first, and after every pause."""
         target.now += draft_s * (count + 0.1 * max(unseen, 0))
 
     batch = [Sequence([1] * PROMPT, tokens, 0) for _ in range(rows)]
-    drafting = Drafting(Liar(guess, spend), MAX_DRAFT_TOKENS, PassTimes(), Speculation(), lambda: target.now)
-    prefixes, times = PrefixCache(target.new_pool(), 0), []
-    for changed in decode(target, prefixes, batch, drafting):
-        times += [target.now] * (batch[0] in changed)
-    assert all(row.tokens == [truth(PROMPT + i) for i in range(tokens)] for row in batch)
-    return rows * (tokens - 1) / (target.now - times[0]), times
+    note = lambda changed: arrivals.extend([target.now] * (batch[0] in changed))  # noqa: E731
+    speculate(target, ScriptedDrafter(guess, spend), batch, clock=lambda: target.now, yielded=note)
+    check_true(*batch)
+    return rows * (tokens - 1) / (target.now - arrivals[0]), arrivals
 
 
-def optimum(cost, acceptance: float, draft_s: float, rows: int = 1) -> float:
+def optimum(cost, acceptance, draft_s, rows=1):
     """Tokens a second with drafts of the best constant length, known from the start."""
     return max(
         rows * sum(acceptance**i for i in range(g + 1)) / (cost(rows * (g + 1)) + g * draft_s)
@@ -570,17 +525,14 @@ def test_costs_between_and_beyond_known_lengths_are_neither_hopeless_nor_dreams(
     assert estimate({3: 1.0, 5: 3.0}, 2) == 1.0 and estimate({3: 1.0, 5: 3.0}, 8) == 4.5
 
 
-def test_a_pass_that_compiles_does_not_count():
+def test_the_time_of_a_pass_leaves_out_its_first_and_is_at_most_that_of_a_longer_one():
     times = PassTimes()
-    for seconds in (100.0, 1.0, 5.0, 2.0):
+    for seconds in (100.0, 1.0, 5.0, 2.0):  # the first one compiles
         times.add(3, seconds)
     assert times.known == {3: 2.0}
     for _ in range(20):
         times.add(3, 4.0)
     assert times.known == {3: 4.0}
-
-
-def test_no_pass_is_taken_to_cost_more_than_a_longer_one():
     times = PassTimes()
     for tokens, seconds in ((1, 9.0), (2, 3.0), (4, 5.0)):
         times.add(tokens, 0.0)
