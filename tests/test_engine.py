@@ -11,7 +11,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import pytest
 import torch
@@ -27,27 +27,39 @@ from neox_lite_app.serving.jobs import Job, Ticket, Update
 
 SAMPLED = {"do_sample": True, "temperature": 0.8, "top_k": 0, "top_p": 0.95}
 PATIENCE_S = 60  # a test that waits so long has failed
+CANCELLED = Update("", None, "cancelled")
 
 
-def load() -> GPTNeoXForCausalLM:
+def load():
     return GPTNeoXForCausalLM.from_pretrained(DEMO)
+
+
+@contextmanager
+def running(load=load, **options):
+    """An engine with the demo model."""
+    with closing(Engine(**options)) as engine:
+        engine.load("demo", load)
+        yield engine
 
 
 @pytest.fixture(scope="module")
 def shared():
     """An engine whose model no test harms."""
-    engine = Engine()
-    engine.load("demo", load)
-    yield engine
-    engine.close()
+    with running() as engine:
+        yield engine
 
 
 @pytest.fixture
 def engine():
-    """An engine without a model, for one test."""
-    engine = Engine(sequences=4, waiting=8)
-    yield engine
-    engine.close()
+    """An engine with the demo model for one test."""
+    with running(sequences=4, waiting=8) as engine:
+        yield engine
+
+
+@pytest.fixture
+def empty():
+    with closing(Engine()) as engine:
+        yield engine
 
 
 @pytest.fixture
@@ -57,29 +69,33 @@ def exact():
     return lambda: model
 
 
-def text_of(steps: list[Update]) -> str:
-    return "".join(step.text for step in steps)
+def text_of(ticket):
+    return "".join(update.text for update in ticket)
 
 
-def ids_of(engine: Engine, text: str) -> list[int]:
+def last(ticket):
+    return list(ticket)[-1]
+
+
+def ids_of(engine, text):
     return engine.tokenizer(text).input_ids
 
 
-def wait_until(condition) -> None:
+def wait_until(condition):
     ends = time.monotonic() + PATIENCE_S
     while not condition():
         assert time.monotonic() < ends
         time.sleep(0.001)
 
 
-def pages_in_use(engine: Engine) -> int:
+def pages_in_use(engine):
     """By rows at work: those that kept prefixes hold are not counted."""
     prefixes = engine._model._cache_holder.prefixes
     return prefixes.pool.pages - prefixes.pool.free_pages - prefixes.pages
 
 
 @contextmanager
-def gate(model: GPTNeoXForCausalLM):
+def gate(model):
     """Passes wait until the gate lets them: yields a semaphore, one release for each, and what passes that came there take."""
     passes, sizes, step = threading.Semaphore(0), [], model.step
 
@@ -102,17 +118,15 @@ def gate(model: GPTNeoXForCausalLM):
 def test_a_job_gives_the_events_of_stream(shared):
     prompt, options = ids_of(shared, "KING RICHARD III:\n"), {"max_new_tokens": 40, "seed": 5, **SAMPLED}
     for more in ({}, {"stop_strings": ["lord", "\n\n"]}, {"eos_token_id": 7}, {"max_new_tokens": 0}):
-        steps = list(shared.submit(Job(prompt, options | more)))
-        events = list(shared._model.stream(prompt, **options | more))
-        assert [(s.text, s.token, s.finish_reason) for s in steps] == [
-            (e.text, e.token, e.finish_reason) for e in events
-        ]
+        updates = shared.submit(Job(prompt, options | more))
+        events = shared._model.stream(prompt, **options | more)
+        found, expected = ([(e.text, e.token, e.finish_reason) for e in one] for one in (updates, events))
+        assert found == expected
 
 
 def test_without_a_length_a_job_goes_to_the_end_of_the_context(shared):
-    prompt = [5] * (shared.context - 9)
-    steps = list(shared.submit(Job(prompt, {"eos_token_id": []})))
-    assert len(steps) == 9 and steps[-1].finish_reason == "length"
+    updates = list(shared.submit(Job([5] * (shared.context - 9), {"eos_token_id": []})))
+    assert len(updates) == 9 and updates[-1].finish_reason == "length"
     with pytest.raises(ContextLengthError, match=f"more than the context of {shared.context}"):
         shared.submit(Job([5] * shared.context))
 
@@ -193,51 +207,43 @@ def test_a_job_that_makes_no_sense_is_refused_at_once(shared, job, error, messag
 
 def test_64_clients_with_a_sentinel_each_get_their_own_text_and_no_one_elses(exact):
     """Each asks for its own texts, by threads and by an event loop, some leaving early; the tokens are those it gets alone."""
-    engine, model = Engine(), exact()
-    engine.load("demo", exact)
-    alone: dict[int, list[str]] = {}
-    jobs = {
-        i: [Job(ids_of(engine, f"{i} is the number {i}:"), options(i, turn)) for turn in range(2)] for i in range(64)
-    }
-    for i, own in jobs.items():
-        alone[i] = ["".join(e.text for e in model.stream(job.prompt, **job.options)) for job in own]
-    model.forget()
-    found: dict[int, list[str]] = {i: [] for i in jobs}
+    found, model = {i: [] for i in range(64)}, exact()
+    with running(exact) as engine:
+        jobs = {i: [job_of(engine, i, turn) for turn in range(2)] for i in found}
+        alone = {i: [text_of(model.stream(job.prompt, **job.options)) for job in own] for i, own in jobs.items()}
+        model.forget()
 
-    def threaded(i: int) -> None:
-        for job in jobs[i]:
-            found[i].append(text_of(list(engine.submit(job))))
+        def threaded(i):
+            found[i] += [text_of(engine.submit(job)) for job in jobs[i]]
 
-    async def looped(i: int) -> None:
-        for job in jobs[i]:
-            ticket = engine.submit(job)
-            pieces = []
-            async for step in ticket:
-                pieces.append(step.text)
-                if i % 8 == 1 and len(pieces) == 5:
-                    ticket.cancel()
-            found[i].append("".join(pieces))
+        async def looped(i):
+            for job in jobs[i]:
+                ticket, pieces = engine.submit(job), []
+                async for update in ticket:
+                    pieces.append(update.text)
+                    if i % 8 == 1 and len(pieces) == 5:
+                        ticket.cancel()
+                found[i].append("".join(pieces))
 
-    async def loop() -> None:
-        await asyncio.gather(*(looped(i) for i in range(1, 64, 2)))
+        async def loop():
+            await asyncio.gather(*(looped(i) for i in range(1, 64, 2)))
 
-    threads = [threading.Thread(target=threaded, args=(i,)) for i in range(0, 64, 2)]
-    threads.append(threading.Thread(target=asyncio.run, args=(loop(),)))
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for i in jobs:
-        for text, expected in zip(found[i], alone[i], strict=True):
-            assert expected.startswith(text) if i % 8 == 1 else text == expected
-    assert len(set(map(tuple, found.values()))) > 60  # else a wrong one might go unnoticed
-    assert engine.status().active == engine.status().waiting == pages_in_use(engine) == 0
-    engine.close()
+        threads = [threading.Thread(target=threaded, args=(i,)) for i in range(0, 64, 2)]
+        threads.append(threading.Thread(target=asyncio.run, args=(loop(),)))
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for i in jobs:
+            for text, expected in zip(found[i], alone[i], strict=True):
+                assert expected.startswith(text) if i % 8 == 1 else text == expected
+        assert len(set(map(tuple, found.values()))) > 60  # else a wrong one might go unnoticed
+        assert engine.status().active == engine.status().waiting == pages_in_use(engine) == 0
 
 
-def options(i: int, turn: int) -> dict:
+def job_of(engine, i, turn):
     sampled = {"seed": 100 * i + turn, "frequency_penalty": 0.1 * (i % 3), **SAMPLED} if i % 4 else {}
-    return {"max_new_tokens": 12 + i % 7, **sampled}
+    return Job(ids_of(engine, f"{i} is the number {i}:"), {"max_new_tokens": 12 + i % 7, **sampled})
 
 
 def test_500_cancels_in_mid_stream_free_their_pages_within_one_pass(shared):
@@ -246,10 +252,9 @@ def test_500_cancels_in_mid_stream_free_their_pages_within_one_pass(shared):
         tickets = [shared.submit(Job([5 + i, round], {"seed": i, **SAMPLED}, client=str(i))) for i in range(50)]
         for ticket in choice.sample(tickets, 25):  # those that are answered, and some still waiting
             next(iter(ticket))
-        for ticket in tickets:
+        for ticket in tickets * 2:
             ticket.cancel()
-            ticket.cancel()
-        count.update(list(ticket)[-1].finish_reason for ticket in tickets)
+        count.update(last(ticket).finish_reason for ticket in tickets)
         wait_until(lambda: not shared._serving)
         assert pages_in_use(shared) == 0
     assert count["cancelled"] + count["stop"] + count["length"] == 500 and count["cancelled"] > 450
@@ -257,54 +262,45 @@ def test_500_cancels_in_mid_stream_free_their_pages_within_one_pass(shared):
 
 
 def test_a_cancelled_job_ends_at_the_next_pass_and_others_go_on(engine):
-    engine.load("demo", load)
     with gate(engine._model) as (allow, sizes):
         first, second = (engine.submit(Job([9, i], {"eos_token_id": []})) for i in range(2))
         allow.release(3)
         wait_until(lambda: len(sizes) == 4)
         first.cancel()
         allow.release(1)  # the pass that has begun
-        steps = list(first)
-        assert len(steps) == 5 and steps[-1] == Update("", None, "cancelled")
+        updates = list(first)
+        assert len(updates) == 5 and updates[-1] == CANCELLED
         allow.release(2)
         wait_until(lambda: len(sizes) == 7)
         assert [len(lengths) for lengths in sizes[2:]] == [2, 2, 1, 1, 1]
         second.cancel()
         allow.release(1)
-        assert list(second)[-1].finish_reason == "cancelled"
+        assert last(second) == CANCELLED
 
 
 def test_a_job_that_waits_is_cancelled_without_a_pass():
-    engine = Engine(sequences=1, waiting=5)
-    engine.load("demo", load)
-    with gate(engine._model) as (allow, sizes):
-        running, waiting = (engine.submit(Job([9, i], {"max_new_tokens": 3})) for i in range(2))
+    with running(sequences=1, waiting=5) as engine, gate(engine._model) as (allow, sizes):
+        first, waiting = (engine.submit(Job([9, i], {"max_new_tokens": 3})) for i in range(2))
         waiting.cancel()
-        assert list(waiting) == [Update("", None, "cancelled")] and len(sizes) <= 1
+        assert list(waiting) == [CANCELLED] and len(sizes) <= 1
         allow.release(100)
-        assert list(running)[-1].finish_reason in ("length", "stop")
-    engine.close()
+        assert last(first).finish_reason in ("length", "stop")
 
 
 def test_clients_take_turns_and_a_client_is_served_in_its_order():
-    engine, order = Engine(sequences=1, waiting=50), []
-    engine.load("demo", load)
-    with gate(engine._model) as (allow, _):
-        jobs = ["first", *["busy"] * 5, "a", "b", "a"]
-        tickets = [(client, engine.submit(Job([9, i], {"max_new_tokens": 1}, client))) for i, client in enumerate(jobs)]
+    clients = ["first", *["busy"] * 5, "a", "b", "a"]
+    with running(sequences=1, waiting=50) as engine, gate(engine._model) as (allow, _):
+        tickets = [engine.submit(Job([9, i], {"max_new_tokens": 1}, client)) for i, client in enumerate(clients)]
         wait_until(lambda: engine.status().active == 1)
         allow.release(100)
-        for _, ticket in tickets:
+        for ticket in tickets:
             list(ticket)
-    engine.close()
-    order = [client for client, ticket in sorted(tickets, key=lambda pair: pair[1].clock.first_s)]
-    assert order == ["first", "busy", "a", "b", "busy", "a", "busy", "busy", "busy"]
-    of_busy = [ticket.clock.first_s for client, ticket in tickets if client == "busy"]
-    assert of_busy == sorted(of_busy)
+    order = sorted(range(len(clients)), key=lambda i: tickets[i].clock.first_s)
+    assert [clients[i] for i in order] == ["first", "busy", "a", "b", "busy", "a", "busy", "busy", "busy"]
+    assert [i for i in order if clients[i] == "busy"] == [1, 2, 3, 4, 5]
 
 
 def test_beyond_the_bound_the_queue_refuses_and_takes_jobs_again_when_there_is_room(engine):
-    engine.load("demo", load)
     with gate(engine._model) as (allow, _):
         tickets = [engine.submit(Job([9, i], {"max_new_tokens": 50, "eos_token_id": []})) for i in range(12)]
         with pytest.raises(Busy, match="12 jobs are running or waiting"):
@@ -315,7 +311,7 @@ def test_beyond_the_bound_the_queue_refuses_and_takes_jobs_again_when_there_is_r
         tickets[-1].cancel()
         tickets[-1] = engine.submit(Job([9, 99], {"max_new_tokens": 2, "eos_token_id": []}))
         allow.release(1000)
-        assert {list(ticket)[-1].finish_reason for ticket in tickets} == {"length"}
+        assert {last(ticket).finish_reason for ticket in tickets} == {"length"}
 
 
 def test_a_chat_goes_on_while_a_long_prompt_is_read(shared):
@@ -354,25 +350,20 @@ def test_status_says_what_runs_and_what_is_in_memory(shared):
 # Loading and idling ---------------------------------------------------------------------------------------------------
 
 
-def test_without_a_model_everything_says_so(engine):
-    for ask in (
-        lambda: engine.submit(Job([5])),
-        lambda: engine.tokenizer,
-        lambda: engine.config,
-        lambda: engine.generation_config,
-        lambda: engine.context,
-    ):
-        with pytest.raises(NotLoaded, match="no model is loaded; choose one"):
-            ask()
-    status = engine.status()
+def test_without_a_model_everything_says_so(empty):
+    status = empty.status()
     assert (status.state, status.name, status.active, status.tokens_per_s) == ("empty", None, 0, 0.0)
+    with pytest.raises(NotLoaded, match="no model is loaded; choose one"):
+        empty.submit(Job([5]))
+    for name in ("tokenizer", "config", "generation_config", "context"):
+        with pytest.raises(NotLoaded, match="no model is loaded; choose one"):
+            getattr(empty, name)
 
 
 def test_a_load_that_fails_leaves_nothing_and_says_why(engine):
-    engine.load("demo", load)
     ticket = engine.submit(Job([9], {"eos_token_id": []}))
 
-    def fail() -> GPTNeoXForCausalLM:
+    def fail():
         assert engine.status().state == "loading" and engine.status().name == "other"
         with pytest.raises(NotLoaded, match="other is being loaded"):
             engine.submit(Job([5]))
@@ -380,29 +371,27 @@ def test_a_load_that_fails_leaves_nothing_and_says_why(engine):
 
     with pytest.raises(ArgumentError, match="other: no such folder"):
         engine.load("other", fail)
-    assert list(ticket)[-1] == Update("", None, "cancelled")
+    assert last(ticket) == CANCELLED
     status = engine.status()
     assert (status.state, status.name, status.fault) == ("failed", None, "other: no such folder")
     with pytest.raises(NotLoaded, match=r"no model is loaded \(other: no such folder\)"):
         engine.submit(Job([5]))
     engine.load("demo", load)
     assert engine.status().state == "ready" and engine.status().fault is None
-    assert len(list(engine.submit(Job([9], {"max_new_tokens": 3})))) <= 3
+    assert last(engine.submit(Job([9], {"max_new_tokens": 3}))).error is None
 
 
 def test_another_model_takes_the_place_of_the_first_whose_memory_is_given_back(engine):
-    engine.load("demo", load)
-    model, pool = weakref.ref(engine._model), None
     tickets = [engine.submit(Job([9, i], {"eos_token_id": []})) for i in range(10)]
     next(iter(tickets[0]))
-    pool = weakref.ref(engine._model._cache_holder.prefixes.pool)
+    model, pool = weakref.ref(engine._model), weakref.ref(engine._model._cache_holder.prefixes.pool)
 
-    def second() -> GPTNeoXForCausalLM:
+    def second():
         assert model() is None and pool() is None  # before there are two
         return load()
 
     engine.load("again", second)
-    assert {list(ticket)[-1].finish_reason for ticket in tickets} == {"cancelled"}
+    assert {last(ticket).finish_reason for ticket in tickets} == {"cancelled"}
     assert engine.name == "again"
     engine.unload()
     assert engine.status().state == "empty" and "weights_cpu" not in engine.status().memory
@@ -411,56 +400,45 @@ def test_another_model_takes_the_place_of_the_first_whose_memory_is_given_back(e
 
 
 def test_an_idle_model_is_unloaded_and_comes_back_with_the_next_job():
-    engine, loads = Engine(idle_s=0.02), []
-
-    def counted() -> GPTNeoXForCausalLM:
-        loads.append(load())
-        return loads.pop()
-
-    engine.load("demo", counted)
-    model = weakref.ref(engine._model)
-    prompt, options = ids_of(engine, "ROMEO:"), {"max_new_tokens": 10, "seed": 1, **SAMPLED}
-    expected = text_of(list(engine.submit(Job(prompt, options))))
-    for _ in range(2):
-        wait_until(lambda: engine.status().state == "idle")
-        assert model() is None
-        status = engine.status()
-        assert status.name == "demo" and status.cached_tokens == 0 and "weights_cpu" not in status.memory
-        assert engine.tokenizer and engine.config and engine.context == 512 and engine.generation_config
-        assert text_of(list(engine.submit(Job(prompt, options)))) == expected
-        assert engine._model is None or model() is not engine._model
-    engine.close()
+    with running(idle_s=0.02) as engine:
+        model = weakref.ref(engine._model)
+        job = Job(ids_of(engine, "ROMEO:"), {"max_new_tokens": 10, "seed": 1, **SAMPLED})
+        expected = text_of(engine.submit(job))
+        for _ in range(2):
+            wait_until(lambda: engine.status().state == "idle")
+            assert model() is None
+            status = engine.status()
+            assert status.name == "demo" and status.cached_tokens == 0 and "weights_cpu" not in status.memory
+            assert engine.tokenizer and engine.config and engine.context == 512 and engine.generation_config
+            assert text_of(engine.submit(job)) == expected
 
 
 def test_a_model_that_cannot_come_back_says_so_and_is_tried_again():
-    engine, fails = Engine(idle_s=0.02), []
+    fails = []
 
-    def sometimes() -> GPTNeoXForCausalLM:
+    def sometimes():
         if fails:
             raise MemoryError
         return load()
 
-    engine.load("demo", sometimes)
-    wait_until(lambda: engine.status().state == "idle")
-    fails.append(True)
-    (step,) = engine.submit(Job([5]))
-    assert step.finish_reason == "error" and step.error.startswith("memory ran out")
-    wait_until(lambda: engine.status().state == "failed")
-    assert engine.status().fault == step.error
-    fails.clear()
-    assert list(engine.submit(Job([5], {"max_new_tokens": 2})))[-1].error is None
-    assert engine.status().fault is None
-    engine.close()
+    with running(sometimes, idle_s=0.02) as engine:
+        wait_until(lambda: engine.status().state == "idle")
+        fails.append(True)
+        (update,) = engine.submit(Job([5]))
+        assert update.finish_reason == "error" and update.error.startswith("memory ran out")
+        wait_until(lambda: engine.status().state == "failed")
+        assert engine.status().fault == update.error
+        fails.clear()
+        assert last(engine.submit(Job([5], {"max_new_tokens": 2}))).error is None
+        assert engine.status().fault is None
 
 
-def test_a_closed_engine_has_ended_everything():
-    engine = Engine()
-    engine.load("demo", load)
+def test_a_closed_engine_has_ended_everything(engine):
     tickets = [engine.submit(Job([9, i], {"eos_token_id": []})) for i in range(5)]
     next(iter(tickets[0]))
     engine.close()
     engine.close()
-    assert {list(ticket)[-1].finish_reason for ticket in tickets} == {"cancelled"}
+    assert {last(ticket).finish_reason for ticket in tickets} == {"cancelled"}
     assert not engine._thread.is_alive()
     with pytest.raises(NotLoaded):
         engine.submit(Job([5]))
@@ -469,16 +447,16 @@ def test_a_closed_engine_has_ended_everything():
 
 
 def test_the_listener_of_a_closed_loop_harms_nobody(shared):
-    async def listen() -> Ticket:
+    async def listen():
         ticket = shared.submit(Job([9], {"eos_token_id": []}))
         async for _ in ticket:
             return ticket
         raise AssertionError
 
     ticket = asyncio.run(listen())
-    assert len(list(shared.submit(Job([9, 8], {"max_new_tokens": 3})))) <= 3
+    assert last(shared.submit(Job([9, 8], {"max_new_tokens": 3}))).error is None
     ticket.cancel()
-    assert list(ticket)[-1].finish_reason == "cancelled"
+    assert last(ticket).finish_reason == "cancelled"
 
 
 # Faults ---------------------------------------------------------------------------------------------------------------
@@ -499,97 +477,88 @@ OPERATIONS = ["layer_norms", "grouped_linear", "attention", "linear_residual"]  
 def test_memory_that_runs_out_anywhere_ends_the_jobs_and_the_next_one_works(exact, name, layer, monkeypatch):
     """At each operation, while a prompt is read and while rows are answered."""
     exact().ops = ops = dispatch.load("reference").bind(True)  # whose operations are Python's to fail
-    engine, real = Engine(), getattr(ops, name)
-    engine.load("demo", exact)
-    prompt, wanted = ids_of(engine, "ROMEO:"), {"max_new_tokens": 5, "eos_token_id": []}
-    expected = text_of(list(engine.submit(Job(prompt, wanted))))
-    for fails_in, error in (
-        (0, ERRORS[0]),
-        (2, ERRORS[1]),
-        (3, ERRORS[2]),
-    ):  # passes, of which the first reads the prompt
-        calls = itertools.count()
+    real, wanted = getattr(ops, name), {"max_new_tokens": 5, "eos_token_id": []}
+    with running(exact) as engine:
+        prompt = ids_of(engine, "ROMEO:")
+        expected = text_of(engine.submit(Job(prompt, wanted)))
+        for fails_in, error in zip((0, 2, 3), ERRORS, strict=True):  # passes, of which the first reads the prompt
+            calls = itertools.count()
 
-        def failing(*given, calls=calls, error=error, at=fails_in if layer is None else 4 * fails_in + layer, **named):
-            if next(calls) == at:
-                raise error
-            return real(*given, **named)
+            def failing(
+                *given, calls=calls, error=error, at=fails_in if layer is None else 4 * fails_in + layer, **named
+            ):
+                if next(calls) == at:
+                    raise error
+                return real(*given, **named)
 
-        monkeypatch.setattr(ops, name, failing)
-        with engine._changed:  # both come before the thread looks
-            tickets = [engine.submit(Job([*prompt, i], wanted)) for i in range(2)]
-        ends = [list(ticket)[-1] for ticket in tickets]
-        assert "error" in {end.finish_reason for end in ends}
-        assert {end.error for end in ends} <= {None, sentence(error)}
-        monkeypatch.setattr(ops, name, real)
-        wait_until(lambda: not engine._serving)
-        assert engine._model._cache_holder is None  # the pool is gone, and with it all pages
-        assert text_of(list(engine.submit(Job(prompt, wanted)))) == expected
-        assert engine.status().fault is None and engine.status().state == "ready"
-    engine.close()
+            monkeypatch.setattr(ops, name, failing)
+            with engine._changed:  # both come before the thread looks
+                tickets = [engine.submit(Job([*prompt, i], wanted)) for i in range(2)]
+            ends = [last(ticket) for ticket in tickets]
+            assert "error" in {end.finish_reason for end in ends}
+            assert {end.error for end in ends} <= {None, sentence(error)}
+            monkeypatch.setattr(ops, name, real)
+            wait_until(lambda: not engine._serving)
+            assert engine._model._cache_holder is None  # the pool is gone, and with it all pages
+            assert text_of(engine.submit(Job(prompt, wanted))) == expected
+            assert engine.status().fault is None and engine.status().state == "ready"
 
 
-def test_an_error_that_ends_a_pass_is_told_as_a_fault_until_a_job_ends_well(engine, monkeypatch):
-    engine.load("demo", load)
-
+def raising(error):
     def fail(*given, **named):
-        raise RuntimeError("CUDA error: an illegal memory access was encountered\nsecond line")
+        raise error
 
-    monkeypatch.setattr(engine._model, "step", fail)
+    return fail
+
+
+def test_an_error_that_ends_a_pass_is_reported_as_a_fault_until_a_job_ends_well(engine, monkeypatch):
+    error = RuntimeError("CUDA error: an illegal memory access was encountered\nsecond line")
+    monkeypatch.setattr(engine._model, "step", raising(error))
     tickets = [engine.submit(Job([9, i])) for i in range(3)]
-    ends = [list(ticket)[-1] for ticket in tickets]
+    ends = [last(ticket) for ticket in tickets]
     assert {end.finish_reason for end in ends} == {"error"}
     assert {ticket._sequence.error for ticket in tickets} == {None}  # its traceback would hold on to tensors
     assert "the engine failed with RuntimeError: CUDA error: an illegal memory access" in ends[0].error
     assert engine.status().fault == ends[0].error
     monkeypatch.undo()
-    assert list(engine.submit(Job([9], {"max_new_tokens": 3})))[-1].error is None
+    assert last(engine.submit(Job([9], {"max_new_tokens": 3}))).error is None
     assert engine.status().fault is None
 
 
 def test_a_fault_of_the_engine_itself_ends_all_jobs_and_it_goes_on(engine, monkeypatch):
-    engine.load("demo", load)
-
-    def fail(self, prefixes, rows):
-        raise KeyError("a bug")
-
-    monkeypatch.setattr(Engine, "_count", fail)
+    monkeypatch.setattr(Engine, "_count", raising(KeyError("a bug")))
     tickets = [engine.submit(Job([9, i], {"eos_token_id": []})) for i in range(8)]
-    ends = [list(ticket)[-1] for ticket in tickets]
+    ends = [last(ticket) for ticket in tickets]
     assert {end.finish_reason for end in ends} == {"error"} and "KeyError" in ends[0].error
     wait_until(lambda: not engine._serving)
     assert engine._model._cache_holder is None  # who knows what state it was in
     tickets[0].cancel()
     monkeypatch.undo()
-    assert list(engine.submit(Job([9], {"max_new_tokens": 3})))[-1].error is None
+    assert last(engine.submit(Job([9], {"max_new_tokens": 3}))).error is None
 
 
 def test_a_failing_processor_ends_its_own_job(shared):
-    def fail(ids, logits):
-        raise ValueError("grammar")
-
-    bad = shared.submit(Job([9, 3], {"max_new_tokens": 9, "logits_processor": fail}))
+    processor = raising(ValueError("grammar"))
+    bad = shared.submit(Job([9, 3], {"max_new_tokens": 9, "logits_processor": processor}))
     good = shared.submit(Job([9, 4], {"max_new_tokens": 9, "eos_token_id": []}))
-    assert "grammar" in list(bad)[-1].error
+    assert "grammar" in last(bad).error
     assert len(list(good)) == 9
 
 
 def test_a_job_that_does_not_fit_into_the_cache_ends_and_the_others_share_it():
-    def small() -> GPTNeoXForCausalLM:
+    def small():
         model = load()
         model.cache_pages = 3
         return model
 
-    engine = Engine()
-    engine.load("demo", small)
-    tickets = [engine.submit(Job([9, i] * 60, {"max_new_tokens": 100, "eos_token_id": []})) for i in range(6)]
-    tickets.append(engine.submit(Job([7] * 450, {"max_new_tokens": 2})))
-    ends = [list(ticket)[-1] for ticket in tickets]
-    assert [end.finish_reason for end in ends] == ["length"] * 6 + ["error"]
-    assert ends[-1].error.startswith("the KV cache is full: 3 pages")
-    wait_until(lambda: not engine._serving)
-    assert engine.status().fault is None and pages_in_use(engine) == 0
-    engine.close()
+    with running(small) as engine:
+        tickets = [engine.submit(Job([9, i] * 60, {"max_new_tokens": 100, "eos_token_id": []})) for i in range(6)]
+        tickets.append(engine.submit(Job([7] * 450, {"max_new_tokens": 2})))
+        ends = [last(ticket) for ticket in tickets]
+        assert [end.finish_reason for end in ends] == ["length"] * 6 + ["error"]
+        assert ends[-1].error.startswith("the KV cache is full: 3 pages")
+        wait_until(lambda: not engine._serving)
+        assert engine.status().fault is None and pages_in_use(engine) == 0
 
 
 def test_sentences_are_one_line_and_name_what_failed():
@@ -601,7 +570,7 @@ def test_sentences_are_one_line_and_name_what_failed():
 def test_memory_returns_to_where_it_was(shared):
     """500 jobs of all kinds later, nothing more refers to rows, tickets or pools."""
 
-    def count() -> Counter:
+    def count():
         gc.collect()
         return Counter(type(thing) for thing in gc.get_objects() if type(thing) in (Sequence, Ticket, PagePool))
 
