@@ -214,20 +214,15 @@ def test_what_cannot_be_pushed_is_one_line(refused, words, message):
     assert message in refused(*words)
 
 
-@pytest.mark.parametrize(
-    ("token", "message"),
-    [
-        (None, "ann/x: uploading needs a token that may write: set HF_TOKEN, or run `hf auth login`"),
-        ("hf_unknown", "ann/x: the hub refuses it (401); the token needs the right to write to ann"),
-    ],
-)
-def test_a_missing_or_wrong_token_is_one_line(hub, refused, monkeypatch, tmp_path, token, message):
-    hub.stand_in(monkeypatch, tmp_path, token)
-    error = refused("ann/x")
-    assert message in error and "hf_unknown" not in error
-
-
-def test_no_network_and_a_refused_card_are_one_line(hub, refused, monkeypatch):
+def test_a_missing_or_wrong_token_no_network_and_a_refused_card_are_one_line(hub, refused, monkeypatch, tmp_path):
+    for token, message in (
+        (None, "uploading needs a token that may write: set HF_TOKEN, or run `hf auth login`"),
+        ("hf_unknown", "the hub refuses it (401); the token needs the right to write to ann"),
+    ):
+        hub.stand_in(monkeypatch, tmp_path, token)
+        error = refused("ann/x")
+        assert f"ann/x: {message}" in error and "hf_unknown" not in error
+    hub.stand_in(monkeypatch, tmp_path, TOKEN)
     hub.bad_card = "license must be one of"
     assert "ann/x: Invalid metadata in README.md. - license must be one of" in refused("ann/x")
     hub.down = True

@@ -30,10 +30,9 @@ def source(tmp_path_factory):
 
 def small_steps(patch):
     """Weight files of the result hold two layers or so, and what is under way is less than a source file."""
-    module = sys.modules["neox_lite_quant.convert"]
-    patch.setattr(module, "SHARD_BYTES", 120_000)
-    patch.setattr(module, "SLICE_ELEMENTS", 4096)
-    patch.setattr(sys.modules["neox_lite.loading.quantize"], "SLICE_ELEMENTS", 4096)
+    patch.setattr(sys.modules["neox_lite_quant.convert"], "SHARD_BYTES", 120_000)
+    for name in ("neox_lite_quant.convert", "neox_lite.loading.quantize"):
+        patch.setattr(sys.modules[name], "SLICE_ELEMENTS", 4096)
 
 
 @pytest.fixture
@@ -87,9 +86,7 @@ def converted(folder):
     return sorted(json.loads(journal.read_text())["files"]) if journal.exists() else []
 
 
-def test_every_file_is_fetched_once_used_and_deleted_and_the_result_is_that_of_a_folder(
-    hub, source, whole, held, tmp_path
-):
+def test_files_are_fetched_once_used_and_deleted_and_the_result_is_that_of_a_folder(hub, source, whole, held, tmp_path):
     convert("o/m", tmp_path / "out")
     assert max(held) <= 2 and len(held) == len(shards(source)) > 6
     assert digests(tmp_path / "out", WEIGHTS) == whole and verify_folder(tmp_path / "out") == []
@@ -106,8 +103,7 @@ def test_a_dry_run_reads_headers_and_fetches_no_weights(hub, source, tmp_path):
 
 @pytest.mark.parametrize("bytes", [1000, 150_000])
 def test_a_cut_connection_is_survived(hub, source, whole, tmp_path, bytes):
-    hub.cut = dict.fromkeys(shards(source)[1::2], bytes)
-    cut = list(hub.cut)
+    hub.cut = dict.fromkeys(cut := shards(source)[1::2], bytes)
     convert("o/m", tmp_path / "out")
     assert hub.cut == {} and digests(tmp_path / "out", WEIGHTS) == whole
     assert downloads(hub) == {name: 2 if name in cut else 1 for name in shards(source)}
@@ -150,9 +146,8 @@ def test_what_is_converted_is_not_fetched_again_after_a_kill(hub, source, whole,
 
 def first_use(source, name, result):
     """The weight file of the result that the last tensor of a source file goes into."""
-    theirs, ours = (
-        json.loads((f / "model.safetensors.index.json").read_text())["weight_map"] for f in (source, result)
-    )
+    indexes = (json.loads((folder / "model.safetensors.index.json").read_text()) for folder in (source, result))
+    theirs, ours = (index["weight_map"] for index in indexes)
     inside = [tensor for tensor, file in theirs.items() if file == name]
     return max(ours.get(tensor) or ours[f"{tensor.removesuffix('weight')}weight_packed"] for tensor in inside)
 
@@ -166,12 +161,11 @@ def test_a_cached_checkpoint_is_used_and_not_deleted(hub, source, whole, tmp_pat
     assert digests(tmp_path / "first", WEIGHTS) == digests(tmp_path / "out", WEIGHTS) == whole
 
 
-def test_a_disk_that_is_too_full_for_result_and_source_is_said_before_anything_is_fetched(
+def test_a_disk_that_is_too_full_for_result_and_source_is_reported_before_anything_is_fetched(
     hub, source, tmp_path, monkeypatch
 ):
-    needed = (
-        convert(source, tmp_path / "x", dry_run=True).bytes_out + 100_000
-    )  # room for all but two files of the source
+    # Room for all but two files of the source.
+    needed = convert(source, tmp_path / "x", dry_run=True).bytes_out + 100_000
     monkeypatch.setattr("neox_lite.checkpoint.folder_writer.free_bytes", lambda path: needed)
     with pytest.raises(CheckpointError, match=f"{needed} are free"):
         convert("o/m", tmp_path / "out")
