@@ -58,15 +58,21 @@ def copy(tmp_path_factory):
     return root
 
 
-def test_a_command_and_an_endpoint_added_as_described_answer(copy):
+def test_a_command_an_endpoint_and_a_parameter_added_as_described_answer(copy):
     code = f"""
 import sys
+import numpy as np
 sys.path[:0] = {[str(copy), str(copy / "quant"), str(copy / "app")]!r}
 from starlette.testclient import TestClient
+from neox_lite.generation.sampling import Sampling, candidates
 from neox_lite.version import __version__
-from neox_lite_app.cli import main
+from neox_lite_app.cli import build_parser, main
 from neox_lite_app.serving.api import Api
 assert TestClient(Api(None).app()).get("/version").json() == {{"version": __version__}}
+words = ["generate", "M", "--prompt", "x", "--top-n-sigma", "2"]
+sampling = Sampling(do_sample=True, top_k=0, top_n_sigma=build_parser().parse_args(words).top_n_sigma)
+logits = np.array([3, 2.4, 2, -np.inf], np.float32)  # 3 less two deviations of 0.41 is 2.18
+assert candidates(logits, sampling)[0].tolist() == [0, 1]
 sys.exit(main(["tokens", {str(DEMO)!r}, "To be or not", "--json"]))
 """
     done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
@@ -75,9 +81,9 @@ sys.exit(main(["tokens", {str(DEMO)!r}, "To be or not", "--json"]))
     assert found["tokens"] == len(found["ids"]) > 3
 
 
-def test_a_format_and_a_backend_added_as_described_pass_the_contracts(copy):
-    files = [f"tests/test_{name}.py" for name in ("contracts", "formats", "quantize", "floors")]
-    chosen = "mxint8 or (float64 and dense) or (float64 and int4) or offers_every_format or rooms_import"
+def test_a_format_a_backend_and_a_parameter_added_as_described_pass_the_contracts(copy):
+    files = [f"tests/test_{name}.py" for name in ("contracts", "formats", "quantize", "floors", "parameters")]
+    chosen = "mxint8 or (float64 and dense) or (float64 and int4) or offers_every_format or rooms_import or parameters"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rA", "-k", f"({chosen}) and not triton", *files],
         cwd=copy, env=ENVIRONMENT, capture_output=True, text=True, timeout=600,
@@ -90,6 +96,8 @@ def test_a_format_and_a_backend_added_as_described_pass_the_contracts(copy):
         "a_quantized_model_saved_again_is_the_same_model",
         "the_command_line_offers_every_format",
         "rooms_import_only_rooms_below_them",
+        "every_number_is_a_flag_a_field_a_control_and_a_line_of_the_docs",
+        "every_parameter_has_what_applies_it",
     ):
         assert re.search(rf"^PASSED .*{re.escape(contract)}", done.stdout, re.MULTILINE), contract
 
