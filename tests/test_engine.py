@@ -537,14 +537,6 @@ def test_a_fault_of_the_engine_itself_ends_all_jobs_and_it_goes_on(engine, monke
     assert last(engine.submit(Job([9], {"max_new_tokens": 3}))).error is None
 
 
-def test_a_failing_processor_ends_its_own_job(shared):
-    processor = raising(ValueError("grammar"))
-    bad = shared.submit(Job([9, 3], {"max_new_tokens": 9, "logits_processor": processor}))
-    good = shared.submit(Job([9, 4], {"max_new_tokens": 9, "eos_token_id": []}))
-    assert "grammar" in last(bad).error
-    assert len(list(good)) == 9
-
-
 def test_a_job_that_does_not_fit_into_the_cache_ends_and_the_others_share_it():
     def small():
         model = load()

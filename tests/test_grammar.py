@@ -68,37 +68,33 @@ def test_whatever_is_drawn_matches_the_regex(model, vocabulary, regex):
         assert reason == "stop" or "*" in regex or "+" in regex
 
 
-def test_the_text_ends_exactly_where_it_is_complete(model, vocabulary):
+@pytest.fixture
+def allowed(model):
+    """The letters (or ends) that a grammar allows after a prompt and letters."""
+    ids = {letter: model.tokenizer(letter).input_ids[0] for letter in "abc"} | {"end": model.tokenizer.eos_token_id}
+
+    def allowed_by(grammar, letters, prompt=(5,)):
+        logits = torch.zeros(1, model.config.vocab_size)
+        found = grammar(torch.tensor([[*prompt, *(ids[letter] for letter in letters)]]), logits)[0].isfinite()
+        names = {id: letter for letter, id in ids.items()}
+        return {names.get(id, id) for id in found.nonzero().flatten().tolist()}
+
+    return allowed_by
+
+
+def test_the_text_ends_exactly_where_it_is_complete(vocabulary, allowed):
     grammar = grammar_of(vocabulary, "regex", "ab?")
-    (a,), (b,) = (model.tokenizer(letter).input_ids for letter in "ab")
-    eos, prompt, logits = model.tokenizer.eos_token_id, [5, 6], torch.zeros(1, model.config.vocab_size)
-
-    def allowed(ids):
-        return set(grammar(torch.tensor([ids]), logits)[0].isfinite().nonzero().flatten().tolist())
-
-    assert a in allowed(prompt) and not {b, eos} & allowed(prompt)
-    assert allowed([*prompt, a]) == {b, eos}
-    assert allowed([*prompt, a, b]) == {eos}
+    first = allowed(grammar, "", prompt=(5, 6))
+    assert "a" in first and not {"b", "end"} & first
+    assert allowed(grammar, "a", prompt=(5, 6)) == {"b", "end"}
+    assert allowed(grammar, "ab", prompt=(5, 6)) == {"end"}
 
 
-def test_it_follows_a_sequence_that_is_taken_back(model, vocabulary):
+def test_it_follows_a_sequence_that_is_taken_back_and_a_copy_goes_its_own_way(vocabulary, allowed):
     grammar = grammar_of(vocabulary, "regex", "abc")
-    a, b, c = (model.tokenizer(letter).input_ids[0] for letter in "abc")
-    logits = torch.zeros(1, model.config.vocab_size)
-    first = grammar(torch.tensor([[5]]), logits)
-    grammar(torch.tensor([[5, a, b]]), logits)
-    assert bool(grammar(torch.tensor([[5, a, b, c]]), logits)[0, model.tokenizer.eos_token_id].isfinite())
-    assert bool(grammar(torch.tensor([[5, a, b]]), logits)[0, c].isfinite())
-    assert torch.equal(grammar(torch.tensor([[5]]), logits), first)
-
-
-def test_copies_go_their_own_way(model, vocabulary):
-    first = grammar_of(vocabulary, "regex", "ab")
-    second, logits = first.copy(), torch.zeros(1, model.config.vocab_size)
-    a = model.tokenizer("a").input_ids[0]
-    begin = first(torch.tensor([[5]]), logits)
-    first(torch.tensor([[5, a]]), logits)
-    assert torch.equal(second(torch.tensor([[5, 6]]), logits), begin)
+    twin, first = grammar.copy(), allowed(grammar, "")
+    assert "c" in allowed(grammar, "ab") and allowed(grammar, "abc") == {"end"} and "c" in allowed(grammar, "ab")
+    assert allowed(grammar, "") == first == allowed(twin, "", prompt=(5, 6))
 
 
 def test_a_greedy_answer_is_bound_too(model, vocabulary):

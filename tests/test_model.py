@@ -430,28 +430,6 @@ def test_a_mask_may_cover_only_the_new_columns(model):
         model(new, attention_mask=whole, past_key_values=past)
 
 
-@pytest.mark.parametrize("length", [LONG - 5, -5])
-def test_crop_forgets_columns(length, model):
-    ids, mask = padded_batch("left", (LONG, 17, 1))
-    new = random_ids(3, 4)
-    expected = model(new, past_key_values=model(ids[:, :-5], attention_mask=mask[:, :-5]).past_key_values).logits
-    past = model(ids, attention_mask=mask).past_key_values
-    past.crop(length)
-    assert past.get_seq_length() == LONG - 5
-    assert difference(model(new, past_key_values=past).logits, expected) <= EQUAL
-
-
-def test_a_fork_is_independent(model):
-    ids, a, b = random_ids(2, PAGE + 5), random_ids(2, 4, seed=8), random_ids(2, 4, seed=9)
-    past = model(ids).past_key_values
-    twin = past.fork()
-    first, second = model(a, past_key_values=past).logits, model(b, past_key_values=twin).logits
-    twin.crop(3)
-    again = model(b, past_key_values=past).logits
-    for found, texts in ((first, (ids, a)), (second, (ids, b)), (again, (ids, a, b))):
-        assert difference(found, model(torch.cat(texts, 1)).logits[:, -4:]) <= EQUAL
-
-
 def test_use_cache_says_whether_the_cache_is_returned(tmp_path):
     model, _ = pair(tmp_path, use_cache=False)
     ids = random_ids(1, 5)
