@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from weakref import WeakSet
 
 import pytest
@@ -16,6 +17,7 @@ from neox_lite.errors import ArgumentError, CheckpointError, UnsupportedError
 from neox_lite.kernels import cpu, reference
 from neox_lite.kernels.graphs import EagerRunner
 from neox_lite.loading.apply import move_parts
+from neox_lite.offload import placement as placing
 from neox_lite.offload import plan, profile
 from neox_lite.offload.plan import Card, HardwareProfile, Rates
 from neox_lite.offload.run import Placement
@@ -49,15 +51,9 @@ def folder(request, tmp_path_factory):
     """A float32 checkpoint whose layers differ."""
     torch.manual_seed(0)
     config = GPTNeoXConfig(
-        hidden_size=64,
-        num_attention_heads=4,
-        intermediate_size=128,
-        num_hidden_layers=LAYERS,
-        vocab_size=96,
-        max_position_embeddings=512,
-        use_parallel_residual=request.param,
-        initializer_range=0.3,
-    )
+        hidden_size=64, num_attention_heads=4, intermediate_size=128, num_hidden_layers=LAYERS, vocab_size=96,
+        max_position_embeddings=512, use_parallel_residual=request.param, initializer_range=0.3,
+    )  # fmt: skip
     path = tmp_path_factory.mktemp("model")
     GPTNeoXForCausalLM(config).save_pretrained(path)
     return path
@@ -85,21 +81,24 @@ def placed(folder, where, kv="fp16", **options):
 
 
 def put(model, where, device, ops=reference):
-    """Place a model, and count the pages of what is on the device as memory of the device."""
+    """Place a model whose caches have PAGES pages; what of them is on the device counts as its memory."""
     move_parts(model, where, device)
     new_pool = model.new_pool
-
-    def pool_of_tiers(pages=0, limit=None):
-        pool = new_pool(PAGES)
-        for tensors in (pool.storage, pool.scales):
-            for tier, tensor in zip(where.layers, tensors, strict=False):
-                if tier == "gpu":
-                    device.adopt(tensor)
-        return pool
-
-    model.new_pool = pool_of_tiers
+    model.new_pool = lambda pages=0, limit=None: adopted(device, where, new_pool(PAGES))
     if "cpu" in model.runner.layers.ops and ops is not None:
         model.runner.layers.ops["cpu"], model.runner.passes = ops, EagerRunner(model.runner._forward, None)
+
+
+def adopted(device, where, pool):
+    for tensors in (pool.storage, pool.scales):
+        for tier, tensor in zip(where.layers, tensors, strict=False):
+            if tier == "gpu":
+                device.adopt(tensor)
+    return pool
+
+
+def all_equal(found, expected):
+    return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def passes(model, seed=0):
@@ -127,10 +126,8 @@ def passes(model, seed=0):
 @pytest.mark.parametrize("kv", ["fp16", "int8"])
 @pytest.mark.parametrize("letters", TIERS.values(), ids=TIERS)
 def test_logits_do_not_depend_on_where_the_parts_are(folder, letters, kv, eager):
-    expected = list(passes(load(folder, kv)))
     model, _ = placed(folder, placement(letters), kv, eager=eager)
-    for found, wanted in zip(passes(model), expected, strict=True):
-        assert torch.equal(found, wanted)
+    assert all_equal(passes(model), passes(load(folder, kv)))
 
 
 class Careless(SimulatedAccelerator):
@@ -151,31 +148,36 @@ class Careless(SimulatedAccelerator):
 
 @pytest.mark.parametrize("eager", [False, True], ids=["late", "early"])
 @pytest.mark.parametrize("forgets", ["compute", "copy", "host"])
-def test_every_wait_is_needed(folder, monkeypatch, forgets, eager):
-    monkeypatch.setattr("test_offload.SimulatedAccelerator", lambda **options: Careless(forgets, **options))
-    model, _ = placed(folder, placement("ccccgg"), eager=eager)
+def test_every_wait_is_needed(folder, forgets, eager):
+    model = GPTNeoXForCausalLM.from_pretrained(folder)
+    put(model, placement("ccccgg"), Careless(forgets, eager=eager))
     with pytest.raises(Race):
         list(passes(model))
 
 
 # What crosses ---------------------------------------------------------------------------------------------------------
 
+PAGE_BYTES = 2 * 4 * 128 * 16 * 4  # keys and values of 4 heads of 16 in float32
+
+
+def layer_bytes(model):
+    return LayerLayout(model.gpt_neox.blocks[0]).nbytes
+
 
 def test_a_pass_uploads_each_layer_outside_the_gpu_once_and_decode_uploads_none(folder):
     model, device = placed(folder, placement("ddccgg"))
-    pool, layer = model.new_pool(), LayerLayout(model.gpt_neox.blocks[0]).nbytes
-    page = 2 * 4 * 128 * 16 * 4  # keys and values of 4 heads of 16 in float32
-    settled = device.allocated
-    a = pool.new()
-    model.step(pool, [a], [list(range(90))])
-    assert (device.bytes_up, device.bytes_down) == (4 * layer, 4 * page)  # an empty cache is not uploaded
-    assert device.allocated - settled == 2 * page  # the slots for weights were there before
-    assert device.staged == 2 * (layer + page)
-    model.step(pool, [a], [[1]])
-    assert (device.bytes_up, device.bytes_down) == (4 * layer, 4 * page)
-    model.step(pool, [a], [list(range(60))])  # 91 cached, so into a second page
-    assert device.bytes_up == 2 * 4 * layer + 4 * page
-    assert device.bytes_down == 4 * page + 4 * 2 * page
+    pool, layer, page = model.new_pool(), layer_bytes(model), PAGE_BYTES
+    settled, a = device.allocated, pool.new()
+    for tokens, layers, pages_up, pages_down in (
+        (list(range(90)), 4, 0, 4),  # an empty cache is not uploaded
+        ([1], 4, 0, 4),
+        (list(range(60)), 8, 4, 12),  # 91 cached, so into a second page
+    ):
+        model.step(pool, [a], [tokens])
+        assert (device.bytes_up, device.bytes_down) == (layers * layer + pages_up * page, pages_down * page)
+        if pages_up == 0:
+            assert device.allocated - settled == 2 * page  # the buffers for weights were there before
+            assert device.staged == 2 * (layer + page)
 
 
 @pytest.mark.parametrize(
@@ -193,12 +195,12 @@ def test_activations_cross_once_at_each_boundary(folder, letters, prefill, decod
 
 def test_pages_that_were_planned_for_are_allocated_once(folder):
     model, device = placed(folder, Placement(("cpu",) * 4 + ("gpu",) * 2, "cpu", "gpu", 4, pages=PAGES))
-    pool, layer, page = model.new_pool(), LayerLayout(model.gpt_neox.blocks[0]).nbytes, 2 * 4 * 128 * 16 * 4
+    pool = model.new_pool()
     before, a = device.allocated, pool.new()
     for count in (5, 300, 5):
         model.step(pool, [a], [[1] * count])
-        assert device.allocated - before == 2 * PAGES * page
-        assert device.staged == 2 * (layer + PAGES * page)
+        assert device.allocated - before == 2 * PAGES * PAGE_BYTES
+        assert device.staged == 2 * (layer_bytes(model) + PAGES * PAGE_BYTES)
 
 
 # Models as people use them --------------------------------------------------------------------------------------------
@@ -220,7 +222,7 @@ def test_hidden_states_and_embeddings_as_input_work_across_tiers(folder):
     expected = plain(ids, attention_mask=mask, output_hidden_states=True)
     found = model(ids, attention_mask=mask, output_hidden_states=True)
     assert torch.equal(found.logits, expected.logits)
-    assert all(torch.equal(a, b) for a, b in zip(found.hidden_states, expected.hidden_states, strict=True))
+    assert all_equal(found.hidden_states, expected.hidden_states)
     embedded = plain.gpt_neox.embed_in.weight[ids]
     assert torch.equal(model(inputs_embeds=embedded).logits, plain(ids).logits)
 
@@ -238,12 +240,10 @@ def test_heads_of_other_classes_are_placed_too(folder):
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("letters", ["ddccgg", "gcdgcd", "cccccc", "dddddd"])
 def test_kernels_of_the_cpu_compute_the_same_from_any_memory(quantized, letters, exact):
-    """int4 layers, mapped, in a slot of the host, or in the device's memory, which the CPU's kernels stand in for."""
+    """int4 layers, mapped, in a buffer of the host, or in the device's memory, which the CPU's kernels stand in for."""
     plain, model = (GPTNeoXForCausalLM.from_pretrained(quantized, exact=exact) for _ in range(2))
-    where = placement(letters)
-    put(model, where, SimulatedAccelerator(backend=cpu), ops=None)
-    for found, wanted in zip(passes(model), passes(plain), strict=True):
-        assert torch.equal(found, wanted)
+    put(model, placement(letters), SimulatedAccelerator(backend=cpu), ops=None)
+    assert all_equal(passes(model), passes(plain))
 
 
 def test_layers_that_stay_on_the_cpu_are_captured_beside_others(quantized):
@@ -267,27 +267,27 @@ def test_a_file_that_changes_is_noticed_and_the_model_goes_on_once_it_is_back(fo
     copied = tmp_path / "model"
     shutil.copytree(folder, copied)
     model, _ = placed(copied, placement("ddcccc"))
-    expected = model.generate(torch.arange(5)[None], max_new_tokens=3)
-    file = copied / "model.safetensors"
-    kept, times = file.read_bytes(), file.stat()
+    generate = partial(model.generate, torch.arange(5)[None], max_new_tokens=3)
+    expected, file = generate(), copied / "model.safetensors"
+    content, times = file.read_bytes(), file.stat()
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns + 1))
     model.rebind(model.placement, None)  # nothing is fetched ahead any more
     with pytest.raises(CheckpointError, match="has changed since the model was loaded"):
-        model.generate(torch.arange(5)[None], max_new_tokens=3)
+        generate()
     file.rename(copied / "away")
     with pytest.raises(CheckpointError, match="cannot be read: No such file"):
-        model.generate(torch.arange(5)[None], max_new_tokens=3)
-    file.write_bytes(kept)
+        generate()
+    file.write_bytes(content)
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert torch.equal(model.generate(torch.arange(5)[None], max_new_tokens=3), expected)
+    assert torch.equal(generate(), expected)
 
 
 @pytest.mark.parametrize("letters", ["ddccgg", "dddccc"])
 def test_a_pass_that_fails_anywhere_leaves_the_cache_as_it_was(folder, letters, monkeypatch):
     """As when memory runs out, or at Ctrl-C: the same pass, made again, gives what it would have given."""
     model, _ = placed(folder, placement(letters))
-    expected = list(passes(load(folder)))
-    attention, calls, fails = reference.attention, 0, [3, 9, 14, 17, 22, 31, 40]
+    expected, attention, step = list(passes(load(folder))), reference.attention, model.step
+    calls, failed, fails = 0, [], [3, 9, 14, 17, 22, 31, 40]
 
     def failing(*args):
         nonlocal calls
@@ -296,8 +296,6 @@ def test_a_pass_that_fails_anywhere_leaves_the_cache_as_it_was(folder, letters, 
             raise KeyboardInterrupt
         return attention(*args)
 
-    step = model.step
-
     def until_it_works(*args):
         while True:
             try:
@@ -305,21 +303,19 @@ def test_a_pass_that_fails_anywhere_leaves_the_cache_as_it_was(folder, letters, 
             except KeyboardInterrupt:
                 failed.append(calls)
 
-    failed = []
     monkeypatch.setattr(reference, "attention", failing)
     monkeypatch.setattr(model, "step", until_it_works)
-    for found, wanted in zip(passes(model), expected, strict=True):
-        assert torch.equal(found, wanted)
+    assert all_equal(passes(model), expected)
     assert failed == fails
 
 
-def test_threads_that_generate_at_once_take_turns_at_the_slots(folder):
+def test_threads_that_generate_at_once_take_turns_at_the_buffers(folder):
     model, _ = placed(folder, placement("ddccgg"))
     prompts = [torch.randint(96, (1, n)) for n in (3, 40, 9, 70)]
     expected = [load(folder).generate(p, max_new_tokens=8) for p in prompts]
     with ThreadPoolExecutor(4) as threads:
         found = list(threads.map(lambda p: model.generate(p, max_new_tokens=8), prompts * 3))
-    assert all(torch.equal(a, b) for a, b in zip(found, expected * 3, strict=True))
+    assert all_equal(found, expected * 3)
 
 
 def test_a_layer_that_no_file_holds_as_it_is_cannot_stay_on_the_disk(folder):
@@ -329,30 +325,34 @@ def test_a_layer_that_no_file_holds_as_it_is_cannot_stay_on_the_disk(folder):
         model(torch.tensor([[1]]))
 
 
-@pytest.mark.parametrize("change", ["write", "replace", "swap"])
+def doubled(layers):
+    layers[0].mlp.dense_4h_to_h.weight.mul_(2)
+
+
+def replaced(layers):
+    layers[0].mlp.dense_4h_to_h.weight = torch.nn.Parameter(layers[0].mlp.dense_4h_to_h.weight * 2, False)
+
+
+def swapped(layers):
+    layers[0], layers[1] = layers[1], layers[0]
+    layers[0].index, layers[1].index = 0, 1
+
+
+@pytest.mark.parametrize("change", [doubled, replaced, swapped])
 def test_weights_that_change_between_calls_count_wherever_they_are(folder, change):
     """On the disk they are refused, for the file has others."""
-    models = [load(folder), placed(folder, placement("cccccg"))[0], placed(folder, placement("dccccg"))[0]]
-    ids, results = torch.arange(9)[None], []
-    for model in models:
+    plain, mixed, on_disk = load(folder), *(placed(folder, placement(w))[0] for w in ("cccccg", "dccccg"))
+    ids = torch.arange(9)[None]
+    for model in (plain, mixed, on_disk):
         model(ids)
         with torch.no_grad():
-            layers = model.gpt_neox.layers
-            if change == "write":
-                layers[0].mlp.dense_4h_to_h.weight.mul_(2)
-            elif change == "replace":
-                layers[0].mlp.dense_4h_to_h.weight = torch.nn.Parameter(layers[0].mlp.dense_4h_to_h.weight * 2, False)
-            else:
-                layers[0], layers[1] = layers[1], layers[0]
-                for i in range(2):
-                    layers[i].index = i
-        if model is models[2] and change != "swap":
-            with pytest.raises(ArgumentError, match="layer 0 is on the disk, but its weights differ"):
-                model(ids)
-        elif model is not models[2]:
-            results.append(model.forward(ids).logits)
-    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4)  # by two backends
-    assert float((results[0] - load(folder)(ids).logits).abs().max()) > 0.1
+            change(model.gpt_neox.layers)
+    expected = plain(ids).logits
+    torch.testing.assert_close(mixed(ids).logits, expected, rtol=1e-4, atol=1e-4)  # by two backends
+    assert float((expected - load(folder)(ids).logits).abs().max()) > 0.1
+    if change is not swapped:
+        with pytest.raises(ArgumentError, match="layer 0 is on the disk, but its weights differ"):
+            on_disk(ids)
 
 
 def test_a_placement_outlives_a_cast_and_a_copy(folder):
@@ -365,7 +365,7 @@ def test_a_placement_outlives_a_cast_and_a_copy(folder):
 
 
 def test_what_else_changes_in_a_layer_counts_wherever_it_is(folder):
-    """A norm's eps and a hook, after a first pass; layers that pass through slots are run as twins."""
+    """A norm's eps and a hook, after a first pass; layers that pass through buffers are run as twins."""
     ids, results, seen = torch.arange(9)[None], [], []
     for letters in ("c" * LAYERS, "dccccc", "ccccgg"):
         model, _ = placed(folder, placement(letters))
@@ -376,7 +376,7 @@ def test_what_else_changes_in_a_layer_counts_wherever_it_is(folder):
         results.append(model(ids).logits)
         assert seen.pop() == letters and not seen
         assert not torch.equal(results[-1], load(folder)(ids).logits)
-    assert all(torch.equal(found, results[0]) for found in results)
+    assert all_equal(results, results[:1] * 3)
 
 
 def test_a_model_with_layers_on_the_disk_refuses_what_would_read_them_into_memory(folder):
@@ -395,26 +395,23 @@ def test_a_model_with_layers_on_the_disk_refuses_what_would_read_them_into_memor
 # From what is asked for to a placement -----------------------------------------------------------------------------------
 
 CONTEXT_BYTES = 1 << 20  # of the simulated device's driver
-FAST, SLOW = Rates(1e12, 1e14), Rates(1e10, 1e11)
 
 
 @pytest.fixture
 def gpu(monkeypatch):
     """A machine with a GPU, which is simulated: budgets hold for it, and the plan's rates are given."""
     device = SimulatedAccelerator()
-    here = HardwareProfile(SLOW, 1e9, 100 << 20, Card("simulated", 1 << 34, FAST, 2e10, CONTEXT_BYTES))
+    card = Card("simulated", 1 << 34, Rates(1e12, 1e14), 2e10, CONTEXT_BYTES)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr("neox_lite.offload.placement.Cuda", lambda *_: device)
-    monkeypatch.setattr(profile, "load", lambda: here)
+    monkeypatch.setattr(placing, "Cuda", lambda *_: device)
+    monkeypatch.setattr(placing, "own_memory", lambda: {"Anon": 50 << 20})
+    monkeypatch.setattr(placing, "PLANNED", WeakSet())
+    monkeypatch.setattr(profile, "load", lambda: HardwareProfile(Rates(1e10, 1e11), 1e9, 100 << 20, card))
     monkeypatch.setattr(profile, "free_memory", lambda: (1 << 34, 1 << 34))
     monkeypatch.setattr(profile, "free_gpu", lambda gpu: (1 << 34, 1 << 34))
-    monkeypatch.setattr("neox_lite.offload.placement.own_memory", lambda: {"Anon": 50 << 20})
-    monkeypatch.setattr("neox_lite.offload.placement.PLANNED", WeakSet())
-    monkeypatch.setattr(plan, "DECODED_SLICE", 0)
-    monkeypatch.setattr(plan, "CUBLAS_WORKSPACE", 0)
-    monkeypatch.setattr(plan, "GRAPHS", 0)
-    monkeypatch.setattr(plan, "TORCH_PRODUCT", 0)
+    for name in ("DECODED_SLICE", "CUBLAS_WORKSPACE", "GRAPHS", "TORCH_PRODUCT"):
+        monkeypatch.setattr(plan, name, 0)
     return device
 
 
@@ -424,16 +421,12 @@ def within(folder, device, gpu_bytes, **options):
     model = GPTNeoXForCausalLM.from_pretrained(folder, device_map="auto", max_memory=limits, **options)
     if model.placement is not None:
         model.runner.layers.ops["cpu"] = reference
-        new_pool, tiers = model.new_pool, model.placement.layers
+        new_pool, where = model.new_pool, model.placement
 
         def counted(pages=0, limit=None):
             pool = new_pool(pages, limit)
             assert pool.pages == pages
-            for tensors in (pool.storage, pool.scales):
-                for tier, tensor in zip(tiers, tensors, strict=False):
-                    if tier == "gpu":
-                        device.adopt(tensor)
-            return pool
+            return adopted(device, where, pool)
 
         model.new_pool = counted
     return model
@@ -443,32 +436,23 @@ def within(folder, device, gpu_bytes, **options):
 @pytest.mark.parametrize("context", [100, 512])
 def test_what_a_plan_predicts_is_what_the_device_is_asked_for(folder, gpu, kv, context):
     """At every budget from nothing to plenty: the same bytes, never more than the budget, and the same tokens."""
-    ids = torch.randint(96, (1, context - 4))
-    expected = {
-        cache: load(folder, cache).generate(ids, max_new_tokens=4, min_new_tokens=4) for cache in ("fp16", "int8")
-    }
+    ids, options = torch.randint(96, (1, context - 4)), {"max_new_tokens": 4, "min_new_tokens": 4}
+    expected = {cache: load(folder, cache).generate(ids, **options) for cache in ("fp16", "int8")}
+    rounding = 256 * 20 * (LAYERS + 4)  # tensors start at multiples of 256 bytes
+    table = 2 * 512 * 2 * 4  # rotary cosines and sines, which are uploaded like activations
     seen = set()
     for quarters in (4, 7, 8, 9, 10, 11, 12, 14, 28):  # of a MiB
         budget = quarters << 18
-        device = gpu
-        device.__init__()
-        model = within(folder, device, budget, kv=kv, context=context)
-        parts = model.plan.parts["gpu"]
-        settled = device.allocated
-        assert torch.equal(model.generate(ids, max_new_tokens=4, min_new_tokens=4), expected[model.kv])
-        rounding = 256 * 20 * (LAYERS + 4)  # tensors start at multiples of 256 bytes
-        table = 2 * 512 * 2 * 4  # rotary cosines and sines, which are uploaded like activations
-        weights = (
-            settled - sum(buffer.device.nbytes for buffer in model.runner.layers._streamer._buffers)
-            if model.runner.layers._streamer
-            else settled
-        )
+        gpu.__init__()
+        model = within(folder, gpu, budget, kv=kv, context=context)
+        parts, streamer = model.plan.parts["gpu"], model.runner.layers._streamer
+        weights = gpu.allocated - sum(buffer.device.nbytes for buffer in (streamer._buffers if streamer else ()))
+        assert torch.equal(model.generate(ids, **options), expected[model.kv])
         assert 0 <= weights + table * bool(parts) - parts.get("weights", 0) <= rounding
         planned = sum(parts.get(name, 0) for name in ("weights", "cache", "layer_buffers"))
-        assert planned - table <= device.peak <= planned + 3 * rounding or not parts
-        assert (
-            device.peak + sum(parts.get(name, 0) for name in ("context", "scratch", "graphs")) <= budget + 3 * rounding
-        )
+        assert planned - table <= gpu.peak <= planned + 3 * rounding or not parts
+        rest = sum(parts.get(name, 0) for name in ("context", "scratch", "graphs"))
+        assert gpu.peak + rest <= budget + 3 * rounding
         seen.add(model.placement.layers.count("gpu") if model.placement else 0)
     assert {0, LAYERS} < seen  # and some between
 
@@ -503,11 +487,8 @@ def test_layers_that_no_file_holds_as_they_run_are_not_planned_for_the_disk(gpu,
     """Not by a plan, which says by how much they do not fit and why; not by a map either."""
     torch.manual_seed(0)
     folder = tmp_path / "safetensors"
-    saved = GPTNeoXForCausalLM(
-        GPTNeoXConfig(
-            hidden_size=128, num_attention_heads=4, intermediate_size=512, num_hidden_layers=24, vocab_size=96
-        )
-    )
+    shape = {"hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 512, "num_hidden_layers": 24}
+    saved = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=96, **shape))
     saved.save_pretrained(folder)
     model = shutil.copytree(folder, tmp_path / "model")
     if not options:
@@ -515,7 +496,7 @@ def test_layers_that_no_file_holds_as_they_run_are_not_planned_for_the_disk(gpu,
         for file in model.glob("*.safetensors*"):
             file.unlink()
     plenty = GPTNeoXForCausalLM.from_pretrained(folder, device_map="auto", max_memory={0: 0}, context=16).plan
-    least = plenty.totals["cpu"] - sum(plenty.sizes.layers[2:])  # but two layers, which pass through slots
+    least = plenty.totals["cpu"] - sum(plenty.sizes.layers[2:])  # but two layers, which pass through buffers
     within_it = {"device_map": "cpu", "max_memory": {"cpu": least + 1000}, "context": 16, "kv": "fp16"}
     del plenty
     with pytest.raises(ArgumentError, match=f"the model does not fit: .* layers cannot stay on the disk: .*{reason}"):
