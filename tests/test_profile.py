@@ -1,5 +1,6 @@
 """The hardware profile: measured once, kept, thrown away when it is not this machine's; and what memory is free."""
 
+import contextlib
 import json
 import os
 import stat
@@ -16,7 +17,6 @@ from neox_lite.errors import ArgumentError
 from neox_lite.offload import memory, profile
 from neox_lite.offload.plan import Budgets, Card, HardwareProfile, Rates
 from neox_lite_app import doctor
-from neox_lite_app.cli import main
 
 RATES = Rates(2e10, 3e11, 1e11)
 KNOWN = HardwareProfile(RATES, 2.5e9, 400 << 20, Card("a card", 8 << 30, RATES, 1.2e10, 500 << 20))
@@ -29,11 +29,15 @@ def own_cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def measurements(monkeypatch):
-    """Counts how often the machine is measured, and says what it finds."""
-    made = []
-    monkeypatch.setattr(profile, "_measured", lambda progress: made.append(progress(1, 1)) or KNOWN)
-    return made
+def measure(monkeypatch):
+    """Says what measuring finds; counts how often that is done in `measure.made`."""
+
+    def finds(found):
+        monkeypatch.setattr(profile, "_measured", lambda progress: made.append(progress(1, 1)) or found)
+
+    made = finds.made = []
+    finds(KNOWN)
+    return finds
 
 
 @pytest.fixture
@@ -47,14 +51,18 @@ def known_or_measured():
     return profile.load() or profile.measure()
 
 
-# Kept -----------------------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def silence():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
 
 
-def test_a_profile_is_measured_once_and_read_back_exactly(measurements):
-    assert profile.load() is None and measurements == []
+def test_a_profile_is_measured_once_and_read_back_exactly(measure):
+    assert profile.load() is None and measure.made == []
     steps = []
     assert profile.measure(lambda done, total: steps.append((done, total))) == KNOWN and steps == [(1, 1)]
-    assert known_or_measured() == KNOWN and len(measurements) == 1
+    assert known_or_measured() == KNOWN and len(measure.made) == 1
     folder = Path(os.environ["XDG_CACHE_HOME"]) / "neox-lite"
     assert [f.name for f in folder.iterdir()] == ["machine.json"]
     if hasattr(os, "getuid"):
@@ -62,52 +70,43 @@ def test_a_profile_is_measured_once_and_read_back_exactly(measurements):
 
 
 @pytest.mark.parametrize("plain", [{"card": None, "disk_bytes_per_s": None}, {"cpu": Rates(2e10, 3e11)}])
-def test_a_machine_without_gpu_disk_rate_or_plain_rate_is_kept_too(monkeypatch, plain):
-    monkeypatch.setattr(profile, "_measured", lambda progress: replace(KNOWN, **plain))
+def test_a_machine_without_gpu_disk_rate_or_plain_rate_is_stored_too(measure, plain):
+    measure(replace(KNOWN, **plain))
     assert profile.measure() == replace(KNOWN, **plain) == profile.load()
 
 
-@pytest.mark.parametrize(
-    "name", ["format", "neox_lite", "torch", "cpu", "cores", "threads", "kernels", "gpu", "driver"]
-)
-def test_another_identity_has_a_profile_of_its_own(measurements, identify, name):
+NAMES = ["format", "neox_lite", "torch", "cpu", "cores", "threads", "kernels", "gpu", "driver"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_another_identity_has_a_profile_of_its_own(measure, identify, name):
     assert name in profile.identity()
     profile.measure()
     identify(**{name: "another"})
     assert profile.load() is None
-    assert known_or_measured() == KNOWN and len(measurements) == 2
+    assert known_or_measured() == KNOWN and len(measure.made) == 2
     identify()
-    assert known_or_measured() == KNOWN and len(measurements) == 2  # the first is still there
+    assert known_or_measured() == KNOWN and len(measure.made) == 2  # the first is still there
 
 
-def test_only_the_latest_profiles_are_kept(measurements, identify):
+def test_only_the_latest_profiles_are_stored_one_for_each_identity(measure, identify):
     for threads in range(profile.MAX_PROFILES + 1):
         identify(threads=threads)
         profile.measure()
     assert len(profile._stored()) == profile.MAX_PROFILES
     identify(threads=0)
     assert profile.load() is None
-
-
-def test_measuring_replaces_what_was_kept_of_this_identity_alone(measurements, identify, monkeypatch):
-    identify(threads=99)
-    profile.measure()
-    identify()
-    profile.measure()
-    faster = replace(KNOWN, disk_bytes_per_s=5e9)
-    monkeypatch.setattr(profile, "_measured", lambda progress: faster)
-    assert profile.measure() == faster == profile.load() and len(profile._stored()) == 2
-    identify(threads=99)
+    identify(threads=5)
+    measure(replace(KNOWN, disk_bytes_per_s=5e9))
+    assert profile.measure() == replace(KNOWN, disk_bytes_per_s=5e9) == profile.load()
+    assert len(profile._stored()) == profile.MAX_PROFILES
+    identify(threads=1)  # the oldest
     assert profile.load() == KNOWN
 
 
 def test_the_identity_follows_the_thread_count_and_a_forced_kernel_path(monkeypatch):
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads + 1)
-        assert profile.identity()["threads"] == threads + 1
-    finally:
-        torch.set_num_threads(threads)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    assert profile.identity()["threads"] == 77
     pytest.importorskip("llvmlite")
     from neox_lite.kernels.cpu import target
 
@@ -120,97 +119,77 @@ def test_the_identity_follows_the_thread_count_and_a_forced_kernel_path(monkeypa
 
 
 def spoiled(path, *value):
-    """A kept profile with another value at the path, keys with dots between them, or without that entry."""
-    kept = json.loads(profile.cache_file().read_text())
+    """A stored profile with another value at the path, keys with dots between them, or without that entry."""
+    stored = json.loads(profile.cache_file().read_text())
     *inner, last = path.split(".")
-    owner = reduce(dict.__getitem__, inner, kept["profiles"][0])
+    owner = reduce(dict.__getitem__, inner, stored["profiles"][0])
     if value:
         owner[last] = value[0]
     else:
         del owner[last]
-    return json.dumps(kept)
+    return json.dumps(stored)
 
 
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        *("", "not JSON", "[]", "null", '{"profiles": 1}', '{"profiles": [1, {}, null]}', "\0\xff"),
-        lambda: profile.cache_file().read_text()[:-40],
-        *("machine", "machine.card", "machine.cpu.flops_per_s", "machine.card.rates.read_bytes_per_s"),
-        *(("machine.process_bytes", value) for value in ("many", True, -1, 1e300, 10**400, None)),
-        *(("machine.disk_bytes_per_s", value) for value in (0, float("inf"))),
-        *(("machine.cpu", value) for value in ([1, 2, 3], None)),
-        *(("machine.cpu.read_bytes_per_s", -2e10), ("machine.cpu.flops_per_s", float("nan"))),
-        *(("machine.card.bytes", 1 << 60), ("machine.card.bus_bytes_per_s", "fast")),
-        *(("machine.card.name", value) for value in (3060, "a\ncard", None)),
-    ],
-    ids=lambda spoil: "cut short" if callable(spoil) else str(spoil),
-)
-def test_a_spoiled_file_is_named_in_a_line_measured_again_and_replaced(measurements, spoil):
+@pytest.mark.parametrize("spoil", [
+    *("", "not JSON", "[]", "null", '{"profiles": 1}', '{"profiles": [1, {}, null]}', "\0\xff", "cut short"),
+    *(("machine",), ("machine.card",), ("machine.cpu.flops_per_s",), ("machine.card.rates.read_bytes_per_s",)),
+    *(("machine.process_bytes", value) for value in ("many", True, -1, 1e300, 10**400, None)),
+    *(("machine.disk_bytes_per_s", value) for value in (0, float("inf"))),
+    *(("machine.cpu", value) for value in ([1, 2, 3], None)),
+    *(("machine.cpu.read_bytes_per_s", -2e10), ("machine.cpu.flops_per_s", float("nan"))),
+    *(("machine.card.bytes", 1 << 60), ("machine.card.bus_bytes_per_s", "fast")),
+    *(("machine.card.name", value) for value in (3060, "a\ncard", None)),
+], ids=str)  # fmt: skip
+def test_a_spoiled_file_is_named_in_a_line_measured_again_and_replaced(measure, spoil):
     profile.measure()
-    if callable(spoil):
-        text = spoil()
-    elif isinstance(spoil, tuple):
-        text = spoiled(*spoil)
-    else:
-        text = spoiled(spoil) if spoil.startswith("machine") else spoil
+    text = spoiled(*spoil) if isinstance(spoil, tuple) else spoil
+    text = profile.cache_file().read_text()[:-40] if spoil == "cut short" else text
     profile.cache_file().write_text(text, encoding="utf-8")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        assert known_or_measured() == KNOWN and len(measurements) == 2
+    with pytest.warns(UserWarning) as caught:
+        assert known_or_measured() == KNOWN and len(measure.made) == 2
     (text,) = (str(warning.message) for warning in caught)
     assert text.startswith(f"{profile.cache_file()} is not used: ") and "\n" not in text and len(text) < 300
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    if spoil == ("machine.process_bytes", 1e300):
+        assert "process_bytes is 1e+300, expected 1 to 1.76e+13" in text
+    with silence():
         assert profile.load() == KNOWN
 
 
-def test_a_spoiled_number_is_named_with_what_it_can_be(measurements):
-    profile.measure()
-    profile.cache_file().write_text(spoiled("machine.process_bytes", 1e300), encoding="utf-8")
-    with pytest.warns(UserWarning, match=r"process_bytes is 1e\+300, expected 1 to 1.76e\+13"):
-        assert profile.load() is None
-
-
-def test_a_folder_that_cannot_be_written_is_named_once_and_measured_each_time(measurements, monkeypatch, tmp_path):
+def test_a_folder_that_cannot_be_written_is_named_once_and_measured_each_time(measure, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.warns(UserWarning, match="cannot be kept, so it is measured every time"):
         assert known_or_measured() == KNOWN
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with silence():
         assert known_or_measured() == KNOWN
-    assert len(measurements) == 2
+    assert len(measure.made) == 2
 
 
-def test_doctor_shows_what_was_measured_and_measures_anew(measurements, monkeypatch, capsys):
+def test_doctor_shows_what_was_measured_and_measures_anew(measure, monkeypatch, run):
     assert doctor.speed(doctor.measured()) == "not measured yet; neox-lite doctor --measure does that"
     profile.measure()
     faster = replace(KNOWN, disk_bytes_per_s=5e9)
-    monkeypatch.setattr(profile, "_measured", lambda progress: measurements.append(progress(1, 1)) or faster)
-    assert main(["doctor"]) == 0 and len(measurements) == 1
-    out = capsys.readouterr().out
+    measure(faster)
+    code, out, _ = run("doctor")
+    assert code == 0 and len(measure.made) == 1
     assert "CPU 20 GB/s of int4 weights, 0.30 TFLOP/s; GPU 20 GB/s" in out and "disk 2.5 GB/s" in out
     assert "neox-lite doctor --measure measures again" in out
     monkeypatch.setattr(os, "getloadavg", lambda: (7.5, 0, 0), raising=False)
-    assert main(["doctor", "--measure"]) == 0 and len(measurements) == 2
-    out, err = capsys.readouterr()
+    code, out, err = run("doctor", "--measure")
+    assert code == 0 and len(measure.made) == 2
     assert "disk 5.0 GB/s" in out and "measure this machine: 100%" in err and "busy (load 7.5)" in err
-    assert main(["doctor", "--json"]) == 0 and json.loads(capsys.readouterr().out)["measured"] == asdict(faster)
-    assert len(measurements) == 2
+    assert json.loads(run("doctor", "--json")[1])["measured"] == asdict(faster) and len(measure.made) == 2
 
 
-# Measured -------------------------------------------------------------------------------------------------------------
+# What is measured -----------------------------------------------------------------------------------------------------
 
 
 def test_rates_are_those_of_products_with_random_weights(monkeypatch):
     """Of one token with codes, and of many with codes and with plain weights, whose results are finite."""
-    monkeypatch.setattr(profile, "COLUMNS", 256)
-    monkeypatch.setattr(profile, "ROWS", {profile.INT4: 512, profile.DENSE: 384})
-    monkeypatch.setattr(profile, "MANY", 16)
-    monkeypatch.setattr(profile, "SECONDS", 0.0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    rows = {profile.INT4: 512, profile.DENSE: 384}
+    for name, value in {"COLUMNS": 256, "ROWS": rows, "MANY": 16, "SECONDS": 0.0}.items():
+        monkeypatch.setattr(profile, name, value)
+    with silence():
         rates = profile.measure_rates(torch.device("cpu"))
     assert 1e3 < rates.read_bytes_per_s < 1e12 and 1e3 < min(rates.flops_per_s, rates.plain_flops_per_s) < 1e14
 
@@ -221,9 +200,8 @@ def test_rates_are_those_of_products_with_random_weights(monkeypatch):
 
     monkeypatch.setattr(profile, "_seconds", timed)
     nbytes = 512 * 256 // 2 + 512 * 2 * 2 + 16  # codes, two scales a row, and the shape
-    assert profile.measure_rates(torch.device("cpu")) == Rates(
-        nbytes / 2, 2 * 512 * 256 * 16 / 3, 2 * 384 * 256 * 16 / 5
-    )
+    expected = Rates(nbytes / 2, 2 * 512 * 256 * 16 / 3, 2 * 384 * 256 * 16 / 5)
+    assert profile.measure_rates(torch.device("cpu")) == expected
 
 
 def test_everything_is_measured_in_steps(monkeypatch):
@@ -258,27 +236,26 @@ def test_a_disk_s_rate_counts_what_came_from_the_disk(tmp_path, monkeypatch):
         assert profile.disk_rate(path) is None
 
 
-def test_a_context_is_what_the_driver_counts_beyond_torch(monkeypatch):
-    rows = [["1", "900"], [str(os.getpid()), "700"]]
+@pytest.mark.parametrize(("own", "expected"), [
+    ([["700"]], 600 << 20), ([["[N/A]"]], profile.CONTEXT_BYTES), ([], profile.CONTEXT_BYTES),
+])  # fmt: skip
+def test_a_context_is_what_the_driver_counts_beyond_torch(monkeypatch, own, expected):
+    rows = [["1", "900"], *([str(os.getpid()), *used] for used in own)]
     monkeypatch.setattr(profile, "_nvidia_smi", lambda query: rows)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 100 << 20)
-    assert profile.context_bytes() == 600 << 20
-    rows[1][1] = "[N/A]"
-    assert profile.context_bytes() == profile.CONTEXT_BYTES
-    rows.pop()
-    assert profile.context_bytes() == profile.CONTEXT_BYTES
+    assert profile.context_bytes() == expected
 
 
-def test_nvidia_smi_that_is_missing_or_fails_answers_nothing(monkeypatch, tmp_path):
+@pytest.mark.skipif(os.name == "nt", reason="the tool is a shell script")
+@pytest.mark.parametrize(("script", "rows"), [
+    (None, []), ("#!/bin/sh\nexit 9\n", []), ("#!/bin/sh\necho '17, 300'\necho ''\n", [["17", "300"]]),
+], ids=["missing", "failing", "answering"])  # fmt: skip
+def test_nvidia_smi_that_is_missing_or_fails_answers_nothing(monkeypatch, tmp_path, script, rows):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert profile._nvidia_smi("--query-gpu=name") == []
-    tool = tmp_path / "nvidia-smi"
-    tool.write_text("#!/bin/sh\nexit 9\n")
-    tool.chmod(0o755)
-    assert profile._nvidia_smi("--query-gpu=name") == []
-    tool.write_text("#!/bin/sh\necho '17, 300'\necho ''\n")
-    if os.name != "nt":
-        assert profile._nvidia_smi("--query-gpu=name") == [["17", "300"]]
+    if script is not None:
+        (tmp_path / "nvidia-smi").write_text(script)
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    assert profile._nvidia_smi("--query-gpu=name") == rows
 
 
 @pytest.mark.gpu
@@ -297,27 +274,25 @@ def test_free_memory_is_within_the_total():
     assert total is not None and free is not None and 0 < free <= total
 
 
-def group(folder, version, limit, usage, inactive):
-    names = {
-        2: ("memory.max", "memory.current", "inactive_file"),
-        1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    }[version]
+def group(folder, names, limit, usage, inactive):
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / names[0]).write_text(f"{limit}\n")
-    (folder / names[1]).write_text(f"{usage}\n")
-    (folder / "memory.stat").write_text(f"anon 5\n{names[2]} {inactive}\n")
+    for name, text in zip(names, (limit, usage, f"anon 5\n{names[3]} {inactive}"), strict=False):
+        (folder / name).write_text(f"{text}\n")
 
 
-@pytest.mark.parametrize(("version", "line"), [(2, "0::/a/b\n"), (1, "4:cpu,memory:/a/b\n3:cpuset:/\n")])
-def test_every_control_group_above_counts(tmp_path, version, line):
-    mount = tmp_path / "cgroup" / ("memory" if version == 1 else "")
+@pytest.mark.parametrize(("mount", "line", "names"), [
+    ("", "0::/a/b\n", ("memory.max", "memory.current", "memory.stat", "inactive_file")),
+    ("memory", "4:cpu,memory:/a/b\n3:cpuset:/\n",
+     ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat", "total_inactive_file")),
+], ids=["v2", "v1"])  # fmt: skip
+def test_every_control_group_above_counts(tmp_path, mount, line, names):
+    root = tmp_path / "cgroup"
     (tmp_path / "own").write_text(line)
-    group(mount / "a" / "b", version, 8000, 3000, 1000)
-    group(mount / "a", version, 5000, 4000, 0)
-    group(mount, version, "max", 9000, 0)
-    found = memory._cgroup_limits(tmp_path / "cgroup", tmp_path / "own")
-    assert sorted(found) == [(5000, 4000), (8000, 2000)]
-    assert memory._cgroup_limits(tmp_path / "cgroup", tmp_path / "nothing") == []
+    group(root / mount / "a" / "b", names, 8000, 3000, 1000)
+    group(root / mount / "a", names, 5000, 4000, 0)
+    group(root / mount, names, "max", 9000, 0)
+    assert sorted(memory._cgroup_limits(root, tmp_path / "own")) == [(5000, 4000), (8000, 2000)]
+    assert memory._cgroup_limits(root, tmp_path / "nothing") == []
 
 
 @pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="control groups bound what Linux says")

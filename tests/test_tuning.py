@@ -1,9 +1,10 @@
 """Sizes of kernels: shipped, kept, or timed by a timer that is made up here. That all give the same results, interpreted."""
 
+import itertools
 import json
 import math
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
@@ -15,10 +16,14 @@ from neox_lite.errors import ArgumentError
 from neox_lite.kernels.triton import tile_configs, tuning
 from neox_lite.kernels.triton.device import DeviceProperties
 from neox_lite.kernels.triton.tile_configs import Candidates, DecodeTile
+from neox_lite.offload import profile
+from neox_lite.offload.plan import HardwareProfile, Rates
+from neox_lite_app import doctor
 
 CARD, CLASS = "RTX 6090 (10.3), Triton 3.9.0, neox-lite 1", "RTX 30, A10, A40"
-PAGES = Candidates("decode: heads", (DecodeTile(8), DecodeTile(4, 2), DecodeTile(16, 8)))
-OTHERS = Candidates("decode: other heads", (DecodeTile(8), DecodeTile(4, 2)))
+SHIPPED, HALF, BEST = DecodeTile(8), DecodeTile(4, 2), DecodeTile(16, 8)
+PAGES = Candidates("decode: heads", (SHIPPED, HALF, BEST))
+OTHERS = Candidates("decode: other heads", (SHIPPED, HALF))
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +33,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 class Bench:
-    """Times launches by a table of seconds by block_n; counts them, and hears what is reported."""
+    """Times launches by a table of seconds, or faults, by block_n; counts them, and hears what is reported."""
 
     def __init__(self, seconds=None):
         self.seconds, self.launched, self.reported = seconds or {8: 3.0, 4: 2.0, 16: 1.0}, [], []
@@ -39,6 +44,9 @@ class Bench:
     def timer(self, launch):
         launch()
         found = self.seconds[self.launched[-1].block_n]
+        if found == "too large":
+            errors = pytest.importorskip("triton.runtime.errors", reason="triton is not installed")
+            found = errors.OutOfResources(200, 100, "shared memory")
         if isinstance(found, Exception):
             raise found
         return found
@@ -57,94 +65,82 @@ def kept_file():
 
 # Choosing -------------------------------------------------------------------------------------------------------------
 
-
-def test_a_card_of_a_known_class_takes_what_is_shipped_and_times_nothing():
-    bench = Bench()
-    assert bench.pick(CLASS) == DecodeTile(8)
-    assert bench.launched == bench.reported == [] and not kept_file().exists()
+USUAL, UNKNOWN, KNOWN = {8: 3.0, 4: 2.0, 16: 1.0}, {}, {"shipped": CLASS}
 
 
-def test_an_unknown_card_takes_the_fastest_once_and_the_next_start_finds_it(monkeypatch):
-    bench = Bench()
-    first = bench.tuner()
-    assert first.pick(PAGES, bench.launch) == DecodeTile(16, 8) and bench.launched == list(PAGES.tiles)
-    monkeypatch.setattr(first, "_lock", None)  # no launch pays for it again
-    assert first.pick(PAGES, bench.launch) == DecodeTile(16, 8)
-    began, done = bench.reported
-    assert began == f"timing sizes of kernels on {CARD}, once: at most 60 s; NEOX_LITE_TUNE=never leaves it out"
-    assert done == "decode: heads: number 3, 67% less time, of 3"
-    assert bench.pick() == DecodeTile(16, 8) and len(bench.launched) == 3
-    assert [f.name for f in user_cache.folder().iterdir()] == ["tuning.json"]
+@pytest.mark.parametrize(("seconds", "options", "picked", "timed", "report"), [
+    (USUAL, KNOWN, SHIPPED, 0, None),
+    (USUAL, UNKNOWN, BEST, 3, "number 3, 67% less time, of 3"),
+    (USUAL, UNKNOWN | {"when": "never"}, SHIPPED, 0, None),
+    (USUAL, KNOWN | {"when": "always"}, BEST, 3, "number 3, 67% less time, of 3"),
+    # A lead within noise changes nothing.
+    ({8: 1.0, 4: 0.99, 16: 0.985}, UNKNOWN, SHIPPED, 3, "the shipped size, of 3"),
+    # What the card or the compiler cannot do is passed over; where it can do none, the launch says what it lacks.
+    ({8: "too large", 4: 2.0, 16: RuntimeError("PassManager::run failed")}, UNKNOWN, HALF, 3, "number 2, 0% less time, of 3"),
+    (dict.fromkeys((8, 4, 16), "too large"), UNKNOWN, SHIPPED, 3, "the shipped size, of 3"),
+], ids=["known", "unknown", "never", "always", "noise", "faults", "nothing works"])  # fmt: skip
+def test_a_card_takes_what_is_shipped_or_the_fastest_and_the_next_start_finds_it(
+    seconds, options, picked, timed, report
+):
+    bench = Bench(seconds)
+    assert bench.pick(**options) == picked and len(bench.launched) == timed
+    began = f"timing sizes of kernels on {CARD}, once: at most 60 s; NEOX_LITE_TUNE=never leaves it out"
+    assert bench.reported == ([began, f"decode: heads: {report}"] if timed else [])
+    assert user_cache.folder().is_dir() == bool(timed)
+    assert not timed or [f.name for f in user_cache.folder().iterdir()] == ["tuning.json"]
+    later = bench.tuner(CLASS)  # uses what was timed, though it would time nothing
+    assert later.pick(PAGES, bench.launch) == picked and later.pick(OTHERS, bench.launch) == SHIPPED
+    assert len(bench.launched) == timed
 
 
-def test_another_card_or_version_is_timed_anew_and_both_are_kept():
-    bench = Bench()
-    for card in (CARD, "another card"):
-        bench.pick(card=card)
-    assert len(bench.launched) == 6
-    assert (
-        all(bench.pick(card=card) == DecodeTile(16, 8) for card in (CARD, "another card")) and len(bench.launched) == 6
-    )
-
-
-def test_what_was_timed_on_a_card_of_a_known_class_is_used_there_too():
-    bench = Bench()
-    bench.pick(CLASS, when="always")
-    later = bench.tuner(CLASS)
-    assert later.pick(PAGES, bench.launch) == DecodeTile(16, 8) and later.pick(OTHERS, bench.launch) == DecodeTile(8)
-    assert len(bench.launched) == 3
-
-
-def test_a_lead_within_noise_changes_nothing():
-    bench = Bench({8: 1.0, 4: 0.99, 16: 0.985})
-    assert bench.pick() == DecodeTile(8) and bench.reported[-1] == "decode: heads: the shipped size, of 3"
-
-
-def test_a_size_that_the_card_or_the_compiler_cannot_do_is_passed_over_and_no_other_fault_is_hidden():
-    triton = pytest.importorskip("triton", reason="triton is not installed")
-    refused = triton.runtime.errors.OutOfResources(200, 100, "shared memory")
-    broken = RuntimeError("PassManager::run failed")
-    assert Bench({8: refused, 4: 2.0, 16: broken}).pick() == DecodeTile(4, 2)
-    assert Bench({8: refused, 4: refused}).pick(candidates=OTHERS) == DecodeTile(
-        8
-    )  # which then says itself what it lacks
+def test_no_other_fault_is_hidden():
     with pytest.raises(RuntimeError, match="illegal"):
-        Bench({8: RuntimeError("an illegal memory access")}).pick(card="another")
+        Bench({8: RuntimeError("an illegal memory access")}).pick()
+
+
+def test_no_launch_pays_for_a_choice_again(monkeypatch):
+    bench = Bench()
+    here = bench.tuner()
+    assert here.pick(PAGES, bench.launch) == BEST and bench.launched == list(PAGES.tiles)
+    monkeypatch.setattr(here, "_lock", None)
+    assert here.pick(PAGES, bench.launch) == BEST
+
+
+def test_another_card_or_version_is_timed_anew_and_both_are_stored():
+    bench = Bench()
+    for card, launched in ((CARD, 3), ("another card", 6), (CARD, 6), ("another card", 6)):
+        assert bench.pick(card=card) == BEST and len(bench.launched) == launched
 
 
 def test_nothing_is_timed_while_launches_are_captured_or_are_not_typical_but_later():
     bench, capturing = Bench(), [True]
     here = bench.tuner(busy=lambda: capturing[0])
-    assert here.pick(PAGES, bench.launch) == DecodeTile(8) and bench.launched == []
+    assert here.pick(PAGES, bench.launch) == SHIPPED and bench.launched == []
     capturing[0] = False
-    assert here.pick(PAGES, None) == DecodeTile(8) and bench.launched == [] and not kept_file().exists()
-    assert here.pick(PAGES, bench.launch) == DecodeTile(16, 8) == here.pick(PAGES, None)
+    assert here.pick(PAGES, None) == SHIPPED and bench.launched == [] and not kept_file().exists()
+    assert here.pick(PAGES, bench.launch) == BEST == here.pick(PAGES, None)
 
 
-def test_time_is_bounded_and_the_next_start_goes_on():
-    bench = Bench()
-    here = bench.tuner(limit_s=0.0)
-    assert (
-        here.pick(PAGES, bench.launch) == DecodeTile(8) == here.pick(PAGES, bench.launch) and len(bench.launched) == 1
-    )
-    assert here.pick(OTHERS, bench.launch) == DecodeTile(8) and len(bench.launched) == 1
-    assert bench.reported[-1] == "0 s are used up; the next start goes on with it" and not kept_file().exists()
-    assert bench.pick() == DecodeTile(16, 8)
+@pytest.mark.parametrize(("seconds", "limit_s", "launched", "report"), [
+    (USUAL, 0.0, 1, "0 s are used up; the next start goes on with it"),
+    ({8: 1.0, 4: torch.OutOfMemoryError("CUDA out of memory")}, 60.0, 2,
+     "too little memory is free to time kernels; their shipped sizes are used"),
+], ids=["time", "memory"])  # fmt: skip
+def test_without_time_or_memory_the_shipped_sizes_are_used_until_the_next_start(seconds, limit_s, launched, report):
+    bench = Bench(seconds)
+    here = bench.tuner(limit_s=limit_s)
+    for candidates in (PAGES, PAGES, OTHERS):
+        assert here.pick(candidates, bench.launch) == SHIPPED and len(bench.launched) == launched
+    assert bench.reported[1:] == [report] and not kept_file().exists()
+    bench.seconds = USUAL
+    assert bench.pick() == BEST
 
 
-def test_a_card_without_room_to_time_runs_with_the_shipped_sizes():
-    bench = Bench({8: 1.0, 4: torch.OutOfMemoryError("CUDA out of memory")})
-    here = bench.tuner()
-    assert here.pick(PAGES, bench.launch) == DecodeTile(8) and here.pick(OTHERS, bench.launch) == DecodeTile(8)
-    assert "too little memory" in bench.reported[-1] and len(bench.reported) == 2
-
-
-@pytest.mark.parametrize(("when", "shipped", "timed"), [("never", None, 0), ("always", CLASS, 3), ("auto", None, 3)])
-def test_the_variable_names_when(monkeypatch, when, shipped, timed):
-    monkeypatch.setenv("NEOX_LITE_TUNE", when)
-    bench = Bench()
-    bench.pick(shipped, when=tuning.when())
-    assert len(bench.launched) == timed
+def test_the_variable_names_when(monkeypatch):
+    assert tuning.when() == "auto"
+    for when in ("never", "always", "auto"):
+        monkeypatch.setenv("NEOX_LITE_TUNE", when)
+        assert tuning.when() == when
     monkeypatch.setenv("NEOX_LITE_TUNE", "yes")
     with pytest.raises(ArgumentError, match="NEOX_LITE_TUNE is 'yes', expected auto, always or never"):
         tuning.when()
@@ -156,27 +152,20 @@ def test_renewing_times_everything_anew():
     here.pick(PAGES, bench.launch)
     bench.seconds = {8: 3.0, 4: 1.0, 16: 2.0}
     here.renew()
-    assert here.pick(PAGES, bench.launch) == DecodeTile(4, 2) and len(bench.launched) == 6
-    assert bench.pick(CLASS) == DecodeTile(4, 2) and len(bench.launched) == 6
+    assert here.pick(PAGES, bench.launch) == HALF and len(bench.launched) == 6
+    assert bench.pick(CLASS) == HALF and len(bench.launched) == 6
 
 
 def test_threads_that_ask_at_once_time_once():
-    bench, found, timer = Bench(), [], Bench.timer
+    bench, timer = Bench(), Bench.timer
     here = bench.tuner()
     here.timer = lambda launch: time.sleep(0.02) or timer(bench, launch)  # long enough for the others to come
-    threads = [threading.Thread(target=lambda: found.append(here.pick(PAGES, bench.launch))) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == [DecodeTile(16, 8)] * 8 and len(bench.launched) == 3
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(lambda _: here.pick(PAGES, bench.launch), range(8))) == [BEST] * 8
+    assert len(bench.launched) == 3
 
 
 # The file -------------------------------------------------------------------------------------------------------------
-
-
-def with_tile(tile):
-    return json.dumps({CARD: {"decode: heads": {"tile": tile, "saved": 0.5, "timed": 3}}})
 
 
 @pytest.mark.parametrize("text", ["", "\0\xff", "null", "[1]", "[" * 100_000, " " * (5 << 20), '{"cards": 7}', "cut"])
@@ -185,24 +174,31 @@ def test_a_file_that_makes_no_sense_is_named_in_a_line_and_replaced(text):
     bench.pick()
     kept_file().write_text(kept_file().read_text()[:-30] if text == "cut" else text, encoding="utf-8")
     bench.reported.clear()
-    assert bench.pick() == DecodeTile(16, 8) and len(bench.launched) == 6
+    assert bench.pick() == BEST and len(bench.launched) == 6
     complaint = bench.reported[0]
     assert complaint.startswith("tuning.json is not used: ") and "\n" not in complaint and len(complaint) < 300
-    assert bench.pick() == DecodeTile(16, 8) and len(bench.launched) == 6
+    assert bench.pick() == BEST and len(bench.launched) == 6
 
 
-@pytest.mark.parametrize(
-    "tile",
-    [None, "large", {"block_n": 7, "num_warps": 4}, {"block_n": 16}, {}, {"block_n": 16, "num_warps": 8, "x": 1}],
-)
-def test_a_kept_size_that_is_no_candidate_is_not_used(tile):
+OTHER_TILES = [
+    None,
+    "large",
+    {"block_n": 7, "num_warps": 4},
+    {"block_n": 16},
+    {},
+    {"block_n": 16, "num_warps": 8, "x": 1},
+]
+
+
+@pytest.mark.parametrize("tile", OTHER_TILES)
+def test_a_stored_size_that_is_no_candidate_is_not_used(tile):
     bench = Bench()
     bench.pick()
-    kept_file().write_text(with_tile(tile))
-    assert bench.pick() == DecodeTile(16, 8) and len(bench.launched) == 6
+    kept_file().write_text(json.dumps({CARD: {"decode: heads": {"tile": tile, "saved": 0.5, "timed": 3}}}))
+    assert bench.pick() == BEST and len(bench.launched) == 6
 
 
-def test_choices_of_two_processes_are_both_kept():
+def test_choices_of_two_processes_are_both_stored():
     bench = Bench()
     one, other = bench.tuner(), bench.tuner()
     assert one.tuned == other.tuned == {}
@@ -216,37 +212,27 @@ def test_a_folder_that_cannot_be_written_is_named_once(tmp_path, monkeypatch):
     monkeypatch.setenv("NEOX_LITE_CACHE", str(tmp_path / "file"))
     bench = Bench()
     here = bench.tuner()
-    assert here.pick(PAGES, bench.launch) == DecodeTile(16, 8)  # timed, so used
-    assert here.pick(OTHERS, bench.launch) == DecodeTile(8)
+    assert here.pick(PAGES, bench.launch) == BEST  # timed, so used
+    assert here.pick(OTHERS, bench.launch) == SHIPPED
     assert "cannot be kept, so no more are timed" in bench.reported[-1]
 
 
-def test_doctor_names_what_is_used_and_why_and_times_anew_when_it_measures(monkeypatch, capsys):
-    from neox_lite.offload import profile
-    from neox_lite.offload.plan import HardwareProfile, Rates
-    from neox_lite_app import doctor
-    from neox_lite_app.cli import main
-
+def test_doctor_names_what_is_used_and_why_and_times_anew_when_it_measures(monkeypatch, run):
     bench = Bench()
     assert doctor.tuned(bench.tuner()) == "all are timed on first use (no choices are shipped for its class)"
     assert "its class is unknown, and NEOX_LITE_TUNE is never" in doctor.tuned(bench.tuner(when="never"))
-    here = bench.tuner(CLASS)
+    here, rates = bench.tuner(CLASS), HardwareProfile(Rates(2e10, 3e11), None, 400 << 20, None)
     monkeypatch.setattr(doctor, "cards", lambda: [torch.device("cuda", 0)])
-    monkeypatch.setattr(tuning, "tuner", lambda found: here)
-    rates = HardwareProfile(Rates(2e10, 3e11), None, 400 << 20, None)
+    monkeypatch.setattr(tuning, "tuner", lambda device: here)
     monkeypatch.setattr(profile, "_measured", lambda progress: here.pick(PAGES, bench.launch) and rates)
-    assert main(["doctor"]) == 0 and bench.launched == []
-    assert "kernels  on cuda:0: all as shipped for RTX 30" in capsys.readouterr().out
-    assert main(["doctor", "--measure", "--json"]) == 0 and len(bench.launched) == 3
-    found = json.loads(capsys.readouterr().out)["gpu_kernels"]["cuda:0"]
+    assert "kernels  on cuda:0: all as shipped for RTX 30" in run("doctor")[1] and bench.launched == []
+    found = json.loads(run("doctor", "--measure", "--json")[1])["gpu_kernels"]["cuda:0"]
     assert found["why"] == "1 timed on this card, kept in tuning.json; others are timed on first use (as asked)"
     assert found["timed"]["decode: heads"] == {"tile": {"block_n": 16, "num_warps": 8}, "saved": 1 - 1 / 3, "timed": 3}
-
-    def refuse(device):
-        raise ArgumentError("NEOX_LITE_TUNE is 'yes'")
-
-    monkeypatch.setattr(tuning, "tuner", refuse)
-    assert main(["doctor"]) == 0 and "NEOX_LITE_TUNE is 'yes'" in capsys.readouterr().out
+    monkeypatch.setattr(tuning, "tuner", lambda device: tuning.when())
+    monkeypatch.setenv("NEOX_LITE_TUNE", "yes")
+    code, out, _ = run("doctor")
+    assert code == 0 and "NEOX_LITE_TUNE is 'yes'" in out
 
 
 @pytest.mark.parametrize(("capability", "shipped"), [((8, 6), CLASS), ((10, 3), None)])
@@ -276,32 +262,27 @@ def test_a_gpu_s_tuner_is_its_own_and_waits_for_captures(monkeypatch, capability
 def test_nothing_is_timed_in_the_interpreter_or_for_cards_that_are_not_there():
     here = tuning.tuner(torch.device("meta"))
     assert not here.enabled and here is tuning.tuner(torch.device("meta"))
-    assert here.pick(PAGES, lambda tile: math.nan) == DecodeTile(8)
+    assert here.pick(PAGES, lambda tile: math.nan) == SHIPPED
 
 
 # Candidates -----------------------------------------------------------------------------------------------------------
 
-HALF = torch.float16
+FLOAT16 = torch.float16
 CLASSES = [DeviceProperties(capability) for capability in tile_configs.SHIPPED]
-ROWS = [
-    tile_configs.gemv_tiles(device, size, words, bits, inner, tokens, math)
+GEMV = [
+    tile_configs.gemv_tiles(device, n, k_words, bits, group_words, m, compute)
     for device in (*CLASSES, DeviceProperties((10, 0)))
-    for size, words in ((43008, (768,)), (6144, (768, 3072)), (768, (96,)), (2560, (320, 1280)))
-    for bits, inner, math in ((4, 16, "half2"), (8, 32, "float16"), (4, 4, "float32"), (0, 1, "float16"))
-    for tokens in (1, 2, 7)
+    for n, k_words in ((43008, (768,)), (6144, (768, 3072)), (768, (96,)), (2560, (320, 1280)))
+    for bits, group_words, compute in ((4, 16, "half2"), (8, 32, "float16"), (4, 4, "float32"), (0, 1, "float16"))
+    for m in (1, 2, 7)
 ]
-TILES = [
-    tile_configs.gemm_tiles(size, 6144, tokens, bits, dtype)
-    for size in (768, 43008)
-    for tokens in (3, 17, 33, 200)
-    for bits in (4, 8)
-    for dtype in (HALF, torch.bfloat16)
-]
-BLOCKS = [tile_configs.prefill_tiles(device, dim, True, HALF) for device in CLASSES for dim in (64, 96, 256)]
-PAGE_SIZES = [tile_configs.decode_tiles(piece, True, HALF) for piece in (16, 32, 128, 256)]
+GEMM_CASES = itertools.product((768, 43008), (3, 17, 33, 200), (4, 8), (FLOAT16, torch.bfloat16))
+GEMM = [tile_configs.gemm_tiles(n, 6144, m, bits, dtype) for n, m, bits, dtype in GEMM_CASES]
+PREFILL = [tile_configs.prefill_tiles(device, dim, True, FLOAT16) for device in CLASSES for dim in (64, 96, 256)]
+DECODE = [tile_configs.decode_tiles(block_d, True, FLOAT16) for block_d in (16, 32, 128, 256)]
 
 
-@pytest.mark.parametrize("every", [ROWS, TILES, BLOCKS, PAGE_SIZES], ids=["rows", "tiles", "blocks", "page"])
+@pytest.mark.parametrize("every", [GEMV, GEMM, PREFILL, DECODE], ids=["gemv", "gemm", "prefill", "decode"])
 def test_a_kernel_has_two_to_six_different_candidates_of_powers_of_two(every):
     for candidates in every:
         assert 2 <= len(candidates.tiles) <= 6 == tile_configs.MAX_CANDIDATES
@@ -312,26 +293,23 @@ def test_a_kernel_has_two_to_six_different_candidates_of_powers_of_two(every):
 
 
 def test_a_thread_loads_16_bytes_of_a_row_in_every_candidate():
-    for candidates in ROWS:
+    for candidates in GEMV:
         per = 4 if candidates.key.startswith("gemv: int") else 8
         for tile in candidates.tiles:
             assert tile.block_n * tile.groups * tile.group_words == per * 32 * tile.num_warps
 
 
 def test_shapes_of_a_class_share_their_choice_and_large_products_are_cut_by_the_class_of_the_card():
-    few = tile_configs.gemm_tiles(43008, 6144, 3, 4, HALF)
-    assert (
-        few.key
-        == tile_configs.gemm_tiles(40000, 5120, 9, 4, HALF).key
-        != tile_configs.gemm_tiles(6144, 6144, 3, 4, HALF).key
+    few, others = (tile_configs.gemm_tiles(n, 6144, 3, 4, FLOAT16).key for n in (43008, 6144))
+    assert few == tile_configs.gemm_tiles(40000, 5120, 9, 4, FLOAT16).key != others
+    assert len({candidates.key for candidates in GEMV}) > 20
+    hopper, ampere = DeviceProperties((9, 0)), DeviceProperties((8, 6))
+    here, there, small = (
+        tile_configs.gemv_tiles(device, n, (768,), 4, 16, 1, "half2").tiles[0]
+        for device, n in ((hopper, 43008), (ampere, 43008), (hopper, 6144))
     )
-    assert len({candidates.key for candidates in ROWS}) > 20
-    one_token = (43008, (768,), 4, 16, 1, "half2")
-    here, there = (tile_configs.gemv_tiles(DeviceProperties(c), *one_token).tiles[0] for c in ((9, 0), (8, 6)))
-    assert (here.unroll_n, there.unroll_n) == (4, 2) and replace(
-        here, unroll_n=2
-    ) == there  # 9.0 is short of instructions
-    assert tile_configs.gemv_tiles(DeviceProperties((9, 0)), 6144, *one_token[1:]).tiles[0].unroll_n == 2
+    assert (here.unroll_n, there.unroll_n, small.unroll_n) == (4, 2, 2)  # 9.0 is short of instructions
+    assert replace(here, unroll_n=2) == there
 
 
 # Results --------------------------------------------------------------------------------------------------------------
@@ -361,7 +339,7 @@ def kernels():
         return Operations(False, lambda device: DeviceProperties((8, 0)), lambda device: picks)
 
     device = torch.device("cpu" if backend.interpreted() else "cuda")
-    return SimpleNamespace(of=of, device=device, checks=lambda ops: Checks("triton", ops, HALF, device))
+    return SimpleNamespace(of=of, device=device, checks=lambda ops: Checks("triton", ops, FLOAT16, device))
 
 
 @pytest.mark.parametrize("nth", range(tile_configs.MAX_CANDIDATES))
