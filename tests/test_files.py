@@ -3,11 +3,13 @@
 import errno
 import json
 import os
-import subprocess
-import sys
+import re
 from pathlib import Path
 
 import pytest
+from support.commands import run_python
+from support.faults import disk_full_at
+from support.refusals import refused
 
 from neox_lite import files
 from neox_lite.errors import ConfigError
@@ -33,36 +35,34 @@ def test_a_file_holds_what_was_written_and_nothing_lies_beside_it(tmp_path, cont
     assert names(path.parent) == {"file"}
 
 
-def test_readers_see_the_old_file_until_the_new_one_is_whole(tmp_path):
+@pytest.fixture
+def old(tmp_path):
     write_atomically(tmp_path / "file", "old")
-    with AtomicFile(tmp_path / "file") as file:
+    return tmp_path / "file"
+
+
+def test_readers_see_the_old_file_until_the_new_one_is_whole(old):
+    with AtomicFile(old) as file:
         file.write(b"new")
         file.flush()
-        assert (tmp_path / "file").read_text() == "old"
-        assert len(partials(tmp_path)) == 1
-    assert (tmp_path / "file").read_text() == "new" and names(tmp_path) == {"file"}
+        assert old.read_text() == "old"
+        assert len(partials(old.parent)) == 1
+    assert old.read_text() == "new" and names(old.parent) == {"file"}
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt()], ids=["full-disk", "ctrl-c"])
-def test_an_error_while_writing_leaves_the_old_file_alone(tmp_path, error):
-    write_atomically(tmp_path / "file", "old")
-    with pytest.raises(type(error)), AtomicFile(tmp_path / "file") as file:
+def test_an_error_while_writing_leaves_the_old_file_alone(old, error):
+    with pytest.raises(type(error)), AtomicFile(old) as file:
         file.write(b"new")
         raise error
-    assert (tmp_path / "file").read_text() == "old" and names(tmp_path) == {"file"}
+    assert old.read_text() == "old" and names(old.parent) == {"file"}
 
 
 @pytest.mark.parametrize(("owner", "call"), [(os, "fsync"), (Path, "replace"), (os, "fdopen")])
-def test_a_system_call_that_fails_leaves_the_old_file_alone(tmp_path, monkeypatch, owner, call):
-    write_atomically(tmp_path / "file", "old")
-
-    def full(*args, **options):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(owner, call, full)
-    with pytest.raises(OSError, match="No space left"):
-        write_atomically(tmp_path / "file", "new")
-    assert (tmp_path / "file").read_text() == "old" and names(tmp_path) == {"file"}
+def test_a_system_call_that_fails_leaves_the_old_file_alone(old, owner, call):
+    with disk_full_at(1, owner, call), pytest.raises(OSError, match="No space left"):
+        write_atomically(old, "new")
+    assert old.read_text() == "old" and names(old.parent) == {"file"}
 
 
 @POSIX
@@ -90,20 +90,13 @@ def test_a_link_is_replaced_and_never_written_through(tmp_path, monkeypatch):
     assert (tmp_path / "elsewhere").read_text() == "precious" and (tmp_path / "file").read_text() == "new"
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from neox_lite.files import AtomicFile
-with AtomicFile(Path(sys.argv[1])) as file:
-    file.write(b"half")
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
 @POSIX
 def test_what_a_killed_process_left_is_removed_by_the_next_write_in_that_folder(tmp_path):
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "killed")], env=env)
+    run_python(
+        "import os, signal, sys; from pathlib import Path; from neox_lite.files import AtomicFile\n"
+        "with AtomicFile(Path(sys.argv[1])) as file: file.write(b'half'); os.kill(os.getpid(), signal.SIGKILL)",
+        tmp_path / "killed",
+    )
     assert len(partials(tmp_path)) == 1
     for name in ("mine.partial", "notes.0123.partial"):
         (tmp_path / name).write_text("somebody else's")
@@ -150,33 +143,21 @@ REFUSED_IF_STRICT = {
 }
 
 
-@pytest.mark.parametrize(("text", "words"), [*REFUSED.values(), *REFUSED_IF_STRICT.values()])
-def test_json_that_could_be_read_in_two_ways_is_refused_in_one_line_that_names_the_file(tmp_path, text, words):
+@pytest.mark.parametrize("kind", [*REFUSED, *REFUSED_IF_STRICT])
+def test_json_that_could_be_read_in_two_ways_is_refused_in_one_line_that_names_the_file(tmp_path, kind):
+    text, words = {**REFUSED, **REFUSED_IF_STRICT}[kind]
     (tmp_path / "x.json").write_bytes(text.encode() if isinstance(text, str) else text)
-    with pytest.raises(ConfigError) as caught:
-        read_json(tmp_path / "x.json", ConfigError)
-    message = str(caught.value)
-    assert message.startswith(f"{tmp_path / 'x.json'}: ") and words in message and "\n" not in message
-    assert len(message) < len(str(tmp_path)) + 200
-
-
-@pytest.mark.parametrize("text", [text for text, _ in REFUSED_IF_STRICT.values()])
-def test_files_that_other_libraries_read_pass_where_strict_is_off(text):
-    assert repr(parse_json(text, "x", ConfigError, strict=False)) == repr(json.loads(text))  # nan is not nan
-
-
-@pytest.mark.parametrize("text", [text for text, _ in REFUSED.values()])
-def test_what_is_no_json_object_is_refused_either_way(text):
-    with pytest.raises(ConfigError):
-        parse_json(text, "x", ConfigError, strict=False)
+    message = refused(ConfigError, re.escape(words), read_json, tmp_path / "x.json", ConfigError)
+    assert message.startswith(f"{tmp_path / 'x.json'}: ") and len(message) < len(str(tmp_path)) + 200
+    if kind in REFUSED:
+        refused(ConfigError, re.escape(words), parse_json, text, "x", ConfigError, strict=False)
+    else:  # files that other libraries read pass where strict is off; nan is not nan
+        assert repr(parse_json(text, "x", ConfigError, strict=False)) == repr(json.loads(text))
 
 
 def test_a_file_that_is_missing_too_large_or_no_file_is_named(tmp_path):
     (tmp_path / "x.json").write_text('{"a": 1}')
     assert read_json(tmp_path / "x.json", ConfigError, max_bytes=8) == {"a": 1}
-    with pytest.raises(ConfigError, match=r"x\.json: larger than 7 bytes"):
-        read_json(tmp_path / "x.json", ConfigError, max_bytes=7)
-    with pytest.raises(ConfigError, match=r"y\.json: cannot be read: No such file"):
-        read_json(tmp_path / "y.json", ConfigError)
-    with pytest.raises(ConfigError, match="not a regular file"):
-        read_json(tmp_path, ConfigError)
+    refused(ConfigError, r"x\.json: larger than 7 bytes", read_json, tmp_path / "x.json", ConfigError, max_bytes=7)
+    refused(ConfigError, r"y\.json: cannot be read: No such file", read_json, tmp_path / "y.json", ConfigError)
+    refused(ConfigError, "not a regular file", read_json, tmp_path, ConfigError)

@@ -1,41 +1,41 @@
-"""Whole `quantize` runs that are killed, run out of disk, or are given something hostile: never a folder that lies.
+"""Runs that write a folder and are killed, interrupted, out of disk, or given something hostile: never a folder that lies.
 
-Killed at 6 random moments and before every 12th call that writes; with NEOX_LITE_TIMES=12 or more before every one.
+A writer is killed before every call that writes; whole `quantize` runs at 6 random moments and before every 12th such call,
+with NEOX_LITE_TIMES=12 or more before every one.
 """
 
-import errno
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from support.checkpoints import change_tensors, digests
-from support.checkpoints import write_source as write_model
+from support.checkpoints import change_tensors, digests, some_tensors, write_source, write_tensors
 from support.commands import environment, run_python
+from support.faults import die_before, disk_full_at, forked, status_of
 from support.often import TIMES, times
+from support.refusals import refused
 
 from neox_lite import GPTNeoXForCausalLM
 from neox_lite.checkpoint.folder_writer import ShardWriter
-from neox_lite.checkpoint.reader import verify_folder
+from neox_lite.checkpoint.reader import Checkpoint, verify_folder
 from neox_lite.errors import CheckpointError, ConfigError, NeoxLiteError
 from neox_lite.files import partials
 from neox_lite_quant import convert
 
 KILLS = times(6)
-STRIDE = max(1, 12 // TIMES)  # of the calls before which a run is killed, or in which the disk is full
-CALLS = [(os, "pwrite"), (os, "fsync"), (os, "posix_fallocate"), (Path, "replace"), (Path, "unlink"), (Path, "mkdir")]
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 
 
-def write_source(folder):
-    write_model(folder, shard_size="200KB")
+def make_source(folder):
+    write_source(folder, shard_size="200KB")
     (folder / "tokenizer.json").write_text("{}")
 
 
@@ -48,9 +48,20 @@ def quantize(source, folder):
         convert(source, folder, threads=2)
 
 
+# name -> (a run, a run that wrote another model before, every how many calls it is ended)
+RUNS = {
+    "writer": (
+        lambda source, folder: write_tensors(folder, some_tensors(2), max_bytes=600),
+        lambda source, folder: write_tensors(folder, some_tensors(1) | {"old": torch.ones(300)}, max_bytes=300),
+        1,
+    ),
+    "quantize": (quantize, lambda source, folder: convert(source, folder, format="int8"), max(1, 12 // TIMES)),
+}
+
+
 @pytest.fixture
 def source(tmp_path):
-    write_source(tmp_path / "source")
+    make_source(tmp_path / "source")
     return tmp_path / "source"
 
 
@@ -64,10 +75,14 @@ def begun(folder):
     return noted | {path.name.partition(".safetensors")[0] + ".safetensors" for path in partials(folder)}
 
 
-def go_on(source, folder, whole):
+
+
+def go_on(run, source, folder, whole):
     """Run again after a kill, and check everything that must hold then."""
     complete, before = (folder / "config.json").exists(), begun(folder) if folder.exists() else set()
     assert not complete or verify_folder(folder) == []
+    if (folder / "neox_lite_manifest.json.partial").exists() and not complete:
+        refused(CheckpointError, "unfinished", Checkpoint.open, folder)
     opened, real = [], ShardWriter.__enter__
 
     def enter(self):
@@ -76,147 +91,108 @@ def go_on(source, folder, whole):
 
     ShardWriter.__enter__ = enter
     try:
-        quantize(source, folder)
+        run(source, folder)
     finally:
         ShardWriter.__enter__ = real
-    assert digests(folder) == whole
+    assert digests(folder) == whole and verify_folder(folder) == []
     if not complete:
         assert len(before & set(opened)) <= 1, (before, opened)
 
 
-def forked(run):
-    """Run in a fork; its process id."""
-    if (child := os.fork()) == 0:
-        try:
-            run()
-            os._exit(0)
-        except BaseException as error:
-            print(repr(error), file=sys.stderr)
-            os._exit(1)
-    return child
-
-
 def kill_at_random(root, kills):
     torch.set_num_threads(1)
-    write_source(root / "source")
+    make_source(root / "source")
     began = time.perf_counter()
     for _ in range(3):
-        os.waitpid(forked(lambda: quantize(root / "source", root / "whole")), 0)
+        status_of(quantize, root / "source", root / "whole")
     usual = (time.perf_counter() - began) / 3
     whole, chance, killed = digests(root / "whole"), random.Random(0), 0
     for i in range(10 * kills):
         if killed == kills:  # runs that ended before they were to be killed do not count
             break
-        folder = root / f"killed-{i}"
-        child = forked(lambda folder=folder: quantize(root / "source", folder))
+        child = forked(quantize, root / "source", root / f"killed-{i}")
         time.sleep(chance.uniform(0, usual))
         os.kill(child, signal.SIGKILL)
         status = os.waitpid(child, 0)[1]
         assert status in (0, signal.SIGKILL)
         killed += status != 0
-        status = os.waitpid(forked(lambda folder=folder: go_on(root / "source", folder, whole)), 0)[1]
-        assert status == 0, i
+        assert status_of(go_on, quantize, root / "source", root / f"killed-{i}", whole) == 0, i
     return killed
 
 
-def die_before(k):
-    """Arrange that this process is killed just before its k-th call that writes, from whichever thread."""
-    lock, calls = threading.Lock(), 0
-
-    def counted(real):
-        def call(*args, **options):
-            nonlocal calls
-            with lock:
-                calls += 1
-                if calls == k:
-                    os.kill(os.getpid(), signal.SIGKILL)
-            return real(*args, **options)
-
-        return call
-
-    for owner, name in CALLS:
-        setattr(owner, name, counted(getattr(owner, name)))
-
-
-def kill_before_every_call(root, older):
+def kill_before_every_call(root, name, older):
     torch.set_num_threads(1)
-    write_source(root / "source")
-    os.waitpid(forked(lambda: quantize(root / "source", root / "whole")), 0)
+    make_source(root / "source")
+    run, other, stride = RUNS[name]
+    status_of(run, root / "source", root / "whole")
+    status_of(other, root / "source", root / "older")
     whole = digests(root / "whole")
-    for k in range(1, 1000, STRIDE):
-        folder = root / f"killed-{k}"
+
+    def dying(k):
+        die_before(k)
+        run(root / "source", root / f"killed-{k}")
+
+    for k in range(1, 1000, stride):
         if older:
-            os.waitpid(forked(lambda folder=folder: convert(root / "source", folder, format="int8")), 0)
-
-        def dying(k=k, folder=folder):
-            die_before(k)
-            quantize(root / "source", folder)
-
-        status = os.waitpid(forked(dying), 0)[1]
+            shutil.copytree(root / "older", root / f"killed-{k}")
+        status = status_of(dying, k)
         assert status in (0, signal.SIGKILL)
-        assert os.waitpid(forked(lambda folder=folder: go_on(root / "source", folder, whole)), 0)[1] == 0, k
+        assert status_of(go_on, run, root / "source", root / f"killed-{k}", whole) == 0, k
         if status == 0:
             return k - 1
     raise AssertionError("the run never ends")
 
 
-def in_a_process(call, root):
+def in_a_process(call, root, *arguments):
     """A forking function of this file, in a process without threads; what it returns."""
-    done = run_python(f"import sys, test_interrupted as t; print(t.{call})", root)
+    done = run_python(f"import sys, test_interrupted as t; print(t.{call}(t.Path(sys.argv[1]), *{arguments}))", root)
     assert done.returncode == 0, done.stderr
     return int(done.stdout)
 
 
 @forks
 def test_a_run_killed_at_random_moments_goes_on_to_the_same_bytes(tmp_path):
-    assert in_a_process(f"kill_at_random(t.Path(sys.argv[1]), {KILLS})", tmp_path) == KILLS
+    assert in_a_process("kill_at_random", tmp_path, KILLS) == KILLS
 
 
 @forks
 @pytest.mark.parametrize("older", [False, True], ids=["fresh", "over-an-older-model"])
-def test_a_run_killed_before_any_call_that_writes_goes_on_to_the_same_bytes(tmp_path, older):
-    assert in_a_process(f"kill_before_every_call(t.Path(sys.argv[1]), {older})", tmp_path) > 60
+@pytest.mark.parametrize(("run", "calls"), [("writer", 20), ("quantize", 60)])
+def test_a_run_killed_before_any_call_that_writes_goes_on_to_the_same_bytes(tmp_path, run, calls, older):
+    assert in_a_process("kill_before_every_call", tmp_path, run, older) > calls
 
 
 # -- a full disk ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("call", ["posix_fallocate", "pwrite", "fsync", "replace"])
-def test_a_full_disk_at_any_write_is_said_and_the_next_run_goes_on(source, tmp_path, monkeypatch, call):
-    quantize(source, tmp_path / "whole")
+@pytest.mark.parametrize("name", RUNS)
+def test_a_full_disk_at_any_write_is_said_and_the_next_run_goes_on(source, tmp_path, name, call):
+    """The first call that does not fail ends the loop with a complete folder."""
+    run, _, stride = RUNS[name]
+    run(source, tmp_path / "whole")
     whole = digests(tmp_path / "whole")
-    owner = Path if call == "replace" else os
-    real, lock = getattr(owner, call), threading.Lock()
-    for k in range(0, 500, STRIDE):
-        folder, calls = tmp_path / str(k), 0
-
-        def failing(*args, k=k):
-            nonlocal calls
-            with lock:
-                calls += 1
-                if calls == k + 1:
-                    raise OSError(errno.ENOSPC, "No space left on device")
-            return real(*args)
-
-        monkeypatch.setattr(owner, call, failing)
+    for k in range(1, 500, stride):
+        folder = tmp_path / str(k)
         try:
-            quantize(source, folder)
+            with disk_full_at(k, Path if call == "replace" else os, call):
+                run(source, folder)
             break
         except CheckpointError as error:
-            assert "disk full" in str(error) and "\n" not in str(error)
-        finally:
-            monkeypatch.setattr(owner, call, real)
+            assert "disk full" in str(error) and "are free" in str(error) and "\n" not in str(error)
+        # the very last fsync: everything is there already
         assert not (folder / "config.json").exists() or verify_folder(folder) == []
         assert not partials(folder)
-        quantize(source, folder)
+        run(source, folder)
         assert digests(folder) == whole
-    assert k > 4
+    assert 3 < k < 499
+    assert digests(folder) == whole and verify_folder(folder) == []
 
 
 # -- hostile sources -----------------------------------------------------------------------------------------------------
 
 
-WEIGHT = "gpt_neox.layers.1.mlp.dense_4h_to_h.weight"
+WEIGHT, EMBEDDING = "gpt_neox.layers.1.mlp.dense_4h_to_h.weight", "gpt_neox.embed_in.weight"
 INDEX = "model.safetensors.index.json"
 
 
@@ -227,6 +203,10 @@ def tensors(change):
         change_tensors(source / json.loads((source / INDEX).read_text())["weight_map"][WEIGHT], change)
 
     return damage
+
+
+def replaced(change):
+    return tensors(lambda state: state.update({WEIGHT: change(state[WEIGHT])}))
 
 
 def lead_out(source):
@@ -242,31 +222,23 @@ def cut(source):
     path.write_bytes(path.read_bytes()[:-1])
 
 
-@pytest.mark.parametrize(
-    ("damage", "word"),
-    [
-        (cut, "truncated?"),
-        (lead_out, "../model-"),
-        (
-            tensors(lambda state: state.update({"gpt_neox.embed_in.weight": state[WEIGHT].clone()})),
-            "embed_in.weight is in both",
-        ),
-        (tensors(lambda state: state.update(extra=torch.ones(2))), "extra is in"),
-        (tensors(lambda state: state.pop(WEIGHT)), WEIGHT),
-        (
-            tensors(lambda state: state.update({WEIGHT: state[WEIGHT].T.contiguous()})),
-            "[256, 128], expected [128, 256]",
-        ),
-        (tensors(lambda state: state.update({WEIGHT: state[WEIGHT].to(torch.int16)})), f"{WEIGHT} is int16"),
-        (tensors(lambda state: state.update({WEIGHT: state[WEIGHT].to(torch.float8_e4m3fn)})), "is float8_e4m3fn"),
-    ],
-    ids=["cut", "out-of-the-folder", "in-both", "extra", "missing", "shape", "integers", "float8"],
-)
+HOSTILE = {
+    "cut": (cut, "truncated?"),
+    "out-of-the-folder": (lead_out, "../model-"),
+    "in-both": (tensors(lambda state: state.update({EMBEDDING: state[WEIGHT].clone()})), "embed_in.weight is in both"),
+    "extra": (tensors(lambda state: state.update(extra=torch.ones(2))), "extra is in"),
+    "missing": (tensors(lambda state: state.pop(WEIGHT)), WEIGHT),
+    "shape": (replaced(lambda weight: weight.T.contiguous()), "[256, 128], expected [128, 256]"),
+    "integers": (replaced(lambda weight: weight.to(torch.int16)), f"{WEIGHT} is int16"),
+    "float8": (replaced(lambda weight: weight.to(torch.float8_e4m3fn)), "is float8_e4m3fn"),
+}
+
+
+@pytest.mark.parametrize(("damage", "word"), HOSTILE.values(), ids=HOSTILE)
 def test_a_hostile_source_is_refused_and_nothing_is_written(source, tmp_path, damage, word):
     damage(source)
-    with pytest.raises(NeoxLiteError) as caught:
-        convert(source, tmp_path / "out")
-    assert word in str(caught.value) and "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+    refused(NeoxLiteError, re.escape(word), convert, source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 # -- Ctrl-C --------------------------------------------------------------------------------------------------------------
