@@ -2,15 +2,15 @@
 
 import json
 import shutil
-import struct
-from pathlib import Path
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from support.checkpoints import SHAPE
-from support.checkpoints import write_source as write_model
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from support.gguf import IDS, VARIANTS, Reader, expected, give_tokenizer, write_source
+from support.refusals import refused
+from tokenizers import models, pre_tokenizers
 
 from neox_lite import GPTNeoXForCausalLM, GPTNeoXForSequenceClassification, GPTNeoXTokenizerFast
 from neox_lite.errors import ArgumentError, CheckpointError, FormatError, ShapeError, TokenizerError
@@ -21,23 +21,7 @@ from neox_lite_quant import convert, export_gguf, gguf_export, gguf_file
 from neox_lite_quant.gguf_file import F16, F32, Q4_0, Q8_0, GgufTensor, write_gguf
 from neox_lite_quant.gguf_tensors import blocks
 
-IDS = [i * 7 % 131 for i in range(40)]
-LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_qkv": "attention.query_key_value",
-    "attn_output": "attention.dense",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_up": "mlp.dense_h_to_4h",
-    "ffn_down": "mlp.dense_4h_to_h",
-}
-ENDS = {"token_embd": "gpt_neox.embed_in", "output_norm": "gpt_neox.final_layer_norm", "output": "embed_out"}
 pytestmark = pytest.mark.filterwarnings("ignore:.*(no tokenizer.json|NFC normalizer)")
-
-
-def write_source(folder, dtype=torch.float16, **config):
-    """With the one activation that llama.cpp has."""
-    write_model(folder, dtype, **{"hidden_act": "gelu_fast", **config})
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -52,77 +36,20 @@ def int4(source, tmp_path_factory):
     return folder
 
 
-# -- a plain reader, the naive twin of the writer ---------------------------------------------------------------------
+def exported(folder, path, **options):
+    """The folder as a GGUF file, read again."""
+    export_gguf(folder, path, **options)
+    return Reader(path)
 
 
-SCALARS = {4: "<I", 5: "<i", 6: "<f", 7: "<?"}
+def gguf_of(tmp_path, *given, **config):
+    """A random model in tmp_path/model, read from its GGUF file."""
+    return exported(write_source(tmp_path / "model", *given, **config), tmp_path / "m.gguf")
 
 
-class Reader:
-    """A GGUF file, read value by value."""
-
-    def __init__(self, path):
-        self.raw, self.at = Path(path).read_bytes(), 4
-        version, tensors, keys = self.take("<I")[0], *self.take("<QQ")
-        assert (self.raw[:4], version) == (b"GGUF", 3)
-        self.metadata = {self.string(): self.value(self.take("<I")[0]) for _ in range(keys)}
-        infos = [(self.string(), self.take(f"<{self.take('<I')[0]}Q"), *self.take("<IQ")) for _ in range(tensors)]
-        start = -(-self.at // 32) * 32
-        self.tensors = {name: (kind, shape[::-1], start + offset) for name, shape, kind, offset in infos}
-        assert all(offset % 32 == 0 for *_, offset in self.tensors.values())
-
-    def take(self, form):
-        found = struct.unpack_from(form, self.raw, self.at)
-        self.at += struct.calcsize(form)
-        return found
-
-    def string(self):
-        length = self.take("<Q")[0]
-        self.at += length
-        return self.raw[self.at - length : self.at].decode()
-
-    def value(self, kind):
-        if kind == 8:
-            return self.string()
-        if kind != 9:
-            return self.take(SCALARS[kind])[0]
-        inner, count = self.take("<IQ")
-        return [self.value(inner) for _ in range(count)]
-
-    def decode(self, name):
-        """The float32 values of a tensor, block by block as ggml documents them."""
-        kind, shape, offset = self.tensors[name]
-        count = int(np.prod(shape))
-        if kind in (F32, F16):
-            values = np.frombuffer(self.raw, "<f4" if kind == F32 else "<f2", count, offset).astype(np.float32)
-        else:
-            size = 18 if kind == Q4_0 else 34
-            block = np.frombuffer(self.raw, np.uint8, count // 32 * size, offset).reshape(-1, size)
-            scale = block[:, :2].copy().view("<f2").astype(np.float32)
-            codes = block[:, 2:]
-            if kind == Q4_0:  # low nibbles are elements 0 to 15, high nibbles 16 to 31
-                codes = np.concatenate((codes & 15, codes >> 4), axis=1).astype(np.float32) - 8
-            else:
-                codes = codes.view(np.int8).astype(np.float32)
-            values = codes * scale
-        return values.reshape(shape)
-
-
-def expected(model):
-    """llama.cpp's name -> float32 array, from a model that is loaded here."""
-    config, found = model.config, {}
-    modules = {ours: model.get_submodule(theirs) for ours, theirs in ENDS.items()}
-    for i in range(config.num_hidden_layers):
-        modules |= {f"blk.{i}.{k}": model.get_submodule(f"gpt_neox.layers.{i}.{v}") for k, v in LAYER.items()}
-    for name, module in modules.items():
-        found[f"{name}.weight"] = module.handle.decode() if hasattr(module, "handle") else module.weight
-        if getattr(module, "bias", None) is not None:
-            found[f"{name}.bias"] = module.bias
-    for name, tensor in found.items():
-        if "attn_qkv" in name:
-            heads = tensor.reshape(config.num_attention_heads, 3, config.head_dim, -1)
-            found[name] = torch.cat([heads[:, part].flatten(0, 1) for part in range(3)]).reshape(tensor.shape)
-    return {name: tensor.float().numpy() for name, tensor in found.items()}
+def export_is_refused(error, words, folder, **options):
+    refused(error, words, export_gguf, folder, folder.parent / "m.gguf", **options)
+    assert not (folder.parent / "m.gguf").exists()
 
 
 # -- exactness --------------------------------------------------------------------------------------------------------
@@ -132,8 +59,7 @@ def expected(model):
 @pytest.mark.parametrize(("format", "kind"), [("int4", Q4_0), ("int8", Q8_0)])
 def test_quantized_weights_keep_their_exact_values(source, tmp_path, format, kind, group_size):
     convert(source, tmp_path / "model", format=format, group_size=group_size)
-    export_gguf(tmp_path / "model", tmp_path / "model.gguf", head="q8_0")
-    read = Reader(tmp_path / "model.gguf")
+    read = exported(tmp_path / "model", tmp_path / "m.gguf", head="q8_0")
     wanted = expected(GPTNeoXForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32, head="int8"))
     assert read.tensors.keys() == wanted.keys()
     for name, values in wanted.items():
@@ -144,54 +70,44 @@ def test_quantized_weights_keep_their_exact_values(source, tmp_path, format, kin
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_plain_checkpoints_become_float16(tmp_path, dtype):
-    write_source(tmp_path / "model", dtype)
-    export_gguf(tmp_path / "model", tmp_path / "model.gguf")
-    read, model = Reader(tmp_path / "model.gguf"), GPTNeoXForCausalLM.from_pretrained(tmp_path / "model")
+    read, model = gguf_of(tmp_path, dtype), GPTNeoXForCausalLM.from_pretrained(tmp_path / "model")
     for name, values in expected(model).items():
         wanted = values if values.ndim == 1 else values.astype(np.float16).astype(np.float32)
         assert np.array_equal(read.decode(name), wanted), name
 
 
 def test_tied_heads_and_missing_biases_are_written_out(tmp_path):
-    write_source(tmp_path / "model", tie_word_embeddings=True, attention_bias=False)
-    export_gguf(tmp_path / "model", tmp_path / "model.gguf")
-    read = Reader(tmp_path / "model.gguf")
+    read = gguf_of(tmp_path, tie_word_embeddings=True, attention_bias=False)
     assert np.array_equal(read.decode("output.weight"), read.decode("token_embd.weight"))
     assert not read.decode("blk.0.attn_qkv.bias").any() and not read.decode("blk.1.attn_output.bias").any()
     assert read.decode("blk.0.ffn_up.bias").any()
 
 
 def test_bfloat16_scales_are_taken_if_float16_holds_them(tmp_path):
-    write_source(tmp_path / "source", torch.bfloat16)
-    convert(tmp_path / "source", tmp_path / "model", group_size=32)
-    export_gguf(tmp_path / "model", tmp_path / "model.gguf")
+    convert(write_source(tmp_path / "source", torch.bfloat16), tmp_path / "model", group_size=32)
+    read, name = exported(tmp_path / "model", tmp_path / "m.gguf"), "blk.0.ffn_up.weight"
     wanted = expected(GPTNeoXForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32))
-    assert np.array_equal(Reader(tmp_path / "model.gguf").decode("blk.0.ffn_up.weight"), wanted["blk.0.ffn_up.weight"])
+    assert np.array_equal(read.decode(name), wanted[name])
 
 
 # -- golden bytes -----------------------------------------------------------------------------------------------------
 
 
-def test_golden_bytes_of_a_q4_0_block():
-    codes = torch.tensor([[*range(-8, 8), *range(7, -9, -1)]], dtype=torch.int8)  # elements 0 to 15 rise, 16 to 31 fall
-    rows = {"weight_packed": pack(codes, 4), "weight_scale": torch.tensor([[-0.5]], dtype=torch.float16)}
-    assert bytes(blocks(GroupInt(4, 32), rows)[0].tolist()).hex() == "00b8" + "f0e1d2c3b4a5968778695a4b3c2d1e0f"
+Q4_CODES = [*range(-8, 8), *range(7, -9, -1)]  # elements 0 to 15 rise, 16 to 31 fall
+Q8_CODES = [-128, -1, 0, 1, 127, *range(27)]
+GOLDEN = {
+    "q4_0": (4, 32, Q4_CODES, [-0.5], "00b8" + "f0e1d2c3b4a5968778695a4b3c2d1e0f"),
+    "q8_0": (8, 32, Q8_CODES, [1.5], "003e" + "80ff00017f" + bytes(range(27)).hex()),
+    # a larger group repeats its scale
+    "q8_0-128": (8, 128, [1] * 256, [1.0, -2.0], 4 * ("003c" + 32 * "01") + 4 * ("00c0" + 32 * "01")),
+}
 
 
-def test_golden_bytes_of_a_q8_0_block():
-    codes = torch.tensor([[-128, -1, 0, 1, 127, *range(27)]], dtype=torch.int8)
-    rows = {"weight_packed": pack(codes, 8), "weight_scale": torch.tensor([[1.5]], dtype=torch.float16)}
-    wanted = "003e" + "80ff00017f" + bytes(range(27)).hex()
-    assert bytes(blocks(GroupInt(8, 32), rows)[0].tolist()).hex() == wanted
-
-
-def test_a_larger_group_repeats_its_scale():
-    rows = {
-        "weight_packed": pack(torch.ones(1, 256, dtype=torch.int8), 8),
-        "weight_scale": torch.tensor([[1.0, -2.0]], dtype=torch.float16),
-    }
-    scales = blocks(GroupInt(8, 128), rows).view(8, 34)[:, :2].tolist()
-    assert scales == [[0, 0x3C]] * 4 + [[0, 0xC0]] * 4
+@pytest.mark.parametrize(("bits", "group_size", "codes", "scales", "hex"), GOLDEN.values(), ids=GOLDEN)
+def test_golden_bytes_of_blocks(bits, group_size, codes, scales, hex):
+    packed, scale = pack(torch.tensor([codes], dtype=torch.int8), bits), torch.tensor([scales], dtype=torch.float16)
+    rows = {"weight_packed": packed, "weight_scale": scale}
+    assert bytes(blocks(GroupInt(bits, group_size), rows).flatten().tolist()).hex() == hex
 
 
 def test_golden_bytes_of_a_whole_file(tmp_path):
@@ -219,8 +135,8 @@ def test_golden_bytes_of_a_whole_file(tmp_path):
 def test_the_gguf_package_reads_the_same_file(int4, tmp_path):
     peer = pytest.importorskip("gguf", reason="the gguf package is not installed (pip install 'neox-lite[peers]')")
     give_tokenizer(int4, tmp_path / "model")
-    export_gguf(tmp_path / "model", tmp_path / "model.gguf", head="q8_0")
-    ours, theirs = Reader(tmp_path / "model.gguf"), peer.GGUFReader(tmp_path / "model.gguf")
+    ours = exported(tmp_path / "model", tmp_path / "m.gguf", head="q8_0")
+    theirs = peer.GGUFReader(tmp_path / "m.gguf")
     contents = {k: f.contents() for k, f in theirs.fields.items() if not k.startswith("GGUF.")}
     assert contents == ours.metadata
     assert [t.name for t in theirs.tensors] == list(ours.tensors)
@@ -235,9 +151,7 @@ def test_the_gguf_package_reads_the_same_file(int4, tmp_path):
 def test_the_architecture_is_told_in_full(tmp_path):
     rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
     changes = {"rotary_pct": 0.5, "rotary_emb_base": 500, "use_parallel_residual": False, "layer_norm_eps": 1e-3}
-    write_source(tmp_path / "model", rope_scaling=rope, **changes)
-    export_gguf(tmp_path / "model", tmp_path / "model.gguf")
-    found = Reader(tmp_path / "model.gguf").metadata
+    found = gguf_of(tmp_path, rope_scaling=rope, **changes).metadata
     assert found.pop("gptneox.attention.layer_norm_epsilon") == pytest.approx(1e-3)  # stored as float32
     assert found == {
         "general.architecture": "gptneox",
@@ -261,30 +175,11 @@ def test_the_architecture_is_told_in_full(tmp_path):
     }
 
 
-def give_tokenizer(source, folder, model=None, split=None, added=("   ",)):
-    """A copy of a model's folder with a small tokenizer of this family's kind."""
-    if source is not None:
-        shutil.copytree(source, folder)
-    tokenizer = Tokenizer(model or models.BPE())
-    tokenizer.pre_tokenizer = split or pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder, tokenizer.normalizer = decoders.ByteLevel(), normalizers.NFC()
-    if model is None:
-        trainer = trainers.BpeTrainer(vocab_size=120, special_tokens=["<|endoftext|>"], show_progress=False)
-        tokenizer.train_from_iterator(["the theory of thick things, then: 3 of them\n"] * 9, trainer)
-    tokenizer.add_tokens([AddedToken(text, normalized=True) for text in added])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return tokenizer
-
-
 def test_the_vocabulary_is_that_of_tokenizer_json(source, tmp_path):
     with pytest.warns(UserWarning, match="does not apply the tokenizer's NFC normalizer"):
         size = give_tokenizer(source, tmp_path / "model").get_vocab_size()
-        export_gguf(tmp_path / "model", tmp_path / "model.gguf")
-    found = {
-        k.removeprefix("tokenizer.ggml."): v
-        for k, v in Reader(tmp_path / "model.gguf").metadata.items()
-        if k.startswith("tokenizer")
-    }
+        metadata = exported(tmp_path / "model", tmp_path / "m.gguf").metadata
+    found = {k.removeprefix("tokenizer.ggml."): v for k, v in metadata.items() if k.startswith("tokenizer")}
     stored = json.loads((tmp_path / "model" / "tokenizer.json").read_text())
     assert (found["model"], found["pre"]) == ("gpt2", "olmo")
     assert len(found["tokens"]) == len(found["token_type"]) == 131
@@ -297,15 +192,11 @@ def test_the_vocabulary_is_that_of_tokenizer_json(source, tmp_path):
 
 
 @pytest.mark.parametrize(("act", "warned"), [("gelu", True), ("gelu_new", False), ("gelu_pytorch_tanh", False)])
-def test_an_activation_that_llama_cpp_lacks_is_announced(tmp_path, act, warned, recwarn):
-    write_source(tmp_path / "model", hidden_act=act)
-    export_gguf(tmp_path / "model", tmp_path / "model.gguf")
-    assert any("exact GELU" in str(w.message) for w in recwarn) == warned
-
-
-def test_a_folder_without_tokenizer_is_announced(source, tmp_path):
-    with pytest.warns(UserWarning, match=r"no tokenizer.json; llama.cpp will have ids but no text"):
-        export_gguf(source, tmp_path / "model.gguf")
+def test_an_activation_that_llama_cpp_lacks_and_a_missing_tokenizer_are_announced(tmp_path, act, warned, recwarn):
+    gguf_of(tmp_path, hidden_act=act)
+    told = [str(w.message) for w in recwarn]
+    assert any("exact GELU" in message for message in told) == warned
+    assert any("no tokenizer.json; llama.cpp will have ids but no text" in message for message in told)
 
 
 # -- the writer -------------------------------------------------------------------------------------------------------
@@ -326,18 +217,14 @@ def test_progress_ends_at_its_total(int4, tmp_path):
     assert report.bytes_in == sum(p.nbytes for p in GPTNeoXForCausalLM.from_pretrained(int4).state_dict().values())
 
 
-def test_nothing_is_ever_replaced(source, tmp_path):
+def test_nothing_is_ever_replaced_and_a_full_disk_is_found_before_anything_is_written(source, tmp_path, monkeypatch):
     (tmp_path / "m.gguf").write_text("mine")
     for taken in (tmp_path / "m.gguf", tmp_path):
-        with pytest.raises(CheckpointError, match="exists already; delete it or choose another name"):
-            export_gguf(source, taken)
+        refused(CheckpointError, "exists already; delete it or choose another name", export_gguf, source, taken)
     assert (tmp_path / "m.gguf").read_text() == "mine"
-
-
-def test_a_full_disk_is_found_before_anything_is_written(source, tmp_path, monkeypatch):
     monkeypatch.setattr(gguf_file, "free_bytes", lambda path: 1000)
-    with pytest.raises(CheckpointError, match=r"needs [0-9]+ bytes, 1000 are free; choose another folder"):
-        export_gguf(source, tmp_path / "new" / "m.gguf")
+    words = r"needs [0-9]+ bytes, 1000 are free; choose another folder"
+    refused(CheckpointError, words, export_gguf, source, tmp_path / "new" / "m.gguf")
     assert not (tmp_path / "new").exists()
 
 
@@ -350,76 +237,57 @@ def test_an_interrupted_export_leaves_nothing(source, tmp_path):
     assert list((tmp_path / "new").iterdir()) == []
 
 
-def test_data_of_another_size_than_announced_is_refused(tmp_path):
-    tensor = GgufTensor("t", F32, (3,), lambda: [torch.ones(2).view(torch.uint8)])
-    with pytest.raises(ShapeError, match="t: 8 bytes, expected 12"):
-        write_gguf(tmp_path / "m.gguf", {}, [tensor])
-    with pytest.raises(ShapeError, match="rows of 48 weights, expected a multiple of 32"):
-        write_gguf(tmp_path / "m.gguf", {}, [GgufTensor("t", Q8_0, (2, 48), list)])
+BAD_TENSORS = {
+    "t: 8 bytes, expected 12": GgufTensor("t", F32, (3,), lambda: [torch.ones(2).view(torch.uint8)]),
+    "rows of 48 weights, expected a multiple of 32": GgufTensor("t", Q8_0, (2, 48), list),
+}
+
+
+def test_data_and_metadata_that_a_file_cannot_hold_are_refused_by_name(tmp_path):
+    for words, tensor in BAD_TENSORS.items():
+        refused(ShapeError, words, write_gguf, tmp_path / "m.gguf", {}, [tensor])
+    for value in (1 << 32, -1, 1e300, "\ud800", ["a", "\udfff"], [1 << 31]):
+        words = r"some\.key: .* cannot be written to a GGUF file"
+        refused(FormatError, words, write_gguf, tmp_path / "m.gguf", {"some.key": value}, [])
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("value", [1 << 32, -1, 1e300, "\ud800", ["a", "\udfff"], [1 << 31]])
-def test_metadata_that_a_file_cannot_hold_is_refused_by_name(tmp_path, value):
-    with pytest.raises(FormatError, match=r"some\.key: .* cannot be written to a GGUF file"):
-        write_gguf(tmp_path / "m.gguf", {"some.key": value}, [])
-
-
-# -- refusals ---------------------------------------------------------------------------------------------------------
-
-
-def test_scales_that_float16_cannot_hold_are_refused(tmp_path):
+def test_numbers_that_float16_cannot_hold_are_refused(tmp_path):
     write_source(tmp_path / "source", torch.bfloat16, initializer_range=1e-4)  # int8 scales near 1e-6
     convert(tmp_path / "source", tmp_path / "model", format="int8", group_size=32)
-    message = r"layers.0.attention.query_key_value.weight_packed, rows 0 to 31: a scale of .* is not a float16 number"
-    with pytest.raises(FormatError, match=message):
-        export_gguf(tmp_path / "model", tmp_path / "m.gguf")
-    assert not (tmp_path / "m.gguf").exists()
-
-
-def test_values_that_overflow_float16_are_refused(tmp_path):
+    words = r"layers.0.attention.query_key_value.weight_packed, rows 0 to 31: a scale of .* is not a float16 number"
+    export_is_refused(FormatError, words, tmp_path / "model")
     model = GPTNeoXForCausalLM.from_pretrained(write_source(tmp_path / "source", torch.float32))
     model.gpt_neox.embed_in.weight[5, 5] = 1e6
-    model.save_pretrained(tmp_path / "model")
-    with pytest.raises(FormatError, match=r"embed_in.weight, rows 0 to 130: .*not finite as float16"):
-        export_gguf(tmp_path / "model", tmp_path / "m.gguf")
+    model.save_pretrained(tmp_path / "large")
+    export_is_refused(FormatError, r"embed_in.weight, rows 0 to 130: .*not finite as float16", tmp_path / "large")
 
 
-LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 = {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"rope_type": "yarn", "factor": 2.0}
+ROPES = {
+    "rope_type 'llama3': llama.cpp's gptneox cannot compute it": LLAMA3,
+    "rope_type 'yarn' with beta_fast: llama.cpp": {**YARN, "beta_fast": 16},
+    "with attention_factor, mscale": {**YARN, "attention_factor": 1.0, "mscale": 1.0},
+}
 
 
-@pytest.mark.parametrize(
-    ("rope", "message"),
-    [
-        ({"rope_type": "llama3", "factor": 2.0, **LLAMA3}, "rope_type 'llama3': llama.cpp's gptneox cannot compute it"),
-        ({**YARN, "beta_fast": 16}, "rope_type 'yarn' with beta_fast: llama.cpp"),
-        ({**YARN, "attention_factor": 1.0, "mscale": 1.0}, "with attention_factor, mscale"),
-    ],
-)
-def test_rotary_forms_that_llama_cpp_lacks_are_refused(tmp_path, rope, message):
-    write_source(tmp_path / "model", rope_scaling=rope)
-    with pytest.raises(FormatError, match=message):
-        export_gguf(tmp_path / "model", tmp_path / "m.gguf")
+@pytest.mark.parametrize("words", ROPES)
+def test_rotary_forms_that_llama_cpp_lacks_are_refused(tmp_path, words):
+    export_is_refused(FormatError, words, write_source(tmp_path / "model", rope_scaling=ROPES[words]))
 
 
-def test_tokenizers_of_another_kind_are_refused(source, tmp_path):
-    give_tokenizer(source, tmp_path / "model", model=models.Unigram([("a", 0.0)]), split=pre_tokenizers.Metaspace())
-    with pytest.raises(FormatError, match=r"a Unigram model after Metaspace splitting.*needs byte-level BPE"):
-        export_gguf(tmp_path / "model", tmp_path / "m.gguf")
-    give_tokenizer(None, tmp_path / "model", added=[f"word{i}" for i in range(131)])
-    with pytest.raises(TokenizerError, match=r"has id [0-9]+, but the model has 131 ids"):
-        export_gguf(tmp_path / "model", tmp_path / "m.gguf")
-
-
-def test_what_is_no_language_model_or_has_no_small_head_is_refused(source, int4, tmp_path):
-    with pytest.raises(ArgumentError, match=r"has no neox_lite_head.safetensors; head='q8_0' is for"):
-        export_gguf(source, tmp_path / "m.gguf", head="q8_0")
-    with pytest.raises(ArgumentError, match="head is 'q4_0', expected 'f16' or 'q8_0'"):
-        export_gguf(int4, tmp_path / "m.gguf", head="q4_0")
-    write_source(tmp_path / "classifier", cls=GPTNeoXForSequenceClassification)
-    with pytest.raises(ArgumentError, match=r"is a GPTNeoXForSequenceClassification; llama.cpp"):
-        export_gguf(tmp_path / "classifier", tmp_path / "m.gguf")
+def test_tokenizers_classes_and_heads_that_a_file_cannot_hold_are_refused(source, int4, tmp_path):
+    folder = tmp_path / "model"
+    give_tokenizer(source, folder, model=models.Unigram([("a", 0.0)]), split=pre_tokenizers.Metaspace())
+    export_is_refused(FormatError, r"a Unigram model after Metaspace splitting.*needs byte-level BPE", folder)
+    give_tokenizer(None, folder, added=[f"word{i}" for i in range(131)])
+    export_is_refused(TokenizerError, r"has id [0-9]+, but the model has 131 ids", folder)
+    no_head = "has no neox_lite_head.safetensors; head='q8_0' is for"
+    export_is_refused(ArgumentError, no_head, source, head="q8_0")
+    export_is_refused(ArgumentError, "head is 'q4_0', expected 'f16' or 'q8_0'", int4, head="q4_0")
+    classifier = write_source(tmp_path / "classifier", cls=GPTNeoXForSequenceClassification)
+    export_is_refused(ArgumentError, r"is a GPTNeoXForSequenceClassification; llama.cpp", classifier)
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
@@ -473,27 +341,18 @@ def llama_logits(llama, path, repack):
         llama.llama_model_free(model)
 
 
-VARIANTS = {
-    "parallel": {},
-    "sequential-rotary100": {"use_parallel_residual": False, "rotary_pct": 1.0},
-    "tied-no-attention-bias": {"tie_word_embeddings": True, "attention_bias": False},
-    "rotary-base-500": {"rotary_emb_base": 500.0, "rotary_pct": 0.5},
-    "rope-linear": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
-    "rope-yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16}},
-}
+def reference_logits(folder, **options):
+    model = GPTNeoXForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+    model.ops = reference
+    return model(torch.tensor([IDS])).logits[0].numpy()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_llama_cpp_computes_the_same_logits_from_a_plain_checkpoint(llama_cpp, tmp_path, variant):
-    write_source(tmp_path / "model", **VARIANTS[variant])
-    export_gguf(tmp_path / "model", tmp_path / "m.gguf")
-    model = GPTNeoXForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
-    model.ops = reference
-    wanted = model(torch.tensor([IDS])).logits[0].numpy()
-    found = llama_logits(llama_cpp, tmp_path / "m.gguf", repack=True)
-    assert (
-        np.abs(found - wanted).max() < 0.006 * wanted.std()
-    )  # llama.cpp rounds inputs of a product to float16: 0.0027
+    gguf_of(tmp_path, **VARIANTS[variant])
+    wanted, found = reference_logits(tmp_path / "model"), llama_logits(llama_cpp, tmp_path / "m.gguf", repack=True)
+    # llama.cpp rounds inputs of a product to float16: 0.0027
+    assert np.abs(found - wanted).max() < 0.006 * wanted.std()
 
 
 @pytest.mark.parametrize("repack", [True, False], ids=["repacked", "as-stored"])
@@ -505,10 +364,7 @@ def test_llama_cpp_computes_the_same_logits_from_a_quantized_folder(
 ):
     convert(source, tmp_path / "model", format=format, group_size=group_size)
     export_gguf(tmp_path / "model", tmp_path / "m.gguf", head=head)
-    small = {"f16": "fp16", "q8_0": "int8"}[head]
-    model = GPTNeoXForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32, head=small)
-    model.ops = reference
-    wanted = model(torch.tensor([IDS])).logits[0].numpy()
+    wanted = reference_logits(tmp_path / "model", head={"f16": "fp16", "q8_0": "int8"}[head])
     error = llama_logits(llama_cpp, tmp_path / "m.gguf", repack) - wanted
     # Its products round each 32 inputs to int8: half a step of max/127 is 0.5 % of the rms, and a layer has four of them.
     assert np.sqrt((error**2).mean()) < 0.02 * wanted.std() and np.abs(error).max() < 0.1 * wanted.std()
@@ -533,3 +389,20 @@ def test_llama_cpp_opens_a_file_without_texts(llama_cpp, source, tmp_path):
     peer = llama_cpp.Llama(str(tmp_path / "m.gguf"), n_ctx=64, n_threads=1, verbose=False)
     peer.eval(IDS)
     assert peer.n_tokens == len(IDS) and peer.n_vocab() == 131
+
+
+def test_llama_cpp_chooses_our_greedy_tokens(llama_cpp, tmp_path):
+    """A bounded form of benchmarks/peers/llama_cpp_tokens.py, on the bundled model."""
+    from benchmarks.peers import llama_cpp_tokens as script
+
+    prompts = script.demo_prompts(4)
+    convert(script.DEMO, tmp_path / "int4", format="int4", group_size=32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # llama.cpp's GELU is another
+        plain, int4 = (script.compare(folder, tmp_path, prompts, 24) for folder in (script.DEMO, tmp_path / "int4"))
+    assert plain["logits_identical_after_round_trip"] and int4["logits_identical_after_round_trip"]
+    assert plain["ways"]["float32 activations, llama.cpp's GELU"]["equal_before_parting"] == 4 * 24
+    for found in (*plain["ways"].values(), *int4["ways"].values()):
+        assert found["same_choice"] >= 0.95 * 4 * 24
+        # near ties: llama.cpp rounds activations to 8 bits
+        assert all(p["our_margin"] < 0.1 for p in found["partings"])

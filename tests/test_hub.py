@@ -16,6 +16,7 @@ from huggingface_hub import constants
 from safetensors.torch import save
 from support.commands import environment
 from support.fake_hub import FakeHub
+from support.refusals import refused
 
 from neox_lite import hub as client
 from neox_lite.checkpoint.reader import Checkpoint
@@ -35,19 +36,14 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setattr(client, "_announced", set())
     with FakeHub() as server:
         server.stand_in(monkeypatch, tmp_path)
+        server.add("o/m", SHARDED)
+        server.add("o/single", SINGLE)
         yield server
 
 
-def refused(call, *arguments, error=HubError):
+def said(call, *arguments, error=HubError):
     """The one line that a call is refused with."""
-    with pytest.raises(error) as raised:
-        call(*arguments)
-    assert "\n" not in str(raised.value)
-    return str(raised.value)
-
-
-def fetched_by(hub):
-    return [request.path for request in hub.requests if "/resolve/" in request.path]
+    return refused(error, None, call, *arguments)
 
 
 # -- what is fetched ---------------------------------------------------------------------------------------------------
@@ -61,16 +57,12 @@ def test_one_set_of_weights_is_fetched_where_the_hub_has_two(hub):
     assert (folder / "model-00002-of-00002.safetensors").read_bytes() == SHARDS["model-00002-of-00002.safetensors"]
 
 
+BIN_INDEX = {"a.bin": b"a", "pytorch_model.bin.index.json": b'{"weight_map": {"x": "a.bin"}}'}
+
+
 @pytest.mark.parametrize(
     ("files", "weights"),
-    [
-        ({**BIN, "model.safetensors": b"s"}, ["model.safetensors"]),
-        (BIN, ["pytorch_model.bin"]),
-        (
-            {"a.bin": b"a", "pytorch_model.bin.index.json": b'{"weight_map": {"x": "a.bin"}}'},
-            ["a.bin", "pytorch_model.bin.index.json"],
-        ),
-    ],
+    [({**BIN, "model.safetensors": b"s"}, ["model.safetensors"]), (BIN, [*BIN]), (BIN_INDEX, [*BIN_INDEX])],
     ids=["both-single", "bin", "bin-sharded"],
 )
 def test_the_best_set_that_exists_is_chosen(hub, files, weights):
@@ -89,26 +81,21 @@ def test_a_fetched_folder_opens_as_a_checkpoint(hub):
 
 
 def test_only_the_named_files_are_fetched(hub):
-    hub.add("o/m", SHARDED)
     folder = fetch_files("o/m", ["tokenizer.json", "vocab.json"])
     assert [path.name for path in folder.iterdir()] == ["tokenizer.json"] == hub.fetched()
-    assert "none of vocab.json" in refused(fetch_files, "o/m", ["vocab.json"])
+    assert "none of vocab.json" in said(fetch_files, "o/m", ["vocab.json"])
 
 
-def test_a_revision_is_honoured_and_everything_comes_from_its_commit(hub):
-    old = hub.add("o/m", SINGLE, branch="v1")
-    new = hub.add("o/m", {**SINGLE, "model.safetensors": b"n" * 500})
-    folder = resolve("o/m", "v1")
+def test_a_revision_is_honoured_and_everything_comes_from_its_commit_once(hub):
+    old = hub.add("o/n", SINGLE, branch="v1")
+    new = hub.add("o/n", {**SINGLE, "model.safetensors": b"n" * 500})
+    folder = resolve("o/n", "v1")
     assert folder.name == old and (folder / "model.safetensors").read_bytes() == SINGLE["model.safetensors"]
-    assert fetched_by(hub) and all(f"/resolve/{old}/" in path for path in fetched_by(hub))
-    assert resolve("o/m", new).name == resolve("o/m").name == new
-
-
-def test_what_is_cached_is_not_fetched_again(hub):
-    hub.add("o/m", SHARDED)
-    first = resolve("o/m")
+    downloads = [request.path for request in hub.requests if "/resolve/" in request.path]
+    assert downloads and all(f"/resolve/{old}/" in path for path in downloads)
+    assert resolve("o/n", new).name == resolve("o/n").name == new
     hub.requests.clear()
-    assert resolve("o/m") == first and fetched_by(hub) == []
+    assert resolve("o/n").name == new and not any("/resolve/" in request.path for request in hub.requests)
 
 
 def test_a_cut_download_resumes_with_a_range(hub, monkeypatch):
@@ -128,18 +115,14 @@ def test_a_cut_download_resumes_with_a_range(hub, monkeypatch):
     assert sum(r.sent_bytes for r in hub.gets("model.safetensors")) < 2 * len(data)
 
 
-def test_a_killed_download_resumes_in_the_next_run(hub, monkeypatch, tmp_path):
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1 << 16)
+def test_a_killed_download_resumes_in_the_next_run(hub, tmp_path):
     data = random.Random(1).randbytes(100 << 16)
     hub.add("o/m", {**SMALL, "model.safetensors": data})
     hub.delay_s = 0.02
-    code = (
-        "from huggingface_hub import constants as c; c.DOWNLOAD_CHUNK_SIZE = 1 << 16; from neox_lite.hub import resolve"
-    )
+    code = "from huggingface_hub import constants as c; c.DOWNLOAD_CHUNK_SIZE = 1 << 16; import neox_lite.hub as hub"
     own = environment(HF_ENDPOINT=hub.url, HF_HUB_CACHE=tmp_path / "hub", HF_HUB_DISABLE_XET="1", HF_HUB_OFFLINE="0")
-    with subprocess.Popen(
-        [sys.executable, "-c", f"{code}; resolve('o/m')"], env=own, stderr=subprocess.PIPE
-    ) as process:
+    command = [sys.executable, "-c", f"{code}; hub.resolve('o/m')"]
+    with subprocess.Popen(command, env=own, stderr=subprocess.PIPE) as process:
         while not any(path.stat().st_size >= 10 << 16 for path in tmp_path.rglob("*.incomplete")):
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.01)
@@ -151,7 +134,6 @@ def test_a_killed_download_resumes_in_the_next_run(hub, monkeypatch, tmp_path):
 
 
 def test_progress_is_seen_on_stderr_and_only_there(hub, capsys):
-    hub.add("o/m", SHARDED)
     huggingface_hub.utils.enable_progress_bars()
     try:
         resolve("o/m")
@@ -179,82 +161,73 @@ def leave(request, hub, monkeypatch):
     return away
 
 
-def test_without_the_hub_a_complete_cache_serves(hub, leave, caplog):
-    commit = hub.add("o/m", SHARDED)
-    resolve("o/m")
-    named = leave()
-    assert resolve("o/m").name == resolve("o/m").name == commit
+def test_without_the_hub_a_complete_cache_serves_and_an_incomplete_one_is_an_error(hub, leave, caplog):
+    folder = resolve("o/m")
+    named, commit = leave(), folder.name
+    assert resolve("o/m").name == resolve("o/m").name == commit == hub.branches["o/m"]["main"]
     announced = 0 if named == "HF_HUB_OFFLINE" else 1  # who sets it knows
     assert caplog.text.count(f"using the cached copy of commit {commit[:12]}") == announced
     assert fetch_files("o/m", ["tokenizer.json"]).name == commit
-
-
-def test_without_the_hub_an_incomplete_cache_is_an_error(hub, leave):
-    hub.add("o/m", SHARDED)
-    folder = resolve("o/m")
-    named = leave()
     (folder / "model-00002-of-00002.safetensors").unlink()
-    message = refused(resolve, "o/m")
+    message = said(resolve, "o/m")
     assert "the cache does not have all of it" in message and "missing: model-00002-of-00002.safetensors" in message
-    never = refused(resolve, "o/other")
+    never = said(resolve, "o/other")
     assert "it is not in the cache" in never and named in never
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("status", "code", "words"),
-    [
-        (401, "GatedRepo", "gated; accept its terms"),
-        (403, "GatedRepo", "gated; accept its terms"),
-        (401, "RepoNotFound", "or private; check the name"),
-        (401, "", "HF_TOKEN"),
-        (403, "", "refuses access (403)"),
-        (429, "", "answers 429"),
-    ],
-)
-def test_a_refusal_says_what_to_do_and_shows_no_token(hub, monkeypatch, capsys, status, code, words):
+REFUSALS = [
+    (401, "GatedRepo", "gated; accept its terms"),
+    (403, "GatedRepo", "gated; accept its terms"),
+    (401, "RepoNotFound", "or private; check the name"),
+    (401, "", "HF_TOKEN"),
+    (403, "", "refuses access (403)"),
+    (429, "", "answers 429"),
+]
+
+
+@pytest.mark.parametrize(("status", "code", "words"), REFUSALS)
+def test_a_refusal_says_what_to_do_and_shows_no_token_and_no_password(hub, monkeypatch, capsys, status, code, words):
     monkeypatch.setenv("HF_TOKEN", "hf_secretsecret")
-    hub.refuse = {"o/m": (status, code)}
-    message = refused(resolve, "o/m")
-    assert message.startswith("o/m") and words in message and "hf_secret" not in message + capsys.readouterr().err
-
-
-def test_a_password_in_the_endpoint_is_not_shown(hub, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", hub.url.replace("//", "//user:sesame@"))
-    message = refused(resolve, "o/none")
+    hub.refuse = {"o/m": (status, code)}
+    message = said(resolve, "o/m")
+    assert message.startswith("o/m") and words in message
+    assert not re.search("hf_secret|sesame", message + capsys.readouterr().err)
+    message = said(resolve, "o/none")
     assert hub.url in message and "sesame" not in message
 
 
-@pytest.mark.parametrize(
-    ("asked", "words"),
-    [
-        (["o/none"], "not on"),
-        (["o/m", "v9"], "has no revision 'v9'"),
-        (["o/m", "../../x"], "not a branch, tag or commit"),
-        (["o/bare"], "has no config.json"),
-        (["o/tf"], "has no weights"),
-        (["o/part"], "missing: model-00002-of-00002.safetensors"),
-        (["justaname"], "OWNER/NAME"),
-        (["o/m--x"], "OWNER/NAME"),
-        (["o/.."], "OWNER/NAME"),
-    ],
-)
+MISSING = [
+    (["o/none"], "not on"),
+    (["o/m", "v9"], "has no revision 'v9'"),
+    (["o/m", "../../x"], "not a branch, tag or commit"),
+    (["o/bare"], "has no config.json"),
+    (["o/tf"], "has no weights"),
+    (["o/part"], "missing: model-00002-of-00002.safetensors"),
+    (["justaname"], "OWNER/NAME"),
+    (["o/m--x"], "OWNER/NAME"),
+    (["o/.."], "OWNER/NAME"),
+]
+
+
+@pytest.mark.parametrize(("asked", "words"), MISSING)
 def test_what_the_hub_does_not_have_is_said(hub, asked, words):
-    hub.add("o/m", SINGLE)
     hub.add("o/bare", BIN)
     hub.add("o/tf", {**SMALL, "tf_model.h5": b"x"})
     hub.add("o/part", {name: data for name, data in SHARDED.items() if "00002-of" not in name})
-    assert words in refused(resolve, *asked)
+    assert words in said(resolve, *asked)
     assert set(hub.fetched()) <= {"model.safetensors.index.json"}
 
 
-@pytest.mark.parametrize(
-    "name", ["./x", "../x", "/x/y", "x\\y", "a/b/c", "~/x", "~nobody-here/x", "C:x", "a/", "", "a\0b", "/" + "x" * 5000]
-)
+PATHS = ["./x", "../x", "/x/y", "x\\y", "a/b/c", "~/x", "~nobody-here/x", "C:x", "a/", "", "a\0b", "/" + "x" * 5000]
+
+
+@pytest.mark.parametrize("name", PATHS)
 def test_what_looks_like_a_path_never_goes_to_the_hub(hub, name):
-    assert "no such folder" in refused(resolve, name, error=CheckpointError) and hub.requests == []
+    assert "no such folder" in said(resolve, name, error=CheckpointError) and hub.requests == []
 
 
 def test_a_folder_is_used_as_it_is_and_has_no_revision(hub, tmp_path):
@@ -262,8 +235,8 @@ def test_a_folder_is_used_as_it_is_and_has_no_revision(hub, tmp_path):
     folder.mkdir()
     (folder / "file").touch()
     assert resolve(str(folder)) == folder
-    assert "leave it out" in refused(resolve, str(folder), "v1", error=CheckpointError)
-    assert "is a file" in refused(resolve, str(folder / "file"), error=CheckpointError)
+    assert "leave it out" in said(resolve, str(folder), "v1", error=CheckpointError)
+    assert "is a file" in said(resolve, str(folder / "file"), error=CheckpointError)
     assert hub.requests == []
 
 
@@ -273,35 +246,32 @@ def test_a_hostile_index_on_the_hub_fetches_nothing(hub):
     indices += ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {}}', "[" * 100_000, "\xff"]
     for i, index in enumerate(indices):
         hub.add(f"o/m{i}", {**SHARDED, "x.bin": b"x", "model.safetensors.index.json": index.encode("latin-1")})
-        assert "model.safetensors.index.json" in refused(resolve, f"o/m{i}", error=(HubError, CheckpointError))
+        assert "model.safetensors.index.json" in said(resolve, f"o/m{i}", error=(HubError, CheckpointError))
     assert hub.fetched() == ["model.safetensors.index.json"]
 
 
 def test_a_full_disk_is_said_before_the_download(hub, monkeypatch):
-    hub.add("o/m", SINGLE)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=10))
-    assert re.search(r"needs 10\d\d bytes, 10 are free in the hub cache", refused(resolve, "o/m"))
+    assert re.search(r"needs 10\d\d bytes, 10 are free in the hub cache", said(resolve, "o/single"))
     assert hub.fetched() == []
 
 
-@pytest.mark.parametrize(
-    ("failure", "words"),
-    [
-        (OSError(28, "No space left on device"), "disk of the hub cache is full"),
-        (RuntimeError("CAS: http://x/y?Signature=sesame\nmore"), "CAS: http://x/y?...; run again"),
-        (OSError(13, "Permission denied"), "cannot be written: Permission denied"),
-        (TimeoutError(), "no connection to"),
-        (OSError("Consistency check failed: 3 of 4"), "cut short"),
-    ],
-    ids=["full", "signed", "permission", "timeout", "short"],
-)
-def test_any_failure_of_a_download_is_one_line_without_signed_addresses(hub, monkeypatch, failure, words):
-    def fail(*arguments, **options):
-        raise failure
+FAILURES = {
+    "disk of the hub cache is full": OSError(28, "No space left on device"),
+    "CAS: http://x/y?...; run again": RuntimeError("CAS: http://x/y?Signature=sesame\nmore"),
+    "cannot be written: Permission denied": OSError(13, "Permission denied"),
+    "no connection to": TimeoutError(),
+    "cut short": OSError("Consistency check failed: 3 of 4"),
+}
 
-    hub.add("o/m", SINGLE)
+
+@pytest.mark.parametrize("words", FAILURES)
+def test_any_failure_of_a_download_is_one_line_without_signed_addresses(hub, monkeypatch, words):
+    def fail(*arguments, **options):
+        raise FAILURES[words]
+
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    message = refused(resolve, "o/m")
+    message = said(resolve, "o/m")
     assert words in message and "sesame" not in message
 
 
@@ -311,21 +281,17 @@ def test_any_failure_of_a_download_is_one_line_without_signed_addresses(hub, mon
 @pytest.mark.parametrize(("token", "sent"), [("hf_given", "hf_given"), (None, "hf_of-the-environment"), (False, None)])
 def test_a_given_token_goes_before_that_of_the_environment(hub, monkeypatch, token, sent):
     monkeypatch.setenv("HF_TOKEN", "hf_of-the-environment")
-    hub.add("o/m", SINGLE)
-    fetch_checkpoint("o/m", None, Access(token=token))
-    assert {request.token for request in hub.requests if "o/m" in request.path} == {sent}
+    fetch_checkpoint("o/single", None, Access(token=token))
+    assert {request.token for request in hub.requests if "o/single" in request.path} == {sent}
     assert len(hub.gets("model.safetensors")) > 0
 
 
 def test_a_given_folder_is_the_cache_of_that_call_alone(hub, tmp_path):
-    hub.add("o/m", SINGLE)
     there = tmp_path / "there"
     folder = fetch_checkpoint("o/m", None, Access(there))
     assert folder.is_relative_to(there) and not (tmp_path / "hub" / "models--o--m").exists()
     asked = len(hub.requests)
     assert fetch_checkpoint("o/m", None, Access(there, local_files_only=True)) == folder
-    message = refused(fetch_checkpoint, "o/m", None, Access(local_files_only=True))
-    assert (
-        message == f"o/m: local_files_only is set, so {hub.url} is not contacted; leave it out; it is not in the cache"
-    )
+    told = f"o/m: local_files_only is set, so {hub.url} is not contacted; leave it out; it is not in the cache"
+    assert said(fetch_checkpoint, "o/m", None, Access(local_files_only=True)) == told
     assert len(hub.requests) == asked

@@ -1,10 +1,10 @@
 """EleutherAI's layer files: merged as they were split, by rows, columns, sums and averages; refusals; hostile pickles."""
 
-import os
-
 import pytest
 import torch
+from support.faults import Bomb
 from support.peers import difference, peer, random_ids
+from support.refusals import refused
 
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
 from neox_lite.checkpoint.reader import Checkpoint
@@ -20,12 +20,9 @@ SHAPE = {
     "num_hidden_layers": 3,
 }
 BLOCK = {
-    "input_layernorm": "mean",
-    "post_attention_layernorm": "mean",
-    "attention.query_key_value": "rows",
-    "attention.dense": "columns",
-    "mlp.dense_h_to_4h": "rows",
-    "mlp.dense_4h_to_h": "columns",
+    **dict.fromkeys(["input_layernorm", "post_attention_layernorm"], "mean"),
+    **dict.fromkeys(["attention.query_key_value", "mlp.dense_h_to_4h"], "rows"),
+    **dict.fromkeys(["attention.dense", "mlp.dense_4h_to_h"], "columns"),
 }
 
 
@@ -38,6 +35,10 @@ def split(values, how, parts):
     shares = [values * (i + 1) / parts for i in range(parts)]  # a norm's gains drift apart; biases are summed
     total = torch.stack([s.float() for s in shares]).sum(0)
     return shares, (total / parts if how == "mean" else total).to(values.dtype)
+
+
+def layer_file(number, part):
+    return f"layer_{number:02}-model_{part:02}-model_states.pt"
 
 
 def write_layers(folder, parts, dtype=torch.float32):
@@ -60,14 +61,20 @@ def write_layers(folder, parts, dtype=torch.float32):
     last = SHAPE["num_hidden_layers"] + 4
     put(last - 1, "norm.weight", "mean", "gpt_neox.final_layer_norm.weight")
     put(last - 1, "norm.bias", "mean", "gpt_neox.final_layer_norm.bias")
-    head = "lm_head.weight" if "lm_head.weight" in state else "embed_out.weight"
-    put(last, "final_linear.weight", "rows", head)
+    put(last, "final_linear.weight", "rows", "lm_head.weight" if "lm_head.weight" in state else "embed_out.weight")
     folder.mkdir()
     for (number, part), tensors in files.items():
-        torch.save(tensors, folder / f"layer_{number:02}-model_{part:02}-model_states.pt")
+        torch.save(tensors, folder / layer_file(number, part))
     model.load_state_dict(state)
     GPTNeoXConfig(**model.config.to_dict()).save_pretrained(folder)
     return model
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A model in two parts, to be damaged."""
+    write_layers(tmp_path / "model", 2)
+    return tmp_path / "model"
 
 
 @pytest.fixture(scope="module", params=[1, 2, 4])
@@ -95,19 +102,12 @@ def test_it_is_quantized_as_the_same_weights_in_one_file_are(native, tmp_path):
 
 
 def test_rows_across_parts_are_those_of_the_whole(native):
-    folder, _ = native
-    with Checkpoint.open(folder) as checkpoint:
+    with Checkpoint.open(native[0]) as checkpoint:
         for name in checkpoint.names():
-            whole = checkpoint.tensor(name)
+            whole, count = checkpoint.tensor(name), checkpoint.info(name).shape[0]
             assert tuple(whole.shape) == checkpoint.info(name).shape
-            count = len(whole)
-            for start, stop in (
-                (0, count),
-                (count // 3, count - 1),
-                (count // 2, count // 2 + 1),
-                (5, 5),
-                (count, count),
-            ):
+            middle = (count // 3, count - 1), (count // 2, count // 2 + 1)
+            for start, stop in ((0, count), *middle, (5, 5), (count, count)):
                 assert torch.equal(checkpoint.rows(name, start, stop), whole[start:stop]), name
 
 
@@ -119,80 +119,57 @@ def test_half_precision_sums_and_averages_are_rounded_once(tmp_path):
         assert torch.equal(checkpoint.tensor(bias), model.state_dict()[bias])
 
 
-def test_missing_layers_and_parts_are_refused_by_name(tmp_path):
-    write_layers(tmp_path / "model", 2)
-    for name in ("layer_03-model_01-model_states.pt", "layer_06-model_00-model_states.pt"):
-        kept = (tmp_path / "model" / name).rename(tmp_path / name)
-        with pytest.raises(CheckpointError, match=rf"missing: {name}"):
-            Checkpoint.open(tmp_path / "model")
-        kept.rename(tmp_path / "model" / name)
-    torch.save({}, tmp_path / "model" / "layer_01-model_00-model_states.pt")
-    with pytest.raises(CheckpointError, match="13 layer files, expected 12; missing: none"):
-        Checkpoint.open(tmp_path / "model")
+def opening_is_refused(folder, words):
+    refused(CheckpointError, words, Checkpoint.open, folder)
 
 
-def test_tensors_of_another_kind_are_refused_by_name(tmp_path):
-    write_layers(tmp_path / "model", 2)
-    path = tmp_path / "model" / "layer_02-model_01-model_states.pt"
-    stored = torch.load(path, weights_only=True)
-    torch.save({**stored, "attention.dense.weight": torch.ones(63, 32)}, path)
-    with pytest.raises(
-        CheckpointError, match=r"attention.dense.weight is .*, torch.float32 \[63, 32\] in another part"
-    ):
-        Checkpoint.open(tmp_path / "model")
-    torch.save({k: v for k, v in stored.items() if k != "attention.dense.bias"}, path)
-    with pytest.raises(CheckpointError, match=r"attention.dense.bias is .*, missing in another part"):
-        Checkpoint.open(tmp_path / "model")
-    torch.save(stored, path)
-    path = tmp_path / "model" / "layer_02-model_00-model_states.pt"
-    torch.save({**stored, "mlp.gate.weight": torch.ones(2)}, path)
-    with pytest.raises(CheckpointError, match=r"mlp.gate.weight is not part of GPT-NeoX's layer 02"):
-        Checkpoint.open(tmp_path / "model")
-
-
-def test_numbers_out_of_all_proportion_are_refused_at_once(tmp_path):
+def test_missing_layers_and_parts_are_refused_by_name(folder, tmp_path):
+    for name in (layer_file(3, 1), layer_file(6, 0)):
+        kept = (folder / name).rename(tmp_path / name)
+        opening_is_refused(folder, rf"missing: {name}")
+        kept.rename(folder / name)
+    torch.save({}, folder / layer_file(1, 0))
+    opening_is_refused(folder, "13 layer files, expected 12; missing: none")
     torch.save({}, tmp_path / "layer_9999-model_9999-model_states.pt")
-    with pytest.raises(CheckpointError, match=r"1 layer files, expected 99980000; missing: layer_00-model_00"):
-        Checkpoint.open(tmp_path)
+    opening_is_refused(tmp_path, r"1 layer files, expected 99980000; missing: layer_00-model_00")
 
 
-def test_a_tensor_of_other_dimensions_is_refused_by_name(tmp_path):
-    write_layers(tmp_path / "model", 1)
-    for wrong in (torch.tensor(1.0), torch.ones(64), torch.ones(2, 2, 2)):
-        torch.save({"final_linear.weight": wrong}, tmp_path / "model" / "layer_07-model_00-model_states.pt")
-        with pytest.raises(CheckpointError, match=r"final_linear.weight is .*, expected 2 dimensions"):
-            Checkpoint.open(tmp_path / "model")
+FINAL, NOT_2D = "final_linear.weight", r"final_linear.weight is .*, expected 2 dimensions"
+# layer, parts, a tensor in the place of the stored one (None: without), words of the message
+DAMAGES = [
+    (2, [1], "attention.dense.weight", torch.ones(63, 32), r"is .*, torch.float32 \[63, 32\] in another part"),
+    (2, [1], "attention.dense.bias", None, r"attention.dense.bias is .*, missing in another part"),
+    (2, [0], "mlp.gate.weight", torch.ones(2), r"mlp.gate.weight is not part of GPT-NeoX's layer 02"),
+    *((7, [0, 1], FINAL, wrong, NOT_2D) for wrong in (torch.tensor(1.0), torch.ones(64), torch.ones(2, 2, 2))),
+]
 
 
-class Payload:
-    def __init__(self, path):
-        self.path = path
+@pytest.mark.parametrize(("layer", "parts", "name", "tensor", "words"), DAMAGES)
+def test_tensors_of_another_kind_are_refused_by_name(folder, layer, parts, name, tensor, words):
+    for part in parts:
+        path = folder / layer_file(layer, part)
+        stored = {**torch.load(path, weights_only=True), name: tensor}
+        torch.save({k: v for k, v in stored.items() if v is not None}, path)
+    opening_is_refused(folder, words)
 
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
-
-def test_a_hostile_pickle_does_nothing(tmp_path):
-    write_layers(tmp_path / "model", 1)
-    torch.save({"norm.weight": Payload(tmp_path / "harm")}, tmp_path / "model" / "layer_06-model_00-model_states.pt")
-    with pytest.raises(CheckpointError, match=r"does not load as plain tensors \(weights_only\)"):
-        GPTNeoXForCausalLM.from_pretrained(tmp_path / "model")
+def test_a_hostile_pickle_does_nothing(folder, tmp_path):
+    torch.save({"norm.weight": Bomb(tmp_path / "harm")}, folder / layer_file(6, 0))
+    told = r"does not load as plain tensors \(weights_only\)"
+    refused(CheckpointError, told, GPTNeoXForCausalLM.from_pretrained, folder)
     assert not (tmp_path / "harm").exists()
 
 
-def test_a_part_outside_the_folder_is_not_read(tmp_path):
-    write_layers(tmp_path / "model", 1)
-    path = tmp_path / "model" / "layer_06-model_00-model_states.pt"
+def test_a_part_outside_the_folder_is_not_read(folder, tmp_path):
+    path = folder / layer_file(6, 0)
     path.rename(tmp_path / "elsewhere.pt")
     path.symlink_to(tmp_path / "elsewhere.pt")
-    with pytest.raises(CheckpointError, match="links outside the folder"):
-        Checkpoint.open(tmp_path / "model")
+    opening_is_refused(folder, "links outside the folder")
 
 
-def test_a_folder_without_config_says_where_to_get_it(tmp_path, capsys):
-    write_layers(tmp_path / "model", 1)
-    (tmp_path / "model" / "config.json").unlink()
-    with pytest.raises(ConfigError, match=r"no config.json; .*copy that of the same model on the hub"):
-        GPTNeoXForCausalLM.from_pretrained(tmp_path / "model")
-    assert main(["info", str(tmp_path / "model")]) == 1
+def test_a_folder_without_config_says_where_to_get_it(folder, capsys):
+    (folder / "config.json").unlink()
+    told = r"no config.json; .*copy that of the same model on the hub"
+    refused(ConfigError, told, GPTNeoXForCausalLM.from_pretrained, folder)
+    assert main(["info", str(folder)]) == 1
     assert "copy that of the same model" in capsys.readouterr().err
