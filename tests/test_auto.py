@@ -20,7 +20,7 @@ from neox_lite.errors import ArgumentError, ConfigError, TokenizerError, Unsuppo
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A language model, a classifier, an answerer and one that says it is a llama."""
+    """A language model, a classifier, an answerer and one whose config names a llama."""
     named = {
         "speaks": "EleutherAI/gpt-neox-20b",
         "classifies": "someone/neox-classifier",

@@ -1,6 +1,6 @@
 """What generation promises: transformers' tokens, exact stops, honest streams, and options that are honoured or refused.
 
-Tiny random models beside transformers' own; where a test needs certain tokens, a scripted model that says them.
+Tiny random models beside transformers' own; where a test needs certain tokens, a model that generates a script.
 """
 
 import copy
@@ -83,19 +83,19 @@ def tokenizer(tmp_path_factory):
 
 
 class Scripted(GenerationMixin):
-    """A model that says the given ids one after the other, whatever it is asked, then 0; its cache is a real one.
+    """A model that generates the given ids one after the other, whatever the prompt, then 0; its cache is a real one.
 
-    Lists of ids are for the prompts of a batch. What it says hangs on a sequence, not on its ids, so none is used again.
+    Lists of ids are for the prompts of a batch. A script belongs to a sequence, not to its ids, so no prefix is reused.
     """
 
     reuse_prefix = False
 
-    def __init__(self, says, tokenizer=None, vocabulary=300):
+    def __init__(self, script, tokenizer=None, vocabulary=300):
         self.config = SimpleNamespace(
             max_position_embeddings=CONTEXT, vocab_size=vocabulary, bos_token_id=0, eos_token_id=0, pad_token_id=1
         )
         self.source, self.device = SimpleNamespace(folder=None), torch.device("cpu")
-        self.scripts = iter(says) if says and isinstance(says[0], list) else itertools.repeat(says)
+        self.scripts = iter(script) if script and isinstance(script[0], list) else itertools.repeat(script)
         self.running = {}
         if tokenizer is not None:
             self.tokenizer = tokenizer
@@ -119,7 +119,7 @@ class Scripted(GenerationMixin):
         return self._stream(prompt, options)
 
 
-def said(model, prompt=(5,), **options):
+def streamed(model, prompt=(5,), **options):
     """The text of a stream and why it ended; the reason comes with the last event and only there."""
     events = list(model.stream(list(prompt), **options))
     assert [e.finish_reason is not None for e in events] == [False] * (len(events) - 1) + [True]
@@ -304,7 +304,7 @@ def test_an_empty_prompt_starts_with_bos(model, tokenizer):
     for given in ({}, {"input_ids": empty}, {"input_ids": empty, "attention_mask": empty}, floats):
         assert torch.equal(model.generate(**given), expected)
     assert model.generate(bos_token_id=9)[0, 0] == 9
-    assert said(Scripted(tokenizer("ab").input_ids, tokenizer), []) == ("ab", "stop")
+    assert streamed(Scripted(tokenizer("ab").input_ids, tokenizer), []) == ("ab", "stop")
     model = Scripted([5])
     model.config.bos_token_id = None
     for call in (model.generate, lambda: model.stream([])):
@@ -330,7 +330,7 @@ def test_a_stream_takes_text_ids_a_list_or_a_tensor_but_one_prompt(tokenizer):
 
 
 def test_nul_is_a_character_like_any_other(tokenizer):
-    assert said(Scripted(tokenizer("\0x").input_ids, tokenizer), tokenizer("a\0b").input_ids) == ("\0x", "stop")
+    assert streamed(Scripted(tokenizer("\0x").input_ids, tokenizer), tokenizer("a\0b").input_ids) == ("\0x", "stop")
 
 
 # Text and stop strings ------------------------------------------------------------------------------------------------
@@ -356,14 +356,14 @@ SPECIAL = ["a", "b", "#", "### End", "c", "d"]
 )
 def test_a_stop_string_is_cut_wherever_it_begins_and_ends(tokenizer, tokens, stops, shown):
     model = Scripted(spelled(tokenizer, tokens), tokenizer)
-    assert said(model, stop_strings=stops) == said(model, stop=stops) == (shown, "stop")
+    assert streamed(model, stop_strings=stops) == streamed(model, stop=stops) == (shown, "stop")
 
 
 def test_what_never_becomes_a_stop_string_is_shown_in_the_end(tokenizer):
     text = "one STO"
     model = Scripted(spelled(tokenizer, text), tokenizer)
-    assert said(model, stop_strings="STOP") == (text, "stop")  # ended by eos
-    assert said(model, stop_strings="STOP", max_new_tokens=len(text)) == (text, "length")
+    assert streamed(model, stop_strings="STOP") == (text, "stop")  # ended by eos
+    assert streamed(model, stop_strings="STOP", max_new_tokens=len(text)) == (text, "length")
     pieces = [event.text for event in model.stream([5], stop_strings="STOP")]
     assert pieces[:8] == ["o", "n", "e", " ", "", "", "", "STO"]
 
@@ -383,10 +383,10 @@ def test_random_texts_are_cut_exactly(tokenizer):
     tokens += tokenizer("é").input_ids  # two bytes: alone, each is a replacement character
     ends = dict.fromkeys(("stop", "length"), 0)
     for _ in range(times(600)):
-        says = [choice.choice(tokens) for _ in range(choice.randint(1, 12))]
+        script = [choice.choice(tokens) for _ in range(choice.randint(1, 12))]
         stops = ["".join(choice.choices("abcé", k=choice.randint(1, 4))) for _ in range(choice.randint(1, 3))]
-        text, reason = said(Scripted(says, tokenizer), stop_strings=stops, max_new_tokens=len(says))
-        whole = tokenizer.decode(says)
+        text, reason = streamed(Scripted(script, tokenizer), stop_strings=stops, max_new_tokens=len(script))
+        whole = tokenizer.decode(script)
         cut = first_stop(whole, stops)
         assert text == (whole if cut is None else cut), (whole, stops)
         assert reason == ("length" if cut is None else "stop")
@@ -396,19 +396,19 @@ def test_random_texts_are_cut_exactly(tokenizer):
 
 def test_generate_keeps_the_token_that_completes_a_stop_string_row_by_row(tokenizer):
     texts = ["one. two", "a long text without an end", "x", "y END. z", "ab", ".", "one two three", "ENDEN."]
-    says = [spelled(tokenizer, text) for text in texts]
-    out = Scripted(says, tokenizer).generate(random_ids(8, 3), stop_strings=[".", "END"], max_new_tokens=12)[:, 3:]
+    scripts = [spelled(tokenizer, text) for text in texts]
+    out = Scripted(scripts, tokenizer).generate(random_ids(8, 3), stop_strings=[".", "END"], max_new_tokens=12)[:, 3:]
     shown = ["one.", "a long text ", "x", "y END", "ab", ".", "one two thre", "END"]
     assert [tokenizer.decode(row, skip_special_tokens=True) for row in out] == shown
-    says = spelled(tokenizer, ["abc", "abc", "x"])
-    assert Scripted(says, tokenizer).generate(ONE, stop_strings="bca")[0].tolist() == [5, *says[:2]]
+    script = spelled(tokenizer, ["abc", "abc", "x"])
+    assert Scripted(script, tokenizer).generate(ONE, stop_strings="bca")[0].tolist() == [5, *script[:2]]
 
 
 def test_stop_strings_without_a_tokenizer_are_refused(tokenizer):
     with pytest.raises(ArgumentError, match="no tokenizer"):
         Scripted([5]).generate(ONE, stop_strings="x")
-    says = tokenizer("abx").input_ids
-    assert Scripted(says).generate(ONE, stop_strings="x", tokenizer=tokenizer)[0].tolist() == [5, *says]
+    script = tokenizer("abx").input_ids
+    assert Scripted(script).generate(ONE, stop_strings="x", tokenizer=tokenizer)[0].tolist() == [5, *script]
 
 
 def test_streamed_pieces_join_to_the_decoded_tokens(tokenizer, tmp_path):
@@ -794,7 +794,7 @@ def test_a_bad_word_does_not_forbid_the_end_but_a_suppressed_token_does():
 def test_time_that_is_up_ends_a_text(tokenizer):
     assert Scripted([5, 6, 7]).generate(ONE, max_time=0).tolist() == [[5, 5]]
     assert Scripted([5, 6, 7]).generate(ONE, max_time=3600.0).tolist() == [[5, 5, 6, 7, 0]]
-    assert said(Scripted([5, 6, 7], tokenizer), max_time=0)[1] == "stop"
+    assert streamed(Scripted([5, 6, 7], tokenizer), max_time=0)[1] == "stop"
 
 
 @pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])

@@ -93,7 +93,7 @@ def test_a_bias_is_transformers_sequence_bias_of_single_ids():
 
 
 def test_frequency_and_presence_are_openais_over_new_tokens_alone():
-    """mu[j] - c[j] * frequency - (c[j] > 0) * presence, c counting what was said, not what was asked."""
+    """mu[j] - c[j] * frequency - (c[j] > 0) * presence, c counting new tokens, not those of the prompt."""
     logits = torch.randn(64, generator=torch.Generator().manual_seed(0))
     steps = Sampling(frequency_penalty=0.5, presence_penalty=-1.25).processors(prompt=2)
     (found,) = [step(HISTORY, logits) for step in steps]  # the new tokens are 7, 60 and 3

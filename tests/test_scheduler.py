@@ -25,7 +25,7 @@ VOCABULARY = 50
 
 
 def continuation(prompt, count):
-    """What the scripted model says after a prompt: each token is the last one plus the number of tokens so far."""
+    """What the scripted model generates after a prompt: each token is the last one plus the number of tokens so far."""
     ids = list(prompt)
     for _ in range(count):
         ids.append((ids[-1] + len(ids)) % VOCABULARY)
@@ -97,7 +97,7 @@ class AsyncModel:
 
     @property
     def graph_reason(self):
-        return "it is tired" if self.choice.random() < 0.1 else None
+        return "no graph for this step" if self.choice.random() < 0.1 else None
 
     def launch(self, pool, block_tables, ids, choices, excluded=None, previous=None):
         if self.choice.random() < 0.05:
@@ -334,7 +334,7 @@ def test_a_row_that_wants_scores_alone_ends_without_a_token():
     assert nothing.finish_reason == one.finish_reason == "length"  # nothing comes before a first token
     assert run(scheduler) == [[sequence]]
     assert sequence.finish_reason == "length" and sequence.tokens == []
-    assert [score.top[0][0] for score in sequence.prompt_logprobs[1:]] == [2, 4, 7]  # what the script says
+    assert [score.top[0][0] for score in sequence.prompt_logprobs[1:]] == [2, 4, 7]  # the script
     assert used(model) == 0
 
 

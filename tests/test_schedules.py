@@ -178,7 +178,7 @@ def test_asynchronous_steps_give_the_tokens_of_synchronous_ones(seed, late):
             found.append(run(model, seed))
             assert graph or not model.launched
     for (tokens, reason, error), (expected, other_reason, other_error) in zip(*found, strict=True):
-        if "cancelled" in (reason, other_reason):  # the moment differs, what was said until then does not
+        if "cancelled" in (reason, other_reason):  # the moment differs, the tokens until then do not
             count = min(len(tokens), len(expected))
             assert tokens[:count] == expected[:count]
         else:

@@ -134,10 +134,10 @@ def test_several_samples_of_a_prompt_are_those_of_plain_decoding(model, relative
 
 
 class ScriptedDrafter:
-    """Drafts what it is given, right or wrong: says(position) -> id. spend(drafted tokens, unseen ones) is its cost."""
+    """Drafts what it is given, right or wrong: script(position) -> id. spend(drafted tokens, unseen ones) is its cost."""
 
-    def __init__(self, says, spend=lambda tokens, unseen: None):
-        self.says, self.spend, self.rows, self.seen = says, spend, set(), 0
+    def __init__(self, script, spend=lambda tokens, unseen: None):
+        self.script, self.spend, self.rows, self.seen = script, spend, set(), 0
 
     def ready(self, rows):
         self.rows |= set(rows)
@@ -147,7 +147,7 @@ class ScriptedDrafter:
         end = max(len(row.history) for row in rows)
         self.spend(max(counts), end - self.seen)
         self.seen = end + max(counts)
-        return [[self.says(len(row.history) + i) for i in range(n)] for row, n in zip(rows, counts, strict=True)]
+        return [[self.script(len(row.history) + i) for i in range(n)] for row, n in zip(rows, counts, strict=True)]
 
     def drop(self, row):
         self.rows.discard(row)
@@ -227,7 +227,7 @@ def truth(place):
     return 1 + place * 7919 % (VOCABULARY - 1)
 
 
-def says(place, token):
+def logits_at(place, token):
     return certain(truth(place))
 
 
@@ -239,7 +239,7 @@ def test_a_row_yields_its_tokens_one_by_one_in_order(always_five):
         lengths.append([len(row.tokens) for row in rows])
         assert lengths[-1] == [counts[row] for row in rows]
 
-    speculate(target := ScriptedModel(says), ScriptedDrafter(truth), rows, longest=5, yielded=note)
+    speculate(target := ScriptedModel(logits_at), ScriptedDrafter(truth), rows, longest=5, yielded=note)
     assert lengths == [[i, min(i, 4)] for i in range(1, 14)]
     assert target.passes == [[1], [6, 3], [6]]  # the prompt once, drafts no longer than what may still come
     assert [row.finish_reason for row in rows] == ["length"] * 2
@@ -248,11 +248,11 @@ def test_a_row_yields_its_tokens_one_by_one_in_order(always_five):
 def test_an_end_inside_an_accepted_draft_drops_what_follows(always_five):
     end = truth(4)
     row = Sequence([1], 40, 0)
-    speculate(target := ScriptedModel(says), ScriptedDrafter(truth), [row], Options(eos_token_id=(end,)))
+    speculate(target := ScriptedModel(logits_at), ScriptedDrafter(truth), [row], Options(eos_token_id=(end,)))
     assert row.tokens == [truth(1), truth(2), truth(3), end] and row.finish_reason == "stop"
     assert target.passes == [[1], [6]]
     held = Sequence([1], 9, 0)
-    speculate(ScriptedModel(says), ScriptedDrafter(truth), [held], Options(eos_token_id=(end,), min_new_tokens=6))
+    speculate(ScriptedModel(logits_at), ScriptedDrafter(truth), [held], Options(eos_token_id=(end,), min_new_tokens=6))
     assert len(held.tokens) == 9 and end not in held.tokens[:6]
 
 
@@ -359,7 +359,7 @@ def test_prompt_lookup_takes_in_each_token_once():
 
 
 def test_without_a_match_there_is_no_draft_and_no_pass_of_several_tokens():
-    target = ScriptedModel(says)
+    target = ScriptedModel(logits_at)
     counts = speculate(target, PromptLookup(), [Sequence([1], 40, 0)])  # 49 different tokens
     assert counts.drafted == 0 and counts.passes == 39
     assert all(lengths == [1] for lengths in target.passes)
@@ -376,8 +376,8 @@ def check_true(*rows):
 
 def test_a_draft_model_reads_every_token_once_and_forgets_what_was_refused(any_length):
     wrong = {7, 11, 12, 30}
-    draft = ScriptedModel(lambda place, token: says(place + (place in wrong), token))
-    counts = speculate(ScriptedModel(says), draft_model(draft), [row := Sequence([1] * 5, 45, 0)])
+    draft = ScriptedModel(lambda place, token: logits_at(place + (place in wrong), token))
+    counts = speculate(ScriptedModel(logits_at), draft_model(draft), [row := Sequence([1] * 5, 45, 0)])
     check_true(row)
     read = sum(sum(lengths) for lengths in draft.passes)
     assert read <= 5 + counts.drafted + counts.passes  # the prompt, its own drafts, and one token of the target a pass
@@ -385,13 +385,13 @@ def test_a_draft_model_reads_every_token_once_and_forgets_what_was_refused(any_l
 
 
 def test_a_draft_model_stops_at_its_context_and_at_ids_that_it_lacks(always_five):
-    draft = ScriptedModel(says)
-    speculate(ScriptedModel(says), draft_model(draft, context=12), [row := Sequence([1], 30, 0)])
+    draft = ScriptedModel(logits_at)
+    speculate(ScriptedModel(logits_at), draft_model(draft, context=12), [row := Sequence([1], 30, 0)])
     check_true(row)
     small = draft_model(draft, vocabulary=40)
     rows = [Sequence([1], 30, 0), Sequence([45], 30, 0)]  # the second begins with an id that the draft model lacks
     assert small.ready(rows) == rows[:1]
-    speculate(ScriptedModel(says), small, rows)
+    speculate(ScriptedModel(logits_at), small, rows)
     check_true(*rows)
     first_lacking = next(i for i in range(1, 40) if truth(i) >= 40)
     assert max(map(len, draft.passes)) <= 2 and first_lacking < 30
@@ -433,8 +433,11 @@ def test_a_draft_model_with_another_tokenizer_is_refused_with_the_first_id_that_
     ("options", "message"),
     [
         ({"assistant_model": "EleutherAI/pythia-160m"}, "assistant_model is a str, expected a GPTNeoXForCausalLM"),
-        ({"assistant_model": ScriptedModel(says), "prompt_lookup_num_tokens": 3}, "exclude each other"),
-        ({"assistant_model": ScriptedModel(says, vocabulary=5000)}, "its vocab_size is 5000, but this model's is 131"),
+        ({"assistant_model": ScriptedModel(logits_at), "prompt_lookup_num_tokens": 3}, "exclude each other"),
+        (
+            {"assistant_model": ScriptedModel(logits_at, vocabulary=5000)},
+            "its vocab_size is 5000, but this model's is 131",
+        ),
         ({"prompt_lookup_num_tokens": 0}, "prompt_lookup_num_tokens is 0, expected an integer of at least 1"),
         ({"num_assistant_tokens": 2.5}, "num_assistant_tokens is 2.5"),
         ({"prompt_lookup_num_tokens": 4, "speculation": {}}, "speculation is a dict"),
@@ -462,7 +465,7 @@ PROMPT = 400
 
 def speed(cost, acceptance, draft_s, tokens, rows=1):
     """Tokens a second on a simulated clock with drafts right with probability acceptance(place), and when each token came."""
-    target, choice, arrivals = ScriptedModel(says, cost), random.Random(1), []
+    target, choice, arrivals = ScriptedModel(logits_at, cost), random.Random(1), []
 
     def guess(place):
         return truth(place) if choice.random() < acceptance(place) else truth(place) % (VOCABULARY - 1) + 1

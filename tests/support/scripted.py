@@ -1,4 +1,4 @@
-"""A model that says what a test tells it to, on a clock of its own, over a real page pool; knows nothing of who steps it."""
+"""A model whose logits a test gives, on a clock of its own, over a real page pool; knows nothing of who steps it."""
 
 import itertools
 from types import SimpleNamespace
