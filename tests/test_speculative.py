@@ -19,7 +19,6 @@ from neox_lite.errors import ArgumentError
 from neox_lite.generation.mixin import decode
 from neox_lite.generation.options import Options
 from neox_lite.generation.request import Sequence
-from neox_lite.generation.sampling import Sampling, sample_token
 from neox_lite.generation.speculative import (
     MAX_DRAFT_TOKENS,
     Drafting,
@@ -176,47 +175,6 @@ def test_drafts_that_are_always_wrong_change_nothing(model, any_length):
         assert row.prompt + row.tokens == plain
         assert counts.accepted == 0 < counts.drafted and counts.mean_tokens_per_pass == 1
         assert not wrong.rows
-
-
-@pytest.mark.parametrize("spread", [0.3, 1.5])
-def test_sampled_tokens_with_speculation_follow_the_targets_distribution(spread, any_length):
-    """20,000 tokens of a model whose logits depend on the last token, drafted by another that is `spread` away."""
-    generator = torch.Generator().manual_seed(1)
-    sampling = Sampling(do_sample=True, top_k=0, seed=11)
-    table = 2 * torch.randn(VOCABULARY, VOCABULARY, generator=generator)
-    target = ScriptedModel(lambda place, token: table[token])
-    draft_table = table + spread * torch.randn(VOCABULARY, VOCABULARY, generator=generator)
-    draft = ScriptedModel(lambda place, token: draft_table[token])
-
-    def drawn(row, history, logits):
-        return sample_token(logits, history, row.stream, sampling, [])
-
-    rows = [Sequence([i % VOCABULARY], 100, i) for i in range(200)]
-    drafter = draft_model(draft, drawn)
-    counts = speculate(target, drafter, rows, Options(sampling=sampling), longest=4)
-    pairs = Counter(pair for row in rows for pair in zip(row.prompt + row.tokens, row.tokens, strict=False))
-    assert pairs.total() == 20_000
-    statistic, degrees = 0.0, 0
-    for before in range(VOCABULARY):
-        seen = torch.tensor([float(pairs[before, after]) for after in range(VOCABULARY)])
-        expected = table[before].softmax(-1) * seen.sum()
-        common = expected >= 5  # the usual rule; the rest counts as one
-        seen = torch.cat((seen[common], seen[~common].sum()[None]))
-        expected = torch.cat((expected[common], expected[~common].sum()[None]))
-        statistic += float(((seen - expected) ** 2 / expected).sum())
-        degrees += len(expected) - 1
-    assert statistic < degrees + 4 * (2 * degrees) ** 0.5  # four standard deviations of chi-square
-    # Accepted as often as a coupling by common random numbers promises, and no coupling can do better than the optimum.
-    weights = torch.tensor([float(sum(pairs[b, a] for a in range(VOCABULARY))) for b in range(VOCABULARY)]) / 20_000
-    overlap = torch.minimum(table.softmax(-1), draft_table.softmax(-1)).sum(-1)
-    agreeing = []  # whether the two models draw the same token at the same place
-    for row, i in ((row, i) for row in rows[:50] for i in range(100)):
-        history = torch.tensor(row.prompt + row.tokens[:i])
-        first, second = (drawn(row, history, t[history[-1]]) for t in (table, draft_table))
-        agreeing.append(first == second)
-    share = sum(agreeing) / len(agreeing)
-    assert float((overlap / (2 - overlap)) @ weights) - 0.02 < share < float(overlap @ weights) + 0.02
-    assert counts.accepted > 0
 
 
 # With everything else -------------------------------------------------------------------------------------------------
