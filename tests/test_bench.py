@@ -40,8 +40,24 @@ def figures(run, *words):
     return json.loads(out)
 
 
-def check_figures(result):
-    assert result.keys() >= CONTRACT
+LINEAR = 2 * 12 * 128 * 128
+# Codes and scales of the blocks, two numbers of shape a layer, and the head; the embedding is not read.
+READ = LINEAR * (4 + 16 / 128) / 8 + 2 * 4 * 16 + 50304 * 128 * 2
+
+
+@pytest.mark.parametrize(("words", "expected"), [
+    (["--shape", "2x128x4"], {"model": None, "shape": "2x128x4", "format": "int4", "group_size": 128, "head": "fp16"}),
+    (["--shape", "2x128x4"], {"weight_bytes_per_token": READ, "load_s": None}),
+    (["--shape", "1x128x2", "--format", "int8", "--group-size", 64], {"format": "int8", "group_size": 64, "kv": "fp16"}),
+    (["--shape", "1x128x2", "--format", "fp16", "--head", "int8"], {"format": "fp16", "group_size": None, "head": "int8"}),
+    (["--shape", "1x128x2", "--kv", "int8", "--head", "int8"], {"format": "int4", "head": "int8", "kv": "int8"}),
+    ([DEMO], {"model": str(DEMO), "shape": "4x256x4", "format": "fp16", "group_size": None}),
+    (["--format", "int8", DEMO], {"model": str(DEMO), "format": "int8"}),  # quantized on its way in
+])  # fmt: skip
+def test_a_folder_or_a_shape_without_a_checkpoint_is_measured(run, words, expected):
+    result = figures(run, *words)
+    assert result.keys() >= CONTRACT and {name: result[name] for name in expected} == expected
+    assert (result["load_s"] or 0) > 0 or result["model"] is None
     assert set(result["prefill_tokens_per_s"]) == {"3", "8"} and set(result["batch_decode_tokens_per_s"]) == {"2"}
     low, high = result["decode_quartiles_tokens_per_s"]
     assert 0 < low <= result["decode_tokens_per_s"] <= high
@@ -50,30 +66,6 @@ def check_figures(result):
     assert result["bandwidth_share"] > 0 and result["read_gb_per_s"] > 0
     assert result["weights_read_gb_per_s"] > 0 and 0 < result["outside_share"] < 1
     assert result["threads"] == torch.get_num_threads() and result["device"] == "cpu" and result["backend"]
-
-
-def test_a_shape_is_measured_without_a_checkpoint(run):
-    result = figures(run, "--shape", "2x128x4")
-    check_figures(result)
-    assert (result["shape"], result["format"], result["group_size"]) == ("2x128x4", "int4", 128)
-    assert result["model"] is None and result["load_s"] is None and result["head"] == "fp16"
-    linear = 2 * 12 * 128 * 128
-    # codes and scales of the blocks, two numbers of shape a layer, and the head; the embedding is not read
-    assert result["weight_bytes_per_token"] == linear * (4 + 16 / 128) / 8 + 2 * 4 * 16 + 50304 * 128 * 2
-
-
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        (("--format", "int8", "--group-size", 64), ("int8", 64, "fp16", "fp16")),
-        (("--format", "fp16", "--head", "int8"), ("fp16", None, "int8", "fp16")),
-        (("--kv", "int8", "--head", "int8"), ("int4", 128, "int8", "int8")),
-    ],
-)
-def test_a_shape_takes_formats_head_and_cache(run, words, expected):
-    result = figures(run, "--shape", "1x128x2", *words)
-    check_figures(result)
-    assert tuple(result[key] for key in ("format", "group_size", "head", "kv")) == expected
 
 
 def test_decoding_is_measured_after_several_contexts_and_batches_after_the_first(run):
@@ -120,7 +112,10 @@ def test_on_a_gpu_a_step_is_compared_with_a_copy_keys_and_values_counted(monkeyp
     assert not found["graph"] and "on the CPU" in found["why_no_graph"] and "none: " in bench.graphs(found)
 
 
-def test_the_table_says_whether_steps_on_a_gpu_were_graphs_and_why_not(run):
+def test_the_table_says_what_is_random_and_whether_steps_on_a_gpu_were_graphs_and_why_not(run):
+    code, out, err = run("--shape", "1x128x2", *QUICK)
+    assert code == 0 and "random weights, 1x128x2" in out and "decode x2" in out and "GB/s" in out
+    assert "random weights, which say nothing of quality" in err and "100%" in err
     result = figures(run, "--shape", "1x128x2")
     assert "graphs" not in bench.table(result)
     on_gpu = result | {"gpu_peak_bytes": 1 << 20, "graph": False, "why_no_graph": "model.graph is off"}
@@ -130,13 +125,6 @@ def test_the_table_says_whether_steps_on_a_gpu_were_graphs_and_why_not(run):
 
 def test_a_copy_is_timed():
     assert all(rate > 0 for rate in bench.copy_gb_per_s(torch.device("cpu"), 1 << 16, 3))
-
-
-def test_a_folder_is_measured_as_it_is(run):
-    result = figures(run, DEMO)
-    check_figures(result)
-    assert result["model"] == str(DEMO) and result["format"] == "fp16" and result["group_size"] is None
-    assert result["load_s"] > 0 and result["shape"].count("x") == 2
 
 
 def test_batches_whose_cache_the_budget_cannot_hold_are_left_out_with_a_sentence(run, monkeypatch):
@@ -156,16 +144,10 @@ def test_batches_whose_cache_the_budget_cannot_hold_are_left_out_with_a_sentence
     assert "no batch of 2 or 5 is measured: the memory budget has room for 384 tokens of KV cache, 1 sequence of" in err
 
 
-def test_a_plain_folder_can_be_quantized_on_its_way_in_and_stand_after_options(run):
-    result = figures(run, "--format", "int8", DEMO)
-    assert (result["model"], result["format"]) == (str(DEMO), "int8")
-
-
 def test_scratch_writes_a_folder_that_loads_verifies_and_is_not_overwritten(run, tmp_path, capsys):
     folder = tmp_path / "random"
     result = figures(run, "--shape", "1x128x2", "--scratch", folder, "--head", "int8", "--warm")
-    check_figures(result)
-    assert result["load_s"] > 0 and result["head"] == "int8" and result["format"] == "int4"
+    assert result.keys() >= CONTRACT and result["load_s"] > 0 and result["head"] == "int8" and result["format"] == "int4"
     assert figures(run, folder, "--head", "int8")["weight_bytes_per_token"] == result["weight_bytes_per_token"]
     assert main(["verify", str(folder)]) == 0
     capsys.readouterr()
@@ -175,55 +157,40 @@ def test_scratch_writes_a_folder_that_loads_verifies_and_is_not_overwritten(run,
     assert run(folder, *QUICK, "--format", "fp16")[0] == 1  # it is quantized
 
 
-def test_the_table_for_people_says_what_is_random(run):
-    code, out, err = run("--shape", "1x128x2", *QUICK)
-    assert code == 0 and "random weights, 1x128x2" in out and "decode x2" in out and "GB/s" in out
-    assert "random weights, which say nothing of quality" in err and "100%" in err
+SHAPE = ("--shape", "1x128x2")
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("--shape", "banana"), "expected pythia-70m"),
-        (("--shape", "2x128"), "24x2048x16"),
-        (("--shape", "2x100x3"), "hidden"),
-        (("--shape", "1x96x2"), "not divisible by group_size 128; try 32"),
-        (("--shape", "0x128x2"), "num_hidden_layers"),
-        (("--shape", "1x128x2", "--context", 2040), "context is 2048"),
-        (("--shape", "1x128x2", "--prefill", 4096), "--prefill is 4096"),
-        (("--shape", "1x128x2", "--device", "cuda"), "no CUDA device"),
-        (("--shape", "1x128x2", "--revision", "main"), "--revision goes with MODEL only"),
-        ((DEMO, "--context", 508, "--decode", 1), "--context 508 and --decode 1 need 513 tokens"),
-        ((DEMO, "--prefill", 600), "--prefill is 600, but the model's context is 512"),
-        (("--shape", ""), "--shape is ''"),
-        (("--shape", "1x128x2", "--scratch", ""), "--scratch is empty"),
-        ((DEMO, "--cpu-memory", ""), "--cpu-memory is '', expected a size"),
-        ((DEMO, "--gpu-memory", "8GiB"), "--gpu-memory: torch sees no GPU here"),
-        (("--shape", "1x128x2", "--warm"), "--warm reads weights from the disk"),
-        ((DEMO, "--group-size", 64), "--group-size goes with --shape only"),
-        ((DEMO, "--scratch", "/tmp/x"), "--scratch goes with --shape only"),
-        (("/no/such/folder",), "no such folder"),
-    ],
-)
+@pytest.mark.parametrize(("words", "message"), [
+    (("--shape", "banana"), "expected pythia-70m"),
+    (("--shape", "2x128"), "24x2048x16"),
+    (("--shape", "2x100x3"), "hidden"),
+    (("--shape", "1x96x2"), "not divisible by group_size 128; try 32"),
+    (("--shape", "0x128x2"), "num_hidden_layers"),
+    (("--shape", ""), "--shape is ''"),
+    ((*SHAPE, "--context", 2040), "context is 2048"),
+    ((*SHAPE, "--prefill", 4096), "--prefill is 4096"),
+    ((*SHAPE, "--device", "cuda"), "no CUDA device"),
+    ((*SHAPE, "--revision", "main"), "--revision goes with MODEL only"),
+    ((*SHAPE, "--scratch", ""), "--scratch is empty"),
+    ((*SHAPE, "--warm"), "--warm reads weights from the disk"),
+    ((DEMO, "--context", 508, "--decode", 1), "--context 508 and --decode 1 need 513 tokens"),
+    ((DEMO, "--prefill", 600), "--prefill is 600, but the model's context is 512"),
+    ((DEMO, "--cpu-memory", ""), "--cpu-memory is '', expected a size"),
+    ((DEMO, "--gpu-memory", "8GiB"), "--gpu-memory: torch sees no GPU here"),
+    ((DEMO, "--group-size", 64), "--group-size goes with --shape only"),
+    ((DEMO, "--scratch", "/tmp/x"), "--scratch goes with --shape only"),
+    (("/no/such/folder",), "no such folder"),
+])  # fmt: skip
 def test_what_makes_no_sense_is_one_line_and_exits_1(run, words, message):
     code, out, err = run(*words)
     errors = [line for line in err.splitlines() if "error" in line]
     assert code == 1 and out == "" and len(errors) == 1 and message in errors[0]
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        (),
-        (DEMO, "--shape", "20b"),
-        ("--shape", "20b", DEMO),
-        (DEMO, "--format", "int3"),
-        (DEMO, "--batch", "0"),
-        (DEMO, "--batch", "1,99999999999999999999"),
-        (DEMO, "--prefill", "128;512"),
-        (DEMO, "--decode", "0"),
-    ],
-)
+@pytest.mark.parametrize("words", [
+    (), (DEMO, "--shape", "20b"), ("--shape", "20b", DEMO), (DEMO, "--format", "int3"), (DEMO, "--batch", "0"),
+    (DEMO, "--batch", "1,99999999999999999999"), (DEMO, "--prefill", "128;512"), (DEMO, "--decode", "0"),
+])  # fmt: skip
 def test_wrong_usage_is_one_line_and_exits_2(words, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["bench", *map(str, words)])
@@ -239,50 +206,38 @@ def test_weights_larger_than_free_memory_are_refused_before_they_are_made(run, m
 # Random models --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("format", ["int4", "int8", "dense"])
+@pytest.mark.parametrize("format", [make_format("int4", 64), make_format("int8", 64), DENSE], ids=lambda f: f.name)
 def test_random_weights_keep_activations_of_order_one(format):
-    chosen = DENSE if format == "dense" else make_format(format, 64)
-    plan = RandomModel(config_of("3x256x4"), chosen, small_head=True)
-    told = []
-    expected = plan.nbytes
+    plan, told = RandomModel(config_of("3x256x4"), format, small_head=True), []
     model = plan.build(lambda done, total: told.append((done, total)))
     states = model(torch.arange(40)[None], output_hidden_states=True)
     assert 0.5 < float(states.hidden_states[-2].std()) < 5 and 0.2 < float(states.logits.std()) < 5
-    assert told[-1] == (expected, expected)
-    tables = model.gpt_neox.rotary.table.nbytes
-    assert model.get_memory_footprint() == expected + tables
+    assert told[-1] == (plan.nbytes, plan.nbytes)
+    assert model.get_memory_footprint() == plan.nbytes + model.gpt_neox.rotary.table.nbytes
 
 
-def test_random_weights_are_made_where_they_are_wanted():
+def test_random_weights_are_made_on_the_device_that_is_asked_for():
     plan = RandomModel(config_of("1x128x2"), make_format("int4", 128), small_head=True)
     model = plan.build(lambda done, total: None, torch.device("meta"))
     assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {"meta", "cpu"}
     assert model.gpt_neox.rotary.table.device.type == "cpu"  # moved with the rest
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_every_named_shape_can_be_planned(shape):
-    """Parameters as the models' own pages count them, embedding and head included."""
-    billions = {
-        **{
-            "pythia-70m": 0.0704,
-            "pythia-160m": 0.1623,
-            "pythia-410m": 0.4053,
-            "pythia-1b": 1.0118,
-            "pythia-1.4b": 1.4146,
-        },
-        **{"pythia-2.8b": 2.7752, "pythia-6.9b": 6.8573, "pythia-12b": 11.8461, "20b": 20.554},
-    }
-    plan = RandomModel(config_of(shape), make_format("int4", 128))
-    assert plan.model.num_parameters() == pytest.approx(billions[shape] * 1e9, rel=0.01)
+BILLIONS = {
+    "pythia-70m": 0.0704, "pythia-160m": 0.1623, "pythia-410m": 0.4053, "pythia-1b": 1.0118, "pythia-1.4b": 1.4146,
+    "pythia-2.8b": 2.7752, "pythia-6.9b": 6.8573, "pythia-12b": 11.8461, "20b": 20.554,
+}  # fmt: skip
 
 
-def test_a_head_whose_rows_fill_no_group_is_refused():
+def test_every_named_shape_has_as_many_parameters_as_its_model_s_own_page_counts():
+    for shape in SHAPES:
+        model = RandomModel(config_of(shape), make_format("int4", 128)).model
+        assert model.num_parameters() == pytest.approx(BILLIONS[shape] * 1e9, rel=0.01), shape
+
+
+def test_a_head_whose_rows_fill_no_group_and_a_text_that_is_no_shape_are_refused():
     with pytest.raises(FormatError, match="embed_out: in_features 48 is not divisible"):
         RandomModel(config_of("1x48x2"), DENSE, small_head=True)
-
-
-def test_a_text_that_is_no_shape_is_refused():
     for text in ("", "x", "1x1x1x1", "-1x128x2", "1x128x2 ", "20B"):
         with pytest.raises(ArgumentError, match="--shape is"):
             config_of(text)
@@ -320,12 +275,7 @@ def test_a_backend_that_works_beside_its_operations_has_no_outside_share(monkeyp
     model = RandomModel(config_of("1x64x2"), DENSE).build(lambda done, total: None)
     before = model.ops
     assert 0 < bench.outside_share(model, 3, 2, lambda: None) < 1
-    assert model.ops is before
-
-    def whole_step(pool, block_tables, tokens):
-        return torch.zeros(len(block_tables), 5)
-
-    monkeypatch.setattr(model, "step", whole_step)
+    monkeypatch.setattr(model, "step", lambda pool, block_tables, tokens: torch.zeros(len(block_tables), 5))
     assert bench.outside_share(model, 3, 2, lambda: None) is None
     assert model.ops is before
 
