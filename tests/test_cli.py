@@ -21,35 +21,45 @@ from neox_lite_app.paths import DEMO
 from neox_lite_app.terminal import bar
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
+
+
+@pytest.fixture
+def json_of(run):
+    """A command's object, with its progress on stderr."""
+
+    def call(*words):
+        code, out, err = run(*words, "--json")
+        assert code == 0, err
+        return json.loads(out), err
+
+    return call
+
+
 # What each command prints ---------------------------------------------------------------------------------------------
 
 
-def test_quantize_reports_its_figures(run, tmp_path):
-    options = ("--format", "int8", "--group-size", 64, "--method", "rtn")
-    code, out, err = run("quantize", DEMO, tmp_path / "q", *options, "--json")
-    result = json.loads(out)
-    assert code == 0
+def test_quantize_reports_its_figures(json_of, tmp_path):
+    result, err = json_of("quantize", DEMO, tmp_path / "q", "--format", "int8", "--group-size", 64, "--method", "rtn")
     assert {"bytes_in", "bytes_out", "seconds", "peak_bytes"} <= result.keys()
     assert result["bytes_in"] > result["bytes_out"] > result["bytes_in"] / 4
     assert "int8 g64 rtn" in err and "100%" in err
 
 
-@pytest.mark.parametrize(
-    ("words", "destination"),
-    [
-        ([DEMO, "out"], "out"),
-        ([DEMO, "--format", "int8", "out"], "out"),
-        ([DEMO], f"{DEMO.name}-int4-g128"),
-        (["link/."], f"{DEMO.name}-int4-g128"),
-    ],
-    ids=["given", "after-options", "default", "dot"],
-)
-def test_a_dry_run_names_the_destination_and_writes_nothing(run, tmp_path, monkeypatch, words, destination):
+DEFAULT = f"{DEMO.name}-int4-g128"
+NAMED = {
+    "given": [DEMO, "out"],
+    "after options": [DEMO, "--format", "int8", "out"],
+    "default": [DEMO],
+    "dot": ["link/."],
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_dry_run_names_the_destination_and_writes_nothing(json_of, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     Path("link").symlink_to(DEMO)
-    code, out, _ = run("quantize", *words, "--dry-run", "--json")
-    result = json.loads(out)
-    assert code == 0 and result["destination"] == destination and result["bytes_out"] > 0
+    result, _ = json_of("quantize", *NAMED[name], "--dry-run")
+    assert result["destination"] == ("out" if "out" in NAMED[name] else DEFAULT) and result["bytes_out"] > 0
     assert [path.name for path in tmp_path.iterdir()] == ["link"]
 
 
@@ -87,20 +97,17 @@ def test_a_text_without_an_end_is_refused_and_not_read(run, demo_int4):
 def test_verify_says_whole_or_names_what_is_not(run, demo_int4, tmp_path):
     code, out, _ = run("verify", demo_int4, "--json")
     assert code == 0 and json.loads(out) == {"ok": True, "problems": []}
-    broken = shutil.copytree(demo_int4, tmp_path / "broken")
-    flip(broken / "model.safetensors", 20_000)
-    code, out, _ = run("verify", broken, "--json")
-    result = json.loads(out)
-    assert code == 1 and not result["ok"] and any("model.safetensors" in p for p in result["problems"])
-
-
-def test_verify_checks_what_it_can_of_a_folder_without_a_manifest_and_says_so(run, demo_int4, tmp_path):
     code, out, err = run("verify", DEMO, "--json")
     assert code == 0 and json.loads(out)["ok"] and "no hashes" in err
-    shutil.copytree(demo_int4, tmp_path / "lost")
-    (tmp_path / "lost" / "neox_lite_manifest.json").unlink()
-    code, out, _ = run("verify", tmp_path / "lost", "--json")
-    assert code == 1 and "no neox_lite_manifest.json" in json.loads(out)["problems"][0]
+    for spoil, problem in (
+        (lambda folder: flip(folder / "model.safetensors", 20_000), "model.safetensors"),
+        (lambda folder: (folder / "neox_lite_manifest.json").unlink(), "no neox_lite_manifest.json"),
+    ):
+        folder = shutil.copytree(demo_int4, tmp_path / str(len(problem)))
+        spoil(folder)
+        code, out, _ = run("verify", folder, "--json")
+        result = json.loads(out)
+        assert code == 1 and not result["ok"] and any(problem in found for found in result["problems"])
 
 
 def test_generate_prints_text_alone_on_stdout_and_speed_on_stderr(run, demo_int4):
@@ -112,35 +119,21 @@ def test_generate_prints_text_alone_on_stdout_and_speed_on_stderr(run, demo_int4
     assert re.search(r"12 new ones, [0-9.]+ tokens/s \(length\)", err)
 
 
-def test_generate_json_holds_the_contract(run, demo_int4):
-    words = (
-        "generate",
-        demo_int4,
-        "--prompt",
-        "O, ",
-        "--max-new-tokens",
-        8,
-        "--temperature",
-        1.2,
-        "--seed",
-        5,
-        "--json",
-    )
-    code, out, _ = run(*words)
-    result = json.loads(out)
-    assert code == 0 and set(result) == {"text", "tokens", "prompt_tokens", "finish_reason", "decode_tokens_per_s"}
-    assert result["tokens"] == 8 and result["finish_reason"] == "length"
-    assert json.loads(run(*words)[1])["text"] == result["text"]
+def test_generate_json_holds_the_contract(json_of, demo_int4):
+    sampled = ("--max-new-tokens", 8, "--temperature", 1.2, "--seed", 5)
+    first, again = (json_of("generate", demo_int4, "--prompt", "O, ", *sampled)[0] for _ in range(2))
+    assert set(first) == {"text", "tokens", "prompt_tokens", "finish_reason", "decode_tokens_per_s"}
+    assert first["tokens"] == 8 and first["finish_reason"] == "length" and first["text"] == again["text"]
 
 
 @pytest.mark.parametrize("drafter", [["--lookup"], ["--draft", DEMO]], ids=["lookup", "draft"])
-def test_generate_with_drafts_prints_the_same_text_and_counts_them(run, demo_int4, drafter):
+def test_generate_with_drafts_prints_the_same_text_and_counts_them(run, json_of, demo_int4, drafter):
     words = ("generate", demo_int4, "--exact", "--prompt", "KING RICHARD III:\nO, O, O, ", "--max-new-tokens", 40)
     _, plain, _ = run(*words)
     code, out, err = run(*words, *drafter)
     assert code == 0 and out == plain
     assert re.search(r"40 new ones, .* tokens/s, \d\.\d\d tokens a pass, \d+ of \d+ drafted ones right \(length\)", err)
-    counts = json.loads(run(*words, *drafter, "--json")[1])["speculation"]
+    counts = json_of(*words, *drafter)[0]["speculation"]
     assert counts.keys() == {"passes", "drafted", "accepted", "mean_tokens_per_pass"}
     assert counts["passes"] + counts["accepted"] == 39
     assert counts["mean_tokens_per_pass"] == 39 / counts["passes"]
@@ -163,63 +156,49 @@ def test_what_is_wrong_with_a_draft_is_said_of_the_draft(run, demo_int4, tmp_pat
     assert code == 1 and re.search(r"error: --draft: the model does not fit: \d+ MiB", err)
 
 
-def test_generate_stops_before_a_stop_text(run, demo_int4):
-    _, whole, _ = run("generate", demo_int4, "--prompt", "ROMEO:\n", "--max-new-tokens", 40)
-    stop = whole[10:14]
-    _, out, _ = run("generate", demo_int4, "--prompt", "ROMEO:\n", "--max-new-tokens", 40, "--stop", stop, "--json")
-    result = json.loads(out)
+def test_generate_stops_before_a_stop_text_and_by_default_at_the_end_of_the_context(run, json_of, demo_int4):
+    words = ("generate", demo_int4, "--prompt", "ROMEO:\n", "--max-new-tokens", 40)
+    whole = run(*words)[1]
+    result, _ = json_of(*words, "--stop", stop := whole[10:14])
     assert result["text"] == whole[: whole.index(stop)] and result["finish_reason"] == "stop"
-
-
-def test_generate_runs_to_the_end_of_the_context_by_default(run, demo_int4):
-    _, out, _ = run("generate", demo_int4, "--prompt", "O, ", "--context", 30, "--json")
-    result = json.loads(out)
+    result, _ = json_of("generate", demo_int4, "--prompt", "O, ", "--context", 30)
     assert result["finish_reason"] == "stop" or result["tokens"] + result["prompt_tokens"] == 30
 
 
-def test_perplexity_is_the_contract_s_definition(run, demo_int4, heldout):
-    code, out, _ = run("perplexity", demo_int4, "--text", heldout, "--context", 64, "--json")
-    result = json.loads(out)
+def test_perplexity_is_the_contract_s_definition(json_of, demo_int4, heldout):
+    result, _ = json_of("perplexity", demo_int4, "--text", heldout, "--context", 64)
     model = GPTNeoXForCausalLM.from_pretrained(demo_int4)
     ids = model.tokenizer(heldout.read_text(encoding="utf-8"), add_special_tokens=False).input_ids
     losses = [
         torch.nn.functional.cross_entropy(model(window[None]).logits[0, :-1], window[1:], reduction="sum").double()
         for window in torch.tensor(ids[: len(ids) // 64 * 64]).view(-1, 64)
     ]
-    assert code == 0 and result["context"] == 64 and result["tokens"] == 63 * len(losses)
-    wanted = float((sum(losses) / result["tokens"]).exp())
-    assert result["perplexity"] == pytest.approx(wanted, rel=1e-6)  # float32 sums
+    assert result["context"] == 64 and result["tokens"] == 63 * len(losses)
+    expected = float((sum(losses) / result["tokens"]).exp())
+    assert result["perplexity"] == pytest.approx(expected, rel=1e-6)  # float32 sums
 
 
-def test_compare_puts_the_source_first_with_zero_distance(run, demo_int4, heldout):
-    code, out, _ = run("compare", DEMO, demo_int4, "--text", heldout, "--context", 128, "--windows", 4, "--json")
-    source, quantized = json.loads(out)["rows"]
-    assert code == 0 and source["kl"] == 0 and source["top1"] == 1 and source["bits_per_weight"] == 16
+def test_compare_puts_the_source_first_with_zero_distance(json_of, demo_int4, heldout):
+    words = ("--text", heldout, "--context", 128, "--windows", 4)
+    source, quantized = json_of("compare", DEMO, demo_int4, *words)[0]["rows"]
+    assert source["kl"] == 0 and source["top1"] == 1 and source["bits_per_weight"] == 16
     assert quantized["kl"] > 0 and quantized["bits_per_weight"] == 4.125 and quantized["bytes"] < source["bytes"]
     keys = {"path", "format", "bits_per_weight", "head", "bytes", "perplexity", "kl", "kl_error", "top1"}
     assert source.keys() == quantized.keys() == keys
+    result, err = json_of("compare", DEMO, DEMO, *words, "--kv", "int8")
+    source, small = result["rows"]
+    assert source["kl"] == 0 < small["kl"] < 1e-3 and err.count("int8 KV cache") == 1
 
 
-def test_compare_counts_what_a_smaller_cache_costs(run, heldout):
-    words = ("compare", DEMO, DEMO, "--text", heldout, "--context", 128, "--windows", 4, "--kv", "int8", "--json")
-    code, out, err = run(*words)
-    source, small = json.loads(out)["rows"]
-    assert code == 0 and source["kl"] == 0 < small["kl"] < 1e-3 and err.count("int8 KV cache") == 1
+def test_cache_and_warming_are_said_on_stderr(json_of, demo_int4):
+    words = ("--prompt", "O, ", "--max-new-tokens", 2, "--kv", "int8", "--warm")
+    result, err = json_of("generate", demo_int4, *words)
+    assert result["tokens"] == 2 and "int8 KV cache" in err and "read the weights: 100%" in err
 
 
-def test_cache_and_warming_are_said_on_stderr(run, demo_int4):
-    code, out, err = run(
-        "generate", demo_int4, "--prompt", "O, ", "--max-new-tokens", 2, "--kv", "int8", "--warm", "--json"
-    )
-    assert code == 0 and json.loads(out)["tokens"] == 2
-    assert "int8 KV cache" in err and "read the weights: 100%" in err
-
-
-def test_info_counts_parameters_as_the_model_does(run, demo_int4):
-    code, out, _ = run("info", demo_int4, "--json")
-    result = json.loads(out)
-    model = GPTNeoXForCausalLM.from_pretrained(DEMO)
-    assert code == 0 and result["parameters"] == model.num_parameters()
+def test_info_counts_parameters_as_the_model_does(run, json_of, demo_int4):
+    result, _ = json_of("info", demo_int4)
+    assert result["parameters"] == GPTNeoXForCausalLM.from_pretrained(DEMO).num_parameters()
     assert (result["format"], result["group_size"]) == ("int4", 128)
     assert "3.95 million parameters" in run("info", DEMO)[1]
 
@@ -230,67 +209,60 @@ def test_doctor_says_why_no_kernels_are_left(run, monkeypatch):
     assert code == 0 and "kernels  for this processor: none" in out and "NEOX_LITE_CPU" in out
 
 
-def test_doctor_names_device_backend_and_reasons(run):
-    code, out, _ = run("doctor", "--json")
-    result = json.loads(out)
-    assert code == 0 and result["backends"]["cpu"]["reference"] is None
+def test_doctor_names_device_backend_and_reasons(run, json_of):
+    result, _ = json_of("doctor")
+    assert result["backends"]["cpu"]["reference"] is None
     assert result["gpu_why_not"] and result["packages"]["torch"] == torch.__version__
     assert "backend  on cpu: " in run("doctor")[1]
 
 
-def test_the_demo_runs_to_its_end(run):
-    code, out, err = run("demo", "--json")
-    result = json.loads(out)
-    assert code == 0 and [row["format"] for row in result["rows"]] == ["float16", "int8 g128", "int4 g128"]
+def test_the_demo_runs_to_its_end(json_of):
+    result, err = json_of("demo")
+    rows = result["rows"]
+    assert [row["format"] for row in rows] == ["float16", "int8 g128", "int4 g128"]
     line = r"(?m)^(?:float16|int[48] g128) +\S+ +\S+ +\S+ +(\S+) +(\S+) +\S+ +\S+%"
     shown = re.findall(line, (ROOT / "README.md").read_text())
-    # other versions of torch round a little differently
-    figures = [(row["perplexity"], row["kl"]) for row in result["rows"]]
-    assert [tuple(map(float, row)) for row in shown] == [pytest.approx(row, rel=0.02, abs=2e-6) for row in figures]
-    assert result["rows"][1]["kl"] < result["rows"][2]["kl"] and result["tokens"] > 10 and result["backend"]
-    assert "100%" in err
+    # Other versions of torch round a little differently.
+    figures = [pytest.approx((row["perplexity"], row["kl"]), rel=0.02, abs=2e-6) for row in rows]
+    assert [tuple(map(float, row)) for row in shown] == figures
+    assert rows[1]["kl"] < rows[2]["kl"] and result["tokens"] > 10 and result["backend"] and "100%" in err
 
 
 # What goes wrong ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["generate", "no/such/folder", "--prompt", "x"], "no such folder"),
-        (["generate", DEMO, "--prompt", "x", "--max-new-tokens", 100_000], "do not fit the context of 512"),
-        (["generate", DEMO, "--prompt", "x", "--context", 513], "context is 513, but the model's own context is 512"),
-        (["generate", "no/such/folder", "--prompt", "x", "--temperature", -1], "temperature is -1"),
-        (["generate", DEMO, "--prompt", "x", "--top-p", 1.5], "top_p is 1.5"),
-        (["generate", DEMO, "--prompt", "\udcff", "--max-new-tokens", 1], "surrogate"),
-        (["generate", DEMO, "--prompt", "x", "--device", "cuda"], "no CUDA device"),
-        (["generate", DEMO, "--prompt", "x", "--device", "tpu"], "--device is 'tpu', expected 'auto', 'cpu', 'cuda'"),
-        (["generate", DEMO, "--prompt", "x", "--gpu-memory", "8GiB"], "--gpu-memory: torch sees no GPU here"),
-        (
-            ["generate", DEMO, "--prompt", "x", "--device", "cpu", "--gpu-memory", "8GiB"],
-            "--gpu-memory and --device cpu",
-        ),
-        (["generate", DEMO, "--prompt", "x", "--cpu-memory", ""], "--cpu-memory is '', expected a size such as 8GiB"),
-        (["demo", "--gpu-memory", ""], "--gpu-memory is '', expected a size such as 8GiB"),
-        (["perplexity", DEMO, "--text", DEMO / "config.json", "--cpu-memory", "x"], "--cpu-memory is 'x', expected"),
-        (["generate", DEMO, "--prompt", "x", "--draft", ""], "--draft: '': no such folder"),
-        (["quantize", "no/such/folder", "/tmp/x"], "no such folder"),
-        (["verify", "/no/such/folder"], "no such folder"),
-        (["perplexity", DEMO, "--text", "/no/such/file"], "cannot be read"),
-        (
-            ["perplexity", DEMO, "--text", DEMO / "config.json", "--context", 9999],
-            "context is 9999, but the model's own",
-        ),
-        (["perplexity", DEMO, "--text", DEMO / "model.safetensors"], "not UTF-8"),
-        (["generate", DEMO, "--prompt", "x", "--device", ""], "expected 'auto', 'cpu', 'cuda'"),
-        (["generate", DEMO, "--prompt", "x", "--head", "int8"], "the model has no int8 head"),
-        (["verify", DEMO / "config.json"], "is a file"),
-        (["info", DEMO / "config.json"], "is a file"),
-        (["info", "/no/such/folder"], "no such folder"),
-        (["info", DEMO, "--revision", "main"], "revision 'main' means nothing"),
-        (["quantize", DEMO, DEMO / "config.json"], "is a file"),
-    ],
-)
+DEMO_X = ["generate", DEMO, "--prompt", "x"]
+CONFIG = DEMO / "config.json"
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["generate", "no/such/folder", "--prompt", "x"], "no such folder"),
+    (["generate", "no/such/folder", "--prompt", "x", "--temperature", -1], "temperature is -1"),
+    (["generate", DEMO, "--prompt", "\udcff", "--max-new-tokens", 1], "surrogate"),
+    ([*DEMO_X, "--max-new-tokens", 100_000], "do not fit the context of 512"),
+    ([*DEMO_X, "--context", 513], "context is 513, but the model's own context is 512"),
+    ([*DEMO_X, "--top-p", 1.5], "top_p is 1.5"),
+    ([*DEMO_X, "--device", "cuda"], "no CUDA device"),
+    ([*DEMO_X, "--device", "tpu"], "--device is 'tpu', expected 'auto', 'cpu', 'cuda'"),
+    ([*DEMO_X, "--device", ""], "expected 'auto', 'cpu', 'cuda'"),
+    ([*DEMO_X, "--gpu-memory", "8GiB"], "--gpu-memory: torch sees no GPU here"),
+    ([*DEMO_X, "--device", "cpu", "--gpu-memory", "8GiB"], "--gpu-memory and --device cpu"),
+    ([*DEMO_X, "--cpu-memory", ""], "--cpu-memory is '', expected a size such as 8GiB"),
+    ([*DEMO_X, "--draft", ""], "--draft: '': no such folder"),
+    ([*DEMO_X, "--head", "int8"], "the model has no int8 head"),
+    (["demo", "--gpu-memory", ""], "--gpu-memory is '', expected a size such as 8GiB"),
+    (["quantize", "no/such/folder", "/tmp/x"], "no such folder"),
+    (["quantize", DEMO, CONFIG], "is a file"),
+    (["verify", "/no/such/folder"], "no such folder"),
+    (["verify", CONFIG], "is a file"),
+    (["perplexity", DEMO, "--text", "/no/such/file"], "cannot be read"),
+    (["perplexity", DEMO, "--text", DEMO / "model.safetensors"], "not UTF-8"),
+    (["perplexity", DEMO, "--text", CONFIG, "--context", 9999], "context is 9999, but the model's own"),
+    (["perplexity", DEMO, "--text", CONFIG, "--cpu-memory", "x"], "--cpu-memory is 'x', expected"),
+    (["info", CONFIG], "is a file"),
+    (["info", "/no/such/folder"], "no such folder"),
+    (["info", DEMO, "--revision", "main"], "revision 'main' means nothing"),
+])  # fmt: skip
 def test_failures_are_one_line_and_exit_1(run, words, message):
     code, out, err = run(*words)
     lines = [line for line in err.splitlines() if "error" in line]
@@ -298,33 +270,19 @@ def test_failures_are_one_line_and_exit_1(run, words, message):
     assert lines[0].startswith("neox-lite: error: ") and message in lines[0]
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        [],
-        ["dance"],
-        ["generate"],
-        ["quantize", "a", "b", "--format", "int3"],
-        ["demo", "--dance"],
-        ["demo", "--head", "int8"],
-        ["generate", "a", "--prompt", "x", "--kv", "int4"],
-        ["generate", "a", "--prompt", "x", "--lookup", "--draft", "b"],
-        ["verify", "a", "b"],
-        ["quantize", "a", "b", "c"],
-        ["generate", "a", "--prompt", "x", "--threads", "99999999999"],
-    ],
-)
-def test_wrong_usage_is_one_line_and_exits_2(words, capsys):
+@pytest.mark.parametrize("line", [
+    "", "dance", "generate", "generate a --prompt x --kv int4", "generate a --prompt x --lookup --draft b",
+    "generate a --prompt x --threads 99999999999", "demo --dance", "demo --head int8", "verify a b", "quantize a b c",
+    "quantize a b --format int3",
+])  # fmt: skip
+def test_wrong_usage_is_one_line_and_exits_2(line, capsys):
     with pytest.raises(SystemExit) as stopped:
-        main(words)
+        main(line.split())
     assert stopped.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_an_early_failure_shows_no_empty_progress_bar(run):
+def test_an_early_failure_is_named_before_anything_is_read_and_shows_no_empty_progress_bar(run, heldout):
     assert len(run("quantize", DEMO, DEMO)[2].splitlines()) == 1
-
-
-def test_compare_names_a_wrong_folder_before_it_scores_the_source(run, heldout):
     code, _, err = run("compare", DEMO, "/no/such/folder", "--text", heldout)
     assert code == 1 and len(err.splitlines()) == 1 and "no such folder" in err
 

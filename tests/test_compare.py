@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import weakref
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -41,6 +42,16 @@ def run(run, heldout):
     return call
 
 
+@pytest.fixture
+def result_of(run):
+    def call(*words):
+        code, out, err = run(*words, "--json")
+        assert code == 0, err
+        return json.loads(out)
+
+    return call
+
+
 @pytest.fixture(scope="module")
 def both(folders):
     """The source and its int4 folder, computing in float32."""
@@ -50,12 +61,11 @@ def both(folders):
 # What is measured -----------------------------------------------------------------------------------------------------
 
 
-def test_rows_are_those_of_both_models_side_by_side(run, folders, heldout):
-    code, out, _ = run(DEMO, *folders.values(), "--windows", 5, "--json", "--exact")
-    rows = json.loads(out)["rows"]
+def test_rows_are_those_of_both_models_side_by_side(result_of, folders, heldout):
+    rows = result_of(DEMO, *folders.values(), "--windows", 5, "--exact")["rows"]
     source = GPTNeoXForCausalLM.from_pretrained(DEMO, exact=True)
     windows = cut(source, heldout.read_text(encoding="utf-8"), 64)[:5]
-    assert code == 0 and [row["path"] for row in rows] == [str(DEMO), *map(str, folders.values())]
+    assert [row["path"] for row in rows] == [str(DEMO), *map(str, folders.values())]
     for row in rows[1:]:
         model = GPTNeoXForCausalLM.from_pretrained(row["path"], exact=True)
         both = quality_of(source, model, windows, row["path"])
@@ -90,45 +100,38 @@ def test_states_window_by_window_are_what_the_model_computes():
         assert float((scores - logits[:-1].log_softmax(-1)).abs().max()) < 1e-4
 
 
-def test_an_int4_head_counts_and_is_named(run, folders):
-    code, out, _ = run(DEMO, folders["g32"], "--windows", 3, "--head", "int8", "--json")
-    source, small = json.loads(out)["rows"]
-    assert code == 0 and (source["head"], small["head"]) == ("float16", "int8 g128")
+def test_an_int8_head_counts_and_is_named(result_of, folders):
+    source, small = result_of(DEMO, folders["g32"], "--windows", 3, "--head", "int8")["rows"]
+    assert (source["head"], small["head"]) == ("float16", "int8 g128")
     assert source["bytes"] - small["bytes"] > 256 * 1536 * 0.9  # the head's other half
 
 
 # Layers ---------------------------------------------------------------------------------------------------------------
 
 
-def test_errors_by_layer_are_those_of_the_weights_and_of_the_states(run, folders, both):
-    code, out, _ = run(DEMO, folders["int8"], folders["g128"], "--layers", "--json", "--exact")
-    result = json.loads(out)
+def test_errors_by_layer_are_those_of_the_weights_and_of_the_states(result_of, folders, both, heldout):
+    result = result_of(DEMO, folders["int8"], folders["g128"], "--layers", "--exact", "--windows", 3)
     plain, int8, int4 = result["rows"]
-    assert code == 0 and "layers" not in plain and result["layer_windows"] == result["windows"]
+    assert "layers" not in plain and result["layer_windows"] == result["windows"] == 3
+    windows = cut(both[0], heldout.read_text(encoding="utf-8"), 64)[:3]
+    a, b = (model(windows, output_hidden_states=True).hidden_states for model in both)
     for layer in int4["layers"]:
         assert list(layer["weights"]) == LINEARS
         for name, found in layer["weights"].items():
-            a, b = (m.gpt_neox.layers[layer["layer"]].get_submodule(name).handle.decode().double() for m in both)
-            assert found["error"] == pytest.approx(float((a - b).norm() / a.norm()), rel=1e-6)
+            x, y = (m.gpt_neox.layers[layer["layer"]].get_submodule(name).handle.decode().double() for m in both)
+            assert found["error"] == pytest.approx(float((x - y).norm() / x.norm()), rel=1e-6)
             assert found["format"] == "int4 g128"
+        if layer["layer"] < 3:  # the last of transformers' hidden states is after the final norm
+            x, y = (states[layer["layer"] + 1].float() for states in (a, b))
+            expected = float(((x - y).norm(dim=-1) / x.norm(dim=-1)).mean())
+            assert layer["hidden"] == pytest.approx(expected, rel=1e-2)  # those are rounded to float16
     for small, large in zip(int8["layers"], int4["layers"], strict=True):
         assert 0 < small["hidden"] < large["hidden"] / 5
 
 
-def test_the_state_after_each_layer_is_as_far_as_both_models_say(run, folders, both, heldout):
-    _, out, _ = run(DEMO, folders["g128"], "--layers", "--json", "--exact", "--windows", 3)
-    windows = cut(both[0], heldout.read_text(encoding="utf-8"), 64)[:3]
-    a, b = (m(windows, output_hidden_states=True).hidden_states for m in both)
-    for layer in json.loads(out)["rows"][1]["layers"][:-1]:  # after the last one they are after the final norm
-        x, y = (states[layer["layer"] + 1].float() for states in (a, b))
-        expected = float(((x - y).norm(dim=-1) / x.norm(dim=-1)).mean())
-        assert layer["hidden"] == pytest.approx(expected, rel=1e-2)  # those are rounded to float16
-
-
-def test_a_folder_beside_itself_has_no_errors(run):
-    code, out, _ = run(DEMO, DEMO, "--layers", "--windows", 2, "--json")
-    row = json.loads(out)["rows"][1]
-    assert code == 0 and row["kl"] == 0 and row["top1"] == 1
+def test_a_folder_beside_itself_has_no_errors(result_of):
+    row = result_of(DEMO, DEMO, "--layers", "--windows", 2)["rows"][1]
+    assert row["kl"] == 0 and row["top1"] == 1
     assert all(layer["hidden"] == 0 for layer in row["layers"])
     assert all(w["error"] == 0 for layer in row["layers"] for w in layer["weights"].values())
 
@@ -142,13 +145,10 @@ def test_the_text_table_has_a_line_for_each_layer(run, folders):
     assert all(line.count("%") == 5 for line in lines[at + 1 :]) and "[1/2]" in err and "[2/2]" in err
 
 
-def test_states_after_layers_are_kept_of_as_many_windows_as_there_is_room_for(run, folders, monkeypatch):
-    monkeypatch.setattr(compare, "LAYER_BYTES", 3 * 4 * 64 * 256 * 4)  # windows, layers, tokens, hidden, bytes
-    _, out, _ = run(DEMO, folders["g32"], "--layers", "--windows", 5, "--json")
-    assert json.loads(out)["layer_windows"] == 3
-    monkeypatch.setattr(compare, "LAYER_BYTES", 1)
-    _, out, _ = run(DEMO, folders["g32"], "--layers", "--windows", 5, "--json")
-    assert json.loads(out)["layer_windows"] == 1
+def test_states_after_layers_are_stored_of_as_many_windows_as_there_is_room_for(result_of, folders, monkeypatch):
+    for room, windows in ((3 * 4 * 64 * 256 * 4, 3), (1, 1)):  # windows, layers, tokens, hidden, bytes
+        monkeypatch.setattr(compare, "LAYER_BYTES", room)
+        assert result_of(DEMO, folders["g32"], "--layers", "--windows", 5)["layer_windows"] == windows
 
 
 def test_weights_of_any_two_folders_are_comparable(folders):
@@ -160,17 +160,16 @@ def test_weights_of_any_two_folders_are_comparable(folders):
 
 
 def test_the_source_is_gone_before_the_first_folder_is_loaded(run, folders, monkeypatch):
-    alive, load = [], compare.load
+    loaded, load = [], compare.load
 
     def watched(name, *rest, **options):
-        models = [m for m in alive if m() is not None]
-        assert not models, "a model is held while the next one is loaded"
+        assert all(model() is None for model in loaded), "a model is held while the next one is loaded"
         model = load(name, *rest, **options)
-        alive.append(__import__("weakref").ref(model))
+        loaded.append(weakref.ref(model))
         return model
 
     monkeypatch.setattr(compare, "load", watched)
-    assert run(DEMO, folders["int8"], folders["g32"], "--windows", 2)[0] == 0 and len(alive) == 3
+    assert run(DEMO, folders["int8"], folders["g32"], "--windows", 2)[0] == 0 and len(loaded) == 3
 
 
 def test_a_source_whose_states_find_no_room_is_refused(run, folders, monkeypatch):
@@ -243,9 +242,8 @@ def test_the_picture_survives_names_and_numbers_of_any_kind():
 
 
 def test_folders_of_one_name_are_told_apart():
-    nothing = {"kl": 0.1, "kl_error": None, "bits_per_weight": 4.0}
-    svg = draw([{"path": p, **nothing} for p in ("s", "a/int4", "b/int4")], [])
-    assert {"a/int4", "b/int4"} <= set(texts(svg))
+    rows = [{"path": path, "kl": 0.1, "kl_error": None, "bits_per_weight": 4.0} for path in ("s", "a/int4", "b/int4")]
+    assert {"a/int4", "b/int4"} <= set(texts(draw(rows, [])))
 
 
 @pytest.mark.parametrize("low, high", [(1e-9, 1e-9), (3e-5, 0.2), (0.011, 0.0111), (1.0, 10.0), (1e-12, 50.0)])
