@@ -9,6 +9,7 @@ import shutil
 import signal
 import statistics
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -57,49 +58,40 @@ def dense():
     return GPTNeoXForCausalLM.from_pretrained(DEMO, dtype=torch.float32, exact=True)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Task files as people write them, with their documents beside them."""
-    out = tmp_path_factory.mktemp("tasks")
-    draw = random.Random(0)
-    choices, letters = [], []
+def documents():
+    """Of every task: questions with four endings or letters, last words of lines, pages."""
+    draw, ends, letters = random.Random(0), [], []
     for i in range(12):
         words, gold = LINES[i].split(), draw.randrange(4)
-        ends = [" ".join(LINES[j].split()[3:7]) for j in (i, i + 30, i + 60, i + 90)]
-        ends[0], ends[gold] = ends[gold], ends[0]
-        choices.append({"start": " ".join(words[:3]), "ends": ends, "gold": gold})
+        choices = [" ".join(LINES[j].split()[3:7]) for j in (i, i + 30, i + 60, i + 90)]
+        choices[0], choices[gold] = choices[gold], choices[0]
+        ends.append({"start": " ".join(words[:3]), "ends": choices, "gold": gold})
         letters.append({"start": " ".join(words), "gold": draw.randrange(4)})
     words = [{"start": line.rpartition(" ")[0], "word": line.rpartition(" ")[2]} for line in LINES[20:32]]
     pages = [{"text": HELDOUT[i * 2500 : (i + 1) * 2500]} for i in range(2)]
-    metrics = {
-        "ends": ["acc", "acc_norm"],
-        "letters": ["acc"],
-        "words": ["perplexity", "acc"],
-        "pages": ["word_perplexity", "byte_perplexity", "bits_per_byte"],
-        "lines": ["exact_match"],
-    }
-    forms = {
-        "ends": ("multiple_choice", choices, "Begin: {{start}}\nEnd:", "{{gold}}", {"doc_to_choice": "{{ends}}"}),
-        "letters": ("multiple_choice", letters, "{{start}}\nAnswer:", "{{gold}}", {"doc_to_choice": list("ABCD")}),
-        "words": ("loglikelihood", words, "{{start}}", " {{word}}", {}),
-        "pages": ("loglikelihood_rolling", pages, "", "{{text}}", {"num_fewshot": 0}),
-        "lines": ("generate_until", words, "{{start}}", "{{word}}", {}),
-    }
-    for name, (kind, documents, text, target, beside) in forms.items():
-        (out / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in documents), encoding="utf-8")
-        task = {
-            "task": name,
-            "dataset_path": "json",
-            "dataset_kwargs": {"data_files": {"test": str(out / f"{name}.jsonl")}},
-            "test_split": "test",
-            "output_type": kind,
-            "doc_to_text": text,
-            "doc_to_target": target,
-            "metric_list": [{"metric": metric} for metric in metrics[name]],
-            **beside,
-        }
-        if name == "lines":
-            task["generation_kwargs"] = {"until": ["\n", ":"], "max_gen_toks": 12}
+    return {"ends": ends, "letters": letters, "words": words, "pages": pages, "lines": words}
+
+
+TASKS = {  # output type, doc_to_text, doc_to_target, metrics, and more of the task's file
+    "ends": ("multiple_choice", "Begin: {{start}}\nEnd:", "{{gold}}", "acc acc_norm", {"doc_to_choice": "{{ends}}"}),
+    "letters": ("multiple_choice", "{{start}}\nAnswer:", "{{gold}}", "acc", {"doc_to_choice": list("ABCD")}),
+    "words": ("loglikelihood", "{{start}}", " {{word}}", "perplexity acc", {}),
+    "pages": ("loglikelihood_rolling", "", "{{text}}", "word_perplexity byte_perplexity bits_per_byte", {"num_fewshot": 0}),
+    "lines": ("generate_until", "{{start}}", "{{word}}", "exact_match",
+              {"generation_kwargs": {"until": ["\n", ":"], "max_gen_toks": 12}}),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Task files as people write them, with their documents beside them."""
+    out, found = tmp_path_factory.mktemp("tasks"), documents()
+    for name, (kind, text, target, metrics, more) in TASKS.items():
+        path = out / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(one) + "\n" for one in found[name]), encoding="utf-8")
+        data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(path)}}, "test_split": "test"}
+        task = {"task": name, "output_type": kind, "doc_to_text": text, "doc_to_target": target, **data, **more}
+        task["metric_list"] = [{"metric": metric} for metric in metrics.split()]
         (out / f"{name}.yaml").write_text(json.dumps(task), encoding="utf-8")  # JSON is YAML
     return out
 
@@ -149,8 +141,8 @@ PAIRS = [
 
 
 def test_log_likelihoods_equal_those_of_hf(both):
-    found, wanted = (lm.loglikelihood(requests("loglikelihood", *PAIRS), disable_tqdm=True) for lm in both)
-    for pair, (value, greedy), (truth, is_greedy) in zip(PAIRS, found, wanted, strict=True):
+    found, expected = (lm.loglikelihood(requests("loglikelihood", *PAIRS), disable_tqdm=True) for lm in both)
+    for pair, (value, greedy), (truth, is_greedy) in zip(PAIRS, found, expected, strict=True):
         assert value == pytest.approx(truth, abs=1e-4, rel=1e-6), pair  # float32 sums of hundreds keep six digits
         assert greedy == is_greedy, pair
 
@@ -166,45 +158,44 @@ def test_what_a_model_says_itself_is_greedy_for_both(both):
 
 def test_rolling_log_likelihoods_equal_those_of_hf(both):
     texts = [(LONG,), ("Short.",), ("",), ("Grüße, 世界 \U0001f600",), (HELDOUT[6000:8000],)]
-    found, wanted = (lm.loglikelihood_rolling(requests("loglikelihood_rolling", *texts)) for lm in both)
-    assert found == pytest.approx(wanted, abs=1e-4, rel=1e-6)
+    found, expected = (lm.loglikelihood_rolling(requests("loglikelihood_rolling", *texts)) for lm in both)
+    assert found == pytest.approx(expected, abs=1e-4, rel=1e-6)
 
 
 def test_generated_texts_equal_those_of_hf(both):
     prompts = ["KING RICHARD III:\n", "To be, or not", LONG, "KING RICHARD III:\nI am", "日本"]
     endings = [{"until": ["\n"], "max_gen_toks": 24}, {"until": [" the", ":"], "do_sample": False}, {"max_gen_toks": 3}]
     asked = [(prompt, ending) for prompt in prompts for ending in endings if prompt != LONG or ending is endings[0]]
-    found, wanted = (lm.generate_until(requests("generate_until", *asked), disable_tqdm=True) for lm in both)
-    assert found == wanted
+    found, expected = (lm.generate_until(requests("generate_until", *asked), disable_tqdm=True) for lm in both)
+    assert found == expected
     assert any(text == "" for text in found) or len(set(found)) > 5
 
 
 def test_tasks_give_the_figures_of_hf_five_shot(both, folder):
-    manager = TaskManager(include_path=str(folder), include_defaults=False)
-    names = ["ends", "letters", "words", "pages", "lines"]
-    found, wanted = (
+    manager, names = TaskManager(include_path=str(folder), include_defaults=False), list(TASKS)
+    found, expected = (
         evaluator.simple_evaluate(lm, tasks=names, num_fewshot=5, limit=3, task_manager=manager, bootstrap_iters=0)
         for lm in both
     )
     for name in names:
         assert found["n-shot"][name] == (0 if name == "pages" else 5)
-        for a, b in zip(found["samples"][name], wanted["samples"][name], strict=True):
+        for a, b in zip(found["samples"][name], expected["samples"][name], strict=True):
             assert a["prompt_hash"] == b["prompt_hash"]
             if name == "lines":
                 assert a["filtered_resps"] == b["filtered_resps"]
-        for metric, value in wanted["results"][name].items():
+        for metric, value in expected["results"][name].items():
             if isinstance(value, float):
                 assert found["results"][name][metric] == pytest.approx(value, rel=1e-5), (name, metric)
 
 
-def test_what_cannot_be_scored_is_refused_by_name(dense):
-    lm = NeoxLiteLM(dense)
-    with pytest.raises(ArgumentError, match=r"a continuation has \d+ tokens, more than the 512"):
-        lm.loglikelihood(requests("loglikelihood", ("So", LONG)))
-    with pytest.raises(ArgumentError, match="max_gen_toks is 512"):
-        lm.generate_until(requests("generate_until", ("So", {"max_gen_toks": 512})))
-    with pytest.raises(UnsupportedError, match="num_beams"):
-        lm.generate_until(requests("generate_until", ("So", {"num_beams": 4})))
+@pytest.mark.parametrize(("kind", "asked", "error", "message"), [
+    ("loglikelihood", ("So", LONG), ArgumentError, r"a continuation has \d+ tokens, more than the 512"),
+    ("generate_until", ("So", {"max_gen_toks": 512}), ArgumentError, "max_gen_toks is 512"),
+    ("generate_until", ("So", {"num_beams": 4}), UnsupportedError, "num_beams"),
+], ids=["too long", "no room", "beams"])  # fmt: skip
+def test_what_cannot_be_scored_is_refused_by_name(dense, kind, asked, error, message):
+    with pytest.raises(error, match=message):
+        getattr(NeoxLiteLM(dense), kind)(requests(kind, asked))
 
 
 def test_sampled_texts_differ_among_repeats_and_not_among_runs(dense):
@@ -222,41 +213,38 @@ def ids(count, seed):
     return [draw.randrange(2, 1500) for _ in range(count)]
 
 
-def test_a_question_is_computed_once_for_all_its_answers(dense, counted):
-    question, answers = ids(300, 0), [ids(n, n) for n in (5, 7, 9, 2)]
-    scores, computed = score(dense, [Text(question + answer, len(answer)) for answer in answers])
-    assert computed == counted["tokens"] == 300 + 4 + 6 + 8 + 1
-    assert sum(counted["rows"]) == 1 + 4 + 6 + 8 + 1  # the question's last row says all first tokens
-    for answer, found in zip(answers, scores, strict=True):
-        logits = dense(torch.tensor([question + answer[:-1]])).logits[0, -len(answer) :].log_softmax(-1)
-        wanted = float(logits.gather(1, torch.tensor(answer)[:, None]).sum())
-        assert found.log_likelihood == pytest.approx(wanted, abs=1e-4)
+def answered(question, *answers):
+    return [Text(question + answer, len(answer)) for answer in answers]
 
 
-def test_answers_of_one_token_need_no_pass_of_their_own(dense, counted):
-    question = ids(200, 0)
-    _, computed = score(dense, [Text([*question, letter], 1) for letter in (5, 6, 7, 8)])
-    assert (computed, counted["passes"], counted["rows"]) == (200, 1, [1])
+SHARED = {  # texts, tokens that are computed, passes and rows through the head, None where those are any
+    "a question, for all its answers": (
+        answered(ids(300, 0), *(ids(n, n) for n in (5, 7, 9, 2))),
+        *(300 + 4 + 6 + 8 + 1, None, 1 + 4 + 6 + 8 + 1),  # the question's last row says all first tokens
+    ),
+    "answers of one token, by no pass of their own": (answered(ids(200, 0), [5], [6], [7], [8]), 200, 1, 1),
+    "examples that questions share": (
+        [t for i in range(1, 6) for t in answered(ids(250, 0) + ids(20, i), ids(4, 100), ids(4, 200))],
+        *(250 + 5 * (20 + 3 + 3), None, None),
+    ),
+    "a text alone, by one pass with the head on what is scored": ([Text(ids(400, 0), 3)], 399, 1, 3),
+    "a common first word, again rather than before all that follows": (
+        [Text([7, *ids(20, i)], 2) for i in range(4)],
+        *(4 * 20, 1, None),
+    ),
+}
 
 
-def test_examples_that_questions_share_are_computed_once(dense, counted):
-    examples = ids(250, 0)
-    questions = [examples + ids(20, i) for i in range(1, 6)]
-    texts = [Text([*question, *answer], 4) for question in questions for answer in (ids(4, 100), ids(4, 200))]
-    _, computed = score(dense, texts)
-    assert computed == 250 + 5 * (20 + 3 + 3)
-
-
-def test_a_text_alone_is_one_pass_with_the_head_on_what_is_scored(dense, counted):
-    _, computed = score(dense, [Text(ids(400, 0), 3)])
-    assert (computed, counted["passes"], counted["rows"]) == (399, 1, [3])
-
-
-def test_what_hardly_saves_anything_waits_for_nothing(dense, counted):
-    """A common first word is computed again rather than before all that follows."""
-    texts = [Text([7, *ids(20, i)], 2) for i in range(4)]
-    _, computed = score(dense, texts)
-    assert (computed, counted["passes"]) == (4 * 20, 1)
+@pytest.mark.parametrize("what", SHARED)
+def test_what_texts_share_is_computed_once(dense, counted, what):
+    texts, tokens, passes, rows = SHARED[what]
+    scores, computed = score(dense, texts)
+    assert computed == counted["tokens"] == tokens
+    assert passes in (None, counted["passes"]) and rows in (None, sum(counted["rows"]))
+    for text, found in zip(texts, scores, strict=True):
+        answer = torch.tensor(text.ids[-text.scored :])
+        logits = dense(torch.tensor([text.ids[:-1]])).logits[0, -len(answer) :].log_softmax(-1)
+        assert found.log_likelihood == pytest.approx(float(logits.gather(1, answer[:, None]).sum()), abs=1e-4)
 
 
 def test_logits_are_held_in_bounded_memory(dense, counted, monkeypatch):
@@ -274,12 +262,12 @@ def test_a_pool_of_few_pages_gives_the_same_scores(dense, pages, monkeypatch):
     examples = ids(200, 0)
     texts = [Text(examples + ids(n, n), 5) for n in (30, 300, 70, 311, 8)]
     texts += [Text(texts[1].ids[:-5] + ids(5, seed), 5) for seed in (77, 78, 79)]
-    wanted, least = score(dense, texts)
+    expected, least = score(dense, texts)
     monkeypatch.setattr(dense, "cache_pages", pages)
     found, computed = score(dense, texts)
     assert computed >= least
-    wanted = [one.log_likelihood for one in wanted]
-    assert [one.log_likelihood for one in found] == pytest.approx(wanted, abs=1e-4, rel=1e-6)
+    expected = [one.log_likelihood for one in expected]
+    assert [one.log_likelihood for one in found] == pytest.approx(expected, abs=1e-4, rel=1e-6)
 
 
 # The command ----------------------------------------------------------------------------------------------------------
@@ -288,14 +276,8 @@ def test_a_pool_of_few_pages_gives_the_same_scores(dense, pages, monkeypatch):
 def test_eval_prints_a_table_or_one_object(run, folder):
     words = ("eval", DEMO, "--tasks", "ends,words", "--include-path", folder, "--num-fewshot", 2, "--limit", 6)
     code, out, err = run(*words)
-    assert code == 0
-    assert [line.split()[:3] for line in out.splitlines()] == [
-        ["task", "n-shot", "metric"],
-        ["ends", "2", "acc"],
-        ["ends", "2", "acc_norm"],
-        ["words", "2", "perplexity"],
-        ["words", "2", "acc"],
-    ]
+    lines = ["task n-shot metric", "ends 2 acc", "ends 2 acc_norm", "words 2 perplexity", "words 2 acc"]
+    assert code == 0 and [line.split()[:3] for line in out.splitlines()] == [line.split() for line in lines]
     code, out, err = run(*words, "--json")
     result = json.loads(out)
     assert "30 of 30 answers are known" in err
@@ -314,27 +296,32 @@ def test_results_and_answers_of_every_document_are_written(run, folder, tmp_path
 
 
 def test_mistakes_are_one_line(run, folder, monkeypatch, tmp_path):
-    def error(*words):
-        code, out, err = run("eval", DEMO, *words)
-        assert (code, out) == (1, "")
-        return err.splitlines()[-1]
-
-    assert "no such folder" in error("--tasks", "ends", "--include-path", tmp_path / "nowhere")
-    ends = ("--tasks", "ends", "--include-path", folder)
-    assert "no such folder" in error(*ends, "--output", tmp_path / "nowhere" / "x.json")
-    many = error(*ends, "--num-fewshot", 999)
-    assert re.search(r"task ends: has (\d+) examples beside each document, not 999: --num-fewshot \1$", many)
-    (tmp_path / "hub.yaml").write_text('{"task": "hub_task", "dataset_path": "nobody/nothing", "test_split": "test"}')
     import datasets
     import huggingface_hub.constants
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    said = error("--tasks", "hub_task", "--include-path", tmp_path)
-    assert "task hub_task: its documents cannot be fetched, because the hub cannot be reached" in said
+    (tmp_path / "hub.yaml").write_text('{"task": "hub_task", "dataset_path": "nobody/nothing", "test_split": "test"}')
     unsafe = json.loads((folder / "words.yaml").read_text()) | {"task": "code", "unsafe_code": True}
     (tmp_path / "code.yaml").write_text(json.dumps(unsafe))
-    assert "task code: runs programs that the model writes" in error("--tasks", "code", "--include-path", tmp_path)
+    ends, own = ("--tasks", "ends", "--include-path", folder), ("--include-path", tmp_path, "--tasks")
+
+    def error(*words):
+        code, out, err = run("eval", DEMO, *words)
+        assert (code, out) == (1, "")
+        return err.splitlines()[-1]
+
+    for words, message in (
+        (("--tasks", "ends", "--include-path", tmp_path / "nowhere"), "no such folder"),
+        ((*ends, "--output", tmp_path / "nowhere" / "x.json"), "no such folder"),
+        (
+            (*ends, "--num-fewshot", 999),
+            r"task ends: has (\d+) examples beside each document, not 999: --num-fewshot \1$",
+        ),
+        ((*own, "hub_task"), "task hub_task: its documents cannot be fetched, because the hub cannot be reached"),
+        ((*own, "code"), "task code: runs programs that the model writes"),
+    ):
+        assert re.search(message, error(*words)), message
     monkeypatch.setattr(tasks, "_manager", lambda args: TaskManager(include_path=str(folder), include_defaults=False))
     assert "no task is called 'end'; nearest is 'ends'" in error("--tasks", "end")
     monkeypatch.setitem(sys.modules, "lm_eval.evaluator", None)
@@ -367,27 +354,22 @@ def test_chats_are_written_in_the_models_form(run, folder, tmp_path):
 def test_compare_tells_differences_with_their_errors(run, folder, int4, tmp_path):
     words = ("--tasks", "ends,words,pages", "--include-path", folder, "--num-fewshot", 1)
     code, out, _ = run("eval", int4, "--compare", DEMO, *words, "--json")
-    assert code == 0
     result = json.loads(out)
     rows = {(row["task"], row["metric"]): row for row in result["results"]}
-    assert result["format"].startswith("int4") and result["source"]["format"] == "float16"
-    alone = {}
-    for name, path in (("source", DEMO), ("model", int4)):
-        assert run("eval", path, *words, "--output", tmp_path / f"{name}.json")[0] == 0
-        alone[name] = json.loads((tmp_path / f"{name}.json").read_text())
-    for row in alone["source"]["results"]:
-        assert rows[row["task"], row["metric"]]["source"] == row["value"]
-    for row in alone["model"]["results"]:
-        assert rows[row["task"], row["metric"]]["value"] == row["value"]
-    before, after = ([s["acc"] for s in alone[name]["samples"]["ends"]] for name in ("source", "model"))
-    differences = [b - a for a, b in zip(before, after, strict=True)]
-    row = rows["ends", "acc"]
+    assert code == 0 and result["format"].startswith("int4") and result["source"]["format"] == "float16"
+    samples = {}
+    for name, path in (("source", DEMO), ("value", int4)):
+        assert run("eval", path, *words, "--output", tmp_path / "alone.json")[0] == 0
+        alone = json.loads((tmp_path / "alone.json").read_text())
+        samples[name] = alone["samples"]["ends"]
+        for row in alone["results"]:
+            assert rows[row["task"], row["metric"]][name] == row["value"]
+    row, pairs = rows["ends", "acc"], list(zip(samples["source"], samples["value"], strict=True))
+    differences = [after["acc"] - before["acc"] for before, after in pairs]
     assert row["difference"] == pytest.approx(statistics.mean(differences))
     assert row["difference_stderr"] == pytest.approx(statistics.stdev(differences) / math.sqrt(12))
-    chosen = [
-        [max(range(4), key=lambda i: s["filtered_resps"][i][0]) for s in alone[n]["samples"]["ends"]] for n in alone
-    ]
-    assert row["equal_answers"] == sum(a == b for a, b in zip(*chosen, strict=True)) / 12
+    chosen = [[max(range(4), key=lambda i: s["filtered_resps"][i][0]) for s in pair] for pair in pairs]
+    assert row["equal_answers"] == sum(before == after for before, after in chosen) / 12
     assert rows["words", "perplexity"]["difference_stderr"] > 0  # no mean: from draws of documents for both
     assert rows["pages", "word_perplexity"]["equal_answers"] is None
 
@@ -400,14 +382,12 @@ def test_a_model_may_be_compared_with_itself_in_another_setting(run, folder):
 
 
 def test_the_error_of_a_difference_between_equals_is_zero():
-    class Task:
-        def aggregation(self):
-            return {"perplexity": lambda values: math.exp(-sum(values) / len(values))}
-
-    samples = [{"doc_id": i, "filter": "none", "perplexity": -float(i)} for i in range(5)]
-    assert tasks.difference_error(Task(), "perplexity", samples, samples) == 0
-    moved = [{**one, "perplexity": one["perplexity"] - 0.1} for one in samples]
-    assert tasks.difference_error(Task(), "perplexity", samples, moved) > 0
+    task = SimpleNamespace(aggregation=lambda: {"perplexity": lambda values: math.exp(-sum(values) / len(values))})
+    samples, moved = (
+        [{"doc_id": i, "filter": "none", "perplexity": -i - less} for i in range(5)] for less in (0.0, 0.1)
+    )
+    assert tasks.difference_error(task, "perplexity", samples, samples) == 0
+    assert tasks.difference_error(task, "perplexity", samples, moved) > 0
 
 
 # An interrupted run goes on -------------------------------------------------------------------------------------------
