@@ -44,12 +44,14 @@ def hub(source, tmp_path, monkeypatch):
         yield server
 
 
-@pytest.fixture
-def whole(source, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def whole(source, tmp_path_factory):
     """What the same checkpoint gives from a folder."""
-    small_steps(monkeypatch)
-    convert(source, tmp_path / "whole")
-    return digests(tmp_path / "whole", WEIGHTS)
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        small_steps(patch)
+        convert(source, folder / "model")
+    return digests(folder / "model", WEIGHTS)
 
 
 @pytest.fixture
