@@ -286,6 +286,7 @@ def test_the_longest_common_beginning_is_taken_and_its_pages_are_shared(new_pool
     prefixes = PrefixCache(pool, 8)
     short = kept(pool, prefixes, [1] * 50)
     long = kept(pool, prefixes, [1] * 100 + [2] * 200)
+    assert (prefixes.pages, prefixes.tokens()) == (4, 350)
     free = pool.free_pages
     for wanted, length, source in (
         ([1] * 40 + [3], 40, short),
@@ -297,7 +298,7 @@ def test_the_longest_common_beginning_is_taken_and_its_pages_are_shared(new_pool
         taken, logits = prefixes.match_prefix(wanted)
         assert taken.length == length and logits is None
         assert torch.equal(contents(pool, taken), source[:, :, :length])
-        assert pool.free_pages == free
+        assert pool.free_pages == free and prefixes.tokens([taken]) == 350  # shared pages count once
         append(pool, [taken], [1])  # into a page of its own
         pool.free(taken)
     again, _ = prefixes.match_prefix([1] * 100 + [2] * 200)
