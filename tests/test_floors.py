@@ -44,8 +44,6 @@ MAX_LINES = 500  # of a file, but for
 LONGER = {
     "neox_lite.tokenizer",
     "neox_lite.config",
-    "neox_lite_app.bench",
-    "neox_lite_app.serving.schema",
 }
 MAX_LINES_IN = {"neox_lite.core": 300, "neox_lite.loading": 300, "neox_lite.modeling": 300}
 MAX_ROOMS, MAX_ARROWS = 20, 80  # of neox_lite itself

@@ -6,18 +6,16 @@ Times the model's own steps; knows no kernel and no text: prompts are random ids
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
 from neox_lite.cache import Batch, BlockTable, PagePool
@@ -36,6 +34,7 @@ from neox_lite.offload.profile import context_bytes
 from neox_lite.units import PAGE, dtype_name
 
 from .load_for_command import default_threads, describe, load, placing, warn_if_busy
+from .memory_probe import anonymous_peak, copy_gb_per_s, fastest_read, peak_bytes, seconds
 from .models.random_model import RandomModel, config_of
 from .terminal import amount, bar, note, print_json
 
@@ -45,17 +44,17 @@ OUTSIDE_STEPS = 8
 BUFFER_BYTES = 2 << 30  # read to measure the machine: many times any cache
 READ_PASSES = 5
 PAIRS, PAIR_STEPS = 5, 4  # readings of memory, and the decode steps before each
-SAMPLE_S = 0.05
-COPY_BYTES, COPY_RUNS = 1 << 30, 20  # on a GPU
+COPY_BYTES = 1 << 30  # on a GPU
 
 
 def bench(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads or default_threads())
     check_options(args)
-    config = config_of(args.shape) if args.shape is not None else config_in(args.model, args.revision)
+    shaped = args.shape is not None
+    config = config_of(args.shape) if shaped else GPTNeoXConfig.from_pretrained(resolve(args.model, args.revision))
     args.context = contexts_of(config, args)
-    check(placement_request(args))  # said before gigabytes are written
-    plan = plan_of(config, args) if args.shape is not None else None
+    check(placement_request(args))  # before gigabytes are written
+    plan = plan_of(config, args) if shaped else None
     load_average = warn_if_busy()
     if plan is not None and args.scratch is not None:
         write(plan, Path(args.scratch))
@@ -151,10 +150,6 @@ def read_linears(model: GPTNeoXForCausalLM) -> list[Linear]:
     return [*linears(model), model.embed_out]
 
 
-def config_in(model: str, revision: str | None) -> GPTNeoXConfig:
-    return GPTNeoXConfig.from_pretrained(resolve(model, revision))
-
-
 def contexts_of(config: GPTNeoXConfig, args: argparse.Namespace) -> list[int]:
     """The numbers of cached tokens to decode after: as given, else 128; on a GPU 0, 1024 and 2048, as far as there is room.
 
@@ -166,15 +161,15 @@ def contexts_of(config: GPTNeoXConfig, args: argparse.Namespace) -> list[int]:
     room = limit - WARM_UP - args.decode
     if args.context is None:
         on_gpu = args.device.startswith("cuda") or (args.device == "auto" and torch.cuda.is_available())
-        wanted = [min(n, room) for n in ((0, 1024, 2048) if on_gpu else (128,))]
+        contexts = [min(n, room) for n in ((0, 1024, 2048) if on_gpu else (128,))]
     else:
-        wanted = args.context
-    if max(wanted) > room or room < 0:
+        contexts = args.context
+    if max(contexts) > room or room < 0:
         raise ArgumentError(
-            f"--context {max(wanted)} and --decode {args.decode} need {max(wanted) + WARM_UP + args.decode} tokens with "
+            f"--context {max(contexts)} and --decode {args.decode} need {max(contexts) + WARM_UP + args.decode} tokens with "
             f"{WARM_UP} to warm up, but the model's context is {limit}"
         )
-    return list(dict.fromkeys(wanted))
+    return list(dict.fromkeys(contexts))
 
 
 def identity(model: GPTNeoXForCausalLM, args: argparse.Namespace) -> dict[str, Any]:
@@ -216,13 +211,11 @@ def measure(model: GPTNeoXForCausalLM, args: argparse.Namespace) -> dict[str, An
     first, outside_steps = args.context[0], min(OUTSIDE_STEPS, args.decode)
     kinds = [*((n, first) for n in batches), *((1, context) for context in args.context[1:])]
     total = len(args.prefill) * PREFILL_RUNS + len(kinds) * (WARM_UP + args.decode) + WARM_UP + outside_steps
-    done = 0
     with bar("measure", "step") as progress:
+        steps = itertools.count(1)
 
         def tick() -> None:
-            nonlocal done
-            done += 1
-            progress(done, total)
+            progress(next(steps), total)
 
         # The first pass binds the kernels and reads the weights into memory; it is not timed.
         prefill_s(model, min(16, *args.prefill), 1, lambda: None)
@@ -251,18 +244,18 @@ def measure(model: GPTNeoXForCausalLM, args: argparse.Namespace) -> dict[str, An
 
 
 def batches_of(model: GPTNeoXForCausalLM, args: argparse.Namespace) -> tuple[list[int], list[int]]:
-    """The batch sizes to decode with, and those, said in a line, for whose KV cache the memory budget has no room."""
-    wanted, pages = sorted({1, *args.batch}), pages_for(args.context[0] + WARM_UP + args.decode)
-    if model.cache_pages is None or wanted[-1] * pages <= model.cache_pages:
-        return wanted, []
+    """The batch sizes to decode with, and those for whose KV cache the memory budget has no room; a warning names them."""
+    sizes, pages = sorted({1, *args.batch}), pages_for(args.context[0] + WARM_UP + args.decode)
+    if model.cache_pages is None or sizes[-1] * pages <= model.cache_pages:
+        return sizes, []
     most = max(1, model.cache_pages // pages)
-    left_out = [n for n in wanted if n > most]
+    left_out = [n for n in sizes if n > most]
     note(
         f"neox-lite: warning: no batch of {' or '.join(map(str, left_out))} is measured: the memory budget has room for "
         f"{model.cache_pages * PAGE} tokens of KV cache, {most} sequence{'s' if most > 1 else ''} of "
         f"{pages * PAGE}; give it more memory or fewer tokens"
     )
-    return [n for n in wanted if n <= most], left_out
+    return [n for n in sizes if n <= most], left_out
 
 
 def pages_for(tokens: int) -> int:
@@ -358,7 +351,7 @@ class Timed:
 
 
 def outside_share(model: GPTNeoXForCausalLM, context: int, steps: int, tick: Callable[[], None]) -> float | None:
-    """Share of decode time outside the backend's operations and captured steps; None where that cannot be told.
+    """Share of decode time outside the backend's operations and captured steps; None where that is not known.
 
     That is a GPU, where calls return before the work is done, and a backend that does not work through model.ops.
     """
@@ -447,105 +440,6 @@ def cache_bytes(model: GPTNeoXForCausalLM) -> int:
     return sum(t.nbytes for t in (*pool.storage, *pool.scales)) // PAGE
 
 
-def copy_gb_per_s(device: torch.device, nbytes: int, runs: int = COPY_RUNS) -> list[float]:
-    """Rates of copies from a device's memory to the same memory, read and write counted: what a kernel can hope for."""
-    source = torch.ones(nbytes, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-
-    def copy() -> float:
-        if device.type != "cuda":
-            return seconds(lambda: target.copy_(source))
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        target.copy_(source)
-        end.record()
-        torch.cuda.synchronize(device)
-        return begin.elapsed_time(end) / 1e3
-
-    return [2 * nbytes / copy() / 1e9 for _ in range(runs + 3)][3:]
-
-
-@contextmanager
-def fastest_read(tensors: Sequence[Tensor], threads: int) -> Iterator[tuple[Callable[[], object], str]]:
-    """The plain code that reads all of these tensors fastest with so many threads, and its name.
-
-    It is not the same everywhere, nor is a buffer read as fast as weights: where the system has put a page decides.
-    """
-    views = [t.detach().flatten().view(torch.uint8) for t in tensors]
-    reads: dict[str, Callable[[], object]] = {"torch maximum of bytes": lambda: [v.max() for v in views][-1].item()}
-    if all(len(v) % 8 == 0 for v in views):
-        wide = [v.view(torch.int64) for v in views]
-        reads["torch sum of int64"] = lambda: [w.sum() for w in wide][-1].item()
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            if views[0].device.type == "cpu":
-                reads["numpy or of bytes"] = _numpy_read(views, threads, pool)
-            times = {name: min(seconds(read) for _ in range(2)) for name, read in reads.items()}
-            best = min(times, key=lambda name: times[name])
-            yield reads[best], best
-    finally:
-        torch.set_num_threads(before)
-
-
-def _numpy_read(views: Sequence[Tensor], threads: int, pool: ThreadPoolExecutor) -> Callable[[], object]:
-    """Every thread reads its share of every tensor."""
-    import numpy
-
-    shares = list(zip(*(numpy.array_split(v.numpy(), threads) for v in views), strict=True))
-    return lambda: list(pool.map(lambda share: [numpy.bitwise_or.reduce(part) for part in share], shares))
-
-
-def seconds(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
-
-
-@contextmanager
-def anonymous_peak() -> Iterator[Callable[[], int | None]]:
-    """Watches how much memory this process holds that no file backs; gives a function that tells the most so far.
-
-    It tells None where the system does not say (Linux does).
-    """
-    highest, ended = status_bytes("RssAnon"), threading.Event()
-
-    def watch() -> None:
-        nonlocal highest
-        while not ended.wait(SAMPLE_S):
-            highest = max(highest or 0, status_bytes("RssAnon") or 0)
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    if highest is not None:
-        watcher.start()
-    try:
-        yield lambda: highest
-    finally:
-        ended.set()
-
-
-def peak_bytes(device: torch.device) -> int | None:
-    """The most memory held: on a GPU, tensors there; on the CPU, all of this process, mapped files included."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if (found := status_bytes("VmHWM")) is not None:
-        return found
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS, the system that is left
-
-
-def status_bytes(key: str) -> int | None:
-    """An entry of Linux's /proc/self/status in bytes."""
-    try:
-        return int(Path("/proc/self/status").read_text().partition(f"{key}:")[2].split()[0]) * 1024
-    except (OSError, IndexError):
-        return None
-
-
 # Output ---------------------------------------------------------------------------------------------------------------
 
 
@@ -554,6 +448,8 @@ def table(result: dict[str, Any]) -> str:
     group = f" g{result['group_size']}" if result["group_size"] else ""
     low, high = result["decode_quartiles_tokens_per_s"]
     outside, anonymous = result["outside_share"], result["anonymous_peak_bytes"]
+    _, *longer_contexts = result["context_decode_tokens_per_s"].items()
+    peak = "unknown" if result["peak_bytes"] is None else f"{amount(result['peak_bytes'], 'B')} at most"
     rows = [
         ("model", f"{result['model'] or 'random weights'}, {result['shape']}"),
         ("format", f"{result['format']}{group}, head {result['head']}, KV cache {result['kv']}"),
@@ -562,18 +458,11 @@ def table(result: dict[str, Any]) -> str:
         ("decode", f"{result['decode_tokens_per_s']:.2f} tokens/s ({low:.2f} to {high:.2f} in the middle half)"),
         *((f"decode x{n}", f"{speed:.2f} tokens/s in all") for n, speed in result["batch_decode_tokens_per_s"].items()),
         ("", f"after {result['context']} cached tokens a sequence"),
-        *(
-            (f"decode at {n}", f"{speed:.2f} tokens/s")
-            for n, speed in list(result["context_decode_tokens_per_s"].items())[1:]
-        ),
+        *((f"decode at {n}", f"{speed:.2f} tokens/s") for n, speed in longer_contexts),
         *([] if result["graph"] is None else [("graphs", graphs(result))]),
         ("weights", f"{result['weight_gb_per_s']:.2f} GB/s read in decode" + beside(result)),
         ("outside", "unknown" if outside is None else f"{outside:.2%} of decode time is outside the operations"),
-        (
-            "memory",
-            ("unknown" if result["peak_bytes"] is None else f"{amount(result['peak_bytes'], 'B')} at most")
-            + ("" if anonymous is None else f", {amount(anonymous, 'B')} of it not backed by files"),
-        ),
+        ("memory", peak + ("" if anonymous is None else f", {amount(anonymous, 'B')} of it not backed by files")),
     ]
     if result["gpu_peak_bytes"] is not None:
         rows.append(("on the GPU", f"{amount(result['gpu_peak_bytes'], 'B')} at most by the driver's count"))

@@ -21,7 +21,7 @@ from benchmarks.gpu.peers import PEERS, once_for_each, torch_fp16
 from neox_lite.cache import Batch, PagePool
 from neox_lite.formats import DENSE, Weight, make_format
 from neox_lite.kernels.triton.device import DeviceProperties
-from neox_lite_app.bench import copy_gb_per_s
+from neox_lite_app.memory_probe import copy_gb_per_s
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from neox_lite.errors import NeoxLiteError
+from neox_lite.files import parse_json
 from neox_lite.generation.parameters import BY_NAME, NUMBERS, SAMPLED, Parameter
 
 MAX_DEPTH = 100  # of arrays and objects in a body
@@ -26,6 +26,7 @@ MAX_SCHEMA = 1 << 16  # characters of a JSON schema
 MAX_REGEX = 1 << 12
 MAX_TOP = 20  # likeliest tokens beside each token
 DEFAULT_MAX_TOKENS = 16  # of /v1/completions, as OpenAI's
+INVALID = "invalid_request_error"
 
 Check = Callable[[str, Any], Any]
 
@@ -34,12 +35,7 @@ class RequestError(NeoxLiteError):
     """A request that cannot be answered, in OpenAI's terms: HTTP status, the field at fault, and a code for programs."""
 
     def __init__(
-        self,
-        message: str,
-        param: str | None = None,
-        code: str | None = None,
-        status: int = 400,
-        type: str = "invalid_request_error",
+        self, message: str, param: str | None = None, code: str | None = None, status: int = 400, type: str = INVALID
     ) -> None:
         super().__init__(message)
         self.param, self.code, self.status, self.type = param, code, status, type
@@ -81,6 +77,11 @@ def _wrong(name: str, value: Any, expected: str) -> NoReturn:
     raise RequestError(f"{name} is {reprlib.repr(value)}, expected {expected}", name)
 
 
+def _check_size(name: str, value: str | list[Any], unit: str, most: int, least: int = 0) -> None:
+    if not least <= len(value) <= most:
+        raise RequestError(f"{name} has {len(value)} {unit}, expected {least} to {most}", name)
+
+
 def integer(low: int, high: int) -> Check:
     def check(name: str, value: Any) -> int:
         if type(value) is not int or not low <= value <= high:
@@ -103,8 +104,7 @@ def text(longest: int, empty: bool = True) -> Check:
     def check(name: str, value: Any) -> str:
         if not isinstance(value, str):
             _wrong(name, value, "a string")
-        if len(value) > longest or not (value or empty):
-            raise RequestError(f"{name} has {len(value)} characters, expected {0 if empty else 1} to {longest}", name)
+        _check_size(name, value, "characters", longest, 0 if empty else 1)
         return value
 
     return check
@@ -120,8 +120,7 @@ def array(each: Check, most: int, least: int = 0) -> Check:
     def check(name: str, value: Any) -> list[Any]:
         if not isinstance(value, list):
             _wrong(name, value, "an array")
-        if not least <= len(value) <= most:
-            raise RequestError(f"{name} has {len(value)} entries, expected {least} to {most}", name)
+        _check_size(name, value, "entries", most, least)
         return [each(f"{name}[{index}]", entry) for index, entry in enumerate(value)]
 
     return check
@@ -149,7 +148,7 @@ def fields(known: Mapping[str, Check]) -> Check:
     return check
 
 
-def _nearest(name: str, known: Mapping[str, Any]) -> str:
+def _nearest(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name[:64], known, 1)
     return f"; did you mean {near[0]}?" if near else ""
 
@@ -168,8 +167,7 @@ def _prompts(name: str, value: Any) -> list[str | list[int]]:
         _wrong(name, value, "a string, an array of strings, token ids, or an array of arrays of them")
     if all(type(entry) is int for entry in value):
         return [_token_ids(name, value)]
-    if len(value) > MAX_ANSWERS:
-        raise RequestError(f"{name} has {len(value)} entries, expected at most {MAX_ANSWERS}", name)
+    _check_size(name, value, "entries", MAX_ANSWERS, 1)
     return [e if isinstance(e, str) else _token_ids(f"{name}[{i}]", e) for i, e in enumerate(value)]
 
 
@@ -185,17 +183,13 @@ def _biases(name: str, value: Any) -> dict[int, float]:
 
 
 def _schema(name: str, value: Any) -> str:
-    """A schema, also one that is written as a string, as JSON."""
+    """A schema as JSON text; the request may hold it as an object or as a string."""
     if not isinstance(value, dict | bool | str):
         _wrong(name, value, "a JSON schema")
     if isinstance(value, str) and len(value) <= MAX_SCHEMA:
-        try:
-            value = _loads(value)
-        except ValueError as error:
-            raise RequestError(f"{name} is not JSON: {error}", name) from None
+        value = read_json(value, name, name)
     written = value if isinstance(value, str) else json.dumps(value)
-    if len(written) > MAX_SCHEMA:
-        raise RequestError(f"{name} has {len(written)} characters, expected at most {MAX_SCHEMA}", name)
+    _check_size(name, written, "characters", MAX_SCHEMA)
     return written
 
 
@@ -249,9 +243,7 @@ def _message(name: str, value: Any) -> dict[str, str]:
         )
     for key in value.keys() - {"role", "content"}:
         if key not in _BESIDE:
-            raise RequestError(
-                f"{name}.{reprlib.repr(key)[1:-1]} is unknown{_nearest(key, dict.fromkeys(_BESIDE))}", name
-            )
+            raise RequestError(f"{name}.{reprlib.repr(key)[1:-1]} is unknown{_nearest(key, _BESIDE)}", name)
         if key in ("tool_calls", "function_call", "audio") and value[key]:
             raise RequestError(f"{name}.{key}: tools and audio are not supported; leave it out", f"{name}.{key}")
     content = value.get("content")
@@ -325,16 +317,12 @@ HARMLESS: dict[str, str] = {
     **dict.fromkeys(
         ("add_bos_token", "spaces_between_special_tokens"), "ST: this family's tokenizers have no use for them"
     ),
-    **dict.fromkeys(("length_penalty", "early_stopping"), "ST: of beams, which num_beams would start"),
-    **dict.fromkeys(("mirostat_tau", "mirostat_eta"), "ST: of mirostat_mode"),
-    **dict.fromkeys(
-        ("dry_base", "dry_allowed_length", "dry_penalty_last_n", "dry_sequence_breakers"), "ST: of dry_multiplier"
-    ),
-    **dict.fromkeys(
-        ("dynatemp_low", "dynatemp_high", "dynatemp_range", "dynatemp_exponent"), "ST: of dynamic_temperature"
-    ),
-    **dict.fromkeys(("smoothing_curve", "xtc_threshold", "negative_prompt"), "ST: of what is off below"),
-    **dict.fromkeys(("rep_pen_slope", "repetition_decay", "adaptive_decay", "min_keep"), "ST: likewise"),
+    **dict.fromkeys(("length_penalty", "early_stopping"), "ST: of what is off below"),
+    **dict.fromkeys(("mirostat_tau", "mirostat_eta", "rep_pen_slope", "repetition_decay"), "ST: of what is off below"),
+    **dict.fromkeys(("dry_base", "dry_allowed_length", "dry_penalty_last_n"), "ST: of what is off below"),
+    **dict.fromkeys(("dry_sequence_breakers", "dynatemp_low", "dynatemp_high"), "ST: of what is off below"),
+    **dict.fromkeys(("dynatemp_range", "dynatemp_exponent", "adaptive_decay"), "ST: of what is off below"),
+    **dict.fromkeys(("smoothing_curve", "xtc_threshold", "negative_prompt", "min_keep"), "ST: of what is off below"),
     **dict.fromkeys(
         ("temperature_last", "sampler_priority", "sampler_order", "samplers"), "ST: the order here is fixed"
     ),
@@ -342,53 +330,34 @@ HARMLESS: dict[str, str] = {
     **dict.fromkeys(("guided_decoding_backend", "guided_whitespace_pattern"), "ST, vllm: here there is one backend"),
 }
 # Taken with the value that means "off", for what is not supported otherwise:
-OFF_ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
-    "tools": (([],), "openai client, OWUI"),
-    "functions": (([],), "openai client"),
-    "tool_choice": (("none", "auto"), "openai client"),
-    "function_call": (("none", "auto"), "openai client"),
-    "modalities": ((["text"],), "openai client"),
-    "use_beam_search": ((False,), "ST"),
-    "num_beams": ((1,), "ST"),
-    "mirostat_mode": ((0,), "ST"),
-    "mirostat": ((0,), "ST"),
-    "dry_multiplier": ((0,), "ST"),
-    "xtc_probability": ((0,), "ST"),
-    "smoothing_factor": ((0,), "ST"),
-    "dynamic_temperature": ((False,), "ST"),
-    "guidance_scale": ((1,), "ST"),
-    "penalty_alpha": ((0,), "ST"),
-    "epsilon_cutoff": ((0,), "ST"),
-    "eta_cutoff": ((0,), "ST"),
-    "encoder_repetition_penalty": ((1,), "ST"),
-    "top_a": ((0,), "ST"),
-    "tfs": ((1,), "ST"),
-    "skew": ((0,), "ST"),
-    "nsigma": ((0,), "ST"),
-    "top_n_sigma": ((0,), "ST"),
-    "adaptive_target": ((-0.01, 0, -1), "ST"),
-    "max_tokens_second": ((0,), "ST"),
-    "min_length": ((0,), "ST"),
-    "ban_eos_token": ((False,), "ST; ignore_eos does it"),
-    "do_sample": ((True,), "ST; temperature 0 is greedy"),
-    "skip_special_tokens": ((True,), "ST"),
-    "include_stop_str_in_output": ((False,), "ST"),
-    "stop_token_ids": (([],), "ST"),
-    "custom_token_bans": (("", []), "ST; logit_bias does it"),
-    "banned_strings": (([],), "ST"),
-    "grammar_string": (("",), "ST; guided_json and guided_regex do it"),
-    "guided_grammar": (("",), "ST, vllm; guided_json and guided_regex do it"),
-    "guided_choice": (([],), "ST, vllm; guided_regex does it"),
-    "json_schema": (({},), "ST; guided_json does it"),
-    "rep_pen_range": ((0,), "ST"),
-    "repetition_penalty_range": ((0,), "ST"),
-    "repeat_last_n": ((0,), "ST"),
+OFF_ONLY: dict[str, tuple[Any, ...]] = {
+    # openai client, OWUI
+    **dict.fromkeys(("tools", "functions"), ([],)),
+    **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
+    "modalities": (["text"],),
+    # ST: samplers
+    **dict.fromkeys(("mirostat_mode", "mirostat", "dry_multiplier", "xtc_probability", "smoothing_factor"), (0,)),
+    **dict.fromkeys(("penalty_alpha", "epsilon_cutoff", "eta_cutoff", "top_a", "skew", "nsigma", "top_n_sigma"), (0,)),
+    **dict.fromkeys(("num_beams", "guidance_scale", "encoder_repetition_penalty", "tfs"), (1,)),
+    **dict.fromkeys(("use_beam_search", "dynamic_temperature"), (False,)),
+    "adaptive_target": (-0.01, 0, -1),
+    # ST: penalties look at the whole text; temperature 0 is greedy
+    **dict.fromkeys(("rep_pen_range", "repetition_penalty_range", "repeat_last_n"), (0,)),
+    "do_sample": (True,),
+    # ST: where an answer ends, and what is shown of it; ignore_eos and stop do it
+    **dict.fromkeys(("max_tokens_second", "min_length"), (0,)),
+    **dict.fromkeys(("ban_eos_token", "include_stop_str_in_output"), (False,)),
+    "skip_special_tokens": (True,),
+    "stop_token_ids": ([],),
+    # ST, vllm: logit_bias, guided_json and guided_regex do it
+    "custom_token_bans": ("", []),
+    **dict.fromkeys(("banned_strings", "guided_choice"), ([],)),
+    **dict.fromkeys(("grammar_string", "guided_grammar"), ("",)),
+    "json_schema": ({},),
 }
 # ST says the same again under the names of other servers; one that stands alone, or says something else, is not ignored:
 REPEATED: dict[str, str] = {
-    "max_new_tokens": "max_tokens",
-    "n_predict": "max_tokens",
-    "num_predict": "max_tokens",
+    **dict.fromkeys(("max_new_tokens", "n_predict", "num_predict"), "max_tokens"),
     "stopping_strings": "stop",
     **{other: parameter.name for parameter in NUMBERS for other in parameter.other_names},
 }
@@ -397,49 +366,23 @@ REPEATED: dict[str, str] = {
 # From bytes to requests -----------------------------------------------------------------------------------------------
 
 
-def read_json(raw: bytes) -> dict[str, Any]:
-    """A body as an object of bounded depth, of Unicode text and finite numbers."""
+def read_json(raw: bytes | str, name: str = "the body", param: str | None = None) -> dict[str, Any]:
+    """A JSON object of bounded depth. name and param: of what is read, for errors."""
     try:
-        body = _loads(raw.decode("utf-8"))
-    except ValueError as error:
-        raise RequestError(f"the body is not JSON in UTF-8: {error}") from None
-    if not isinstance(body, dict):
-        raise RequestError(f"the body is {reprlib.repr(body)}, expected a JSON object")
-    return body
-
-
-def _loads(text: str) -> Any:
-    """Raises ValueError for what is not JSON or is nested too deep, for numbers without end, and for lone surrogates."""
-
-    def finite(word: str) -> float:
-        if not math.isfinite(value := float(word)):
-            raise ValueError(f"the number {reprlib.repr(word)} is not finite")
-        return value
-
-    try:
-        value = json.loads(text, parse_float=finite, parse_constant=finite)
-        _check_nesting(value)
-    except RecursionError:
-        raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels") from None
+        value = parse_json(raw, name, RequestError)
+        _check_depth(value, name)
+    except RequestError as error:
+        error.param = param
+        raise
     return value
 
 
-def _check_nesting(body: Any) -> None:
-    """Raises RecursionError for what is too deep, and ValueError for lone surrogates, which no response could carry."""
-    level: list[Any] = [body]
-    for _ in range(MAX_DEPTH + 1):
-        texts = [value for value in level if isinstance(value, str)]
-        texts += [key for value in level if isinstance(value, dict) for key in value]
-        "".join(texts).encode()
-        level = [
-            inner
-            for value in level
-            if isinstance(value, dict | list)
-            for inner in (value.values() if isinstance(value, dict) else value)
-        ]
-        if not level:
-            return
-    raise RecursionError
+def _check_depth(value: Any, name: str, levels: int = MAX_DEPTH) -> None:
+    if isinstance(value, dict | list):
+        if not levels:
+            raise RequestError(f"{name}: not valid JSON: nested deeper than {MAX_DEPTH} levels")
+        for inner in value.values() if isinstance(value, dict) else value:
+            _check_depth(inner, name, levels - 1)
 
 
 def _check(body: Mapping[str, Any], known: Mapping[str, Check]) -> dict[str, Any]:
@@ -450,9 +393,9 @@ def _check(body: Mapping[str, Any], known: Mapping[str, Check]) -> dict[str, Any
         if name in known:
             found[name] = known[name](name, value)
         elif name in OFF_ONLY:
-            off, _ = OFF_ONLY[name]
-            if value not in off:
-                raise RequestError(f"{name} is not supported; leave it out, or send {json.dumps(off[0])}", name)
+            if value not in OFF_ONLY[name]:
+                off = json.dumps(OFF_ONLY[name][0])
+                raise RequestError(f"{name} is not supported; leave it out, or send {off}", name)
         elif name in REPEATED:
             if value != body.get(REPEATED[name]):
                 raise RequestError(f"{name} is read only where it repeats {REPEATED[name]}; send that", name)
@@ -471,18 +414,13 @@ def completion(body: Mapping[str, Any]) -> GenerationRequest:
         raise RequestError(
             "suffix: these models were not trained to fill in; send the text before it as prompt", "suffix"
         )
-    if given.get("best_of", given.get("n", 1)) != given.get("n", 1):
+    n, prompts = given.get("n", 1), given["prompt"]
+    if given.get("best_of", n) != n:
         raise RequestError("best_of is not supported; ask for n with logprobs, and choose", "best_of")
-    prompts = given["prompt"]
-    _count_answers(len(prompts), given, "prompt")
-    max_tokens = given.get("max_tokens", DEFAULT_MAX_TOKENS)
-    return GenerationRequest(
-        **_common(given),
-        max_tokens=max_tokens,
-        top=given.get("logprobs"),
-        prompts=prompts,
-        echo=given.get("echo", False),
-    )
+    if (answers := n * len(prompts)) > MAX_ANSWERS:
+        raise RequestError(f"{len(prompts)} prompts and n {n} are {answers} answers, at most {MAX_ANSWERS}", "prompt")
+    max_tokens, top, echo = given.get("max_tokens", DEFAULT_MAX_TOKENS), given.get("logprobs"), given.get("echo", False)
+    return GenerationRequest(**_common(given), max_tokens=max_tokens, top=top, prompts=prompts, echo=echo)
 
 
 def chat(body: Mapping[str, Any]) -> GenerationRequest:
@@ -494,7 +432,6 @@ def chat(body: Mapping[str, Any]) -> GenerationRequest:
         raise RequestError("top_logprobs needs logprobs: true", "top_logprobs")
     if given.get("max_tokens", limit := given.get("max_completion_tokens")) != limit is not None:
         raise RequestError("max_tokens and max_completion_tokens differ; send one of them", "max_completion_tokens")
-    _count_answers(1, given, "n")
     go_on = given.get("continue_final_message", False)
     if go_on and given["messages"][-1]["role"] != "assistant":
         raise RequestError("continue_final_message needs a last message of the assistant", "continue_final_message")
@@ -505,14 +442,6 @@ def chat(body: Mapping[str, Any]) -> GenerationRequest:
     top = given.get("top_logprobs", 0) if given.get("logprobs") else None
     max_tokens = given.get("max_tokens", limit)
     return GenerationRequest(**_common(given), max_tokens=max_tokens, top=top, messages=given["messages"], go_on=go_on)
-
-
-def _count_answers(prompts: int, given: Mapping[str, Any], param: str) -> None:
-    answers = prompts * given.get("n", 1)
-    if answers > MAX_ANSWERS:
-        raise RequestError(
-            f"{prompts} prompts and n {given.get('n', 1)} are {answers} answers, at most {MAX_ANSWERS}", param
-        )
 
 
 def _common(given: Mapping[str, Any]) -> dict[str, Any]:
