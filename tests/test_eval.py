@@ -25,8 +25,8 @@ from neox_lite import GPTNeoXForCausalLM
 from neox_lite.errors import ArgumentError, UnsupportedError
 from neox_lite_app.conversations.prompt_forms import FORMS
 from neox_lite_app.evaluation import quality, scoring, tasks
+from neox_lite_app.evaluation.answer_cache import AnswerCache
 from neox_lite_app.evaluation.harness import NeoxLiteLM
-from neox_lite_app.evaluation.kept_answers import KeptAnswers
 from neox_lite_app.evaluation.scoring import Text, score
 from neox_lite_app.paths import DEMO
 
@@ -396,18 +396,18 @@ KILLED = """
 import os, signal, sys
 from neox_lite_app.evaluation import scoring
 from neox_lite_app.cli import main
-from neox_lite_app.evaluation.kept_answers import KeptAnswers
+from neox_lite_app.evaluation.answer_cache import AnswerCache
 
-keep, calls = KeptAnswers.keep, 0
+put, calls = AnswerCache.put, 0
 
-def keep_and_die(self, answers):
+def put_and_die(self, answers):
     global calls
     calls += 1
     if calls == 3:  # with the third block computed, and not yet written
         os.kill(os.getpid(), signal.SIGKILL)
-    keep(self, answers)
+    put(self, answers)
 
-KeptAnswers.keep, scoring.BLOCK_TOKENS = keep_and_die, 256
+AnswerCache.put, scoring.BLOCK_TOKENS = put_and_die, 256
 main(sys.argv[1:])
 """
 
@@ -439,12 +439,12 @@ def test_answers_of_another_model_or_setting_are_never_used(run, folder, int4):
 
 def test_a_file_of_answers_that_is_none_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("NEOX_LITE_CACHE", str(tmp_path))
-    answers = KeptAnswers("me")
-    answers.keep({"a": [1.5, True]})
-    assert KeptAnswers("me").find(["a", "b"]) == {"a": [1.5, True]}
-    assert KeptAnswers("you").find(["a"]) == {}
+    answers = AnswerCache("me")
+    answers.put({"a": [1.5, True]})
+    assert AnswerCache("me").get(["a", "b"]) == {"a": [1.5, True]}
+    assert AnswerCache("you").get(["a"]) == {}
     answers.close()
     answers.path.write_bytes(b"no database at all" * 100)
     with pytest.raises(ArgumentError, match="--fresh starts over"):
-        KeptAnswers("me")
-    assert KeptAnswers("me", fresh=True).find(["a"]) == {}
+        AnswerCache("me")
+    assert AnswerCache("me", fresh=True).get(["a"]) == {}

@@ -71,8 +71,8 @@ def chat(args: argparse.Namespace) -> None:
     try:
         engine.load(args.model, lambda: load(args.model, args, args.head))
         form = form_of(args.model, engine.tokenizer, args.form)
-        kept = store if typed or args.resume else None  # what a script pipes in is not to fill the list
-        session = Session(engine, form, conversation, settings, kept)
+        saved_to = store if typed or args.resume else None  # what a script pipes in is not to fill the list
+        session = Session(engine, form, conversation, settings, saved_to)
         if typed:
             Terminal(session, store).run()
         else:
@@ -258,10 +258,10 @@ class Terminal:
             near = difflib.get_close_matches(name, COMMANDS, 1)
             advice = f"did you mean /{near[0]}" if near else "/help lists them"
             raise ArgumentError(f"/{name}: no such command; {advice}; a message that begins so is typed //{name}")
-        wanted = COMMANDS[name][0]
+        argument = COMMANDS[name][0]
         rest = rest.strip()
-        if (rest and not wanted) or (not rest and wanted and not wanted.startswith("[")):
-            raise ArgumentError(f"usage: /{name} {wanted}".rstrip())
+        if (rest and not argument) or (not rest and argument and not argument.startswith("[")):
+            raise ArgumentError(f"usage: /{name} {argument}".rstrip())
         if name == "exit":
             return name
         act: Callable[[str], None] = getattr(self, f"_{name}")

@@ -148,7 +148,7 @@ def _generate(sub: argparse.ArgumentParser) -> None:
 
 def _chat(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("model", metavar="MODEL")
-    sub.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
+    sub.add_argument("--system", metavar="TEXT", help="system text before the conversation")
     sub.add_argument("--form", metavar="NAME", help="prompt form (default: the model's own; docs/chat.md lists them)")
     sub.add_argument("--resume", action="store_true", help="go on with the newest saved conversation")
     sub.add_argument(

@@ -83,13 +83,13 @@ def _lengths(model: GPTNeoXForCausalLM, prompt: str, args: argparse.Namespace) -
     ids = model.tokenizer(prompt).input_ids or [model.generation_config.bos_token_id]
     if ids == [None]:
         raise ArgumentError("the prompt is empty and the model names no token to start from; give --prompt some text")
-    wanted = args.max_new_tokens if args.max_new_tokens is not None else max(context - len(ids), 0)
-    if len(ids) + max(wanted, 1) > context:
+    max_new_tokens = args.max_new_tokens if args.max_new_tokens is not None else max(context - len(ids), 0)
+    if len(ids) + max(max_new_tokens, 1) > context:
         raise ContextLengthError(
-            f"{len(ids)} prompt tokens and {max(wanted, 1)} new ones do not fit the context of {context}; "
+            f"{len(ids)} prompt tokens and {max(max_new_tokens, 1)} new ones do not fit the context of {context}; "
             f"shorten the prompt or use --max-new-tokens {max(context - len(ids), 0)}"
         )
-    return ids, wanted
+    return ids, max_new_tokens
 
 
 def _speculation(counts: Speculation) -> dict[str, Any]:

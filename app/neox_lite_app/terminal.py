@@ -56,7 +56,7 @@ def print_json(value: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def bar(label: str, unit: str = "B") -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr, told (done, total); it appears with the first progress, so that an early error is alone."""
+    """A progress bar on stderr, as a function of (done, total). It appears with the first call: an early error stands alone."""
     from tqdm import tqdm
 
     scale, shown = unit == "B", None

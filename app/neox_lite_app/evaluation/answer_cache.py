@@ -1,4 +1,4 @@
-"""What a model answered, kept on the disk while it is asked more, so that a run that was interrupted goes on. Knows no task.
+"""A cache of a model's answers on the disk, so that a run that was interrupted goes on. Knows no task.
 
 One SQLite file for each thing that answers: its name is a digest of all that an answer depends on. Answers are written
 together, all or none, however the process ends.
@@ -17,7 +17,7 @@ from typing import Any
 from neox_lite import user_cache
 from neox_lite.errors import ArgumentError
 
-FOLDER = "eval"  # below kept.folder()
+FOLDER = "eval"  # below user_cache.folder()
 
 
 def digest(value: Any) -> str:
@@ -31,14 +31,14 @@ def stamps(folder: Path) -> list[tuple[str, int, int]]:
     return [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
 
-class KeptAnswers:
-    """Answers, each some JSON, by key. who: all that they depend on beside what is asked, as JSON. fresh: forget older ones.
+class AnswerCache:
+    """Answers, each some JSON, by key. owner: all that they depend on beside the request, as JSON. fresh: delete older ones.
 
     Raises ArgumentError where the file cannot be read or written.
     """
 
-    def __init__(self, who: Any, fresh: bool = False) -> None:
-        self.path = user_cache.folder() / FOLDER / f"{digest(who)[:32]}.db"
+    def __init__(self, owner: Any, fresh: bool = False) -> None:
+        self.path = user_cache.folder() / FOLDER / f"{digest(owner)[:32]}.db"
         self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         if fresh:
             with suppress(FileNotFoundError):
@@ -48,8 +48,8 @@ class KeptAnswers:
             self._database.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, value TEXT NOT NULL)")
             self._database.commit()
 
-    def find(self, keys: Iterable[str]) -> dict[str, Any]:
-        """Those that are known."""
+    def get(self, keys: Iterable[str]) -> dict[str, Any]:
+        """The answers that are in the cache."""
         found = {}
         with self._errors():
             for key in keys:
@@ -57,7 +57,7 @@ class KeptAnswers:
                     found[key] = json.loads(value)
         return found
 
-    def keep(self, answers: Mapping[str, Any]) -> None:
+    def put(self, answers: Mapping[str, Any]) -> None:
         rows = [(key, json.dumps(value)) for key, value in answers.items()]
         with self._errors(), self._database:
             self._database.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?)", rows)

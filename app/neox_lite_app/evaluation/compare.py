@@ -89,9 +89,9 @@ def _check_configs(paths: list[str], context: int, layers: bool) -> None:
         Checkpoint.open(folder).close()  # its headers are whole
     for path, config in zip(paths, configs, strict=True):
         for key in keys:
-            wanted, found = getattr(configs[0], key), getattr(config, key)
-            if found != wanted:
-                raise ArgumentError(f"{path}: {key} is {found}, but {paths[0]} has {wanted}")
+            expected, found = getattr(configs[0], key), getattr(config, key)
+            if found != expected:
+                raise ArgumentError(f"{path}: {key} is {found}, but {paths[0]} has {expected}")
         if context > config.max_position_embeddings:
             raise ArgumentError(f"--context is {context}, but {path} has {config.max_position_embeddings} positions")
 
@@ -113,7 +113,7 @@ def _score(
         return measure(model, windows, found, reference.log_probabilities(), paths[i]), errors.means()
 
 
-# What the source says -------------------------------------------------------------------------------------------------
+# The source's outputs -------------------------------------------------------------------------------------------------
 
 
 class Scratch:
@@ -139,7 +139,7 @@ class Scratch:
 class Reference:
     """What models are compared with, of a source that need not stay: its states in scratch files, and its head.
 
-    layer_windows: the first so many windows have their states after each layer kept too.
+    layer_windows: the first so many windows are measured layer by layer too.
     """
 
     def __init__(self, source: GPTNeoXForCausalLM, windows: Tensor, layers: bool) -> None:
@@ -250,12 +250,12 @@ def weight_errors(source: str, path: str, progress: Any) -> Iterator[dict[str, L
 
 
 def _weight_error(name: str, ours: Linears, theirs: Linears) -> LinearError:
-    found, wanted = ours.weight(name), theirs.weight(name)
+    found, reference = ours.weight(name), theirs.weight(name)
     (out, columns), error, norm = found.shape, 0.0, 0.0
     step = max(1, SLICE_ELEMENTS // columns)
     for start in range(0, out, step):
         stop = min(out, start + step)
-        truth = wanted.decode(torch.float32, start, stop)
+        truth = reference.decode(torch.float32, start, stop)
         norm += float(truth.square().sum(dtype=torch.double))
         error += float((found.decode(torch.float32, start, stop) - truth).square().sum(dtype=torch.double))
     plain = dtype_name(next(iter(found.tensors.values())).dtype)
@@ -285,10 +285,10 @@ def _report(
     )
     print(table([asdict(row) for row in rows]))
     for path, errors in zip(args.folders, tables, strict=False) if args.layers else ():
-        said = (
+        heading = (
             f"{path}: relative error of each weight, and of the hidden state after each layer ({layer_windows} windows)"
         )
-        print("\n" + "\n".join(fold(said, terminal_width())))
+        print("\n" + "\n".join(fold(heading, terminal_width())))
         print(layer_table(errors))
 
 

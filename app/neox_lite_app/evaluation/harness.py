@@ -33,7 +33,7 @@ from neox_lite.units import PAGE
 
 from ..conversations.prompt_forms import Form
 from ..terminal import bar, note
-from .kept_answers import KeptAnswers, digest
+from .answer_cache import AnswerCache, digest
 from .scoring import Text, blocks, score
 
 NEW_TOKENS = 256  # where a task does not say; the harness's own default
@@ -45,17 +45,17 @@ Pair = tuple[tuple[str, str] | None, list[int], list[int]]
 
 
 class NeoxLiteLM(TemplateLM):
-    """model: what answers. form: how it wants a chat written down. kept: answers that are known, and a place for new ones.
+    """model: what answers. form: how it wants a chat written down. cache: of answers.
 
     asked, found: requests so far, and those among them whose answer was known. computed: tokens that went through the layers
     to score texts. cut: requests that were longer than the context and lost their beginning.
     """
 
     def __init__(
-        self, model: GPTNeoXForCausalLM, form: Form | None = None, kept: KeptAnswers | None = None, label: str = ""
+        self, model: GPTNeoXForCausalLM, form: Form | None = None, cache: AnswerCache | None = None, label: str = ""
     ) -> None:
         super().__init__()
-        self.model, self.form, self.kept, self.label = model, form, kept, label
+        self.model, self.form, self.cache, self.label = model, form, cache, label
         self.tokenizer = model.tokenizer
         self.asked = self.found = self.computed = self.cut = 0
         self._stderr = sys.stderr  # the harness's own is silenced
@@ -134,15 +134,15 @@ class NeoxLiteLM(TemplateLM):
 
     def _scores(self, texts: list[Text]) -> list[tuple[float, bool]]:
         keys = [digest(text) for text in texts]
-        answers = self._known(keys)
-        with self._progress(len(set(keys)), len(answers)) as told:
+        answers = self._cached(keys)
+        with self._progress(len(set(keys)), len(answers)) as progress:
             for block in blocks(texts):
                 new = list({keys[i]: i for i in block if keys[i] not in answers}.values())
                 if new:
-                    scores, computed = score(self.model, [texts[i] for i in new], partial(told, len(answers)))
+                    scores, computed = score(self.model, [texts[i] for i in new], partial(progress, len(answers)))
                     self.computed += computed
                     found = {keys[i]: list(one) for i, one in zip(new, scores, strict=True)}
-                    self._keep(found)
+                    self._store(found)
                     answers |= found
         return [(value, greedy) for value, greedy in (answers[key] for key in keys)]
 
@@ -160,32 +160,32 @@ class NeoxLiteLM(TemplateLM):
             sequences.append(sequence)
             untils.append(until)
             seen[same] += 1
-        answers = self._known(keys)
-        with self._progress(len(keys), len(answers)) as told:
+        answers = self._cached(keys)
+        with self._progress(len(keys), len(answers)) as progress:
             new = [i for i, key in enumerate(keys) if key not in answers]
             for i in self._generated(sequences, sorted(new, key=lambda i: list(sequences[i].prompt))):
                 text = self.model.tokenizer.decode(sequences[i].tokens, skip_special_tokens=True)
                 answers[keys[i]] = postprocess_generated_text(text, untils[i], None)
-                self._keep({keys[i]: answers[keys[i]]})
-                told(len(answers), 0)
+                self._store({keys[i]: answers[keys[i]]})
+                progress(len(answers), 0)
         return [answers[key] for key in keys]
 
     def _sequence(self, context: str, given: dict[str, Any], stream: int) -> tuple[Sequence, list[str]]:
         """A request as a row, and the texts that end it."""
-        wanted: dict[str, Any] = dict(normalize_gen_kwargs(given, NEW_TOKENS))
-        tokenizer, room = self.model.tokenizer, wanted.pop("max_gen_toks")
+        kwargs: dict[str, Any] = dict(normalize_gen_kwargs(given, NEW_TOKENS))
+        tokenizer, room = self.model.tokenizer, kwargs.pop("max_gen_toks")
         end = tokenizer.decode([self.eot_token_id])
-        until = handle_stop_sequences(wanted.pop("until"), eos=end)
-        if "max_length" in wanted:
+        until = handle_stop_sequences(kwargs.pop("until"), eos=end)
+        if "max_length" in kwargs:
             raise ArgumentError("generation_kwargs: max_length counts the prompt too; give max_gen_toks")
         if room >= self.max_length:
             raise ArgumentError(
                 f"generation_kwargs: max_gen_toks is {room}, expected fewer than the {self.max_length} of the context"
             )
-        if not wanted["do_sample"]:
-            wanted.pop("temperature", None)
+        if not kwargs["do_sample"]:
+            kwargs.pop("temperature", None)
         stops = [text for text in until if text not in ("", end)]
-        chosen = {**wanted, "seed": SEED, "max_new_tokens": room, "stop_strings": stops}
+        chosen = {**kwargs, "seed": SEED, "max_new_tokens": room, "stop_strings": stops}
         options = Options.parse(as_dict(self.model.generation_config), chosen)
         options = replace(options, eos_token_id=(*options.eos_token_id, self.eot_token_id))
         ids = self.tok_encode(context) or [self.prefix_token_id]
@@ -223,10 +223,10 @@ class NeoxLiteLM(TemplateLM):
                 scheduler.close(keep=False)
         model.forget()
 
-    # Answers that are known -------------------------------------------------------------------------------------------
+    # The cache of answers ---------------------------------------------------------------------------------------------
 
-    def _known(self, keys: abc.Sequence[str]) -> dict[str, Any]:
-        answers = {} if self.kept is None else self.kept.find(keys)
+    def _cached(self, keys: abc.Sequence[str]) -> dict[str, Any]:
+        answers = {} if self.cache is None else self.cache.get(keys)
         self.asked += len(keys)
         self.found += sum(key in answers for key in keys)
         if answers:
@@ -234,13 +234,13 @@ class NeoxLiteLM(TemplateLM):
                 note(f"{len(answers)} of {len(set(keys))} answers are known from an earlier run; --fresh asks again")
         return answers
 
-    def _keep(self, answers: dict[str, Any]) -> None:
-        if self.kept is not None:
-            self.kept.keep(answers)
+    def _store(self, answers: dict[str, Any]) -> None:
+        if self.cache is not None:
+            self.cache.put(answers)
 
     @contextlib.contextmanager
     def _progress(self, total: int, known: int) -> Iterator[Callable[[int, int], None]]:
-        """A bar that is told (done before, done since)."""
+        """A bar, updated by a call with (requests that were in the cache, requests done since)."""
         with contextlib.redirect_stderr(self._stderr), bar(self.label or "answer", "request") as progress:
             if known:
                 progress(known, total)

@@ -180,20 +180,20 @@ def quality_of(
 ) -> Quality:
     """Score a model and its distance from the source on the same windows."""
     found = log_probabilities(model, windows, progress)
-    wanted = None if model is source else log_probabilities(source, windows)
-    return measure(model, windows, found, wanted, path)
+    reference = None if model is source else log_probabilities(source, windows)
+    return measure(model, windows, found, reference, path)
 
 
 def measure(
-    model: GPTNeoXForCausalLM, windows: Tensor, found: Iterator[Tensor], wanted: Iterator[Tensor] | None, path: str
+    model: GPTNeoXForCausalLM, windows: Tensor, found: Iterator[Tensor], reference: Iterator[Tensor] | None, path: str
 ) -> Quality:
-    """found, wanted: the model's and the source's log-probabilities, window after window; None where it is the source."""
+    """found, reference: the model's and the source's log-probabilities, window after window; None where it is the source."""
     loss, same, distances = 0.0, 0, []
     for window, scores in zip(windows, found, strict=True):
-        truth = scores if wanted is None else next(wanted)
+        truth = scores if reference is None else next(reference)
         loss -= float(scores.gather(1, window[1:, None]).double().sum())
         same += int((truth.argmax(1) == scores.argmax(1)).sum())
-        distances.append(0.0 if wanted is None else _mean_kl(truth, scores))
+        distances.append(0.0 if reference is None else _mean_kl(truth, scores))
     tokens, kl = len(windows) * (windows.shape[1] - 1), torch.tensor(distances, dtype=torch.double)
     linears = [m for m in model.gpt_neox.layers.modules() if isinstance(m, Linear)]
     stored = sum(_weight_bytes(m.handle) for m in linears)
@@ -211,10 +211,10 @@ def measure(
     )
 
 
-def _mean_kl(wanted: Tensor, found: Tensor) -> float:
-    """KL(wanted || found) of log-probabilities (tokens, vocabulary), summed in float64, some rows at a time."""
-    rows = zip(wanted.split(KL_ROWS), found.split(KL_ROWS), strict=True)
-    return sum(float((w.exp().double() * (w.double() - f.double())).sum()) for w, f in rows) / len(wanted)
+def _mean_kl(reference: Tensor, found: Tensor) -> float:
+    """KL(reference || found) of log-probabilities (tokens, vocabulary), summed in float64, some rows at a time."""
+    rows = zip(reference.split(KL_ROWS), found.split(KL_ROWS), strict=True)
+    return sum(float((w.exp().double() * (w.double() - f.double())).sum()) for w, f in rows) / len(reference)
 
 
 def _weight_bytes(weight: Weight) -> int:

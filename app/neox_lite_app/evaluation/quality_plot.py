@@ -139,24 +139,24 @@ def _distances(
         ends = f'y1="{y(min(kl + spread, y.high)):.1f}" y2="{y(max(kl - spread, y.low)):.1f}"'
         out.append(f'<line x1="{at_x:.1f}" x2="{at_x:.1f}" {ends} class="line" {_stroke(i)}/>')
         out.append(f'<circle cx="{at_x:.1f}" cy="{at_y:.1f}" r="5" fill="var(--c{i % len(LIGHT)})"/>')
-    said = {i: _cut(names[i], 34) + ("" if rows[i]["kl"] > 0 else ": no distance") for i in finite}
-    return out + _labels(points, said, (left, top, left + width, top + TALL))
+    labels = {i: _cut(names[i], 34) + ("" if rows[i]["kl"] > 0 else ": no distance") for i in finite}
+    return out + _labels(points, labels, (left, top, left + width, top + TALL))
 
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
-def _labels(points: dict[int, tuple[float, float]], said: dict[int, str], within: Box) -> list[str]:
+def _labels(points: dict[int, tuple[float, float]], labels: dict[int, str], within: Box) -> list[str]:
     """A name to the right or left of each point, where it hides nothing; elsewhere its colour in the legend must do."""
     taken: list[Box] = [(x - 7, y - 7, x + 7, y + 7) for x, y in points.values()]
     out = []
     for i in sorted(points, key=lambda i: points[i][1]):
-        (x, y), wide = points[i], 6.9 * len(said[i])
+        (x, y), wide = points[i], 6.9 * len(labels[i])
         sides = [(left, y - 6, left + wide, y + 6) for left in (x + 11, x - 11 - wide)]
         box = next((b for b in sides if _inside(b, within) and not any(_meet(b, t) for t in taken)), None)
         if box is not None:
             taken.append(box)
-            out.append(_text(box[0], y + 4, said[i], "halo"))
+            out.append(_text(box[0], y + 4, labels[i], "halo"))
     return out
 
 

@@ -1,7 +1,7 @@
 """Log-likelihoods of the ends of texts. What texts begin with in common is computed once. Knows ids alone: no task, no words.
 
-Texts become a tree of pieces, each computed after the one that it follows, in cache pages that it forks from it. A pass takes
-pieces from as many texts as there is room for, in the order of the tree: the answers of one question go through the model
+Texts become a prefix tree; a node is computed after its parent, in cache pages that it forks from it. A pass takes
+nodes from as many texts as there is room for, in the order of the tree: the answers of one question go through the model
 beside the next questions, without padding, and what a text holds is freed soon. The vocabulary head sees scored rows alone.
 """
 
@@ -41,22 +41,22 @@ class Score(NamedTuple):
     is_greedy: bool
 
 
-Progress = Callable[[int], object]  # texts that have their score
+Progress = Callable[[int], object]  # texts scored so far
 
 
 @dataclass(eq=False)
-class Piece:
-    """ids[start:end] of some texts, after `parent`. wanted: (position, text) of what is to be scored after an id."""
+class Node:
+    """ids[start:end] of some texts, after `parent`. scored: (position, text) where the next id of a text is scored."""
 
     ids: list[int]
     start: int
     end: int
-    parent: Piece | None
-    children: list[Piece] = field(default_factory=list)
+    parent: Node | None
+    children: list[Node] = field(default_factory=list)
     texts: list[int] = field(default_factory=list)  # that end here
-    wanted: list[tuple[int, int]] = field(default_factory=list)
+    scored: list[tuple[int, int]] = field(default_factory=list)
     block_table: BlockTable | None = None
-    followers: int = 0  # children that have not begun
+    pending_children: int = 0  # that have no block table yet
     number: int = 0  # in the order of the tree
 
 
@@ -106,9 +106,9 @@ def blocks(texts: Sequence[Text]) -> list[list[int]]:
     return found
 
 
-def tree(texts: Sequence[Text]) -> list[Piece]:
-    """The pieces of all texts but their last ids, each after its parent; what saves less than MIN_SAVED is not shared."""
-    root = Piece([], 0, 0, None)
+def prefix_tree(texts: Sequence[Text]) -> list[Node]:
+    """The nodes of all texts but their last ids, each after its parent; what saves less than MIN_SAVED is not shared."""
+    root = Node([], 0, 0, None)
     path, before = [root], root.ids
     for index in sorted(range(len(texts)), key=lambda i: texts[i].ids[:-1]):
         ids = texts[index].ids[:-1]
@@ -118,29 +118,29 @@ def tree(texts: Sequence[Text]) -> list[Piece]:
         if last is not None and path[-1].end < common:
             path.append(_split(last, common))
         if len(ids) > common:
-            path.append(Piece(ids, common, len(ids), path[-1]))
+            path.append(Node(ids, common, len(ids), path[-1]))
             path[-2].children.append(path[-1])
         path[-1].texts.append(index)
         before = ids
-    found: list[Piece] = []
+    found: list[Node] = []
     waiting = root.children[::-1]
     while waiting:
-        piece = waiting.pop()
-        users = len(piece.children) + bool(piece.texts)
-        is_shared = (piece.end - piece.start) * (users - 1) >= MIN_SAVED
-        for child in () if is_shared else piece.children:
-            child.start, child.parent = piece.start, piece.parent
-        waiting += piece.children[::-1]
-        if is_shared or piece.texts:
-            piece.number = len(found)
-            found.append(piece)
-        piece.children = []
-    for piece in found:
-        if piece.parent is root:
-            piece.parent = None
-        elif piece.parent is not None:
-            piece.parent.children.append(piece)
-            piece.parent.followers += 1
+        node = waiting.pop()
+        users = len(node.children) + bool(node.texts)
+        is_shared = (node.end - node.start) * (users - 1) >= MIN_SAVED
+        for child in () if is_shared else node.children:
+            child.start, child.parent = node.start, node.parent
+        waiting += node.children[::-1]
+        if is_shared or node.texts:
+            node.number = len(found)
+            found.append(node)
+        node.children = []
+    for node in found:
+        if node.parent is root:
+            node.parent = None
+        elif node.parent is not None:
+            node.parent.children.append(node)
+            node.parent.pending_children += 1
     return found
 
 
@@ -148,17 +148,17 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def _split(piece: Piece, at: int) -> Piece:
-    """Put a piece that ends at a position before what is left of one."""
-    assert piece.parent is not None
-    first = Piece(piece.ids, piece.start, at, piece.parent, [piece])
-    piece.parent.children[-1] = first  # it was the last: texts are sorted
-    piece.start, piece.parent = at, first
+def _split(node: Node, at: int) -> Node:
+    """Split a node at a position; returns the first half, the parent of the second."""
+    assert node.parent is not None
+    first = Node(node.ids, node.start, at, node.parent, [node])
+    node.parent.children[-1] = first  # it was the last: texts are sorted
+    node.start, node.parent = at, first
     return first
 
 
 class _Scoring:
-    """Passes over the pieces of a tree."""
+    """Passes over the nodes of a tree."""
 
     def __init__(self, model: GPTNeoXForCausalLM, texts: Sequence[Text], progress: Progress | None) -> None:
         self.model, self.texts, self.progress = model, texts, progress
@@ -166,11 +166,11 @@ class _Scoring:
         self.sums, self.greedy = [0.0] * len(texts), [True] * len(texts)
         self.left = [text.scored for text in texts]
         self.computed = self.known = 0
-        self.ready: list[tuple[int, Piece]] = []  # a heap: those that nothing is computed before
-        for piece in tree(texts):
-            self._want(piece)
-            if piece.parent is None:
-                self.ready.append((piece.number, piece))
+        self.ready: list[tuple[int, Node]] = []  # a heap: those that nothing is computed before
+        for node in prefix_tree(texts):
+            self._mark_scored(node)
+            if node.parent is None:
+                self.ready.append((node.number, node))
 
     def run(self) -> tuple[list[Score], int]:
         while self.ready:
@@ -179,90 +179,90 @@ class _Scoring:
                 self.progress(self.known)
         return [Score(total, greedy) for total, greedy in zip(self.sums, self.greedy, strict=True)], self.computed
 
-    def _want(self, piece: Piece) -> None:
-        """Note where texts that end here are scored, in this piece and those before it."""
-        for index in piece.texts:
-            position, first = piece.end - 1, piece.end - self.texts[index].scored
-            holder: Piece | None = piece
-            while holder is not None and position >= first:
-                while position >= max(first, holder.start):
-                    holder.wanted.append((position, index))
+    def _mark_scored(self, node: Node) -> None:
+        """Note where texts that end here are scored, in this node and those before it."""
+        for index in node.texts:
+            position, first = node.end - 1, node.end - self.texts[index].scored
+            ancestor: Node | None = node
+            while ancestor is not None and position >= first:
+                while position >= max(first, ancestor.start):
+                    ancestor.scored.append((position, index))
                     position -= 1
-                holder = holder.parent
+                ancestor = ancestor.parent
 
-    def _select(self) -> dict[Piece, int]:
-        """The pieces of the next pass, and how many ids of each."""
-        batch: dict[Piece, int] = {}
+    def _select(self) -> dict[Node, int]:
+        """The nodes of the next pass, and how many ids of each."""
+        batch: dict[Node, int] = {}
         room, pages = PASS_TOKENS, self.pool.room
         while self.ready and room:
-            piece = self.ready[0][1]
-            block_table = self._begin(piece)
-            count = min(room, piece.end - block_table.length)
+            node = self.ready[0][1]
+            block_table = self._begin(node)
+            count = min(room, node.end - block_table.length)
             pages -= self.pool.pages_needed(block_table, count)
             if pages < 0 and batch:
                 break
             if pages < 0:
                 self._start_over()
-                block_table = self._begin(piece)
-                count = min(room, piece.end)
+                block_table = self._begin(node)
+                count = min(room, node.end)
                 pages = self.pool.room - self.pool.pages_needed(block_table, count)
             heapq.heappop(self.ready)
-            batch[piece] = count
+            batch[node] = count
             room -= count
         return batch
 
     def _start_over(self) -> None:
         """Free all pages: what is still to be computed will be from its texts' first id, one text after the other."""
-        for _, piece in self.ready:
-            if piece.block_table is not None:
-                self.pool.free(piece.block_table)
-            elif piece.parent is not None:
-                piece.parent.followers -= 1
-                if not piece.parent.followers and piece.parent.block_table is not None:
-                    self.pool.free(piece.parent.block_table)
-            piece.block_table = piece.parent = None
+        for _, node in self.ready:
+            if node.block_table is not None:
+                self.pool.free(node.block_table)
+            elif node.parent is not None:
+                node.parent.pending_children -= 1
+                if not node.parent.pending_children and node.parent.block_table is not None:
+                    self.pool.free(node.parent.block_table)
+            node.block_table = node.parent = None
 
-    def _begin(self, piece: Piece) -> BlockTable:
-        """A piece's block table: the parent's, if nothing else is to follow that, or a fork of it."""
-        parent = piece.parent
-        if piece.block_table is None and parent is None:
-            piece.block_table = self.pool.new()
-        elif piece.block_table is None:
+    def _begin(self, node: Node) -> BlockTable:
+        """A node's block table: the parent's, if nothing else is to follow that, or a fork of it."""
+        parent = node.parent
+        if node.block_table is None and parent is None:
+            node.block_table = self.pool.new()
+        elif node.block_table is None:
             assert parent is not None and parent.block_table is not None
-            parent.followers -= 1
-            if parent.followers:
-                piece.block_table = self.pool.fork(parent.block_table)
+            parent.pending_children -= 1
+            if parent.pending_children:
+                node.block_table = self.pool.fork(parent.block_table)
             else:
-                piece.block_table, parent.block_table = parent.block_table, None
-        assert piece.block_table is not None
-        return piece.block_table
+                node.block_table, parent.block_table = parent.block_table, None
+        assert node.block_table is not None
+        return node.block_table
 
-    def _run(self, batch: dict[Piece, int]) -> None:
-        block_tables = [self._begin(piece) for piece in batch]
+    def _run(self, batch: dict[Node, int]) -> None:
+        block_tables = [self._begin(node) for node in batch]
         starts, counts = [block_table.length for block_table in block_tables], list(batch.values())
-        ids = [piece.ids[start : start + count] for (piece, count), start in zip(batch.items(), starts, strict=True)]
+        ids = [node.ids[start : start + count] for (node, count), start in zip(batch.items(), starts, strict=True)]
         x = append(self.model, self.pool, block_tables, counts, torch.tensor([i for one in ids for i in one]))
         self.computed += len(x)
         self._score(x, list(batch), starts, counts)
-        for piece, block_table in zip(batch, block_tables, strict=True):
-            if block_table.length < piece.end:
-                heapq.heappush(self.ready, (piece.number, piece))
+        for node, block_table in zip(batch, block_tables, strict=True):
+            if block_table.length < node.end:
+                heapq.heappush(self.ready, (node.number, node))
                 continue
-            for child in piece.children:
+            for child in node.children:
                 heapq.heappush(self.ready, (child.number, child))
-            if not piece.children:
+            if not node.children:
                 self.pool.free(block_table)
 
     @torch.no_grad()
-    def _score(self, x: Tensor, pieces: list[Piece], starts: list[int], counts: list[int]) -> None:
+    def _score(self, x: Tensor, nodes: list[Node], starts: list[int], counts: list[int]) -> None:
         """Add up what a pass, x (tokens, hidden), says of its texts."""
         rows: dict[int, list[tuple[int, int]]] = {}  # row of x -> (position, text)
         first = 0
-        for piece, start, count in zip(pieces, starts, counts, strict=True):
-            for position, text in piece.wanted:
+        for node, start, count in zip(nodes, starts, counts, strict=True):
+            for position, text in node.scored:
                 if start <= position < start + count:
                     rows.setdefault(first + position - start, []).append((position, text))
-            piece.wanted = [one for one in piece.wanted if one[0] >= start + count]
+            node.scored = [one for one in node.scored if one[0] >= start + count]
             first += count
         head, step = Head.of(self.model), max(1, HEAD_LOGITS // self.model.config.vocab_size)
         every = sorted(rows)

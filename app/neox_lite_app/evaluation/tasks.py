@@ -32,7 +32,7 @@ from neox_lite.units import dtype_name
 from ..conversations.prompt_forms import form_of
 from ..load_for_command import format_name, load
 from ..terminal import bar, note, print_json
-from .kept_answers import KeptAnswers, stamps
+from .answer_cache import AnswerCache, stamps
 
 SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}  # the harness's own
 DRAWS = 1000  # of a bootstrap
@@ -166,9 +166,9 @@ class Suite:
                 note(f"{name}: is asked without examples, as its file says; --num-fewshot does not change that")
             elif args.num_fewshot is not None or own is None:
                 task.set_config(key="num_fewshot", value=args.num_fewshot or 0)
-            if (wanted := task.get_config("num_fewshot") or 0) > (held := _examples(task) if wanted else 0):
+            if (shots := task.get_config("num_fewshot") or 0) > (available := _examples(task) if shots else 0):
                 raise ArgumentError(
-                    f"task {name}: has {held} examples beside each document, not {wanted}: --num-fewshot {held}"
+                    f"task {name}: has {available} examples beside each document, not {shots}: --num-fewshot {available}"
                 )
         settings = {
             "num_fewshot": args.num_fewshot,
@@ -200,7 +200,7 @@ class Suite:
         form = form_of(path, model.tokenizer) if args.apply_chat_template else None
         if form is not None:
             note(f"{path}: chats are written in the form {form.name!r}")
-        answers = KeptAnswers(_identity(model, args), args.fresh)
+        answers = AnswerCache(_identity(model, args), args.fresh)
         try:
             lm = NeoxLiteLM(model, form, answers, path if args.compare is not None else "")
             _set_random_state(state)
@@ -330,15 +330,15 @@ def _examples(task: Any) -> int:
     return len(examples) - (next(iter(task.eval_docs)) in examples)
 
 
-def _names(manager: Any, wanted: list[str]) -> list[str]:
+def _names(manager: Any, patterns: list[str]) -> list[str]:
     """The tasks, groups and tags that are meant, patterns such as mmlu_* among them."""
     found: list[str] = []
-    for name in wanted:
-        names = manager.match_tasks([name])
+    for pattern in patterns:
+        names = manager.match_tasks([pattern])
         if not names:
-            near = difflib.get_close_matches(name, manager.all_tasks, 1)
+            near = difflib.get_close_matches(pattern, manager.all_tasks, 1)
             raise ArgumentError(
-                f"--tasks: no task is called {name!r}"
+                f"--tasks: no task is called {pattern!r}"
                 + (f"; nearest is {near[0]!r}" if near else "")
                 + "; see --tasks list"
             )
@@ -351,13 +351,13 @@ def _load(manager: Any, name: str) -> dict[str, Any]:
         with _silence():
             found: dict[str, Any] = manager.load([name])
     except Exception as error:  # whatever tasks and data sets raise: they are other people's files
-        said = " ".join(str(error).split()) or "no reason given"
+        reason = " ".join(str(error).split()) or "no reason given"
         if _is_network(error):
             raise ArgumentError(
-                f"task {name}: its documents cannot be fetched, because the hub cannot be reached ({said[:120]}); "
+                f"task {name}: its documents cannot be fetched, because the hub cannot be reached ({reason[:120]}); "
                 "tasks with files of yours: --include-path, docs/evaluation.md"
             ) from error
-        raise ArgumentError(f"task {name}: cannot be loaded: {type(error).__name__}: {said[:300]}") from error
+        raise ArgumentError(f"task {name}: cannot be loaded: {type(error).__name__}: {reason[:300]}") from error
     return found
 
 
@@ -407,7 +407,7 @@ def _set_random_state(state: Any) -> None:
     torch.set_rng_state(state[2])
 
 
-# What is printed ------------------------------------------------------------------------------------------------------
+# Output ---------------------------------------------------------------------------------------------------------------
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -33,7 +33,7 @@ def quantize(args: argparse.Namespace) -> None:
     if args.calibration is not None or args.calibration_windows is not None:
         options |= {"calibration": args.calibration, "calibration_windows": args.calibration_windows}
     calibrated = args.method == "gptq"
-    if calibrated and not args.dry_run:  # said before anything starts
+    if calibrated and not args.dry_run:  # before anything starts
         report = convert(args.source, destination, dry_run=True, **options)
         needs = f"gptq takes about {report.seconds:.0f} s, up to {amount(report.peak_bytes, 'B')} of memory"
         note(f"{needs}, and {amount(report.scratch_bytes, 'B')} of disk in the folder for a while")

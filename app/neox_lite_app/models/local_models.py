@@ -85,7 +85,7 @@ def local_models(folders: Sequence[Path] = ()) -> list[LocalModel]:
 
 
 def _below(place: Path, where: str, asked: bool) -> Iterator[LocalModel]:
-    """A folder's own model, or those of its sub-folders. asked: by its name, so what is wrong with it is said."""
+    """A folder's own model, or those of its sub-folders. asked: by its name, so its problem is reported."""
     try:
         folders = [place, *_folders(place)]
     except OSError as error:

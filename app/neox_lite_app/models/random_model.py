@@ -109,12 +109,12 @@ class RandomModel:
         head = _part("embed_out", self.small_head, noise) if self.small_head is not None else None
         total = sum(spec.nbytes for part in [*parts, *([head] if head else [])] for spec in part.specs)
 
-        def told(count: int) -> None:
+        def advance(count: int) -> None:
             nonlocal done
             done += count
             progress(done, total)
 
-        write_model(folder, self.config, parts, {}, head, progress=told, method="random")
+        write_model(folder, self.config, parts, {}, head, progress=advance, method="random")
 
 
 def _small_head(head: Linear) -> Linear:

@@ -327,12 +327,12 @@ def _set_cookie(value: str, age_s: int) -> list[tuple[str, str]]:
 
 
 def _with_ours(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    kept = [
+    others = [
         (name, value)
         for name, value in headers
         if name.lower() not in HEADERS and not name.lower().startswith(b"access-control-")
     ]
-    return [*kept, *HEADERS.items()]
+    return [*others, *HEADERS.items()]
 
 
 async def _respond(send: Send, status: int, kind: str, body: bytes, headers: Iterable[tuple[str, str]] = ()) -> None:
