@@ -5,13 +5,15 @@ import re
 
 import pytest
 import torch
-from support.checkpoints import change_tensors
-from support.peers import difference, opened_by_transformers, peer, random_ids
+from support.checkpoints import change_json, change_tensors
+from support.peers import beside_transformers, difference, opened_by_transformers, peer, random_ids
+from support.refusals import refused
 
 from neox_lite import GPTNeoXForCausalLM
 from neox_lite.errors import FormatError, NeoxLiteError
 from neox_lite.formats import formats_of
 from neox_lite_app.cli import main
+from neox_lite_quant import export_gguf, import_gguf
 
 pytest.importorskip("compressed_tensors.compressors.model_compressors", reason="compressed-tensors is not installed")
 from compressed_tensors.compressors.model_compressors import ModelCompressor
@@ -35,12 +37,11 @@ TENSOR = {**INT8, "strategy": "tensor", "group_size": None}
 
 
 def write(folder, groups, ignore=("lm_head",), dtype=torch.float32):
-    """Quantize a random model with the library itself: groups is [(targets, weights' arguments)]."""
+    """Quantize a random model with the library itself: groups is [(targets, weights' arguments, other arguments)]."""
     model = peer(**SHAPE).to(dtype)
     schemes = {
-        f"group_{i}": QuantizationScheme(targets=targets, weights=QuantizationArgs(**weights), **more)
-        for i, (targets, weights, *rest) in enumerate(groups)
-        for more in [rest[0] if rest else {}]
+        f"group_{i}": QuantizationScheme(targets=targets, weights=QuantizationArgs(**weights), **dict(*more))
+        for i, (targets, weights, *more) in enumerate(groups)
     }
     apply_quantization_config(model, QuantizationConfig(config_groups=schemes, ignore=list(ignore)))
     for module in model.modules():
@@ -51,6 +52,12 @@ def write(folder, groups, ignore=("lm_head",), dtype=torch.float32):
     model.save_pretrained(folder)
     compressor.update_config(folder)
     return folder
+
+
+@pytest.fixture
+def int4(tmp_path):
+    """A folder in int4 of that library, to be changed."""
+    return write(tmp_path / "m", [(["Linear"], INT4)])
 
 
 def _observe(module):
@@ -66,11 +73,18 @@ def _observe(module):
 
 
 def equal_logits(folder, tolerance=2e-5):
-    """Ours beside transformers', both in float32: only the order of sums differs."""
-    ids = random_ids(2, 24)
-    model = GPTNeoXForCausalLM.from_pretrained(folder, exact=True, dtype=torch.float32)
-    assert difference(model(ids).logits, opened_by_transformers(folder)(ids).logits) < tolerance
-    return {n: m.format.name for n, m in model.gpt_neox.layers.named_modules() if hasattr(m, "format")}
+    """The formats of a folder's layers; its logits here equal transformers'."""
+    assert difference(*beside_transformers(folder, random_ids(2, 24))) < tolerance
+    layers = GPTNeoXForCausalLM.from_pretrained(folder).gpt_neox.layers
+    return {n: m.format.name for n, m in layers.named_modules() if hasattr(m, "format")}
+
+
+def logits(folder):
+    return GPTNeoXForCausalLM.from_pretrained(folder, exact=True)(random_ids(1, 9)).logits
+
+
+def loading_is_refused(words, folder, error=FormatError):
+    return refused(error, words, GPTNeoXForCausalLM.from_pretrained, folder)
 
 
 # -- what loads -------------------------------------------------------------------------------------------------------
@@ -83,16 +97,12 @@ def test_symmetric_groups_load_with_equal_logits(tmp_path, bits, group_size):
     assert set(equal_logits(tmp_path / "m").values()) == {f"int{bits}"}
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_half_precision_folders_load_with_equal_logits(tmp_path, dtype):
-    write(tmp_path / "m", [(["Linear"], INT4)], dtype=dtype)
-    equal_logits(tmp_path / "m")
-
-
-@pytest.mark.parametrize("actorder", ["weight", "static"])
-def test_an_order_that_leaves_columns_in_place_loads(tmp_path, actorder):
-    write(tmp_path / "m", [(["Linear"], {**INT4, "actorder": actorder})])
-    equal_logits(tmp_path / "m")
+@pytest.mark.parametrize(
+    ("weights", "dtype"),
+    [({}, torch.float16), ({}, torch.bfloat16), ({"actorder": "weight"}, None), ({"actorder": "static"}, None)],
+)
+def test_half_precision_and_orders_that_leave_columns_in_place_load_with_equal_logits(tmp_path, weights, dtype):
+    equal_logits(write(tmp_path / "m", [(["Linear"], {**INT4, **weights})], dtype=dtype or torch.float32))
 
 
 QKV, DENSE, UP, DOWN = "attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"
@@ -118,74 +128,53 @@ def test_targets_and_ignored_names_mean_what_they_mean_there(tmp_path, groups, i
 
 
 @pytest.mark.parametrize("shift", range(8, 65, 8))
-def test_data_may_begin_anywhere_in_the_file(tmp_path, shift):
+def test_data_may_begin_anywhere_in_the_file(int4, shift):
     """Other tools' packed codes begin at 24 to 48 modulo 64; kernels must not assume more."""
-    folder = write(tmp_path / "m", [(["Linear"], INT4)])
-    path = folder / "model.safetensors"
-    raw = path.read_bytes()
+    path = int4 / "model.safetensors"
+    raw, wanted = path.read_bytes(), logits(int4).clone()
     length = int.from_bytes(raw[:8], "little")
-    wanted = GPTNeoXForCausalLM.from_pretrained(folder, exact=True)(random_ids(1, 9)).logits.clone()
     path.write_bytes((length + shift).to_bytes(8, "little") + raw[8 : 8 + length] + b" " * shift + raw[8 + length :])
-    assert torch.equal(GPTNeoXForCausalLM.from_pretrained(folder, exact=True)(random_ids(1, 9)).logits, wanted)
+    assert torch.equal(logits(int4), wanted)
 
 
 def test_such_a_folder_goes_to_gguf_and_through_save_pretrained(tmp_path):
-    from neox_lite_quant import export_gguf, import_gguf
-
     write(tmp_path / "m", [(["Linear"], INT4)], dtype=torch.float16)
     export_gguf(tmp_path / "m", tmp_path / "m.gguf")
     import_gguf(tmp_path / "m.gguf", tmp_path / "back")
     GPTNeoXForCausalLM.from_pretrained(tmp_path / "m").save_pretrained(tmp_path / "again")
-    ids = random_ids(1, 9)
-    wanted = GPTNeoXForCausalLM.from_pretrained(tmp_path / "m", exact=True)(ids).logits
     for name in ("back", "again"):
-        assert torch.equal(GPTNeoXForCausalLM.from_pretrained(tmp_path / name, exact=True)(ids).logits, wanted)
+        assert torch.equal(logits(tmp_path / name), logits(tmp_path / "m"))
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------
 
-AGAIN = "or make a folder from the original checkpoint: neox-lite quantize SRC"
+INPUTS = {"input_activations": QuantizationArgs(num_bits=8, dynamic=True, strategy="token")}
+FP8 = {"num_bits": 8, "type": "float", "strategy": "channel"}
+ZERO_POINTS = "symmetric is False.*zero points are not read; choose a symmetric"
+UNREADABLE = {
+    "asymmetric": ((["Linear"], {**INT4, "symmetric": False}), ZERO_POINTS),
+    "channel": ((["Linear"], CHANNEL), "strategy is 'channel', expected 'group'; choose groups of 32, 64 or 128"),
+    "tensor": ((["Linear"], TENSOR), "strategy is 'tensor'.*choose groups"),
+    "group-of-16": ((["Linear"], {**INT8, "group_size": 16}), "group_size is 16.*choose groups"),
+    "fp8": ((["Linear"], FP8), "format is '(float|naive)-quantized'"),
+    "w8a8": ((["Linear"], CHANNEL, INPUTS), "format is 'int-quantized'"),
+}
 
 
-@pytest.mark.parametrize(
-    ("group", "message"),
-    [
-        (
-            (["Linear"], {**INT4, "symmetric": False}),
-            "symmetric is False.*zero points are not read; choose a symmetric",
-        ),
-        ((["Linear"], CHANNEL), "strategy is 'channel', expected 'group'; choose groups of 32, 64 or 128"),
-        ((["Linear"], TENSOR), "strategy is 'tensor'.*choose groups"),
-        ((["Linear"], {**INT8, "group_size": 16}), "group_size is 16.*choose groups"),
-        ((["Linear"], {"num_bits": 8, "type": "float", "strategy": "channel"}), "format is '(float|naive)-quantized'"),
-        (
-            (["Linear"], CHANNEL, {"input_activations": QuantizationArgs(num_bits=8, dynamic=True, strategy="token")}),
-            "format is 'int-quantized'",
-        ),
-    ],
-    ids=["asymmetric", "channel", "tensor", "group-of-16", "fp8", "w8a8"],
-)
+@pytest.mark.parametrize(("group", "message"), UNREADABLE.values(), ids=UNREADABLE)
 def test_what_the_library_can_make_and_we_cannot_read_is_refused_with_advice(tmp_path, group, message, capsys):
     folder = write(tmp_path / "m", [group])
-    with pytest.raises(FormatError, match=message) as refused:
-        GPTNeoXForCausalLM.from_pretrained(folder)
-    assert "neox-lite quantize SRC" in str(refused.value)
+    assert "neox-lite quantize SRC" in loading_is_refused(message, folder)
     assert main(["generate", str(folder), "--prompt", "x"]) == 1
     assert re.search(message, capsys.readouterr().err)
 
 
-def changed(folder, **weights):
-    """The folder's config with other arguments of its weights, as older versions wrote them."""
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"]["config_groups"]["group_0"]["weights"] |= weights
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
-def test_columns_in_another_order_are_refused_with_advice(tmp_path):
-    folder = changed(write(tmp_path / "m", [(["Linear"], INT4)]), actorder="group")
-    with pytest.raises(FormatError, match=rf"actorder is 'group'.*choose 'static'.*{AGAIN}"):
-        GPTNeoXForCausalLM.from_pretrained(folder)
+def test_columns_in_another_order_are_refused_with_advice(int4):
+    config = json.loads((int4 / "config.json").read_text())["quantization_config"]
+    config["config_groups"]["group_0"]["weights"]["actorder"] = "group"  # as older versions wrote it
+    change_json(int4 / "config.json", quantization_config=config)
+    advice = "or make a folder from the original checkpoint: neox-lite quantize SRC"
+    loading_is_refused(rf"actorder is 'group'.*choose 'static'.*{advice}", int4)
 
 
 @pytest.mark.parametrize(
@@ -193,26 +182,21 @@ def test_columns_in_another_order_are_refused_with_advice(tmp_path):
 )
 def test_a_quantized_embedding_or_head_is_refused_with_advice(tmp_path, targets, name):
     folder = write(tmp_path / "m", [(targets, INT4)], ignore=[] if "lm_head" in targets else ["lm_head"])
-    with pytest.raises(FormatError, match=rf"{name}.weight_packed: embedding and head must be plain.*put 'lm_head'"):
-        GPTNeoXForCausalLM.from_pretrained(folder)
+    loading_is_refused(rf"{name}.weight_packed: embedding and head must be plain.*put 'lm_head'", folder)
 
 
 @pytest.mark.parametrize("kind", ["group", "whole"])
-def test_groups_of_another_format_are_refused(tmp_path, kind):
-    folder = write(tmp_path / "m", [(["Linear"], INT4)])
-    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+def test_groups_of_another_format_are_refused(int4, kind):
+    config = json.loads((int4 / "config.json").read_text())["quantization_config"]
     (config["config_groups"]["group_0"] if kind == "group" else config)["format"] = "int-quantized"
-    with pytest.raises(FormatError, match=r"format is 'int-quantized', expected 'pack-quantized'; .*quantize SRC"):
-        formats_of(config)
+    refused(FormatError, r"format is 'int-quantized', expected 'pack-quantized'; .*quantize SRC", formats_of, config)
 
 
 @pytest.mark.parametrize("key", ["weight_zero_point", "weight_g_idx"])
-def test_tensors_that_the_config_does_not_announce_are_refused_by_name(tmp_path, key):
-    folder = write(tmp_path / "m", [(["Linear"], INT4)])
+def test_tensors_that_the_config_does_not_announce_are_refused_by_name(int4, key):
     extra = {f"gpt_neox.layers.0.{UP}.{key}": torch.zeros(4, dtype=torch.int32)}
-    change_tensors(folder / "model.safetensors", lambda tensors: tensors | extra)
-    with pytest.raises(NeoxLiteError, match=rf"unexpected: gpt_neox.layers.0.{UP}.{key}"):
-        GPTNeoXForCausalLM.from_pretrained(folder)
+    change_tensors(int4 / "model.safetensors", lambda tensors: tensors | extra)
+    loading_is_refused(rf"unexpected: gpt_neox.layers.0.{UP}.{key}", int4, NeoxLiteError)
 
 
 def test_our_own_folder_and_theirs_are_one_form(tmp_path):

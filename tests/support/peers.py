@@ -65,6 +65,13 @@ def opened_by_transformers(folder: Path, cls: Any = transformers.AutoModelForCau
     return model
 
 
+@torch.no_grad()
+def beside_transformers(folder: Path, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits of a quantized folder here and in transformers, both in float32: only the order of sums differs."""
+    model = neox_lite.GPTNeoXForCausalLM.from_pretrained(folder, dtype=torch.float32, exact=True)
+    return model(ids).logits, opened_by_transformers(folder)(ids).logits
+
+
 def random_ids(rows: int, width: int, vocab: int = TINY["vocab_size"], seed: int = 1) -> Tensor:
     """Ids (rows, width) that leave out 0, which tests use for padding."""
     return torch.randint(1, vocab, (rows, width), generator=torch.Generator().manual_seed(seed))
