@@ -3,6 +3,7 @@
 Runs on a small tokenizer that is trained here, and on the real 20B one where shared/data is there.
 """
 
+import copy
 import json
 import os
 import random
@@ -19,12 +20,14 @@ import torch
 import transformers
 from support.commands import ROOT, run_python
 from support.often import times
+from support.refusals import refused
 from tokenizers import decoders
 
 from neox_lite.errors import TokenizerError
 from neox_lite.tokenizer import ABSENT, BatchEncoding, GPTNeoXTokenizerFast, StreamDecoder
 
 DATA = Path(__file__).parents[2] / "shared/data"
+open_ours, open_theirs = GPTNeoXTokenizerFast.from_pretrained, transformers.GPTNeoXTokenizer.from_pretrained
 CORPUS = [
     "def main(args):\n        return [x for x in args if x]  # comment",
     "The quick brown fox jumps over the lazy dog, and the dog sleeps on.",
@@ -50,6 +53,11 @@ def small_backend() -> tokenizers.Tokenizer:
     return backend
 
 
+def opened(folder, **options):
+    """(ours, transformers') for a folder, whose class its settings name."""
+    return open_ours(folder, **options), transformers.AutoTokenizer.from_pretrained(folder, **options)
+
+
 @pytest.fixture(scope="session")
 def small_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("small")
@@ -72,30 +80,26 @@ def folder(request) -> Path:
 
 
 @pytest.fixture(scope="session")
-def ours(folder) -> GPTNeoXTokenizerFast:
-    return GPTNeoXTokenizerFast.from_pretrained(folder)
+def ours(folder):
+    return open_ours(folder)
 
 
 @pytest.fixture(scope="session")
 def theirs(folder):
-    return transformers.GPTNeoXTokenizer.from_pretrained(folder)
+    return open_theirs(folder)
 
 
 @pytest.fixture
-def small(small_folder) -> GPTNeoXTokenizerFast:
+def small(small_folder):
     """A fresh tokenizer, free to be changed."""
-    return GPTNeoXTokenizerFast.from_pretrained(small_folder)
+    return open_ours(small_folder)
 
 
-@pytest.fixture
-def small_theirs(small_folder):
-    return transformers.GPTNeoXTokenizer.from_pretrained(small_folder)
-
-
-def write(folder: Path, source: Path, **files) -> Path:
-    """A folder with source's tokenizer.json and the given JSON files beside it."""
+def write(folder: Path, source: Path | None = None, **files) -> Path:
+    """A folder with source's tokenizer.json, or its own, and the given JSON files beside it."""
     folder.mkdir(exist_ok=True)
-    (folder / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
+    if source is not None:
+        (folder / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
     return folder
@@ -135,13 +139,8 @@ def random_text(rng: random.Random) -> str:
 def all_texts() -> list[str]:
     ends = (("", ""), ("a", "b"))
     runs = [f"{left}{blank * n}{right}" for n in range(101) for blank in " \t\n" for left, right in ends]
-    words = [
-        "a" * 5000,
-        "é" * 3000,
-        "supercalifragilistic" * 300,
-        "".join(map(chr, range(0x20, 0xD800, 7))),
-        " " * 5000,
-    ]
+    words = ["a" * 5000, "é" * 3000, "supercalifragilistic" * 300]
+    words += ["".join(map(chr, range(0x20, 0xD800, 7))), " " * 5000]
     lines = []
     for name in ("shakespeare.txt", "wikitext-2-valid.txt"):
         if (DATA / name).is_file():
@@ -151,9 +150,8 @@ def all_texts() -> list[str]:
 
 
 def test_ids_and_text_are_those_of_transformers(ours, theirs):
-    texts = all_texts()
+    texts, different = all_texts(), []
     assert len(texts) > 2000
-    different = []
     for text in texts:
         ids = theirs(text)["input_ids"]
         same = ours(text)["input_ids"] == ids and ours.tokenize(text) == theirs.tokenize(text)
@@ -165,8 +163,7 @@ def test_ids_and_text_are_those_of_transformers(ours, theirs):
 
 def test_offsets_are_those_of_transformers(ours, theirs):
     texts = [text for text in all_texts()[::10] if text]
-    want = theirs(texts, return_offsets_mapping=True)
-    got = ours(texts, return_offsets_mapping=True)
+    got, want = (tokenizer(texts, return_offsets_mapping=True) for tokenizer in (ours, theirs))
     assert got == dict(want)
     assert list(got) == list(want)
 
@@ -187,7 +184,7 @@ def test_any_ids_decode_as_in_transformers(ours, theirs):
 
 
 def test_the_real_ids_are_the_known_ones(real_folder):
-    tokenizer = GPTNeoXTokenizerFast.from_pretrained(real_folder)
+    tokenizer = open_ours(real_folder)
     assert tokenizer("Hello world\n        x<|endoftext|>").input_ids == [12092, 1533, 187, 50270, 89, 0]
     assert (len(tokenizer), tokenizer.vocab_size) == (50277, 50254)
     assert [getattr(tokenizer, f"{name}_token_id") for name in ("eos", "bos", "unk", "pad")] == [0, 0, 0, 1]
@@ -198,13 +195,11 @@ def test_the_real_ids_are_the_known_ones(real_folder):
 def test_special_tokens_and_vocabulary_are_those_of_transformers(ours, theirs):
     for name in ("all_special_ids", "all_special_tokens", "special_tokens_map", "vocab_size", "model_max_length"):
         assert getattr(ours, name) == getattr(theirs, name), name
-    assert len(ours) == len(theirs)
-    assert ours.get_vocab() == theirs.get_vocab()
+    assert (len(ours), ours.get_vocab()) == (len(theirs), theirs.get_vocab())
     added = [{i: str(token) for i, token in t.added_tokens_decoder.items()} for t in (ours, theirs)]
     assert added[0] == added[1]
-    tokens = ["<|endoftext|>", "a", "no such token", "  "]
-    assert ours.convert_tokens_to_ids(tokens) == theirs.convert_tokens_to_ids(tokens)
-    assert ours.convert_tokens_to_ids("Ġthe") == theirs.convert_tokens_to_ids("Ġthe")
+    for tokens in (["<|endoftext|>", "a", "no such token", "  "], "Ġthe"):
+        assert ours.convert_tokens_to_ids(tokens) == theirs.convert_tokens_to_ids(tokens)
 
 
 # -- padding, truncation, tensors --------------------------------------------------------------------------------------
@@ -252,44 +247,38 @@ def test_call_matches_transformers(ours, theirs, options, kind):
             assert {k: (v.dtype, v.shape) for k, v in got.items()} == {k: (v.dtype, v.shape) for k, v in want.items()}
 
 
-def test_sides_match_transformers(small, small_theirs):
-    texts = ["a b c d e f", "a"]
+def test_sides_match_transformers(small, small_folder):
+    texts, theirs = ["a b c d e f", "a"], open_theirs(small_folder)
     for small.padding_side in ("left", "right"):
         for small.truncation_side in ("left", "right"):
-            small_theirs.padding_side, small_theirs.truncation_side = small.padding_side, small.truncation_side
+            theirs.padding_side, theirs.truncation_side = small.padding_side, small.truncation_side
             for options in OPTIONS[1:]:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    assert small(texts, **options) == dict(small_theirs(texts, **options)), options
+                    assert small(texts, **options) == dict(theirs(texts, **options)), options
 
 
 def test_model_max_length_is_the_default_length(tmp_path, small_folder):
-    folder = write(tmp_path, small_folder, tokenizer_config=CONFIGS["short"])
-    ours, theirs = GPTNeoXTokenizerFast.from_pretrained(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    ours, theirs = opened(write(tmp_path, small_folder, tokenizer_config=CONFIGS["short"]))
     for options in ({"truncation": True}, {"padding": "max_length"}, {"padding": "max_length", "truncation": True}):
         for texts in (["a b c d e f", "a"], "a b c d e f", "a"):
             assert ours(texts, **options) == dict(theirs(texts, **options))
 
 
-def test_truncation_without_a_length_says_that_it_does_nothing(small):
+def test_options_without_a_length_say_that_they_do_nothing_and_an_empty_list_gives_empty_fields(small):
     with pytest.warns(UserWarning, match="truncation does nothing without max_length"):
         assert small("a b", truncation=True) == small("a b")
     with pytest.warns(UserWarning, match="padding='max_length' does nothing"):
         assert small("a b", padding="max_length") == small("a b")
-
-
-def test_an_empty_list_gives_empty_fields(small):
     assert small([]) == {"input_ids": [], "attention_mask": []}
     assert small([], padding=True, return_tensors="pt").input_ids.tolist() == []
 
 
+MASK = {"return_special_tokens_mask": True}
 PAIRS = {
     "one": (("Who was Jim Henson?", "A nice puppet"), {}),
-    "types": (("Who?", " He."), {"return_token_type_ids": True, "return_special_tokens_mask": True}),
-    "batch": (
-        (["Who?", "Where, and when?"], ["A", "In  there"]),
-        {"padding": True, "return_special_tokens_mask": True},
-    ),
+    "types": (("Who?", " He."), {"return_token_type_ids": True, **MASK}),
+    "batch": ((["Who?", "Where, and when?"], ["A", "In  there"]), {"padding": True, **MASK}),
     "offsets": (("Who?", "He"), {"return_offsets_mapping": True}),
 }
 
@@ -299,40 +288,40 @@ PAIRS = {
 def test_pairs_are_those_of_transformers(small_folder, name, around):
     """Of what transformers is told in the call: it ignores add_bos_token beside a tokenizer.json, but not set afterwards."""
     (text, pair), options = PAIRS[name]
-    theirs = transformers.GPTNeoXTokenizer.from_pretrained(small_folder)
+    ours, theirs = open_ours(small_folder, **around), open_theirs(small_folder)
     for key, value in around.items():
         setattr(theirs, key, value)
-    ours = GPTNeoXTokenizerFast.from_pretrained(small_folder, **around)
     assert dict(ours(text, pair, **options)) == dict(theirs(text, pair, **options))
     assert dict(ours(text, text_pair=pair, **options)) == dict(theirs(text, text_pair=pair, **options))
 
 
 def test_pad_matches_transformers(ours, theirs):
     batch = {"input_ids": [[5, 6, 7], [8], []], "attention_mask": [[1, 1, 1], [1], []]}
-    for options in (
-        {},
-        {"padding": "max_length", "max_length": 6, "padding_side": "left"},
-        {"pad_to_multiple_of": 4, "return_tensors": "pt"},
-        {"padding": False},
-        {"return_attention_mask": True, "return_tensors": "np"},
-    ):
-        if options.get("padding") is not False or "return_tensors" not in options:
-            copies = [json.loads(json.dumps(batch)) for _ in range(2)]
-            assert as_plain(ours.pad(copies[0], **options)) == as_plain(theirs.pad(copies[1], **options))
-        rows = [{"input_ids": ids} for ids in batch["input_ids"][:2]]
-        assert as_plain(ours.pad(rows, **options)) == as_plain(theirs.pad(rows, **options))
-        one = {"input_ids": [1, 2, 3]}
-        assert as_plain(ours.pad(dict(one), **options)) == as_plain(theirs.pad(dict(one), **options))
+    rows = [{"input_ids": ids} for ids in batch["input_ids"][:2]]
     tensors = {"input_ids": torch.tensor([[1, 2], [3, 4]]), "attention_mask": torch.ones(2, 2, dtype=torch.int64)}
-    padded = [as_plain(tokenizer.pad(dict(tensors), pad_to_multiple_of=4)) for tokenizer in (ours, theirs)]
-    assert padded[0] == padded[1]
+    cases = [
+        *((given, {"pad_to_multiple_of": 4, "return_tensors": "pt"}) for given in (batch, rows, {"input_ids": [1, 2]})),
+        *((given, {"return_attention_mask": True, "return_tensors": "np"}) for given in (batch, rows)),
+        *(
+            (given, options)
+            for given in (batch, rows, {"input_ids": [1, 2, 3]})
+            for options in ({}, {"padding": False})
+        ),
+        (batch, {"padding": "max_length", "max_length": 6, "padding_side": "left"}),
+        ({"input_ids": [1, 2, 3]}, {"padding": "max_length", "max_length": 6, "padding_side": "left"}),
+        (tensors, {"pad_to_multiple_of": 4}),
+    ]
+    for given, options in cases:
+        copies = [copy.deepcopy(given) for _ in range(2)]
+        assert as_plain(ours.pad(copies[0], **options)) == as_plain(theirs.pad(copies[1], **options)), options
     assert ours.pad({"input_ids": [[1]], "attention_mask": [[1]]}, return_attention_mask=False) == {"input_ids": [[1]]}
+    ours.pad(batch)
     assert batch["input_ids"] == [[5, 6, 7], [8], []]  # the caller's lists are left alone
 
 
 def test_encode_gives_the_input_ids(ours, theirs):
-    assert ours.encode("a b c") == theirs.encode("a b c")
-    assert ours.encode("a b c", max_length=2) == theirs.encode("a b c", max_length=2)
+    for options in ({}, {"max_length": 2}):
+        assert ours.encode("a b c", **options) == theirs.encode("a b c", **options)
     assert torch.equal(ours.encode("a b", return_tensors="pt"), theirs.encode("a b", return_tensors="pt"))
 
 
@@ -361,8 +350,7 @@ def test_decode_takes_ids_in_any_container(ours, theirs):
 
 
 def test_decoding_never_eats_spaces(tmp_path, small_folder):
-    folder = write(tmp_path, small_folder, tokenizer_config={"clean_up_tokenization_spaces": True})
-    tokenizer = GPTNeoXTokenizerFast.from_pretrained(folder)
+    tokenizer = open_ours(write(tmp_path, small_folder, tokenizer_config={"clean_up_tokenization_spaces": True}))
     text = "do n't , stop . it 's  here !"
     assert tokenizer.decode(tokenizer(text).input_ids, clean_up_tokenization_spaces=True) == text
 
@@ -377,13 +365,12 @@ def test_threads_do_not_see_each_others_options(small):
 
 # -- the files ---------------------------------------------------------------------------------------------------------
 
+EOS = {"__type": "AddedToken", "content": "<|endoftext|>", "lstrip": False, "normalized": True}
+SEP = {"__type": "AddedToken", "content": "<|sep|>", "rstrip": True}
 CONFIGS = {
     "none": {},
     "pythia": {"tokenizer_class": "GPTNeoXTokenizer", "add_prefix_space": False, "eos_token": "<|endoftext|>"},
-    "objects": {
-        "eos_token": {"__type": "AddedToken", "content": "<|endoftext|>", "lstrip": False, "normalized": True},
-        "sep_token": {"__type": "AddedToken", "content": "<|sep|>", "rstrip": True},
-    },
+    "objects": {"eos_token": EOS, "sep_token": SEP},
     "short": {"tokenizer_class": "GPTNeoXTokenizer", "model_max_length": 4, "padding_side": "left"},
     "no-pad": {"pad_token": None, "unk_token": None},
     "new-tokens": {"additional_special_tokens": ["### End", "### Response:\n"], "sep_token": "<|sep|>"},
@@ -392,14 +379,8 @@ CONFIGS = {
     "split-special": {"split_special_tokens": True},
     "added": {"added_tokens_decoder": {"0": {"content": "<|endoftext|>", "special": True, "lstrip": True}}},
 }
-SAMPLES = [
-    "Hello world ### End",
-    "<|padding|>x<|im_end|> y",
-    "a<|endoftext|> b <|sep|>",
-    "x\n        y ### Response:\nz",
-    "",
-    " café e\u0301",
-]
+SAMPLES = ["Hello world ### End", "<|padding|>x<|im_end|> y", "a<|endoftext|> b <|sep|>", "", " café e\u0301"]
+SAMPLES += ["x\n        y ### Response:\nz"]
 
 
 def same_tokenizer(ours, theirs) -> bool:
@@ -408,8 +389,7 @@ def same_tokenizer(ours, theirs) -> bool:
         got, want = ours(text, return_offsets_mapping=True), theirs(text, return_offsets_mapping=True)
         assert got == dict(want)
         assert ours.decode(got.input_ids, True) == theirs.decode(got.input_ids, True)
-    assert ours.special_tokens_map == theirs.special_tokens_map
-    assert ours.all_special_ids == theirs.all_special_ids
+    assert (ours.special_tokens_map, ours.all_special_ids) == (theirs.special_tokens_map, theirs.all_special_ids)
     return len(ours) == len(theirs)
 
 
@@ -420,106 +400,96 @@ def test_tokenizer_config_means_what_it_means_to_transformers(tmp_path, small_fo
         known = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).get_added_tokens_decoder()
         listed = {str(i): t.__getstate__() for i, t in known.items()} | CONFIGS[name]["added_tokens_decoder"]
         write(tmp_path, small_folder, tokenizer_config={"added_tokens_decoder": listed})
-        theirs = transformers.GPTNeoXTokenizer.from_pretrained(folder)
+        assert same_tokenizer(open_ours(folder), open_theirs(folder))
     else:
-        theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    assert same_tokenizer(GPTNeoXTokenizerFast.from_pretrained(folder), theirs)
+        assert same_tokenizer(*opened(folder))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_saved_folder_opens_equal_here_and_in_transformers(tmp_path, small_folder, name):
-    folder = write(tmp_path / "in", small_folder, tokenizer_config=CONFIGS[name])
-    first = GPTNeoXTokenizerFast.from_pretrained(folder, padding_side="left", model_max_length=77)
+    folder, out = write(tmp_path / "in", small_folder, tokenizer_config=CONFIGS[name]), tmp_path / "out"
+    first = open_ours(folder, padding_side="left", model_max_length=77)
     first.chat_template = "{{ messages }}\n"
-    files = first.save_pretrained(tmp_path / "out")
-    assert sorted(Path(f).name for f in files) == sorted(p.name for p in (tmp_path / "out").iterdir())
-    again = GPTNeoXTokenizerFast.from_pretrained(tmp_path / "out")
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert same_tokenizer(again, theirs)
-    assert same_tokenizer(first, theirs)
+    assert sorted(Path(f).name for f in first.save_pretrained(out)) == sorted(p.name for p in out.iterdir())
+    again, theirs = opened(out)
+    assert same_tokenizer(again, theirs) and same_tokenizer(first, theirs)
     for tokenizer in (again, theirs):
         assert (tokenizer.padding_side, tokenizer.model_max_length) == ("left", 77)
         assert tokenizer.chat_template == first.chat_template
     again.save_pretrained(tmp_path / "twice")
-    for file in (tmp_path / "out").iterdir():
+    for file in out.iterdir():
         assert (tmp_path / "twice" / file.name).read_bytes() == file.read_bytes()
 
 
 def test_folder_saved_by_transformers_opens_equal(tmp_path, folder, theirs):
     theirs.save_pretrained(tmp_path)
-    assert same_tokenizer(GPTNeoXTokenizerFast.from_pretrained(tmp_path), theirs)
+    assert same_tokenizer(open_ours(tmp_path), theirs)
 
 
-def test_saving_over_another_tokenizer_leaves_nothing_of_it(tmp_path, small_folder):
+def test_saving_over_another_tokenizer_leaves_nothing_of_it(tmp_path, small, small_folder):
     write(tmp_path, small_folder, special_tokens_map={"eos_token": "a"}, added_tokens={"<x>": 999})
     (tmp_path / "chat_template.jinja").write_text("old")
-    GPTNeoXTokenizerFast.from_pretrained(small_folder).save_pretrained(tmp_path)
-    again = GPTNeoXTokenizerFast.from_pretrained(tmp_path)
+    small.save_pretrained(tmp_path)
+    again = open_ours(tmp_path)
     assert (again.eos_token, again.chat_template) == ("<|endoftext|>", None)
 
 
 @pytest.mark.parametrize("flags", [{"add_bos_token": True}, {"add_eos_token": True, "add_bos_token": True}], ids=str)
 def test_bos_and_eos_are_added_on_request(tmp_path, small_folder, flags):
-    ours = GPTNeoXTokenizerFast.from_pretrained(small_folder, **flags)
-    theirs = transformers.GPTNeoXTokenizer.from_pretrained(small_folder, **flags)
+    ours, theirs = open_ours(small_folder, **flags), open_theirs(small_folder, **flags)
     texts = ["a b c d", "", "<|endoftext|>a b"]
     for options in ({}, {"add_special_tokens": False}, {"max_length": 3}, {"max_length": 2}, {"padding": True}):
         for ours.truncation_side in ("left", "right"):
             theirs.truncation_side = ours.truncation_side
             assert ours(texts, **options) == dict(theirs(texts, **options))
-    with pytest.raises(TokenizerError, match=r"max_length: 0 is less than the . special tokens"):
-        ours("a", max_length=0)
+    refused(TokenizerError, r"max_length: 0 is less than the . special tokens", ours, "a", max_length=0)
     ours.save_pretrained(tmp_path)
-    assert GPTNeoXTokenizerFast.from_pretrained(tmp_path)(texts) == ours(texts)
-    assert dict(transformers.AutoTokenizer.from_pretrained(tmp_path)(texts)) == ours(texts)
+    for again in opened(tmp_path):
+        assert dict(again(texts)) == dict(ours(texts))
 
 
 def test_add_bos_token_in_the_file_is_ignored_aloud(tmp_path, small_folder):
     folder = write(tmp_path, small_folder, tokenizer_config={"add_bos_token": True, "add_eos_token": False})
     with pytest.warns(UserWarning, match=r"pass add_bos_token=True to from_pretrained"):
-        tokenizer = GPTNeoXTokenizerFast.from_pretrained(folder)
-    assert tokenizer("a") == dict(transformers.GPTNeoXTokenizer.from_pretrained(folder)("a"))
+        tokenizer = open_ours(folder)
+    assert tokenizer("a") == dict(open_theirs(folder)("a"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert GPTNeoXTokenizerFast.from_pretrained(folder, add_bos_token=True)("a").input_ids[0] == 0
+        assert open_ours(folder, add_bos_token=True)("a").input_ids[0] == 0
 
 
 def test_older_companion_files_are_read(tmp_path):
     backend = small_backend()
     backend.add_tokens([tokenizers.AddedToken("Hello", rstrip=True)])  # listed twice: tokenizer.json has its flags
     size = backend.get_vocab_size()
-    (tmp_path / "old").mkdir()
-    backend.save(str(tmp_path / "old/tokenizer.json"))
+    backend.save(str(tmp_path / "tokenizer.json"))
     write(
         tmp_path,
-        tmp_path / "old",
         tokenizer_config={"tokenizer_class": "GPTNeoXTokenizer", "eos_token": "<|endoftext|>"},
         special_tokens_map={"eos_token": {"content": "<|im_end|>", "lstrip": False}, "bos_token": "<|endoftext|>"},
         added_tokens={"<|im_end|>": size, "Hello": size - 1, "<extra>": size + 1},
     )
-    ours = GPTNeoXTokenizerFast.from_pretrained(tmp_path)
-    assert same_tokenizer(ours, transformers.AutoTokenizer.from_pretrained(tmp_path))
+    ours, theirs = opened(tmp_path)
+    assert same_tokenizer(ours, theirs)
     assert (ours.eos_token_id, ours("<extra>").input_ids) == (size, [size + 1])
 
 
-def test_baked_padding_and_truncation_do_not_act(tmp_path, small_folder):
+def test_baked_padding_and_truncation_do_not_act(tmp_path):
     backend = small_backend()
     backend.enable_padding(direction="left", pad_id=1, pad_token="<|padding|>", length=50)
     backend.enable_truncation(2)
     backend.save(str(tmp_path / "tokenizer.json"))
-    ours, theirs = (kind.from_pretrained(tmp_path) for kind in (GPTNeoXTokenizerFast, transformers.GPTNeoXTokenizer))
+    ours, theirs = open_ours(tmp_path), open_theirs(tmp_path)
     assert ours(["a b c d", "e"]) == dict(theirs(["a b c d", "e"]))
     assert ours.padding_side == theirs.padding_side == "left"
 
 
-def test_prefix_space_comes_from_the_options_of_this_family_and_from_the_file_of_others(tmp_path):
+@pytest.mark.parametrize("name", ["GPTNeoXTokenizerFast", "PreTrainedTokenizerFast"])
+def test_prefix_space_comes_from_the_options_of_this_family_and_from_the_file_of_others(tmp_path, name):
     backend = small_backend()
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
     backend.save(str(tmp_path / "tokenizer.json"))
-    for config in ({"tokenizer_class": "GPTNeoXTokenizerFast"}, {"tokenizer_class": "PreTrainedTokenizerFast"}):
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-        assert same_tokenizer(GPTNeoXTokenizerFast.from_pretrained(tmp_path), theirs)
+    assert same_tokenizer(*opened(write(tmp_path, tokenizer_config={"tokenizer_class": name})))
 
 
 def test_a_tokenizer_without_the_default_tokens_has_none(tmp_path):
@@ -532,14 +502,12 @@ def test_a_tokenizer_without_the_default_tokens_has_none(tmp_path):
 
 
 def test_chat_template_is_the_file_or_the_config(tmp_path, small_folder):
-    write(tmp_path, small_folder, tokenizer_config={"chat_template": "from config"})
-    assert GPTNeoXTokenizerFast.from_pretrained(tmp_path).chat_template == "from config"
-    (tmp_path / "chat_template.jinja").write_text("from file")
-    assert GPTNeoXTokenizerFast.from_pretrained(tmp_path).chat_template == "from file"
     named = [{"name": "tools", "template": "t"}, {"name": "default", "template": "d"}]
-    (tmp_path / "chat_template.jinja").unlink()
-    write(tmp_path, small_folder, tokenizer_config={"chat_template": named})
-    assert GPTNeoXTokenizerFast.from_pretrained(tmp_path).chat_template == "d"
+    for stored, template in (("from config", "from config"), (named, "d")):
+        write(tmp_path, small_folder, tokenizer_config={"chat_template": stored})
+        assert open_ours(tmp_path).chat_template == template
+    (tmp_path / "chat_template.jinja").write_text("from file")
+    assert open_ours(tmp_path).chat_template == "from file"
 
 
 def test_a_hub_id_fetches_only_tokenizer_files(monkeypatch, small_folder, tmp_path):
@@ -547,21 +515,18 @@ def test_a_hub_id_fetches_only_tokenizer_files(monkeypatch, small_folder, tmp_pa
 
     def fetch_files(repo_id, names, revision, access):
         asked.append((repo_id, tuple(names), revision))
-        return small_folder if repo_id == "EleutherAI/pythia-70m" else write_spiece(tmp_path)
+        return small_folder if repo_id == "EleutherAI/pythia-70m" else tmp_path
 
-    def write_spiece(folder: Path) -> Path:
-        (folder / "spiece.model").write_bytes(b"\n\x00")
-        return folder
-
+    (tmp_path / "spiece.model").write_bytes(b"\n\x00")
     monkeypatch.setattr("neox_lite.tokenizer.fetch_files", fetch_files)
-    tokenizer = GPTNeoXTokenizerFast.from_pretrained("EleutherAI/pythia-70m", revision="step3000")
+    tokenizer = open_ours("EleutherAI/pythia-70m", revision="step3000")
     assert tokenizer.name_or_path == "EleutherAI/pythia-70m"
     ((repo_id, names, revision),) = asked
     assert (repo_id, revision) == ("EleutherAI/pythia-70m", "step3000")
     assert {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"} < set(names)
     assert not [name for name in names if name.endswith((".safetensors", ".bin"))]
-    with pytest.raises(TokenizerError, match=r"rinna/japanese: no tokenizer.json \(found spiece.model, but sentencep"):
-        GPTNeoXTokenizerFast.from_pretrained("rinna/japanese")
+    told = r"rinna/japanese: no tokenizer.json \(found spiece.model, but sentencep"
+    refused(TokenizerError, told, open_ours, "rinna/japanese")
 
 
 # -- special tokens ----------------------------------------------------------------------------------------------------
@@ -582,10 +547,9 @@ def test_special_tokens_can_be_set(small):
 
 def test_padding_never_borrows_eos(small):
     small.pad_token = None
-    with pytest.raises(TokenizerError, match=r"has no pad_token; set it: tokenizer.pad_token = tokenizer.eos_token"):
-        small(["a", "a b"], padding=True)
-    with pytest.raises(TokenizerError, match="has no pad_token"):
-        small.pad([{"input_ids": [1]}])
+    told = r"has no pad_token; set it: tokenizer.pad_token = tokenizer.eos_token"
+    refused(TokenizerError, told, small, ["a", "a b"], padding=True)
+    refused(TokenizerError, "has no pad_token", small.pad, [{"input_ids": [1]}])
     assert small(["a", "a b"]).input_ids
 
 
@@ -650,13 +614,8 @@ def test_an_added_token_that_looks_like_bytes_streams_as_it_decodes(small):
     assert "".join(stream(small, ids)) == small.decode(ids)
 
 
-SENTENCEPIECE = {
-    "metaspace": decoders.Metaspace(),
-    "byte-fallback": decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    ),
-    "none": None,
-}
+FALLBACK = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+SENTENCEPIECE = {"metaspace": decoders.Metaspace(), "byte-fallback": decoders.Sequence(FALLBACK), "none": None}
 
 
 @pytest.mark.parametrize("name", SENTENCEPIECE)
@@ -719,27 +678,23 @@ BAD_CALLS = {
 
 @pytest.mark.parametrize("message", BAD_CALLS)
 def test_bad_calls_are_refused_in_one_line(small, message):
-    with pytest.raises(TokenizerError, match=message.replace("U+", r"U\+").replace("?", r"\?")) as caught:
-        BAD_CALLS[message](small)
-    assert "\n" not in str(caught.value)
+    refused(TokenizerError, message.replace("U+", r"U\+").replace("?", r"\?"), BAD_CALLS[message], small)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"revision": "main"}, "revision: 'main' means nothing for a folder"),
-        ({"trust_remote_code": True}, "trust_remote_code=True: code from a repository is never run"),
-        ({"pading_side": "left"}, "unknown argument 'pading_side'; did you mean padding_side?"),
-        ({"zzz": 1}, "unknown argument 'zzz'; there are add_bos_token, "),
-        ({"padding_side": "top"}, "padding_side: found 'top'"),
-        ({"pad_token": 3}, "pad_token: found 3, expected a token"),
-        ({"eos_token": None, "add_eos_token": True}, "add_eos_token: .* has no eos_token"),
-    ],
-    ids=str,
-)
+BAD_OPTIONS = [
+    ({"revision": "main"}, "revision: 'main' means nothing for a folder"),
+    ({"trust_remote_code": True}, "trust_remote_code=True: code from a repository is never run"),
+    ({"pading_side": "left"}, r"unknown argument 'pading_side'; did you mean padding_side\?"),
+    ({"zzz": 1}, "unknown argument 'zzz'; there are add_bos_token, "),
+    ({"padding_side": "top"}, "padding_side: found 'top'"),
+    ({"pad_token": 3}, "pad_token: found 3, expected a token"),
+    ({"eos_token": None, "add_eos_token": True}, "add_eos_token: .* has no eos_token"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS, ids=str)
 def test_bad_load_options_are_refused(small_folder, options, message):
-    with pytest.raises(TokenizerError, match=message.replace("?", r"\?")):
-        GPTNeoXTokenizerFast.from_pretrained(small_folder, **options)
+    refused(TokenizerError, message, open_ours, small_folder, **options)
 
 
 @pytest.mark.parametrize("name", ABSENT)
@@ -750,45 +705,48 @@ def test_methods_that_are_not_there_say_what_stands_for_them(small, name):
 
 
 def test_harmless_values_of_refused_options_are_accepted(small_folder):
-    tokenizer = GPTNeoXTokenizerFast.from_pretrained(small_folder, trust_remote_code=False, use_fast=False, token=True)
+    tokenizer = open_ours(small_folder, trust_remote_code=False, use_fast=False, token=True)
     assert tokenizer("a", text_pair=None, stride=0, is_split_into_words=False) == tokenizer("a")
 
 
-def test_bad_files_are_refused_with_their_path(tmp_path, small_folder):
-    def refused(message: str, **files) -> None:
-        folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        folder.mkdir()
-        for name, content in files.items():
-            (folder / name.replace("__", ".")).write_text(content)
-        with pytest.raises(TokenizerError, match=message) as caught:
-            GPTNeoXTokenizerFast.from_pretrained(folder)
-        assert "\n" not in str(caught.value)
-        assert str(folder) in str(caught.value) or "correct the file" in str(caught.value)
+GOOD = None  # stands for a whole tokenizer.json
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
+MALFORMED = [{"added_tokens_decoder": {"x": "a"}}, {"tokenizer_class": 5}, {"chat_template": [1]}]
+MALFORMED += [{"additional_special_tokens": 7}, {"added_tokens_decoder": {"0": {}}}, {"model_max_length": "long"}]
+BAD_FILES = [
+    ({}, ": no tokenizer.json; copy it"),
+    ({"spiece.model": ""}, "found spiece.model, but sentencepiece tokenizers are not supported.*pass ids"),
+    ({"tokenizer.model": ""}, "found tokenizer.model, but sentencepiece"),
+    ({"vocab.json": "{}", "merges.txt": ""}, "found vocab.json, .*convert once with transformers"),
+    ({"tokenizer.json": "{"}, "tokenizer.json: not a tokenizer.json that `tokenizers` reads: .*fetch the file again"),
+    ({"tokenizer.json": LFS}, "run git lfs pull"),
+    ({"tokenizer.json": GOOD, "tokenizer_config.json": "{,}"}, "tokenizer_config.json: not valid JSON: .* line 1"),
+    ({"tokenizer.json": GOOD, "special_tokens_map.json": "[]"}, "special_tokens_map.json: found a JSON list"),
+    (
+        {"tokenizer.json": GOOD, "tokenizer_config.json": '{"auto_map": {"AutoTokenizer": "x.Y"}}'},
+        "auto_map names code",
+    ),
+    ({"tokenizer.json": GOOD, "added_tokens.json": '{"<x>": 9999}'}, "'<x>' has id .*, expected 9999"),
+]
+BAD_FILES += [
+    ({"tokenizer.json": GOOD, "tokenizer_config.json": json.dumps(c)}, "malformed tokenizer settings|correct the file")
+    for c in MALFORMED
+]
 
-    good = (small_folder / "tokenizer.json").read_text(encoding="utf-8")
-    refused(": no tokenizer.json; copy it")
-    refused("found spiece.model, but sentencepiece tokenizers are not supported.*pass ids", spiece__model="")
-    refused("found tokenizer.model, but sentencepiece", tokenizer__model="")
-    refused("found vocab.json, .*convert once with transformers", vocab__json="{}", merges__txt="")
-    refused("tokenizer.json: not a tokenizer.json that `tokenizers` reads: .*fetch the file again", tokenizer__json="{")
-    refused("run git lfs pull", tokenizer__json="version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
-    refused("tokenizer_config.json: not valid JSON: .* line 1", tokenizer__json=good, tokenizer_config__json="{,}")
-    refused("special_tokens_map.json: found a JSON list", tokenizer__json=good, special_tokens_map__json="[]")
-    auto = '{"auto_map": {"AutoTokenizer": "x.Y"}}'
-    refused("auto_map names code", tokenizer__json=good, tokenizer_config__json=auto)
-    for settings in (
-        *({"added_tokens_decoder": {"x": "a"}}, {"tokenizer_class": 5}, {"chat_template": [1]}),
-        *({"additional_special_tokens": 7}, {"added_tokens_decoder": {"0": {}}}, {"model_max_length": "long"}),
-    ):
-        text = json.dumps(settings)
-        refused("malformed tokenizer settings|correct the file", tokenizer__json=good, tokenizer_config__json=text)
-    refused("'<x>' has id .*, expected 9999", tokenizer__json=good, added_tokens__json='{"<x>": 9999}')
+
+@pytest.mark.parametrize("number", range(len(BAD_FILES)))
+def test_bad_files_are_refused_with_their_path(tmp_path, small_folder, number):
+    files, message = BAD_FILES[number]
+    for name, content in files.items():
+        whole = (small_folder / "tokenizer.json").read_text(encoding="utf-8")
+        (tmp_path / name).write_text(whole if content is GOOD else content, encoding="utf-8")
+    told = refused(TokenizerError, message, open_ours, tmp_path)
+    assert str(tmp_path) in told or "correct the file" in told
 
 
 @pytest.mark.parametrize("source", ["./nowhere", "/no/such/folder", "a/b/c", "~/nowhere", ""])
 def test_a_path_that_is_not_there_is_not_looked_up_on_the_hub(source):
-    with pytest.raises(TokenizerError, match="neither a folder nor a hub id"):
-        GPTNeoXTokenizerFast.from_pretrained(source)
+    refused(TokenizerError, "neither a folder nor a hub id", open_ours, source)
 
 
 # -- manners -----------------------------------------------------------------------------------------------------------
@@ -823,8 +781,7 @@ def test_importing_the_tokenizer_imports_neither_torch_nor_numpy():
     assert (result.returncode, result.stdout, result.stderr) == (0, "\n", "")
 
 
-def test_twenty_thousand_streamed_ids_cost_no_more_each_than_two_hundred(small):
-    """Counts the decoder's work in bytes held, not in seconds: nothing of the text is kept but a character's start."""
+def test_a_stream_keeps_nothing_of_the_text_but_a_characters_start(small):
     decoder = StreamDecoder(small)
     for index in small("a🙂 " * 5000).input_ids:
         decoder.put(index)
