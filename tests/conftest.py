@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,6 +42,28 @@ def own_caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     home = tmp_path_factory.mktemp("hf_home")
     monkeypatch.setenv("HF_HOME", str(home))
     yield home
+
+
+@pytest.fixture
+def guarded_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """New tensors hold NaN and lie between canaries: an output left out, or written beyond its end, is seen."""
+    from neox_lite.kernels.cpu.pool import shared_pool
+
+    empty, made, edge = torch.empty, [], 64
+
+    def guarded(*shape: Any, **options: Any) -> torch.Tensor:
+        wanted = empty(*shape, **options)
+        memory = torch.full((wanted.nbytes + 2 * edge,), 0xA5, dtype=torch.uint8, device=wanted.device)
+        made.append(memory)
+        memory[edge : edge + wanted.nbytes] = 0xFF  # NaN in every float, -1 in integers
+        return memory[edge : edge + wanted.nbytes].view(wanted.dtype).view(wanted.shape)
+
+    monkeypatch.setattr(torch, "empty", guarded)
+    for scratch in shared_pool()._scratch:
+        scratch.fill(0xFF)
+    yield
+    for memory in made:
+        assert bool((memory[:edge] == 0xA5).all()) and bool((memory[-edge:] == 0xA5).all()), "written beyond the end"
 
 
 @pytest.fixture

@@ -82,16 +82,18 @@ sys.exit(main(["tokens", {str(DEMO)!r}, "To be or not", "--json"]))
 
 
 def test_a_format_a_backend_and_a_parameter_added_as_described_pass_the_contracts(copy):
-    files = [f"tests/test_{name}.py" for name in ("contracts", "formats", "quantize", "floors", "parameters")]
-    chosen = "mxint8 or (float64 and dense) or (float64 and int4) or offers_every_format or rooms_import or parameters"
+    files = [f"tests/test_{name}.py" for name in ("kernels", "formats", "quantize", "floors", "parameters")]
+    chosen = "mxint8 or [float64- or offers_every_format or rooms_import or parameters"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rA", "-k", f"({chosen}) and not triton", *files],
         cwd=copy, env=ENVIRONMENT, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]
     for contract in (
-        "logits_equal_the_reference_s[parallel-mxint8-cpu]",
-        "logits_equal_the_reference_s[sequential-mxint8-float64]",
+        "products_equal_float64[float64-mxint8-float16-float32]",
+        "attention_equals_float64_over_pages_and_forks[float64-20-float32]",
+        "logits_equal_the_reference_s[cpu-mxint8-parallel]",
+        "logits_equal_the_reference_s[float64-mxint8-sequential]",
         "encode_gives_what_specs_promise",
         "a_quantized_model_saved_again_is_the_same_model",
         "the_command_line_offers_every_format",

@@ -1,6 +1,6 @@
-"""Whole models on the CPU's kernels: equal to the reference, or as near as 8-bit activations allow; captured, mapped, cached.
+"""Whole models on the CPU's kernels: as near to the reference as 8-bit activations allow; captured, mapped, cached.
 
-What single kernels compute is the business of test_cpu_kernels.py.
+That exact logits equal the reference's, and what single kernels compute, is in test_kernels.py.
 """
 
 import ctypes
@@ -8,44 +8,33 @@ import gc
 import importlib.util
 import os
 import re
-import subprocess
 import sys
 import tempfile
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from support.commands import run_python
+from support.models import INT4, MODELS, SHAPE, prefill_and_decode, tiny_model
 
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
-from neox_lite.cache import Batch, PagePool
+from neox_lite.cache import Batch
 from neox_lite.errors import ArgumentError, ContextLengthError
-from neox_lite.formats import DENSE, Format, GroupInt
+from neox_lite.formats import DENSE, GroupInt
 from neox_lite.kernels import cpu, dispatch
 from neox_lite.kernels.cpu import compile, target
 from neox_lite.kernels.cpu.code import Code
 from neox_lite.kernels.graphs import MAX_GRAPHS, MAX_TOKENS
-from neox_lite.layers import Linear, norm_of
+from neox_lite.layers import norm_of
 from neox_lite.units import PAGE
 from neox_lite_app.evaluation.quality import cut, log_probabilities
 from neox_lite_app.models.random_model import RandomModel
 from neox_lite_app.paths import DEMO
 from neox_lite_quant import convert
 
-ROOT = Path(__file__).parents[1]
-SHAPE = {
-    "vocab_size": 131,
-    "hidden_size": 128,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "intermediate_size": 256,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.09,  # about one over the root of the inputs: every part changes the logits
-}
 # Both sides compute in float32 from the same weights, with sums in another order, through three layers: some 40 roundings
 # of the size of the largest logit, if they all add up.
 EQUAL = 5e-6
@@ -55,84 +44,40 @@ COARSE = 0.02
 IDS = torch.randint(1, 131, (1, 40), generator=torch.Generator().manual_seed(5))
 
 
-# Models ---------------------------------------------------------------------------------------------------------------
-
-
-def tiny(format: Format = DENSE, head: Format = DENSE, seed: int = 0, **config: Any) -> GPTNeoXForCausalLM:
-    """A model with random gains, biases and weights, its blocks' linear layers in a format, exact."""
-    torch.manual_seed(seed)
-    model = GPTNeoXForCausalLM(GPTNeoXConfig(**{**SHAPE, **config}))
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:
-            parameter.normal_(1.0 if name.endswith("norm.weight") else 0.0, 0.2)
-    model.gpt_neox.embed_in.weight.normal_()
-    for name, module in model.named_modules():
-        if isinstance(module, Linear):
-            become(module, head if name == "embed_out" else format)
-    model.exact = True
-    return model
-
-
-def become(module: Linear, format: Format) -> None:
-    if not isinstance(format, GroupInt):
-        return
-    tensors = {**format.constants(module.shape), **format.encode(module.get_parameter("weight"), torch.float16)}
-    module.become(format, torch.float16)
-    for name, tensor in tensors.items():
-        setattr(module, name, tensor)
-
-
-def on(model: GPTNeoXForCausalLM, backend: str = "cpu", exact: bool = True) -> GPTNeoXForCausalLM:
+def on(model, backend="cpu", exact=True):
     """The model, to run on a backend from here on."""
     model.version += 1
     model.exact, model.ops = exact, dispatch.load(backend).bind(exact)
     return model
 
 
-@torch.no_grad()
-def prefill_and_decode(model: GPTNeoXForCausalLM, lengths: Sequence[int] = (9, 3, 1), steps: int = 3) -> Tensor:
-    """Logits of three prompts of different lengths in one pass, of a longer one, then of steps of them all."""
-    pool = model.new_pool(pages=8)
-    prompts = [IDS[0, 3 * i : 3 * i + n].tolist() for i, n in enumerate(lengths)]
-    block_tables = [pool.new() for _ in prompts]
-    out = [model.step(pool, block_tables, prompts)]
-    out += [
-        model.step(pool, block_tables, [[int(i)] for i in IDS[0, 20 + s : 20 + s + len(prompts)]]) for s in range(steps)
-    ]
-    return torch.stack(out)
-
-
-def largest(difference: Tensor) -> float:
+def largest(difference):
     return float(difference.abs().max())
 
 
-def relative(found: Tensor, truth: Tensor) -> float:
+def relative(found, truth):
     """Size of the error relative to that of the logits, both rms."""
     return float((found - truth).square().mean().sqrt() / truth.square().mean().sqrt())
 
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "dense": {},
-    "int4-g128": {"format": GroupInt(4, 128)},
-    "int8-g64-sequential": {"format": GroupInt(8, 64), "use_parallel_residual": False},
-    "int4-g32-hidden160": {"format": GroupInt(4, 32), "hidden_size": 160, "num_attention_heads": 2, "rotary_pct": 0.4},
-    "int8-g128-head8-tanh": {"format": GroupInt(8, 128), "head": GroupInt(8, 128), "hidden_act": "gelu_fast"},
-    "int4-g64-tied-nobias": {"format": GroupInt(4, 64), "tie_word_embeddings": True, "attention_bias": False},
-}
-
-
-@pytest.fixture(params=VARIANTS)
-def model(request: pytest.FixtureRequest) -> GPTNeoXForCausalLM:
-    return tiny(**VARIANTS[request.param])
+@pytest.fixture(params=[name for name in MODELS if name != "nf4"])
+def model(request):
+    return tiny_model(**MODELS[request.param])
 
 
 @pytest.fixture
-def int4() -> GPTNeoXForCausalLM:
-    return tiny(GroupInt(4, 128))
+def int4():
+    return tiny_model(GroupInt(4, 128))
 
 
 @pytest.fixture
-def two_threads() -> Iterator[None]:
+def coarse(int4):
+    """With int8 activations."""
+    return on(int4, exact=False)
+
+
+@pytest.fixture
+def two_threads():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -142,25 +87,19 @@ def two_threads() -> Iterator[None]:
 # Numbers --------------------------------------------------------------------------------------------------------------
 
 
-def test_exact_logits_equal_the_reference_in_prefill_and_decode(model: GPTNeoXForCausalLM) -> None:
-    for lengths in ((9, 3, 1), (1,), (2, 4)):  # up to 8 tokens from the words, more by torch
-        expected = prefill_and_decode(on(model, "reference"), lengths)
-        assert largest(prefill_and_decode(on(model), lengths) - expected) <= EQUAL * largest(expected)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
-def test_models_of_other_dtypes_equal_the_reference(dtype: torch.dtype) -> None:
+def test_models_of_other_dtypes_equal_the_reference(dtype):
     """Weights, gains and biases in the dtype, and cached keys and values; between operations, float32."""
-    model = tiny(GroupInt(4, 128)).to(dtype)
+    model = tiny_model(GroupInt(4, 128)).to(dtype)
     expected = prefill_and_decode(on(model, "reference"))
     # Where keys are rounded to 16 bits, a rounding may fall the other way: a step of one element of a head, in few tokens.
     step = {torch.float64: 0.0}.get(dtype, torch.finfo(dtype).eps)
     assert largest(prefill_and_decode(on(model)) - expected) <= EQUAL * largest(expected) + step / 2
 
 
-def test_logits_over_int8_pages_equal_the_reference() -> None:
+def test_logits_over_int8_pages_equal_the_reference():
     """But for codes whose rounding falls the other way: a step of one element of a head, in few tokens."""
-    model = tiny(GroupInt(4, 128))
+    model = tiny_model(GroupInt(4, 128))
     model.kv = "int8"
     expected, found = (prefill_and_decode(on(model, name)) for name in ("reference", "cpu"))
     assert relative(found, expected) < 1e-3
@@ -168,7 +107,7 @@ def test_logits_over_int8_pages_equal_the_reference() -> None:
     assert relative(expected, prefill_and_decode(on(model))) > 1e-3  # what the pages cost
 
 
-def test_int8_activations_cost_what_their_rounding_does(model: GPTNeoXForCausalLM) -> None:
+def test_int8_activations_cost_what_their_rounding_does(model):
     exact, coarse = prefill_and_decode(on(model)), prefill_and_decode(on(model, exact=False))
     if model.gpt_neox.blocks[0].mlp.dense_h_to_4h.format == DENSE:
         assert torch.equal(exact, coarse)  # plain weights meet float32 activations in any case
@@ -176,7 +115,7 @@ def test_int8_activations_cost_what_their_rounding_does(model: GPTNeoXForCausalL
         assert COARSE / 20 < relative(coarse, exact) < COARSE
 
 
-def all_logits(model: GPTNeoXForCausalLM, ids: Tensor, sizes: Sequence[int]) -> Tensor:
+def all_logits(model, ids, sizes):
     """Logits of every token (tokens, vocabulary), the ids given in pieces."""
     cache, out = None, []
     for piece in ids.split(list(sizes), dim=1):
@@ -192,7 +131,7 @@ RARE = COARSE / 10
 
 
 @pytest.mark.parametrize("sizes", [[1] * 40, [5] * 8, [13, 14, 13], [39, 1]], ids=str)
-def test_pieces_of_any_size_give_what_one_prefill_gives(sizes: list[int], int4: GPTNeoXForCausalLM) -> None:
+def test_pieces_of_any_size_give_what_one_prefill_gives(sizes, int4):
     for exact in (True, False):
         whole, pieces = all_logits(on(int4, exact=exact), IDS, [40]), all_logits(int4, IDS, sizes)
         if exact:
@@ -202,12 +141,12 @@ def test_pieces_of_any_size_give_what_one_prefill_gives(sizes: list[int], int4: 
 
 
 @pytest.mark.parametrize("rows", [2, 4, 7, 14])
-def test_sequences_decoded_together_get_what_each_gets_alone(rows: int, int4: GPTNeoXForCausalLM) -> None:
+def test_sequences_decoded_together_get_what_each_gets_alone(rows, int4):
     prompts = [IDS[0, i : i + 1 + i % 5].tolist() for i in range(rows)]
     for exact in (True, False):
         on(int4, exact=exact)
 
-        def decoded(group: Sequence[list[int]]) -> Tensor:
+        def decoded(group):
             pool = int4.new_pool(pages=16)
             block_tables = [pool.new() for _ in group]
             for prompt, block_table in zip(group, block_tables, strict=True):
@@ -226,191 +165,204 @@ def test_sequences_decoded_together_get_what_each_gets_alone(rows: int, int4: GP
 
 
 @torch.no_grad()
-def uncaptured(model: GPTNeoXForCausalLM, pool: PagePool, block_tables: Sequence[Any], ids: Sequence[int]) -> Tensor:
-    """A decode step by the same operations, called one after another."""
-    batch = Batch.reserve(pool, block_tables, [1] * len(ids))
-    x = model.runner.hidden_states(model.runner.embed(torch.tensor(ids)), pool, batch)
-    return model.ops.head(x, None, norm_of(model.gpt_neox.final_layer_norm), model.embed_out.handle)
+def equal_step(model, pool, block_tables, tokens, twins=None):
+    """A step's logits, bit-equal to those of its operations, called one after another over forks of the sequences."""
+    forks = [pool.fork(s) for s in block_tables] if twins is None else twins
+    batch = Batch.reserve(pool, forks, [len(t) for t in tokens])
+    x = model.runner.embed(torch.tensor([i for t in tokens for i in t]))
+    x = model.runner.hidden_states(x, pool, batch)
+    expected = model.ops.head(x, None, norm_of(model.gpt_neox.final_layer_norm), model.embed_out.handle)
+    lengths = [fork.length for fork in forks]
+    for fork in forks if twins is None else ():
+        pool.free(fork)
+    found = model.step(pool, block_tables, tokens, every=True)
+    assert torch.equal(found, expected) and [s.length for s in block_tables] == lengths
+    return found
 
 
-def captured_equals_uncaptured(model: GPTNeoXForCausalLM, rows: int, length: int = 3, steps: int = 4) -> PagePool:
-    """Runs both over forks of the same sequences; the pool they used."""
+def equal_steps(model, rows, length=3, steps=4):
+    """Runs both over sequences and twins of their own; the pool they used."""
     pool = model.new_pool(pages=32)
     block_tables = [pool.new() for _ in range(rows)]
     model.step(pool, block_tables, [[(i + t) % 131 for t in range(length + i)] for i in range(rows)])
     twins = [pool.fork(s) for s in block_tables]
     for step in range(steps):
-        ids = [(step * 7 + i) % 131 for i in range(rows)]
-        found = model.step(pool, block_tables, [[i] for i in ids])
-        assert torch.equal(found, uncaptured(model, pool, twins, ids))
+        equal_step(model, pool, block_tables, [[(step * 7 + i) % 131] for i in range(rows)], twins)
     return pool
 
 
 @pytest.mark.parametrize("exact", [True, False], ids=["exact", "int8"])
-def test_a_captured_step_is_bit_equal_to_its_operations(
-    exact: bool, model: GPTNeoXForCausalLM, two_threads: None
-) -> None:
+def test_a_captured_step_is_bit_equal_to_its_operations(exact, model, two_threads):
     on(model, exact=exact)
     for rows in (1, 3, 6):
-        captured_equals_uncaptured(model, rows)
-    captured_equals_uncaptured(model, 2, length=PAGE - 3, steps=6)  # into the next page
+        equal_steps(model, rows)
+    equal_steps(model, 2, length=PAGE - 3, steps=6)  # into the next page
 
 
-def test_a_captured_step_works_on_int8_pages(int4: GPTNeoXForCausalLM) -> None:
-    int4.kv = "int8"
-    captured_equals_uncaptured(on(int4, exact=False), 2)
+def test_a_captured_step_works_on_int8_pages(coarse):
+    coarse.kv = "int8"
+    equal_steps(coarse, 2)
 
 
-def test_a_step_that_torch_has_a_part_in_is_not_captured_and_right(int4: GPTNeoXForCausalLM) -> None:
+def test_a_step_that_torch_has_a_part_in_is_not_captured_and_right(int4):
     """More tokens than the exact kernels take."""
-    pool = captured_equals_uncaptured(on(int4), 12)
+    pool = equal_steps(on(int4), 12)
     assert int4.runner.passes.graphs(pool) == {(12, 12): None}
 
 
-def test_one_capture_serves_all_steps_until_the_pool_moves_its_pages(int4: GPTNeoXForCausalLM) -> None:
-    on(int4, exact=False)
-    pool = int4.new_pool()  # without pages: it grows, and moves them, as they are needed
+def test_one_capture_serves_all_steps_until_the_pool_moves_its_pages(coarse):
+    pool = coarse.new_pool()  # without pages: it grows, and moves them, as they are needed
     block_table, captures, sizes = pool.new(), [], []
     for step in range(12):
         if step % 4 == 3:  # to just before the next page
-            int4.step(pool, [block_table], [[1] * (PAGE - 2 - block_table.length % PAGE)])
-        twin = pool.fork(block_table)
-        expected = uncaptured(int4, pool, [twin], [step])
-        pool.free(twin)
-        assert torch.equal(int4.step(pool, [block_table], [[step]]), expected)
-        captures.append(int4.runner.passes.graphs(pool)[1, 1])
+            coarse.step(pool, [block_table], [[1] * (PAGE - 2 - block_table.length % PAGE)])
+        equal_step(coarse, pool, [block_table], [[step]])
+        captures.append(coarse.runner.passes.graphs(pool)[1, 1])
         sizes.append(pool.pages)
     assert len(set(sizes)) == 3
-    for before, after in zip(range(11), range(1, 12), strict=True):
+    for before, after in pairwise(range(12)):
         assert (captures[before] is captures[after]) == (sizes[before] == sizes[after])
 
 
-def test_each_number_of_sequences_has_its_own_capture(int4: GPTNeoXForCausalLM) -> None:
-    on(int4, exact=False)
-    pool = int4.new_pool(pages=16)
+def test_each_number_of_sequences_has_its_own_capture(coarse):
+    pool = coarse.new_pool(pages=16)
     block_tables = [pool.new() for _ in range(3)]
     for count in (3, 1, 2, 3, 1):
-        twins = [pool.fork(s) for s in block_tables[:count]]
-        found = int4.step(pool, block_tables[:count], [[5]] * count)
-        assert torch.equal(found, uncaptured(int4, pool, twins, [5] * count))
-    assert set(int4.runner.passes.graphs(pool)) == {(1, 1), (2, 2), (3, 3)}
+        equal_step(coarse, pool, block_tables[:count], [[5]] * count)
+    assert set(coarse.runner.passes.graphs(pool)) == {(1, 1), (2, 2), (3, 3)}
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("exact", [True, False], ids=["exact", "int8"])
-def test_a_captured_pass_of_several_tokens_serves_every_split_of_them_bit_equally(
-    exact: bool, int4: GPTNeoXForCausalLM, two_threads: None
-) -> None:
-    on(int4, exact=exact)
-    pool = int4.new_pool(pages=32)
+def test_a_captured_pass_of_several_tokens_serves_every_split_of_them_bit_equally(exact, int4, two_threads):
+    pool = on(int4, exact=exact).new_pool(pages=32)
     block_tables = [pool.new() for _ in range(3)]
     int4.step(pool, block_tables, [[5] * (PAGE - 9 + i) for i in range(3)])  # soon over the end of a page
     for counts in ([2, 1, 4], [1, 1, 5], [5, 1, 1], [3, 3, 1], [1, 4, 2]):
-        tokens = [[(7 * i + t) % 131 for t in range(n)] for i, n in enumerate(counts)]
-        twins = [pool.fork(s) for s in block_tables]
-        found = int4.step(pool, block_tables, tokens, every=True)
-        batch = Batch.reserve(pool, twins, counts)
-        x = int4.runner.hidden_states(int4.runner.embed(torch.tensor([i for t in tokens for i in t])), pool, batch)
-        expected = int4.ops.head(x, None, norm_of(int4.gpt_neox.final_layer_norm), int4.embed_out.handle)
-        assert torch.equal(found, expected) and [s.length for s in block_tables] == [t.length for t in twins]
-        for twin in twins:
-            pool.free(twin)
+        equal_step(int4, pool, block_tables, [[(7 * i + t) % 131 for t in range(n)] for i, n in enumerate(counts)])
     assert {shape: c is not None for shape, c in int4.runner.passes.graphs(pool).items()} == {(3, 7): True}
 
 
 @torch.no_grad()
-def test_captured_passes_are_few_and_small(int4: GPTNeoXForCausalLM) -> None:
-    on(int4, exact=False)
-    pool = int4.new_pool(pages=64)
+def test_captured_passes_are_few_and_small(coarse):
+    pool = coarse.new_pool(pages=64)
     block_tables = [pool.new() for _ in range(40)]
     for count in range(1, 41):
-        int4.step(pool, block_tables[:count], [[5]] * count)
-    shapes = list(int4.runner.passes.graphs(pool))
+        coarse.step(pool, block_tables[:count], [[5]] * count)
+    shapes = list(coarse.runner.passes.graphs(pool))
     assert shapes == [(n, n) for n in range(41 - MAX_GRAPHS, 41)]
-    int4.step(pool, block_tables[:9], [[5]] * 9)  # used again: it stays longest
-    assert list(int4.runner.passes.graphs(pool))[-1] == (9, 9)
+    coarse.step(pool, block_tables[:9], [[5]] * 9)  # used again: it stays longest
+    assert list(coarse.runner.passes.graphs(pool))[-1] == (9, 9)
     for tokens in (MAX_TOKENS, MAX_TOKENS + 1):
-        int4.step(pool, block_tables[:1], [[5] * tokens], every=True)
-        int4.step(pool, block_tables[:1], [[5] * tokens])  # a prompt comes once
-    assert [n for _, n in int4.runner.passes.graphs(pool) if n > 1][-1] == MAX_TOKENS
+        coarse.step(pool, block_tables[:1], [[5] * tokens], every=True)
+        coarse.step(pool, block_tables[:1], [[5] * tokens])  # a prompt comes once
+    assert [n for _, n in coarse.runner.passes.graphs(pool) if n > 1][-1] == MAX_TOKENS
 
 
-def test_a_capture_is_forgotten_with_its_pool(int4: GPTNeoXForCausalLM) -> None:
-    on(int4, exact=False)
-    pool = int4.new_pool(pages=2)
-    int4.step(pool, [pool.new()], [[5]])
-    passes = int4.runner.passes
+def test_a_capture_is_forgotten_with_its_pool(coarse):
+    pool = coarse.new_pool(pages=2)
+    coarse.step(pool, [pool.new()], [[5]])
+    passes = coarse.runner.passes
     assert passes.pools == 1
     del pool
     assert passes.pools == 0
 
 
-def test_moving_a_model_to_another_dtype_makes_captures_anew(int4: GPTNeoXForCausalLM) -> None:
-    on(int4, exact=False)
-    pool = int4.new_pool(pages=8)  # it stays, and keeps its dtype
+def test_moving_a_model_to_another_dtype_makes_captures_anew(coarse):
+    pool = coarse.new_pool(pages=8)  # it stays, and keeps its dtype
     block_table, logits = pool.new(), []
-    int4.step(pool, [block_table], [[1, 2, 3]])
-    for move in (int4.float, int4.half, int4.bfloat16, int4.float):
+    coarse.step(pool, [block_table], [[1, 2, 3]])
+    for move in (coarse.float, coarse.half, coarse.bfloat16, coarse.float):
         move()
-        assert int4.runner.passes.pools == 0
-        twins = [pool.fork(block_table) for _ in range(2)]
-        logits.append(int4.step(pool, twins[:1], [[5]]))
-        assert torch.equal(logits[-1], uncaptured(int4, pool, twins[1:], [5]))
+        assert coarse.runner.passes.pools == 0
+        logits.append(equal_step(coarse, pool, [pool.fork(block_table)], [[5]]))
     differences = [relative(later, logits[0]) for later in logits[1:]]
     assert all(0 < d < COARSE for d in differences), differences  # gains, biases and embedding have been rounded
 
 
-def test_ids_outside_the_vocabulary_are_refused_by_captured_steps_too(int4: GPTNeoXForCausalLM) -> None:
-    on(int4, exact=False)
-    pool = int4.new_pool(pages=4)
+def test_ids_outside_the_vocabulary_are_refused_by_captured_steps_too(coarse):
+    pool = coarse.new_pool(pages=4)
     block_table = pool.new()
-    for _ in range(2):  # before there is a capture, and after
+    for length in (0, 1):  # before there is a capture, and after
         for wrong in (131, -1, 1 << 40):
             with pytest.raises(ArgumentError, match=f"input_ids: found {wrong}, expected 0 to 130"):
-                int4.step(pool, [block_table], [[wrong]])
-        length, twin = block_table.length, pool.fork(block_table)
-        assert torch.equal(int4.step(pool, [block_table], [[7]]), uncaptured(int4, pool, [twin], [7]))
-        assert block_table.length == length + 1
+                coarse.step(pool, [block_table], [[wrong]])
+        assert block_table.length == length
+        equal_step(coarse, pool, [block_table], [[7]])
 
 
-def test_results_of_captured_steps_are_the_callers_own(int4: GPTNeoXForCausalLM) -> None:
-    on(int4, exact=False)
-    pool = int4.new_pool(pages=4)
+def test_results_of_captured_steps_are_the_callers_own(coarse):
+    pool = coarse.new_pool(pages=4)
     block_table = pool.new()
-    first = int4.step(pool, [block_table], [[1]])
+    first = coarse.step(pool, [block_table], [[1]])
     kept = first.clone()
-    int4.step(pool, [block_table], [[2]])
+    coarse.step(pool, [block_table], [[2]])
     assert torch.equal(first, kept)
 
 
-def test_two_python_threads_generate_what_one_does(int4: GPTNeoXForCausalLM, two_threads: None) -> None:
-    on(int4, exact=False)
+@torch.no_grad()
+def test_memory_that_a_weight_gave_up_stays_while_a_captured_step_reads_it(int4):
+    pool = on(int4).new_pool(pages=1)
+    block_table = pool.new()
+    first, norm = int4.step(pool, [block_table], [[5]]), int4.gpt_neox.layers[0].input_layernorm
+    before = norm.weight.data_ptr()
+    norm.weight.data = norm.weight.data.clone()
+    taken = [torch.full_like(norm.weight, torch.nan) for _ in range(1000)]  # what is free is now this
+    assert before not in {t.data_ptr() for t in taken}
+    pool.truncate(block_table, 0)
+    assert torch.equal(int4.step(pool, [block_table], [[5]]), first)
+
+
+# Threads and bounds ---------------------------------------------------------------------------------------------------
+
+
+def in_threads(count, run):
+    """run(i) of each, at the same time."""
+    with ThreadPoolExecutor(count) as threads:
+        return list(threads.map(run, range(count)))
+
+
+def test_two_python_threads_generate_what_one_does(coarse, two_threads):
     prompts = [torch.tensor([[5, 6, 7]]), torch.tensor([[9, 8, 7, 6, 5], [3, 1, 4, 1, 5]])]
 
-    found: dict[int, Tensor] = {}
+    def generate(i):
+        return coarse.generate(prompts[i], max_new_tokens=40, do_sample=False, eos_token_id=-1).tolist()
 
-    def generate(i: int) -> None:
-        found[i] = int4.generate(prompts[i], max_new_tokens=40, do_sample=False, eos_token_id=-1)
+    expected = [generate(0), generate(1)]
+    assert all(in_threads(2, generate) == expected for _ in range(3))
 
-    for i in range(2):
-        generate(i)
-    expected = dict(found)
-    for _ in range(3):
-        found.clear()
-        threads = [threading.Thread(target=generate, args=(i,)) for i in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert all(torch.equal(found[i], expected[i]) for i in range(2))
+
+@torch.no_grad()
+def test_threads_that_share_a_pool_get_their_own_tokens(int4):
+    def greedy(pool, first):
+        block_table, tokens = pool.new(), [first + 1]
+        for _ in range(60):
+            tokens.append(int(int4.step(pool, [block_table], [tokens[-1:]]).argmax()))
+        return tokens
+
+    alone = [greedy(on(int4).new_pool(pages=8), i) for i in range(4)]
+    shared = int4.new_pool(pages=8)
+    assert in_threads(4, lambda i: greedy(shared, i)) == alone
+
+
+@torch.no_grad()
+def test_steps_beyond_the_context_are_refused_and_append_nothing():
+    model = on(tiny_model(INT4, max_position_embeddings=128))
+    pool = model.new_pool()
+    block_table = pool.new()
+    model.step(pool, [block_table], [[1] * 127])
+    model.step(pool, [block_table], [[1]])
+    for tokens in ([1], [1] * 200):
+        with pytest.raises(ContextLengthError, match="after 128 cached ones do not fit: this model has 128 positions"):
+            model.step(pool, [block_table], [tokens])
+    assert block_table.length == 128
 
 
 # Weights in place -----------------------------------------------------------------------------------------------------
 
 
-def mapping(file: Path) -> dict[str, int]:
+def mapping(file):
     """Of the places where this process has a file mapped: the sums of what /proc/self/smaps says, in kB, and the ends."""
-    sums: dict[str, int] = {}
+    sums = {}
     inside = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
@@ -426,16 +378,16 @@ def mapping(file: Path) -> dict[str, int]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/smaps")
 @pytest.mark.parametrize("exact", [True, False], ids=["exact", "int8"])
-def test_weights_are_read_where_the_file_is_mapped(exact: bool, tmp_path: Path) -> None:
+def test_weights_are_read_where_the_file_is_mapped(exact, tmp_path):
     config = GPTNeoXConfig(**{**SHAPE, "hidden_size": 1024, "num_attention_heads": 32, "intermediate_size": 4096})
     RandomModel(config, GroupInt(4, 128)).write(tmp_path / "m", lambda done, total: None)
     file = tmp_path / "m" / "model.safetensors"
 
-    def places(model: GPTNeoXForCausalLM) -> dict[str, int]:
+    def places(model):
         tensors = {**dict(model.named_buffers()), **dict(model.named_parameters())}
         return {name: t.data_ptr() for name, t in tensors.items() if not name.endswith("rotary.table")}
 
-    def use(model: GPTNeoXForCausalLM) -> PagePool:
+    def use(model):
         """Read prompts and decode; the pool keeps the captured steps alive."""
         pool = model.new_pool(pages=2)
         block_tables = [pool.new(), pool.new()]
@@ -445,7 +397,7 @@ def test_weights_are_read_where_the_file_is_mapped(exact: bool, tmp_path: Path) 
 
     # What modules, threads and compiling take for good: a model of the same kernels, for heads are as large.
     GPTNeoXForCausalLM.from_pretrained(tmp_path / "m")
-    use(on(tiny(GroupInt(4, 128)).half(), exact=exact))
+    use(on(tiny_model(GroupInt(4, 128)).half(), exact=exact))
     gc.collect()
     held = private_kb()
     model = GPTNeoXForCausalLM.from_pretrained(tmp_path / "m", exact=exact)
@@ -457,7 +409,7 @@ def test_weights_are_read_where_the_file_is_mapped(exact: bool, tmp_path: Path) 
     assert seen["Private_Dirty"] == 0 and seen["Rss"] > 0
 
 
-def private_kb() -> int:
+def private_kb():
     return int(Path("/proc/self/status").read_text().partition("RssAnon:")[2].split()[0])
 
 
@@ -465,7 +417,7 @@ def private_kb() -> int:
 
 
 @pytest.fixture
-def object_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def object_cache(tmp_path, monkeypatch):
     """An empty cache folder, and another empty place for temporary files."""
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
@@ -476,14 +428,14 @@ def object_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 class Process:
     """As a new process would, compile a function that returns a number, run it, and see what that took."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    def __init__(self, monkeypatch, capfd):
         self.patch, self.captured, self.optimized = monkeypatch, capfd, compile._optimized
 
-    def run(self, number: int = 7) -> tuple[int, int, str]:
+    def run(self, number=7):
         """-> (what the function returned, how often LLVM was at work, what was said)."""
-        compiled: list[object] = []
+        compiled = []
 
-        def optimized(*arguments: Any) -> Any:
+        def optimized(*arguments):
             compiled.append(arguments)
             return self.optimized(*arguments)
 
@@ -492,7 +444,7 @@ class Process:
         self.patch.setattr(compile, "_optimized", optimized)
         self.captured.readouterr()
 
-        def build(module: Any) -> None:
+        def build(module):
             Code(module, f"give_{number}", 0).ret(number)
 
         addresses = {compile.compiled(f"give_{number}", build, target.host()) for _ in range(2)}
@@ -502,14 +454,14 @@ class Process:
 
 
 @pytest.fixture
-def process(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Process:
+def process(monkeypatch, capfd):
     return Process(monkeypatch, capfd)
 
 
 SAID = "neox-lite: compiling kernels for this processor (once; a few seconds)\n"
 
 
-def test_a_kernel_is_compiled_once_and_found_by_the_next_process(object_cache: Path, process: Process) -> None:
+def test_a_kernel_is_compiled_once_and_found_by_the_next_process(object_cache, process):
     assert process.run(7) == (7, 1, SAID)
     (file,) = object_cache.iterdir()
     assert process.run(7) == (7, 0, "")
@@ -518,9 +470,7 @@ def test_a_kernel_is_compiled_once_and_found_by_the_next_process(object_cache: P
     assert list((object_cache.parents[2] / "tmp").iterdir()) == []
 
 
-def test_another_processor_llvm_or_source_has_files_of_its_own(
-    object_cache: Path, process: Process, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_processor_llvm_or_source_has_files_of_its_own(object_cache, process, monkeypatch):
     assert process.run()[1] == 1
     for changed in ("llvmlite.__version__", "source"):
         with monkeypatch.context() as patch:
@@ -538,7 +488,7 @@ def test_another_processor_llvm_or_source_has_files_of_its_own(
 @pytest.mark.parametrize(
     "damage", [lambda b: b"", lambda b: b[:-1], lambda b: b[:100] + bytes([b[100] ^ 1]) + b[101:], lambda b: b[32:]]
 )
-def test_a_damaged_file_is_made_anew(damage: Callable[[bytes], bytes], object_cache: Path, process: Process) -> None:
+def test_a_damaged_file_is_made_anew(damage, object_cache, process):
     process.run()
     (file,) = object_cache.iterdir()
     whole = file.read_bytes()
@@ -549,9 +499,7 @@ def test_a_damaged_file_is_made_anew(damage: Callable[[bytes], bytes], object_ca
     assert process.run() == (7, 0, "")
 
 
-def test_where_the_cache_cannot_be_written_a_temporary_folder_keeps_kernels(
-    object_cache: Path, process: Process
-) -> None:
+def test_where_the_cache_cannot_be_written_a_temporary_folder_keeps_kernels(object_cache, process):
     (object_cache.parents[1]).write_text("a file where the folder should be: not even root can write there")
     assert process.run() == (7, 1, SAID)
     (folder,) = (object_cache.parents[2] / "tmp").iterdir()
@@ -559,19 +507,15 @@ def test_where_the_cache_cannot_be_written_a_temporary_folder_keeps_kernels(
     assert process.run() == (7, 0, "")
 
 
-def test_where_nothing_can_be_written_kernels_are_compiled_each_time(
-    tmp_path: Path, process: Process, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_nothing_can_be_written_kernels_are_compiled_each_time(tmp_path, process, monkeypatch):
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setattr(compile, "cache_folders", lambda: [tmp_path / "file" / "a", tmp_path / "file" / "b"])
     assert [process.run() for _ in range(2)] == [(7, 1, SAID)] * 2
 
 
 @pytest.mark.parametrize("missing", ["home", "temporary folder"])
-def test_systems_without_a_home_or_without_room_for_temporary_files_use_the_other(
-    missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse() -> str:
+def test_systems_without_a_home_or_without_room_for_temporary_files_use_the_other(missing, tmp_path, monkeypatch):
+    def refuse():
         raise FileNotFoundError("no usable temporary directory")
 
     monkeypatch.setenv("XDG_CACHE_HOME", "~nosuchuser/cache" if missing == "home" else str(tmp_path))
@@ -582,9 +526,7 @@ def test_systems_without_a_home_or_without_room_for_temporary_files_use_the_othe
 
 
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="this system has no user ids")
-def test_a_folder_of_another_user_is_neither_read_nor_written(
-    object_cache: Path, process: Process, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_of_another_user_is_neither_read_nor_written(object_cache, process, monkeypatch):
     process.run()
     (file,) = object_cache.iterdir()
     owner = os.getuid()
@@ -594,7 +536,7 @@ def test_a_folder_of_another_user_is_neither_read_nor_written(
     assert list(object_cache.iterdir()) == [file]
 
 
-def test_a_second_start_compiles_nothing_and_says_nothing(tmp_path: Path) -> None:
+def test_a_second_start_compiles_nothing_and_says_nothing(tmp_path):
     RandomModel(GPTNeoXConfig(**SHAPE), GroupInt(4, 128)).write(tmp_path / "m", lambda done, total: None)
     script = f"""
 from neox_lite import GPTNeoXForCausalLM
@@ -608,23 +550,17 @@ print(model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=8, do_sample=Fals
     assert [said(run) for run in runs] == [SAID, ""]
 
 
-def said(run: subprocess.CompletedProcess[str]) -> str:
+def said(run):
     """Its stderr without warnings about this folder's lack of a tokenizer and the like."""
     return "".join(
         line + "\n" for line in run.stderr.splitlines() if "tokenizer" not in line and not line.startswith("  ")
     )
 
 
-def run_python(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    known = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "quant", ROOT / "app")))}
-    command = [sys.executable, "-c", script]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env={**known, **environment})
-
-
 # Without llvmlite -----------------------------------------------------------------------------------------------------
 
 
-def test_without_llvmlite_the_reference_runs_and_one_warning_says_why(tmp_path: Path) -> None:
+def test_without_llvmlite_the_reference_runs_and_one_warning_says_why(tmp_path):
     """Nothing of this package's top imports it."""
     script = """
 import sys, warnings
@@ -656,7 +592,7 @@ for warning in seen:
     )
 
 
-def test_the_backend_declines_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_backend_declines_with_the_reason(monkeypatch):
     assert cpu.why_not(torch.device("cpu")) is None
     assert cpu.why_not(torch.device("cuda")) == "runs on the CPU only, this is cuda"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -667,68 +603,17 @@ def test_the_backend_declines_with_the_reason(monkeypatch: pytest.MonkeyPatch) -
     assert len(seen) == 1
 
 
-# What callers do wrong, or at the same time ---------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def test_steps_beyond_the_context_are_refused_and_append_nothing() -> None:
-    model = on(tiny(GroupInt(4, 32), max_position_embeddings=128))
-    pool = model.new_pool()
-    block_table = pool.new()
-    model.step(pool, [block_table], [[1] * 127])
-    model.step(pool, [block_table], [[1]])
-    for tokens in ([1], [1] * 200):
-        with pytest.raises(ContextLengthError, match="after 128 cached ones do not fit: this model has 128 positions"):
-            model.step(pool, [block_table], [tokens])
-    assert block_table.length == 128
-
-
-@torch.no_grad()
-def test_memory_that_a_weight_gave_up_stays_while_a_captured_step_reads_it() -> None:
-    model = on(tiny(GroupInt(4, 32)))
-    pool = model.new_pool(pages=1)
-    block_table = pool.new()
-    first = model.step(pool, [block_table], [[5]])
-    layer = model.gpt_neox.layers[0]
-    before = layer.input_layernorm.weight.data_ptr()
-    layer.input_layernorm.weight.data = layer.input_layernorm.weight.data.clone()
-    taken = [torch.full_like(layer.input_layernorm.weight, torch.nan) for _ in range(1000)]  # what is free is now this
-    assert before not in {t.data_ptr() for t in taken}
-    pool.truncate(block_table, 0)
-    assert torch.equal(model.step(pool, [block_table], [[5]]), first)
-
-
-@torch.no_grad()
-def test_threads_that_share_a_pool_get_their_own_tokens() -> None:
-    model = on(tiny(GroupInt(4, 32)))
-    alone = [greedy(model, model.new_pool(pages=8), i) for i in range(4)]
-    pool, found = model.new_pool(pages=8), {}
-    threads = [threading.Thread(target=lambda i=i: found.update({i: greedy(model, pool, i)})) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [found[i] for i in range(4)] == alone
-
-
-def greedy(model: GPTNeoXForCausalLM, pool: PagePool, first: int, count: int = 60) -> list[int]:
-    block_table, tokens = pool.new(), [first + 1]
-    for _ in range(count):
-        tokens.append(int(model.step(pool, [block_table], [tokens[-1:]]).argmax()))
-    return tokens
-
-
 # Quality --------------------------------------------------------------------------------------------------------------
 
 
-def write_outliers(folder: Path) -> Path:
+def write_outliers(folder):
     """The demo model with some channels of its norms 30 times as large and the weights that read them as much smaller.
 
     It computes the same function, but for rounding: such channels are what trained models of more layers have.
     """
     model = GPTNeoXForCausalLM.from_pretrained(DEMO).float()
     chosen = torch.arange(5, model.config.hidden_size, 41)
-    readers: list[tuple[Any, Any]] = [
+    readers = [
         *((layer.input_layernorm, layer.attention.query_key_value) for layer in model.gpt_neox.blocks),
         *((layer.post_attention_layernorm, layer.mlp.dense_h_to_4h) for layer in model.gpt_neox.blocks),
         (model.gpt_neox.final_layer_norm, model.embed_out),
@@ -744,20 +629,20 @@ def write_outliers(folder: Path) -> Path:
     return folder
 
 
-def kl(truth: Sequence[Tensor], found: Sequence[Tensor]) -> float:
+def kl(truth, found):
     """Mean KL(truth || found) in nats a token."""
     return float(
         torch.cat([(t.exp().double() * (t - f).double()).sum(-1) for t, f in zip(truth, found, strict=True)]).mean()
     )
 
 
-def distances(folder: Path, scratch: Path) -> dict[str, float]:
+def distances(folder, scratch):
     """KL of int4 with exact activations to the dense model, and of int4 with int8 activations to either."""
     convert(folder, scratch / "int4", format="int4", group_size=128)
     dense = GPTNeoXForCausalLM.from_pretrained(folder)
     windows = cut(dense, (DEMO / "heldout.txt").read_text(encoding="utf-8"), 128)[:8]
 
-    def scores(model: Any) -> list[Tensor]:
+    def scores(model):
         return list(log_probabilities(model, windows))
 
     truth = scores(dense)
@@ -766,13 +651,13 @@ def distances(folder: Path, scratch: Path) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("outliers", [False, True], ids=["demo", "outliers"])
-def test_int8_activations_add_at_most_a_quarter_of_what_int4_costs(outliers: bool, tmp_path: Path) -> None:
+def test_int8_activations_add_at_most_a_quarter_of_what_int4_costs(outliers, tmp_path):
     found = distances(write_outliers(tmp_path / "dense") if outliers else DEMO, tmp_path)
     assert 0 < found["activations"] <= found["int4"] / 4
     assert found["both"] <= found["int4"] * 1.25
 
 
-def test_the_model_with_outliers_is_the_same_function(tmp_path: Path) -> None:
+def test_the_model_with_outliers_is_the_same_function(tmp_path):
     """Else the test above would say nothing about outliers."""
     found, expected = (
         GPTNeoXForCausalLM.from_pretrained(folder).float()(IDS).logits

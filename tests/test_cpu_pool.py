@@ -7,9 +7,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +25,7 @@ forking = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no
 
 
 @pytest.fixture(autouse=True)
-def no_hanging() -> Iterator[None]:
+def no_hanging():
     """A runtime without locks fails by waiting for ever; then say where."""
     faulthandler.dump_traceback_later(HOUR_S, exit=True)
     yield
@@ -35,7 +33,7 @@ def no_hanging() -> Iterator[None]:
 
 
 @pytest.fixture
-def pool() -> Iterator[ThreadPool]:
+def pool():
     before, made = torch.get_num_threads(), ThreadPool()
     yield made
     made.shutdown()
@@ -45,7 +43,7 @@ def pool() -> Iterator[ThreadPool]:
 # Kernels that watch -----------------------------------------------------------------------------------------------------
 
 
-def write_watch(module: Any) -> None:
+def write_watch(module):
     """For each item: note the sum over all counters of earlier tasks and the scratch memory, dawdle, then count the item.
 
     arguments: all counters, how many belong to earlier tasks, then of this task counters, sums, scratches, and polls to dawdle.
@@ -65,7 +63,7 @@ def write_watch(module: Any) -> None:
     code.ret()
 
 
-def write_meet(module: Any) -> None:
+def write_meet(module):
     """Each of the items waits until all have begun, which takes as many threads; those of higher number then dawdle.
 
     arguments: a counter, items, turns to give away before giving up, the function that gives one away, polls to dawdle.
@@ -87,7 +85,7 @@ def write_meet(module: Any) -> None:
     code.ret()
 
 
-def write_fill(module: Any) -> None:
+def write_fill(module):
     """For each item: fill the scratch memory with its number, dawdle, and note how much of that is left.
 
     arguments: int64 words of scratch memory, found.
@@ -110,25 +108,25 @@ def write_fill(module: Any) -> None:
 class Filled:
     """A program whose items fill the scratch memory of their thread and find it as they left it."""
 
-    def __init__(self, items: int = 60, scratch_bytes: int = 1 << 12) -> None:
+    def __init__(self, items=60, scratch_bytes=1 << 12):
         self.words, self.found = scratch_bytes // 8, np.zeros(items, np.int64)
         self.table = np.array([self.words, self.found.ctypes.data], np.int64)
         self.tasks = task_table([Task(compiled("fill", write_fill, host()), self.table.ctypes.data, items)])
 
-    def run(self, pool: ThreadPool) -> "Filled":
+    def run(self, pool):
         self.found.fill(-1)
         pool.run(self.tasks, 8 * self.words)
         return self
 
     @property
-    def is_right(self) -> bool:
+    def is_right(self):
         return bool((self.found == self.words).all())
 
 
 class Watched:
     """A program whose every task counts its items and what it saw of the earlier ones."""
 
-    def __init__(self, shape: Sequence[tuple[int, int, bool]], polls: int = 0) -> None:
+    def __init__(self, shape, polls=0):
         """shape: items, grain and barrier of each task."""
         self.shape, self.starts = shape, np.cumsum([0, *(items for items, _, _ in shape)])
         self.counters, self.sums, self.scratches = (np.zeros(int(self.starts[-1]) + 1, np.int64) for _ in range(3))
@@ -142,7 +140,7 @@ class Watched:
         self.tasks = task_table(calls)
 
     @classmethod
-    def random(cls, seed: int) -> "Watched":
+    def random(cls, seed):
         chance = random.Random(seed)
         tasks = range(chance.randint(1, 12))
         sizes = (0, 1, 2, 3, 7, 32, 100)
@@ -151,26 +149,26 @@ class Watched:
             polls=chance.choice((0, 0, 50, 1000)),
         )
 
-    def run(self, pool: ThreadPool, scratch_bytes: int = 0) -> "Watched":
+    def run(self, pool, scratch_bytes=0):
         for seen in (self.counters, self.sums, self.scratches):
             seen.fill(0)
         pool.run(self.tasks, scratch_bytes)
         return self
 
     @property
-    def is_right(self) -> bool:
+    def is_right(self):
         """Every item ran once, and those of tasks with a barrier saw all earlier items done."""
         once = bool((self.counters[:-1] == 1).all()) and self.counters[-1] == 0
         tasks = zip(self.shape, self.starts, self.starts[1:], strict=False)
         return once and all(bool((self.sums[a:b] == a).all()) for (_, _, barrier), a, b in tasks if barrier)
 
     @property
-    def threads(self) -> set[int]:
+    def threads(self):
         """The threads that took part, by their scratch memory."""
         return set(self.scratches[:-1].tolist())
 
 
-def until(condition: Callable[[], bool]) -> None:
+def until(condition):
     """Wait for something that another thread or process does in a moment."""
     for _ in range(PATIENCE):
         if condition():
@@ -179,20 +177,20 @@ def until(condition: Callable[[], bool]) -> None:
     raise AssertionError("it did not come about")
 
 
-def asleep(pool: ThreadPool) -> bool:
+def asleep(pool):
     return all(worker._state[0] == 1 for worker in pool._workers)
 
 
 class Meeting:
     """A program that needs all of some threads at once, followed by tasks without items."""
 
-    def __init__(self, threads: int, polls: int = 0, empty_tasks: int = 0) -> None:
+    def __init__(self, threads, polls=0, empty_tasks=0):
         self.begun, self.threads = np.zeros(1, np.int64), threads
         self.table = np.array([self.begun.ctypes.data, threads, 500_000, _yield_address(), polls], np.int64)
         call = Task(compiled("meet", write_meet, host()), self.table.ctypes.data, threads)
         self.tasks = task_table([call, *[call._replace(items=0, barrier=False)] * empty_tasks])
 
-    def run(self, pool: ThreadPool) -> int:
+    def run(self, pool):
         """How many threads took part. Tries more than once: a worker about to fall asleep may miss a program."""
         for _ in range(5):
             self.begun.fill(0)
@@ -206,9 +204,7 @@ class Meeting:
 
 
 @pytest.mark.parametrize("threads", THREADS)
-def test_every_item_runs_once_and_tasks_with_a_barrier_see_what_earlier_ones_wrote(
-    threads: int, pool: ThreadPool
-) -> None:
+def test_every_item_runs_once_and_tasks_with_a_barrier_see_what_earlier_ones_wrote(threads, pool):
     torch.set_num_threads(threads)
     for seed in range(150):
         program = Watched.random(seed)
@@ -216,25 +212,25 @@ def test_every_item_runs_once_and_tasks_with_a_barrier_see_what_earlier_ones_wro
             assert program.run(pool).is_right, f"seed {seed}"
 
 
-def test_tasks_without_items_hold_nobody_up(pool: ThreadPool) -> None:
+def test_tasks_without_items_hold_nobody_up(pool):
     assert Watched([(0, 1, True), (0, 3, False), (2, 5, True), (0, 1, True)]).run(pool).is_right
 
 
-def test_one_thread_works_without_workers(pool: ThreadPool) -> None:
+def test_one_thread_works_without_workers(pool):
     torch.set_num_threads(1)
     program = Watched([(100, 3, True)] * 3).run(pool)
     assert program.is_right and pool._workers == []
     assert program.threads == {pool._scratch[0].ctypes.data}
 
 
-def test_all_threads_take_part(pool: ThreadPool) -> None:
+def test_all_threads_take_part(pool):
     for threads in (2, 3):
         torch.set_num_threads(threads)
         assert Meeting(threads).run(pool) == threads
 
 
-def test_the_number_of_threads_follows_torch(pool: ThreadPool) -> None:
-    ended: list[threading.Thread] = []
+def test_the_number_of_threads_follows_torch(pool):
+    ended = []
     for threads in (1, 3, 2, 2, 4, 1):
         torch.set_num_threads(threads)
         before = [worker._thread for worker in pool._workers]
@@ -247,11 +243,11 @@ def test_the_number_of_threads_follows_torch(pool: ThreadPool) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_python_threads_may_run_programs_at_the_same_time(threads: int, pool: ThreadPool) -> None:
+def test_python_threads_may_run_programs_at_the_same_time(threads, pool):
     torch.set_num_threads(threads)
-    right: list[bool] = []
+    right = []
 
-    def work(first: int) -> None:
+    def work(first):
         for seed in range(first, first + 40):
             right.append(Watched.random(seed).run(pool).is_right and Filled().run(pool).is_right)
 
@@ -263,7 +259,7 @@ def test_python_threads_may_run_programs_at_the_same_time(threads: int, pool: Th
     assert right == [True] * 160
 
 
-def test_shutdown_ends_the_threads_and_the_next_program_starts_new_ones(pool: ThreadPool) -> None:
+def test_shutdown_ends_the_threads_and_the_next_program_starts_new_ones(pool):
     torch.set_num_threads(3)
     Watched.random(0).run(pool)
     until(lambda: asleep(pool))  # asleep or awake, they end
@@ -277,7 +273,7 @@ def test_shutdown_ends_the_threads_and_the_next_program_starts_new_ones(pool: Th
 # Sleeping and late workers --------------------------------------------------------------------------------------------
 
 
-def test_idle_workers_fall_asleep_and_wake_for_the_next_program(pool: ThreadPool) -> None:
+def test_idle_workers_fall_asleep_and_wake_for_the_next_program(pool):
     torch.set_num_threads(3)
     for seed in range(5):
         assert Watched.random(seed).run(pool).is_right
@@ -285,7 +281,7 @@ def test_idle_workers_fall_asleep_and_wake_for_the_next_program(pool: ThreadPool
         assert Meeting(3).run(pool) == 3
 
 
-def test_programs_that_come_while_workers_fall_asleep_are_done(pool: ThreadPool) -> None:
+def test_programs_that_come_while_workers_fall_asleep_are_done(pool):
     """Pauses about as long as a worker spins: it goes to sleep while the next program starts."""
     torch.set_num_threads(3)
     chance = random.Random(0)
@@ -294,7 +290,7 @@ def test_programs_that_come_while_workers_fall_asleep_are_done(pool: ThreadPool)
         time.sleep(chance.uniform(0.0, 0.002))
 
 
-def test_a_worker_that_never_wakes_keeps_nobody_waiting(pool: ThreadPool) -> None:
+def test_a_worker_that_never_wakes_keeps_nobody_waiting(pool):
     torch.set_num_threads(2)
     Watched.random(0).run(pool)
     until(lambda: asleep(pool))
@@ -304,7 +300,7 @@ def test_a_worker_that_never_wakes_keeps_nobody_waiting(pool: ThreadPool) -> Non
         assert program.is_right and program.threads <= {pool._scratch[0].ctypes.data}
 
 
-def test_a_worker_that_comes_late_leaves_the_finished_program_alone(pool: ThreadPool) -> None:
+def test_a_worker_that_comes_late_leaves_the_finished_program_alone(pool):
     torch.set_num_threads(2)
     Watched.random(0).run(pool)
     (worker,) = pool._workers
@@ -323,7 +319,7 @@ def test_a_worker_that_comes_late_leaves_the_finished_program_alone(pool: Thread
         assert Watched.random(seed).run(pool).is_right
 
 
-def test_nobody_is_left_inside_a_program_that_has_ended(pool: ThreadPool) -> None:
+def test_nobody_is_left_inside_a_program_that_has_ended(pool):
     """Its memory may be freed. The thread that works last has tasks without items to pass when the other is done with them."""
     torch.set_num_threads(2)
     for _ in range(10):
@@ -337,7 +333,7 @@ def test_nobody_is_left_inside_a_program_that_has_ended(pool: ThreadPool) -> Non
 # Forks ----------------------------------------------------------------------------------------------------------------
 
 
-def in_a_child(compute: Callable[[], bytes]) -> bytes:
+def in_a_child(compute):
     """What a forked child computes; b"" if it fails or does not answer."""
     reader, writer = os.pipe()
     with warnings.catch_warnings():
@@ -358,14 +354,14 @@ def in_a_child(compute: Callable[[], bytes]) -> bytes:
         return pipe.read()
 
 
-def several_right(pool: ThreadPool) -> bytes:
+def several_right(pool):
     """b"right 2" where programs run correctly, by 2 threads of this process."""
     right = all(Watched.random(seed).run(pool).is_right for seed in range(20))
     return f"{'right' if right else 'wrong'} {Meeting(2).run(pool)}".encode()
 
 
 @forking
-def test_a_forked_child_has_threads_of_its_own(pool: ThreadPool) -> None:
+def test_a_forked_child_has_threads_of_its_own(pool):
     torch.set_num_threads(2)
     assert several_right(pool) == b"right 2"
     assert in_a_child(lambda: several_right(pool)) == b"right 2"
@@ -373,11 +369,11 @@ def test_a_forked_child_has_threads_of_its_own(pool: ThreadPool) -> None:
 
 
 @forking
-def test_a_fork_in_the_middle_of_another_thread_s_program_is_no_trap(pool: ThreadPool) -> None:
+def test_a_fork_in_the_middle_of_another_thread_s_program_is_no_trap(pool):
     torch.set_num_threads(2)
     program, done, right = Watched([(100, 1, True)] * 10, polls=3000), threading.Event(), [True]
 
-    def work() -> None:
+    def work():
         while not done.is_set():
             right.append(program.run(pool).is_right)
 
@@ -393,7 +389,7 @@ def test_a_fork_in_the_middle_of_another_thread_s_program_is_no_trap(pool: Threa
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_each_thread_has_scratch_memory_of_its_own_on_a_cache_line(threads: int, pool: ThreadPool) -> None:
+def test_each_thread_has_scratch_memory_of_its_own_on_a_cache_line(threads, pool):
     torch.set_num_threads(threads)
     for size in (0, 1 << 12, 1 << 20, 1 << 14):  # more than before, and less
         assert Filled(60, size).run(pool).is_right

@@ -12,11 +12,12 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from support.models import INT4, INT8, MODELS, NF4, SMALL, tiny_model
 from support.simulated_graphs import NotCapturable, SimulatedGraphs
-from test_triton_kernels import AMPERE, INT4, INT8, MODELS, TURING, tiny
 
 from neox_lite.cache import Batch
 from neox_lite.errors import NeoxLiteError
+from neox_lite.formats import DENSE
 from neox_lite.generation.options import Options
 from neox_lite.generation.request import Sequence
 from neox_lite.generation.sampling import Sampling, exclude, sample_token
@@ -24,14 +25,29 @@ from neox_lite.kernels import reference, triton
 from neox_lite.kernels.backend import DeviceSampling
 from neox_lite.kernels.graphs import GraphCache
 from neox_lite.kernels.triton import attention, device_calls, embed_and_sample, steps
+from neox_lite.kernels.triton.device import DeviceProperties
 from neox_lite.kernels.triton.operations import Operations
 
 pytestmark = [pytest.mark.skipif(not triton.interpreted(), reason="a GPU is there: tests/test_gpu.py captures on it")]
 
 
+AMPERE, TURING = DeviceProperties((8, 0)), DeviceProperties((7, 5))
+FORMS = {
+    "dense": {},
+    "int4": {"format": INT4},
+    "sequential int8": {"format": INT8, "use_parallel_residual": False},
+    "mixed": {"format": MODELS["mixed"]["format"]},
+    "nf4": {"format": NF4},
+}
+
+
+def tiny(format=DENSE, dtype=torch.float32, **config):
+    return tiny_model(format, dtype=dtype, scales=dtype, **{**SMALL, **config})
+
+
 def small(format=INT4):
     """One layer that says something else every time, for tests that run it."""
-    return tiny(formats=[(format,) * 4] if format else (), layers=1, hidden=64, positions=512, spread=0.4)
+    return tiny(format, num_hidden_layers=1, max_position_embeddings=512, initializer_range=0.4, seed=1)
 
 
 def graphed(model, device, machine=AMPERE):
@@ -72,7 +88,7 @@ GENERATIONS = {
     "two, of different lengths": (INT4, AMPERE, [[5, 20], [12, 2]], None),
     "three, padded to four": (INT4, AMPERE, [[9, 3, 7]], None),
     "five, padded to eight, on an old card": (INT8, TURING, [[1, 2, 3, 4, 5]], None),
-    "four, plain": (None, AMPERE, [[6, 11, 2, 20]], None),
+    "four, plain": (DENSE, AMPERE, [[6, 11, 2, 20]], None),
 }  # 20 generations
 
 
@@ -313,10 +329,10 @@ def test_nothing_to_choose_from_ends_the_row_with_the_host_s_error():
 @pytest.mark.parametrize("machine", [AMPERE, TURING])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("kv", ["fp16", "int8"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", FORMS)
 def test_a_step_of_any_bucket_launches_the_same_whatever_is_in_it(name, kv, dtype, machine):
     """Every replay is compared with what the step would launch then: kernels, grids, addresses, numbers."""
-    model, device = tiny(dtype=dtype, **MODELS[name]), SimulatedGraphs(dry=True)
+    model, device = tiny(dtype=dtype, **FORMS[name]), SimulatedGraphs(dry=True)
     model.kv = kv
     graphed(model, device, machine)
     with device:
@@ -403,7 +419,7 @@ def test_a_launch_that_depends_on_the_step_is_found_when_it_is_replayed(monkeypa
 
 
 def test_buckets_are_the_next_powers_of_two_and_end_with_the_context():
-    model, device = tiny(positions=1600), SimulatedGraphs(dry=True)
+    model, device = tiny(max_position_embeddings=1600), SimulatedGraphs(dry=True)
     graphed(model, device)
 
     def bucket(*starts):
@@ -468,7 +484,7 @@ def test_layers_outside_the_gpu_are_a_reason():
 @pytest.mark.parametrize("graph", [True, False])
 def test_a_weight_that_was_replaced_is_read_from_its_new_place(graph):
     """Captured on the simulated device, and by the CPU's own backend."""
-    model, device = small(None), SimulatedGraphs()
+    model, device = small(DENSE), SimulatedGraphs()
     if graph:
         graphed(model, device)
     with device:
