@@ -54,9 +54,12 @@ class Reply:
 
 
 async def ask(app, method, path, body=b"", headers=(), client="127.0.0.1", parts=None):
-    """One request straight into an ASGI application. parts: the body in several messages."""
-    given = {name.lower().encode(): str(value).encode("latin-1") for name, value in dict(headers).items()}
-    lines = list(({b"host": b"127.0.0.1:7860"} | given).items())
+    """One request straight into an ASGI application.
+
+    headers: a dict of those beside a Host, or a list of all header lines. parts: the body in several messages.
+    """
+    pairs = headers if isinstance(headers, list) else ({"host": "127.0.0.1:7860"} | dict(headers)).items()
+    lines = [(name.lower().encode(), str(value).encode("latin-1")) for name, value in pairs]
     path, _, query = path.partition("?")
     scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "scheme": "http",
              "path": path, "raw_path": path.encode(), "query_string": query.encode(), "root_path": "", "headers": lines,
