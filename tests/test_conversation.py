@@ -41,19 +41,15 @@ def test_the_path_is_what_was_said_in_order(talk):
     assert talk.label == "one" and talk.last.details == {"tokens": 1, "finish_reason": "stop"}
 
 
-def test_regenerating_keeps_the_earlier_answer_as_an_alternative(talk):
+def test_regenerating_keeps_the_earlier_answer_as_an_alternative_and_answers_what_has_none(talk):
     first = talk.leaf
     talk.regenerate()
     talk.extend("two")
     talk.extend(" again", tokens=2)
     assert texts(talk) == ["one", "1", "two", "two again"] and talk.place(talk.leaf) == (2, 2)
-    talk.switch(talk.leaf, -1)
-    assert talk.leaf == first and talk.place(first) == (1, 2)
-    talk.switch(first, -1)
-    assert talk.leaf == first  # there is none before it
-
-
-def test_regenerating_an_unanswered_message_answers_it(talk):
+    for _ in range(2):  # there is none before the first
+        talk.switch(talk.leaf, -1)
+        assert talk.leaf == first and talk.place(first) == (1, 2)
     talk.append("user", "three")
     talk.regenerate()
     assert texts(talk)[-2:] == ["three", ""] and talk.place(talk.leaf) == (1, 1)
@@ -71,9 +67,6 @@ def test_an_edited_message_stands_beside_the_old_one_with_nothing_after_it(talk)
 def test_continuing_extends_the_last_answer_and_its_details(talk):
     talk.extend(" and more", tokens=4)
     assert talk.last.text == "2 and more" and talk.last.details == {"tokens": 4, "finish_reason": "stop"}
-    talk.append("user", "three")
-    with pytest.raises(ConversationError, match="no answer to continue"):
-        talk.extend("x")
 
 
 def test_a_branch_is_a_conversation_of_its_own(talk):
@@ -89,40 +82,38 @@ def test_deleting_shows_an_alternative_or_else_what_was_answered(talk):
     talk.regenerate()
     talk.delete(talk.leaf)
     assert talk.leaf == first and talk.place(first) == (1, 1)
+    talk.regenerate()
+    talk.extend("other")
+    talk.delete(first)  # what is not shown leaves the path as it is
+    assert texts(talk)[-1] == "other" and first not in talk.messages
     talk.delete(talk.path()[1].id)
     assert texts(talk) == ["one"] and len(talk.messages) == 1
     talk.delete(talk.leaf)
     assert talk.leaf is None and talk.path() == [] and talk.label == "New conversation"
 
 
-def test_what_is_not_shown_can_be_deleted_without_a_change_of_the_path(talk):
-    first = talk.leaf
-    talk.regenerate()
-    talk.extend("other")
-    talk.delete(first)
-    assert texts(talk)[-1] == "other" and first not in talk.messages
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        (lambda talk: talk.append("assistant", "again"), "is of the user, not of the assistant"),
+        (lambda talk: Conversation().append("assistant", "hello"), "first message is of the user"),
+        (lambda talk: talk.append("root", "hello"), "role is 'root'"),
+        (lambda talk: talk.append("user", "a\ud800"), "half a character"),
+        (lambda talk: talk.extend("", tokens_per_s=float("nan")), "finite number"),
+        (lambda talk: talk.branch(talk.path()[0].id).extend("x"), "no answer to continue"),
+        (lambda talk: talk.edit("x", "y"), "no message 'x'"),
+    ],
+)
+def test_what_cannot_be_saved_is_refused_when_it_is_said(talk, act, message):
+    with pytest.raises(ConversationError, match=message):
+        act(talk)
+    assert texts(talk) == ["one", "1", "two", "2"]
 
 
-def test_roles_alternate_and_begin_with_the_user(talk):
-    with pytest.raises(ConversationError, match="is of the user, not of the assistant"):
-        talk.append("assistant", "again")
-    with pytest.raises(ConversationError, match="first message is of the user"):
-        Conversation().append("assistant", "hello")
-    with pytest.raises(ConversationError, match="role is 'root'"):
-        talk.append("root", "hello")
-
-
-def test_what_cannot_be_saved_is_refused_when_it_is_said(talk, monkeypatch):
-    with pytest.raises(ConversationError, match="half a character"):
-        talk.append("user", "a\ud800")
-    with pytest.raises(ConversationError, match="finite number"):
-        talk.extend("", tokens_per_s=float("nan"))
-    with pytest.raises(ConversationError, match="no message 'x'"):
-        talk.edit("x", "y")
+def test_more_than_a_conversation_holds_is_refused_when_it_is_said_or_written(talk, monkeypatch):
     monkeypatch.setattr("neox_lite_app.conversations.conversation.MAX_MESSAGES", 4)
     with pytest.raises(ConversationError, match="4 messages, the most"):
         talk.append("user", "five")
-    assert texts(talk) == ["one", "1", "two", "2"]
     talk.system = "\ud800"
     with pytest.raises(ConversationError, match="system text holds half a character"):
         talk.to_json()
@@ -165,51 +156,45 @@ def changed_message(talk, number, **fields):
     return json.dumps(value)
 
 
+HOSTILE_FIELDS = [
+    *({"schema": "other"}, {"version": 2}, {"script": "x"}, {"id": "../../../etc/passwd"}, {"id": []}),
+    *({"title": "a\nb"}, {"title": 3}, {"title": "a" * 201}, {"created": 1e300}),
+    *({"updated": "2026-01-01T00:00:00"}, {"updated": "2026-01-01T00:00:00+01:00"}),  # no zone, another zone
+    *({"leaf": "0" * 32}, {"leaf": []}, {"leaf": None}),
+    *({"messages": []}, {"messages": {}}, {"messages": [1]}, {"messages": [{}] * (MAX_MESSAGES + 1)}),
+]
+HOSTILE_MESSAGES = [  # changes of the first message
+    *(
+        {"role": "system"},
+        {"role": []},
+        {"text": 1},
+        {"text": "\udc00"},
+        {"text": "x" * MAX_BYTES},
+        {"html": "<script>"},
+    ),
+    *({"details": []}, {"details": {"a": {}}}, {"details": {"a": 10**30}}, {"details": {"a": "x" * 1001}}),
+    *({"details": {"a" * n: 1 for n in range(1, 35)}}, {"details": {"__class__": 1}}),
+]
 HOSTILE = {
+    **{ascii(fields)[:60]: lambda talk, fields=fields: change(talk, **fields) for fields in HOSTILE_FIELDS},
+    **{
+        ascii(fields)[:60]: lambda talk, fields=fields: changed_message(talk, 0, **fields)
+        for fields in HOSTILE_MESSAGES
+    },
     "nothing": lambda talk: "",
     "a list": lambda talk: "[]",
     "no JSON": lambda talk: talk.to_json()[:-20],
     "NaN": lambda talk: talk.to_json().replace('"tokens": 1', '"tokens": NaN', 1),
+    "infinite details": lambda talk: talk.to_json().replace('"tokens": 1', '"tokens": 1e999', 1),
     "a key twice": lambda talk: talk.to_json().replace('"version"', '"schema": 1, "version"', 1),
     "nested without end": lambda talk: '{"schema":' + "[" * 200_000,
     "a number of many digits": lambda talk: '{"version": ' + "9" * 5000 + "}",
-    "another schema": lambda talk: change(talk, schema="other"),
-    "a later version": lambda talk: change(talk, version=2),
-    "an unknown key": lambda talk: change(talk, script="x"),
     "a missing key": lambda talk: json.dumps({k: v for k, v in json.loads(talk.to_json()).items() if k != "leaf"}),
-    "a path as id": lambda talk: change(talk, id="../../../etc/passwd"),
-    "an id of a list": lambda talk: change(talk, id=[]),
-    "a title of two lines": lambda talk: change(talk, title="a\nb"),
-    "a title of a number": lambda talk: change(talk, title=3),
-    "a long title": lambda talk: change(talk, title="a" * 201),
-    "a time of nowhere": lambda talk: change(talk, updated="2026-01-01T00:00:00"),
-    "a time of another zone": lambda talk: change(talk, updated="2026-01-01T00:00:00+01:00"),
-    "a time of a number": lambda talk: change(talk, created=1e300),
-    "a leaf that is not there": lambda talk: change(talk, leaf="0" * 32),
-    "a leaf of a list": lambda talk: change(talk, leaf=[]),
-    "no leaf": lambda talk: change(talk, leaf=None),
-    "no messages": lambda talk: change(talk, messages=[]),
-    "messages by name": lambda talk: change(talk, messages={}),
-    "a message of a number": lambda talk: change(talk, messages=[1]),
     "an unknown parent": lambda talk: changed_message(talk, 2, parent="0" * 32),
     "itself as parent": lambda talk: changed_message(talk, 1, parent=talk.path()[1].id),
     "a cycle": lambda talk: changed_message(talk, 0, parent=talk.path()[3].id),
     "the same id twice": lambda talk: changed_message(talk, 2, id=talk.path()[0].id),
     "two users in a row": lambda talk: changed_message(talk, 1, role="user"),
-    "the system as role": lambda talk: changed_message(talk, 0, role="system"),
-    "a role of a list": lambda talk: changed_message(talk, 0, role=[]),
-    "a text of a number": lambda talk: changed_message(talk, 0, text=1),
-    "half a character": lambda talk: changed_message(talk, 0, text="\udc00"),
-    "details of a list": lambda talk: changed_message(talk, 0, details=[]),
-    "nested details": lambda talk: changed_message(talk, 0, details={"a": {}}),
-    "huge details": lambda talk: changed_message(talk, 0, details={"a": 10**30}),
-    "infinite details": lambda talk: talk.to_json().replace('"tokens": 1', '"tokens": 1e999', 1),
-    "long details": lambda talk: changed_message(talk, 0, details={"a": "x" * 1001}),
-    "many details": lambda talk: changed_message(talk, 0, details={"a" * n: 1 for n in range(1, 35)}),
-    "a strange detail": lambda talk: changed_message(talk, 0, details={"__class__": 1}),
-    "an extra key": lambda talk: changed_message(talk, 0, html="<script>"),
-    "too many messages": lambda talk: change(talk, messages=[{}] * (MAX_MESSAGES + 1)),
-    "more than 10 MB": lambda talk: changed_message(talk, 0, text="x" * MAX_BYTES),
     "more than 10 MB in UTF-8": lambda talk: talk.to_json().replace("one", "日" * (MAX_BYTES // 3)),
 }
 
@@ -271,34 +256,32 @@ def test_markdown_brings_the_shown_path_back_to_the_letter(text, other):
     assert again.chat() == talk.chat() and again.system == talk.system and again.title == "Ways"
 
 
-def test_markdown_is_readable(talk):
-    assert talk.to_markdown().startswith(
+def test_markdown_is_readable_and_survives_an_editor_of_another_system(talk):
+    text = talk.to_markdown()
+    assert text.startswith(
         "# one\n\n## System <!-- neox-lite -->\n\nBe brief.\n\n## User <!-- neox-lite -->\n\none\n\n"
         "## Assistant <!-- neox-lite -->\n\n1\n\n## User"
     )
+    assert imported(text.replace("\n", "\r\n").rstrip()).chat() == talk.chat()
 
 
-def test_markdown_survives_an_editor_of_another_system(talk):
-    text = talk.to_markdown().replace("\n", "\r\n").rstrip()
-    assert imported(text).chat() == talk.chat()
+USER = "## User <!-- neox-lite -->\n\n"
+OTHER = {
+    "nothing": "",
+    "a title alone": "# A title alone\n",
+    "no title": f"{USER}no title\n",
+    "text without a role": f"# t\n\nlost text\n\n{USER}x\n",
+    "an answer first": "# t\n\n## Assistant <!-- neox-lite -->\n\nfirst\n",
+    "a system text last": f"# t\n\n{USER}x\n\n## System <!-- neox-lite -->\n\nlate\n",
+    "more than 10 MB": f"# t\n\n{USER}" + "x" * MAX_BYTES,
+    "three users in a row": "# t\n\n" + USER * 3,
+}
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "# A title alone\n",
-        "## User <!-- neox-lite -->\n\nno title\n",
-        "# t\n\nlost text\n\n## User <!-- neox-lite -->\n\nx\n",
-        "# t\n\n## Assistant <!-- neox-lite -->\n\nfirst\n",
-        "# t\n\n## User <!-- neox-lite -->\n\nx\n\n## System <!-- neox-lite -->\n\nlate\n",
-        "# t\n\n## User <!-- neox-lite -->\n\n" + "x" * MAX_BYTES,
-        "# t\n\n" + "## User <!-- neox-lite -->\n\n" * 3,
-    ],
-)
-def test_other_markdown_is_refused_in_one_sentence(text):
+@pytest.mark.parametrize("name", OTHER)
+def test_other_markdown_is_refused_in_one_sentence(name):
     with pytest.raises(ConversationError) as caught:
-        Conversation.from_markdown(text)
+        Conversation.from_markdown(OTHER[name])
     assert "\n" not in str(caught.value)
 
 

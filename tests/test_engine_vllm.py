@@ -76,19 +76,15 @@ def test_the_command_line_is_the_recorded_one(serve, vllm):
 
 
 def test_every_flag_that_vllm_knows_is_handed_over(serve):
-    words = [
-        *("--host", "::1", "--port", "9000", "--context", "256", "--max-sequences", "8", "--form", "dolly"),
-        "--no-page",
-    ]
-    words += ["--tensor-parallel", "2", "--pipeline-parallel", "4", "--distributed", "ray"]
-    record, told = serve(DEMO, *words)
+    words = "--host ::1 --port 9000 --context 256 --max-sequences 8 --form dolly --no-page"
+    words += " --tensor-parallel 2 --pipeline-parallel 4 --distributed ray"
+    record, told = serve(DEMO, *words.split())
     found = flags(record)
     assert Path(found.pop("--chat-template")).name.startswith("dolly-")
     assert found == {
-        "--served-model-name": "demo_model",
-        **{"--host": "::1", "--port": "9000", "--max-model-len": "256", "--max-num-seqs": "8", "--dtype": "float16"},
+        **{"--served-model-name": "demo_model", "--dtype": "float16", "--host": "::1", "--port": "9000"},
+        **{"--max-model-len": "256", "--max-num-seqs": "8", "--distributed-executor-backend": "ray"},
         **{"--tensor-parallel-size": "2", "--pipeline-parallel-size": "4"},
-        "--distributed-executor-backend": "ray",
     }
     assert f"every machine needs it at {DEMO}" in told and "chat page" not in told
 
@@ -105,28 +101,17 @@ def test_the_key_is_in_the_environment_and_never_in_the_command_line(serve, monk
     assert told.count(key) == (how == "auto")
 
 
-def test_other_hosts_need_a_key_here_too(serve):
-    record, told = serve(DEMO, "--host", "0.0.0.0")
-    assert record is None and "needs --api-key KEY" in told
-
-
 def test_a_machine_without_vllm_is_told_what_to_install(serve, vllm):
     vllm.unlink()
     record, told = serve(DEMO)
-    assert record is None
-    wanted = (
-        "--engine vllm needs vLLM, which is not installed: pip install vllm, on Linux with a GPU (docs/ecosystem.md)"
-    )
-    assert told == f"neox-lite: error: {wanted}\n"
+    missing = "--engine vllm needs vLLM, which is not installed: pip install vllm, on Linux with a GPU"
+    assert record is None and told == f"neox-lite: error: {missing} (docs/ecosystem.md)\n"
 
 
 def test_every_flag_that_vllm_lacks_is_said(serve):
-    words = [
-        *("--gpu-memory", "8GiB", "--cpu-memory", "8GiB", "--kv", "int8", "--head", "int8", "--threads", "1"),
-        "--exact",
-    ]
-    words += ["--warm", "--queue", "7", "--idle-unload", "60", "--allowed-host", "x.example", "--device", "cpu"]
-    _, told = serve(DEMO, *words)
+    words = "--gpu-memory 8GiB --cpu-memory 8GiB --kv int8 --head int8 --threads 1 --exact --warm --queue 7"
+    words += " --idle-unload 60 --allowed-host x.example --device cpu"
+    _, told = serve(DEMO, *words.split())
     lines = [line for line in told.splitlines() if line.startswith("not handed over: ")]
     assert [line.removeprefix("not handed over: ") for line in lines[:-1]] == [text for _, text in LEFT_OUT.values()]
 
@@ -146,30 +131,27 @@ def test_a_template_of_the_folder_stays_its_own(serve, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("model", "words", "message"),
     [
-        (["--tensor-parallel", "3"], "--tensor-parallel is 3, which does not divide the 4 attention heads"),
-        (["--pipeline-parallel", "5"], "--pipeline-parallel is 5, but the model has 4 layers"),
-        (["--context", "1024"], "--context is 1024, but the model was made for 512"),
-        (["--port", "0"], "--engine vllm needs a --port"),
+        ("", "", "--engine vllm needs MODEL"),
+        ("demo", "--host 0.0.0.0", "needs --api-key KEY"),
+        ("demo", "--port 0", "--engine vllm needs a --port"),
+        ("demo", "--tensor-parallel 3", "--tensor-parallel is 3, which does not divide the 4 attention heads"),
+        ("demo", "--pipeline-parallel 5", "--pipeline-parallel is 5, but the model has 4 layers"),
+        ("demo", "--context 1024", "--context is 1024, but the model was made for 512"),
+        ("nf4", "", "nf4 is not handed to vLLM; make a folder of int4 or int8"),
+        # Groups are never cut.
+        ("int4", "--tensor-parallel 4", "columns of attention.dense do not make 4 parts of whole groups of 128"),
     ],
 )
-def test_what_cannot_be_is_refused_before_vllm_starts(serve, words, message):
-    record, told = serve(DEMO, *words)
-    assert record is None and message in told and told.count("\n") == 1
-
-
-def test_groups_are_never_cut_by_tensor_parallelism(serve, tmp_path):
-    convert(DEMO, tmp_path / "int4", format="int4", group_size=128)
-    record, told = serve(tmp_path / "int4", "--tensor-parallel", "4")
-    assert record is None and "256 columns of attention.dense do not make 4 parts of whole groups of 128" in told
-    assert flags(serve(tmp_path / "int4", "--tensor-parallel", "2")[0])["--tensor-parallel-size"] == "2"
-
-
-def test_a_model_is_needed_and_nf4_is_refused(serve, tmp_path):
-    assert "--engine vllm needs MODEL" in serve()[1]
-    convert(DEMO, tmp_path / "nf4", format="nf4")
-    assert "nf4 is not handed to vLLM; make a folder of int4 or int8" in serve(tmp_path / "nf4")[1]
+def test_what_cannot_be_is_refused_before_vllm_starts(serve, tmp_path, model, words, message):
+    if model in ("int4", "nf4"):
+        convert(DEMO, tmp_path / model, format=model)
+    folder = {"": [], "demo": [DEMO]}.get(model, [tmp_path / model])
+    record, told = serve(*folder, *words.split())
+    assert record is None and message in told.splitlines()[-1] and told.count("neox-lite: error: ") == 1
+    if model == "int4":
+        assert flags(serve(*folder, "--tensor-parallel", "2")[0])["--tensor-parallel-size"] == "2"
 
 
 def test_flags_of_several_gpus_are_for_vllm_alone(capsys):

@@ -21,11 +21,11 @@ playwright = pytest.importorskip("playwright.sync_api", reason="needs pip instal
 expect = playwright.expect
 expect.set_options(timeout=30_000)  # nothing here takes so long, unless it hangs
 
-from support.checkpoints import change_json
 from support.machine import known_machine
 from support.serving import serving
 
 from neox_lite import GPTNeoXForCausalLM
+from neox_lite.generation.sampling import TokenLogprob
 from neox_lite_app.cli import build_parser
 from neox_lite_app.conversations.conversation import Conversation, ConversationError, Store
 from neox_lite_app.page import badges, chat, chat_tab, notebook
@@ -33,7 +33,7 @@ from neox_lite_app.page.settings import FIELDS, PRESETS
 from neox_lite_app.paths import DEMO
 from neox_lite_app.server import build
 from neox_lite_app.serving.engine import Engine
-from neox_lite_app.serving.jobs import Ticket, Update
+from neox_lite_app.serving.jobs import Update
 from neox_lite_app.serving.keys import Keys
 from neox_lite_app.serving.security import Hosts
 
@@ -72,7 +72,23 @@ def engine():
 
 
 @pytest.fixture(scope="module")
-def site(data, engine):
+def opening():
+    """What the server waits for before it opens a conversation; set, but in tests that clear it."""
+    event, opened = threading.Event(), chat_tab.Tab.open
+    event.set()
+
+    async def open(tab, said):
+        await asyncio.to_thread(event.wait)
+        async for update in opened(tab, said):
+            yield update
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chat_tab.Tab, "open", open)
+        yield event
+
+
+@pytest.fixture(scope="module")
+def site(data, engine, opening):
     args = build_parser().parse_args(["serve", "--device", "cpu"])
     with serving(build(engine, Hosts(), page=args), lifespan="on") as address:
         yield address
@@ -87,15 +103,20 @@ def demo(engine):
 
 
 @pytest.fixture
-def slow(monkeypatch):
-    """Tokens come one by one, as those of a large model do."""
-    put = Ticket._put
+def held(engine, monkeypatch):
+    """Answers wait once they have begun, until this is set, or until one of them is cancelled."""
+    more, take_jobs = threading.Event(), Engine._take_jobs
 
-    def later(ticket, step):
-        time.sleep(0.02)
-        put(ticket, step)
+    def waiting(engine, scheduler):
+        while not (more.is_set() or engine._cancelled or engine._halted or len(engine._queue)):
+            if not engine._running or any(ticket.clock.tokens < 8 for ticket in engine._running.values()):
+                break
+            more.wait(0.01)
+        return take_jobs(engine, scheduler)
 
-    monkeypatch.setattr(Ticket, "_put", later)
+    monkeypatch.setattr(Engine, "_take_jobs", waiting)
+    yield more
+    more.set()
 
 
 @pytest.fixture
@@ -188,6 +209,49 @@ def ask(page, text, count):
     answered(page, count)
 
 
+def begin(page, text):
+    """Have an answer that has begun, and stays so where answers are held."""
+    say(page, text)
+    expect(page.locator(".turn.live .body p").first).not_to_be_empty()
+
+
+def until(condition):
+    """Wait for what no page shows."""
+    for _ in range(3000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it did not come to be")
+
+
+def saved(title):
+    """The one saved conversation of that title."""
+    (entry,) = [entry for entry in Store().list() if entry.title == title]
+    return Store().load(entry.id)
+
+
+def titles():
+    return [entry.title for entry in Store().list()]
+
+
+def show(page, title):
+    page.locator(".conversations .title", has_text=title).click()
+
+
+def rename(page, title):
+    """Rename the conversation that is shown."""
+    here = page.locator(".conversations .here")
+    here.get_by_role("button", name="Rename").click()
+    page.get_by_role("dialog").get_by_role("textbox").fill(title)
+    page.keyboard.press("Enter")
+    expect(here.locator(".title span")).to_have_text(title)
+
+
+def count_updates(page, kind):
+    """Count what the server sends of a kind from now on, in window.updates."""
+    page.evaluate("kind => { window.updates = 0; neox.onUpdate(kind, () => window.updates++); }", kind)
+
+
 def text_of(page, role, which=-1):
     return turns(page, role).nth(which).locator(".body").inner_text()
 
@@ -209,21 +273,22 @@ def chat_page(open_page, tokens=12, **options):
 # First run, models ----------------------------------------------------------------------------------------------------
 
 
-def test_from_nothing_to_an_answer_in_three_clicks(open_page, engine):
+def test_from_nothing_to_an_answer_in_three_clicks_also_where_they_are_double(open_page, engine):
     engine.unload()
     page = open_page()
     expect(page.get_by_role("heading", name="Choose a model")).to_be_visible()
     expect(page.locator(".card.demo .badge")).to_contain_text("fits")  # the plan has been made
     shoot(page, "first-run")
-    page.get_by_role("button", name="Start the demo").click()
+    page.get_by_role("button", name="Start the demo").dblclick()
     expect(page.get_by_role("tab", name="Notebook")).to_have_attribute("aria-selected", "true")  # a base model
+    expect(notice(page)).to_have_count(0)
     page.get_by_role("textbox", name="Text").fill("KING RICHARD III:\n")
     page.get_by_role("button", name="Complete").click()
     expect(page.get_by_role("button", name="Undo")).to_be_enabled()
     assert len(page.get_by_role("textbox", name="Text").input_value()) > 100
 
 
-def test_the_model_tab_tells_what_fits_and_unloads(open_page, demo):
+def test_the_model_tab_tells_what_fits_and_unloads_and_then_nothing_is_sent(open_page, demo):
     page = open_page()
     rows = page.locator(".family .row")
     expect(rows).to_have_count(23)
@@ -236,6 +301,11 @@ def test_the_model_tab_tells_what_fits_and_unloads(open_page, demo):
     page.get_by_role("button", name="Unload").click()
     expect(page.get_by_role("heading", name="Choose a model")).to_be_visible()
     assert demo.status().state == "empty"
+    page.get_by_role("tab", name="Chat").click()
+    say(page, "Is anybody there?")
+    expect(notice(page)).to_contain_text("No model is loaded")
+    expect(page.get_by_label("Message", exact=True)).to_have_value("Is anybody there?")
+    expect(turns(page)).to_have_count(0)
 
 
 def test_a_model_is_quantized_with_progress_and_loaded(open_page, data):
@@ -264,19 +334,12 @@ def test_loading_can_be_called_off(open_page, engine, monkeypatch):
     cancel = page.get_by_role("button", name="Cancel")
     cancel.hover()
     page.mouse.down()
-    page.wait_for_timeout(1000)  # the status is told meanwhile
+    count_updates(page, "status")
+    page.wait_for_function("window.updates > 1")
     page.mouse.up()
     expect(page.locator(".work")).to_contain_text("Called off")
     expect(page.get_by_role("button", name="Dismiss")).to_be_focused()
     assert engine.status().state == "empty"
-
-
-def test_a_double_click_loads_once_and_complains_of_nothing(open_page, engine):
-    engine.unload()
-    page = open_page()
-    page.get_by_role("button", name="Start the demo").dblclick()
-    expect(page.get_by_role("tab", name="Notebook")).to_have_attribute("aria-selected", "true")
-    expect(notice(page)).to_have_count(0)
 
 
 def test_what_cannot_be_loaded_is_said_in_a_sentence(open_page, tmp_path):
@@ -317,42 +380,33 @@ def test_a_phone_of_the_home_network_gets_in_with_the_key(browser, demo, data):
 # Chat ----------------------------------------------------------------------------------------------------
 
 
-def test_an_answer_streams_in_and_is_kept(open_page, demo, data):
+def test_an_answer_streams_in_is_kept_and_is_there_after_a_reload(open_page, demo, data):
     page = chat_page(open_page)
     expect(page.locator(".welcome")).to_contain_text("base model")
     ask(page, "Who are you?", 1)
-    assert text_of(page, "user") == "Who are you?" and text_of(page, "assistant")
-    (entry,) = [e for e in Store().list() if e.title == "Who are you?"]
-    kept = Store(data / "conversations").load(entry.id)
-    assert [m.role for m in kept.path()] == ["user", "assistant"]
-    assert kept.last.text.split() == text_of(page, "assistant").split()
+    answer = text_of(page, "assistant")
+    assert text_of(page, "user") == "Who are you?" and answer
+    kept = saved("Who are you?")
+    assert [m.role for m in kept.path()] == ["user", "assistant"] and kept.last.text.split() == answer.split()
+    assert kept == Store(data / "conversations").load(kept.id)
+    page.reload()
+    expect(turns(page)).to_have_count(2)
+    page.get_by_role("tab", name="Chat").click()
+    assert text_of(page, "assistant") == answer
+    expect(field(page, "Max new tokens")).to_have_value("12")  # and the settings
 
 
-def test_stop_ends_an_answer_and_keeps_what_there_is(open_page, demo, slow):
+def test_an_answer_outlives_a_redrawn_conversation_and_stop_keeps_what_there_is(open_page, demo, held):
     page = chat_page(open_page, 400)
-    say(page, "Tell me a long story")
-    expect(page.locator(".turn.live .body p").first).not_to_be_empty()
+    begin(page, "Tell me a long story")
+    rename(page, "A long tale")
+    begun = page.locator(".turn.live .body").inner_text()
+    assert begun
     page.get_by_role("button", name="Stop", exact=True).click()
     answered(page, 1)
     expect(turns(page, "assistant").last).to_contain_text("stopped")
-    assert demo.status().active == 0
-
-
-def test_conversations_are_renamed_found_and_deleted(open_page, demo):
-    page = chat_page(open_page, 4)
-    ask(page, "A rose by any other name", 1)
-    here = page.locator(".conversations .here")
-    here.get_by_role("button", name="Rename").click()
-    page.get_by_role("dialog").get_by_role("textbox").fill("Roses")
-    page.keyboard.press("Enter")
-    expect(here.locator(".title span")).to_have_text("Roses")
-    page.get_by_label("Search conversations").fill("rOSe")
-    expect(page.locator(".conversations .title")).to_have_count(1)
-    here.get_by_role("button", name="Delete").click()
-    page.get_by_role("dialog").get_by_role("button", name="Delete").click()
-    expect(turns(page)).to_have_count(0)
-    expect(page.locator(".conversations .title")).to_have_count(0)
-    assert "Roses" not in [entry.title for entry in Store().list()]
+    assert demo.status().active == 0 and text_of(page, "assistant").startswith(begun)
+    assert saved("A long tale").last.text.split() == text_of(page, "assistant").split()
 
 
 def test_an_answer_is_made_anew_goes_on_and_is_rewritten(open_page, demo):
@@ -386,47 +440,33 @@ def test_a_branch_is_one_conversation_of_its_own_even_by_a_double_click(open_pag
     expect(turns(page)).to_have_count(2)
     expect(page.locator(".conversation-title")).to_have_text("First (branch)")
     ask(page, "Here", 2)
-    assert [e.title for e in Store().list()].count("First (branch)") == 1
-    page.locator(".conversations .title", has_text=re.compile("^First(?! \\(branch)")).click()
+    assert titles().count("First (branch)") == 1
+    show(page, re.compile("^First(?! \\(branch)"))
     expect(turns(page)).to_have_count(4)
     assert text_of(page, "user") == "Second"
 
 
-@pytest.mark.parametrize(("item", "ending"), [("Export as JSON", ".json"), ("Export as Markdown", ".md")])
-def test_what_is_exported_can_be_imported(open_page, demo, item, ending):
+def import_file(page, name, content):
+    with page.expect_file_chooser() as choosing:
+        page.get_by_role("button", name="Import a conversation").click()
+    choosing.value.set_files({"name": name, "mimeType": "text/plain", "buffer": content})
+
+
+def test_what_is_exported_can_be_imported_and_other_files_are_refused_in_a_sentence(open_page, demo):
     page = chat_page(open_page, 4)
-    ask(page, f"Keep this {ending}", 1)
-    page.get_by_label("Export", exact=True).click()
-    with page.expect_download() as saving:
-        page.get_by_role("button", name=item).click()
-    file = saving.value
-    assert file.suggested_filename.endswith(ending)
-    page.get_by_role("button", name="New conversation", exact=True).click()
-    expect(turns(page)).to_have_count(0)
-    with page.expect_file_chooser() as choosing:
-        page.get_by_role("button", name="Import a conversation").click()
-    choosing.value.set_files({"name": f"kept{ending}", "mimeType": "text/plain", "buffer": file.path().read_bytes()})
-    expect(turns(page)).to_have_count(2)
-    assert text_of(page, "user") == f"Keep this {ending}"
-
-
-def test_a_file_that_is_no_conversation_is_refused_in_a_sentence(open_page):
-    page = open_page(view="Chat")
-    with page.expect_file_chooser() as choosing:
-        page.get_by_role("button", name="Import a conversation").click()
-    choosing.value.set_files({"name": "list.md", "mimeType": "text/plain", "buffer": b"eggs, flour"})
+    ask(page, "Keep this", 1)
+    for kind, ending in (("JSON", ".json"), ("Markdown", ".md")):
+        page.get_by_label("Export", exact=True).click()
+        with page.expect_download() as saving:
+            page.get_by_role("button", name=f"Export as {kind}").click()
+        assert saving.value.suggested_filename.endswith(ending)
+        page.get_by_role("button", name="New conversation", exact=True).click()
+        expect(turns(page)).to_have_count(0)
+        import_file(page, f"kept{ending}", saving.value.path().read_bytes())
+        expect(turns(page)).to_have_count(2)
+        assert text_of(page, "user") == "Keep this"
+    import_file(page, "list.md", b"eggs, flour")
     expect(notice(page)).to_contain_text("list.md: not a conversation")
-
-
-def test_a_reload_brings_the_conversation_back(open_page, demo):
-    page = chat_page(open_page)
-    ask(page, "Do not forget me", 1)
-    answer = text_of(page, "assistant")
-    page.reload()
-    expect(turns(page)).to_have_count(2)
-    page.get_by_role("tab", name="Chat").click()
-    assert text_of(page, "assistant") == answer
-    expect(field(page, "Max new tokens")).to_have_value("12")  # and the settings
 
 
 RUBBISH = """
@@ -448,19 +488,18 @@ def test_a_conversation_that_cannot_be_read_is_said_and_the_others_are_there(ope
     ask(page, "The one that is well", 1)
     page.get_by_role("button", name="New conversation", exact=True).click()
     ask(page, "The one that breaks", 1)
-    (entry,) = [e for e in Store().list() if e.title == "The one that breaks"]
-    broken = data / "conversations" / f"{entry.id}.json"
+    broken = data / "conversations" / f"{saved('The one that breaks').id}.json"
     broken.write_bytes(broken.read_bytes()[:40])
     page.reload()
     expect(notice(page)).to_contain_text(broken.name)
     page.get_by_role("tab", name="Chat").click()
     expect(page.locator(".conversations .here")).to_contain_text("cannot be read")
-    page.locator(".conversations .title", has_text="The one that is well").click()
+    show(page, "The one that is well")
     ask(page, "Still well", 2)
     broken.unlink()
 
 
-def test_a_reload_keeps_what_is_being_written(open_page, demo, slow):
+def test_a_reload_keeps_what_is_being_written(open_page, demo, held):
     page = chat_page(open_page, 400)
     page.get_by_label("Message", exact=True).fill("Half a mess")
     page.reload()
@@ -504,32 +543,24 @@ def test_a_server_that_is_gone_leaves_the_text_to_its_writer(open_page, demo, mo
         expect(page.get_by_role("button", name="Complete")).to_be_visible()
 
 
-def test_two_tabs_talk_at_once_and_never_mix(open_page, demo, slow):
+def test_two_tabs_talk_at_once_and_never_mix(open_page, demo, held):
     one, two = chat_page(open_page, 40), chat_page(open_page, 40)
-    say(one, "I am one")
-    say(two, "I am two")
+    begin(one, "I am one")
+    begin(two, "I am two")
+    held.set()
     answered(one, 1)
     answered(two, 1)
     assert (text_of(one, "user"), text_of(two, "user")) == ("I am one", "I am two")
     assert turns(one).count() == turns(two).count() == 2
 
 
-def test_a_closed_tab_ends_its_answer_and_keeps_what_there_is(open_page, demo, slow):
+def test_a_closed_tab_ends_its_answer_and_keeps_what_there_is(open_page, demo, held):
     page = chat_page(open_page, 450)
-    say(page, "I shall leave in the middle")
-    expect(page.locator(".turn.live .body p").first).not_to_be_empty()
+    begin(page, "I shall leave in the middle")
     page.close()
-    deadline = time.monotonic() + 30
-    while demo.status().active and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert demo.status().active == 0
-    while time.monotonic() < deadline:
-        (entry,) = [e for e in Store().list() if e.title == "I shall leave in the middle"]
-        last = Store().load(entry.id).last
-        if last.text:
-            break
-        time.sleep(0.05)
-    assert last.text and last.details["tokens"] < 450
+    until(lambda: not demo.status().active)
+    until(lambda: saved("I shall leave in the middle").last.text)
+    assert saved("I shall leave in the middle").last.details["tokens"] < 450
 
 
 def test_the_oldest_turns_are_dropped_and_marked(open_page, demo, data):
@@ -540,7 +571,7 @@ def test_the_oldest_turns_are_dropped_and_marked(open_page, demo, data):
         conversation.append("assistant", "I cannot know that, my good lord.")
     Store().save(conversation)
     page = chat_page(open_page)
-    page.locator(".conversations .title", has_text="Forty turns").click()
+    show(page, "Forty turns")
     expect(turns(page)).to_have_count(80)
     ask(page, "And now?", 41)
     marker = page.locator(".dropped")
@@ -551,39 +582,16 @@ def test_the_oldest_turns_are_dropped_and_marked(open_page, demo, data):
     shoot(page, "context-full")
 
 
-def test_the_raw_prompt_shows_the_form_and_the_system_text(open_page, demo):
-    page = chat_page(open_page)
-    page.get_by_text("System text and prompt form").click()
-    page.get_by_label("System text", exact=True).fill("Speak like a king.")
-    ask(page, "Who art thou?", 1)
-    page.get_by_role("button", name="Raw prompt").click()
-    raw = page.locator(".nx-dialog .raw")
-    expect(raw).to_have_text("Speak like a king.\n\nUser: Who art thou?\nAssistant:")
-    page.keyboard.press("Escape")
-    expect(raw).to_have_count(0)
-    page.reload()
-    page.get_by_role("tab", name="Chat").click()
-    page.get_by_text("System text and prompt form").click()
-    expect(page.get_by_label("System text", exact=True)).to_have_value("Speak like a king.")
-
-
-def test_what_could_not_be_sent_stands_in_the_box_again(open_page, engine):
-    engine.unload()
-    page = open_page(view="Chat")
-    say(page, "Is anybody there?")
-    expect(notice(page)).to_contain_text("No model is loaded")
-    expect(page.get_by_label("Message", exact=True)).to_have_value("Is anybody there?")
-    expect(turns(page)).to_have_count(0)
-
-
-def test_an_edit_outlives_an_answer_and_a_refusal(open_page, demo, slow):
-    page = chat_page(open_page, 30)
-    say(page, "One")
+def test_an_edit_outlives_an_answer_and_a_refusal(open_page, demo):
+    page = chat_page(open_page, 8)
+    ask(page, "One", 1)
     mine = turns(page, "user").last
     mine.hover()
     tool(page, "Edit", mine).click()
     edit = page.get_by_label("Edit the message")
     edit.fill("all the world is a stage " * 200)
+    tool(page, "Regenerate").click()
+    expect(turns(page, "assistant").locator(".siblings")).to_contain_text("2/2")
     answered(page, 1)
     expect(edit).to_have_value(re.compile("all the world"))
     edit.press("Enter")
@@ -591,21 +599,21 @@ def test_an_edit_outlives_an_answer_and_a_refusal(open_page, demo, slow):
     expect(edit).to_have_value(re.compile("all the world"))
     edit.fill("Two")
     edit.press("Enter")
-    expect(turns(page, "user").last.locator(".siblings")).to_contain_text("2/2")
+    expect(mine.locator(".siblings")).to_contain_text("2/2")
     answered(page, 1)
     expect(edit).to_have_count(0)
     assert text_of(page, "user") == "Two"
 
 
-def test_an_answer_that_cannot_be_kept_is_shown_and_ends(open_page, demo, slow, monkeypatch):
+def test_an_answer_that_cannot_be_kept_is_shown_and_ends(open_page, demo, held, monkeypatch):
     def full(store, conversation):
         raise ConversationError("the disk is full; free some space")
 
     page = chat_page(open_page, 30)
-    say(page, "Write on a full disk")
-    expect(page.locator(".turn.live .body p").first).not_to_be_empty()
+    begin(page, "Write on a full disk")
     with monkeypatch.context() as patch:
         patch.setattr(Store, "save", full)
+        held.set()
         expect(notice(page)).to_contain_text("The disk is full")
         answered(page, 1)
         assert text_of(page, "assistant")
@@ -629,114 +637,119 @@ def test_more_than_can_be_sent_is_said_and_nothing_waits_for_it(open_page, demo)
 
 
 @pytest.fixture
-def late(engine, monkeypatch):
-    """The server takes its time to open a conversation, and to begin an answer."""
-    opened, prompted = chat_tab.Tab.open, chat.Chat.turn
-
-    async def open(tab, said):
-        await asyncio.sleep(0.4)
-        async for update in opened(tab, said):
-            yield update
-
-    monkeypatch.setattr(chat_tab.Tab, "open", open)
-    monkeypatch.setattr(chat.Chat, "turn", lambda *given: (time.sleep(0.4), prompted(*given))[1])
+def late(opening, monkeypatch):
+    """What the server waits for before it opens a conversation, and before it begins an answer; both are set at first."""
+    beginning, prompted = threading.Event(), chat.Chat.turn
+    beginning.set()
+    monkeypatch.setattr(chat.Chat, "turn", lambda *given: (beginning.wait(), prompted(*given))[1])
+    yield opening, beginning
+    opening.set()
+    beginning.set()
 
 
 def test_a_message_goes_into_the_conversation_on_the_screen(open_page, demo, late):
+    opening, beginning = late
     page = chat_page(open_page, 4)
     ask(page, "Into the first", 1)
+    opening.clear()
+    beginning.clear()
     page.get_by_role("button", name="New conversation", exact=True).click()
     say(page, "Into the second")
     expect(turns(page, "user")).to_have_text("Into the second")  # before the server has heard of it
     expect(page.get_by_role("button", name="Stop", exact=True)).to_be_visible()
-    page.wait_for_timeout(500)  # the opened conversation is here by now
+    count_updates(page, "transcript")
+    opening.set()
+    page.wait_for_function("window.updates > 0")  # the opened conversation is here
     expect(turns(page, "user")).to_have_text("Into the second")
+    beginning.set()
     answered(page, 1)
-    page.locator(".conversations .title", has_text="Into the first").click()
+    opening.clear()
+    show(page, "Into the first")
     say(page, "Into the first again")
+    opening.set()
     answered(page, 2)
     assert [text_of(page, "user", which) for which in (0, 1)] == ["Into the first", "Into the first again"]
-    second = next(e for e in Store().list() if e.title == "Into the second")
-    assert second.messages == 2
+    assert len(saved("Into the second").messages) == 2
 
 
 def test_the_system_text_stays_with_its_conversation(open_page, demo, late):
+    opening, _ = late
     page = chat_page(open_page, 4)
     page.get_by_text("System text and prompt form").click()
     page.get_by_label("System text", exact=True).fill("You are the first")
     ask(page, "First of two", 1)
+    opening.clear()
     page.get_by_role("button", name="New conversation", exact=True).click()
     ask(page, "Second of two", 1)
+    opening.set()
     expect(page.get_by_label("System text", exact=True)).to_have_value("")
-    page.locator(".conversations .title", has_text="First of two").click()
+    opening.clear()
+    show(page, "First of two")
     say(page, "On with it")  # its system text is not here yet
+    opening.set()
     answered(page, 2)
-    systems = {e.title: Store().load(e.id).system for e in Store().list()}
-    assert systems["First of two"] == "You are the first" and systems["Second of two"] == ""
+    assert saved("First of two").system == "You are the first" and saved("Second of two").system == ""
 
 
-def test_a_system_text_may_be_written_while_an_answer_comes(open_page, demo, slow):
+def test_a_system_text_may_be_written_while_an_answer_comes_and_stands_in_the_raw_prompt(open_page, demo, held):
     page = chat_page(open_page, 40)
     page.get_by_text("System text and prompt form").click()
-    say(page, "One moment")
-    expect(page.locator(".turn.live .body p").first).not_to_be_empty()
-    page.get_by_label("System text", exact=True).press_sequentially("You are wise")
+    begin(page, "Who art thou?")
+    page.get_by_label("System text", exact=True).press_sequentially("Speak like")
+    held.set()
+    page.get_by_label("System text", exact=True).press_sequentially(" a king.")
     answered(page, 1)
-    expect(page.get_by_label("System text", exact=True)).to_have_value("You are wise")
+    expect(page.get_by_label("System text", exact=True)).to_have_value("Speak like a king.")
     page.get_by_label("Message", exact=True).focus()
     page.reload()
-    expect(page.get_by_label("System text", exact=True)).to_have_value("You are wise")
+    expect(page.get_by_label("System text", exact=True)).to_have_value("Speak like a king.")
+    page.get_by_role("button", name="Raw prompt").click()
+    raw = page.locator(".nx-dialog .raw")
+    expect(raw).to_have_text("Speak like a king.\n\nUser: Who art thou?\nAssistant:")
+    page.keyboard.press("Escape")
+    expect(raw).to_have_count(0)
 
 
-def test_an_answer_that_has_not_begun_can_be_stopped(open_page, demo, slow, late):
+def test_an_answer_that_has_not_begun_can_be_stopped(open_page, demo, held, late):
+    _, beginning = late
     page = chat_page(open_page, 400)
+    beginning.clear()
     say(page, "Never mind")
     page.keyboard.press("Escape")
+    beginning.set()
     answered(page, 1)
     expect(turns(page, "assistant").last).to_contain_text("stopped")
 
 
-def test_what_streams_survives_that_the_conversation_is_drawn_anew(open_page, demo, slow):
-    page = chat_page(open_page, 300)
-    say(page, "Tell me more")
-    expect(page.locator(".turn.live .body p").first).not_to_be_empty()
-    here = page.locator(".conversations .here")
-    here.get_by_role("button", name="Rename").click()
-    page.get_by_role("dialog").get_by_role("textbox").fill("A long tale")
-    page.keyboard.press("Enter")
-    expect(here.locator(".title span")).to_have_text("A long tale")
-    begun = page.locator(".turn.live .body").inner_text()
-    assert begun
-    page.get_by_role("button", name="Stop", exact=True).click()
-    answered(page, 1)
-    assert text_of(page, "assistant").startswith(begun)
-    (entry,) = [e for e in Store().list() if e.title == "A long tale"]
-    assert Store().load(entry.id).last.text.split() == text_of(page, "assistant").split()
-
-
-def test_a_conversation_that_is_left_keeps_what_was_written_and_disturbs_no_other(open_page, demo, slow):
+def test_a_conversation_that_is_left_keeps_what_was_written_and_disturbs_no_other(open_page, demo, held):
     page = chat_page(open_page, 1000)
-    say(page, "I am left behind")
-    expect(page.locator(".turn.live .body p").first).not_to_be_empty()
+    begin(page, "I am left behind")
     page.get_by_role("button", name="New conversation", exact=True).click()
+    until(lambda: not demo.status().active)
+    held.set()
     at_most(page, 20)
     ask(page, "I am the next", 1)
     expect(turns(page, "assistant").last).to_contain_text("20 tokens")
-    page.locator(".conversations .title", has_text="I am left behind").click()
+    show(page, "I am left behind")
     expect(turns(page, "assistant").last).to_contain_text("stopped")
     assert text_of(page, "assistant")
 
 
-def test_a_conversation_is_deleted_while_it_is_answered(open_page, demo, slow):
+def test_a_conversation_is_found_by_its_new_name_and_deleted_while_it_is_answered(open_page, demo, held):
     page = chat_page(open_page, 400)
-    say(page, "Delete me in the middle")
-    expect(page.locator(".turn.live .body p").first).not_to_be_empty()
-    page.get_by_role("button", name="Delete Delete me in the middle").click()
+    begin(page, "A rose by any other name")
+    rename(page, "Roses")
+    page.get_by_label("Search conversations").fill("rOSe")
+    expect(page.locator(".conversations .title")).to_have_count(1)
+    page.get_by_role("button", name="Delete Roses").click()
     page.get_by_role("dialog").get_by_role("button", name="Delete").click()
     expect(turns(page)).to_have_count(0)
+    expect(page.locator(".conversations .title")).to_have_count(0)
+    until(lambda: not demo.status().active)
+    held.set()
     at_most(page, 4)
     ask(page, "All the same", 1)
-    assert "Delete me in the middle" not in [entry.title for entry in Store().list()]
+    assert "Roses" not in titles()
 
 
 # Output of the model is text --------------------------------------------------------------------------------------------------
@@ -770,27 +783,18 @@ PAYLOADS = (
 
 
 def inert(page):
-    page.wait_for_timeout(300)
+    page.evaluate("() => new Promise(done => requestAnimationFrame(() => setTimeout(done)))")  # scripts had their turn
     assert page.evaluate("window.hacked") is None
     kinds = "img, script, iframe, a, style, link, meta, object, embed, video, details, math, b"
     return page.locator(".turn .body").locator(kinds).count() == 0
 
 
-def test_payloads_in_a_saved_conversation_stay_text(open_page, demo):
-    conversation = Conversation(title="<img src=x onerror=window.hacked=1>")
+def test_payloads_saved_or_streamed_stay_text(open_page, demo, monkeypatch):
+    conversation = Conversation(title="<img src=x onerror=window.hacked=1>", system=PAYLOADS[0])
     for payload in PAYLOADS:
         conversation.append("user", payload)
         conversation.append("assistant", payload)
-    conversation.system = PAYLOADS[0]
     Store().save(conversation)
-    page = open_page(view="Chat")
-    page.locator(".conversations .title", has_text="<img src=x").click()
-    expect(turns(page)).to_have_count(2 * len(PAYLOADS))
-    assert inert(page)
-    assert text_of(page, "assistant", 0) == PAYLOADS[0] and text_of(page, "user", 1) == PAYLOADS[1]
-
-
-def test_payloads_that_stream_in_stay_text(open_page, demo, monkeypatch):
     text = "\n\n".join(PAYLOADS)
 
     async def hostile(ticket):
@@ -801,6 +805,11 @@ def test_payloads_that_stream_in_stay_text(open_page, demo, monkeypatch):
 
     monkeypatch.setattr(chat, "batches", hostile)
     page = chat_page(open_page)
+    show(page, "<img src=x")
+    expect(turns(page)).to_have_count(2 * len(PAYLOADS))
+    assert inert(page)
+    assert text_of(page, "assistant", 0) == PAYLOADS[0] and text_of(page, "user", 1) == PAYLOADS[1]
+    page.get_by_role("button", name="New conversation", exact=True).click()
     ask(page, "Attack me", 1)
     assert inert(page)
     assert "<script>window.hacked = 1</script>" in text_of(page, "assistant")
@@ -819,14 +828,8 @@ def test_markdown_is_shown_and_streamed_like_the_whole(open_page, demo):
         text,
     )
     assert whole == streamed
-    for part in (
-        "<h3>Title</h3>",
-        "<em>line</em>\n",
-        "<li>a <code>b</code></li>",
-        "<pre>x = '*a*'</pre>",
-        '<ol start="1">',
-    ):
-        assert part in whole
+    parts = ("<h3>Title</h3>", "<em>line</em>\n", "<li>a <code>b</code></li>", "<pre>x = '*a*'</pre>", '<ol start="1">')
+    assert all(part in whole for part in parts)
 
 
 # Notebook ----------------------------------------------------------------------------------------------------
@@ -844,7 +847,7 @@ def completed(page):
     return page.locator("#nx-text").input_value()
 
 
-def test_a_text_is_completed_and_taken_back(open_page, demo):
+def test_a_text_is_completed_taken_back_and_completed_at_the_cursor(open_page, demo):
     page = notebook_page(open_page, "KING HENRY:\n")
     page.get_by_role("button", name="Complete").click()
     expect(page.get_by_role("button", name="Undo")).to_be_enabled()
@@ -857,10 +860,7 @@ def test_a_text_is_completed_and_taken_back(open_page, demo):
     page.get_by_role("button", name="Undo").click()
     expect(page.get_by_role("textbox", name="Text")).to_have_value("KING HENRY:\n")
     expect(page.get_by_role("button", name="Undo")).to_be_disabled()
-
-
-def test_a_text_is_completed_at_the_cursor(open_page, demo):
-    page = notebook_page(open_page, "KING HENRY:\n\nTHE END")
+    page.get_by_role("textbox", name="Text").fill("KING HENRY:\n\nTHE END")
     page.locator("#nx-text").evaluate("node => node.setSelectionRange(12, 12)")
     page.get_by_role("button", name="At cursor").click()
     expect(page.get_by_role("button", name="Undo")).to_be_enabled()
@@ -868,7 +868,7 @@ def test_a_text_is_completed_at_the_cursor(open_page, demo):
     assert text.startswith("KING HENRY:\n") and text.endswith("\nTHE END") and len(text) > 40
 
 
-def test_a_completion_is_stopped_by_escape(open_page, demo, slow):
+def test_a_completion_is_stopped_by_escape(open_page, demo, held):
     page = notebook_page(open_page, "Once", 400)
     page.get_by_role("textbox", name="Text").press("Control+Enter")
     expect(page.locator("#nx-text")).not_to_have_value("Once")
@@ -900,26 +900,23 @@ def test_probabilities_and_alternatives_are_shown_by_mouse_and_keyboard(open_pag
     assert "".join(tokens.all_text_contents()) == text.removeprefix("KING RICHARD III:\n")
 
 
-def test_a_text_of_ones_own_is_scored(open_page, demo):
+def test_a_text_of_ones_own_is_scored_and_stays_where_the_engine_refuses_it(open_page, demo):
     page = notebook_page(open_page, "To be, or not to be")
+    text, tokens = page.get_by_role("textbox", name="Text"), page.locator(".tokens .token")
     page.get_by_role("button", name="Score text").click()
-    tokens = page.locator(".tokens .token")
     expect(tokens.first).to_be_visible()
     assert "".join(tokens.all_text_contents()) == "To be, or not to be"
     expect(tokens.first).to_have_class(re.compile("unknown"))  # nothing stands before it
     page.get_by_role("switch", name="Probabilities").uncheck()
-    page.get_by_role("textbox", name="Text").fill("To be, or so")
+    text.fill("To be, or so")
     page.get_by_role("switch", name="Probabilities").check()
     expect(page.locator(".tokens")).to_have_text("To be, or so")  # an edit ends what was known
-
-
-def test_what_the_engine_refuses_is_said_and_the_text_stays(open_page, demo):
-    page = notebook_page(open_page, "Once")
+    page.get_by_role("switch", name="Probabilities").uncheck()
     page.get_by_text("Repetition, stop strings, bias").click()
     field(page, "Logit bias").fill("99999:5")
     page.get_by_role("button", name="Complete").click()
     expect(notice(page)).to_contain_text("99999")
-    expect(page.get_by_role("textbox", name="Text")).to_have_value("Once")
+    expect(text).to_have_value("To be, or so")
     expect(page.get_by_role("button", name="Complete")).to_be_enabled()
 
 
@@ -945,6 +942,12 @@ def test_presets_set_the_controls_and_an_emptied_one_is_not_taken_for_zero(open_
 # Looks and ways ----------------------------------------------------------------------------------------------------
 
 
+def see_plans(page):
+    """Wait for what fits, on the tab Model."""
+    page.get_by_role("tab", name="Model").click()
+    expect(page.locator(".family .badge").first).not_to_have_class(re.compile("waiting"))
+
+
 def widest(page):
     """How far anything reaches beyond the window's right edge, in pixels."""
     return page.evaluate(
@@ -957,7 +960,7 @@ def widest(page):
 def test_nothing_overflows_on_a_phone(open_page, demo, data):
     shutil.rmtree(data / "conversations", ignore_errors=True)
     page = open_page(PHONE, has_touch=True, is_mobile=True)
-    expect(page.locator(".family .badge").first).not_to_have_class(re.compile("waiting"))
+    see_plans(page)
     assert widest(page) == 0
     page.get_by_role("tab", name="Chat").click()
     page.get_by_role("button", name="Sampling settings").click()
@@ -985,7 +988,7 @@ def test_nothing_overflows_on_a_phone(open_page, demo, data):
     assert widest(page) == 0
 
 
-def test_the_keyboard_alone_is_enough(open_page, demo, slow):
+def test_the_keyboard_alone_is_enough(open_page, demo, held):
     page = open_page()
     page.keyboard.press("Control+Shift+Digit2")
     expect(page.get_by_label("Message", exact=True)).to_be_focused()
@@ -1014,12 +1017,16 @@ def test_the_keyboard_alone_is_enough(open_page, demo, slow):
     expect(page.get_by_role("dialog")).to_have_count(0)
 
 
-def test_the_focus_stays_where_it_was(open_page, demo, slow):
+def test_the_focus_stays_where_it_was(open_page, demo, held):
     page = chat_page(open_page, 40)
+    held.set()
     ask(page, "Hold on", 1)
     for _ in range(2):
+        held.clear()
         tool(page, "Regenerate").press("Enter")
         expect(page.get_by_role("region", name="Conversation")).to_be_focused()  # there are no tools meanwhile
+        expect(page.locator(".turn.live")).to_have_count(1)
+        held.set()
         answered(page, 1)
     tool(page, "Previous version").press("Enter")
     expect(page.locator(".siblings")).to_contain_text("2/3")
@@ -1081,8 +1088,7 @@ def test_dark_and_light_follow_the_system_and_the_switch(open_page, demo, data):
     assert background(light) == background(dark)
     light.reload()
     expect(light.get_by_role("button", name="Light colours")).to_be_visible()
-    dark.get_by_role("tab", name="Model").click()
-    expect(dark.locator(".family .badge").first).not_to_have_class(re.compile("waiting"))
+    see_plans(dark)
 
 
 CONTRAST = """() => {
@@ -1124,8 +1130,7 @@ def test_all_text_is_readable_and_every_control_has_a_name(open_page, demo, sche
     ask(page, "Who is there?", 1)
     page.get_by_text("System text and prompt form").click()
     assert page.evaluate(CONTRAST) == page.evaluate(NAMELESS) == []
-    page.get_by_role("tab", name="Model").click()
-    expect(page.locator(".family .badge").first).not_to_have_class(re.compile("waiting"))
+    see_plans(page)
     assert page.evaluate(CONTRAST) == page.evaluate(NAMELESS) == []
     page.get_by_role("tab", name="Notebook").click()
     page.get_by_role("textbox", name="Text").fill("KING:\n")
@@ -1139,21 +1144,17 @@ def test_all_text_is_readable_and_every_control_has_a_name(open_page, demo, sche
 # How much is sent ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def long_demo(engine, tmp_path):
-    """The demo with room for 2048 tokens: what it writes beyond its own 512 makes no sense, and need not."""
-    folder = shutil.copytree(DEMO, tmp_path / "long-demo")
-    change_json(folder / "config.json", max_position_embeddings=2048)
-    engine.load(str(folder), lambda: GPTNeoXForCausalLM.from_pretrained(folder, device_map="cpu"))
-    yield engine
-    engine.unload()
+async def thousand_tokens(ticket):
+    for number in range(100):
+        yield [Update(f" word{number % 10}", 5, None, TokenLogprob(-1.0, ((5, -1.0), (6, -2.0))))] * 10
+        await asyncio.sleep(0.005)
+    yield [Update("", None, "length")]
 
 
 @pytest.mark.parametrize("view", ["Chat", "Notebook"])
-def test_an_update_costs_the_same_at_1000_tokens(open_page, long_demo, monkeypatch, view):
-    put = Ticket._put
-    monkeypatch.setattr(Ticket, "_put", lambda t, s: (time.sleep(0.004), put(t, s))[1])
+def test_an_update_costs_the_same_at_1000_tokens(open_page, demo, monkeypatch, view):
     streams, sizes = set(), []
+    monkeypatch.setattr(chat if view == "Chat" else notebook, "batches", thousand_tokens)
 
     def watch(page):
         devtools = page.context.new_cdp_session(page)
@@ -1163,10 +1164,7 @@ def test_an_update_costs_the_same_at_1000_tokens(open_page, long_demo, monkeypat
         devtools.send("Network.enable")
 
     page = open_page(view=view, before=watch)
-    at_most(page, 1050, "Creative")
     if view == "Chat":
-        page.get_by_text("System text and prompt form").click()
-        page.get_by_label("Prompt form").select_option("completion")
         ask(page, "KING:\n", 1)
         text = text_of(page, "assistant")
     else:
@@ -1175,9 +1173,9 @@ def test_an_update_costs_the_same_at_1000_tokens(open_page, long_demo, monkeypat
         page.get_by_role("button", name="Complete").click()
         expect(page.get_by_role("button", name="Undo")).to_be_enabled()
         text = completed(page)
-    assert len(text) > 1500
+    assert text.count("word") == 1000
     updates = [size for size in sizes if size > 150]
     assert len(updates) > 26  # it did stream
-    # How many tokens one update brings depends on the load: the middle one of ten does not.
+    # Where the machine is busy some updates come together: the middle one of ten does not.
     early, late = median(updates[3:13]), median(updates[-13:-3])
     assert late < 2 * early, updates

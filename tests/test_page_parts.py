@@ -49,16 +49,12 @@ def test_nf4_is_offered_where_the_library_for_it_is_there(engine, monkeypatch):
             tab.quantize(PageEvent({"model": "m", "format": "fp4"}, "tab"))
 
 
-@pytest.mark.parametrize("format", ["int4 g128", "int8 g32", "nf4", "nf4-double"])
-def test_a_quantized_folder_is_not_offered_to_be_quantized_again(format):
-    assert not model_tab.local_card(LocalModel("m", "/m", "folder", format=format, tokenizer=True))["plain"]
-
-
-def test_a_folder_without_a_tokenizer_says_so():
-    plain, wordless = (
-        model_tab.local_card(LocalModel("m", "/m", "folder", format="float16", tokenizer=has)) for has in (True, False)
-    )
-    assert plain["plain"] and plain["problem"] == "" and "no tokenizer.json" in wordless["problem"]
+@pytest.mark.parametrize("format", ["float16", "int4 g128", "int8 g32", "nf4", "nf4-double"])
+def test_a_card_offers_to_quantize_16_bits_alone_and_says_where_a_tokenizer_is_missing(format):
+    with_one, without = (LocalModel("m", "/m", "folder", format=format, tokenizer=has) for has in (True, False))
+    card = model_tab.local_card(with_one)
+    assert card["plain"] == (format == "float16") and card["problem"] == ""
+    assert "no tokenizer.json" in model_tab.local_card(without)["problem"]
 
 
 def test_a_cancel_that_comes_too_late_leaves_the_model_able_to_wake(engine):
@@ -125,22 +121,19 @@ class Ready:
         self.cancelled = True
 
 
-def test_tokens_that_come_fast_are_sent_together():
+def test_tokens_that_come_fast_are_sent_together_and_a_stream_that_is_given_up_cancels_its_job():
+    ticket = Ready(5000)
+
     async def sent():
         return [batch async for batch in batches(Ready(5000))]
-
-    found = asyncio.run(sent())
-    assert sum(map(len, found)) == 5001 and len(found) < 100
-
-
-def test_a_stream_that_is_given_up_cancels_its_job():
-    ticket = Ready(5000)
 
     async def begin():
         steps = batches(ticket)
         await anext(steps)
         await steps.aclose()
 
+    found = asyncio.run(sent())
+    assert sum(map(len, found)) == 5001 and len(found) < 100
     asyncio.run(begin())
     assert ticket.cancelled
 

@@ -17,12 +17,13 @@ from support.commands import environment, run_python, start
 
 from neox_lite.errors import ArgumentError, UnsupportedError
 from neox_lite_app import server
-from neox_lite_app.cli import build_parser, main
+from neox_lite_app.cli import build_parser
 from neox_lite_app.paths import DEMO
 from neox_lite_app.server import KEY_VARIABLE
 from neox_lite_app.serving.security import PAGE
 
 LONG = 60  # seconds that nothing here takes, unless it hangs
+NOT_OURS = ("no.such.host.invalid", "203.0.113.7", "999.1.1.1")
 posix = pytest.mark.skipif(os.name != "posix", reason="signals as on Unix")
 
 
@@ -69,28 +70,20 @@ def answer(serving, tokens, stream=True, n=1):
 # Start ----------------------------------------------------------------------------------------------------------------
 
 
-def test_connections_are_refused_until_everything_is_ready(monkeypatch, capsys):
+def test_connections_are_refused_until_everything_is_ready(monkeypatch, run):
     """While the model is loaded the port is ours, but closed."""
-    seen = []
+    taken, tried, bind = [], [], server._bind
 
     def load(name, args, head):
-        (port,) = taken
         with pytest.raises(ConnectionRefusedError):
-            socket.create_connection(("127.0.0.1", port))
-        seen.append(port)
+            socket.create_connection(taken[0].getsockname())
+        tried.append(name)
         raise ArgumentError("enough")
 
-    taken, bind = [], server._bind
-
-    def binding(host, port):
-        listener = bind(host, port)
-        taken.append(listener.getsockname()[1])
-        return listener
-
     monkeypatch.setattr(server, "load", load)
-    monkeypatch.setattr(server, "_bind", binding)
-    assert main(["serve", str(DEMO), "--no-page", "--port", "0"]) == 1
-    assert seen == taken and capsys.readouterr().err == "neox-lite: error: enough\n"
+    monkeypatch.setattr(server, "_bind", lambda host, port: taken.append(bind(host, port)) or taken[-1])
+    assert run("serve", DEMO, "--no-page", "--port", 0) == (1, "", "neox-lite: error: enough\n")
+    assert len(taken) == 1 and tried == [str(DEMO)]
 
 
 @pytest.fixture(scope="module")
@@ -105,28 +98,29 @@ def test_without_a_model_it_serves_and_says_so(bare):
     assert json.load(answer(bare, 1))["error"]["code"] == "model_not_loaded"
 
 
-def test_a_port_that_is_taken_is_said_with_another(capsys):
+def test_a_port_that_is_taken_is_said_with_another(run):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        assert main(["serve", "--no-page", "--port", str(port)]) == 1
-    error = capsys.readouterr().err
-    assert f"--port {port} on 127.0.0.1 is taken" in error and error.count("\n") == 1
+        code, _, error = run("serve", "--no-page", "--port", port)
+    assert code == 1 and f"--port {port} on 127.0.0.1 is taken" in error and error.count("\n") == 1
     offered = int(re.search(r"try --port (\d+)", error)[1])
     assert offered != port
     socket.create_server(("127.0.0.1", offered)).close()
 
 
-@pytest.mark.parametrize("host", ["no.such.host.invalid", "203.0.113.7", "999.1.1.1"])
-def test_an_address_that_is_not_ours_is_one_line(capsys, host):
-    assert main(["serve", "--no-page", "--host", host, "--api-key", "k" * 20]) == 1
-    error = capsys.readouterr().err
-    assert error.startswith(f"neox-lite: error: --host {host}") and error.count("\n") == 1
-
-
-def test_a_missing_model_is_one_line_and_no_port(capsys, tmp_path):
-    assert main(["serve", str(tmp_path / "nothing"), "--no-page", "--port", "0"]) == 1
-    out = capsys.readouterr()
-    assert out.out == "" and out.err.count("\n") == 1
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        *[(f"--host {host} --api-key {'k' * 20}", f"--host {host}") for host in NOT_OURS],
+        *[(f"--host {host}", "--api-key") for host in ("0.0.0.0", "::", "192.168.1.5")],
+        ("no-such-folder --port 0", "no-such-folder"),
+    ],
+)
+def test_what_cannot_be_served_is_one_line_and_no_port(run, monkeypatch, words, message):
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    code, out, error = run("serve", "--no-page", *words.split())
+    assert (code, out) == (1, "") and error.startswith("neox-lite: error: ") and message in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(("page", "missing"), [(True, "gradio"), (True, "starlette"), (False, "uvicorn")])
@@ -161,13 +155,6 @@ def test_wrong_usage_is_seen_before_anything_is_imported():
 # Hosts and keys -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5"])
-def test_an_open_host_needs_a_key(capsys, host, monkeypatch):
-    monkeypatch.delenv(KEY_VARIABLE, raising=False)
-    assert main(["serve", "--no-page", "--host", host]) == 1
-    assert "--api-key" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("key", ["", "two words", "schlüssel", "tab\tkey"])
 def test_a_key_that_no_header_can_carry_is_refused(key):
     with pytest.raises(ArgumentError, match="API key"):
@@ -197,11 +184,11 @@ def test_with_a_key_in_the_environment_it_is_asked_for_and_not_shown():
 
 def test_other_hosts_and_origins_are_refused_by_the_real_server(bare):
     assert bare.ask("GET", "/v1/models", host="evil.example").status == 400
-    assert bare.ask("GET", "/v1/models", host="chat.home").status == 200
-    assert bare.ask("POST", "/v1/completions", {}, origin="http://evil.example").status == 403
-    assert bare.ask("POST", "/v1/completions", {}, origin="null").status == 403
-    reply = bare.ask("GET", "/v1/models")
-    assert reply.getheader("server") is None and "default-src" in reply.getheader("content-security-policy")
+    for origin in ("http://evil.example", "null"):
+        assert bare.ask("POST", "/v1/completions", {}, origin=origin).status == 403
+    reply = bare.ask("GET", "/v1/models", host="chat.home")
+    assert reply.status == 200 and reply.getheader("server") is None
+    assert "default-src" in reply.getheader("content-security-policy")
 
 
 def test_a_body_in_chunks_ends_at_the_limit_of_the_real_server(bare):
@@ -224,7 +211,7 @@ def test_the_page_is_served_whatever_the_environment_says_and_holds_no_server_wh
     secret = tmp_path / "secret.txt"
     secret.write_text("secret")
     hostile = {"GRADIO_SHARE": "True", "GRADIO_ALLOWED_PATHS": "/", "GRADIO_VIBE_MODE": "1", "GRADIO_ROOT_PATH": "/x"}
-    hostile |= {"GRADIO_ANALYTICS_ENABLED": "True", "GRADIO_MCP_SERVER": "True", "GRADIO_SSR_MODE": "True"}
+    hostile |= dict.fromkeys(("GRADIO_ANALYTICS_ENABLED", "GRADIO_MCP_SERVER", "GRADIO_SSR_MODE"), "True")
     with Serving(DEMO, "--port", 0, "--device", "cpu", **hostile) as serving:
         reply = serving.ask("GET", "/")
         page = reply.read().decode()
@@ -234,8 +221,8 @@ def test_the_page_is_served_whatever_the_environment_says_and_holds_no_server_wh
         assert config["vibe_mode"] is config["analytics_enabled"] is False
         for path in ("/gradio_api/file=", "/file=", "/gradio_api/proxy=http://"):
             assert serving.ask("GET", f"{path}{secret}").status == 404
-        assert serving.ask("POST", "/gradio_api/upload", {}).status == 404
-        assert serving.ask("POST", "/gradio_api/vibe-edit", {}).status == 404
+        for path in ("/gradio_api/upload", "/gradio_api/vibe-edit"):
+            assert serving.ask("POST", path, {}).status == 404
         beat = serving.ask("GET", "/gradio_api/heartbeat/abc")
         assert beat.status == 200
         code, _, err = serving.end(signal.SIGTERM)
@@ -271,11 +258,10 @@ def test_of_gradios_routes_only_those_of_a_page_are_let_through():
 def test_it_prints_one_line_and_ends_at_once_and_in_order(number):
     with serve_demo() as serving:
         assert json.load(answer(serving, 4, stream=False))["usage"]["completion_tokens"] == 4
-        # a connection that stays open is no reason to stay
-        waiting = socket.create_connection((serving.host, serving.port))
-        code, out, err = serving.end(number)
+        # A connection that stays open is no reason to stay.
+        with socket.create_connection((serving.host, serving.port)):
+            code, out, err = serving.end(number)
         assert code == 0 and out == "" and "Traceback" not in err
-        waiting.close()
 
 
 def closing(serving):
@@ -319,7 +305,7 @@ def test_a_second_signal_ends_it_without_waiting():
             reply.read()
 
 
-def test_the_command_hands_over_its_options_and_prints_a_made_up_key_once(monkeypatch, capsys):
+def test_the_command_hands_over_its_options_and_prints_a_made_up_key_once(monkeypatch, run):
     seen = {}
 
     class Engine:
@@ -331,19 +317,7 @@ def test_the_command_hands_over_its_options_and_prints_a_made_up_key_once(monkey
 
     monkeypatch.setattr(server, "Engine", Engine)
     monkeypatch.setattr(server, "_run", lambda *_: 0)
-    words = [
-        "--max-sequences",
-        "3",
-        "--queue",
-        "5",
-        "--idle-unload",
-        "60",
-        "--no-page",
-        "--port",
-        "0",
-        "--api-key",
-        "auto",
-    ]
-    assert main(["serve", *words]) == 0
-    assert seen == {"sequences": 3, "waiting": 5, "idle_s": 60, "closed": True}
-    assert capsys.readouterr().err.count("API key, shown this once: ") == 1
+    limits = "--max-sequences 3 --queue 5 --idle-unload 60"
+    code, _, told = run("serve", *limits.split(), "--no-page", "--port", 0, "--api-key", "auto")
+    assert code == 0 and seen == {"sequences": 3, "waiting": 5, "idle_s": 60, "closed": True}
+    assert told.count("API key, shown this once: ") == 1

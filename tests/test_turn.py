@@ -42,12 +42,6 @@ def talk(turns, *, answered=False):
     return conversation.chat()
 
 
-def test_nothing_is_dropped_while_all_fits():
-    messages = talk(5)
-    ids = words(messages)
-    assert fit(messages, len(ids) + 3, 3, words) == (0, ids)
-
-
 @pytest.mark.parametrize("answered", [False, True])
 @pytest.mark.parametrize("most", [9, 10, 16, 17, 150, 283, 284])
 def test_the_oldest_turns_are_dropped_until_the_rest_fits(most, answered):
@@ -56,6 +50,7 @@ def test_the_oldest_turns_are_dropped_until_the_rest_fits(most, answered):
     assert ids == words(messages[dropped:]) and len(ids) <= most and messages[dropped]["role"] == "user"
     if dropped:
         assert most < 150 or len(ids) > 0.7 * most  # not many more than must be
+    assert (dropped == 0) == (len(words(messages)) <= most)
 
 
 def test_what_is_dropped_is_the_same_for_several_turns():
@@ -179,26 +174,19 @@ def over_api(engine, settings, folder):
 
 
 @pytest.mark.parametrize("door", DOORS)
-def test_further_ends_of_generation_config_end_an_answer(say, door):
+def test_ends_and_top_k_of_generation_config_hold_for_an_answer(say, door):
     sequence, _ = say(door, temperature=0)
     assert len(sequence.tokens) == 3 and sequence.finish_reason == "stop"
     assert set(FORM.stops) == set(sequence.options.stop_strings)
+    sequence, _ = say(door, temperature=0.8, max_new_tokens=2)
+    assert sequence.options.sampling.top_k == 40
 
 
 @pytest.mark.parametrize("door", DOORS)
 def test_more_new_tokens_than_fit_are_cut_down_in_a_chat_and_refused_by_the_api(say, door):
-    sequence, notes = say(door, temperature=0, max_new_tokens=4096)
+    sequence, (note,) = say(door, temperature=0, max_new_tokens=4096)
     if door == "api":
-        assert sequence is None and notes == ["context_length_exceeded"]
+        assert sequence is None and note == "context_length_exceeded"
     else:
-        (note,) = notes
-        assert (
-            len(sequence.prompt) + sequence.max_tokens == 512
-            and f"has room for {sequence.max_tokens} after the prompt" in note
-        )
-
-
-@pytest.mark.parametrize("door", DOORS)
-def test_a_missing_top_k_is_the_same_for_all(say, door):
-    sequence, _ = say(door, temperature=0.8, max_new_tokens=2)
-    assert sequence.options.sampling.top_k == 40
+        assert len(sequence.prompt) + sequence.max_tokens == 512
+        assert f"has room for {sequence.max_tokens} after the prompt" in note
