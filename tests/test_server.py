@@ -275,15 +275,19 @@ def closing(serving):
 def test_a_running_answer_is_finished_and_nothing_new_is_taken():
     with serve_demo() as serving:
         kept = http.client.HTTPConnection(serving.host, serving.port, timeout=LONG)  # it stays open
-        reply = answer(serving, 450, n=4)
-        reply.read(1)
-        serving.process.send_signal(signal.SIGTERM)
-        status = 200
-        while status == 200:
+
+        def health():
             kept.request("GET", "/health")
             response = kept.getresponse()
             response.read()
-            status = response.status
+            return response.status
+
+        assert health() == 200
+        reply = answer(serving, 450, n=4)
+        reply.read(1)
+        serving.process.send_signal(signal.SIGTERM)
+        while (status := health()) == 200:
+            pass
         assert status == 503
         closing(serving)
         text = reply.read().decode()
