@@ -282,9 +282,9 @@ def test_a_running_answer_is_finished_and_nothing_new_is_taken():
             response.read()
             return response.status
 
-        assert health() == 200
         reply = answer(serving, 450, n=4)
         reply.read(1)
+        assert health() == 200
         serving.process.send_signal(signal.SIGTERM)
         while (status := health()) == 200:
             pass
