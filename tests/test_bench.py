@@ -147,7 +147,9 @@ def test_batches_whose_cache_the_budget_cannot_hold_are_left_out_with_a_sentence
 def test_scratch_writes_a_folder_that_loads_verifies_and_is_not_overwritten(run, tmp_path, capsys):
     folder = tmp_path / "random"
     result = figures(run, "--shape", "1x128x2", "--scratch", folder, "--head", "int8", "--warm")
-    assert result.keys() >= CONTRACT and result["load_s"] > 0 and result["head"] == "int8" and result["format"] == "int4"
+    assert (
+        result.keys() >= CONTRACT and result["load_s"] > 0 and result["head"] == "int8" and result["format"] == "int4"
+    )
     assert figures(run, folder, "--head", "int8")["weight_bytes_per_token"] == result["weight_bytes_per_token"]
     assert main(["verify", str(folder)]) == 0
     capsys.readouterr()
@@ -203,9 +205,6 @@ def test_weights_larger_than_free_memory_are_refused_before_they_are_made(run, m
     assert code == 1 and "--scratch DIR" in err and "100%" not in err
 
 
-# Random models --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("format", [make_format("int4", 64), make_format("int8", 64), DENSE], ids=lambda f: f.name)
 def test_random_weights_keep_activations_of_order_one(format):
     plan, told = RandomModel(config_of("3x256x4"), format, small_head=True), []
@@ -241,9 +240,6 @@ def test_a_head_whose_rows_fill_no_group_and_a_text_that_is_no_shape_are_refused
     for text in ("", "x", "1x1x1x1", "-1x128x2", "1x128x2 ", "20B"):
         with pytest.raises(ArgumentError, match="--shape is"):
             config_of(text)
-
-
-# Measuring ------------------------------------------------------------------------------------------------------------
 
 
 def test_operations_that_call_operations_count_once_and_captured_steps_count_too():

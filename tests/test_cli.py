@@ -35,9 +35,6 @@ def json_of(run):
     return call
 
 
-# What each command prints ---------------------------------------------------------------------------------------------
-
-
 def test_quantize_reports_its_figures(json_of, tmp_path):
     result, err = json_of("quantize", DEMO, tmp_path / "q", "--format", "int8", "--group-size", 64, "--method", "rtn")
     assert {"bytes_in", "bytes_out", "seconds", "peak_bytes"} <= result.keys()
@@ -178,18 +175,6 @@ def test_perplexity_is_the_contract_s_definition(json_of, demo_int4, heldout):
     assert result["perplexity"] == pytest.approx(expected, rel=1e-6)  # float32 sums
 
 
-def test_compare_puts_the_source_first_with_zero_distance(json_of, demo_int4, heldout):
-    words = ("--text", heldout, "--context", 128, "--windows", 4)
-    source, quantized = json_of("compare", DEMO, demo_int4, *words)[0]["rows"]
-    assert source["kl"] == 0 and source["top1"] == 1 and source["bits_per_weight"] == 16
-    assert quantized["kl"] > 0 and quantized["bits_per_weight"] == 4.125 and quantized["bytes"] < source["bytes"]
-    keys = {"path", "format", "bits_per_weight", "head", "bytes", "perplexity", "kl", "kl_error", "top1"}
-    assert source.keys() == quantized.keys() == keys
-    result, err = json_of("compare", DEMO, DEMO, *words, "--kv", "int8")
-    source, small = result["rows"]
-    assert source["kl"] == 0 < small["kl"] < 1e-3 and err.count("int8 KV cache") == 1
-
-
 def test_cache_and_warming_are_said_on_stderr(json_of, demo_int4):
     words = ("--prompt", "O, ", "--max-new-tokens", 2, "--kv", "int8", "--warm")
     result, err = json_of("generate", demo_int4, *words)
@@ -226,9 +211,6 @@ def test_the_demo_runs_to_its_end(json_of):
     figures = [pytest.approx((row["perplexity"], row["kl"]), rel=0.02, abs=2e-6) for row in rows]
     assert [tuple(map(float, row)) for row in shown] == figures
     assert rows[1]["kl"] < rows[2]["kl"] and result["tokens"] > 10 and result["backend"] and "100%" in err
-
-
-# What goes wrong ------------------------------------------------------------------------------------------------------
 
 
 DEMO_X = ["generate", DEMO, "--prompt", "x"]

@@ -19,6 +19,7 @@ from neox_lite_app.paths import DEMO
 from neox_lite_quant import convert
 
 FORMATS = {"int8": ("int8", 128), "g32": ("int4", 32), "g128": ("int4", 128)}
+KEYS = {"path", "format", "bits_per_weight", "head", "bytes", "perplexity", "kl", "kl_error", "top1"}
 LINEARS = ["attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"]
 
 
@@ -58,14 +59,13 @@ def both(folders):
     return [GPTNeoXForCausalLM.from_pretrained(folder, exact=True) for folder in (DEMO, folders["g128"])]
 
 
-# What is measured -----------------------------------------------------------------------------------------------------
-
-
 def test_rows_are_those_of_both_models_side_by_side(result_of, folders, heldout):
     rows = result_of(DEMO, *folders.values(), "--windows", 5, "--exact")["rows"]
     source = GPTNeoXForCausalLM.from_pretrained(DEMO, exact=True)
     windows = cut(source, heldout.read_text(encoding="utf-8"), 64)[:5]
     assert [row["path"] for row in rows] == [str(DEMO), *map(str, folders.values())]
+    assert [row["bits_per_weight"] for row in rows] == [16, 8.125, 4.5, 4.125]
+    assert (rows[0]["kl"], rows[0]["top1"]) == (0, 1) and rows[0].keys() == rows[1].keys() == KEYS
     for row in rows[1:]:
         model = GPTNeoXForCausalLM.from_pretrained(row["path"], exact=True)
         both = quality_of(source, model, windows, row["path"])
@@ -106,9 +106,6 @@ def test_an_int8_head_counts_and_is_named(result_of, folders):
     assert source["bytes"] - small["bytes"] > 256 * 1536 * 0.9  # the head's other half
 
 
-# Layers ---------------------------------------------------------------------------------------------------------------
-
-
 def test_errors_by_layer_are_those_of_the_weights_and_of_the_states(result_of, folders, both, heldout):
     result = result_of(DEMO, folders["int8"], folders["g128"], "--layers", "--exact", "--windows", 3)
     plain, int8, int4 = result["rows"]
@@ -129,11 +126,14 @@ def test_errors_by_layer_are_those_of_the_weights_and_of_the_states(result_of, f
         assert 0 < small["hidden"] < large["hidden"] / 5
 
 
-def test_a_folder_beside_itself_has_no_errors(result_of):
+def test_a_folder_beside_itself_has_no_errors_but_those_of_a_smaller_cache(run, result_of):
     row = result_of(DEMO, DEMO, "--layers", "--windows", 2)["rows"][1]
     assert row["kl"] == 0 and row["top1"] == 1
     assert all(layer["hidden"] == 0 for layer in row["layers"])
     assert all(w["error"] == 0 for layer in row["layers"] for w in layer["weights"].values())
+    _, out, err = run(DEMO, DEMO, "--windows", 2, "--kv", "int8", "--json")
+    source, small = json.loads(out)["rows"]
+    assert source["kl"] == 0 < small["kl"] < 1e-3 and err.count("int8 KV cache") == 1
 
 
 def test_the_text_table_has_a_line_for_each_layer(run, folders):
@@ -154,9 +154,6 @@ def test_states_after_layers_are_stored_of_as_many_windows_as_there_is_room_for(
 def test_weights_of_any_two_folders_are_comparable(folders):
     (first, *_) = weight_errors(str(folders["int8"]), str(folders["g128"]), lambda done, total: None)
     assert 0.05 < first["attention.dense"].error < 0.15
-
-
-# Bounds ---------------------------------------------------------------------------------------------------------------
 
 
 def test_the_source_is_gone_before_the_first_folder_is_loaded(run, folders, monkeypatch):
@@ -213,9 +210,6 @@ def test_what_cannot_be_compared_is_said_before_the_source_is_scored(run, folder
         code, out, err = run(DEMO, *words)
         assert code == 1 and out == "" and len(err.splitlines()) == 1 and said in err, words
     assert run(DEMO, tmp_path / "shape")[0] == 0  # another shape with the same ids is a fair comparison
-
-
-# The picture ----------------------------------------------------------------------------------------------------------
 
 
 def texts(svg: str) -> list[str]:

@@ -121,8 +121,6 @@ def requests(kind, *arguments):
     return [Instance(kind, {}, one, i) for i, one in enumerate(arguments)]
 
 
-# Equal to the harness's own model -------------------------------------------------------------------------------------
-
 LONG = HELDOUT[:6000]  # more than twice the context of 512 tokens
 PAIRS = [
     ("KING RICHARD III:\n", "I am not in the giving vein to-day."),
@@ -205,9 +203,6 @@ def test_sampled_texts_differ_among_repeats_and_not_among_runs(dense):
     assert len(set(first)) == 3
 
 
-# Nothing is computed twice --------------------------------------------------------------------------------------------
-
-
 def ids(count, seed):
     draw = random.Random(seed)
     return [draw.randrange(2, 1500) for _ in range(count)]
@@ -268,9 +263,6 @@ def test_a_pool_of_few_pages_gives_the_same_scores(dense, pages, monkeypatch):
     assert computed >= least
     expected = [one.log_likelihood for one in expected]
     assert [one.log_likelihood for one in found] == pytest.approx(expected, abs=1e-4, rel=1e-6)
-
-
-# The command ----------------------------------------------------------------------------------------------------------
 
 
 def test_eval_prints_a_table_or_one_object(run, folder):
@@ -348,9 +340,6 @@ def test_chats_are_written_in_the_models_form(run, folder, tmp_path):
     assert context.endswith(FORMS["dialogue"].answer.before)
 
 
-# Two models -----------------------------------------------------------------------------------------------------------
-
-
 def test_compare_tells_differences_with_their_errors(run, folder, int4, tmp_path):
     words = ("--tasks", "ends,words,pages", "--include-path", folder, "--num-fewshot", 1)
     code, out, _ = run("eval", int4, "--compare", DEMO, *words, "--json")
@@ -389,8 +378,6 @@ def test_the_error_of_a_difference_between_equals_is_zero():
     assert tasks.difference_error(task, "perplexity", samples, samples) == 0
     assert tasks.difference_error(task, "perplexity", samples, moved) > 0
 
-
-# An interrupted run goes on -------------------------------------------------------------------------------------------
 
 KILLED = """
 import os, signal, sys

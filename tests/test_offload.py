@@ -155,8 +155,6 @@ def test_every_wait_is_needed(folder, forgets, eager):
         list(passes(model))
 
 
-# What crosses ---------------------------------------------------------------------------------------------------------
-
 PAGE_BYTES = 2 * 4 * 128 * 16 * 4  # keys and values of 4 heads of 16 in float32
 
 
@@ -201,9 +199,6 @@ def test_pages_that_were_planned_for_are_allocated_once(folder):
         model.step(pool, [a], [[1] * count])
         assert device.allocated - before == 2 * PAGES * PAGE_BYTES
         assert device.staged == 2 * (layer_bytes(model) + PAGES * PAGE_BYTES)
-
-
-# Models as people use them --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("letters", ["ddccgg", "gcdgcd", "dddddd"])
@@ -257,9 +252,6 @@ def test_layers_that_stay_on_the_cpu_are_captured_beside_others(quantized):
     segments = model.runner.layers._segments
     assert {s: list(c.graphs(pool)) for s, c in segments.items()} == {(1, 3): [(2, 2)], (3, 5): [], (5, 6): [(2, 2)]}
     assert segments[1, 3].graphs(pool)[2, 2] is not None
-
-
-# What goes wrong ------------------------------------------------------------------------------------------------------
 
 
 def test_a_file_that_changes_is_noticed_and_the_model_goes_on_once_it_is_back(folder, tmp_path):
@@ -391,8 +383,6 @@ def test_a_model_with_layers_on_the_disk_refuses_what_would_read_them_into_memor
     model.ops = reference
     assert torch.equal(model(torch.arange(9)[None]).logits, expected)
 
-
-# From what is asked for to a placement -----------------------------------------------------------------------------------
 
 CONTEXT_BYTES = 1 << 20  # of the simulated device's driver
 

@@ -57,9 +57,6 @@ def placed(sizes, gpu_layers, kv="fp16", **asked):
     return Plan(sizes, HOME, PlacementRequest(**asked), Budgets(1 << 40), kv, "fp16", 0, gpu_layers, "cpu")
 
 
-# Bytes ----------------------------------------------------------------------------------------------------------------
-
-
 def built(config, format, skipped=(), dtype=torch.float16):
     """The model on the meta device, as a folder holds it."""
     scheme = None if format == DENSE else quantization_config(format, skipped)
@@ -124,14 +121,6 @@ def test_a_file_s_windows_are_counted_as_random_rows_touch_them():
 
 def test_a_prompt_is_planned_in_the_pieces_that_generation_reads():
     assert plan.PREFILL_TOKENS == protocols.PREFILL_TOKENS
-
-
-def test_sizes_name_a_row_that_groups_do_not_divide():
-    with pytest.raises(FormatError, match=r"layers\.0\.attention\.query_key_value: .* 192 .* 128; try 32 or 64"):
-        sizes_of(odd("sequential-rotary100-tied"), INT4)
-
-
-# Promises, on thousands of random cases -------------------------------------------------------------------------------
 
 
 def cases(count, seed):
@@ -256,9 +245,6 @@ def test_the_least_degraded_choice_that_reaches_the_best_level_is_taken():
         assert bool(advice.notes(found)) == ("int8" in (found.kv, found.head))
 
 
-# Time -----------------------------------------------------------------------------------------------------------------
-
-
 def test_a_decode_step_takes_the_time_of_its_bytes():
     layer, cpu, gpu = OF_20B.layers[0] + 1024 * OF_20B.kv_fp16, 400 * 6144, 100 * 6144
     on_cpu, mixed = best(OF_20B, NO_GPU, 32), best(OF_20B, HOME, 16, 8)
@@ -333,9 +319,8 @@ def test_a_longer_pass_never_takes_less_time():
 def test_what_cannot_be_planned_is_named(asked, gpu, message):
     with pytest.raises(ArgumentError, match=message):
         best(sizes_of(config_of("20b"), INT4), NO_GPU, 1 << 10, gpu, **asked)
-
-
-# The command ----------------------------------------------------------------------------------------------------------
+    with pytest.raises(FormatError, match=r"layers\.0\.attention\.query_key_value: .* 192 .* 128; try 32 or 64"):
+        sizes_of(odd("sequential-rotary100-tied"), INT4)
 
 
 @pytest.fixture(scope="module")

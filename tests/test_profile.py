@@ -181,9 +181,6 @@ def test_doctor_shows_what_was_measured_and_measures_anew(measure, monkeypatch, 
     assert json.loads(run("doctor", "--json")[1])["measured"] == asdict(faster) and len(measure.made) == 2
 
 
-# What is measured -----------------------------------------------------------------------------------------------------
-
-
 def test_rates_are_those_of_products_with_random_weights(monkeypatch):
     """Of one token with codes, and of many with codes and with plain weights, whose results are finite."""
     rows = {profile.INT4: 512, profile.DENSE: 384}
@@ -264,9 +261,6 @@ def test_a_gpu_is_measured():
     card = profile.measure_card(torch.device("cuda:0"))
     assert card.bytes > 1 << 30 and card.rates.read_bytes_per_s > 5e10 and card.rates.flops_per_s > 1e12
     assert card.bus_bytes_per_s > 1e9 and 0 < card.context_bytes < 4 << 30
-
-
-# Memory ---------------------------------------------------------------------------------------------------------------
 
 
 def test_free_memory_is_within_the_total():

@@ -63,8 +63,6 @@ def kept_file():
     return user_cache.folder() / "tuning.json"
 
 
-# Choosing -------------------------------------------------------------------------------------------------------------
-
 USUAL, UNKNOWN, KNOWN = {8: 3.0, 4: 2.0, 16: 1.0}, {}, {"shipped": CLASS}
 
 
@@ -165,9 +163,6 @@ def test_threads_that_ask_at_once_time_once():
     assert len(bench.launched) == 3
 
 
-# The file -------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("text", ["", "\0\xff", "null", "[1]", "[" * 100_000, " " * (5 << 20), '{"cards": 7}', "cut"])
 def test_a_file_that_makes_no_sense_is_named_in_a_line_and_replaced(text):
     bench = Bench()
@@ -265,8 +260,6 @@ def test_nothing_is_timed_in_the_interpreter_or_for_cards_that_are_not_there():
     assert here.pick(PAGES, lambda tile: math.nan) == SHIPPED
 
 
-# Candidates -----------------------------------------------------------------------------------------------------------
-
 FLOAT16 = torch.float16
 CLASSES = [DeviceProperties(capability) for capability in tile_configs.SHIPPED]
 GEMV = [
@@ -310,9 +303,6 @@ def test_shapes_of_a_class_share_their_choice_and_large_products_are_cut_by_the_
     )
     assert (here.unroll_n, there.unroll_n, small.unroll_n) == (4, 2, 2)  # 9.0 is short of instructions
     assert replace(here, unroll_n=2) == there
-
-
-# Results --------------------------------------------------------------------------------------------------------------
 
 
 class Nth:
