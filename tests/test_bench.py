@@ -189,16 +189,6 @@ def test_what_makes_no_sense_is_one_line_and_exits_1(run, words, message):
     assert code == 1 and out == "" and len(errors) == 1 and message in errors[0]
 
 
-@pytest.mark.parametrize("words", [
-    (), (DEMO, "--shape", "20b"), ("--shape", "20b", DEMO), (DEMO, "--format", "int3"), (DEMO, "--batch", "0"),
-    (DEMO, "--batch", "1,99999999999999999999"), (DEMO, "--prefill", "128;512"), (DEMO, "--decode", "0"),
-])  # fmt: skip
-def test_wrong_usage_is_one_line_and_exits_2(words, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(["bench", *map(str, words)])
-    assert stopped.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
-
-
 def test_weights_larger_than_free_memory_are_refused_before_they_are_made(run, monkeypatch):
     monkeypatch.setattr(bench, "free_memory", lambda: (1 << 20, 1 << 20))
     code, _, err = run("--shape", "1x128x2")

@@ -255,7 +255,9 @@ def test_failures_are_one_line_and_exit_1(run, words, message):
 @pytest.mark.parametrize("line", [
     "", "dance", "generate", "generate a --prompt x --kv int4", "generate a --prompt x --lookup --draft b",
     "generate a --prompt x --threads 99999999999", "demo --dance", "demo --head int8", "verify a b", "quantize a b c",
-    "quantize a b --format int3",
+    "quantize a b --format int3", "plan --format int3", "plan --kv int4", "plan a b", "plan --context 0",
+    "bench", "bench a --shape 20b", "bench --shape 20b a", "bench a --format int3", "bench a --batch 0", "bench a --decode 0",
+    "bench a --batch 1,99999999999999999999", "bench a --prefill 128;512", "eval --tasks ends",
 ])  # fmt: skip
 def test_wrong_usage_is_one_line_and_exits_2(line, capsys):
     with pytest.raises(SystemExit) as stopped:

@@ -568,13 +568,6 @@ def test_failures_are_one_line_and_exit_1(run, words, message):
     assert code == 1 and out == "" and len(err.splitlines()) == 1 and message in err
 
 
-@pytest.mark.parametrize("words", [["--format", "int3"], ["--kv", "int4"], ["a", "b"], ["--context", "0"]])
-def test_wrong_usage_is_one_line_and_exits_2(run, words, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        run(*words)
-    assert stopped.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
-
-
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
