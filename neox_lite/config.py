@@ -29,6 +29,8 @@ ACTIVATIONS = {"gelu": "erf", "gelu_fast": "tanh", "gelu_new": "tanh", "gelu_pyt
 ROPE_KEYS: dict[str, tuple[set[str], set[str]]] = {
     "default": (set(), set()),
     "linear": ({"factor"}, set()),
+    # Up to max_position_embeddings, beyond which no text goes here, it is the default.
+    "dynamic": ({"factor"}, set()),
     "llama3": ({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}, set()),
     "yarn": (
         {"factor", "original_max_position_embeddings"},
@@ -42,18 +44,13 @@ ROPE_KEYS: dict[str, tuple[set[str], set[str]]] = {
         },
     ),
 }
-ROPE_REFUSED = {
-    "dynamic": "it changes keys that are already cached",
-    "longrope": "it changes keys that are already cached",
-}
+ROPE_REFUSED = {"longrope": "it changes keys that are already cached"}
 
 # Keys that would change the computation in a way this architecture does not define: accepted at the "off" value only.
 OFF_ONLY: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "is_encoder_decoder": (False,),
     "output_attentions": (False, None),
-    "output_hidden_states": (False, None),
-    "return_dict": (True, None),
     "cross_attention_hidden_size": (None,),
     "chunk_size_feed_forward": (0,),
     "pruned_heads": ({}, None),
@@ -80,10 +77,7 @@ PRESERVED = {
     "attn_implementation",
     "architectures",
     "attention_probs_dropout_prob",
-    "bad_words_ids",
-    "begin_suppress_tokens",
     "custom_pipelines",
-    "decoder_start_token_id",
     "finetuning_task",
     "gradient_checkpointing",
     "hidden_dropout_prob",
@@ -94,6 +88,31 @@ PRESERVED = {
     "tf_legacy_loss",
     "tokenizer_class",
     "transformers_version",
+}
+# Settings of generation that old transformers versions wrote into config.json, and the values that change nothing.
+GENERATION: dict[str, Any] = {
+    "max_length": 20,
+    "min_length": 0,
+    "do_sample": False,
+    "early_stopping": False,
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "diversity_penalty": 0.0,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "typical_p": 1.0,
+    "repetition_penalty": 1.0,
+    "length_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "num_return_sequences": 1,
+    "output_scores": False,
+    "return_dict_in_generate": False,
+    "remove_invalid_values": False,
+    **dict.fromkeys(("max_new_tokens", "min_new_tokens", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens")),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty")),
+    **dict.fromkeys(("penalty_alpha", "min_p", "epsilon_cutoff", "eta_cutoff", "decoder_start_token_id")),
 }
 
 Check = Callable[[Any], str | None]
@@ -131,7 +150,14 @@ def _optional(check: Check) -> Check:
 
 def _token_ids(v: Any) -> str | None:
     ids = v if isinstance(v, list) else [v]
-    return None if all(_integer(0)(i) is None for i in ids) else "a token id or a list of token ids"
+    return None if all(_integer(-1)(i) is None for i in ids) else "a token id or a list of token ids"
+
+
+def _without_minus_one(ids: Any) -> Any:
+    """Token ids without -1, which old files write for none."""
+    if isinstance(ids, list):
+        return [i for i in ids if i != -1] or None
+    return None if ids == -1 else ids
 
 
 def _one_of(*choices: str) -> Check:
@@ -162,7 +188,7 @@ FIELDS: dict[str, Field] = {
     "attention_bias": Field(True, _boolean),
     "tie_word_embeddings": Field(False, _boolean),
     "use_cache": Field(True, _boolean),
-    "bos_token_id": Field(0, _optional(_integer(0))),
+    "bos_token_id": Field(0, _optional(_integer(-1))),
     "eos_token_id": Field(2, _optional(_token_ids)),
     "pad_token_id": Field(None, _optional(_integer(-1))),
     "initializer_range": Field(0.02, _number(0)),
@@ -173,6 +199,10 @@ FIELDS: dict[str, Field] = {
         None, _optional(_one_of("regression", "single_label_classification", "multi_label_classification"))
     ),
 }
+
+
+# What a forward pass returns where its caller does not say.
+RETURNED = {"output_hidden_states": False, "return_dict": True}
 
 
 class GPTNeoXConfig:
@@ -208,6 +238,8 @@ class GPTNeoXConfig:
     problem_type: str | None
     rope_parameters: dict[str, Any]
     dtype: str | None
+    output_hidden_states: bool
+    return_dict: bool
     id2label: dict[int, str]
     label2id: dict[str, int]
     quantization_config: dict[str, Any] | None
@@ -222,14 +254,24 @@ class GPTNeoXConfig:
             if (expected := field.check(value)) is not None:
                 raise ConfigError(f"{where}: {name} is {value!r}, expected {expected}")
             setattr(self, name, value)
-        if self.pad_token_id == -1:  # old configs write -1 for "none"
-            self.pad_token_id = None
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(self, name, _without_minus_one(getattr(self, name)))
+        for name, default in RETURNED.items():
+            value = keys.pop(name, None)
+            if value not in (None, True, False):
+                raise ConfigError(f"{where}: {name} is {value!r}, expected true or false")
+            setattr(self, name, default if value is None else bool(value))
         self.dtype = _pop_dtype(keys, where)
         self.rope_parameters = _pop_rope(keys, self, where)
         self.id2label, self.label2id = _pop_labels(keys, where)
         self.quantization_config = keys.pop("quantization_config", None)
         if self.quantization_config is not None and not isinstance(self.quantization_config, dict):
             raise ConfigError(f"{where}: quantization_config is {self.quantization_config!r}, expected an object")
+        # compressed-tensors writes so of a model that it has made plain again.
+        status = (self.quantization_config or {}).get("quantization_status")
+        self.was_decompressed = status == "decompressed"
+        if self.was_decompressed:
+            self.quantization_config = None
         self._check_shape(where)
         self._keep(keys, where, announced)
 
@@ -251,7 +293,7 @@ class GPTNeoXConfig:
             )
 
     def _keep(self, keys: dict[str, Any], where: str, announced: Collection[str]) -> None:
-        unknown = sorted(k for k in keys if k not in PRESERVED and k not in announced)
+        unknown = sorted(k for k in keys if k not in PRESERVED and k not in GENERATION and k not in announced)
         if unknown:
             known = [*FIELDS, "rope_parameters", "rotary_pct", "rotary_emb_base"]
             near = {k: difflib.get_close_matches(k, known, 1, 0.8) for k in unknown}
@@ -322,6 +364,11 @@ class GPTNeoXConfig:
     def num_labels(self, count: int) -> None:
         self.id2label, self.label2id = _labels(count)
 
+    @property
+    def generation_settings(self) -> dict[str, Any]:
+        """Settings of generation in config.json, which hold where a folder has no generation_config.json."""
+        return {k: v for k, v in self.extra.items() if k in GENERATION and v not in (None, GENERATION[k])}
+
     # Reading and writing ----------------------------------------------------------------------------------------------
 
     @classmethod
@@ -360,6 +407,7 @@ class GPTNeoXConfig:
         }
         if self.rope_scaling is not None:
             keys["rope_scaling"] = self.rope_scaling
+        keys |= {name: value for name, default in RETURNED.items() if (value := getattr(self, name)) != default}
         if self.dtype is not None:
             keys["torch_dtype"] = keys["dtype"] = self.dtype
         if self.id2label != _labels(2)[0]:
@@ -455,7 +503,12 @@ def _pop_rope(keys: dict[str, Any], config: GPTNeoXConfig, where: str) -> dict[s
         **old,
         **new,
     }
-    return _checked_rope(rope, config.max_position_embeddings, where)
+    rope = _checked_rope(rope, config.max_position_embeddings, where)
+    # transformers 4.46 to 4.57 repeat these beside the older keys.
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if key in keys and keys[key] == rope[key]:
+            del keys[key]
+    return rope
 
 
 def _named(rope: dict[str, Any], where: str) -> dict[str, Any]:
@@ -482,7 +535,8 @@ def _checked_rope(rope: dict[str, Any], max_positions: int, where: str) -> dict[
     if missing := required - rope.keys():
         raise ConfigError(f"{where}: rope_type {kind!r} needs {', '.join(sorted(missing))}")
     if unknown := rope.keys() - allowed:
-        raise ConfigError(f"{where}: rope_type {kind!r} does not know {', '.join(sorted(unknown))}")
+        warnings.warn(f"{where}: rope_type {kind!r} has no use for {', '.join(sorted(unknown))}", stacklevel=5)
+        rope = {k: v for k, v in rope.items() if k in allowed}
     checks: dict[str, Check] = {
         "rope_theta": _number(0, open_low=True),
         "partial_rotary_factor": _number(0, 1, open_low=True),

@@ -33,7 +33,7 @@ UNFINISHED = f"{MANIFEST}.partial"  # there while a folder is being written; hol
 SMALL_FILES = ("config.json", *COMPANIONS, MANIFEST)
 HEAD = "neox_lite_head.safetensors"
 # The first that a repository has is used and the others are never fetched: GPT-NeoX-20B has both, 80 GB together.
-WEIGHTS = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 # An adapter's folder has these in place of a model's.
 ADAPTER_CONFIG = "adapter_config.json"
@@ -128,7 +128,8 @@ def local_folder(folder_or_id: str | Path, revision: str | None = None) -> Path 
     except (OSError, RuntimeError, ValueError):  # too long, ~ of nobody, NUL
         found, is_folder = False, False
     if text and is_folder:
-        if revision is not None:
+        # Scripts pass "main" whatever they load.
+        if revision not in (None, "main"):
             raise CheckpointError(f"{text}: is a folder, so revision {revision!r} means nothing; leave it out")
         return folder
     if text and found:

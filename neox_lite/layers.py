@@ -146,14 +146,15 @@ class Rotary(FixedDtype):
 def inverse_frequencies(config: GPTNeoXConfig) -> tuple[Tensor, float]:
     """Rotation per position of each pair, (rotary_dim / 2,) float32, and the factor on cosines and sines.
 
-    default: Su et al. 2021, https://arxiv.org/abs/2104.09864; linear: positions divided by `factor`;
+    default, and dynamic up to the trained length: Su et al. 2021, https://arxiv.org/abs/2104.09864;
+    linear: positions divided by `factor`;
     llama3: low frequencies divided, high ones kept, a ramp between (Llama 3.1's published rule);
     yarn: Peng et al. 2023, https://arxiv.org/abs/2309.00071.
     """
     rope, dim = config.rope_parameters, config.rotary_dim
     wavelengths = rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     plain = 1.0 / wavelengths
-    if rope["rope_type"] == "default":
+    if rope["rope_type"] in ("default", "dynamic"):
         return plain, 1.0
     if rope["rope_type"] == "linear":
         return plain / rope["factor"], 1.0

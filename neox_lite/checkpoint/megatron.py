@@ -21,9 +21,12 @@ from .safetensors_file import TensorInfo
 FILE_NAME = re.compile(r"layer_([0-9]{2,4})-model_([0-9]{2,4})-model_states\.pt")
 # How the parts of a tensor make the whole.
 BY_ROWS = ("word_embeddings", "attention.query_key_value", "mlp.dense_h_to_4h", "final_linear")
-BY_COLUMNS = ("attention.dense", "mlp.dense_4h_to_h")  # their biases are summed
+# Their biases are summed. In models with sequential residual, each part has the whole bias.
+BY_COLUMNS = ("attention.dense", "mlp.dense_4h_to_h")
 AVERAGED = ("input_layernorm", "post_attention_layernorm", "norm")
 SKIPPED = ("attention.rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")  # buffers, which are computed
+# Names since September 2024.
+NEWER = {"mlp.linear1": "mlp.dense_h_to_4h", "mlp.linear2": "mlp.dense_4h_to_h"}
 ENDS = {"word_embeddings": "gpt_neox.embed_in", "norm": "gpt_neox.final_layer_norm", "final_linear": "embed_out"}
 
 
@@ -56,12 +59,15 @@ def layer_files(names: Iterable[str], where: Path) -> dict[int, list[str]]:
 
 
 def open_layers(
-    folder: Path, layers: dict[int, list[str]], open_part: Callable[[str], PartFile]
+    folder: Path, layers: dict[int, list[str]], open_part: Callable[[str], PartFile], parallel_residual: bool = True
 ) -> dict[Path, MergedLayer]:
-    """Every file's path -> the layer that it is a part of. Raises CheckpointError for tensors that are not of this kind."""
+    """Every file's path -> the layer that it is a part of. Raises CheckpointError for tensors that are not of this kind.
+
+    parallel_residual: as in the config; decides how biases of row-parallel layers were added while training.
+    """
     merged: dict[Path, MergedLayer] = {}
     for number, names in layers.items():
-        layer = MergedLayer(number, folder / names[0], [open_part(name) for name in names])
+        layer = MergedLayer(number, folder / names[0], [open_part(name) for name in names], parallel_residual)
         merged |= {folder / name: layer for name in names}
     return merged
 
@@ -69,8 +75,9 @@ def open_layers(
 class MergedLayer:
     """A layer's tensors under the names that checkpoints give them, put together when they are read. A `WeightFile`."""
 
-    def __init__(self, number: int, path: Path, parts: list[PartFile]) -> None:
+    def __init__(self, number: int, path: Path, parts: list[PartFile], parallel_residual: bool) -> None:
         self._parts = parts
+        self._averaged = AVERAGED if parallel_residual else (*AVERAGED, *BY_COLUMNS)
         self._names: dict[str, str] = {}
         self.infos: dict[str, TensorInfo] = {}
         for name in parts[0].infos:
@@ -91,7 +98,7 @@ class MergedLayer:
         if len(info.shape) == 2:
             return torch.cat(found, dim=1)
         total = torch.stack([values.float() for values in found]).sum(0)
-        return (total / len(found) if _module(stored) in AVERAGED else total).to(info.dtype)
+        return (total / len(found) if _module(stored) in self._averaged else total).to(info.dtype)
 
     def _rows(self, name: str, start: int, stop: int) -> Tensor:
         found: list[Tensor] = []
@@ -139,11 +146,12 @@ def _own_name(number: int, name: str, path: Path) -> str:
     known = module in (*BY_ROWS, *BY_COLUMNS, *AVERAGED) and last in ("weight", "bias")
     if not known or (number == 0) != (module == "word_embeddings"):
         raise CheckpointError(f"{path}: {shown(name)} is not part of GPT-NeoX's layer {number:02}")
-    return f"{ENDS[module]}.{last}" if module in ENDS else f"gpt_neox.layers.{number - 2}.{name}"
+    return f"{ENDS[module]}.{last}" if module in ENDS else f"gpt_neox.layers.{number - 2}.{module}.{last}"
 
 
 def _module(name: str) -> str:
-    return name.rpartition(".")[0]
+    module = name.rpartition(".")[0]
+    return NEWER.get(module, module)
 
 
 def _is_by_rows(name: str) -> bool:

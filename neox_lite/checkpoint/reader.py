@@ -5,6 +5,7 @@ It does not know what the names mean, which dtypes a model wants, or how a folde
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -58,7 +59,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: str | Path) -> "Checkpoint":
-        """Open the one set of weights in a folder: safetensors before .bin before layer files, an index before a single file.
+        """Open the one set of weights in a folder: safetensors before .bin before layer files, a single file before an index.
 
         Raises CheckpointError if there is none, or if a file, index or link is malformed, inconsistent or unsafe.
         """
@@ -191,15 +192,23 @@ def _open_weights(folder: Path) -> dict[Path, WeightFile]:
     opener: Callable[[Path], WeightFile]
     for stem, suffix, opener in (("model", ".safetensors", SafetensorsFile), ("pytorch_model", ".bin", _BinFile)):
         index, single = folder / f"{stem}{suffix}.index.json", folder / f"{stem}{suffix}"
+        if _exists(single):
+            if _exists(index) and set(_read_weight_map(folder, index, suffix).values()) != {single.name}:
+                warnings.warn(
+                    f"{folder}: holds two models; {single.name} is read, as in transformers, and {index.name} with its "
+                    "files is not: delete one of them",
+                    stacklevel=4,
+                )
+            return {single: opener(inside(folder, single.name))}
         if _exists(index):
             return _open_indexed(folder, index, suffix, opener)
-        if _exists(single):
-            return {single: opener(inside(folder, single.name))}
     if holds_adapter(folder):
         raise CheckpointError(no_model(folder))
     listed = sorted(path.name for path in folder.iterdir())
     if layers := layer_files(listed, folder):
-        return {**open_layers(folder, layers, lambda name: _BinFile(inside(folder, name)))}
+        config = read_json(folder / CONFIG, CheckpointError) if _exists(folder / CONFIG) else {}
+        parallel = config.get("use_parallel_residual", True) is not False
+        return {**open_layers(folder, layers, lambda name: _BinFile(inside(folder, name)), parallel)}
     shards = [name for name in listed if SHARD_NAME.fullmatch(name)]
     if shards:
         raise CheckpointError(f"{folder}: has {shards[0]} but its index is missing: {INDEX}")

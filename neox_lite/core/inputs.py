@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,8 @@ class PackedInputs:
     """A padded batch without its padding.
 
     tokens: ids (tokens,) int64 on the CPU, or embeddings (tokens, hidden). keep (batch, width) bool marks them in the padded
-    batch. positions (tokens,) int64: for the rotary embedding. counts: tokens of each row.
+    batch. positions (tokens,) int64: for the rotary embedding. counts: tokens of each text, row by row; a row is one text
+    unless its positions begin again.
     """
 
     tokens: Tensor
@@ -46,8 +48,12 @@ def pack(
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     inputs_embeds: Tensor | None,
+    use_cache: bool = True,
 ) -> PackedInputs:
     """Check the arguments and drop masked tokens. past: what is cached; it may be of any class yet.
+
+    use_cache: whether the call returns a cache. Without one, and without a mask, position_ids that do not go on by one begin
+    another text in the same row, as in transformers (`find_packed_sequence_indices`).
 
     Raises ArgumentError, ContextLengthError or UnsupportedError.
     """
@@ -60,12 +66,22 @@ def pack(
     if past is not None:
         check_cache(config, past, rows)
     keep = _keep(attention_mask, rows, width, past)
-    positions = _positions(config, position_ids, rows, width, past.width if past is not None else 0)[keep]
+    positions = _positions(config, position_ids, rows, width, past.width if past is not None else 0)
+    counts = keep.sum(1).tolist()
+    if not use_cache and past is None and attention_mask is None and position_ids is not None:
+        counts = [count for row in positions for count in _text_lengths(row)]
     if input_ids is not None:
         tokens = check_ids(input_ids.cpu()[keep], config.vocab_size)
     else:
         tokens = given[keep.to(given.device)]
-    return PackedInputs(tokens, keep, positions, keep.sum(1).tolist())
+    return PackedInputs(tokens, keep, positions[keep], counts)
+
+
+def _text_lengths(positions: Tensor) -> list[int]:
+    """Lengths of the texts in a row: one ends where positions (width,) do not go on by one."""
+    starts = (positions.diff() != 1).nonzero().flatten() + 1
+    bounds = [0, *starts.tolist(), len(positions)]
+    return [stop - start for start, stop in itertools.pairwise(bounds)]
 
 
 def pad(flat: Tensor, keep: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from ..errors import ArgumentError, UnsupportedError
 from ..tokenizer import GPTNeoXTokenizerFast
 from ..units import PAGE
 from .batch import pad, prompt_ids, stack_steps
-from .options import GenerationConfig, Options, as_dict
+from .options import FILE, GenerationConfig, Options, as_dict
 from .outputs import ModelOutput
 from .protocols import ModelRunner
 from .request import Sequence, StopStringChecker, check_ids, hold_back_end, processors
@@ -113,10 +113,13 @@ class GenerationMixin:
 
     @property
     def generation_config(self) -> GenerationConfig:
-        """Defaults of `generate`: generation_config.json's, where the model's folder has one."""
+        """Defaults of `generate`: generation_config.json's, where the model's folder has one, else those in config.json."""
         if self._generation_config is None:
             folder = self.source.folder
-            config = GenerationConfig.from_pretrained(folder) if folder is not None else GenerationConfig()
+            if folder is not None and (folder / FILE).is_file():
+                config = GenerationConfig.from_pretrained(folder)
+            else:
+                config = GenerationConfig(**self.config.generation_settings)
             for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
                 if getattr(config, name) is None and getattr(self.config, name) is not None:
                     setattr(config, name, getattr(self.config, name))

@@ -25,7 +25,10 @@ from ..offload.stream import Origin
 from ..units import DTYPES, dtype_name
 from .quantize import quantize_module
 
-HEADS = ("embed_out", "lm_head", "score", "classifier", "qa_outputs")  # a class leaves the heads of others alone
+# A class leaves the heads of others alone; v_head is trl's value head.
+HEADS = ("embed_out", "lm_head", "score", "classifier", "qa_outputs", "v_head")
+# What compressed-tensors leaves beside weights that it has decompressed.
+LEFT_OVER = ("weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
 
 
 class Skeleton:
@@ -69,7 +72,11 @@ class Skeleton:
         if name.partition(".")[0] in self.heads:
             return name
         has_prefix = any(n.startswith(prefix) for n in here.names())
-        return prefix + name.removeprefix(prefix) if has_prefix else name.removeprefix(prefix)
+        stored = prefix + name.removeprefix(prefix) if has_prefix else name.removeprefix(prefix)
+        if stored.endswith("embed_in.weight") and stored not in here and self.model.config.tie_word_embeddings:
+            # safetensors.torch.save_model keeps the first of two names for one tensor.
+            return next((head for head in ("embed_out.weight", "lm_head.weight") if head in here), stored)
+        return stored
 
     def is_encoded(self, module: nn.Module) -> bool:
         """Whether a module's dense weight is to be quantized on its way in."""
@@ -99,6 +106,8 @@ class Skeleton:
         copies = spare & {"embed_out.weight", "lm_head.weight"} if "embed_out" in self.heads else set()
         if not self.tied:
             spare -= copies
+        if self.model.config.was_decompressed:
+            spare |= {n for n in self.checkpoint.names() if n.endswith(LEFT_OVER)} - expected.keys()
         self.checkpoint.check({**expected, **{n: (self.checkpoint.info(n).shape, None) for n in spare}})
         for name in copies:
             embedding = self.stored("gpt_neox.embed_in.weight")

@@ -64,7 +64,14 @@ class GPTNeoXForCausalLM(Headed, GenerationMixin):
         if logits_to_keep and labels is not None:
             raise ArgumentError("logits_to_keep and labels exclude each other: the loss needs all logits")
         packed = self._packed(
-            input_ids, attention_mask, position_ids, inputs_embeds, past_key_values, output_hidden_states, **other
+            input_ids,
+            attention_mask,
+            position_ids,
+            inputs_embeds,
+            past_key_values,
+            output_hidden_states,
+            use_cache,
+            **other,
         )
         shown = packed.keep.clone()
         if logits_to_keep:
@@ -78,7 +85,7 @@ class GPTNeoXForCausalLM(Headed, GenerationMixin):
             return_dict,
             loss=None if labels is None else _language_loss(logits, labels, packed.keep),
             logits=logits,
-            past_key_values=self._returned_cache(packed, use_cache),
+            past_key_values=packed.cache,
             hidden_states=packed.hidden_states,
         )
 

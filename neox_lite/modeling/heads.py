@@ -45,11 +45,18 @@ class GPTNeoXForSequenceClassification(Headed):
     ) -> Any:
         """-> loss, logits (batch, labels) float32, past_key_values, hidden_states.
 
-        The last token is the rightmost that attention_mask keeps; without a mask, the rightmost that is not
-        pad_token_id; with neither, a batch must be a single row. The loss follows config.problem_type.
+        The last token is the rightmost that attention_mask keeps and, given ids, that is not pad_token_id, as transformers
+        takes it. Without a mask and a pad_token_id, a batch must be a single row. The loss follows config.problem_type.
         """
         packed = self._packed(
-            input_ids, attention_mask, position_ids, inputs_embeds, past_key_values, output_hidden_states, **other
+            input_ids,
+            attention_mask,
+            position_ids,
+            inputs_embeds,
+            past_key_values,
+            output_hidden_states,
+            use_cache,
+            **other,
         )
         last = self._last_tokens(input_ids, packed.keep, attention_mask is not None)
         first_of_row = packed.keep.sum(1).cumsum(0) - packed.keep.sum(1)
@@ -59,7 +66,7 @@ class GPTNeoXForSequenceClassification(Headed):
             return_dict,
             loss=None if labels is None else self._loss(logits, labels),
             logits=logits,
-            past_key_values=self._returned_cache(packed, use_cache),
+            past_key_values=packed.cache,
             hidden_states=packed.hidden_states,
         )
 
@@ -68,14 +75,19 @@ class GPTNeoXForSequenceClassification(Headed):
         rows, width = keep.shape
         pad = self.config.pad_token_id
         real = keep
-        if not masked and ids is not None and pad is not None:
-            real = ids.cpu() != pad
+        if ids is not None and pad is not None:
+            real = keep & (ids.cpu() != pad)
+            # A text of padding alone is scored at its beginning, as transformers does.
+            alone = ~real.any(1)
+            real[alone] = keep[alone] & (keep[alone].cumsum(1) == 1)
         elif not masked and rows > 1:
             raise ArgumentError(
                 f"a batch of {rows} rows without attention_mask needs config.pad_token_id to find each row's last token"
             )
         if not bool(real.any(1).all()):
-            raise ArgumentError(f"row {int((~real.any(1)).nonzero()[0])} holds padding only; it has no token to score")
+            raise ArgumentError(
+                f"row {int((~real.any(1)).nonzero()[0])} is masked as a whole; it has no token to score"
+            )
         return width - 1 - real.flip(1).int().argmax(1)
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -119,7 +131,14 @@ class GPTNeoXForTokenClassification(Headed):
     ) -> Any:
         """-> loss (mean cross entropy where labels are not -100), logits (batch, tokens, labels) float32, hidden_states."""
         packed = self._packed(
-            input_ids, attention_mask, position_ids, inputs_embeds, past_key_values, output_hidden_states, **other
+            input_ids,
+            attention_mask,
+            position_ids,
+            inputs_embeds,
+            past_key_values,
+            output_hidden_states,
+            use_cache,
+            **other,
         )
         logits = packed.unpack(self.runner.head(packed.x))
         loss = None

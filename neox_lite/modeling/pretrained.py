@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,7 +46,7 @@ class Packed:
 
     x: Tensor
     keep: Tensor  # (batch, width) bool
-    cache: KVCache
+    cache: KVCache | None  # None: it is not to be returned
     hidden_states: tuple[Tensor, ...] | None
 
     def unpack(self, flat: Tensor) -> Tensor:
@@ -172,35 +172,40 @@ class GPTNeoXPreTrainedModel(Network):
         inputs_embeds: Tensor | None = None,
         past_key_values: KVCache | None = None,
         output_hidden_states: bool | None = None,
+        use_cache: bool | None = None,
         **other: Any,
     ) -> Packed:
-        """Check the arguments of a forward pass, drop masked tokens and run the blocks."""
+        """Check the arguments of a forward pass, drop masked tokens and run the blocks. None: as the config says."""
         # 1. Arguments as packed tokens.
         inputs.check_options(other)
         self.refresh()
-        given = inputs.pack(self.config, past_key_values, input_ids, attention_mask, position_ids, inputs_embeds)
-        cache = past_key_values if past_key_values is not None else KVCache(self.new_pool(), len(given.keep))
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if use_cache is None:
+            use_cache = self.config.use_cache
+        given = inputs.pack(
+            self.config, past_key_values, input_ids, attention_mask, position_ids, inputs_embeds, use_cache
+        )
+        cache = past_key_values if past_key_values is not None else KVCache(self.new_pool(), len(given.counts))
         # 2. The pass.
         runner = self.runner
         seen: list[Tensor] = []
         batch = Batch.reserve(cache.pool, cache.block_tables, given.counts, given.positions)
         x = runner.embed(given.tokens) if given.are_ids else runner.layers.to_first(given.tokens)
         x = runner.hidden_states(x, cache.pool, batch, seen.append if output_hidden_states else None)
-        cache.append(given.keep)
+        if use_cache or past_key_values is not None:
+            cache.append(given.keep)
         # 3. Hidden states, the last one after the final norm.
-        packed = Packed(x, given.keep, cache, None)
+        packed = Packed(x, given.keep, cache if use_cache else None, None)
         if not output_hidden_states:
             return packed
         states = tuple(packed.unpack(h).to(self.dtype) for h in (*seen, runner.final_norm(x)))
-        return Packed(x, given.keep, cache, states)
-
-    def _returned_cache(self, packed: Packed, use_cache: bool | None) -> KVCache | None:
-        """The cache, where the caller wants it; use_cache None: as the config says."""
-        return packed.cache if (self.config.use_cache if use_cache is None else use_cache) else None
+        return replace(packed, hidden_states=states)
 
     def _output(self, return_dict: bool | None, **values: Any) -> Any:
+        """return_dict None: as the config says."""
         output = ModelOutput(**values)
-        return output.to_tuple() if return_dict is False else output
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
 
 class GPTNeoXModel(GPTNeoXPreTrainedModel, Transformer):
@@ -221,12 +226,19 @@ class GPTNeoXModel(GPTNeoXPreTrainedModel, Transformer):
     ) -> Any:
         """-> last_hidden_state (batch, tokens, hidden) in the model's dtype, past_key_values, hidden_states."""
         packed = self._packed(
-            input_ids, attention_mask, position_ids, inputs_embeds, past_key_values, output_hidden_states, **other
+            input_ids,
+            attention_mask,
+            position_ids,
+            inputs_embeds,
+            past_key_values,
+            output_hidden_states,
+            use_cache,
+            **other,
         )
         return self._output(
             return_dict,
             last_hidden_state=packed.unpack(self.runner.final_norm(packed.x)).to(self.dtype),
-            past_key_values=self._returned_cache(packed, use_cache),
+            past_key_values=packed.cache,
             hidden_states=packed.hidden_states,
         )
 

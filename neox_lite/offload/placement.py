@@ -197,6 +197,9 @@ def _by_map(
 ) -> PlacementDecision:
     """A place for every part from a map as accelerate writes them: a module's name stands for all that is in it."""
     devices, count = _devices(request.device_map), len(sizes.layers)
+    # The head's name in transformers v5.
+    if "embed_out" in heads and "lm_head" in devices:
+        devices.setdefault("embed_out", devices.pop("lm_head"))
     names = [f"{prefix}embed_in", *(f"{prefix}layers.{i}" for i in range(count)), f"{prefix}final_layer_norm", *heads]
     gpu = next((d for d in devices.values() if isinstance(d, torch.device) and d.type == "cuda"), None)
     tiers, unused = [], set(devices) - {f"{prefix}rotary_emb"}

@@ -149,7 +149,7 @@ def _model_metadata(config: GPTNeoXConfig, name: str, kind: int) -> dict[str, Va
 def _rope_scaling(config: GPTNeoXConfig) -> dict[str, Value]:
     rope = config.rope_parameters
     kind = rope["rope_type"]
-    if kind == "default":
+    if kind in ("default", "dynamic"):
         return {}
     plain = {"rope_type", "rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings"}
     fixed = {"beta_fast": 32, "beta_slow": 1, "truncate": True}  # llama.cpp's only values

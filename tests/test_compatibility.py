@@ -1,0 +1,308 @@
+"""What people bring from transformers and EleutherAI's training code: the same results, or a warning that says what differs."""
+
+import json
+import shutil
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_model
+from support.checkpoints import IDS, change_json, change_tensors, write_source
+from support.peers import difference, pair, peer, random_ids
+
+import neox_lite
+from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXForSequenceClassification
+from neox_lite.errors import ConfigError
+
+transformers = pytest.importorskip("transformers")
+
+
+def theirs(folder, cls="GPTNeoXForCausalLM", **options):
+    return getattr(transformers, cls).from_pretrained(folder, dtype=torch.float32, **options).eval()
+
+
+def logits(model, ids=IDS, **options):
+    with torch.no_grad():
+        return model(ids, **options).logits
+
+
+def assert_same_logits(folder, cls="GPTNeoXForCausalLM", **options):
+    ours = getattr(neox_lite, cls).from_pretrained(folder, dtype="float32")
+    assert difference(logits(ours, **options), logits(theirs(folder, cls), **options)) < 1e-5
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+def test_of_a_single_file_and_older_shards_the_single_file_is_read_and_both_are_named(tmp_path):
+    write_source(tmp_path / "old", dtype=torch.float32, shard_size=100_000)
+    new = write_source(tmp_path / "new", dtype=torch.float32, initializer_range=0.05)
+    for path in (tmp_path / "old").glob("model*"):
+        shutil.copy(path, tmp_path / "new")
+    with pytest.warns(UserWarning, match=r"holds two models; model.safetensors is read, as in transformers"):
+        ours = GPTNeoXForCausalLM.from_pretrained(tmp_path / "new")
+    assert torch.equal(logits(ours), logits(new))
+    assert difference(logits(ours), logits(theirs(tmp_path / "new"))) < 1e-5
+
+
+def test_shards_without_their_files_do_not_hide_a_single_file(tmp_path):
+    model = write_source(tmp_path, dtype=torch.float32)
+    index = {"metadata": {}, "weight_map": {"gpt_neox.embed_in.weight": "model-00001-of-00002.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.warns(UserWarning, match="holds two models"):
+        assert torch.equal(logits(GPTNeoXForCausalLM.from_pretrained(tmp_path)), logits(model))
+
+
+def test_an_index_of_the_single_file_itself_says_nothing_new(tmp_path, recwarn):
+    write_source(tmp_path)
+    names = load_file(tmp_path / "model.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    GPTNeoXForCausalLM.from_pretrained(tmp_path)
+    assert not recwarn
+
+
+@pytest.mark.parametrize("name", ["gpt_neox.embed_in.weight", "embed_out.weight"])
+def test_a_tied_model_may_hold_its_one_table_under_either_name(tmp_path, name):
+    model = write_source(tmp_path, dtype=torch.float32, tie_word_embeddings=True)
+    other = "embed_out.weight" if name.startswith("gpt") else "gpt_neox.embed_in.weight"
+
+    def keep(tensors):
+        tensors[name] = tensors.pop(other, tensors.get(name))
+
+    change_tensors(tmp_path / "model.safetensors", keep)
+    assert torch.equal(logits(GPTNeoXForCausalLM.from_pretrained(tmp_path)), logits(model))
+    assert_same_logits(tmp_path)
+
+
+def test_a_tied_model_saved_by_safetensors_save_model_is_read(tmp_path):
+    write_source(tmp_path, dtype=torch.float32, tie_word_embeddings=True)
+    model = theirs(tmp_path)
+    save_model(model, str(tmp_path / "model.safetensors"), {"format": "pt"})
+    assert_same_logits(tmp_path)
+
+
+def test_a_value_head_beside_the_model_is_left_alone(tmp_path):
+    write_source(tmp_path, dtype=torch.float32)
+
+    def add(tensors):
+        tensors |= {"v_head.summary.weight": torch.ones(1, 128), "v_head.summary.bias": torch.zeros(1)}
+
+    change_tensors(tmp_path / "model.safetensors", add)
+    assert_same_logits(tmp_path)
+
+
+def test_a_folder_of_ours_that_transformers_has_decompressed_and_saved_is_a_plain_checkpoint(tmp_path):
+    write_source(tmp_path / "source", dtype=torch.float32)
+    ours = GPTNeoXForCausalLM.from_pretrained(tmp_path / "source", quantization="int4", exact=True)
+    ours.save_pretrained(tmp_path / "int4")
+    model = theirs(tmp_path / "int4")
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "again")
+    config = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert config["quantization_config"]["quantization_status"] == "decompressed"
+    plain = GPTNeoXForCausalLM.from_pretrained(tmp_path / "again")
+    assert plain.config.quantization_config is None
+    assert difference(logits(plain), expected) < 1e-5
+    GPTNeoXForCausalLM.from_pretrained(tmp_path / "again", quantization="int8")
+
+
+# Settings -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("scaling", "unused"),
+    [
+        (
+            {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "finetuned": True},
+            "rope_type 'yarn' has no use for finetuned",
+        ),
+        (
+            {"type": "linear", "factor": 4.0, "original_max_position_embeddings": 64},
+            "rope_type 'linear' has no use for original_max_position_embeddings",
+        ),
+        ({"rope_type": "default", "factor": 2.0}, "rope_type 'default' has no use for factor"),
+        ({"type": "dynamic", "factor": 4.0}, None),
+    ],
+    ids=["yarn", "linear", "default", "dynamic"],
+)
+def test_rope_settings_on_which_nothing_depends_are_named_and_compute_the_same(tmp_path, scaling, unused):
+    write_source(tmp_path, dtype=torch.float32)
+    keys = json.loads((tmp_path / "config.json").read_text())
+    del keys["rope_parameters"]
+    (tmp_path / "config.json").write_text(json.dumps({**keys, "rope_scaling": scaling}))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        GPTNeoXConfig.from_pretrained(tmp_path)
+    assert [unused in str(w.message) for w in caught] == ([True] if unused else [])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert_same_logits(tmp_path, ids=torch.arange(256)[None] % 131)
+
+
+def test_rotary_keys_that_transformers_repeats_under_their_later_names_are_no_news(recwarn):
+    keys = {"rotary_pct": 0.5, "rotary_emb_base": 5000, "rope_theta": 5000, "partial_rotary_factor": 0.5}
+    config = GPTNeoXConfig(**keys)
+    assert (config.rotary_pct, config.rotary_emb_base) == (0.5, 5000) and not recwarn
+    with pytest.warns(UserWarning, match="rope_theta are not part of GPT-NeoX"):
+        GPTNeoXConfig(**{**keys, "rope_theta": 7000})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"repetition_penalty": 1.7, "no_repeat_ngram_size": 2},
+        {"do_sample": False, "max_length": 20, "num_beams": 1, "top_k": 50, "temperature": 1.0},
+        {"min_new_tokens": 9, "bad_words_ids": [[5], [7, 9]]},
+    ],
+    ids=["penalties", "defaults", "lists"],
+)
+def test_settings_of_generation_in_config_json_are_honoured(tmp_path, settings, recwarn):
+    write_source(tmp_path, dtype=torch.float32)
+    (tmp_path / "generation_config.json").unlink(missing_ok=True)
+    change_json(tmp_path / "config.json", **settings)
+    ours = GPTNeoXForCausalLM.from_pretrained(tmp_path)
+    found = ours.generate(IDS[:, :8], max_new_tokens=24)
+    assert not [w for w in recwarn if "no effect" in str(w.message)]
+    expected = theirs(tmp_path).generate(IDS[:, :8], attention_mask=torch.ones(1, 8), max_new_tokens=24)
+    assert torch.equal(found, expected)
+
+
+def test_a_generation_config_hides_those_of_config_json(tmp_path):
+    write_source(tmp_path)
+    change_json(tmp_path / "config.json", repetition_penalty=1.7)
+    (tmp_path / "generation_config.json").write_text('{"no_repeat_ngram_size": 3}')
+    config = GPTNeoXForCausalLM.from_pretrained(tmp_path).generation_config
+    assert (config.repetition_penalty, config.no_repeat_ngram_size) == (None, 3)
+
+
+@pytest.mark.parametrize("ids", [-1, [-1], [5, -1]], ids=str)
+def test_an_end_id_of_minus_one_is_no_end(ids):
+    assert GPTNeoXConfig(eos_token_id=ids).eos_token_id == ([5] if isinstance(ids, list) and 5 in ids else None)
+
+
+def test_config_json_says_what_forward_returns_where_the_call_does_not(tmp_path):
+    write_source(tmp_path, dtype=torch.float32)
+    change_json(tmp_path / "config.json", output_hidden_states=True)
+    expected = theirs(tmp_path)(IDS).to_tuple()
+    # transformers itself cannot run with return_dict false in config.json.
+    change_json(tmp_path / "config.json", return_dict=False)
+    model = GPTNeoXForCausalLM.from_pretrained(tmp_path)
+    found = model(IDS)
+    assert isinstance(found, tuple) and len(found) == len(expected)
+    assert difference(torch.stack(found[-1]), torch.stack(expected[-1])) < 1e-5
+    assert model(IDS, output_hidden_states=False, return_dict=True).hidden_states is None
+    model.config.output_hidden_states = False
+    model.config.return_dict = True
+    assert model(IDS).hidden_states is None
+    with pytest.raises(ConfigError, match="output_hidden_states is 'x', expected true or false"):
+        GPTNeoXConfig(output_hidden_states="x")
+
+
+# Calls ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_takes_the_revision_that_every_script_passes(tmp_path):
+    write_source(tmp_path)
+    GPTNeoXForCausalLM.from_pretrained(tmp_path, revision="main")
+    with pytest.raises(neox_lite.NeoxLiteError, match="revision 'step3000' means nothing"):
+        GPTNeoXForCausalLM.from_pretrained(tmp_path, revision="step3000")
+
+
+def test_a_device_map_may_call_the_head_as_transformers_does(tmp_path):
+    write_source(tmp_path)
+    model = GPTNeoXForCausalLM.from_pretrained(tmp_path, device_map={"gpt_neox": "cpu", "lm_head": "cpu"})
+    assert model.embed_out.weight.device.type == "cpu"
+
+
+RESTARTS = torch.cat([torch.arange(n) for n in (10, 20, 17)])[None]
+
+
+@pytest.mark.parametrize(
+    ("call", "cuts"),
+    [
+        ({"use_cache": False}, True),
+        ({"use_cache": True}, False),
+        ({}, False),
+        ({"use_cache": False, "attention_mask": torch.ones(1, 47, dtype=torch.long)}, False),
+    ],
+    ids=["no-cache", "cache", "default", "mask"],
+)
+@pytest.mark.parametrize("source", ["call", "config"])
+def test_positions_that_begin_again_begin_another_text_where_transformers_cuts(tmp_path, call, cuts, source):
+    folder = tmp_path / "model"
+    pair(folder)
+    if source == "config":
+        change_json(folder / "config.json", use_cache=call.get("use_cache", True))
+        call = {name: value for name, value in call.items() if name != "use_cache"}
+    ids = random_ids(1, 47)
+    ours, peer_model = GPTNeoXForCausalLM.from_pretrained(folder), theirs(folder)
+    for labels in (None, ids):
+        found = ours(ids, position_ids=RESTARTS, labels=labels, **call)
+        expected = peer_model(ids, position_ids=RESTARTS, labels=labels, **call)
+        assert difference(found.logits, expected.logits) < 1e-5
+        assert labels is None or abs(float(found.loss - expected.loss)) < 1e-5
+    apart = torch.cat([ours(part).logits for part in ids.split([10, 20, 17], dim=1)], dim=1)
+    assert (difference(found.logits, apart) < 1e-5) is cuts
+
+
+def test_rows_that_are_cut_differently_are_cut_each_in_its_own_places(tmp_path):
+    ours, peer_model = pair(tmp_path / "model")
+    ids = random_ids(3, 12)
+    positions = torch.stack([torch.arange(12), torch.arange(12) % 5, torch.tensor([0, 1, 2, 9, 10, 3, 3, 4, 5, 6, 7, 0])])
+    call = {"position_ids": positions, "use_cache": False, "output_hidden_states": True}
+    found, expected = ours(ids, **call), peer_model(ids, **call)
+    assert difference(found.logits, expected.logits) < 1e-5
+    assert difference(torch.stack(found.hidden_states), torch.stack(expected.hidden_states)) < 1e-5
+
+
+@pytest.mark.parametrize("mask", [None, "ones"], ids=["no-mask", "ones"])
+@pytest.mark.parametrize(
+    "rows",
+    [[[5, 6, 7, 2], [8, 9, 2, 2]], [[5, 2, 7, 2], [2, 2, 2, 2]], [[2, 2, 5, 6], [2, 5, 6, 2]]],
+    ids=["end", "alone", "left"],
+)
+def test_a_text_is_classified_at_its_last_id_that_is_no_padding(tmp_path, rows, mask):
+    """Also where padding and the end of text are one id, and the mask keeps it."""
+    write_source(tmp_path, torch.float32, GPTNeoXForSequenceClassification, num_labels=3, pad_token_id=2, eos_token_id=2)
+    ids = torch.tensor(rows)
+    options = {"attention_mask": torch.ones_like(ids)} if mask else {}
+    assert_same_logits(tmp_path, "GPTNeoXForSequenceClassification", ids=ids, **options)
+
+
+# EleutherAI's layer files ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parallel", [True, False], ids=["parallel", "sequential"])
+@pytest.mark.parametrize("names", ["until-2024", "since-2024"])
+def test_biases_of_row_parallel_layers_are_added_as_while_training(tmp_path, parallel, names):
+    """With sequential residual every part holds the whole bias; with parallel residual, a share."""
+    model = peer(vocab_size=132, num_hidden_layers=1, use_parallel_residual=parallel)
+    state = model.state_dict()
+    shares = 1.0 if not parallel else 0.5
+    newer = {"mlp.dense_h_to_4h": "mlp.linear1", "mlp.dense_4h_to_h": "mlp.linear2"} if names == "since-2024" else {}
+    files = {0: {"word_embeddings.weight": state["gpt_neox.embed_in.weight"]}, 2: {}, 4: {}, 5: {}}
+    for name, tensor in state.items():
+        if (inner := name.removeprefix("gpt_neox.layers.0.")) != name:
+            module, _, last = inner.rpartition(".")
+            files[2][f"{newer.get(module, module)}.{last}"] = tensor
+        elif "final_layer_norm" in name:
+            files[4][f"norm.{name.rpartition('.')[2]}"] = tensor
+        elif "embed_in" not in name and name.endswith("weight"):
+            files[5]["final_linear.weight"] = tensor
+    tmp_path.joinpath("model").mkdir()
+    for number, tensors in files.items():
+        for part in range(2):
+            held = {}
+            for name, tensor in tensors.items():
+                by_columns = any(name.startswith(m) for m in ("attention.dense.", "mlp.dense_4h_to_h.", "mlp.linear2."))
+                if "norm" in name:
+                    held[name] = tensor
+                elif by_columns and tensor.dim() == 1:
+                    held[name] = tensor * shares
+                else:
+                    held[name] = tensor.chunk(2, dim=1 if by_columns else 0)[part].contiguous()
+            torch.save(held, tmp_path / "model" / f"layer_{number:02}-model_{part:02}-model_states.pt")
+    GPTNeoXConfig(**model.config.to_dict()).save_pretrained(tmp_path / "model")
+    ours = GPTNeoXForCausalLM.from_pretrained(tmp_path / "model")
+    assert difference(logits(ours), logits(model)) < 1e-5
