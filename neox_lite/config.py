@@ -215,6 +215,7 @@ class GPTNeoXConfig:
     """
 
     model_type = "gpt_neox"
+    is_encoder_decoder = False
 
     vocab_size: int
     hidden_size: int
@@ -377,10 +378,10 @@ class GPTNeoXConfig:
 
     @classmethod
     def from_pretrained(
-        cls, name: str | os.PathLike[str], revision: str | None = None, **overrides: Any
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], revision: str | None = None, **overrides: Any
     ) -> GPTNeoXConfig:
         """Read config.json from a folder or hub id; `overrides` replace its keys, but for `hub.Access`'s options."""
-        access = Access.take(overrides)
+        name, access = pretrained_model_name_or_path, Access.take(overrides)
         folder = local_folder(name if isinstance(name, Path) else os.fspath(name), revision)
         folder = folder or fetch_files(os.fspath(name), ["config.json"], revision, access)
         path = folder / "config.json"
@@ -415,6 +416,19 @@ class GPTNeoXConfig:
         if self.quantization_config is not None:
             keys["quantization_config"] = self.quantization_config
         return copy.deepcopy(keys)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The keys whose values are not the default's."""
+        usual = type(self)().to_dict()
+        return {k: v for k, v in self.to_dict().items() if k == "model_type" or k not in usual or v != usual[k]}
+
+    def update(self, keys: dict[str, Any]) -> None:
+        """Replace keys, checked as when reading. Those that decide shapes change nothing in a model that exists."""
+        self.__dict__.update(self.copy(**keys).__dict__)
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> GPTNeoXConfig:
+        """Itself: there is nothing but text here."""
+        return self
 
     def to_json_string(self) -> str:
         return json.dumps(self.to_dict(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"

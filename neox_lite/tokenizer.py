@@ -693,9 +693,10 @@ class AutoTokenizer:
 
     @classmethod
     def from_pretrained(
-        cls, name: str | os.PathLike[str], revision: str | None = None, **options: Any
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], revision: str | None = None, **options: Any
     ) -> GPTNeoXTokenizerFast:
         """GPTNeoXTokenizerFast.from_pretrained. Raises ConfigError where config.json names another architecture."""
+        name = pretrained_model_name_or_path
         tokenizer = GPTNeoXTokenizerFast.from_pretrained(name, revision, **options)
         path = folder_of(os.fspath(name), ["config.json"], revision, Access.take(options)) / "config.json"
         kind = read_json(path, ConfigError).get("model_type", "gpt_neox") if path.is_file() else "gpt_neox"

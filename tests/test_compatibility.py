@@ -249,7 +249,9 @@ def test_positions_that_begin_again_begin_another_text_where_transformers_cuts(t
 def test_rows_that_are_cut_differently_are_cut_each_in_its_own_places(tmp_path):
     ours, peer_model = pair(tmp_path / "model")
     ids = random_ids(3, 12)
-    positions = torch.stack([torch.arange(12), torch.arange(12) % 5, torch.tensor([0, 1, 2, 9, 10, 3, 3, 4, 5, 6, 7, 0])])
+    positions = torch.stack(
+        [torch.arange(12), torch.arange(12) % 5, torch.tensor([0, 1, 2, 9, 10, 3, 3, 4, 5, 6, 7, 0])]
+    )
     call = {"position_ids": positions, "use_cache": False, "output_hidden_states": True}
     found, expected = ours(ids, **call), peer_model(ids, **call)
     assert difference(found.logits, expected.logits) < 1e-5
@@ -264,7 +266,9 @@ def test_rows_that_are_cut_differently_are_cut_each_in_its_own_places(tmp_path):
 )
 def test_a_text_is_classified_at_its_last_id_that_is_no_padding(tmp_path, rows, mask):
     """Also where padding and the end of text are one id, and the mask keeps it."""
-    write_source(tmp_path, torch.float32, GPTNeoXForSequenceClassification, num_labels=3, pad_token_id=2, eos_token_id=2)
+    write_source(
+        tmp_path, torch.float32, GPTNeoXForSequenceClassification, num_labels=3, pad_token_id=2, eos_token_id=2
+    )
     ids = torch.tensor(rows)
     options = {"attention_mask": torch.ones_like(ids)} if mask else {}
     assert_same_logits(tmp_path, "GPTNeoXForSequenceClassification", ids=ids, **options)
@@ -306,3 +310,139 @@ def test_biases_of_row_parallel_layers_are_added_as_while_training(tmp_path, par
     GPTNeoXConfig(**model.config.to_dict()).save_pretrained(tmp_path / "model")
     ours = GPTNeoXForCausalLM.from_pretrained(tmp_path / "model")
     assert difference(logits(ours), logits(model)) < 1e-5
+
+
+# Calls as scripts write them ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """(ours, transformers') with the same weights."""
+    return pair(tmp_path_factory.mktemp("models") / "model")
+
+
+def test_names_may_be_given_under_transformers_keyword(tmp_path):
+    write_source(tmp_path)
+    for cls in (GPTNeoXForCausalLM, neox_lite.GPTNeoXConfig, neox_lite.AutoModelForCausalLM):
+        cls.from_pretrained(pretrained_model_name_or_path=tmp_path)
+    neox_lite.GenerationConfig.from_pretrained(pretrained_model_name=tmp_path)
+
+
+def test_save_pretrained_takes_transformers_options_that_ask_for_what_it_does(models, tmp_path):
+    usual = {"is_main_process": True, "state_dict": None, "push_to_hub": False, "safe_serialization": True}
+    models[0].save_pretrained(save_directory=tmp_path, max_shard_size="5GB", **usual, variant=None, token=None)
+    assert torch.equal(logits(GPTNeoXForCausalLM.from_pretrained(tmp_path)), logits(models[0]))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"push_to_hub": True}, "neox-lite push"),
+        ({"safe_serialization": False}, "always written as safetensors"),
+        ({"state_dict": {}}, "load_state_dict, then save"),
+        ({"shards": 3}, "knows no option 'shards'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_save_pretrained_refuses_the_others(models, tmp_path, options, words):
+    with pytest.raises(neox_lite.NeoxLiteError, match=words):
+        models[0].save_pretrained(tmp_path, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_generate_takes_a_generation_config_by_place(models):
+    config = {"max_new_tokens": 5, "do_sample": False}
+    ids = random_ids(1, 6)
+    found = models[0].generate(ids, neox_lite.GenerationConfig(**config))
+    assert torch.equal(found, models[1].generate(ids, transformers.GenerationConfig(**config, pad_token_id=0)))
+    assert torch.equal(found, models[0].generate(ids, transformers.GenerationConfig(**config)))
+
+
+def test_what_trainer_pipelines_and_accelerate_look_for_is_there(models, tmp_path):
+    models[0].save_pretrained(tmp_path)
+    loaded = GPTNeoXForCausalLM.from_pretrained(tmp_path)
+    assert loaded.name_or_path == str(tmp_path)
+    assert (loaded.main_input_name, loaded.config_class) == ("input_ids", GPTNeoXConfig)
+    assert not hasattr(loaded, "hf_device_map")
+    config = loaded.config
+    assert config.is_encoder_decoder is False and config.get_text_config() is config
+    assert config.to_diff_dict()["hidden_size"] == 64 and "layer_norm_eps" not in config.to_diff_dict()
+    config.update({"use_cache": False, "rotary_pct": 0.5})
+    assert (config.use_cache, config.rotary_pct) == (False, 0.5)
+    with pytest.raises(ConfigError, match="use_cache is 3"):
+        config.update({"use_cache": 3})
+
+
+def test_trainer_evaluates(tmp_path):
+    """The loss that transformers' own Trainer gives with transformers' model."""
+    pytest.importorskip("accelerate")
+    ours, peer_model = pair(tmp_path / "model")  # Trainer changes a model's config
+    ids = random_ids(6, 12)
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    arguments = transformers.TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, per_device_eval_batch_size=2)
+    losses = [transformers.Trainer(m, arguments, eval_dataset=rows).evaluate()["eval_loss"] for m in (ours, peer_model)]
+    assert abs(losses[0] - losses[1]) < 1e-5
+
+
+def test_the_cache_goes_by_transformers_later_name_too(models):
+    ids = random_ids(1, 9)
+    first = models[0](ids[:, :5])
+    assert first.cache is first.past_key_values is first["cache"]
+    found = models[0](ids[:, 5:], cache=first.cache).logits
+    assert difference(found, models[1](ids).logits[:, 5:]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "sampling", [{}, {"do_sample": True, "top_k": 5, "temperature": 0.7}], ids=["greedy", "sampled"]
+)
+def test_renormalized_scores_are_log_probabilities(models, sampling):
+    common = {"max_new_tokens": 4, "return_dict_in_generate": True, "output_scores": True, "renormalize_logits": True}
+    ids = random_ids(1, 6)
+    found = models[0].generate(ids, **common, **sampling)
+    for step in found.scores:
+        assert abs(float(step.exp().sum()) - 1) < 1e-5
+    if not sampling:
+        expected = models[1].generate(ids, **common, pad_token_id=0)
+        assert difference(torch.stack(found.scores), torch.stack(expected.scores)) < 1e-5
+
+
+def test_generation_configs_are_built_checked_and_saved_as_in_transformers(tmp_path):
+    config = neox_lite.GenerationConfig.from_dict({"top_k": 3, "do_sample": True}, temperature=0.5)
+    config.validate()
+    config.save_pretrained(tmp_path / "new")
+    again = neox_lite.GenerationConfig.from_pretrained(tmp_path / "new")
+    assert (again.top_k, again.temperature) == (3, 0.5)
+    assert transformers.GenerationConfig.from_pretrained(tmp_path / "new").top_k == 3
+    with pytest.raises(neox_lite.NeoxLiteError, match="top_p is 7"):
+        neox_lite.GenerationConfig(top_p=7.0).validate()
+
+
+def test_a_model_of_transformers_is_no_draft_and_the_message_says_which_is(models):
+    with pytest.raises(neox_lite.NeoxLiteError, match=r"of transformers, expected one of neox_lite"):
+        models[0].generate(random_ids(1, 4), assistant_model=models[1], max_new_tokens=2)
+
+
+def test_the_loss_of_a_part_of_a_batch(models):
+    ids = random_ids(2, 9)
+    labels = ids.clone()
+    labels[0, :4] = -100
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    for call in (
+        {"labels": labels, "num_items_in_batch": 7},
+        {"labels": labels, "num_items_in_batch": torch.tensor(7)},
+        {"labels": labels, "shift_labels": shifted},
+    ):
+        assert abs(float(models[0](ids, **call).loss - models[1](ids, **call).loss)) < 1e-5
+    assert abs(float(models[0](ids, shift_labels=shifted).loss - models[1](ids, labels=labels).loss)) < 1e-5
+
+
+@pytest.mark.parametrize("columns", [[0, 3, 8], [8], [-1, 2], []], ids=str)
+def test_logits_of_some_columns(models, columns):
+    ids = random_ids(2, 9)
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    keep = torch.tensor(columns, dtype=torch.long)
+    found = models[0](ids, attention_mask=mask, logits_to_keep=keep).logits
+    expected = models[1](ids, attention_mask=mask, logits_to_keep=keep).logits
+    real = mask[:, keep].bool()
+    assert found.shape == expected.shape and torch.allclose(found[real], expected[real], atol=1e-5)

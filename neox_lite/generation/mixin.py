@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import threading
 import time
 from collections import Counter, abc
@@ -323,6 +324,11 @@ class GenerationMixin:
 
 
 def _own_tokenizer(tokenizer: Any) -> GPTNeoXTokenizerFast:
+    """tokenizer, or that of transformers, as one of this package."""
     if isinstance(tokenizer, GPTNeoXTokenizerFast):
         return tokenizer
+    if hasattr(tokenizer, "backend_tokenizer") and hasattr(tokenizer, "save_pretrained"):
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            return GPTNeoXTokenizerFast.from_pretrained(folder)
     raise ArgumentError(f"tokenizer is a {type(tokenizer).__name__}, expected a neox_lite GPTNeoXTokenizerFast")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, ConfigError, ContextLengthError, UnsupportedError
-from ..files import read_json
+from ..files import read_json, write_atomically
 from ..hub import Access, fetch_files, local_folder
 from .parameters import PARAMETERS
 from .sampling import Sampling
@@ -43,7 +43,7 @@ COUNTS: dict[str, tuple[int, int | None]] = {
     **dict.fromkeys(("num_assistant_tokens", "prompt_lookup_num_tokens"), (1, 1 << 10)),
     **dict.fromkeys(("bos_token_id", "pad_token_id"), (-1, MAX_TOKEN_ID)),
 }
-SWITCHES = ("return_dict_in_generate", "output_scores", "output_logits")
+SWITCHES = ("return_dict_in_generate", "output_scores", "output_logits", "renormalize_logits")
 # transformers' options that are honoured only at the value that means "off", with what to do instead.
 OFF_ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "num_beams": ((1, None), "beam search is not supported; use do_sample=True or greedy decoding"),
@@ -70,7 +70,7 @@ OFF_ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 # Options that change nothing here: the cache is always used, lengths of beams and encoders do not arise.
 NO_EFFECT = {
-    "use_cache", "early_stopping", "length_penalty", "diversity_penalty", "renormalize_logits", "remove_invalid_values",
+    "use_cache", "early_stopping", "length_penalty", "diversity_penalty", "remove_invalid_values",
     "transformers_version", "decoder_start_token_id", "num_assistant_tokens_schedule", "cache_implementation", "low_memory",
     "trust_remote_code", "synced_gpus", "disable_compile", "token_type_ids",
 }  # fmt: skip
@@ -99,6 +99,7 @@ class Options:
     return_dict_in_generate: `generate` returns an object with `.sequences`, and those of the next two.
     output_scores: `.scores`, for each new token (batch, vocabulary) float32, from which it was sampled.
     output_logits: `.logits`, of the same shape, as the model returns them.
+    renormalize_logits: scores are log-probabilities of what can be sampled.
     assistant_model: a smaller model with the same tokenizer that drafts; changes no token.
     num_assistant_tokens: of a draft at most; its length is chosen for speed.
     prompt_lookup_num_tokens: of a draft at most, which is looked up in the prompt and the answer instead.
@@ -123,6 +124,7 @@ class Options:
     return_dict_in_generate: bool = False
     output_scores: bool = False
     output_logits: bool = False
+    renormalize_logits: bool = False
     assistant_model: Any = None
     num_assistant_tokens: int | None = None
     prompt_lookup_num_tokens: int | None = None
@@ -258,13 +260,26 @@ class GenerationConfig:
 
     @classmethod
     def from_pretrained(
-        cls, name: str | os.PathLike[str], revision: str | None = None, **options: Any
+        cls, pretrained_model_name: str | os.PathLike[str], revision: str | None = None, **options: Any
     ) -> GenerationConfig:
         """Read generation_config.json of a folder, which may lack it, or of a hub id; options replace what it says."""
-        access = Access.take(options)
+        name, access = pretrained_model_name, Access.take(options)
         folder = local_folder(name if isinstance(name, Path) else os.fspath(name), revision)
         path = (folder or fetch_files(os.fspath(name), [FILE], revision, access)) / FILE
         return cls(**{**(read_json(path, ConfigError) if path.is_file() else {}), **options})
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], **options: Any) -> GenerationConfig:
+        return cls(**{**config_dict, **options})
+
+    def validate(self, strict: bool = False) -> None:
+        """Raise for a value that `generate` would refuse."""
+        Options.parse(self.to_dict())
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], config_file_name: str = FILE) -> None:
+        """Write it into a folder, under its final name only when complete."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        write_atomically(Path(save_directory) / config_file_name, self.to_json_string())
 
     def to_json_string(self) -> str:
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"

@@ -196,7 +196,8 @@ class Sequence:
         return [*found, self._keep_step_scores] if self.options.output_scores else found
 
     def _keep_step_scores(self, history: Tensor, logits: Tensor) -> Tensor:
-        self.step_scores.append(sampled_logits(logits, self.options.sampling))
+        scores = sampled_logits(logits, self.options.sampling)
+        self.step_scores.append(scores.log_softmax(-1) if self.options.renormalize_logits else scores)
         return logits
 
     def _criteria_stop(self, logits: Tensor) -> bool:

@@ -68,7 +68,11 @@ def check_count(name: str, value: Any, low: int, high: int | None = None) -> Non
 def check_drafts(merged: dict[str, Any]) -> None:
     draft, counts = merged.get("assistant_model"), merged.get("speculation")
     if draft is not None and not all(hasattr(draft, name) for name in ("new_pool", "step", "config")):
-        raise ArgumentError(f"assistant_model is a {type(draft).__name__}, expected a GPTNeoXForCausalLM")
+        package = type(draft).__module__.partition(".")[0]
+        raise ArgumentError(
+            f"assistant_model is a {type(draft).__name__} of {package}, expected one of neox_lite: load its folder with "
+            "neox_lite.GPTNeoXForCausalLM.from_pretrained"
+        )
     if draft is not None and merged.get("prompt_lookup_num_tokens") is not None:
         raise ArgumentError("assistant_model and prompt_lookup_num_tokens exclude each other; leave one out")
     if counts is not None and not isinstance(counts, Speculation):

@@ -49,19 +49,21 @@ class GPTNeoXForCausalLM(Headed, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
         **other: Any,
     ) -> Any:
         """-> loss, logits (batch, tokens, vocabulary) float32, past_key_values, hidden_states.
 
         labels (batch, tokens), -100 for "do not score": the loss is the mean cross entropy of each label given the
-        tokens before it, leaving out labels whose preceding position is masked. logits_to_keep n > 0 computes the last
-        n columns only.
+        tokens before it, leaving out labels whose preceding position is masked. shift_labels: the same, moved by one column
+        already. num_items_in_batch: what the sum is divided by in place of the number of labels. logits_to_keep n > 0
+        computes the last n columns only, a tensor of indices those columns.
         """
-        if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
-            raise ArgumentError(f"logits_to_keep is {logits_to_keep!r}, expected a number of columns")
-        if logits_to_keep and labels is not None:
+        # Named arguments with "label" in them would be labels to transformers' Trainer, all of which it then expects.
+        shift_labels, num_items_in_batch = other.pop("shift_labels", None), other.pop("num_items_in_batch", None)
+        scored = labels is not None or shift_labels is not None
+        if scored and (isinstance(logits_to_keep, Tensor) or logits_to_keep):
             raise ArgumentError("logits_to_keep and labels exclude each other: the loss needs all logits")
         packed = self._packed(
             input_ids,
@@ -73,17 +75,19 @@ class GPTNeoXForCausalLM(Headed, GenerationMixin):
             use_cache,
             **other,
         )
+        columns = _columns(logits_to_keep, packed.keep.shape[1])
         shown = packed.keep.clone()
-        if logits_to_keep:
-            shown[:, : max(0, shown.shape[1] - logits_to_keep)] = False
-        rows = shown[packed.keep].nonzero().flatten() if logits_to_keep else None
+        if columns is not None:
+            shown[:] = False
+            shown[:, columns] = packed.keep[:, columns]
+        rows = shown[packed.keep].nonzero().flatten() if columns is not None else None
         flat = self.runner.head(packed.x, rows)
         logits = inputs.pad(flat, shown)
-        if logits_to_keep:
-            logits = logits[:, -logits_to_keep:]
+        if columns is not None:
+            logits = logits[:, columns]
         return self._output(
             return_dict,
-            loss=None if labels is None else _language_loss(logits, labels, packed.keep),
+            loss=_language_loss(logits, labels, shift_labels, packed.keep, num_items_in_batch) if scored else None,
             logits=logits,
             past_key_values=packed.cache,
             hidden_states=packed.hidden_states,
@@ -128,9 +132,19 @@ class GPTNeoXForCausalLM(Headed, GenerationMixin):
         """See `Runner.launch`."""
         return self._unmoved_runner().launch(pool, block_tables, ids, sampling, excluded, previous)
 
-    def generate(self, input_ids: Tensor | None = None, **options: Any) -> Any:
+    def generate(
+        self,
+        input_ids: Tensor | None = None,
+        generation_config: Any = None,
+        logits_processor: Any = None,
+        stopping_criteria: Any = None,
+        **options: Any,
+    ) -> Any:
         """Continue prompts (batch, tokens) -> ids with what follows, or return_dict_in_generate's. Options: those of `Options`
         and `Sampling`."""
+        options |= {"generation_config": generation_config} if generation_config is not None else {}
+        options |= {"logits_processor": logits_processor} if logits_processor is not None else {}
+        options |= {"stopping_criteria": stopping_criteria} if stopping_criteria is not None else {}
         return self._generate(input_ids, options)
 
     def stream(self, prompt: str | Tensor | Sequence[int], **options: Any) -> Iterator[Event]:
@@ -138,8 +152,34 @@ class GPTNeoXForCausalLM(Headed, GenerationMixin):
         return self._stream(prompt, options)
 
 
-def _language_loss(logits: Tensor, labels: Tensor, keep: Tensor) -> Tensor:
-    labels, keep = labels.to(logits.device), keep.to(logits.device)
-    inputs.check_labels(labels, keep, logits.shape[-1])
-    targets = torch.where(keep[:, :-1], labels[:, 1:], -100)
-    return functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=-100)
+def _columns(logits_to_keep: int | Tensor, width: int) -> Tensor | None:
+    """Indices of the columns that need logits; None for all."""
+    if isinstance(logits_to_keep, Tensor):
+        if logits_to_keep.dim() != 1 or logits_to_keep.dtype not in (torch.int64, torch.int32):
+            raise ArgumentError(f"logits_to_keep is {logits_to_keep!r}, expected indices of columns")
+        if bool((logits_to_keep < -width).any() or (logits_to_keep >= width).any()):
+            raise ArgumentError(f"logits_to_keep is {logits_to_keep.tolist()}, but there are {width} columns")
+        return logits_to_keep.long().cpu() % max(width, 1)
+    if type(logits_to_keep) is not int or logits_to_keep < 0:
+        raise ArgumentError(f"logits_to_keep is {logits_to_keep!r}, expected a number of columns")
+    return torch.arange(max(0, width - logits_to_keep), width) if logits_to_keep else None
+
+
+def _language_loss(
+    logits: Tensor,
+    labels: Tensor | None,
+    shift_labels: Tensor | None,
+    keep: Tensor,
+    num_items_in_batch: int | Tensor | None,
+) -> Tensor:
+    keep = keep.to(logits.device)
+    if shift_labels is None:
+        assert labels is not None
+        labels = labels.to(logits.device)
+        inputs.check_labels(labels, keep, logits.shape[-1])
+        shift_labels = functional.pad(labels[:, 1:], (0, 1), value=-100)
+    targets = torch.where(keep, shift_labels.to(logits.device), -100).flatten()
+    if num_items_in_batch is None:
+        return functional.cross_entropy(logits.flatten(0, 1), targets, ignore_index=-100)
+    total = functional.cross_entropy(logits.flatten(0, 1), targets, ignore_index=-100, reduction="sum")
+    return total / num_items_in_batch

@@ -36,6 +36,18 @@ ABSENT = {
     "resize_token_embeddings": "a model's vocabulary stays as it is; resize it with transformers, then load the result",
     "to_bettertransformer": "the kernels are chosen for the device; leave it out",
 }
+# Options of transformers' save_pretrained: the values that ask for what is done anyway, and what to do for others.
+SAVE_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "is_main_process": ((True,), "call it in the main process only"),
+    "state_dict": ((None,), "load_state_dict, then save"),
+    "push_to_hub": ((False,), "save_pretrained, then `neox-lite push`"),
+    "safe_serialization": ((True, None), "weights are always written as safetensors; leave it out"),
+    "variant": ((None,), "rename the files afterwards"),
+    "token": ((None, True, False), "it is for push_to_hub: `neox-lite push`"),
+    "save_peft_format": ((True, False), "leave it out"),
+    "save_original_format": ((True, False), "leave it out"),
+    "distributed_checkpoint": ((False,), "a model is in one process; leave it out"),
+}
 # Copies and pickles bind their own kernels and have their own cache.
 NOT_COPIED = {"_runner", "_cache_holder"}
 
@@ -57,6 +69,8 @@ class Packed:
 class GPTNeoXPreTrainedModel(Network):
     """A network with Hugging Face's methods, and the kernels that are bound to it when it first runs."""
 
+    config_class = GPTNeoXConfig
+    main_input_name = "input_ids"
     _runner: Runner | None = None
 
     def __getattr__(self, name: str) -> Tensor | nn.Module:
@@ -70,9 +84,11 @@ class GPTNeoXPreTrainedModel(Network):
     # Loading and saving -----------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls: type[Model], name: str | os.PathLike[str], **options: Any) -> Model:
+    def from_pretrained(
+        cls: type[Model], pretrained_model_name_or_path: str | os.PathLike[str], **options: Any
+    ) -> Model:
         """Load a folder or hub id. Options: those of `LoadOptions`."""
-        return from_pretrained(cls, name, LoadOptions.parse(options))
+        return from_pretrained(cls, pretrained_model_name_or_path, LoadOptions.parse(options))
 
     @classmethod
     def from_config(cls: type[Model], config: GPTNeoXConfig) -> Model:
@@ -83,9 +99,20 @@ class GPTNeoXPreTrainedModel(Network):
     def can_generate(cls) -> bool:
         return hasattr(cls, "generate")
 
-    def save_pretrained(self, folder: str | os.PathLike[str], max_shard_size: int | str = "5GB") -> None:
-        """Write config.json, the weights and their manifest; the folder opens here and in transformers."""
-        save_pretrained(self, Path(folder), max_shard_size)
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *, max_shard_size: int | str = "5GB", **options: Any
+    ) -> None:
+        """Write config.json, the weights and their manifest; the folder opens here and in transformers.
+
+        Other options are transformers', at the values that ask for this.
+        """
+        for name, value in options.items():
+            if name not in SAVE_OPTIONS:
+                raise ArgumentError(f"save_pretrained knows no option {name!r}")
+            allowed, instead = SAVE_OPTIONS[name]
+            if value not in allowed:
+                raise UnsupportedError(f"save_pretrained({name}={value!r}): {instead}")
+        save_pretrained(self, Path(save_directory), max_shard_size)
 
     def warm(self, progress: Callable[[int, int], object] | None = None) -> None:
         """Read mapped weights from the disk now rather than token by token; progress is told bytes done and in all."""
@@ -97,10 +124,18 @@ class GPTNeoXPreTrainedModel(Network):
     # Place ------------------------------------------------------------------------------------------------------------
 
     @property
-    def hf_device_map(self) -> dict[str, torch.device] | None:
-        """Where parts are that were placed apart, so that transformers' pipelines leave them there; None: all on one device."""
+    def name_or_path(self) -> str:
+        """What it was loaded from; empty for a model built from a config."""
+        return self.source.name or ""
+
+    @property
+    def hf_device_map(self) -> dict[str, torch.device]:
+        """Where parts are that were placed apart, so that transformers' pipelines and Trainer leave them there.
+
+        There is none, as in transformers, where all parts are on one device.
+        """
         if self.placement is None:
-            return None
+            raise AttributeError("hf_device_map: all parts are on one device")
         base, prefix = self.base_model, "" if self.base_model is self else f"{self.base_model_prefix}."
         ends = {"embed_in": base.embed_in.weight.device, "final_layer_norm": base.final_layer_norm.weight.device}
         layers = {f"layers.{i}": layer.device for i, layer in enumerate(base.blocks)}
@@ -176,7 +211,9 @@ class GPTNeoXPreTrainedModel(Network):
         **other: Any,
     ) -> Packed:
         """Check the arguments of a forward pass, drop masked tokens and run the blocks. None: as the config says."""
-        # 1. Arguments as packed tokens.
+        # 1. Arguments as packed tokens; `cache` is transformers' later name of past_key_values.
+        if (cache := other.pop("cache", None)) is not None:
+            past_key_values = cache
         inputs.check_options(other)
         self.refresh()
         if output_hidden_states is None:
