@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from .errors import ConfigError, TokenizerError
 from .files import read_json, write_atomically
@@ -24,7 +24,9 @@ from .hub import OTHER_TOKENIZER_FILES, TOKENIZER_FILES, Access, fetch_files
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # What transformers' GPTNeoXTokenizer assumes where the files are silent; here, only if the vocabulary has the token.
 DEFAULTS = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>") | {"pad_token": "<|padding|>"}
+BPE_FILES = ("vocab.json", "merges.txt")  # of a tokenizer without tokenizer.json
 MAX_BYTES = 256 << 20  # of a JSON file; the largest vocabularies take a tenth of that
+UTF8_BYTES = 4  # of a character at most
 NO_LIMIT = int(1e30)  # how transformers writes "no model_max_length"; it reads anything above 1e20 so
 OPTIONS = (
     *SPECIAL,
@@ -110,7 +112,10 @@ class GPTNeoXTokenizerFast:
     def __init__(self, tokenizer_file: str | os.PathLike[str], **options: Any) -> None:
         check_arguments("GPTNeoXTokenizerFast", options, OPTIONS)
         self.name_or_path = os.fspath(tokenizer_file)
-        self._tokenizer = backend = read_backend(Path(tokenizer_file))
+        path = Path(tokenizer_file)
+        self._tokenizer = backend = (
+            read_backend(path) if path.exists() or path.name != "tokenizer.json" else bpe_backend(path.parent)
+        )
         baked = {"padding_side": backend.padding, "truncation_side": backend.truncation}
         backend.no_padding()
         backend.no_truncation()
@@ -143,8 +148,8 @@ class GPTNeoXTokenizerFast:
         source, access = os.fspath(pretrained_model_name_or_path), Access.take(options)
         options.pop("use_fast", None)
         check_arguments("from_pretrained", options, OPTIONS)
-        folder = folder_of(source, (*TOKENIZER_FILES, *OTHER_TOKENIZER_FILES), revision, access)
-        require_tokenizer_json(folder, source)
+        folder = folder_of(source, ("config.json", *TOKENIZER_FILES, *OTHER_TOKENIZER_FILES), revision, access)
+        require_tokenizer_files(folder, source)
         try:
             settings = read_settings(folder)
             ignored = [n for n in ("add_bos_token", "add_eos_token") if settings.pop(n, False) and n not in options]
@@ -476,7 +481,7 @@ class StreamDecoder:
 
     def __init__(self, tokenizer: GPTNeoXTokenizerFast, skip_special_tokens: bool = False) -> None:
         self._backend = tokenizer.backend_tokenizer
-        self._byte_level = isinstance(self._backend.decoder, decoders.ByteLevel)
+        self._byte_level = is_byte_level(self._backend.decoder)
         added = self._backend.get_added_tokens_decoder() if skip_special_tokens else {}
         self._skipped = {index for index, token in added.items() if token.special}
         self._restart()
@@ -495,7 +500,11 @@ class StreamDecoder:
         if self._byte_level:
             return self._utf8.decode(token_bytes(token))
         self._window.append(index)
-        return "" if re.fullmatch("<0x[0-9A-F]{2}>", token) else self._settle()  # a byte may still become a character
+        # A byte may still become a character.
+        if re.fullmatch("<0x[0-9A-F]{2}>", token):
+            return ""
+        text = self._backend.decode(self._window, skip_special_tokens=False)
+        return "" if text.endswith("\ufffd") and len(self._window) <= UTF8_BYTES else self._settle()
 
     def end(self) -> str:
         """The rest; afterwards the decoder is ready for a new text."""
@@ -508,6 +517,16 @@ class StreamDecoder:
         self._window = self._window[-1:]
         self._shown = len(self._backend.decode(self._window, skip_special_tokens=False))
         return piece
+
+
+def is_byte_level(decoder: Any) -> bool:
+    """Whether a decoder of `tokenizers` joins byte-level tokens and does nothing else, also where a list holds it."""
+    if decoder is None:
+        return False
+    kinds = [json.loads(decoder.__getstate__())]
+    while any(kind["type"] == "Sequence" for kind in kinds):
+        kinds = [one for kind in kinds for one in kind.get("decoders", [kind])]
+    return [kind["type"] for kind in kinds] == ["ByteLevel"]
 
 
 # The byte-level alphabet of GPT-2: printable Latin-1 characters stand for themselves, U+0100... for the other bytes.
@@ -528,7 +547,7 @@ def folder_of(source: str, names: Sequence[str], revision: str | None, access: A
     """A folder as it is, or those of the named files that a hub repository has."""
     folder = Path(source).expanduser()
     if source and folder.is_dir():
-        if revision is not None:
+        if revision not in (None, "main"):
             raise TokenizerError(f"revision: {revision!r} means nothing for a folder, {source}; leave it out")
         return folder
     if folder.exists() or source.startswith(".") or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
@@ -557,6 +576,8 @@ def read_object(path: Path) -> dict[str, Any]:
 def read_settings(folder: Path) -> dict[str, Any]:
     """The options that a folder's files ask for, under the names of `OPTIONS`."""
     config = read_object(folder / "tokenizer_config.json")
+    if not config.get("tokenizer_class"):
+        config["tokenizer_class"] = read_object(folder / "config.json").get("tokenizer_class")
     if config.get("auto_map"):
         raise TokenizerError(
             f"{folder / 'tokenizer_config.json'}: auto_map names code of the repository, which is never run; remove "
@@ -566,7 +587,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
         config |= read_object(folder / "special_tokens_map.json")
         if added := read_object(folder / "added_tokens.json"):
             special = {added_token(name, config[name]).content for name in SPECIAL if config.get(name)}
-            known = {token["content"] for token in read_object(folder / "tokenizer.json").get("added_tokens", [])}
+            file = folder / "tokenizer.json"
+            known = {token["content"] for token in read_object(file).get("added_tokens", [])}
             config["added_tokens_decoder"] = {
                 index: AddedToken(text, special=text in special) for text, index in added.items() if text not in known
             }
@@ -579,21 +601,33 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return {key: config[key] for key in OPTIONS if key in config}
 
 
-def require_tokenizer_json(folder: Path, source: str) -> None:
-    if (folder / "tokenizer.json").is_file():
+def require_tokenizer_files(folder: Path, source: str) -> None:
+    """Raise TokenizerError for a folder without a tokenizer of a kind that is read."""
+    if (folder / "tokenizer.json").is_file() or all((folder / name).is_file() for name in BPE_FILES):
         return
     found = [name for name in OTHER_TOKENIZER_FILES if (folder / name).is_file()]
     if not found:
         raise TokenizerError(f"{source}: no tokenizer.json; copy it from the model's repository, or pass ids")
-    reason = (
-        f"found {found[0]}, but sentencepiece tokenizers are not supported"
-        if found[0].endswith(".model")
-        else "found vocab.json, which does not say how the model splits text and whitespace"
-    )
+    if found[0] in BPE_FILES:
+        (missing,) = set(BPE_FILES) - set(found)
+        raise TokenizerError(f"{source}: found {found[0]} without {missing}; fetch the files again")
     raise TokenizerError(
-        f"{source}: no tokenizer.json ({reason}); pass ids to the model, or convert once with transformers: "
-        "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+        f"{source}: no tokenizer.json (found {found[0]}, but sentencepiece tokenizers are not supported); pass ids to the "
+        "model, or convert once with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
     )
+
+
+def bpe_backend(folder: Path) -> Tokenizer:
+    """The tokenizer of vocab.json and merges.txt, built as transformers' GPTNeoXTokenizer is."""
+    vocabulary, merges = (folder / name for name in BPE_FILES)
+    try:
+        backend = Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
+    except Exception as error:  # `tokenizers` raises bare Exception
+        raise TokenizerError(f"{vocabulary}: not a vocabulary with merges: {error}; fetch the files again") from None
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return backend
 
 
 def is_generic(settings: Mapping[str, Any]) -> bool:

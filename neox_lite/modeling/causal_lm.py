@@ -26,6 +26,8 @@ class GPTNeoXForCausalLM(Headed, GenerationMixin):
 
     head_name = "embed_out"
     embed_out: Linear
+    # By which transformers' Trainer knows how labels are counted.
+    loss_type = "ForCausalLM"
 
     def __init__(self, config: GPTNeoXConfig, formats: Callable[[str], Format] | None = None) -> None:
         super().__init__(config, config.vocab_size, False, formats)

@@ -22,6 +22,7 @@ from neox_lite.tokenizer import GPTNeoXTokenizerFast, check_text
 
 from .templates import TemplateError, render_template
 
+MAX_WRITTEN = 64  # special tokens in messages, each of which is looked for by itself
 Messages = Sequence[Mapping[str, str]]  # {"role": "user" | "assistant" | "system", "content": text}
 ROLES = ("user", "assistant", "system")
 TEMPLATE = "template"  # the name of the form that a tokenizer brings along
@@ -63,11 +64,50 @@ class Form:
         control = self._control(tokenizer)
         texts = [*(str(message.get("content")) for message in messages), system or "", open_answer or ""]
         hiding = _Hiding(control, texts)
+        prompt = check_text(self.render(messages, system, open_answer), "prompt")
         hidden = [{**message, "content": hiding.hide(message.get("content"))} for message in messages]
-        prompt = self.render(hidden, hiding.hide(system), hiding.hide(open_answer))
+        own_system, own_answer = hiding.hide(system), hiding.hide(open_answer)
         if not hiding.found:
             return list(tokenizer.encode(prompt, add_special_tokens=False))
-        return _encode_parts(tokenizer, control, hiding.parts(check_text(prompt, "prompt")))
+        parts = list(hiding.parts(self.render(hidden, own_system, own_answer)))
+        # A template may look at what it is given: then the prompt is the one that it makes of the text itself.
+        if "".join(text for text, _ in parts) != prompt:
+            parts = self._parts_one_by_one(prompt, control, messages, system, open_answer)
+        return _encode_parts(tokenizer, control, iter(parts))
+
+    def _parts_one_by_one(
+        self,
+        prompt: str,
+        control: Mapping[str, AddedToken],
+        messages: Messages,
+        system: str | None,
+        open_answer: str | None,
+    ) -> list[tuple[str, bool]]:
+        """The prompt as (text, whether it may hold special tokens): a token that somebody wrote shows where signs in its place
+        come out, and all else stays as it is."""
+        texts = [*(message["content"] for message in messages), system or "", open_answer or ""]
+        (sign,) = _unused(prompt + "".join(texts), 1)
+        tokens = sorted(control, key=len, reverse=True)
+        patterns = [(i, re.escape(token), token) for i, text in enumerate(texts) for token in tokens if token in text]
+        # Also the beginning of a token at the end of a text, which the form could complete.
+        tails = [(i, text[len(text) - _open_end(text, tokens) :]) for i, text in enumerate(texts)]
+        patterns += [(i, rf"{re.escape(tail)}\Z", tail) for i, tail in tails if tail]
+        if len(patterns) > MAX_WRITTEN:
+            raise PromptError(
+                f"more than {MAX_WRITTEN} special tokens are written in the messages of a chat template that looks at them; "
+                "take them out, or choose another form"
+            )
+        plain = bytearray(len(prompt))
+        for i, pattern, token in patterns:
+            marks = sign * len(token)
+            changed = [re.sub(pattern, marks, text) if i == j else text for j, text in enumerate(texts)]
+            turns = [{**m, "content": c} for m, c in zip(messages, changed, strict=False)]
+            found = self.render(turns, changed[-2] or system, changed[-1] if open_answer is not None else None)
+            if found.replace(marks, token) == prompt:
+                for match in re.finditer(re.escape(marks), found):
+                    plain[match.start() : match.end()] = b"\1" * len(token)
+        runs = re.finditer(rb"\x00+|\x01+", bytes(plain))
+        return [(prompt[run.start() : run.end()], not plain[run.start()]) for run in runs]
 
     def stop_ids(self, tokenizer: GPTNeoXTokenizerFast) -> list[int]:
         """Ids that end an answer: the form's own, and the tokenizer's end of text."""
@@ -195,7 +235,8 @@ class TemplateForm(Form):
         turns = [dict(message) for message in messages]
         if system:
             turns.insert(0, {"role": "system", "content": system})
-        variables: dict[str, Any] = {**self._tokens, "messages": turns, "add_generation_prompt": open_answer is None}
+        given = {"messages": turns, "tools": None, "documents": None, "add_generation_prompt": open_answer is None}
+        variables: dict[str, Any] = {**self._tokens, **given}
         if open_answer is None:
             return render_template(self._template, variables)
         (mark,) = _unused("".join(turn["content"] for turn in turns) + open_answer, 1)
@@ -204,7 +245,7 @@ class TemplateForm(Form):
         text, found, _ = render_template(self._template, variables).rpartition(mark)
         if not found:
             raise PromptError("the chat template does not show the answer that is to be continued; choose another form")
-        return text
+        return text.replace(mark, "")
 
     def _own_text(self) -> str:
         return "\n".join([self._template, *self._tokens.values()])
