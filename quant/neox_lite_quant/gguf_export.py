@@ -20,6 +20,7 @@ from neox_lite.checkpoint.reader import Checkpoint
 from neox_lite.config import GPTNeoXConfig
 from neox_lite.errors import ArgumentError, CheckpointError, FormatError
 from neox_lite.formats import DENSE, GROUP_SIZES, Format, GroupInt
+from neox_lite.generation.options import GenerationConfig
 from neox_lite.hub import HEAD, resolve
 from neox_lite.layers import Linear
 from neox_lite.loading.quantize import SLICE_ELEMENTS
@@ -163,6 +164,19 @@ def _rope_scaling(config: GPTNeoXConfig) -> dict[str, Value]:
     return scaling
 
 
+def _end_of_turn(folder: Path, config: GPTNeoXConfig, metadata: Mapping[str, Value]) -> dict[str, Value]:
+    """The first id that ends an answer beside the end of text, of which llama.cpp has one; a warning names others."""
+    given = GenerationConfig.from_pretrained(folder).eos_token_id
+    found = config.eos_token_id if given is None else given
+    ids = [found] if isinstance(found, int) else list(found or ())
+    further = [i for i in ids if i not in (-1, metadata.get("tokenizer.ggml.eos_token_id", ids[0]))]
+    if len(further) > 1:
+        warnings.warn(
+            f"{folder}: llama.cpp will not stop at the ids {further[1:]}, which end an answer here", stacklevel=3
+        )
+    return {"tokenizer.ggml.eot_token_id": further[0]} if further else {}
+
+
 # -- the file --------------------------------------------------------------------------------------------------------
 
 
@@ -203,6 +217,7 @@ def export_gguf(
         name = Path(os.fspath(source)).resolve().name if Path(source).is_dir() else os.fspath(source)
         metadata = _model_metadata(config, name, max(set(kinds), key=kinds.count))
         metadata |= tokenizer_metadata(folder, config.vocab_size)
+        metadata |= _end_of_turn(folder, config, metadata)
         meter = Meter(progress, sum(tensor.nbytes for tensor in tensors))
         size = write_gguf(destination, metadata, tensors, meter)
         return Report(destination, checkpoint.total_bytes, size, time.perf_counter() - began, meter.peak_bytes)

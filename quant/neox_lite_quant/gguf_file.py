@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import re
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,13 +26,14 @@ from neox_lite.files import AtomicFile, disk_errors, free_bytes, open_regular
 VERSION, ALIGNMENT, BLOCK = 3, 32, 32
 F32, F16, Q4_0, Q8_0, BF16 = 0, 1, 2, 8, 30  # ggml's numbers
 # Weights in a block, and its bytes.
-BYTES_OF = {
-    F32: (1, 4),
-    F16: (1, 2),
-    BF16: (1, 2),
-    Q4_0: (BLOCK, 18),
-    Q8_0: (BLOCK, 34),
+EXACT = {F32: (1, 4), F16: (1, 2), BF16: (1, 2), Q4_0: (BLOCK, 18), Q8_0: (BLOCK, 34)}
+# Those that the gguf package decodes and no format here holds.
+DECODED = {
+    **{3: (32, 20), 6: (32, 22), 7: (32, 24), 10: (256, 84), 11: (256, 110), 12: (256, 144), 13: (256, 176)},
+    **{14: (256, 210), 16: (256, 66), 17: (256, 74), 18: (256, 98), 19: (256, 50), 20: (32, 18), 21: (256, 110)},
+    **{22: (256, 82), 23: (256, 136), 29: (256, 56), 34: (256, 54), 35: (256, 66), 39: (32, 17)},
 }
+BYTES_OF = EXACT | DECODED
 UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9
 
 Value = str | int | float | Sequence[str] | Sequence[int]
@@ -138,6 +140,7 @@ MAX_TENSORS = MAX_KEYS = 1 << 16
 MAX_ITEMS = 1 << 20  # of all arrays together; a vocabulary of 50,000 with its merges has 150,000
 MAX_HEADER_BYTES = 64 << 20
 MAX_DIMS = 4
+MAX_PARTS = 1 << 10
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 TYPE_NAMES = {
     **{
@@ -169,30 +172,69 @@ class StoredTensor:
     nbytes: int
 
 
-class GgufFile:
-    """A GGUF file, checked and mapped. metadata and tensors describe it; rows gives bytes that share its pages."""
+class _Part:
+    """One file, checked and mapped."""
 
     def __init__(self, path: Path) -> None:
-        """Raises CheckpointError if it cannot be read or breaks a rule of the form, FormatError for unknown types."""
         self.path = path
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             if size < 24 or file.read(4) != b"GGUF":
                 raise CheckpointError(f"{path}: not a GGUF file: it does not begin with GGUF")
-            self._map = private_map(file.fileno(), size)
-        read = _Header(self._map, min(size, MAX_HEADER_BYTES), path)
+            self.map = private_map(file.fileno(), size)
+        read = _Header(self.map, min(size, MAX_HEADER_BYTES), path)
         tensor_count, key_count = read.counts()
         self.metadata = read.metadata(key_count)
-        if self.metadata.get("split.count", 1) not in (0, 1):
-            raise CheckpointError(f"{path}: is one part of several; join them first: llama-gguf-split --merge")
         self.tensors = read.tensors(tensor_count, size, self.metadata.get("general.alignment", ALIGNMENT))
+
+
+class GgufFile:
+    """A GGUF file, or several that are one model's, given by the first: checked and mapped.
+
+    metadata and tensors describe it; rows gives bytes that share its pages.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises CheckpointError if it cannot be read or breaks a rule of the form, FormatError for unknown types."""
+        self.path = path
+        first = _Part(path)
+        self.metadata = first.metadata
+        self._part_of = {name: part for part in [first, *_others(first)] for name in part.tensors}
+        self.tensors = {name: part.tensors[name] for name, part in self._part_of.items()}
 
     def rows(self, name: str) -> Tensor:
         """A tensor's bytes, mapped: (rows, bytes of a row) uint8; a vector's elements are its rows."""
         tensor = self.tensors[name]
         rows = tensor.shape[0]
-        raw = torch.frombuffer(self._map, dtype=torch.uint8, count=tensor.nbytes, offset=tensor.offset)
+        raw = torch.frombuffer(self._part_of[name].map, dtype=torch.uint8, count=tensor.nbytes, offset=tensor.offset)
         return raw.view(rows, tensor.nbytes // rows)
+
+
+def _others(first: _Part) -> list[_Part]:
+    """The further files of a model that llama-gguf-split has split: NAME-00002-of-00003.gguf and so on."""
+    number, count, total = (first.metadata.get(f"split.{key}", 0) for key in ("no", "count", "tensors.count"))
+    if count in (0, 1):
+        return []
+    path, named = first.path, re.fullmatch(r"(.*)-([0-9]{5})-of-([0-9]{5})\.gguf", first.path.name)
+    if type(count) is not int or not 0 < count <= MAX_PARTS or named is None or int(named[3]) != count:
+        raise CheckpointError(
+            f"{path}: is one of {shown(count)} parts by its header, which its name does not say; expected "
+            "NAME-00001-of-00003.gguf and the like, as llama-gguf-split names them"
+        )
+    if number != 0:
+        raise CheckpointError(f"{path}: is a later part of a model; give {named[1]}-00001-of-{named[3]}.gguf")
+    parts = []
+    for i in range(1, count):
+        part = _Part(path.with_name(f"{named[1]}-{i + 1:05}-of-{named[3]}.gguf"))
+        if (part.metadata.get("split.no"), part.metadata.get("split.count")) != (i, count):
+            raise CheckpointError(f"{part.path}: is not part {i + 1} of {count} by its header; fetch the files again")
+        parts.append(part)
+    names = [name for part in (first, *parts) for name in part.tensors]
+    if len(set(names)) != len(names) or total != len(names):
+        raise CheckpointError(
+            f"{path}: its parts have {len(names)} tensors, {len(set(names))} of different names; the first says {total!r}"
+        )
+    return parts
 
 
 class _Header:
@@ -308,6 +350,5 @@ def _refuse_types(kinds: Sequence[tuple[str, int]], path: Path) -> None:
     if found:
         named = [f"{TYPE_NAMES.get(kind, f'type {kind}')} ({shown(name)})" for kind, name in sorted(found.items())]
         raise FormatError(
-            f"{path}: has {first_few(named)}, which no format here holds exactly; make a file of Q4_0, Q8_0 or F16 alone "
-            "(llama-quantize --pure F16.gguf NEW.gguf q4_0), or quantize the original checkpoint: neox-lite quantize"
+            f"{path}: has {first_few(named)}, which nothing here decodes; quantize the original checkpoint: neox-lite quantize"
         )

@@ -1,4 +1,4 @@
-"""One GGUF file -> a folder: Q4_0 and Q8_0 keep codes and scales, everything else becomes plain. Writes no GGUF.
+"""A GGUF model -> a folder: Q4_0 and Q8_0 keep codes and scales, everything else becomes plain. Writes no GGUF.
 
 The file is presented as a checkpoint whose tensors are transcoded when they are read, a slice of rows at a time, so the names
 and shapes pass the same checks as those of any checkpoint.
@@ -34,7 +34,7 @@ from neox_lite.modeling.causal_lm import GPTNeoXForCausalLM
 from neox_lite.units import dtype_name
 
 from .convert import Meter, Progress, Report
-from .gguf_file import BF16, F32, Q8_0, GgufFile
+from .gguf_file import BF16, DECODED, F32, Q8_0, TYPE_NAMES, GgufFile
 from .gguf_tensors import GROUPS, PLAIN, from_blocks, own_name, places
 from .gguf_tokenizer import tokenizer_files
 
@@ -74,6 +74,7 @@ def import_gguf(
     weights = GgufWeights(file, config, named)
     checkpoint = Checkpoint(path, {path: weights})
     skeleton = Skeleton(GPTNeoXForCausalLM, config, checkpoint)
+    _warn_of_decoding(file, chosen, path)
     _warn_of_rounding(weights, chosen, path)
     parts = _parts(skeleton, chosen)
     head = _small_head(file, named, config, chosen)
@@ -112,6 +113,8 @@ def config_of(file: GgufFile, hidden_act: str | None = None) -> GPTNeoXConfig:
         )
     names = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
     ids = {own: file.metadata.get(f"tokenizer.ggml.{gguf}") for own, gguf in names.items()}
+    if (turn := file.metadata.get("tokenizer.ggml.eot_token_id")) not in (None, ids["eos_token_id"]):
+        ids["eos_token_id"] = [*([] if ids["eos_token_id"] is None else [ids["eos_token_id"]]), turn]
     config = GPTNeoXConfig(
         _where=str(file.path),
         architectures=[GPTNeoXForCausalLM.__name__],
@@ -127,7 +130,8 @@ def config_of(file: GgufFile, hidden_act: str | None = None) -> GPTNeoXConfig:
         rope_scaling=_rope_scaling(found),
     )
     _refuse_unknown(found, config, file.path)
-    return _with_rotary_dim(config, found.get("rope.dimension_count", config.rotary_dim), file.path)
+    # Without a number, llama.cpp rotates whole heads.
+    return _with_rotary_dim(config, found.get("rope.dimension_count", config.head_dim), file.path)
 
 
 def _activation(found: Mapping[str, Any], path: Path) -> Any:
@@ -144,8 +148,9 @@ def _activation(found: Mapping[str, Any], path: Path) -> Any:
 
 def _refuse_unknown(found: Mapping[str, Any], config: GPTNeoXConfig, path: Path) -> None:
     """Raises FormatError for an unknown key that may change the computation, unless its value is GPT-NeoX's own."""
-    usual = {"attention.head_count_kv": config.num_attention_heads}
+    usual: dict[str, Any] = {"attention.head_count_kv": config.num_attention_heads}
     usual |= dict.fromkeys(("attention.key_length", "attention.value_length"), config.head_dim)
+    usual |= {"attention.causal": True, "rope.scaling.finetuned": found.get("rope.scaling.finetuned")}
     unknown = [key for key in found if key not in KNOWN_KEYS and key.startswith(("rope.", "attention."))]
     unsupported = [key for key in unknown if key not in usual or found[key] != usual[key]]
     if unsupported:
@@ -284,6 +289,18 @@ class GgufWeights:
         nbytes = math.prod(shape) * dtype.itemsize
         self.infos[name] = TensorInfo(name, tuple(shape), dtype, self.file.path, nbytes)
         self._entries[name] = _Entry(gguf, key)
+
+
+def _warn_of_decoding(file: GgufFile, dtype: torch.dtype, path: Path) -> None:
+    """Warn of quantized types that become plain numbers."""
+    found = Counter(TYPE_NAMES[tensor.kind] for tensor in file.tensors.values() if tensor.kind in DECODED)
+    if found:
+        listed = " and ".join(f"{count} tensors of {name}" for name, count in sorted(found.items()))
+        warnings.warn(
+            f"{path}: {listed} are decoded to {dtype_name(dtype)}, because no format here holds them; for int4 or int8 again: "
+            "neox-lite quantize the new folder",
+            stacklevel=3,
+        )
 
 
 def _warn_of_rounding(weights: GgufWeights, dtype: torch.dtype, path: Path) -> None:

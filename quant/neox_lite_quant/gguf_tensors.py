@@ -12,7 +12,7 @@ from neox_lite.config import GPTNeoXConfig
 from neox_lite.errors import FormatError
 from neox_lite.formats import DENSE, Format, GroupInt
 
-from .gguf_file import BF16, BLOCK, F16, F32, Q4_0, Q8_0
+from .gguf_file import BF16, BLOCK, DECODED, F16, F32, Q4_0, Q8_0, TYPE_NAMES
 
 NAMES = {"gpt_neox.embed_in": "token_embd", "gpt_neox.final_layer_norm": "output_norm", "embed_out": "output"}
 LAYER_NAMES = {
@@ -110,11 +110,25 @@ def from_blocks(kind: int, raw: Tensor) -> dict[str, Callable[[], Tensor]]:
     """The inverse of `blocks`: (n, bytes) uint8 of a ggml type -> what makes each stored tensor of the exact format."""
     if kind in PLAIN:
         return {"weight": lambda: raw.contiguous().view(PLAIN[kind])}
+    if kind in DECODED:
+        return {"weight": lambda: decoded(kind, raw)}
     block = raw.contiguous().view(len(raw), -1, 18 if kind == Q4_0 else 34)
     return {
         "weight_packed": lambda: _stored_codes(kind, block[..., 2:]),
         "weight_scale": lambda: block[..., :2].contiguous().view(torch.float16).squeeze(-1),
     }
+
+
+def decoded(kind: int, raw: Tensor) -> Tensor:
+    """(n, bytes) uint8 of a type that no format here holds -> its numbers (n, in) float32, by the gguf package."""
+    try:
+        from gguf import GGMLQuantizationType, quants
+    except ImportError:
+        raise FormatError(f"{TYPE_NAMES[kind]} is decoded by the gguf package: pip install 'neox-lite[gguf]'") from None
+    try:
+        return torch.from_numpy(quants.dequantize(raw.contiguous().numpy(), GGMLQuantizationType(kind)))
+    except (NotImplementedError, ValueError):
+        raise FormatError(f"this gguf package does not decode {TYPE_NAMES[kind]}: pip install -U gguf") from None
 
 
 def _stored_codes(kind: int, codes: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import json
 
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
 from neox_lite.checkpoint.folder_writer import FolderWriter, split_into_shards
@@ -83,6 +83,24 @@ def write_shards(folder, parts, kind="safetensors", **changes):
     index = "model.safetensors.index.json" if kind == "safetensors" else "pytorch_model.bin.index.json"
     (folder / index).write_text(json.dumps({"weight_map": weight_map, "metadata": {}}))
     return folder
+
+
+def write_bpe(folder, special=("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"), **settings):
+    """A byte-level tokenizer of single bytes and a few merges, with these special tokens."""
+    folder.mkdir(parents=True, exist_ok=True)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*alphabet, "he", "ll", "hell", "Ġw"])}
+    merges = [("h", "e"), ("l", "l"), ("he", "ll"), ("Ġ", "w")]
+    backend = Tokenizer(models.BPE(vocabulary, merges))
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(list(special))
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **settings})
+    )
+    return backend
 
 
 def change_json(path, **keys):
