@@ -166,8 +166,10 @@ def _rope_scaling(config: GPTNeoXConfig) -> dict[str, Value]:
 
 def _end_of_turn(folder: Path, config: GPTNeoXConfig, metadata: Mapping[str, Value]) -> dict[str, Value]:
     """The first id that ends an answer beside the end of text, of which llama.cpp has one; a warning names others."""
-    given = GenerationConfig.from_pretrained(folder).eos_token_id
-    found = config.eos_token_id if given is None else given
+    found = GenerationConfig.from_pretrained(folder).eos_token_id
+    # A single id in config.json may be the class's default, which no tokenizer has chosen.
+    if found is None and isinstance(config.eos_token_id, list):
+        found = config.eos_token_id
     ids = [found] if isinstance(found, int) else list(found or ())
     further = [i for i in ids if i not in (-1, metadata.get("tokenizer.ggml.eos_token_id", ids[0]))]
     if len(further) > 1:
