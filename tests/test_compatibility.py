@@ -16,6 +16,7 @@ from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXForSequenceClass
 from neox_lite.errors import ConfigError
 from neox_lite.tokenizer import StreamDecoder
 from neox_lite_app.conversations.prompt_forms import TemplateForm
+from neox_lite_quant import convert as neox_lite_convert
 
 transformers = pytest.importorskip("transformers")
 
@@ -560,3 +561,34 @@ def test_templates_see_that_there_are_no_tools_and_no_mark_of_ours(tmp_path):
     assert form.render(TALK[:1]) == "True True"
     twice = TemplateForm("{% for m in messages %}{{ m['content'] }}|{% endfor %}{{ messages[-1]['content'] }}", {})
     assert twice.render(TALK[:1], open_answer="well ") == "hello|well |well "
+
+
+# Adapters -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["lm_head", "embed_out"])
+@pytest.mark.parametrize("targets", [["query_key_value", "lm_head"], ["lm_head"]], ids=["both", "head"])
+def test_an_adapter_of_the_head_too_runs_under_either_of_its_names(tmp_path, name, targets):
+    """Under its older name, peft with transformers 5 drops that part: findings/peft_head_adapter_lost.sh."""
+    peft = pytest.importorskip("peft")
+    model = peer()
+    model.save_pretrained(tmp_path / "base")
+    settings = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
+    model.name_or_path = str(tmp_path / "base")
+    adapted = peft.get_peft_model(model, settings).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    change_tensors(
+        tmp_path / "adapter" / "adapter_model.safetensors",
+        lambda tensors: {key.replace("lm_head", name): tensor for key, tensor in tensors.items()},
+    )
+    change_json(
+        tmp_path / "adapter" / "adapter_config.json", target_modules=[t.replace("lm_head", name) for t in targets]
+    )
+    ours = GPTNeoXForCausalLM.from_pretrained(tmp_path / "base", adapter=tmp_path / "adapter", exact=True)
+    ids = random_ids(2, 9)
+    assert difference(logits(ours, ids), logits(adapted, ids)) < 1e-5
+    assert difference(logits(ours, ids), logits(GPTNeoXForCausalLM.from_pretrained(tmp_path / "base"), ids)) > 0.1
+    neox_lite_convert(tmp_path / "base", tmp_path / "int8", format="int8", group_size=32)
+    with pytest.raises(neox_lite.NeoxLiteError, match="head='int8' is that of the base model, which .* changes"):
+        GPTNeoXForCausalLM.from_pretrained(tmp_path / "int8", adapter=tmp_path / "adapter", head="int8")
+    GPTNeoXForCausalLM.from_pretrained(tmp_path / "int8", adapter=tmp_path / "adapter")

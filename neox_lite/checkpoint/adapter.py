@@ -25,6 +25,8 @@ from .reader import Checkpoint
 
 FLOATING = tuple(DTYPES.values())
 PREFIX, BASE = "base_model.model.", "gpt_neox."  # of every tensor's name, and of blocks that stand under a head
+# The language head's name in checkpoints and in transformers 5. peft saves the whole weight beside a pair, as base_layer.
+LANGUAGE_HEADS = ("embed_out", "lm_head")
 HEADS = {"score": ("weight",), "classifier": ("weight", "bias"), "qa_outputs": ("weight", "bias")}
 # Settings that change nothing once training is over. fan_in_fan_out: peft, too, drops it where weights are (out, in).
 IDLE = {
@@ -129,16 +131,22 @@ class Adapter:
 
     name: as the caller gave it. low_ranks: "layers.3.attention.dense" -> (A, B) of shapes (r, in) as stored and (out, r)
     float32 with the scale in it. heads: "score.weight" and the like -> an output matrix that was trained with it.
+    language_head: such a pair for the head of a language model, and the weight that it was saved with, if it was; both None
+    where there are none.
     """
 
     name: str
     settings: Settings
     low_ranks: Mapping[str, tuple[Tensor, Tensor]]
     heads: Mapping[str, Tensor]
+    language_head: tuple[tuple[Tensor, Tensor] | None, Tensor | None] = (None, None)
 
     @classmethod
-    def open(cls, folder: Path, name: str, config: GPTNeoXConfig, head: str | None = None) -> Adapter:
-        """The adapter in a folder, read whole. head: what the model calls its output matrix, None where it has none.
+    def open(
+        cls, folder: Path, name: str, config: GPTNeoXConfig, head: str | None = None, language: bool = False
+    ) -> Adapter:
+        """The adapter in a folder, read whole. head: what the model calls its output matrix, None where it has none of a task.
+        language: whether it is a language model with a head of its own.
 
         Raises CheckpointError for tensors that are not those that the settings and the model's shape say.
         """
@@ -146,14 +154,24 @@ class Adapter:
         with open_weights(folder) as checkpoint:
             prefix = PREFIX + (BASE if any(n.startswith(PREFIX + BASE) for n in checkpoint.names()) else "")
             targets = {n: shape for n, shape in _linears(config) if settings.adapts(prefix[len(PREFIX) :] + n)}
-            _check(checkpoint, settings, prefix, targets, head, config)
+            own_head = language and not config.tie_word_embeddings
+            language_head = (
+                next((h for h in LANGUAGE_HEADS if _pair_name(h, "A") in checkpoint), "") if own_head else ""
+            )
+            _check(checkpoint, settings, prefix, targets, head, language_head, config)
             low_ranks = {}
             for target in targets:
                 a, b = (_own(checkpoint, f"{prefix}{target}.lora_{part}.weight") for part in "AB")
                 scale = settings.scale_of(prefix[len(PREFIX) :] + target)
                 low_ranks[target] = a, b.float() * scale
             heads = {n: _own(checkpoint, PREFIX + n) for n in _head_names(settings, head)}
-        return cls(name, settings, low_ranks, heads)
+            pair = None
+            if language_head:
+                a, b = (_own(checkpoint, _pair_name(language_head, part)) for part in "AB")
+                pair = a, b.float() * settings.scale_of(language_head)
+            saved = f"{PREFIX}{language_head}.base_layer.weight"
+            whole = _own(checkpoint, saved) if saved in checkpoint else None
+        return cls(name, settings, low_ranks, heads, (pair, whole))
 
     @property
     def layer_weights(self) -> dict[int, int]:
@@ -300,26 +318,33 @@ def _check(
     prefix: str,
     targets: Mapping[str, tuple[int, int]],
     head: str | None,
+    language_head: str,
     config: GPTNeoXConfig,
 ) -> None:
     """Raise CheckpointError unless the tensors are exactly those of the targets, and of heads."""
-    if not targets:
+    if not targets and not language_head:
         raise CheckpointError(
             f"{settings.path}: target_modules is {_short(settings.targets)}, which names no linear layer of this model; they "
             f"are {', '.join(n.rpartition('.')[2] for n in config.linear_shapes)} of {config.num_hidden_layers} layers"
         )
     for name in checkpoint.names():
         module, found, _ = name.removeprefix(PREFIX).partition(".lora_")
-        if found and not re.search(r"(^|\.)layers\.\d+\.", module):
+        if found and module != language_head and not re.search(r"(^|\.)layers\.\d+\.", module):
             raise UnsupportedError(
                 f"{checkpoint.files[0]}: {_short(name)}: LoRA on {module} is not supported, only that of linear layers in the "
-                f"blocks; {MERGE}"
+                f"blocks and of a head that is not tied to the embedding; {MERGE}"
             )
     expected: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {}
     for target, (size, columns) in targets.items():
         rank = settings.rank_of(prefix[len(PREFIX) :] + target)
         expected[f"{prefix}{target}.lora_A.weight"] = (rank, columns), FLOATING
         expected[f"{prefix}{target}.lora_B.weight"] = (size, rank), FLOATING
+    if language_head:
+        rank, size = settings.rank_of(language_head), config.vocab_size
+        expected[_pair_name(language_head, "A")] = (rank, config.hidden_size), FLOATING
+        expected[_pair_name(language_head, "B")] = (size, rank), FLOATING
+        if (saved := f"{PREFIX}{language_head}.base_layer.weight") in checkpoint:
+            expected[saved] = (size, config.hidden_size), FLOATING
     shapes = {"weight": (_head_size(head, config), config.hidden_size), "bias": (_head_size(head, config),)}
     for name in _head_names(settings, head):
         expected[PREFIX + name] = shapes[name.rpartition(".")[2]], FLOATING
@@ -328,6 +353,10 @@ def _check(
         if module in HEADS and module != head and module in settings.heads:
             expected[name] = checkpoint.info(name).shape, FLOATING
     checkpoint.check(expected, f"{checkpoint.files[0]}", f"{ADAPTER_CONFIG} and the model")
+
+
+def _pair_name(module: str, part: str) -> str:
+    return f"{PREFIX}{module}.lora_{part}.weight"
 
 
 def _head_names(settings: Settings, head: str | None) -> list[str]:

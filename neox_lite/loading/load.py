@@ -64,6 +64,11 @@ def _from_folder(cls: type[Network], name: str | os.PathLike[str], folder: Path,
             skeleton.prefix,
             skeleton.not_on_disk(dtype),
         )
+        if adapter is not None and adapter.language_head[0] is not None and decision.head == "int8":
+            raise ArgumentError(
+                f"head='int8' is that of the base model, which {adapter.name} changes; pass head='fp16', or quantize a merged "
+                "model"
+            )
         if decision.announcement is not None:
             announce(decision.announcement)
         model = skeleton.fill(dtype, () if adapter is None else adapter.heads)
@@ -101,7 +106,7 @@ def _from_adapter(cls: type[Network], name: str, folder: Path, options: LoadOpti
 
 
 def attach(model: Network, adapter: Adapter, dtype: torch.dtype) -> None:
-    """Give linear layers what an adapter adds to them, and a task head that it brings, in the model's dtype."""
+    """Give linear layers what an adapter adds to them, and a head that it brings or changes, in the model's dtype."""
     for name, pair in adapter.low_ranks.items():
         a, b = (converted(tensor, dtype, f"{adapter.name}: {name}") for tensor in pair)
         linear = model.base_model.get_submodule(name)
@@ -110,7 +115,15 @@ def attach(model: Network, adapter: Adapter, dtype: torch.dtype) -> None:
     for name, tensor in adapter.heads.items():
         head, _, key = name.partition(".")
         setattr(getattr(model, head), key, nn.Parameter(converted(tensor, dtype, name), requires_grad=False))
-    model.adapter = replace(adapter, low_ranks={}, heads={})  # the model holds them now
+    low_rank, whole = adapter.language_head
+    if low_rank is not None:
+        # The head is one product in all, so what is added to it becomes part of its weight.
+        linear = model.heads["embed_out"]
+        weight = linear.handle.tensors["weight"] if whole is None else whole
+        changed = weight.float().addmm(low_rank[1], low_rank[0].float())
+        linear.weight = nn.Parameter(converted(changed, dtype, f"{adapter.name}: embed_out"), requires_grad=False)
+    # The model holds them now.
+    model.adapter = replace(adapter, low_ranks={}, heads={}, language_head=(None, None))
 
 
 def _from_cache(cls: type[Network], cached: Path, options: LoadOptions, source: Source, dtype: torch.dtype) -> Any:

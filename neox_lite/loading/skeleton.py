@@ -158,7 +158,8 @@ class Skeleton:
         if name is None:
             return None
         head = next((head for head in self.heads if head != "embed_out"), None)
-        return Adapter.open(resolve_adapter(os.fspath(name), access), os.fspath(name), self.model.config, head)
+        folder, language = resolve_adapter(os.fspath(name), access), "embed_out" in self.heads
+        return Adapter.open(folder, os.fspath(name), self.model.config, head, language)
 
     def fill(self, dtype: torch.dtype, following: Collection[str] = ()) -> Network:
         """Put every tensor in its place: mapped where dtype and format are the file's, else converted.
