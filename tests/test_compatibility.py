@@ -589,6 +589,6 @@ def test_an_adapter_of_the_head_too_runs_under_either_of_its_names(tmp_path, nam
     assert difference(logits(ours, ids), logits(adapted, ids)) < 1e-5
     assert difference(logits(ours, ids), logits(GPTNeoXForCausalLM.from_pretrained(tmp_path / "base"), ids)) > 0.1
     neox_lite_convert(tmp_path / "base", tmp_path / "int8", format="int8", group_size=32)
-    with pytest.raises(neox_lite.NeoxLiteError, match="head='int8' is that of the base model, which .* changes"):
+    with pytest.raises(neox_lite.NeoxLiteError, match=r"head='int8' is that of the base model, which .* changes"):
         GPTNeoXForCausalLM.from_pretrained(tmp_path / "int8", adapter=tmp_path / "adapter", head="int8")
     GPTNeoXForCausalLM.from_pretrained(tmp_path / "int8", adapter=tmp_path / "adapter")
