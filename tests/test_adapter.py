@@ -434,7 +434,7 @@ def added(old, new):
     return lambda t: t.update({FIRST.replace(old, new): t[FIRST]})
 
 
-HEAD = "LoRA on embed_out is not supported, only that of linear layers in the blocks; merge it"
+HEAD = r"LoRA on gpt_neox.embed_in is not supported, only that of linear layers in the blocks and of a head .*; merge it"
 NAN = "dense.lora_A.weight holds values that are not finite; train or fetch"
 SMALLER = r"shape: \S*dense.lora_A.weight is \[3, 128\], expected \[16,"
 TENSORS = {
@@ -444,7 +444,7 @@ TENSORS = {
     "layer": (added(".0.", ".2."), r"1 unexpected: \S*layers.2.attention.dense.lora_A"),
     "module": (added("dense", "sparse"), r"1 unexpected: \S*attention.sparse.lora_A"),
     "kind": (added("lora_A.weight", "lora_magnitude_vector"), "1 unexpected"),
-    "head": (added("gpt_neox.layers.0.attention.dense", "embed_out"), HEAD),
+    "head": (added("layers.0.attention.dense", "embed_in"), HEAD),
     "nan": (lambda t: t[FIRST].fill_(float("nan")), NAN),
 }
 

@@ -92,7 +92,12 @@ class Scripted(GenerationMixin):
 
     def __init__(self, script, tokenizer=None, vocabulary=300):
         self.config = SimpleNamespace(
-            max_position_embeddings=CONTEXT, vocab_size=vocabulary, bos_token_id=0, eos_token_id=0, pad_token_id=1
+            generation_settings={},
+            max_position_embeddings=CONTEXT,
+            vocab_size=vocabulary,
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=1,
         )
         self.source, self.device = SimpleNamespace(folder=None), torch.device("cpu")
         self.scripts = iter(script) if script and isinstance(script[0], list) else itertools.repeat(script)

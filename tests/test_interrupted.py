@@ -75,8 +75,6 @@ def begun(folder):
     return noted | {path.name.partition(".safetensors")[0] + ".safetensors" for path in partials(folder)}
 
 
-
-
 def go_on(run, source, folder, whole):
     """Run again after a kill, and check everything that must hold then."""
     complete, before = (folder / "config.json").exists(), begun(folder) if folder.exists() else set()

@@ -267,7 +267,7 @@ REFUSED = {
         ({"device_map": []}, r"device_map is \[\], expected"),
         ({"device_map": ["cpu"]}, r"device_map is \['cpu'\], expected"),
         ({"device_map": {"gpt_neox": "cpu"}}, "device_map says nothing of embed_out"),
-        ({"device_map": {"": "cpu", "lm_head": "cpu"}}, "device_map names 'lm_head', which is no part"),
+        ({"device_map": {"": "cpu", "score": "cpu"}}, "device_map names 'score', which is no part"),
         ({"device_map": {"": "cpu", "gpt_neox.layer.0": "cpu"}}, "nearest is 'gpt_neox.layers.0'; parts are"),
         ({"device_map": {"": "disk"}}, "only layers can be on the disk"),
         ({"device_map": {"": "tape"}}, "device_map is 'tape', expected"),

@@ -199,7 +199,7 @@ def test_sequence_classification_needs_to_know_each_rows_last_token(tmp_path):
     assert difference(model(ids[:1]).logits, reference(ids[:1]).logits) <= EQUAL
     for arguments, message in (
         ({"input_ids": ids}, "a batch of 2 rows without attention_mask needs config.pad_token_id"),
-        ({"input_ids": ids, "attention_mask": torch.tensor([[1] * 9, [0] * 9])}, "row 1 holds padding only"),
+        ({"input_ids": ids, "attention_mask": torch.tensor([[1] * 9, [0] * 9])}, "row 1 is masked as a whole"),
         ({"input_ids": ids[:1], "labels": torch.tensor([2])}, "labels: found 2, expected -100 or 0 to 1"),
     ):
         with pytest.raises(ArgumentError, match=message):
@@ -249,7 +249,7 @@ NO_SENSE = [
     ({"inputs_embeds": EMBEDS}, "exactly one of input_ids and inputs_embeds"),
     ({"input_ids": None}, "exactly one of input_ids and inputs_embeds"),
     ({"input_ids": None, "inputs_embeds": EMBEDS[..., 1:]}, r"are \(2, 5, 63\), expected \(batch, tokens, 64\)"),
-    *(({"logits_to_keep": n}, "logits_to_keep is .*expected a number of columns") for n in (-1, 1.5, IDS[0])),
+    *(({"logits_to_keep": n}, "logits_to_keep is .*expected a number of columns") for n in (-1, 1.5, True)),
     ({"logits_to_keep": 1, "labels": IDS}, "logits_to_keep and labels exclude each other"),
     ({"input_ids": torch.tensor([[1, 131]])}, "input_ids: found 131, expected 0 to 130"),
     ({"input_ids": torch.tensor([[-1, 1]])}, "input_ids: found -1, expected 0 to 130"),

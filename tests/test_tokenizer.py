@@ -682,7 +682,7 @@ def test_bad_calls_are_refused_in_one_line(small, message):
 
 
 BAD_OPTIONS = [
-    ({"revision": "main"}, "revision: 'main' means nothing for a folder"),
+    ({"revision": "v2"}, "revision: 'v2' means nothing for a folder"),
     ({"trust_remote_code": True}, "trust_remote_code=True: code from a repository is never run"),
     ({"pading_side": "left"}, r"unknown argument 'pading_side'; did you mean padding_side\?"),
     ({"zzz": 1}, "unknown argument 'zzz'; there are add_bos_token, "),

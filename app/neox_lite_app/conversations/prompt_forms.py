@@ -6,21 +6,20 @@ cards. A tokenizer's own chat_template comes before the table, and a form that i
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken
 
 from neox_lite.errors import ArgumentError, NeoxLiteError
 from neox_lite.tokenizer import GPTNeoXTokenizerFast, check_text
 
 from .templates import TemplateError, render_template
+from .written_tokens import Hiding, encode_parts, open_end, unused
 
 MAX_WRITTEN = 64  # special tokens in messages, each of which is looked for by itself
 Messages = Sequence[Mapping[str, str]]  # {"role": "user" | "assistant" | "system", "content": text}
@@ -63,7 +62,7 @@ class Form:
             return ids
         control = self._control(tokenizer)
         texts = [*(str(message.get("content")) for message in messages), system or "", open_answer or ""]
-        hiding = _Hiding(control, texts)
+        hiding = Hiding(control, texts)
         prompt = check_text(self.render(messages, system, open_answer), "prompt")
         hidden = [{**message, "content": hiding.hide(message.get("content"))} for message in messages]
         own_system, own_answer = hiding.hide(system), hiding.hide(open_answer)
@@ -73,7 +72,7 @@ class Form:
         # A template may look at what it is given: then the prompt is the one that it makes of the text itself.
         if "".join(text for text, _ in parts) != prompt:
             parts = self._parts_one_by_one(prompt, control, messages, system, open_answer)
-        return _encode_parts(tokenizer, control, iter(parts))
+        return encode_parts(tokenizer, control, iter(parts))
 
     def _parts_one_by_one(
         self,
@@ -86,11 +85,11 @@ class Form:
         """The prompt as (text, whether it may hold special tokens): a token that somebody wrote shows where signs in its place
         come out, and all else stays as it is."""
         texts = [*(message["content"] for message in messages), system or "", open_answer or ""]
-        (sign,) = _unused(prompt + "".join(texts), 1)
+        (sign,) = unused(prompt + "".join(texts), 1)
         tokens = sorted(control, key=len, reverse=True)
         patterns = [(i, re.escape(token), token) for i, text in enumerate(texts) for token in tokens if token in text]
         # Also the beginning of a token at the end of a text, which the form could complete.
-        tails = [(i, text[len(text) - _open_end(text, tokens) :]) for i, text in enumerate(texts)]
+        tails = [(i, text[len(text) - open_end(text, tokens) :]) for i, text in enumerate(texts)]
         patterns += [(i, rf"{re.escape(tail)}\Z", tail) for i, tail in tails if tail]
         if len(patterns) > MAX_WRITTEN:
             raise PromptError(
@@ -222,7 +221,7 @@ class TemplateForm(Form):
 
     @cached_property
     def _between(self) -> str:
-        first, second = _unused("", 2)
+        first, second = unused("", 2)
         talk = [("user", "hello"), ("assistant", first), ("user", second)]
         try:
             text = self._render([{"role": role, "content": content} for role, content in talk], None, None)
@@ -239,7 +238,7 @@ class TemplateForm(Form):
         variables: dict[str, Any] = {**self._tokens, **given}
         if open_answer is None:
             return render_template(self._template, variables)
-        (mark,) = _unused("".join(turn["content"] for turn in turns) + open_answer, 1)
+        (mark,) = unused("".join(turn["content"] for turn in turns) + open_answer, 1)
         # The mark also protects whitespace that a template would trim.
         turns.append({"role": "assistant", "content": open_answer + mark})
         text, found, _ = render_template(self._template, variables).rpartition(mark)
@@ -423,7 +422,7 @@ class Reader:
             return piece
         text = (self._held + piece).replace(self._newline, "\n")
         text = text if self._begun else text.lstrip()
-        sure = text[: len(text) - _open_end(text, [self._newline])].rstrip()
+        sure = text[: len(text) - open_end(text, [self._newline])].rstrip()
         self._begun = self._begun or bool(sure)
         self._held = text[len(sure) :]
         return sure
@@ -432,86 +431,3 @@ class Reader:
         """What was held back: after a "stop", no space."""
         held, self._held = self._held, ""
         return held.rstrip() if finish_reason == "stop" else held
-
-
-# Special tokens in people's texts --------------------------------------------------------------------------------------
-
-
-class _Hiding:
-    """Puts signs that no text holds in place of what looks like a special token, until the prompt is rendered."""
-
-    def __init__(self, control: Mapping[str, AddedToken], texts: Sequence[str]) -> None:
-        self.found: list[str] = []
-        self._tokens = sorted(control, key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, self._tokens)) or "(?!)")
-        (self._sign,) = _unused("".join(texts), 1)
-
-    def hide(self, text: Any) -> Any:
-        """Also the beginning of a token at the end of the text, which the form could complete."""
-        if not isinstance(text, str):
-            return text
-        text = self._pattern.sub(lambda found: self._keep(found[0]), text)
-        tail = _open_end(text, self._tokens)
-        return text[: len(text) - tail] + self._keep(text[len(text) - tail :]) if tail else text
-
-    def parts(self, prompt: str) -> Iterator[tuple[str, bool]]:
-        """The rendered prompt as (text, whether it may hold special tokens)."""
-        for number, text in enumerate(re.split(f"{self._sign}([0-9]+){self._sign}", prompt)):
-            yield (self.found[int(text)], False) if number % 2 else (text, True)
-
-    def _keep(self, text: str) -> str:
-        self.found.append(text)
-        return f"{self._sign}{len(self.found) - 1}{self._sign}"
-
-
-def _encode_parts(
-    tokenizer: GPTNeoXTokenizerFast, control: Mapping[str, AddedToken], parts: Iterator[tuple[str, bool]]
-) -> list[int]:
-    """Ids of a prompt of which only some parts may hold special tokens. Between those, text is encoded as one."""
-    pattern = re.compile("(" + "|".join(map(re.escape, sorted(control, key=len, reverse=True))) + ")")
-    pieces = [""]  # text, token, text, token, …, text
-    for text, may in parts:
-        first, *rest = pattern.split(text) if may else [text]
-        pieces[-1] += first
-        pieces += rest
-    plain, ids = _plain(tokenizer, frozenset(control)), list[int]()
-    for number, piece in enumerate(pieces):
-        if number % 2:
-            ids.append(tokenizer.convert_tokens_to_ids(piece))
-            continue
-        if number and control[pieces[number - 1]].rstrip:
-            piece = piece.lstrip()
-        if number + 1 < len(pieces) and control[pieces[number + 1]].lstrip:
-            piece = piece.rstrip()
-        ids += plain.encode(piece, add_special_tokens=False).ids
-    return ids
-
-
-_plain_tokenizers: WeakKeyDictionary[GPTNeoXTokenizerFast, dict[frozenset[str], Tokenizer]] = WeakKeyDictionary()
-
-
-def _plain(tokenizer: GPTNeoXTokenizerFast, control: frozenset[str]) -> Tokenizer:
-    """The same tokenizer, to which control tokens are text like any other. The tokenizer's own must not be changed."""
-    known = _plain_tokenizers.setdefault(tokenizer, {})
-    if control not in known:
-        value = json.loads(tokenizer.backend_tokenizer.to_str())
-        for token in value["added_tokens"]:
-            token["special"] = token["special"] or token["content"] in control
-        known[control] = Tokenizer.from_str(json.dumps(value))
-        known[control].encode_special_tokens = True
-    return known[control]
-
-
-def _open_end(text: str, tokens: Sequence[str]) -> int:
-    """How many characters at the end of the text may be the beginning of one of the tokens."""
-    ends = (
-        size for token in tokens for size in range(min(len(token) - 1, len(text)), 0, -1) if text.endswith(token[:size])
-    )
-    return max(ends, default=0)
-
-
-def _unused(text: str, count: int) -> list[str]:
-    """Characters of a private range that the text does not hold."""
-    free: Callable[[str], bool] = lambda sign: sign not in text  # noqa: E731
-    signs = filter(free, map(chr, range(0xF0000, 0xFFFFE)))
-    return [next(signs) for _ in range(count)]
