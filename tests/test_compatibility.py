@@ -9,7 +9,7 @@ import tokenizers
 import torch
 from safetensors.torch import load_file, save_model
 from support.checkpoints import IDS, change_json, change_tensors, write_bpe, write_source
-from support.peers import difference, pair, peer, random_ids
+from support.peers import difference, opened_by_transformers, pair, peer, random_ids
 
 import neox_lite
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXForSequenceClassification
@@ -592,3 +592,61 @@ def test_an_adapter_of_the_head_too_runs_under_either_of_its_names(tmp_path, nam
     with pytest.raises(neox_lite.NeoxLiteError, match=r"head='int8' is that of the base model, which .* changes"):
         GPTNeoXForCausalLM.from_pretrained(tmp_path / "int8", adapter=tmp_path / "adapter", head="int8")
     GPTNeoXForCausalLM.from_pretrained(tmp_path / "int8", adapter=tmp_path / "adapter")
+
+
+# Heads that other tools have quantized --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cls", "head"),
+    [
+        ("GPTNeoXForTokenClassification", "classifier"),
+        ("GPTNeoXForQuestionAnswering", "qa_outputs"),
+        ("GPTNeoXForSequenceClassification", "score"),
+    ],
+)
+@pytest.mark.parametrize("double", [False, True], ids=["single", "double"])
+def test_folders_of_bitsandbytes_with_a_quantized_task_head_are_read(tmp_path, cls, head, double):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    pytest.importorskip("accelerate")
+    write_source(tmp_path / "plain", torch.float32, getattr(neox_lite, cls), pad_token_id=0)
+    settings = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double, bnb_4bit_compute_dtype="float32"
+    )
+    model = getattr(transformers, cls).from_pretrained(
+        tmp_path / "plain", quantization_config=settings, device_map="cpu"
+    )
+    assert isinstance(getattr(model, head), bitsandbytes.nn.Linear4bit) == (head != "score")
+    model.save_pretrained(tmp_path / "nf4")
+    theirs = opened_by_transformers(tmp_path / "nf4", getattr(transformers, cls))
+    ours = getattr(neox_lite, cls).from_pretrained(tmp_path / "nf4", dtype="float32", exact=True)
+    found, expected = (m(IDS).to_tuple()[0] for m in (ours, theirs))
+    assert difference(found, expected) < 1e-4
+    ours.save_pretrained(tmp_path / "again")
+    again = getattr(neox_lite, cls).from_pretrained(tmp_path / "again", exact=True)
+    assert torch.equal(again(IDS).to_tuple()[0], found)
+    theirs = opened_by_transformers(tmp_path / "again", getattr(transformers, cls))
+    assert difference(theirs(IDS).to_tuple()[0], expected) < 1e-4
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_packed_language_head_is_decoded(tmp_path, bits):
+    compressor = pytest.importorskip("compressed_tensors")
+    assert compressor
+    write_source(tmp_path, torch.float32)
+    ours = GPTNeoXForCausalLM.from_pretrained(tmp_path, quantization=f"int{bits}", exact=True)
+    ours.save_pretrained(tmp_path / "packed")
+    format = neox_lite.formats.GroupInt(bits, 32)
+    weight = ours.embed_out.weight.float()
+    made = format.encode(weight, torch.float32) | format.constants((131, 128))
+    expected = format.decode(made, torch.float32)
+
+    def pack(tensors):
+        del tensors["embed_out.weight"]
+        tensors |= {f"embed_out.{key}": tensor for key, tensor in made.items()}
+
+    change_tensors(tmp_path / "packed" / "model.safetensors", pack)
+    found = GPTNeoXForCausalLM.from_pretrained(tmp_path / "packed", exact=True)
+    assert torch.equal(found.embed_out.weight, expected)
+    found.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(GPTNeoXForCausalLM.from_pretrained(tmp_path / "again", exact=True)), logits(found))

@@ -717,7 +717,7 @@ BAD_FILES = [
     ({}, ": no tokenizer.json; copy it"),
     ({"spiece.model": ""}, "found spiece.model, but sentencepiece tokenizers are not supported.*pass ids"),
     ({"tokenizer.model": ""}, "found tokenizer.model, but sentencepiece"),
-    ({"vocab.json": "{}", "merges.txt": ""}, "found vocab.json, .*convert once with transformers"),
+    ({"vocab.json": "{", "merges.txt": ""}, "vocab.json: not a vocabulary with merges: .*fetch the files again"),
     ({"tokenizer.json": "{"}, "tokenizer.json: not a tokenizer.json that `tokenizers` reads: .*fetch the file again"),
     ({"tokenizer.json": LFS}, "run git lfs pull"),
     ({"tokenizer.json": GOOD, "tokenizer_config.json": "{,}"}, "tokenizer_config.json: not valid JSON: .* line 1"),

@@ -34,6 +34,7 @@ __all__ = [
     "pack",
     "quantization_config",
     "unpack",
+    "with_plain",
 ]
 
 FORMATS: dict[str, Callable[[int | None], Format]] = {
@@ -59,6 +60,14 @@ def label(format: Format, plain: str) -> str:
     if isinstance(format, Dense):
         return plain
     return f"{format.name} g{format.group_size}" if isinstance(format, GroupInt) else format.name
+
+
+def with_plain(config: dict[str, Any] | None, modules: Iterable[str]) -> dict[str, Any] | None:
+    """config.json's entry for the same folder with these modules plain."""
+    if config is None:
+        return None
+    key = "llm_int8_skip_modules" if config.get("quant_method") == "bitsandbytes" else "ignore"
+    return {**config, key: list(dict.fromkeys([*(config.get(key) or HEAD_NAMES), *modules]))}
 
 
 def quantization_config(

@@ -127,11 +127,6 @@ def _bitsandbytes(config: dict[str, Any]) -> Lookup:
     def lookup(name: str) -> Format:
         return DENSE if any(pattern.search(name) for pattern in skipped) else format
 
-    if all(lookup(name) != DENSE for name in HEAD_NAMES + TASK_HEADS):
-        raise FormatError(
-            f"{WHERE}: llm_int8_skip_modules is {config['llm_int8_skip_modules']!r}, which leaves an nf4 head; it "
-            "must be plain: quantize again with 'lm_head' in that list"
-        )
     return lambda name: DENSE if name in HEAD_NAMES + TASK_HEADS else lookup(name)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from ..config import GPTNeoXConfig
 from ..core.network import Network
 from ..core.source import identity_of
 from ..errors import CheckpointError, FormatError
-from ..formats import DENSE, Format, formats_of, quantization_config
+from ..formats import DENSE, NF4, Format, GroupInt, formats_of, quantization_config, with_plain
 from ..hub import Access, resolve_adapter
 from ..layers import Linear
 from ..offload.stream import Origin
@@ -62,13 +61,17 @@ class Skeleton:
             config.quantization_config = quantization_config(target, self.heads, dtype)
         self.tied = config.tie_word_embeddings and hasattr(self.model, "embed_out")
         self.fresh: list[str] = []  # task heads that the checkpoint lacks
+        self.packed_heads = dict(self._packed_heads())
+        if self.packed_heads:
+            # What is saved from here has them plain.
+            config.quantization_config = with_plain(config.quantization_config, self.packed_heads)
         self._check()
 
     def stored(self, name: str) -> str:
         """The checkpoint's name of a tensor: it may have or lack the base model's prefix, and call the head lm_head."""
         prefix, here = self.model.base_model_prefix + ".", self.checkpoint
-        if name == "embed_out.weight" and name not in here and "lm_head.weight" in here:
-            return "lm_head.weight"
+        if name.startswith("embed_out.") and name not in here and (later := f"lm_head.{name[10:]}") in here:
+            return later
         if name.partition(".")[0] in self.heads:
             return name
         has_prefix = any(n.startswith(prefix) for n in here.names())
@@ -82,17 +85,36 @@ class Skeleton:
         """Whether a module's dense weight is to be quantized on its way in."""
         return self.target is not None and isinstance(module, Linear) and module.format != DENSE
 
+    def _packed_heads(self) -> Iterator[tuple[str, Linear]]:
+        """Heads that the checkpoint holds quantized, which run plain here: a layer without memory that stands for each."""
+        for name, head in self.model.heads.items():
+            format: Format | None = None
+            if self.stored(f"{name}.weight.absmax") in self.checkpoint:
+                layers = (m.format for m in self.model.base_model.layers.modules() if isinstance(m, Linear))
+                format = next((f for f in layers if isinstance(f, NF4)), None)
+            elif (packed := self.stored(f"{name}.weight_packed")) in self.checkpoint:
+                words = self.checkpoint.info(packed).shape
+                groups = self.checkpoint.info(self.stored(f"{name}.weight_scale")).shape
+                if len(words) == len(groups) == 2 and words[1] and groups[1]:
+                    format = GroupInt(words[1] * 32 // head.in_features, head.in_features // groups[1])
+            if format is not None:
+                with torch.device("meta"):
+                    yield name, Linear(head.in_features, head.out_features, head.bias is not None, format)
+
+    def _modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Modules by name, as the checkpoint holds them."""
+        for name, module in self.model.named_modules():
+            yield name, self.packed_heads.get(name, module)
+
     def _check(self) -> None:
-        if packed := [
-            n for n in self.checkpoint.names() if re.search(r"(embed_in|embed_out|lm_head)\.weight_packed$", n)
-        ]:
+        if packed := [n for n in self.checkpoint.names() if n.endswith("embed_in.weight_packed")]:
             raise FormatError(
-                f"{self.checkpoint.folder}: {packed[0]}: embedding and head must be plain here; put 'lm_head' and "
-                "'gpt_neox.embed_in' into `ignore` and quantize again, or run neox-lite quantize on the original checkpoint"
+                f"{self.checkpoint.folder}: {packed[0]}: the embedding must be plain here; put 'gpt_neox.embed_in' into "
+                "`ignore` and quantize again, or run neox-lite quantize on the original checkpoint"
             )
         floating = tuple(DTYPES.values())
         expected: dict[str, tuple[Sequence[int], tuple[torch.dtype, ...] | None]] = {}
-        for name, module in self.model.named_modules():
+        for name, module in self._modules():
             if isinstance(module, Linear) and (reason := module.format.why_not(module.shape)) is not None:
                 raise FormatError(f"{name}: {reason}")
             for key, tensor in self._own_tensors(name, module):
@@ -167,9 +189,9 @@ class Skeleton:
         following: tensors of heads that the checkpoint may lack, since they come from elsewhere.
         """
         encoded = {n: m for n, m in self.model.named_modules() if isinstance(m, Linear) and self.is_encoded(m)}
-        for name, module in _with_bar(encoded):
-            quantize_module(module, self.checkpoint, self.stored(f"{name}.weight"), dtype)
-        for name, module in self.model.named_modules():
+        for name, linear in _with_bar(encoded):
+            quantize_module(linear, self.checkpoint, self.stored(f"{name}.weight"), dtype)
+        for name, module in self._modules():
             for key, tensor in self._own_tensors(name, module):
                 stored, last = self.stored(key), key.removeprefix(f"{name}.")
                 if stored not in self.checkpoint or (last == "weight" and self.is_encoded(module)):
@@ -182,10 +204,14 @@ class Skeleton:
                 elif isinstance(module, Linear):
                     value = module.format.laid(last, value, tuple(tensor.shape))
                 setattr(module, last, value)
-                if value.data_ptr() == mapped.data_ptr():
+                if value.data_ptr() == mapped.data_ptr() and name not in self.packed_heads:
                     self._note_origin(key, stored, value)
             if isinstance(module, Linear) and module.format != DENSE:
                 module.format = self._opened(name, module, module._buffers)  # type: ignore[arg-type]
+        for name, packed in self.packed_heads.items():
+            head = self.model.heads[name]
+            head.weight = nn.Parameter(packed.handle.decode(dtype), requires_grad=False)
+            head.bias = packed.bias
         _initialize_heads(self.model, [n for n in self.fresh if n not in following], dtype, self.checkpoint.folder)
         if self.tied:
             self.model.tie_weights()
