@@ -243,7 +243,7 @@ CONFIG = DEMO / "config.json"
     (["perplexity", DEMO, "--text", CONFIG, "--cpu-memory", "x"], "--cpu-memory is 'x', expected"),
     (["info", CONFIG], "is a file"),
     (["info", "/no/such/folder"], "no such folder"),
-    (["info", DEMO, "--revision", "main"], "revision 'main' means nothing"),
+    (["info", DEMO, "--revision", "v2"], "revision 'v2' means nothing"),
 ])  # fmt: skip
 def test_failures_are_one_line_and_exit_1(run, words, message):
     code, out, err = run(*words)

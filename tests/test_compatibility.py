@@ -650,3 +650,31 @@ def test_a_packed_language_head_is_decoded(tmp_path, bits):
     assert torch.equal(found.embed_out.weight, expected)
     found.save_pretrained(tmp_path / "again")
     assert torch.equal(logits(GPTNeoXForCausalLM.from_pretrained(tmp_path / "again", exact=True)), logits(found))
+
+
+# Numbers that float16 cannot hold -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scaled", ["all", "qkv"])
+def test_a_quantized_folder_whose_activations_overflow_is_named_with_a_way_that_works(tmp_path, scaled, run):
+    def scale(tensors):
+        for name, tensor in tensors.items():
+            if tensor.dim() == 2 and (scaled == "all" or "query_key_value" in name):
+                tensor *= 1e5
+        if scaled == "all":
+            for name in [n for n in tensors if "embed_out" in n]:
+                tensors[name] *= 1e-5
+
+    write_source(tmp_path / "source", torch.float32)
+    change_tensors(tmp_path / "source" / "model.safetensors", scale)
+    expected = logits(GPTNeoXForCausalLM.from_pretrained(tmp_path / "source"))
+    assert bool(expected.isfinite().all())
+    code, _, told = run("quantize", tmp_path / "source", tmp_path / "int8", "--format", "int8")
+    assert code == 0 and "its outputs are not finite: activations exceed float16" in told and "--dtype bfloat16" in told
+    code, told, _ = run("verify", tmp_path / "int8")
+    assert code == 1 and "its outputs are not finite" in told
+    code, _, told = run("quantize", tmp_path / "source", tmp_path / "bf16", "--format", "int8", "--dtype", "bfloat16")
+    assert code == 0 and "not finite" not in told
+    assert run("verify", tmp_path / "bf16")[0] == 0
+    found = logits(GPTNeoXForCausalLM.from_pretrained(tmp_path / "bf16", exact=True))
+    assert float((found.argmax(-1) == expected.argmax(-1)).float().mean()) > 0.8

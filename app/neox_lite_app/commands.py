@@ -65,6 +65,11 @@ def _quantize(sub: argparse.ArgumentParser) -> None:
         metavar="N",
         help="of gptq: windows of 512 tokens of FILE (default 128), or of 128 of its own text (default 512)",
     )
+    sub.add_argument(
+        "--dtype",
+        choices=("float16", "bfloat16"),
+        help="of all that is not quantized, and of the KV cache (default: the checkpoint's, float16 for float32)",
+    )
     sub.add_argument("--revision", help="branch, tag or commit of a hub id")
     sub.add_argument(
         "--keep-source",

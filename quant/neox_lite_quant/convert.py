@@ -78,6 +78,7 @@ def convert(
     target_size: int | None = None,
     small_head: bool = True,
     choosing: Progress | None = None,
+    dtype: str | None = None,
 ) -> Report:
     """Quantize every linear layer of a checkpoint; embedding, head and norms stay as they are, float32 becomes float16.
 
@@ -90,6 +91,8 @@ def convert(
     target_size: bytes that the folder may take at most. Each linear layer then gets int4 or int8 groups so that the loss is
     least, in place of format and group_size; choosing is called with (layers that were looked at, layers).
     small_head: write an int8 head in addition to the 16-bit one.
+    dtype: "float16" or "bfloat16", of all that is not quantized, None for the checkpoint's own. Activations and the KV cache
+    have it too, and bfloat16 holds larger ones.
     Raises FormatError for a shape or value that the format cannot hold, CheckpointError for a source that is not whole.
     """
     began = time.perf_counter()
@@ -112,22 +115,24 @@ def convert(
         check_destination(destination, checkpoint.folder)
 
         # 2. Choose the dtype, and a format for each linear layer.
-        config, dtype = _target_config(checkpoint)
+        config, dense_dtype = _target_config(checkpoint, dtype)
         target: Format | Mix = uniform
         if target_size is not None:
             if stream is not None:
                 raise ArgumentError(
                     f"{source}: a mix is chosen by its weights, which are not here yet; add --keep-source"
                 )
-            target = _mix(config, checkpoint, dtype, method, small_head, target_size, choosing)
+            target = _mix(config, checkpoint, dense_dtype, method, small_head, target_size, choosing)
 
         # 3. Plan every tensor of the folder; nothing is computed yet.
-        skeleton = _skeleton(config, checkpoint, target, dtype, method, stream)
-        calibrated = Calibrated(skeleton, dtype, calibration, calibration_windows) if method == "gptq" else None
+        skeleton = _skeleton(config, checkpoint, target, dense_dtype, method, stream)
+        calibrated = Calibrated(skeleton, dense_dtype, calibration, calibration_windows) if method == "gptq" else None
         modules = skeleton.model.named_modules()
-        parts = [part for name, m in modules if (part := _part(skeleton, name, m, dtype, method, stream, calibrated))]
-        head = _head(skeleton, dtype, stream) if small_head else None
-        report = _planned(destination, skeleton, dtype, [*parts, *([head] if head is not None else [])])
+        parts = [
+            part for name, m in modules if (part := _part(skeleton, name, m, dense_dtype, method, stream, calibrated))
+        ]
+        head = _head(skeleton, dense_dtype, stream) if small_head else None
+        report = _planned(destination, skeleton, dense_dtype, [*parts, *([head] if head is not None else [])])
 
         # 4. A dry run ends here, with a forecast.
         if dry_run and calibrated is not None:
@@ -296,8 +301,8 @@ def _job(
     return hashlib.sha256(decisive.encode()).hexdigest()
 
 
-def _target_config(checkpoint: Checkpoint) -> tuple[GPTNeoXConfig, torch.dtype]:
-    """The folder's config and dtype: the checkpoint's own 16-bit dtype, else float16."""
+def _target_config(checkpoint: Checkpoint, wish: str | None) -> tuple[GPTNeoXConfig, torch.dtype]:
+    """The folder's config and dtype: the one that is asked for, else the checkpoint's own 16-bit dtype, else float16."""
     config = GPTNeoXConfig.from_pretrained(checkpoint.folder)
     if config.quantization_config is not None:
         raise FormatError(f"{checkpoint.folder}: is quantized already; give the checkpoint that it was made from")
@@ -306,6 +311,10 @@ def _target_config(checkpoint: Checkpoint) -> tuple[GPTNeoXConfig, torch.dtype]:
     dtype = named if named in (torch.float16, torch.bfloat16) else torch.float16
     if stored == {torch.bfloat16}:
         dtype = torch.bfloat16
+    if wish is not None:
+        if wish not in ("float16", "bfloat16"):
+            raise ArgumentError(f"dtype is {wish!r}, expected 'float16' or 'bfloat16'")
+        dtype = DTYPES[wish]
     return config.copy(dtype=dtype_name(dtype)), dtype
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from neox_lite import GPTNeoXForCausalLM
 from neox_lite.cache import Batch, BlockTable, PagePool
-from neox_lite.errors import ArgumentError
+from neox_lite.errors import ArgumentError, NeoxLiteError
 from neox_lite.formats import Weight, label
 from neox_lite.kernels.backend import Backend, Norm
 from neox_lite.layers import Linear
@@ -39,6 +39,8 @@ def perplexity(args: argparse.Namespace) -> None:
     windows = cut(model, text, args.context)
     with bar("perplexity", "window") as progress:
         value = perplexity_of(model, windows, progress)
+    if not math.isfinite(value):
+        raise NeoxLiteError(f"{args.model}: the perplexity is {value}: see neox-lite verify, which names the reason")
     result = {"perplexity": value, "tokens": windows.shape[0] * (windows.shape[1] - 1), "context": args.context}
     if args.json:
         print_json(result)

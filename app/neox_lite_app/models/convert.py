@@ -14,10 +14,11 @@ from neox_lite_quant import Report, convert, export_gguf, import_gguf
 
 from ..load_for_command import default_threads
 from ..terminal import amount, bar, note, print_json
+from .inspect_model import logits_problem
 
 
 def quantize(args: argparse.Namespace) -> None:
-    options = {"group_size": args.group_size, "method": args.method, "revision": args.revision}
+    options = {"group_size": args.group_size, "method": args.method, "revision": args.revision, "dtype": args.dtype}
     options |= {"format": args.format or "int4", "small_head": args.head == "int8"}
     if args.target_size is not None:
         if args.format is not None or args.group_size is not None:
@@ -53,6 +54,9 @@ def quantize(args: argparse.Namespace) -> None:
                         f"\n{destination} is unfinished; the same command goes on from the weight files that are whole"
                     )
                 raise
+    problem = None if args.dry_run else logits_problem(report.destination)
+    if problem is not None:
+        note(f"warning: {problem}")
     if args.json:
         figures = ("bytes_in", "bytes_out", "seconds", "peak_bytes", "scratch_bytes", "bits_per_weight", "mix")
         print_json({"destination": str(report.destination), **{k: getattr(report, k) for k in figures}})

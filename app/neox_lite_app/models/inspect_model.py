@@ -7,6 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from neox_lite.checkpoint.adapter import Settings, open_weights
 from neox_lite.checkpoint.reader import Checkpoint, verify_folder
 from neox_lite.config import GPTNeoXConfig
@@ -17,10 +19,13 @@ from neox_lite.loading.skeleton import Skeleton
 from neox_lite.modeling.heads import class_of
 from neox_lite.offload.plan import sizes_of
 from neox_lite.tokenizer import GPTNeoXTokenizerFast
+from neox_lite.units import dtype_name
 
 from ..load_for_command import MIXED, formats_in
 from ..terminal import amount, bar, note, print_json
 from .plan import Model
+
+PROBE_TOKENS = 8
 
 
 def verify(args: argparse.Namespace) -> int:
@@ -57,9 +62,23 @@ def problems_of(folder: Path) -> list[str]:
 
         problems += [p for p in verify_folder(folder, count, needs_manifest=ours) if p not in problems]
         progress(total, total)
+    if not problems and (problem := logits_problem(folder)) is not None:
+        problems = [problem]
     if not ours:
         note(f"{folder}: has no {MANIFEST}, so shapes and values were checked, and no hashes")
     return problems
+
+
+def logits_problem(folder: Path) -> str | None:
+    """What is wrong with the outputs of a model for a few tokens; None where they are numbers."""
+    config = GPTNeoXConfig.from_pretrained(folder)
+    model: Any = class_of(config).from_pretrained(folder)
+    ids = torch.arange(min(PROBE_TOKENS, config.vocab_size, config.max_position_embeddings))[None]
+    if bool(model(ids, attention_mask=torch.ones_like(ids)).to_tuple()[0].isfinite().all()):
+        return None
+    dtype = dtype_name(model.dtype)
+    advice = "; quantize the checkpoint with --dtype bfloat16" if dtype == "float16" else ""
+    return f"{folder}: its outputs are not finite: activations exceed {dtype}{advice}"
 
 
 def info(args: argparse.Namespace) -> None:
