@@ -127,7 +127,7 @@ def test_a_job_gives_the_events_of_stream(shared):
 def test_without_a_length_a_job_goes_to_the_end_of_the_context(shared):
     updates = list(shared.submit(Job([5] * (shared.context - 9), {"eos_token_id": []})))
     assert len(updates) == 9 and updates[-1].finish_reason == "length"
-    with pytest.raises(ContextLengthError, match=f"more than the context of {shared.context}"):
+    with pytest.raises(ContextLengthError, match=f"maximum context length is {shared.context} tokens"):
         shared.submit(Job([5] * shared.context))
 
 

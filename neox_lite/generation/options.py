@@ -198,8 +198,8 @@ class Options:
             room = context - prompt_tokens
             instead = f" or ask for at most {room} new token{'s' if room > 1 else ''}" if room > 0 else ""
             raise ContextLengthError(
-                f"{prompt_tokens} prompt tokens and {new_tokens} new ones are {prompt_tokens + new_tokens}, more than the "
-                f"context of {context} tokens; shorten the prompt{instead}"
+                f"{prompt_tokens} prompt tokens and {new_tokens} new ones are {prompt_tokens + new_tokens}, but the "
+                f"maximum context length is {context} tokens; shorten the prompt{instead}"
             )
         return new_tokens
 

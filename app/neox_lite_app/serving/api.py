@@ -304,9 +304,12 @@ class _Answer(Response):
         text, scored = choice.take(update)
         part = b"" if choice.index in opened else self._responses.opening(choice.index)
         opened.add(choice.index)
-        if text or scored or choice.finish_reason:
+        if text or scored:
             reported = scored if choice.top is not None else None
-            part += self._responses.chunk(self._responses.delta(choice.index, text, reported, choice.finish_reason))
+            part += self._responses.chunk(self._responses.delta(choice.index, text, reported, None))
+        # The end has a chunk of its own: clients stop reading at it, whatever text it has.
+        if choice.finish_reason:
+            part += self._responses.chunk(self._responses.delta(choice.index, "", None, choice.finish_reason))
         return part
 
     async def _updates(self, receive: Receive) -> AsyncGenerator[tuple[Choice, Update | None], None]:

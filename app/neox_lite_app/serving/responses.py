@@ -10,11 +10,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from tokenizers import decoders
-
 from neox_lite import GPTNeoXTokenizerFast
 from neox_lite.generation.sampling import TokenLogprob
-from neox_lite.tokenizer import StreamDecoder, token_bytes
+from neox_lite.tokenizer import StreamDecoder, is_byte_level, token_bytes
 
 from ..conversations.prompt_forms import Reader
 from .jobs import Ticket, Update
@@ -28,7 +26,7 @@ class Tokens:
 
     def __init__(self, tokenizer: GPTNeoXTokenizerFast) -> None:
         self._tokenizer = tokenizer
-        self._byte_level = isinstance(tokenizer.backend_tokenizer.decoder, decoders.ByteLevel)
+        self._byte_level = is_byte_level(tokenizer.backend_tokenizer.decoder)
         self.bytes = lru_cache(KNOWN_TOKENS)(self._bytes)  # the likeliest tokens come again and again
         self.text = lru_cache(KNOWN_TOKENS)(self._text)
 

@@ -1,7 +1,7 @@
 """Bodies of OpenAI-compatible requests -> checked values under the engine's names. Knows no HTTP, no engine and no model.
 
 Every field has a type and bounds, and whatever is wrong is said with the field's name. What other programs send beside the
-fields of the API stands in four tables below, each entry with the program that sends it; anything else is refused by name.
+fields of the API stands in the tables of foreign_fields.py; anything else is refused by name.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from neox_lite.errors import NeoxLiteError
 from neox_lite.files import parse_json
 from neox_lite.generation.parameters import BY_NAME, NUMBERS, SAMPLED, Parameter
 
+from .foreign_fields import HARMLESS, OFF_ONLY, REPEATED
+
 MAX_DEPTH = 100  # of arrays and objects in a body
-MAX_STOPS = 16
+MAX_STOPS = 64
 MAX_ANSWERS = 128  # prompts times n
 MAX_MESSAGES = 4096
 MAX_BIASES = 1024
@@ -172,6 +174,9 @@ def _prompts(name: str, value: Any) -> list[str | list[int]]:
 
 
 def _biases(name: str, value: Any) -> dict[int, float]:
+    # Some clients send an empty array for none.
+    if value == []:
+        return {}
     if not isinstance(value, dict) or len(value) > MAX_BIASES:
         _wrong(name, value, f"an object of at most {MAX_BIASES} token ids and numbers")
     amount, found = number(-100, 100), {}
@@ -228,8 +233,19 @@ def _content(name: str, value: Any) -> str:
 
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-# Beside role and content. OpenAI's own client sends back what it got: refusal, annotations, empty calls; reasoning: Open WebUI.
-_BESIDE = {"name", "refusal", "annotations", "audio", "tool_calls", "function_call", "reasoning", "reasoning_content"}
+# Beside role and content. OpenAI's own client sends back what it got: refusal, annotations, empty calls; reasoning: Open WebUI;
+# type: older lm-evaluation-harness, "text" always.
+_BESIDE = {
+    "type",
+    "name",
+    "refusal",
+    "annotations",
+    "audio",
+    "tool_calls",
+    "function_call",
+    "reasoning",
+    "reasoning_content",
+}
 
 
 def _message(name: str, value: Any) -> dict[str, str]:
@@ -244,6 +260,8 @@ def _message(name: str, value: Any) -> dict[str, str]:
     for key in value.keys() - {"role", "content"}:
         if key not in _BESIDE:
             raise RequestError(f"{name}.{reprlib.repr(key)[1:-1]} is unknown{_nearest(key, _BESIDE)}", name)
+        if key == "type" and value[key] not in ("text", "message"):
+            _wrong(f"{name}.type", value[key], '"text" or "message"')
         if key in ("tool_calls", "function_call", "audio") and value[key]:
             raise RequestError(f"{name}.{key}: tools and audio are not supported; leave it out", f"{name}.{key}")
     content = value.get("content")
@@ -272,7 +290,7 @@ SAMPLING: dict[str, Check] = {
 COMMON: dict[str, Check] = {
     **SAMPLING,
     "model": text(1024),
-    "max_tokens": integer(0, 10**9),
+    "max_tokens": integer(-1, 10**9),
     "n": integer(1, MAX_ANSWERS),
     "stop": one_or_more(text(256, empty=False), MAX_STOPS),
     "seed": integer(-(2**63), 2**64 - 1),
@@ -297,71 +315,12 @@ COMPLETION: dict[str, Check] = {
 CHAT: dict[str, Check] = {
     **COMMON,
     "messages": array(_message, MAX_MESSAGES, least=1),
-    "max_completion_tokens": integer(0, 10**9),
+    "max_completion_tokens": integer(-1, 10**9),
     "logprobs": flag,
     "top_logprobs": integer(0, MAX_TOP),
     "continue_final_message": flag,  # vLLM's names
     "add_generation_prompt": flag,
 }
-
-# Fields of other programs. Who sends them: ST is SillyTavern (text completion: "ooba" or "vllm"), OWUI is Open WebUI.
-# Anything goes, because nothing here depends on it:
-HARMLESS: dict[str, str] = {
-    **dict.fromkeys(("store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key"), "openai client"),
-    **dict.fromkeys(("prompt_cache_retention", "parallel_tool_calls", "verbosity"), "openai client"),
-    **dict.fromkeys(("reasoning_effort", "include_reasoning"), "OWUI, ST: there is no separate reasoning here"),
-    **dict.fromkeys(("chat_id", "session_id", "id", "keep_alive"), "OWUI"),
-    "prediction": "Continue: a hint for speed",
-    **dict.fromkeys(("api_type", "api_server"), "ST: its own settings"),
-    **dict.fromkeys(("truncation_length", "num_ctx"), "ST: it has cut the prompt itself"),
-    **dict.fromkeys(
-        ("add_bos_token", "spaces_between_special_tokens"), "ST: this family's tokenizers have no use for them"
-    ),
-    **dict.fromkeys(("length_penalty", "early_stopping"), "ST: of what is off below"),
-    **dict.fromkeys(("mirostat_tau", "mirostat_eta", "rep_pen_slope", "repetition_decay"), "ST: of what is off below"),
-    **dict.fromkeys(("dry_base", "dry_allowed_length", "dry_penalty_last_n"), "ST: of what is off below"),
-    **dict.fromkeys(("dry_sequence_breakers", "dynatemp_low", "dynatemp_high"), "ST: of what is off below"),
-    **dict.fromkeys(("dynatemp_range", "dynatemp_exponent", "adaptive_decay"), "ST: of what is off below"),
-    **dict.fromkeys(("smoothing_curve", "xtc_threshold", "negative_prompt", "min_keep"), "ST: of what is off below"),
-    **dict.fromkeys(
-        ("temperature_last", "sampler_priority", "sampler_order", "samplers"), "ST: the order here is fixed"
-    ),
-    **dict.fromkeys(("speculative_ngram", "n_probs"), "ST: for other servers"),
-    **dict.fromkeys(("guided_decoding_backend", "guided_whitespace_pattern"), "ST, vllm: here there is one backend"),
-}
-# Taken with the value that means "off", for what is not supported otherwise:
-OFF_ONLY: dict[str, tuple[Any, ...]] = {
-    # openai client, OWUI
-    **dict.fromkeys(("tools", "functions"), ([],)),
-    **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
-    "modalities": (["text"],),
-    # ST: samplers
-    **dict.fromkeys(("mirostat_mode", "mirostat", "dry_multiplier", "xtc_probability", "smoothing_factor"), (0,)),
-    **dict.fromkeys(("penalty_alpha", "epsilon_cutoff", "eta_cutoff", "top_a", "skew", "nsigma", "top_n_sigma"), (0,)),
-    **dict.fromkeys(("num_beams", "guidance_scale", "encoder_repetition_penalty", "tfs"), (1,)),
-    **dict.fromkeys(("use_beam_search", "dynamic_temperature"), (False,)),
-    "adaptive_target": (-0.01, 0, -1),
-    # ST: penalties look at the whole text; temperature 0 is greedy
-    **dict.fromkeys(("rep_pen_range", "repetition_penalty_range", "repeat_last_n"), (0,)),
-    "do_sample": (True,),
-    # ST: where an answer ends, and what is shown of it; ignore_eos and stop do it
-    **dict.fromkeys(("max_tokens_second", "min_length"), (0,)),
-    **dict.fromkeys(("ban_eos_token", "include_stop_str_in_output"), (False,)),
-    "skip_special_tokens": (True,),
-    "stop_token_ids": ([],),
-    # ST, vllm: logit_bias, guided_json and guided_regex do it
-    "custom_token_bans": ("", []),
-    **dict.fromkeys(("banned_strings", "guided_choice"), ([],)),
-    **dict.fromkeys(("grammar_string", "guided_grammar"), ("",)),
-    "json_schema": ({},),
-}
-# ST says the same again under the names of other servers; one that stands alone, or says something else, is not ignored:
-REPEATED: dict[str, str] = {
-    **dict.fromkeys(("max_new_tokens", "n_predict", "num_predict"), "max_tokens"),
-    "stopping_strings": "stop",
-    **{other: parameter.name for parameter in NUMBERS for other in parameter.other_names},
-}
-
 
 # From bytes to requests -----------------------------------------------------------------------------------------------
 
@@ -406,7 +365,7 @@ def _check(body: Mapping[str, Any], known: Mapping[str, Check]) -> dict[str, Any
 
 
 def completion(body: Mapping[str, Any]) -> GenerationRequest:
-    """What a body of POST /v1/completions asks for."""
+    """What a body of POST /v1/completions asks for; max_tokens None: to the end of the context."""
     given = _check(body, COMPLETION)
     if "prompt" not in given:
         raise RequestError("prompt is missing", "prompt")
@@ -419,7 +378,11 @@ def completion(body: Mapping[str, Any]) -> GenerationRequest:
         raise RequestError("best_of is not supported; ask for n with logprobs, and choose", "best_of")
     if (answers := n * len(prompts)) > MAX_ANSWERS:
         raise RequestError(f"{len(prompts)} prompts and n {n} are {answers} answers, at most {MAX_ANSWERS}", "prompt")
-    max_tokens, top, echo = given.get("max_tokens", DEFAULT_MAX_TOKENS), given.get("logprobs"), given.get("echo", False)
+    max_tokens, top, echo = (
+        _limit(given.get("max_tokens", DEFAULT_MAX_TOKENS)),
+        given.get("logprobs"),
+        given.get("echo", False),
+    )
     return GenerationRequest(**_common(given), max_tokens=max_tokens, top=top, prompts=prompts, echo=echo)
 
 
@@ -440,8 +403,13 @@ def chat(body: Mapping[str, Any]) -> GenerationRequest:
             "add_generation_prompt and continue_final_message are opposites here", "add_generation_prompt"
         )
     top = given.get("top_logprobs", 0) if given.get("logprobs") else None
-    max_tokens = given.get("max_tokens", limit)
+    max_tokens = _limit(given.get("max_tokens", limit))
     return GenerationRequest(**_common(given), max_tokens=max_tokens, top=top, messages=given["messages"], go_on=go_on)
+
+
+def _limit(max_tokens: int | None) -> int | None:
+    """None for -1, with which other servers' clients ask for no limit."""
+    return None if max_tokens == -1 else max_tokens
 
 
 def _common(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -452,7 +420,8 @@ def _common(given: Mapping[str, Any]) -> dict[str, Any]:
         "model": given.get("model"),
         "options": _options(given),
         "n": given.get("n", 1),
-        "seed": given.get("seed"),
+        # Elsewhere, -1 asks for another text each time.
+        "seed": None if given.get("seed") == -1 else given.get("seed"),
         "stream": given.get("stream", False),
         "include_usage": stream_options.get("include_usage", False),
         "user": given.get("user", ""),
