@@ -434,7 +434,9 @@ def added(old, new):
     return lambda t: t.update({FIRST.replace(old, new): t[FIRST]})
 
 
-HEAD = r"LoRA on gpt_neox.embed_in is not supported, only that of linear layers in the blocks and of a head .*; merge it"
+HEAD = (
+    r"LoRA on gpt_neox.embed_in is not supported, only that of linear layers in the blocks and of a head .*; merge it"
+)
 NAN = "dense.lora_A.weight holds values that are not finite; train or fetch"
 SMALLER = r"shape: \S*dense.lora_A.weight is \[3, 128\], expected \[16,"
 TENSORS = {
