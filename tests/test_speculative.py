@@ -392,7 +392,7 @@ def test_a_draft_model_with_another_tokenizer_is_refused_with_the_first_id_that_
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"assistant_model": "EleutherAI/pythia-160m"}, "assistant_model is a str, expected a GPTNeoXForCausalLM"),
+        ({"assistant_model": "EleutherAI/pythia-160m"}, "assistant_model is a str, expected one of neox_lite"),
         ({"assistant_model": ScriptedModel(logits_at), "prompt_lookup_num_tokens": 3}, "exclude each other"),
         (
             {"assistant_model": ScriptedModel(logits_at, vocabulary=5000)},

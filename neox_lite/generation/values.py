@@ -69,8 +69,9 @@ def check_drafts(merged: dict[str, Any]) -> None:
     draft, counts = merged.get("assistant_model"), merged.get("speculation")
     if draft is not None and not all(hasattr(draft, name) for name in ("new_pool", "step", "config")):
         package = type(draft).__module__.partition(".")[0]
+        origin = "" if package == "builtins" else f" of {package}"
         raise ArgumentError(
-            f"assistant_model is a {type(draft).__name__} of {package}, expected one of neox_lite: load its folder with "
+            f"assistant_model is a {type(draft).__name__}{origin}, expected one of neox_lite: load its folder with "
             "neox_lite.GPTNeoXForCausalLM.from_pretrained"
         )
     if draft is not None and merged.get("prompt_lookup_num_tokens") is not None:
