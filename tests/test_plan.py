@@ -230,8 +230,12 @@ def test_following_advice_does_what_it_says():
             lifted = make_plan(sizes, here, *followed(request, budgets, sentence))
             assert lifted.level > found.level and advice.GAINS[lifted.level] == sentence.partition(" would ")[2]
             kinds.add(sentence.split()[2])
+            if shorter := re.match(r"a context of (\d+) ", sentence):  # a page more would not do
+                kinds.add("a page less" if int(shorter[1]) + PAGE >= found.context else "many pages less")
+                longer = min(int(shorter[1]) + PAGE, found.context)
+                assert make_plan(sizes, here, replace(request, context=longer), budgets).level == found.level
         assert advice.advice(found) or found.level > plan.DISK
-    assert kinds == {"KV", "head", "of", "CPU", "GPU"}
+    assert kinds == {"KV", "head", "of", "CPU", "GPU", "a page less", "many pages less"}
 
 
 def test_the_least_degraded_choice_that_reaches_the_best_level_is_taken():
