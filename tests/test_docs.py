@@ -56,7 +56,12 @@ OTHERS = {
     "--verbose": "text-generation-webui",
     "--multi-user": "text-generation-webui",
     "--trust-remote-code": "text-generation-webui",
-    **{"--pure": "llama-quantize", "--address": "ray", "--grammar": "llama.cpp", "--json-schema": "llama.cpp"},
+    **{
+        "--output-tensor-type": "llama-quantize",
+        "--address": "ray",
+        "--grammar": "llama.cpp",
+        "--json-schema": "llama.cpp",
+    },
     **{"--kl-divergence": "llama.cpp", "--mlock": "llama.cpp", "--no-mmap": "llama.cpp"},
     **{"--repeat-penalty": "llama.cpp", "--temp": "llama.cpp"},
 }

@@ -41,7 +41,8 @@ OFF_ONLY: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     # ST: samplers
     **dict.fromkeys(("mirostat_mode", "mirostat", "dry_multiplier", "xtc_probability", "smoothing_factor"), (0,)),
-    **dict.fromkeys(("penalty_alpha", "epsilon_cutoff", "eta_cutoff", "top_a", "skew", "nsigma", "top_n_sigma"), (0,)),
+    **dict.fromkeys(("penalty_alpha", "epsilon_cutoff", "eta_cutoff", "top_a", "skew", "nsigma"), (0,)),
+    "top_n_sigma": (0,),
     **dict.fromkeys(("num_beams", "guidance_scale", "encoder_repetition_penalty", "tfs", "tfs_z"), (1,)),
     **dict.fromkeys(("use_beam_search", "dynamic_temperature"), (False,)),
     "adaptive_target": (-0.01, 0, -1),
