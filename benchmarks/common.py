@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,25 @@ def words(text: str) -> list[str]:
     return text.split(",")
 
 
+def some_of(known: Collection[str]) -> Callable[[str], list[str]]:
+    """The type of an argument: known names, comma between."""
+
+    def parse(text: str) -> list[str]:
+        if unknown := [name for name in words(text) if name not in known]:
+            raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; there are {', '.join(known)}")
+        return words(text)
+
+    return parse
+
+
+def json_of(command: list[str], env: dict[str, str]) -> dict[str, Any]:
+    """The JSON in the last line that a command prints. Raises RuntimeError with the last line of its errors where it fails."""
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(last_line(done.stderr))
+    return json.loads(last_line(done.stdout))
+
+
 def version(package: str) -> str | None:
     if package == "neox-lite":
         from neox_lite import __version__
@@ -81,8 +100,11 @@ def threads_of(count: int) -> dict[str, str]:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Replace the file as a whole: a reader never sees a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=1) + "\n")
+    partial = path.with_suffix(".part")
+    partial.write_text(json.dumps(value, indent=1) + "\n")
+    partial.replace(path)
 
 
 def model_folder(shape: str, format: str, scratch: Path, **changes: int) -> Path:

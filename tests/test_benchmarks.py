@@ -50,9 +50,9 @@ def benchmark(tmp_path, *flags):
 
 
 def test_the_benchmark_s_checks_pass_and_it_says_where_no_gpu_is(tmp_path):
-    result, told = benchmark(tmp_path, "--checks")
+    result, messages = benchmark(tmp_path, "--checks")
     assert len(result["checks"]) > 5
-    assert (result["device"] is None) == (not torch.cuda.is_available()) == ("no CUDA device" in told)
+    assert (result["device"] is None) == (not torch.cuda.is_available()) == ("no CUDA device" in messages)
 
 
 @pytest.mark.slow

@@ -80,11 +80,11 @@ def test_a_continued_answer_grows_and_counts_all_its_tokens(session):
     while session.figures.finish_reason != "length":
         first = "".join(session.answer())
     tokens = session.conversation.last.details["tokens"]
-    more = "".join(session.answer(go_on=True))
+    more = "".join(session.answer(continue_last=True))
     assert session.conversation.last.text == first + more
     assert session.conversation.last.details["tokens"] == tokens + session.figures.clock.tokens
     with pytest.raises(ArgumentError, match="no answer to continue"):
-        "".join(Session(session.engine, session.form, Conversation()).answer(go_on=True))
+        "".join(Session(session.engine, session.form, Conversation()).answer(continue_last=True))
 
 
 def test_a_cancelled_answer_keeps_what_there_is(session):

@@ -93,7 +93,7 @@ def test_the_cap_is_the_smaller_of_what_was_asked_and_what_fits():
     prompt = len(prepare(model(), FORM, QUESTION, {}).ids)
     for asked, cap in ((None, 512 - prompt), (9, 9), (512 - prompt, 512 - prompt), (4096, 512 - prompt)):
         turn = prepare(model(), FORM, QUESTION, {"max_new_tokens": asked} if asked else {})
-        assert turn.options["max_new_tokens"] == cap and (turn.asked is not None) == (asked == 4096)
+        assert turn.options["max_new_tokens"] == cap and (turn.requested_tokens is not None) == (asked == 4096)
     assert turn.notes == [f"max_new_tokens is 4096, but the context has room for {512 - prompt} after the prompt"]
 
 
@@ -155,7 +155,7 @@ def on_page(engine, settings, folder):
     conversation = Conversation()
     conversation.append("user", QUESTION[0]["content"])
     answer = conversation.append("assistant")
-    asked = chat.Asked({"do_sample": settings["temperature"] > 0, **settings}, FORM.name, "tab")
+    asked = chat.ChatRequest({"do_sample": settings["temperature"] > 0, **settings}, FORM.name, "tab")
 
     async def notices():
         updates = chat.Chat(engine, Store(folder), events.Running()).answer(conversation, answer, asked)

@@ -218,7 +218,7 @@ class Terminal:
         for message in self._session.conversation.path()[-SHOWN_AGAIN:]:
             self._print(f"> {message.text}" if message.role == "user" else message.text)
 
-    def _answer(self, go_on: bool = False) -> None:
+    def _answer(self, continue_last: bool = False) -> None:
         """Stream an answer, then its figures. Ctrl-C ends it; what is there is kept."""
         session = self._session
         with StopKey() as key:
@@ -228,7 +228,7 @@ class Terminal:
                 for text in session.notes:
                     self._tell(text)
 
-            for piece in session.answer(go_on, started):
+            for piece in session.answer(continue_last, started):
                 self._print(piece, end="")
             self._print("")
         self._tell(session.figures.error or self._status())
@@ -313,7 +313,7 @@ class Terminal:
         return last.id if last.parent is None or last.role == "user" else last.parent
 
     def _continue(self, _: str) -> None:
-        self._answer(go_on=True)
+        self._answer(continue_last=True)
 
     def _system(self, text: str) -> None:
         if text:

@@ -51,19 +51,21 @@ class Session:
         else:
             self.conversation.append("user", text)
 
-    def answer(self, go_on: bool = False, started: Callable[[Ticket], None] = lambda ticket: None) -> Iterator[str]:
-        """Another answer to the last message, or with go_on the rest of the last one, as text that is kept as it comes.
+    def answer(
+        self, continue_last: bool = False, started: Callable[[Ticket], None] = lambda ticket: None
+    ) -> Iterator[str]:
+        """Another answer to the last message, or with continue_last the rest of the last one, as text that is kept as it comes.
 
         started: called with the ticket, which cancels the answer; `notes` are there by then, `figures` afterwards.
         An answer without any text is not kept.
         """
         talk = self.conversation
-        if not go_on:
+        if not continue_last:
             talk.regenerate()
         elif talk.last is None or talk.last.role != "assistant":
             raise ArgumentError("there is no answer to continue; write a message, or use /regen")
         assert talk.last is not None
-        answer, before = talk.last.id, int(talk.last.details.get("tokens", 0)) if go_on else 0
+        answer, before = talk.last.id, int(talk.last.details.get("tokens", 0)) if continue_last else 0
         try:
             ticket, figures = self._submit(talk.last.text)
             started(ticket)

@@ -135,9 +135,9 @@ def check(case: Case, device: torch.device) -> dict[str, Any]:
 
 
 def failed(case: Case, error: BaseException) -> dict[str, Any]:
-    told = f"{type(error).__name__}: {error}"[:400]
+    message = f"{type(error).__name__}: {error}"[:400]
     what = f"{case.method} {' '.join(map(str, case.arguments))}"
-    return {"backend": case.backend, "check": what, "dtype": str(case.dtype)[6:], "ok": False, "error": told}
+    return {"backend": case.backend, "check": what, "dtype": str(case.dtype)[6:], "ok": False, "error": message}
 
 
 @dataclass(frozen=True)
@@ -299,12 +299,12 @@ def exact_attention(qkv: Tensor, table: Tensor, heads: int, head_dim: int, kv: t
         a, b = x[..., :half], x[..., half : 2 * half]
         return torch.cat((a * cos - b * sin, b * cos + a * sin, x[..., 2 * half :]), -1)
 
-    def kept(x: Tensor) -> Tensor:
+    def cached(x: Tensor) -> Tensor:
         if kv != torch.int8:
             return x.to(kv).double()
         codes, scale = quantize(x)
         return codes.double() * scale.double().unsqueeze(-1)
 
-    scores = torch.einsum("qhd,khd->hqk", rotate(q), kept(rotate(k))) / head_dim**0.5
+    scores = torch.einsum("qhd,khd->hqk", rotate(q), cached(rotate(k))) / head_dim**0.5
     scores.masked_fill_(torch.ones(tokens, tokens, dtype=torch.bool).triu(1), float("-inf"))
-    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), kept(v)).flatten(1)
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), cached(v)).flatten(1)

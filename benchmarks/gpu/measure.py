@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import ROOT, command_line, version, words
+from benchmarks.common import ROOT, command_line, some_of, version, words, write_json
 from benchmarks.gpu.sections import Section, Supervisor, Worker
 from neox_lite_app.load_for_command import default_threads
 
@@ -138,7 +138,6 @@ class Report:
         """add: to what the file holds, if that is of the same device."""
         self.found, self.path = found, None
         if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
             name = "rehearsal" if found["rehearsal"] else (found["device"] or "no device").lower().replace(" ", "_")
             self.path = folder / f"gpu_{name}.json"
             if add and self.path.exists():
@@ -188,14 +187,7 @@ class Report:
 
     def save(self) -> None:
         if self.path:
-            partial_file = self.path.with_suffix(".part")
-            partial_file.write_text(self.text + "\n")
-            partial_file.replace(self.path)
-
-    @property
-    def text(self) -> str:
-        """The JSON."""
-        return json.dumps(self.found, indent=1)
+            write_json(self.path, self.found)
 
 
 def chosen(args: argparse.Namespace, all_of_them: bool) -> list[Section]:
@@ -223,14 +215,12 @@ def command_of(args: argparse.Namespace) -> Callable[[Sequence[str], float], lis
 def main() -> int:
     begun, parser = time.monotonic(), command_line(__doc__)
     parser.add_argument("--minutes", type=float, help="what would begin later is left out (default 9; 60 to rehearse)")
-    parser.add_argument("--only", type=words, metavar="NAME,NAME", help=f"of {', '.join(LIMITS_S)}")
+    parser.add_argument("--only", type=some_of(LIMITS_S), metavar="NAME,NAME", help=f"of {', '.join(LIMITS_S)}")
     parser.add_argument("--packages", metavar="DIR", help="peers that are unpacked there and not installed")
     parser.add_argument("--checks", action="store_true", help="correctness only, all of it")
     parser.add_argument("--rehearse", action="store_true", help="every path once, in Triton's interpreter")
     parser.add_argument("--worker", type=words, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if unknown := [name for name in args.only or [] if name not in LIMITS_S]:
-        parser.error(f"--only names {', '.join(unknown)}; there are {', '.join(LIMITS_S)}")
     args.minutes = args.minutes or (60.0 if args.rehearse else 9.0)
     if args.worker:
         work(args.worker, 60 * args.minutes, args.rehearse)
@@ -255,6 +245,6 @@ def main() -> int:
         print(f"stopped; what was found is in {report.path or 'the lines above'}", file=sys.stderr)
         return 130
     report.judge()
-    print(report.text)
+    print(json.dumps(report.found, indent=1))
     report.save()
     return 0 if report.found["ok"] else 1

@@ -12,13 +12,12 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import threading
 import time
 from itertools import product
 from typing import Any
 
-from benchmarks.common import command_line, environment, model_folder, module, status_bytes, words, write_json
+from benchmarks.common import command_line, environment, json_of, model_folder, module, status_bytes, words, write_json
 
 DECODE_TOKENS = 16
 SAMPLE_S = 0.02
@@ -52,11 +51,10 @@ def main() -> None:
 
 
 def run(case: dict[str, Any]) -> dict[str, Any]:
-    command = module("offload.budgets", "--case", json.dumps(case))
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
-    if done.returncode:
-        return {**case, "error": (done.stderr.strip().splitlines() or ["no word"])[-1]}
-    return {**case, **json.loads(done.stdout.splitlines()[-1])}
+    try:
+        return {**case, **json_of(module("offload.budgets", "--case", json.dumps(case)), environment())}
+    except RuntimeError as error:
+        return {**case, "error": str(error)}
 
 
 def measure(folder: str, context: int, kv: str | None, decode: int, limits: dict[str, str]) -> dict[str, Any]:

@@ -31,11 +31,13 @@ from benchmarks.common import (
     machine,
     module,
     quartiles,
+    some_of,
     threads_of,
-    words,
     write_json,
 )
-from benchmarks.peers.engines import ENGINES, GROUP, PROMPT, REFERENCE, SHAPES, settings
+from benchmarks.peers.engines import ENGINES, GROUP, PROMPT, REFERENCE
+from benchmarks.peers.model import config_of
+from neox_lite_app.models.random_model import SHAPES
 
 METRICS = {  # what a worker is asked; {n} is --tokens
     "decode 1": "decode {n}",
@@ -158,8 +160,8 @@ def overview(rows: dict[str, dict[str, Any]]) -> str:
     for name, row in rows.items():
         sizes = f"{row['peak_rss_bytes'] / 1e9:6.2f} {row['anonymous_bytes'] / 1e9:6.2f}"
         wrong = row["error"] or {}
-        told = " ".join(f"{wrong[how]['rms']:9.1e}" if how in wrong else f"{'-':>9}" for how in ("prefill", "decode"))
-        lines.append(f"  {name:26} {row['load_s']:6.2f} {row['first_token_s']:6.2f} {sizes} {told}  {row['head']}")
+        errors = " ".join(f"{wrong[how]['rms']:9.1e}" if how in wrong else f"{'-':>9}" for how in ("prefill", "decode"))
+        lines.append(f"  {name:26} {row['load_s']:6.2f} {row['first_token_s']:6.2f} {sizes} {errors}  {row['head']}")
     return "\n".join(lines)
 
 
@@ -191,8 +193,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
 def main() -> int:
     parser = command_line(__doc__, rounds=5, threads=True, scratch="peers", out=RESULTS)
     parser.add_argument("--shape", default="pythia-160m", help=f"{', '.join(SHAPES)}, or layers x hidden x heads")
-    parser.add_argument("--engines", type=words, default=list(ENGINES), help=f"some of {','.join(ENGINES)}")
-    parser.add_argument("--metrics", type=words, default=list(METRICS), help=f"some of {','.join(METRICS)}")
+    parser.add_argument("--engines", type=some_of(ENGINES), default=list(ENGINES), help=f"some of {','.join(ENGINES)}")
+    parser.add_argument("--metrics", type=some_of(METRICS), default=list(METRICS), help=f"some of {','.join(METRICS)}")
     parser.add_argument("--tokens", type=int, default=32, help=f"decoded after {PROMPT} tokens (default 32)")
     parser.add_argument("--no-errors", dest="errors", action="store_false", help="skip the comparison with the truth")
     parser.add_argument("--alone", action="store_true", help="no engine stays loaded while another works")
@@ -200,12 +202,14 @@ def main() -> int:
     args = parser.parse_args()
     home = args.scratch / args.shape
     home.mkdir(parents=True, exist_ok=True)
-    for given, known in ((args.engines, ENGINES), (args.metrics, METRICS)):
-        if unknown := [name for name in given if name not in known]:
-            parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(known)}")
     if (load := os.getloadavg()[0]) > 0.3 and not args.force:
         raise SystemExit(f"the load average is {load:.2f}, expected at most 0.3; wait, or measure anyway with --force")
-    keys = {"shape": args.shape, "settings": settings(args.shape), "group_size": GROUP, "metrics": args.metrics}
+    keys = {
+        "shape": args.shape,
+        "settings": config_of(args.shape).to_dict(),
+        "group_size": GROUP,
+        "metrics": args.metrics,
+    }
     keys |= {"threads": args.threads, "rounds": args.rounds, "prompt_tokens": PROMPT, "decode_tokens": args.tokens}
     result = {**keys, "machine": machine(), "python": platform.python_version(), **measure(args, home)}
     print(table(result["engines"], args.metrics), overview(result["engines"]), sep="\n")

@@ -17,25 +17,9 @@ from typing import Any
 
 from benchmarks.common import answer_questions, status_bytes, version
 
-SHAPES = {  # layers, hidden size, heads, vocabulary
-    "pythia-160m": (12, 768, 12, 50304),
-    "pythia-410m": (24, 1024, 16, 50304),
-    "pythia-1.4b": (24, 2048, 16, 50304),
-    "pythia-6.9b": (32, 4096, 32, 50432),
-    "20b": (44, 6144, 64, 50432),
-}
 GROUP, PROMPT = 128, 16
 MIN_SECONDS = 0.3  # shorter measurements are repeated
 TRUTH_IDS = [[(7 * i + 11 * j) % 1000 + 100 for i in range(2 * PROMPT)] for j in range(2)]
-
-
-def settings(shape: str) -> dict[str, Any]:
-    """The keys of config.json for a shape's name, or for LxHxA: layers x hidden size x heads."""
-    layers, hidden, heads, vocab = SHAPES.get(shape) or (*map(int, shape.split("x")), 50304)
-    sizes = {"num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads, "vocab_size": vocab}
-    # The tanh form of GELU under the name that all of them run as one operation.
-    fixed = {"hidden_act": "gelu_pytorch_tanh", "max_position_embeddings": 2048, "bos_token_id": 0, "eos_token_id": 0}
-    return {**sizes, **fixed, "intermediate_size": 4 * hidden, "architectures": ["GPTNeoXForCausalLM"]}
 
 
 # The engines ----------------------------------------------------------------------------------------------------------

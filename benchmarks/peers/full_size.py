@@ -17,7 +17,6 @@ import os
 import re
 import resource
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -28,7 +27,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import RESULTS, command_line, environment, machine, model_folder, write_json
+from benchmarks.common import RESULTS, command_line, environment, json_of, machine, model_folder, write_json
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
 from neox_lite.checkpoint.safetensors_file import SafetensorsFile, Spec, encode_header, layout
 from neox_lite_app.models import random_model
@@ -191,12 +190,10 @@ def from_hub(work: Path, layers: int, vocabulary: int, method: str) -> dict[str,
 def timed(command: list[str], **changes: str) -> dict[str, Any]:
     """The JSON that a command prints, with its processor time."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    out = subprocess.run(command, env=environment(**changes), capture_output=True, text=True)
-    if out.returncode:
-        raise SystemExit(out.stderr[-2000:])
+    found = json_of(command, environment(**changes))
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {**json.loads(out.stdout.strip().splitlines()[-1]), "cpu_s": round(cpu_s, 2)}
+    return {**found, "cpu_s": round(cpu_s, 2)}
 
 
 def quantize(source: str, out: Path, method: str, **changes: str) -> dict[str, Any]:

@@ -70,9 +70,9 @@ def beside(model: GPTNeoXForCausalLM, prompts: Tensor, theirs: list[tuple[list[i
     partings, equal, same = [], 0, 0
     for number, (prompt, (tokens, margins)) in enumerate(zip(prompts, theirs, strict=True)):
         out = model.generate(prompt[None], max_new_tokens=count, min_new_tokens=count, do_sample=False)
-        found, wanted = out[0, width:].tolist(), torch.tensor(tokens)
-        after = model(torch.cat((prompt, wanted))[None]).logits[0, width - 1 : -1].float()
-        same += int((after.argmax(-1) == wanted).sum())
+        found, expected = out[0, width:].tolist(), torch.tensor(tokens)
+        after = model(torch.cat((prompt, expected))[None]).logits[0, width - 1 : -1].float()
+        same += int((after.argmax(-1) == expected).sum())
         at = next((i for i in range(count) if found[i] != tokens[i]), count)
         equal += at
         if at < count:

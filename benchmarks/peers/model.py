@@ -21,16 +21,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.peers.engines import GROUP, settings
+from benchmarks.peers.engines import GROUP
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
 from neox_lite.checkpoint.safetensors_file import Spec
 from neox_lite.formats import DENSE, GroupInt, pack, quantization_config, unpack
 from neox_lite.loading.save import Part, write_model
 from neox_lite.units import dtype_name
+from neox_lite_app.models import random_model
 from neox_lite_quant import export_gguf
 
 Rows = Iterator[tuple[str, Tensor, int]]  # full name, rows, first row
 INT4, INT8 = GroupInt(4, GROUP), GroupInt(8, GROUP)
+
+
+def config_of(shape: str) -> GPTNeoXConfig:
+    """With the tanh form of GELU under the name that all engines run as one operation."""
+    return random_model.config_of(shape).copy(hidden_act="gelu_pytorch_tanh", bos_token_id=0, eos_token_id=0)
 
 
 class RandomModel:
@@ -40,7 +46,7 @@ class RandomModel:
         self.bits = bits
         self.format = {4: INT4, 8: INT8, 16: DENSE}[bits]
         self.dtype = torch.bfloat16 if bits == 16 else torch.float16
-        self.config = GPTNeoXConfig(**settings(shape), dtype=dtype_name(self.dtype))
+        self.config = config_of(shape).copy(dtype=dtype_name(self.dtype))
         if bits < 16:
             self.config.quantization_config = quantization_config(self.format)
         with torch.device("meta"):

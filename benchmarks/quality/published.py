@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -109,21 +110,21 @@ def main() -> None:
     args = parser.parse_args()
     published = {name: PUBLISHED[name] for name in args.models if name in PUBLISHED}
     result: dict[str, Any] = {"run": False, "published": published, "measured": [], "torch": None}
-    if args.home is not None:
-        items = lambada_items(args.lambada)[: args.items]
-        text = read_text(str(args.text)) if args.text else "".join(texts_of("Salesforce/wikitext", "wikitext-2-raw-v1"))
-        for name in args.models:
-            for format in args.formats:
-                try:
-                    row = measure(name, format, args, items, text)
-                except NeoxLiteError as error:
-                    sys.exit(f"{name} {format}: {error}")
-                result |= {"run": True, "measured": [*result["measured"], row], "torch": torch.__version__}
-                print(json.dumps(row), flush=True)
-                if args.out:
-                    write_json(args.out, result)
-    elif args.out:
-        write_json(args.out, result)
+    if args.home is None:
+        if args.out:
+            write_json(args.out, result)
+        return
+    items = lambada_items(args.lambada)[: args.items]
+    text = read_text(str(args.text)) if args.text else "".join(texts_of("Salesforce/wikitext", "wikitext-2-raw-v1"))
+    for name, format in product(args.models, args.formats):
+        try:
+            row = measure(name, format, args, items, text)
+        except NeoxLiteError as error:
+            sys.exit(f"{name} {format}: {error}")
+        result |= {"run": True, "measured": [*result["measured"], row], "torch": torch.__version__}
+        print(json.dumps(row), flush=True)
+        if args.out:
+            write_json(args.out, result)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,10 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from benchmarks.common import command_line, write_json
 
 CONTEXT = 512
+VOCABULARY = 1500  # tokenizer entries; the model's are padded to 128s
+BATCH = 4  # windows of CONTEXT tokens a step
+LEARNING_RATE, DROPOUT = 2e-3, 0.15
+SPLIT = 0.1  # chance that a merge is undone, falling to 0
 LIBRARY_BYTES = 3_000_000
 EOT, PAD = "<|endoftext|>", "<|padding|>"
 ROTARY = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
@@ -163,12 +167,6 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=math.inf, help="end after this long, if that comes first")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--vocab", type=int, default=1500, help="tokenizer entries; the model's are padded to 128s")
-    parser.add_argument("--batch", type=int, default=4, help=f"windows of {CONTEXT} tokens a step")
-    parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate")
-    parser.add_argument("--dropout", type=float, default=0.15)
-    parser.add_argument("--split", type=float, default=0.1, help="chance that a merge is undone, falling to 0")
-    parser.add_argument("--fp32", action="store_true", help="no bf16 autocast")
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)
@@ -178,9 +176,9 @@ def main() -> None:
     text = standard_library() if args.standard_library else args.text.read_text(encoding="utf-8")
     train_text, valid_text, heldout_text = split_text(text)
     (args.out / "heldout.txt").write_text(heldout_text, encoding="utf-8")
-    tokenizer = train_tokenizer(train_text, args.vocab, args.out)
+    tokenizer = train_tokenizer(train_text, VOCABULARY, args.out)
     valid = tokenizer.encode(valid_text).ids
-    batches = Batches(tokenizer, train_text, args.batch, args.seed)
+    batches = Batches(tokenizer, train_text, BATCH, args.seed)
 
     # 2. The model and its optimizer.
     config = GPTNeoXConfig(
@@ -191,8 +189,8 @@ def main() -> None:
         intermediate_size=1024,
         max_position_embeddings=CONTEXT,
         rope_parameters=ROTARY,
-        hidden_dropout=args.dropout,
-        attention_dropout=args.dropout,
+        hidden_dropout=DROPOUT,
+        attention_dropout=DROPOUT,
         bos_token_id=0,
         eos_token_id=0,
     )
@@ -201,7 +199,7 @@ def main() -> None:
     groups = [{"params": [p for p in model.parameters() if (p.ndim > 1) == wide]} for wide in (True, False)]
     groups[0]["weight_decay"], groups[1]["weight_decay"] = 0.1, 0.0
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
-    steps = round(args.epochs * len(batches.ids) / (args.batch * CONTEXT))
+    steps = round(args.epochs * len(batches.ids) / (BATCH * CONTEXT))
     warmup, every = min(150, steps // 10), max(1, steps // 25)
     sizes = f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {tokenizer.get_vocab_size()}"
     print(f"{sizes} (model {config.vocab_size}), {len(batches.ids):,} training tokens, {steps} steps", flush=True)
@@ -210,11 +208,11 @@ def main() -> None:
     best, running, began = math.inf, 0.0, time.monotonic()
     step, seen, progress = 0, 0, 0.0
     while progress < 1:
-        lr = args.lr * min((step + 1) / max(1, warmup), 0.02 + 0.98 * (1 + math.cos(math.pi * progress)) / 2)
+        lr = LEARNING_RATE * min((step + 1) / max(1, warmup), 0.02 + 0.98 * (1 + math.cos(math.pi * progress)) / 2)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        rows = batches.next(args.split * (1 - progress))
-        with torch.autocast("cpu", torch.bfloat16, enabled=not args.fp32):
+        rows = batches.next(SPLIT * (1 - progress))
+        with torch.autocast("cpu", torch.bfloat16):
             logits = model(rows[:, :-1], use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
         optimizer.zero_grad(set_to_none=True)
@@ -225,17 +223,16 @@ def main() -> None:
         elapsed = time.monotonic() - began
         progress = max(step / steps, elapsed / (60 * args.minutes))
         if step % every == 0 or progress >= 1:
-            valid_loss = score(model, valid, 256, bf16=not args.fp32)
-            kept = valid_loss < best
-            if kept:
+            valid_loss = score(model, valid, 256, bf16=True)
+            if is_best := valid_loss < best:
                 best = valid_loss
                 save(model, args.out)
-            speed, left = step * args.batch * CONTEXT / elapsed, elapsed * max(0, 1 - progress) / progress / 60
-            losses = f"train {running / seen:.4f}  valid {valid_loss:.4f}{' kept' if kept else ''}"
+            speed, left = step * BATCH * CONTEXT / elapsed, elapsed * max(0, 1 - progress) / progress / 60
+            losses = f"train {running / seen:.4f}  valid {valid_loss:.4f}{' saved' if is_best else ''}"
             print(f"step {step}/{steps}  {losses}  {speed:,.0f} tokens/s  ETA {left:.1f} min", flush=True)
             running, seen = 0.0, 0
 
-    # 4. What was kept, on text that nothing has seen.
+    # 4. The saved checkpoint, on text that nothing has seen.
     model = GPTNeoXForCausalLM.from_pretrained(args.out, dtype=torch.float32)
     ids = tokenizer.encode(heldout_text).ids
     nats = score(model, ids, 256)

@@ -1,12 +1,12 @@
 """Servers of the OpenAI API under load on this CPU: total tokens a second, and how long clients wait, in turns.
 
     python -m benchmarks.serving.load --neox-lite FOLDER [--gguf FILE] [--clients 1,4,16,64] [--rounds 3] [--out FILE]
-    python -m benchmarks.serving.load --neox-lite HOME/int4 --gguf HOME/int4.gguf --openvino HOME --peers-python PYTHON
+    python -m benchmarks.serving.load --neox-lite HOME/int4 --gguf HOME/int4.gguf --peers-python PYTHON
 
 Each client streams one completion after the other: a prompt of its own of --prompt random words, --tokens new tokens, greedy,
 for --seconds. Servers take turns, all others stopped. llama-cpp-python's server runs from --peers-python, one sequence at a
-time as it does; "openvino" is no server but its bare decoding of as many sequences together as there are clients
-(`peers/engines.py`), of the model that `peers/cpu.py` has written to HOME. A folder without a tokenizer gets --tokenizer FILE.
+time as it does. A folder without a tokenizer gets the bundled model's. Bare decoding of several sequences, without a server, is
+measured by `peers/cpu.py`, which also writes such folders and files to HOME.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import asyncio
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import statistics
@@ -24,14 +25,13 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import ROOT, command_line, environment, machine, write_json
-from benchmarks.peers.cpu import engine
+from benchmarks.common import DEMO, ROOT, command_line, environment, machine, words, write_json
 
 READY_S = 300
 WORDS = "the sea was calm and a ship came slowly into the harbour while men waited on the shore".split()  # noqa: SIM905
@@ -169,31 +169,19 @@ def median(rounds: list[dict[str, float]]) -> dict[str, float]:
     return {key: statistics.median(r[key] for r in rounds) for key in rounds[0]}
 
 
-def openvino(args: argparse.Namespace) -> dict[int, float]:
-    """Tokens a second of OpenVINO's bare decoding, by sequences; its process runs only while it is asked."""
-    with closing(engine("openvino-int4", args, args.openvino, python=str(args.peers_python))) as worker:
-
-        def rate(sequences: int) -> float:
-            return worker.ask(f"batch {sequences} {args.tokens}")["tokens_per_s"]
-
-        return {n: statistics.median(rate(n) for _ in range(args.rounds)) for n in args.clients}
-
-
 def main() -> int:
     parser = command_line(__doc__, rounds=3, threads=True, scratch="serving")
     parser.add_argument("--neox-lite", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="the same model for llama-cpp-python's server")
-    parser.add_argument("--openvino", type=Path, metavar="HOME", help="where peers/cpu.py keeps the same shape")
     parser.add_argument("--peers-python", type=Path, default=Path(sys.executable))
-    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="tokenizer.json for a folder that has none")
-    parser.add_argument("--clients", type=lambda t: [int(n) for n in t.split(",")], default=[1, 4, 16, 64])
+    parser.add_argument("--clients", type=lambda text: [int(n) for n in words(text)], default=[1, 4, 16, 64])
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--prompt", type=int, default=64, metavar="WORDS")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--context", type=int, help="tokens a sequence may hold, default the model's own")
     args = parser.parse_args()
-    if args.tokenizer and not (args.neox_lite / "tokenizer.json").exists():
-        (args.neox_lite / "tokenizer.json").write_bytes(args.tokenizer.read_bytes())
+    if not (args.neox_lite / "tokenizer.json").exists():
+        shutil.copy(DEMO / "tokenizer.json", args.neox_lite)
     with ExitStack() as stack:
         servers = []
         commands = {"neox-lite": own_command(args)}
@@ -203,16 +191,12 @@ def main() -> int:
             servers.append(stack.enter_context(running(name, command, port, args.scratch / f"{name}.log")))
             servers[-1].signal(signal.SIGSTOP)
         measure(servers, args)
-        bare = openvino(args) if args.openvino else {}
-    for clients, rate in bare.items():
-        print(f"openvino, bare     {clients:>3} sequences {rate:8.1f} tokens/s")
     if args.out:
         rounds = [(server.name, n, found) for server in servers for n, found in server.rounds.items()]
         rows = [{"server": name, "clients": n, **median(found), "rounds": found} for name, n, found in rounds]
         given = {key: value for key, value in vars(args).items() if key not in ("out", "scratch")}
         settings = {key: str(value) if isinstance(value, Path) else value for key, value in given.items()}
-        about = {"machine": machine(), "settings": settings}
-        write_json(args.out, {**about, "rows": rows, "openvino_tokens_per_s": bare})
+        write_json(args.out, {"machine": machine(), "settings": settings, "rows": rows})
     return 0
 
 

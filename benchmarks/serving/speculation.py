@@ -139,9 +139,9 @@ class Run:
 
     def advance(self, tokens: int) -> None:
         """So many more tokens; those that the last pass gives beyond them come at once the next time."""
-        wanted = min(len(self.sequence.tokens) + tokens, self.sequence.max_tokens)
+        end = min(len(self.sequence.tokens) + tokens, self.sequence.max_tokens)
         began = time.perf_counter()
-        while len(self.sequence.tokens) < wanted:
+        while len(self.sequence.tokens) < end:
             next(self._steps)
         self.seconds += time.perf_counter() - began
 

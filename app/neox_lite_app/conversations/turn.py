@@ -33,8 +33,8 @@ class ChatModel(Protocol):
 class Turn:
     """An answer that is to be written: its prompt, and how.
 
-    options: those of `generate`. dropped: how many of the oldest messages do not fit and are not sent. asked: max_new_tokens as
-    it was asked for, where that is more than fits, else None.
+    options: those of `generate`. dropped: how many of the oldest messages do not fit and are not sent. requested_tokens:
+    max_new_tokens of the request where that is more than fits, else None.
     """
 
     form: Form
@@ -42,7 +42,7 @@ class Turn:
     options: dict[str, Any]
     open_answer: str | None = None
     dropped: int = 0
-    asked: int | None = None
+    requested_tokens: int | None = None
 
     def reader(self) -> Reader:
         """Turns the model's text into the answer."""
@@ -55,11 +55,11 @@ class Turn:
 
     @property
     def capped_note(self) -> str | None:
-        """That the answer may be no longer than fits, where more was asked for."""
-        if self.asked is None:
+        """That the answer may be no longer than fits, where more was requested."""
+        if self.requested_tokens is None:
             return None
         room = self.options["max_new_tokens"]
-        return f"max_new_tokens is {self.asked}, but the context has room for {room} after the prompt"
+        return f"max_new_tokens is {self.requested_tokens}, but the context has room for {room} after the prompt"
 
 
 def dropped_note(dropped: int) -> str | None:
@@ -92,8 +92,10 @@ def prepare(
     def encode(part: Messages) -> list[int]:
         return form.encode(tokenizer, part, system, open_answer)
 
-    asked = given.get("max_new_tokens")
-    dropped, ids = (0, encode(messages)) if strict else fit(messages, context, room_for_answer(asked, context), encode)
+    requested = given.get("max_new_tokens")
+    dropped, ids = (
+        (0, encode(messages)) if strict else fit(messages, context, room_for_answer(requested, context), encode)
+    )
     # 2. What ends the answer.
     if "eos_token_id" not in given:
         given["eos_token_id"] = sorted({*end_ids(given, config), *form.stop_ids(tokenizer)})
@@ -102,9 +104,9 @@ def prepare(
     # 3. How long it may be.
     fits = context - len(ids)
     if not strict:
-        given["max_new_tokens"] = fits if asked is None else min(asked, fits)
-    capped = asked is not None and asked > fits and not strict
-    return Turn(form, ids, given, open_answer, dropped, asked if capped else None)
+        given["max_new_tokens"] = fits if requested is None else min(requested, fits)
+    capped = requested is not None and requested > fits and not strict
+    return Turn(form, ids, given, open_answer, dropped, requested if capped else None)
 
 
 def end_ids(options: Mapping[str, Any], config: GenerationConfig) -> list[int]:
@@ -117,9 +119,9 @@ def _several(value: Any) -> list[Any]:
     return [] if value is None else [value] if isinstance(value, int | str) else list(value)
 
 
-def room_for_answer(asked: int | None, context: int) -> int:
-    """Tokens that the prompt leaves to the answer: as many as asked for, at most half of the context."""
-    return min(MIN_ANSWER, context // 4) if asked is None else min(asked, context // 2)
+def room_for_answer(requested: int | None, context: int) -> int:
+    """Tokens that the prompt leaves to the answer: as many as requested, at most half of the context."""
+    return min(MIN_ANSWER, context // 4) if requested is None else min(requested, context // 2)
 
 
 def fit(messages: Messages, context: int, room: int, encode: Callable[[Messages], list[int]]) -> tuple[int, list[int]]:

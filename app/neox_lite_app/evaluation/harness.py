@@ -47,8 +47,8 @@ Pair = tuple[tuple[str, str] | None, list[int], list[int]]
 class NeoxLiteLM(TemplateLM):
     """model: what answers. form: how it wants a chat written down. cache: of answers.
 
-    asked, found: requests so far, and those among them whose answer was known. computed: tokens that went through the layers
-    to score texts. cut: requests that were longer than the context and lost their beginning.
+    requests, found: how many so far, and those among them whose answer was in the cache. computed: tokens that went through
+    the layers to score texts. cut: requests that were longer than the context and lost their beginning.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class NeoxLiteLM(TemplateLM):
         super().__init__()
         self.model, self.form, self.cache, self.label = model, form, cache, label
         self.tokenizer = model.tokenizer
-        self.asked = self.found = self.computed = self.cut = 0
+        self.requests = self.found = self.computed = self.cut = 0
         self._stderr = sys.stderr  # the harness's own is silenced
 
     # What the harness asks about --------------------------------------------------------------------------------------
@@ -227,7 +227,7 @@ class NeoxLiteLM(TemplateLM):
 
     def _cached(self, keys: abc.Sequence[str]) -> dict[str, Any]:
         answers = {} if self.cache is None else self.cache.get(keys)
-        self.asked += len(keys)
+        self.requests += len(keys)
         self.found += sum(key in answers for key in keys)
         if answers:
             with contextlib.redirect_stderr(self._stderr):

@@ -225,7 +225,7 @@ class Suite:
             "format": format_name(model),
             "head": label(model.embed_out.format, dtype_name(model.dtype)),
             "kv": model.kv,
-            "requests": lm.asked,
+            "requests": lm.requests,
             "known_before": lm.found,
             "computed_tokens": lm.computed,
             "seconds": time.perf_counter() - began,

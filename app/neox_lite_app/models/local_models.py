@@ -84,12 +84,12 @@ def local_models(folders: Sequence[Path] = ()) -> list[LocalModel]:
     return list(found.values())
 
 
-def _below(place: Path, where: str, asked: bool) -> Iterator[LocalModel]:
-    """A folder's own model, or those of its sub-folders. asked: by its name, so its problem is reported."""
+def _below(place: Path, where: str, by_name: bool) -> Iterator[LocalModel]:
+    """A folder's own model, or those of its sub-folders. by_name: the command names it, so its problem is reported."""
     try:
         folders = [place, *_folders(place)]
     except OSError as error:
-        if asked:
+        if by_name:
             yield LocalModel(str(place), str(place), where, problem=f"cannot be listed: {error.strerror or error}")
         return
     for folder in folders:

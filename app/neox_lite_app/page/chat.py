@@ -22,8 +22,8 @@ ENDS = {"length": "cut at the limit", "cancelled": "stopped", "error": "broken o
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What an answer depends on besides the conversation: of the form, the settings and the tab that asks."""
+class ChatRequest:
+    """What an answer depends on besides the conversation: form, settings and tab."""
 
     options: dict[str, Any]
     form: str | None
@@ -72,31 +72,31 @@ class Chat:
 
     # Answers ----------------------------------------------------------------------------------------------------------
 
-    def turn(self, conversation: Conversation, answer: Message, asked: Asked) -> Turn:
+    def turn(self, conversation: Conversation, answer: Message, request: ChatRequest) -> Turn:
         """What is to be written for an answer, from what is written of it on."""
-        form = form_of(self.engine.name or "", self.engine.tokenizer, asked.form)
+        form = form_of(self.engine.name or "", self.engine.tokenizer, request.form)
         messages = conversation.chat(answer.parent)
-        return prepare(self.engine, form, messages, asked.options, conversation.system, answer.text or None)
+        return prepare(self.engine, form, messages, request.options, conversation.system, answer.text or None)
 
-    def raw(self, conversation: Conversation, asked: Asked) -> tuple[str, str]:
+    def raw(self, conversation: Conversation, request: ChatRequest) -> tuple[str, str]:
         """The prompt of the conversation's last answer, or of the one that would come next, and a sentence about it."""
         last = conversation.last
         if last is None:
             raise ArgumentError("there is no prompt yet; write a message first")
         blank = Message("", "assistant", "", last.id if last.role == "user" else last.parent)
-        turn = self.turn(conversation, blank, asked)
+        turn = self.turn(conversation, blank, request)
         text: str = self.engine.tokenizer.decode(turn.ids, skip_special_tokens=False)
         about = f"{len(turn.ids):,} of {self.engine.context:,} tokens, written as {turn.form.title}."
         return text, " ".join([about, *map(as_sentence, turn.notes)])
 
-    async def answer(self, conversation: Conversation, answer: Message, asked: Asked) -> Updates:
+    async def answer(self, conversation: Conversation, answer: Message, request: ChatRequest) -> Updates:
         """An answer, or more of one, as it comes; kept in the Store however that ends. The first update says it is submitted.
 
         What is refused is refused before the conversation is saved: an error leaves it as it was.
         """
-        turn = await asyncio.to_thread(self.turn, conversation, answer, asked)
-        ticket = self.engine.submit(Job(turn.ids, turn.options, client=asked.session))
-        self.running.start(asked.session, "chat", ticket, answer.id)
+        turn = await asyncio.to_thread(self.turn, conversation, answer, request)
+        ticket = self.engine.submit(Job(turn.ids, turn.options, client=request.session))
+        self.running.start(request.session, "chat", ticket, answer.id)
         writing = _Writing(answer, turn, ticket, self.engine.context)
         try:
             self.store.save(conversation)
@@ -106,7 +106,7 @@ class Chat:
                     yield writing.take(updates)
         finally:
             ticket.cancel()
-            self.running.end(asked.session, "chat", ticket)
+            self.running.end(request.session, "chat", ticket)
             conversation.messages[answer.id] = writing.message
             self.keep(conversation.id, writing.message)
 

@@ -15,7 +15,7 @@ from neox_lite.errors import ArgumentError
 from ..conversations.conversation import Conversation, Message, Store, imported
 from ..conversations.prompt_forms import names
 from ..serving.engine import Engine
-from .chat import Asked, Chat
+from .chat import Chat, ChatRequest
 from .components import part
 from .events import Handler, PageEvent, PageUpdate, Running, Updates, listen
 from .settings import options_of
@@ -103,7 +103,7 @@ class Tab:
                 self.store.save(conversation)
             else:
                 try:
-                    async with aclosing(self.chat.answer(conversation, answer, self._asked(event))) as updates:
+                    async with aclosing(self.chat.answer(conversation, answer, self._request(event))) as updates:
                         async for update in updates:
                             yield update if taken else {**update, **self._show(conversation, event)}
                             taken = True
@@ -115,9 +115,9 @@ class Tab:
 
         return handler
 
-    def _asked(self, event: PageEvent) -> Asked:
+    def _request(self, event: PageEvent) -> ChatRequest:
         form = event.text("form")
-        return Asked(options_of(event.settings), self.default_form if form == AUTO else form, event.session)
+        return ChatRequest(options_of(event.settings), self.default_form if form == AUTO else form, event.session)
 
     async def stop(self, event: PageEvent) -> Updates:
         self.running.stop(event.session, "chat")
@@ -125,7 +125,7 @@ class Tab:
 
     async def raw(self, event: PageEvent) -> Updates:
         """What the model is given, to the letter."""
-        text, note = self.chat.raw(self._load(event), self._asked(event))
+        text, note = self.chat.raw(self._load(event), self._request(event))
         yield {"prompt": {"text": text, "note": note}}
 
     # Conversations ----------------------------------------------------------------------------------------------------

@@ -117,15 +117,18 @@ class Api:
         reader = turn.reader if request.constraint is None else None
         return await self._answer(http_request, request, model, Chats, [Prompt(turn.ids, None)], turn.options, reader)
 
-    def _check_model(self, asked: str | None) -> str:
-        """The loaded model's name. Raises NotLoaded, or RequestError where another is asked for."""
+    def _check_model(self, requested: str | None) -> str:
+        """The loaded model's name. Raises NotLoaded, or RequestError where another is requested."""
         name = self._engine.name
         if name is None:
             raise NotLoaded("no model is loaded; choose one on the Model tab, or start with neox-lite serve MODEL")
-        if asked in (None, "", name, _short(name)):
+        if requested in (None, "", name, _short(name)):
             return name
         raise RequestError(
-            f"the model {asked[:200]!r} is not here; this server has {_short(name)!r}", "model", "model_not_found", 404
+            f"the model {requested[:200]!r} is not here; this server has {_short(name)!r}",
+            "model",
+            "model_not_found",
+            404,
         )
 
     def _current(self, name: str) -> _Model:
@@ -208,7 +211,7 @@ class _Model:
     def turn(self, request: GenerationRequest) -> Turn:
         """The turn that the messages ask for, in the model's prompt form."""
         messages, answer = request.messages, None
-        if request.go_on:
+        if request.continue_final_message:
             messages, answer = messages[:-1], messages[-1]["content"]
         constrained = request.constraint is not None
         return prepare(

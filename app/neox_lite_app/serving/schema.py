@@ -69,7 +69,7 @@ class GenerationRequest:
     prompts: Sequence[str | list[int]] = ()  # of /v1/completions
     echo: bool = False
     messages: Sequence[Mapping[str, str]] = ()  # of /v1/chat/completions: role and content
-    go_on: bool = False  # the last message is the beginning of the answer
+    continue_final_message: bool = False  # the last message is the beginning of the answer
 
 
 # Checks ---------------------------------------------------------------------------------------------------------------
@@ -395,16 +395,17 @@ def chat(body: Mapping[str, Any]) -> GenerationRequest:
         raise RequestError("top_logprobs needs logprobs: true", "top_logprobs")
     if given.get("max_tokens", limit := given.get("max_completion_tokens")) != limit is not None:
         raise RequestError("max_tokens and max_completion_tokens differ; send one of them", "max_completion_tokens")
-    go_on = given.get("continue_final_message", False)
-    if go_on and given["messages"][-1]["role"] != "assistant":
+    continues = given.get("continue_final_message", False)
+    if continues and given["messages"][-1]["role"] != "assistant":
         raise RequestError("continue_final_message needs a last message of the assistant", "continue_final_message")
-    if given.get("add_generation_prompt", not go_on) == go_on:
+    if given.get("add_generation_prompt", not continues) == continues:
         raise RequestError(
             "add_generation_prompt and continue_final_message are opposites here", "add_generation_prompt"
         )
     top = given.get("top_logprobs", 0) if given.get("logprobs") else None
     max_tokens = _limit(given.get("max_tokens", limit))
-    return GenerationRequest(**_common(given), max_tokens=max_tokens, top=top, messages=given["messages"], go_on=go_on)
+    own = {"messages": given["messages"], "continue_final_message": continues}
+    return GenerationRequest(**_common(given), max_tokens=max_tokens, top=top, **own)
 
 
 def _limit(max_tokens: int | None) -> int | None:
