@@ -95,7 +95,7 @@ def test_a_format_a_backend_and_a_parameter_added_as_described_pass_the_contract
         "logits_equal_the_reference_s[cpu-mxint8-parallel]",
         "logits_equal_the_reference_s[float64-mxint8-sequential]",
         "encode_gives_what_specs_promise",
-        "a_quantized_model_saved_again_is_the_same_model",
+        "the_folder_is_whole_and_the_same_model_when_it_is_saved_again",
         "the_command_line_offers_every_format",
         "rooms_import_only_rooms_below_them",
         "every_number_is_a_flag_a_field_a_control_and_a_line_of_the_docs",
