@@ -439,6 +439,10 @@ def test_links_of_the_hub_cache_and_links_inside_the_folder_work_and_others_do_n
 def test_a_folder_without_weights_says_what_was_looked_for(tmp_path):
     opening_is_refused(tmp_path / "none", "no such folder")
     opening_is_refused(tmp_path, NAME, "pytorch_model.bin", ".index.json")
+    write_tensors(tmp_path / "killed", some_tensors())
+    (tmp_path / "killed" / "neox_lite_manifest.json.partial").touch()
+    (tmp_path / "killed" / "config.json").unlink()
+    opening_is_refused(tmp_path / "killed", "unfinished")
     raw_file(tmp_path / A, {})
     opening_is_refused(tmp_path, A, "index is missing")
     (tmp_path / NAME).mkdir()

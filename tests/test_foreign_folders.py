@@ -146,6 +146,14 @@ def test_such_a_folder_goes_to_gguf_and_through_save_pretrained(tmp_path):
         assert torch.equal(logits(tmp_path / name), logits(tmp_path / "m"))
 
 
+def test_what_we_save_again_of_their_folder_opens_there_with_the_same_logits(tmp_path):
+    write(tmp_path / "m", [([ATTENTION], INT8), ([MLP], INT4)])
+    GPTNeoXForCausalLM.from_pretrained(tmp_path / "m").save_pretrained(tmp_path / "again")
+    ids = random_ids(1, 9)
+    wanted, found = (opened_by_transformers(tmp_path / name)(ids).logits for name in ("m", "again"))
+    assert torch.equal(found, wanted)
+
+
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 INPUTS = {"input_activations": QuantizationArgs(num_bits=8, dynamic=True, strategy="token")}
@@ -202,12 +210,3 @@ def test_tensors_that_the_config_does_not_announce_are_refused_by_name(int4, key
     extra = {f"gpt_neox.layers.0.{UP}.{key}": torch.zeros(4, dtype=torch.int32)}
     change_tensors(int4 / "model.safetensors", lambda tensors: tensors | extra)
     loading_is_refused(rf"unexpected: gpt_neox.layers.0.{UP}.{key}", int4, NeoxLiteError)
-
-
-def test_our_own_folder_and_theirs_are_one_form(tmp_path):
-    """What we save again of their folder opens there with the same logits."""
-    folder = write(tmp_path / "m", [([ATTENTION], INT8), ([MLP], INT4)])
-    GPTNeoXForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "again")
-    ids = random_ids(1, 9)
-    wanted, found = (opened_by_transformers(tmp_path / name)(ids).logits for name in ("m", "again"))
-    assert torch.equal(found, wanted)

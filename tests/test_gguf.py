@@ -16,7 +16,6 @@ from neox_lite import GPTNeoXForCausalLM, GPTNeoXForSequenceClassification, GPTN
 from neox_lite.errors import ArgumentError, CheckpointError, FormatError, ShapeError, TokenizerError
 from neox_lite.formats import GroupInt, pack
 from neox_lite.kernels import reference
-from neox_lite_app.cli import main
 from neox_lite_quant import convert, export_gguf, gguf_export, gguf_file
 from neox_lite_quant.gguf_file import F16, F32, Q4_0, Q8_0, GgufTensor, write_gguf
 from neox_lite_quant.gguf_tensors import blocks
@@ -209,12 +208,22 @@ def test_slices_of_any_size_give_the_same_bytes(int4, tmp_path, monkeypatch):
     assert (tmp_path / "one.gguf").read_bytes()[32:] == (tmp_path / "two.gguf").read_bytes()[32:]
 
 
-def test_progress_ends_at_its_total(int4, tmp_path):
-    seen = []
-    report = export_gguf(int4, tmp_path / "m.gguf", progress=lambda done, total: seen.append((done, total)))
+def test_progress_ends_at_its_total_and_the_command_tells_the_size(int4, tmp_path, run):
+    seen, out = [], tmp_path / "m.gguf"
+    report = export_gguf(int4, out, progress=lambda done, total: seen.append((done, total)))
     assert seen[-1][0] == seen[-1][1] and [d for d, _ in seen] == sorted(d for d, _ in seen)
-    assert report.bytes_out == (tmp_path / "m.gguf").stat().st_size
+    assert report.bytes_out == out.stat().st_size
     assert report.bytes_in == sum(p.nbytes for p in GPTNeoXForCausalLM.from_pretrained(int4).state_dict().values())
+    code, _, err = run("export", int4, out)
+    assert (code, err.count("exists already")) == (1, 1)
+    out.unlink()
+    code, shown, _ = run("export", int4, out, "--to", "gguf", "--head", "q8_0", "--json")
+    told = json.loads(shown)
+    assert (code, told["destination"], told["bytes_out"]) == (0, str(out), out.stat().st_size)
+    assert told.keys() == {"destination", "bytes_in", "bytes_out", "seconds", "peak_bytes"}
+    with pytest.raises(SystemExit) as usage:
+        run("export", int4, out, "--to", "onnx")
+    assert usage.value.code == 2
 
 
 def test_nothing_is_ever_replaced_and_a_full_disk_is_found_before_anything_is_written(source, tmp_path, monkeypatch):
@@ -288,22 +297,6 @@ def test_tokenizers_classes_and_heads_that_a_file_cannot_hold_are_refused(source
     export_is_refused(ArgumentError, "head is 'q4_0', expected 'f16' or 'q8_0'", int4, head="q4_0")
     classifier = write_source(tmp_path / "classifier", cls=GPTNeoXForSequenceClassification)
     export_is_refused(ArgumentError, r"is a GPTNeoXForSequenceClassification; llama.cpp", classifier)
-
-
-# -- the command ------------------------------------------------------------------------------------------------------
-
-
-def test_the_command_writes_the_file_and_tells_its_size(int4, tmp_path, capsys):
-    out = tmp_path / "m.gguf"
-    assert main(["export", str(int4), str(out), "--to", "gguf", "--head", "q8_0", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["destination"] == str(out) and told["bytes_out"] == out.stat().st_size
-    assert told.keys() == {"destination", "bytes_in", "bytes_out", "seconds", "peak_bytes"}
-    assert main(["export", str(int4), str(out)]) == 1
-    assert capsys.readouterr().err.count("exists already") == 1
-    with pytest.raises(SystemExit) as usage:
-        main(["export", str(int4), str(out), "--to", "onnx"])
-    assert usage.value.code == 2
 
 
 # -- llama.cpp itself -------------------------------------------------------------------------------------------------

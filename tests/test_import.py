@@ -18,7 +18,6 @@ from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXTokenizerFast
 from neox_lite.checkpoint.reader import Checkpoint, verify_folder
 from neox_lite.errors import ArgumentError, CheckpointError, ConfigError, FormatError, TokenizerError
 from neox_lite.formats import GroupInt
-from neox_lite_app.cli import main
 from neox_lite_quant import convert, export_gguf, gguf_import, import_gguf
 from neox_lite_quant.gguf_file import BF16, F16, F32, Q4_0, Q8_0, GgufFile
 from neox_lite_quant.gguf_tensors import blocks, by_part, from_blocks, own_name, places
@@ -124,11 +123,16 @@ def test_rows_of_heads_are_put_back_slice_by_slice():
     assert back.tolist() == list(range(189))
 
 
-def test_slices_of_any_size_give_the_same_folder(plain, tmp_path, monkeypatch):
-    import_gguf(plain, tmp_path / "one")
+def test_slices_of_any_size_give_the_same_folder_as_the_command_does(plain, tmp_path, monkeypatch, run):
+    code, out, _ = run("import", plain, tmp_path / "one", "--json")
+    told = json.loads(out)
+    assert (code, told["destination"]) == (0, str(tmp_path / "one"))
+    assert told.keys() == {"destination", "bytes_in", "bytes_out", "seconds", "peak_bytes"}
     monkeypatch.setattr(gguf_import, "SLICE_ELEMENTS", 1000)
     import_gguf(plain, tmp_path / "two")
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
+    code, _, err = run("import", tmp_path / "none.gguf", tmp_path / "back")
+    assert (code, err.count("\n")) == (1, 1)
 
 
 # -- the tokenizer ----------------------------------------------------------------------------------------------------
@@ -180,11 +184,17 @@ def test_the_20b_tokenizer_comes_back(tmp_path, shared_data, changes):
     assert all(ours[part] == theirs[part] for part in ("model", "normalizer", "added_tokens"))
 
 
-def test_a_tokenizer_of_another_kind_is_left_out_and_said(plain, tmp_path):
-    path = rewritten(plain, tmp_path / "m.gguf", {"tokenizer.ggml.model": "llama"})
+def test_what_the_file_does_not_say_or_cannot_give_is_announced(plain, tmp_path):
+    path = rewritten(plain, tmp_path / "m.gguf", {"gptneox.neox_lite.hidden_act": None})
+    with pytest.warns(UserWarning, match=r"does not say which GELU .*--hidden-act gelu is the other one"):
+        import_gguf(path, tmp_path / "one")
+    import_gguf(path, tmp_path / "two", hidden_act="gelu")
+    acts = [GPTNeoXConfig.from_pretrained(tmp_path / name).hidden_act for name in ("one", "two")]
+    assert acts == ["gelu_fast", "gelu"]
+    path = rewritten(plain, tmp_path / "n.gguf", {"tokenizer.ggml.model": "llama"})
     with pytest.warns(UserWarning, match=r"of the kind 'llama', which is not restored; copy the tokenizer's files"):
-        import_gguf(path, tmp_path / "back")
-    assert not (tmp_path / "back" / "tokenizer.json").exists()
+        import_gguf(path, tmp_path / "three")
+    assert not (tmp_path / "three" / "tokenizer.json").exists()
 
 
 GOOD = {"model": "gpt2", "tokens": ["a", "b", "ab"], "merges": ["a b"]}
@@ -270,15 +280,6 @@ def test_plain_types_keep_their_numbers(plain, tmp_path, kind, dtype):
     back = GPTNeoXForCausalLM.from_pretrained(tmp_path / "back")
     assert back.dtype == dtype
     assert all(np.array_equal(found, values[name].float().numpy()) for name, found in expected(back).items())
-
-
-def test_the_activation_is_asked_for_where_the_file_does_not_say_it(plain, tmp_path):
-    path = rewritten(plain, tmp_path / "m.gguf", {"gptneox.neox_lite.hidden_act": None})
-    with pytest.warns(UserWarning, match=r"does not say which GELU .*--hidden-act gelu is the other one"):
-        import_gguf(path, tmp_path / "one")
-    import_gguf(path, tmp_path / "two", hidden_act="gelu")
-    acts = [GPTNeoXConfig.from_pretrained(tmp_path / name).hidden_act for name in ("one", "two")]
-    assert acts == ["gelu_fast", "gelu"]
 
 
 def test_an_older_version_and_another_alignment_are_read(plain, tmp_path):
@@ -493,15 +494,3 @@ for i in range(count):
         refused += 1
 print(refused, count - refused)
 """
-
-
-# -- the command ------------------------------------------------------------------------------------------------------
-
-
-def test_the_command_writes_the_folder_and_tells_its_size(plain, tmp_path, capsys):
-    assert main(["import", str(plain), str(tmp_path / "back"), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["destination"] == str(tmp_path / "back")
-    assert told.keys() == {"destination", "bytes_in", "bytes_out", "seconds", "peak_bytes"}
-    assert main(["import", str(tmp_path / "none.gguf"), str(tmp_path / "back")]) == 1
-    assert capsys.readouterr().err.count("\n") == 1

@@ -75,12 +75,16 @@ def begun(folder):
     return noted | {path.name.partition(".safetensors")[0] + ".safetensors" for path in partials(folder)}
 
 
+def says_that_it_is_unfinished(folder):
+    if (folder / "neox_lite_manifest.json.partial").exists() and not (folder / "config.json").exists():
+        refused(CheckpointError, "unfinished", Checkpoint.open, folder)
+
+
 def go_on(run, source, folder, whole):
     """Run again after a kill, and check everything that must hold then."""
     complete, before = (folder / "config.json").exists(), begun(folder) if folder.exists() else set()
     assert not complete or verify_folder(folder) == []
-    if (folder / "neox_lite_manifest.json.partial").exists() and not complete:
-        refused(CheckpointError, "unfinished", Checkpoint.open, folder)
+    says_that_it_is_unfinished(folder)
     opened, real = [], ShardWriter.__enter__
 
     def enter(self):
@@ -181,6 +185,7 @@ def test_a_full_disk_at_any_write_is_said_and_the_next_run_goes_on(source, tmp_p
         # the very last fsync: everything is there already
         assert not (folder / "config.json").exists() or verify_folder(folder) == []
         assert not partials(folder)
+        says_that_it_is_unfinished(folder)
         run(source, folder)
         assert digests(folder) == whole
     assert 3 < k < 499

@@ -127,14 +127,6 @@ def test_opens_shards_and_old_bin_files_and_skips_exactly_their_buffers(kind, tm
     assert difference(outputs(ours(reference, tmp_path)), outputs(reference)) <= EQUAL
 
 
-def test_a_language_model_opens_a_base_checkpoint_only_where_its_head_is_tied(tmp_path):
-    reference = peer(tie_word_embeddings=True)
-    reference.gpt_neox.save_pretrained(tmp_path)
-    assert difference(outputs(load(tmp_path)), outputs(reference)) <= EQUAL
-    change_json(tmp_path / "config.json", tie_word_embeddings=False)
-    refused(CheckpointError, r"1 missing: embed_out\.weight", load, tmp_path)
-
-
 @pytest.mark.parametrize("cls", TASKS[2:])
 def test_a_task_head_that_is_not_there_is_announced_and_random(cls, saved):
     head = getattr(neox_lite, cls).head_name
@@ -145,8 +137,12 @@ def test_a_task_head_that_is_not_there_is_announced_and_random(cls, saved):
     assert torch.equal(outputs(model.gpt_neox), outputs(GPTNeoXModel.from_pretrained(saved)))
 
 
-def test_a_tied_head_may_be_stored_twice_but_not_differently(tmp_path):
+def test_a_tied_head_may_be_missing_or_stored_twice_but_not_differently(tmp_path):
     reference = peer(tie_word_embeddings=True)
+    reference.gpt_neox.save_pretrained(tmp_path / "base")
+    assert difference(outputs(load(tmp_path / "base")), outputs(reference)) <= EQUAL
+    change_json(tmp_path / "base" / "config.json", tie_word_embeddings=False)
+    refused(CheckpointError, r"1 missing: embed_out\.weight", load, tmp_path / "base")
     reference.save_pretrained(tmp_path)
     path, embedding = tmp_path / "model.safetensors", "gpt_neox.embed_in.weight"
     change_tensors(path, lambda tensors: tensors | {"embed_out.weight": tensors[embedding].clone()})
@@ -167,7 +163,13 @@ def test_a_model_may_be_saved_over_the_folder_it_came_from(tmp_path):
 # Misfits --------------------------------------------------------------------------------------------------------------
 
 
-def test_tensors_that_do_not_fit_are_named(saved):
+def test_tensors_and_configs_that_do_not_fit_are_named(saved):
+    change_json(saved / "config.json", num_hidden_layers=3)
+    refused(CheckpointError, r"12 missing: gpt_neox\.layers\.2\.", load, saved)
+    change_json(saved / "config.json", num_hidden_layers=2, attention_bias=False)
+    refused(CheckpointError, r"4 unexpected: .*attention.*bias", load, saved)
+    change_json(saved / "config.json", attention_bias=True)
+
     def spoil(tensors):
         del tensors["gpt_neox.layers.1.mlp.dense_h_to_4h.bias"]
         tensors["gpt_neox.layers.0.attention.rotary.weight"] = torch.ones(3)
@@ -183,13 +185,6 @@ def test_tensors_that_do_not_fit_are_named(saved):
         "gpt_neox.layers.0.mlp.dense_4h_to_h.weight is int32, expected bfloat16 or float16 or float32",
     ):
         assert words in message
-
-
-def test_a_config_of_another_shape_is_named(saved):
-    change_json(saved / "config.json", num_hidden_layers=3)
-    refused(CheckpointError, r"12 missing: gpt_neox\.layers\.2\.", load, saved)
-    change_json(saved / "config.json", num_hidden_layers=2, attention_bias=False)
-    refused(CheckpointError, r"4 unexpected: .*attention.*bias", load, saved)
 
 
 def test_folders_that_are_no_models_are_named(tmp_path):
@@ -329,21 +324,19 @@ def test_config_stands_in_for_the_folders(saved):
         model = load(saved, config=given)
         assert difference(outputs(model), outputs(reference)) <= EQUAL
     model.config.use_cache = False
-    assert config.use_cache  # the caller's config is not the model's
-    with pytest.warns(UserWarning, match="has no score.weight"):
-        three = GPTNeoXForSequenceClassification.from_pretrained(saved, config=config.copy(num_labels=3))
-    assert outputs(three).shape == (1, 3)
+    one = load(saved, config=config, use_cache=False, rotary_pct=0.5)
+    assert (one.config.use_cache, one.config.rotary_pct) == (False, 0.5)
+    assert (config.use_cache, config.rotary_pct) == (True, 1.0)  # the caller's config is not the model's
 
 
-def test_settings_of_the_model_replace_those_of_the_folder(saved):
+def test_settings_of_a_head_replace_those_of_the_folder(saved):
     names = {"id2label": {0: "no", 1: "yes", 2: "perhaps"}, "label2id": {"no": 0, "yes": 1, "perhaps": 2}}
-    with pytest.warns(UserWarning, match="has no score.weight"):
-        model = GPTNeoXForSequenceClassification.from_pretrained(saved, problem_type="regression", **names)
+    config = GPTNeoXConfig.from_pretrained(saved).copy(num_labels=3)
+    for given in ({"config": config}, {"problem_type": "regression", **names}):
+        with pytest.warns(UserWarning, match="has no score.weight"):
+            model = GPTNeoXForSequenceClassification.from_pretrained(saved, **given)
+        assert outputs(model).shape == (1, 3)
     assert (model.config.id2label, model.config.problem_type) == (names["id2label"], "regression")
-    assert outputs(model).shape == (1, 3)
-    config = GPTNeoXConfig.from_pretrained(saved)
-    one = load(saved, config=config, use_cache=False, rotary_pct=1.0)
-    assert (one.config.use_cache, one.config.rotary_pct, config.use_cache) == (False, 1.0, True)
 
 
 @pytest.mark.parametrize("name", ["attn_implementation", "offload_folder", "offload_state_dict"])
@@ -435,7 +428,7 @@ def test_quantizing_while_loading_equals_the_dequantized_model(name, dense, own_
         assert is_mapped(packed, kept / "model.safetensors")
 
 
-def test_a_changed_checkpoint_is_quantized_again(dense, own_caches):
+def test_a_changed_checkpoint_is_quantized_again_and_a_damaged_copy_says_what_to_delete(dense, own_caches):
     first = load(dense, quantization="int8", exact=True)
     change_tensors(dense / "model.safetensors", lambda tensors: {n: tensor * 0.5 for n, tensor in tensors.items()})
     second = load(dense, quantization="int8", exact=True)
@@ -443,14 +436,11 @@ def test_a_changed_checkpoint_is_quantized_again(dense, own_caches):
     assert difference(outputs(second), outputs(dequantized(second, dense))) <= EQUAL
     load(dense, quantization="int4", exact=True)
     load(dense, quantization="int8", dtype=torch.float16)
-    assert len(list((own_caches / "neox-lite").iterdir())) == 4  # one for each content, format and dtype
-
-
-def test_a_damaged_copy_in_the_cache_says_what_to_delete(dense, own_caches):
-    load(dense, quantization="int8")
-    (kept,) = (own_caches / "neox-lite").iterdir()
-    os.truncate(kept / "model.safetensors", 5000)
-    told = f"{kept} only keeps what was quantized before: delete it"
+    kept = list((own_caches / "neox-lite").iterdir())
+    assert len(kept) == 4  # one for each content, format and dtype
+    for folder in kept:
+        os.truncate(folder / "model.safetensors", 5000)
+    told = f"({'|'.join(map(str, kept))}) only keeps what was quantized before: delete it"
     refused(CheckpointError, told, load, dense, quantization="int8")
 
 

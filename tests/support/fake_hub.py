@@ -117,18 +117,6 @@ class _Handler(BaseHTTPRequestHandler):
     owner: FakeHub
     protocol_version = "HTTP/1.1"
 
-    def do_GET(self) -> None:
-        self._answer()
-
-    def do_HEAD(self) -> None:
-        self._answer()
-
-    def do_POST(self) -> None:
-        self._take()
-
-    def do_PUT(self) -> None:
-        self._take()
-
     def log_message(self, *args: object) -> None:
         pass
 
@@ -275,3 +263,6 @@ class _Handler(BaseHTTPRequestHandler):
             self._request.sent_bytes += len(chunk)
         if limit < len(body):
             self.close_connection = True
+
+    do_GET = do_HEAD = _answer
+    do_POST = do_PUT = _take
