@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.often import times
-from support.serving import application, ask, demo_engine, serving
+from support.serving import application, ask, ask_json, demo_engine, exchange, scope_of, serving
 
 openai = pytest.importorskip("openai", reason="needs pip install '.[test]'")
 httpx = pytest.importorskip("httpx", reason="needs pip install '.[test]'")
@@ -474,11 +474,6 @@ def test_a_bad_field_is_refused_by_its_name(app, path, field, value):
     assert field in error["message"]
 
 
-async def ask_json(app, path, body):
-    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return await ask(app, "POST", path, raw, {"content-type": "application/json"})
-
-
 def test_the_nearest_name_is_offered(app):
     error = asyncio.run(ask_json(app, "/v1/completions", {"prompt": "x", "temprature": 1})).json()["error"]
     assert "did you mean temperature?" in error["message"] and error["code"] == "unknown_parameter"
@@ -600,25 +595,11 @@ def test_who_leaves_stops_the_work_within_a_token(engine, url, before_step):
 
 
 def test_who_leaves_is_counted_as_such(engine):
-    app, gone = application(engine), asyncio.Event()
     body = json.dumps({"prompt": PROMPT, "max_tokens": 400, "ignore_eos": True}).encode()
-
-    async def leave():
-        messages = [{"type": "http.request", "body": body}, {"type": "http.disconnect"}]
-        headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
-        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "client": ("::1", 1)}
-        sent = []
-
-        async def receive():
-            return messages.pop(0) if messages else await gone.wait()
-
-        async def send(message):
-            sent.append(message)
-
-        await app(scope | {"headers": headers}, receive, send)
-        return sent[0]["status"]
-
-    assert asyncio.run(leave()) == api.CLOSED and idle(engine)
+    scope = scope_of("POST", "/v1/completions", {"content-type": "application/json"})
+    messages = [{"type": "http.request", "body": body}, {"type": "http.disconnect"}]
+    sent = asyncio.run(exchange(application(engine), scope, messages))
+    assert sent[0]["status"] == api.CLOSED and idle(engine)
 
 
 def test_a_full_queue_answers_429_and_recovers():

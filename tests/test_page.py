@@ -500,9 +500,9 @@ def test_a_browser_that_remembers_rubbish_or_nothing_can_talk(open_page, demo, s
 
 def test_a_conversation_that_cannot_be_read_is_said_and_the_others_are_there(open_page, demo, data):
     page = chat_page(open_page, 4)
-    ask(page, "The one that is well", 1)
-    page.get_by_role("button", name="New conversation", exact=True).click()
-    ask(page, "The one that breaks", 1)
+    for text in ("The one that is well", "The one that breaks"):
+        page.get_by_role("button", name="New conversation", exact=True).click()
+        ask(page, text, 1)
     broken = data / "conversations" / f"{saved('The one that breaks').id}.json"
     broken.write_bytes(broken.read_bytes()[:40])
     page.reload()
@@ -514,7 +514,7 @@ def test_a_conversation_that_cannot_be_read_is_said_and_the_others_are_there(ope
     broken.unlink()
 
 
-def test_a_reload_keeps_what_is_being_written(open_page, demo, held):
+def test_a_reload_keeps_what_is_being_written_and_escape_ends_a_completion(open_page, demo, held):
     page = chat_page(open_page, 400)
     page.get_by_label("Message", exact=True).fill("Half a mess")
     page.reload()
@@ -523,11 +523,17 @@ def test_a_reload_keeps_what_is_being_written(open_page, demo, held):
     page.get_by_role("tab", name="Notebook").click()
     text = page.get_by_role("textbox", name="Text")
     text.fill("KING:\n")
-    page.get_by_role("button", name="Complete").click()
+    text.press("Control+Enter")
     expect(text).not_to_have_value("KING:\n")
     page.reload()
     expect(text).to_have_value(re.compile("KING:\n.+"))
     expect(text).to_be_editable()
+    until(lambda: not demo.status().active)
+    text.press("Control+Enter")
+    until(lambda: demo.status().active)
+    page.keyboard.press("Escape")
+    assert len(completed(page)) < 1000
+    assert demo.status().active == 0
 
 
 def test_a_server_that_is_gone_leaves_the_text_to_its_writer(open_page, demo, monkeypatch):
@@ -637,18 +643,18 @@ def test_an_answer_that_cannot_be_kept_is_shown_and_ends(open_page, demo, held, 
 
 def test_more_than_can_be_sent_is_said_and_nothing_waits_for_it(open_page, demo):
     page = chat_page(open_page, 4)
+    message, text = page.get_by_label("Message", exact=True), page.get_by_role("textbox", name="Text")
     huge = "a b " * 300_000
-    page.get_by_label("Message", exact=True).evaluate("(box, text) => { box.value = text; }", huge)
-    page.get_by_role("button", name="Send", exact=True).click()
-    expect(notice(page)).to_contain_text("more than the 1 MB")
-    assert page.get_by_label("Message", exact=True).input_value() == huge
+    for tab, box, button in (("Chat", message, "Send"), ("Notebook", text, "Complete")):
+        page.get_by_role("tab", name=tab).click()
+        box.evaluate("(box, text) => { box.value = text; }", huge)
+        page.get_by_role("button", name=button, exact=True).click()
+        expect(notice(page)).to_contain_text("more than the 1 MB")
+        page.get_by_role("button", name="Dismiss").click()
+        expect(page.get_by_role("button", name=button, exact=True)).to_be_visible()
+        assert box.input_value() == huge and box.is_editable()
+    page.get_by_role("tab", name="Chat").click()
     ask(page, "Shorter", 1)
-    page.get_by_role("tab", name="Notebook").click()
-    page.get_by_role("textbox", name="Text").evaluate("(box, text) => { box.value = text; }", huge)
-    page.get_by_role("button", name="Complete").click()
-    expect(notice(page)).to_contain_text("more than the 1 MB")
-    expect(page.get_by_role("button", name="Complete")).to_be_visible()
-    expect(page.get_by_role("textbox", name="Text")).to_be_editable()
 
 
 @pytest.fixture
@@ -881,15 +887,6 @@ def test_a_text_is_completed_taken_back_and_completed_at_the_cursor(open_page, d
     expect(page.get_by_role("button", name="Undo")).to_be_enabled()
     text = completed(page)
     assert text.startswith("KING HENRY:\n") and text.endswith("\nTHE END") and len(text) > 40
-
-
-def test_a_completion_is_stopped_by_escape(open_page, demo, held):
-    page = notebook_page(open_page, "Once", 400)
-    page.get_by_role("textbox", name="Text").press("Control+Enter")
-    expect(page.locator("#nx-text")).not_to_have_value("Once")
-    page.keyboard.press("Escape")
-    assert len(completed(page)) < 1000
-    assert demo.status().active == 0
 
 
 def test_probabilities_and_alternatives_are_shown_by_mouse_and_keyboard(open_page, demo):

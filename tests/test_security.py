@@ -4,7 +4,7 @@ import asyncio
 import secrets
 
 import pytest
-from support.serving import ask
+from support.serving import ask, exchange, scope_of
 
 pytest.importorskip("starlette", reason="needs pip install '.[page]'")
 
@@ -49,20 +49,8 @@ def request(guard, method="GET", path="/", **options):
     return asyncio.run(ask(guard, method, path, **options))
 
 
-def raw(guard, kind, messages, headers=(), method="POST", path="/"):
-    """What is sent where these messages come."""
-    lines = [(name.encode(), value.encode()) for name, value in {"host": "127.0.0.1:7860", **dict(headers)}.items()]
-    scope = {"type": kind, "method": method, "path": path, "headers": lines, "client": ("127.0.0.1", 1)}
-    coming, sent = list(messages), []
-
-    async def receive():
-        return coming.pop(0)
-
-    async def send(message):
-        sent.append(message)
-
-    asyncio.run(guard(scope, receive, send))
-    return sent
+def sent(guard, scope, *messages):
+    return asyncio.run(exchange(guard, scope, messages))
 
 
 def guarded(hosts=None, key=None, clock=None, **options):
@@ -168,7 +156,7 @@ def test_loopback_addresses_are_known():
 
 
 def websocket(guard, path="/", **headers):
-    return raw(guard, "websocket", [{"type": "websocket.connect"}], headers, path=path)
+    return sent(guard, scope_of("GET", path, headers, kind="websocket"), {"type": "websocket.connect"})
 
 
 FOREIGN_SOCKETS = [("/", "host", "evil.example"), ("/", "origin", "null"), ("/", "origin", "http://evil.example")]
@@ -422,8 +410,8 @@ def test_a_body_that_does_not_come_is_given_up():
 
 def test_who_leaves_in_the_middle_of_a_body_is_forgotten():
     guard, inside = guarded()
-    messages = [{"type": "http.request", "body": b"x", "more_body": True}, {"type": "http.disconnect"}]
-    assert raw(guard, "http", messages, path="/v1/x") == [] and inside.reached == []
+    messages = {"type": "http.request", "body": b"x", "more_body": True}, {"type": "http.disconnect"}
+    assert sent(guard, scope_of("POST", "/v1/x"), *messages) == [] and inside.reached == []
 
 
 def test_a_server_that_is_closing_takes_nothing_new():

@@ -1,11 +1,10 @@
 """One turn of a chat: what fits, what ends an answer and how long it may be, and that all three chats agree."""
 
 import asyncio
-import json
 from types import SimpleNamespace
 
 import pytest
-from support.serving import application, ask
+from support.serving import application, ask_json
 
 from neox_lite import GenerationConfig, GPTNeoXForCausalLM, GPTNeoXTokenizerFast
 from neox_lite.errors import ContextLengthError
@@ -168,8 +167,7 @@ def over_api(engine, settings, folder):
     body = {"messages": QUESTION, **settings}
     if (tokens := body.pop("max_new_tokens", None)) is not None:
         body["max_tokens"] = tokens
-    headers = {"content-type": "application/json"}
-    reply = asyncio.run(ask(application(engine), "POST", "/v1/chat/completions", json.dumps(body).encode(), headers))
+    reply = asyncio.run(ask_json(application(engine), "/v1/chat/completions", body))
     return [reply.json()["error"]["code"]] if reply.status != 200 else []
 
 

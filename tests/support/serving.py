@@ -53,27 +53,40 @@ class Reply:
         return json.loads(self.body)
 
 
-async def ask(app, method, path, body=b"", headers=(), client="127.0.0.1", parts=None):
-    """One request straight into an ASGI application.
-
-    headers: a dict of those beside a Host, or a list of all header lines. parts: the body in several messages.
-    """
+def scope_of(method, path, headers=(), client="127.0.0.1", kind="http"):
+    """headers: a dict of those beside a Host, or a list of all header lines."""
     pairs = headers if isinstance(headers, list) else ({"host": "127.0.0.1:7860"} | dict(headers)).items()
     lines = [(name.lower().encode(), str(value).encode("latin-1")) for name, value in pairs]
     path, _, query = path.partition("?")
-    scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "scheme": "http",
-             "path": path, "raw_path": path.encode(), "query_string": query.encode(), "root_path": "", "headers": lines,
-             "client": (client, 1), "server": ("127.0.0.1", 7860)}  # fmt: skip
-    waiting = [body] if parts is None else list(parts)
-    sent = []
+    return {"type": kind, "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "scheme": "http",
+            "path": path, "raw_path": path.encode(), "query_string": query.encode(), "root_path": "", "headers": lines,
+            "client": (client, 1), "server": ("127.0.0.1", 7860)}  # fmt: skip
+
+
+async def exchange(app, scope, messages):
+    """What an ASGI application sends where these messages come, and then nothing."""
+    waiting, sent = list(messages), []
 
     async def receive():
         if not waiting:
             await asyncio.Event().wait()
-        return {"type": "http.request", "body": waiting.pop(0), "more_body": bool(waiting)}
+        return waiting.pop(0)
 
     async def send(message):
         sent.append(message)
 
     await app(scope, receive, send)
-    return Reply(sent)
+    return sent
+
+
+async def ask(app, method, path, body=b"", headers=(), client="127.0.0.1", parts=None):
+    """One request straight into an ASGI application. parts: the body in several messages."""
+    parts = [body] if parts is None else list(parts)
+    messages = [{"type": "http.request", "body": part, "more_body": i + 1 < len(parts)} for i, part in enumerate(parts)]
+    return Reply(await exchange(app, scope_of(method, path, headers, client), messages))
+
+
+async def ask_json(app, path, body):
+    """A posted object, or bytes that are to pass for one."""
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return await ask(app, "POST", path, raw, {"content-type": "application/json"})
