@@ -4,15 +4,13 @@ import json
 
 import pytest
 import torch
+from support.backends import IN_GROUPS, OTHERS
+from support.backends import stored as written
 
 from neox_lite.errors import FormatError, ShapeError
 from neox_lite.formats import (
-    FORMATS,
-    GROUP_SIZES,
-    GROUPED,
     Dense,
     GroupInt,
-    Weight,
     formats_of,
     label,
     make_format,
@@ -20,8 +18,6 @@ from neox_lite.formats import (
 )
 from neox_lite.formats.group_int import pack, unpack
 
-IN_GROUPS = [make_format(name, size) for name in GROUPED for size in GROUP_SIZES]
-OTHERS = [make_format(name) for name in FORMATS if name not in GROUPED]
 every_format = pytest.mark.parametrize("format", IN_GROUPS + OTHERS, ids=lambda f: label(f, "").replace(" ", "-"))
 every_grouped = pytest.mark.parametrize("format", IN_GROUPS, ids=lambda f: label(f, "").replace(" ", "-"))
 every_method = pytest.mark.parametrize("method", ["rtn", "mse"])
@@ -34,19 +30,6 @@ def gaussian(rows=24, columns=256, seed=0):
 def squared_error(format, weight, method, dtype=torch.float16):
     stored = format.encode(weight, dtype, method)
     return float((format.decode(stored, torch.float32) - weight).square().mean() / weight.square().mean())
-
-
-def stored_whole(format, weight, dtype=torch.float16, method=None):
-    """All stored tensors of a weight, as a folder would hold them."""
-    shape, part = tuple(weight.shape), format.encode(weight, dtype, method or format.methods[0])
-    kept = {key: part.pop(key) for key in format.late}
-    return {**part, **format.constants(shape, dtype), **format.finish(kept, shape, dtype)}
-
-
-def reread(format, weight, dtype=torch.float16, method=None):
-    """What a weight is after it was stored and read."""
-    shape, tensors = tuple(weight.shape), stored_whole(format, weight, dtype, method)
-    return Weight(format.opened(tensors, shape), shape, tensors)
 
 
 # Golden bytes ---------------------------------------------------------------------------------------------------------
@@ -91,7 +74,7 @@ def test_pack_refuses_other_widths_and_broken_words():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_encode_gives_what_specs_promise(format, dtype):
     for method in format.methods:
-        stored = stored_whole(format, gaussian(), dtype, method)
+        stored = written(format, gaussian(), dtype, method).tensors
         specs = format.specs((24, 256), dtype)
         assert {k: (t.dtype, tuple(t.shape)) for k, t in stored.items()} == specs
 
@@ -176,14 +159,14 @@ def test_an_all_zero_group_decodes_to_zero_with_a_scale_of_one(format, method):
 def test_a_row_of_zeros_stays_zero(format):
     weight = gaussian()
     weight[3] = 0
-    assert bool((reread(format, weight).decode()[3] == 0).all())
-    assert bool((reread(format, torch.zeros(2, 256)).decode() == 0).all())
+    assert bool((written(format, weight).decode()[3] == 0).all())
+    assert bool((written(format, torch.zeros(2, 256)).decode() == 0).all())
 
 
 @every_format
 def test_weights_too_small_for_the_scale_become_zero(format):
     for method in format.methods:
-        decoded = reread(format, torch.full((1, 128), 1e-9), torch.float16, method).decode()
+        decoded = written(format, torch.full((1, 128), 1e-9), torch.float16, method).decode()
         assert bool(decoded.isfinite().all()) and float(decoded.abs().max()) < 1e-6
 
 
@@ -220,7 +203,7 @@ def test_unknown_formats_groups_and_methods_are_named():
 
 @every_format
 def test_weight_decodes_rows_as_the_whole_does(format):
-    weight = reread(format, gaussian(200, 1024))  # more than one block of nf4's scales
+    weight = written(format, gaussian(200, 1024))  # more than one block of nf4's scales
     for start, stop in ((0, 1), (5, 11), (63, 200), (199, 200)):
         assert torch.equal(weight.decode()[start:stop], weight.decode(torch.float32, start, stop))
     assert weight.nbytes == sum(t.nbytes for t in weight.tensors.values())
@@ -228,7 +211,7 @@ def test_weight_decodes_rows_as_the_whole_does(format):
 
 @every_format
 def test_bits_per_weight_count_codes_and_scales(format):
-    stored = stored_whole(format, gaussian(64, 256))
+    stored = written(format, gaussian(64, 256)).tensors
     beside = {*format.constants((64, 256)), *format.loose}
     counted = sum(t.nbytes for key, t in stored.items() if key not in beside)
     assert format.bits_per_weight(torch.float16) == counted * 8 / (64 * 256)
