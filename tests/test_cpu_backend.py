@@ -425,63 +425,50 @@ def object_cache(tmp_path, monkeypatch):
     return tmp_path / "xdg" / "neox-lite" / "kernels"
 
 
-class Process:
-    """As a new process would, compile a function that returns a number, run it, and see what that took."""
-
-    def __init__(self, monkeypatch, capfd):
-        self.patch, self.captured, self.optimized = monkeypatch, capfd, compile._optimized
-
-    def run(self, number=7):
-        """-> (what the function returned, how often LLVM was at work, what was said)."""
-        compiled = []
-
-        def optimized(*arguments):
-            compiled.append(arguments)
-            return self.optimized(*arguments)
-
-        self.patch.setattr(compile, "_loaded", {})
-        self.patch.setattr(compile, "_announced", False)
-        self.patch.setattr(compile, "_optimized", optimized)
-        self.captured.readouterr()
-
-        def build(module):
-            Code(module, f"give_{number}", 0).ret(number)
-
-        addresses = {compile.compiled(f"give_{number}", build, target.host()) for _ in range(2)}
-        assert len(addresses) == 1
-        result = ctypes.CFUNCTYPE(ctypes.c_int64)(addresses.pop())()
-        return result, len(compiled), self.captured.readouterr().err
-
-
 @pytest.fixture
 def process(monkeypatch, capfd):
-    return Process(monkeypatch, capfd)
+    """As a new process would, compile a function that returns a number, run it, and see what that took:
+    -> what the function returned, how often LLVM was at work, what was said."""
+    optimized, compiled = compile._optimized, []
+    monkeypatch.setattr(compile, "_optimized", lambda *given: (compiled.append(given), optimized(*given))[1])
+
+    def run(number=7):
+        compiled.clear()
+        monkeypatch.setattr(compile, "_loaded", {})
+        monkeypatch.setattr(compile, "_announced", False)
+        capfd.readouterr()
+        name = f"give_{number}"
+        addresses = {
+            compile.compiled(name, lambda module: Code(module, name, 0).ret(number), target.host()) for _ in range(2)
+        }
+        assert len(addresses) == 1
+        return ctypes.CFUNCTYPE(ctypes.c_int64)(addresses.pop())(), len(compiled), capfd.readouterr().err
+
+    return run
 
 
 SAID = "neox-lite: compiling kernels for this processor (once; a few seconds)\n"
 
 
 def test_a_kernel_is_compiled_once_and_found_by_the_next_process(object_cache, process):
-    assert process.run(7) == (7, 1, SAID)
+    assert process(7) == (7, 1, SAID)
     (file,) = object_cache.iterdir()
-    assert process.run(7) == (7, 0, "")
-    assert process.run(8) == (8, 1, SAID)
+    assert process(7) == (7, 0, "")
+    assert process(8) == (8, 1, SAID)
     assert len(list(object_cache.iterdir())) == 2 and file.exists()
     assert list((object_cache.parents[2] / "tmp").iterdir()) == []
 
 
-def test_another_processor_llvm_or_source_has_files_of_its_own(object_cache, process, monkeypatch):
-    assert process.run()[1] == 1
-    for changed in ("llvmlite.__version__", "source"):
-        with monkeypatch.context() as patch:
-            if changed == "source":
-                patch.setattr(compile, "_source_hash", lambda: "another")
-            else:
-                patch.setattr(compile.llvmlite, "__version__", "another")
-            process.patch = patch
-            assert process.run()[1] == 1
-        process.patch = monkeypatch
-    assert process.run()[1] == 0
+def test_another_llvm_or_source_has_files_of_its_own(object_cache, process):
+    assert process()[1] == 1
+    for owner, name, other in (
+        (compile, "_source_hash", lambda: "another"),
+        (compile.llvmlite, "__version__", "another"),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(owner, name, other)
+            assert process()[1] == 1
+    assert process()[1] == 0
     assert len(list(object_cache.iterdir())) == 3
 
 
@@ -489,28 +476,28 @@ def test_another_processor_llvm_or_source_has_files_of_its_own(object_cache, pro
     "damage", [lambda b: b"", lambda b: b[:-1], lambda b: b[:100] + bytes([b[100] ^ 1]) + b[101:], lambda b: b[32:]]
 )
 def test_a_damaged_file_is_made_anew(damage, object_cache, process):
-    process.run()
+    process()
     (file,) = object_cache.iterdir()
     whole = file.read_bytes()
     file.write_bytes(damage(whole))
     assert file.read_bytes() != whole
-    assert process.run() == (7, 1, SAID)
+    assert process() == (7, 1, SAID)
     assert file.read_bytes() == whole
-    assert process.run() == (7, 0, "")
+    assert process() == (7, 0, "")
 
 
 def test_where_the_cache_cannot_be_written_a_temporary_folder_keeps_kernels(object_cache, process):
     (object_cache.parents[1]).write_text("a file where the folder should be: not even root can write there")
-    assert process.run() == (7, 1, SAID)
+    assert process() == (7, 1, SAID)
     (folder,) = (object_cache.parents[2] / "tmp").iterdir()
     assert len(list(folder.iterdir())) == 1 and folder.stat().st_mode & 0o777 == 0o700
-    assert process.run() == (7, 0, "")
+    assert process() == (7, 0, "")
 
 
 def test_where_nothing_can_be_written_kernels_are_compiled_each_time(tmp_path, process, monkeypatch):
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setattr(compile, "cache_folders", lambda: [tmp_path / "file" / "a", tmp_path / "file" / "b"])
-    assert [process.run() for _ in range(2)] == [(7, 1, SAID)] * 2
+    assert [process() for _ in range(2)] == [(7, 1, SAID)] * 2
 
 
 @pytest.mark.parametrize("missing", ["home", "temporary folder"])
@@ -527,12 +514,12 @@ def test_systems_without_a_home_or_without_room_for_temporary_files_use_the_othe
 
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="this system has no user ids")
 def test_a_folder_of_another_user_is_neither_read_nor_written(object_cache, process, monkeypatch):
-    process.run()
+    process()
     (file,) = object_cache.iterdir()
     owner = os.getuid()
     monkeypatch.setattr(os, "getuid", lambda: owner + 1)
-    assert process.run() == (7, 1, SAID)
-    assert process.run(8) == (8, 1, SAID)
+    assert process() == (7, 1, SAID)
+    assert process(8) == (8, 1, SAID)
     assert list(object_cache.iterdir()) == [file]
 
 
