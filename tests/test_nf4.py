@@ -170,15 +170,21 @@ def by_transformers(folder, dtype="float32", double=False, cls="GPTNeoXForCausal
     return folder / "nf4"
 
 
+def same_logits(folder):
+    """A folder's model, ids, and transformers' logits, which it has as well; all in float32."""
+    model, ids = GPTNeoXForCausalLM.from_pretrained(folder, dtype="float32"), random_ids(2, 40)
+    with torch.no_grad():
+        wanted = opened_by_transformers(folder)(ids).logits
+    assert relative(model(ids).logits, wanted) < 1e-5  # sums in another order
+    return model, ids, wanted
+
+
 @both
 @every_dtype
 def test_a_folder_that_transformers_made_has_equal_logits(tmp_path, double, dtype):
-    folder, ids = by_transformers(tmp_path, dtype, double), random_ids(2, 40)
-    with torch.no_grad():
-        wanted = opened_by_transformers(folder)(ids).logits
-    model = GPTNeoXForCausalLM.from_pretrained(folder, dtype="float32")
+    folder = by_transformers(tmp_path, dtype, double)
+    model, ids, wanted = same_logits(folder)
     assert model.get_submodule(FIRST).format.name == ("nf4-double" if double else "nf4")
-    assert relative(model(ids).logits, wanted) < 1e-5  # float32 sums in another order
     assert relative(torch.cat([s.logits for s in steps(model, ids[:1])], 1), wanted[:1]) < 1e-5
     assert verify_folder(folder, needs_manifest=False) == []
     own = GPTNeoXForCausalLM.from_pretrained(folder)  # norms, cache and head in the folder's dtype
@@ -199,12 +205,8 @@ def steps(model, ids):
 def test_transformers_opens_a_folder_written_here_with_equal_logits(tmp_path, double, dtype):
     peer(**SHAPE).to(DTYPES[dtype]).save_pretrained(tmp_path / "plain")
     convert(tmp_path / "plain", tmp_path / "nf4", format="nf4-double" if double else "nf4")
-    ours, ids = GPTNeoXForCausalLM.from_pretrained(tmp_path / "nf4", dtype="float32"), random_ids(2, 40)
-    with torch.no_grad():
-        assert relative(opened_by_transformers(tmp_path / "nf4")(ids).logits, ours(ids).logits) < 1e-5
-    ours.save_pretrained(tmp_path / "again")
-    with torch.no_grad():
-        assert relative(opened_by_transformers(tmp_path / "again")(ids).logits, ours(ids).logits) < 1e-5
+    same_logits(tmp_path / "nf4")[0].save_pretrained(tmp_path / "again")
+    same_logits(tmp_path / "again")
 
 
 def test_a_folder_that_transformers_made_is_the_one_that_is_written_here(tmp_path):
@@ -225,12 +227,9 @@ def test_a_folder_that_transformers_made_is_the_one_that_is_written_here(tmp_pat
     [["lm_head", "gpt_neox.layers.1.mlp.dense_h_to_4h"], ["lm_head", "dense"], ["lm_head", r"gpt_neox.layers.\d+.mlp"]],
 )
 def test_modules_that_were_skipped_are_plain(tmp_path, skip):
-    folder, ids = by_transformers(tmp_path, skip=skip), random_ids(1, 30)
-    with torch.no_grad():
-        wanted = opened_by_transformers(folder)(ids).logits
-    model = GPTNeoXForCausalLM.from_pretrained(folder)
+    model = same_logits(by_transformers(tmp_path, skip=skip))[0]
     kinds = {m.format == DENSE for m in model.gpt_neox.layers.modules() if isinstance(m, neox_lite.layers.Linear)}
-    assert kinds == {True, False} and relative(model(ids).logits, wanted) < 1e-5
+    assert kinds == {True, False}
 
 
 @pytest.mark.parametrize("cls", ["GPTNeoXForSequenceClassification", "GPTNeoXModel"])
@@ -245,12 +244,9 @@ def test_other_classes_load_too(tmp_path, cls):
 
 def test_tied_and_sequential_checkpoints_are_read_and_written(tmp_path):
     changes = {"tie_word_embeddings": True, "use_parallel_residual": False}
-    folder, ids = by_transformers(tmp_path, **changes), random_ids(1, 30)
+    same_logits(by_transformers(tmp_path, **changes))
     convert(tmp_path / "plain", tmp_path / "ours", format="nf4-double")
-    for made in (folder, tmp_path / "ours"):
-        with torch.no_grad():
-            wanted = opened_by_transformers(made)(ids).logits
-        assert relative(GPTNeoXForCausalLM.from_pretrained(made, dtype="float32")(ids).logits, wanted) < 1e-5
+    same_logits(tmp_path / "ours")
 
 
 # Loading, saving, placing ---------------------------------------------------------------------------------------------
