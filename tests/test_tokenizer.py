@@ -4,6 +4,7 @@ Runs on a small tokenizer that is trained here, and on the real 20B one where sh
 """
 
 import copy
+import itertools
 import json
 import os
 import random
@@ -299,18 +300,10 @@ def test_pad_matches_transformers(ours, theirs):
     batch = {"input_ids": [[5, 6, 7], [8], []], "attention_mask": [[1, 1, 1], [1], []]}
     rows = [{"input_ids": ids} for ids in batch["input_ids"][:2]]
     tensors = {"input_ids": torch.tensor([[1, 2], [3, 4]]), "attention_mask": torch.ones(2, 2, dtype=torch.int64)}
-    cases = [
-        *((given, {"pad_to_multiple_of": 4, "return_tensors": "pt"}) for given in (batch, rows, {"input_ids": [1, 2]})),
-        *((given, {"return_attention_mask": True, "return_tensors": "np"}) for given in (batch, rows)),
-        *(
-            (given, options)
-            for given in (batch, rows, {"input_ids": [1, 2, 3]})
-            for options in ({}, {"padding": False})
-        ),
-        (batch, {"padding": "max_length", "max_length": 6, "padding_side": "left"}),
-        ({"input_ids": [1, 2, 3]}, {"padding": "max_length", "max_length": 6, "padding_side": "left"}),
-        (tensors, {"pad_to_multiple_of": 4}),
-    ]
+    every = [{}, {"padding": False}, {"pad_to_multiple_of": 4, "return_tensors": "pt"}]
+    every += [{"padding": "max_length", "max_length": 6, "padding_side": "left"}]
+    every += [{"return_attention_mask": True, "return_tensors": "np"}]
+    cases = [*itertools.product((batch, rows, {"input_ids": [1, 2, 3]}), every), (tensors, {"pad_to_multiple_of": 4})]
     for given, options in cases:
         copies = [copy.deepcopy(given) for _ in range(2)]
         assert as_plain(ours.pad(copies[0], **options)) == as_plain(theirs.pad(copies[1], **options)), options
