@@ -1,12 +1,12 @@
 """Is one checkout of neox-lite as fast as another? Both on this CPU, in turns, from processes that stay.
 
-    python -m benchmarks.compare_checkouts --old DIR --new DIR [--rounds 8] [--only decode,serve] [--out FILE]
+    python -m benchmarks.compare_checkouts --old DIR --new DIR [--rounds 8] [--only decode,import] [--out FILE]
 
 Each checkout is a process that keeps its models and makes one measurement at a time, while the other is stopped; rounds go old
 new new old. A figure is the median over rounds; `speed` is the median of the rounds' own ratios, above 1 where the new one is
 faster. Models are random int4 ones, written once below --scratch by this checkout. Measured, for every shape: seconds of a
-decoded token, of a prompt, from loading to the first token; then `import neox_lite` in fresh processes. A shape of 12x128x2
-shows the time of a token that is not kernels: they do almost nothing there. Servers are measured by serving/load.py.
+decoded token, of a prompt, from loading to the first token; then `import neox_lite` in fresh processes. The shape
+12x128x2, with 512 words, gives the time of a token that is not kernels. Servers are measured by serving/load.py.
 """
 
 from __future__ import annotations
@@ -34,13 +34,16 @@ from benchmarks.common import (
     write_json,
 )
 
+# Its kernels do almost nothing, so a token takes what Python and starting kernels take.
+HOST_SHAPE, HOST_VOCABULARY = "12x128x2", 512
 VERBS = ("decode", "prefill", "first token", "import")
 
 
 def questions(args: argparse.Namespace) -> dict[str, list[Any]]:
     """Name of a measurement -> what checkout_worker.py is asked: verb, folder, number."""
     numbers = {"decode": args.tokens, "prefill": args.prompt, "first token": 0}
-    folders = {shape: str(model_folder(shape, "int4", args.scratch)) for shape in args.shapes}
+    sizes = {HOST_SHAPE: {"vocab_size": HOST_VOCABULARY}}
+    folders = {s: str(model_folder(s, "int4", args.scratch, **sizes.get(s, {}))) for s in args.shapes}
     found = {
         f"{shape}: {verb}": [verb, folder, numbers[verb]]
         for shape, folder in folders.items()
@@ -88,7 +91,7 @@ def main() -> int:
     parser = command_line(__doc__, rounds=8, threads=True, scratch="checkouts")
     parser.add_argument("--old", type=Path, required=True, help="checkout, whose speed is 1")
     parser.add_argument("--new", type=Path, required=True, help="checkout, which is compared with it")
-    parser.add_argument("--shapes", type=words, default=["12x128x2", "pythia-160m", "pythia-1.4b"])
+    parser.add_argument("--shapes", type=words, default=[HOST_SHAPE, "pythia-160m", "pythia-1.4b"])
     parser.add_argument("--only", type=some_of(VERBS), default=VERBS, help=f"some of {','.join(VERBS)}")
     parser.add_argument("--tokens", type=int, default=64, help="decoded in a measurement")
     parser.add_argument("--prompt", type=int, default=512, help="tokens of a prompt (default 512)")
