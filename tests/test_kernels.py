@@ -238,7 +238,7 @@ def near(kernels, found, truth, bound):
 
 
 LAID_OUT = [
-    *((kernels, FLOAT32, (1, 5, 7), 2 * ROUNDING) for kernels in (*IN_LAYOUTS, *PLAIN)),
+    *((kernels, FLOAT32, (1, 5, 7), ROUNDING) for kernels in (*IN_LAYOUTS, *PLAIN)),
     (AMPERE, FLOAT16, (1, 3, 300), 2 * ROUNDED[FLOAT16]),
 ]
 
@@ -255,7 +255,7 @@ def test_results_lie_as_the_next_weight_reads_them(kernels, dtype, tokens, bound
         plain, laid = kernels.call("grouped_linear", *given)
         assert error_of_sum(kernels.natural(plain), x_one, exact(first)) < bound
         truth = ACTIVATIONS[activation](x_two @ exact(second).T + bias.double())
-        assert near(kernels, laid, truth, bound * 2)
+        assert near(kernels, laid, truth, bound)
         after = kernels.reads(kernels.natural(laid).to(dtype), third)[0]
         assert getattr(laid, "layout", None) == getattr(after, "layout", None)
 
@@ -300,7 +300,7 @@ NEAR_ZERO, FAR = [(0.0, 1e-5, 2e-6), (30.0, 1e-12, 6e-5)], [(100.0, 1e-5, 3e-5),
 NORMS = [
     *((kernels, (dtype, FLOAT32), (1, 32, 50, 96), NEAR_ZERO) for kernels in (*ON_PATHS, *PLAIN) for dtype in DTYPES),
     (AMPERE, (FLOAT32,), (64, 96, 1000), FAR),
-    (AMPERE, (FLOAT16,), (64, 96, 1000), [(*row[:2], 2e-3) for row in FAR]),
+    (AMPERE, (FLOAT16,), (64, 96, 1000), [(*row[:2], 2.8e-3) for row in FAR]),  # results of up to 8, rounded
 ]
 
 
@@ -312,8 +312,7 @@ def test_norms_equal_float64(kernels, dtypes, sizes, shifts):
             norms = [(torch.randn(hidden).to(dtypes[0]), torch.randn(hidden).to(dtypes[0]), e) for e in (eps, 1e-3)]
             found = [*kernels.call("layer_norms", x, norms, [None, None]), kernels.call("final_norm", x, norms[0])]
             for y, norm in zip(found, [*norms, norms[0]], strict=True):
-                truth = layer_norm(x, norm)
-                assert error(y, truth, max(1.0, float(truth.square().mean().sqrt()))) < bound
+                assert error(y, layer_norm(x, norm), 1.0) < bound
 
 
 @cases("kernels", [*(k for k in IN_LAYOUTS if k.kind == "planar"), AMPERE, TURING, *PLAIN])
