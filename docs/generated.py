@@ -77,7 +77,7 @@ def form(member: Member) -> str:
 
 def options(cls: type) -> Iterator[str]:
     """The fields of a dataclass of options: name, default, and what its docstring says of it."""
-    told = dict(re.findall(r"^(\w+): (.*(?:\n {4}.*)*)", inspect.getdoc(cls) or "", re.MULTILINE))
+    texts = dict(re.findall(r"^(\w+): (.*(?:\n {4}.*)*)", inspect.getdoc(cls) or "", re.MULTILINE))
     yield "| option | default | |"
     yield "|---|---|---|"
     for field in dataclasses.fields(cls):
@@ -85,9 +85,9 @@ def options(cls: type) -> Iterator[str]:
             default = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
             plain = isinstance(default, bool | int | float | str | None)
             yield (
-                f"| `{field.name}` | `{default!r}` | {cell(told[field.name])} |"
+                f"| `{field.name}` | `{default!r}` | {cell(texts[field.name])} |"
                 if plain and default is not None
-                else (f"| `{field.name}` | | {cell(told[field.name])} |")
+                else (f"| `{field.name}` | | {cell(texts[field.name])} |")
             )
 
 

@@ -190,8 +190,8 @@ def test_rows_without_a_token_write_nothing():
         pool.free(block_tables.pop())  # its page is still in the tables
         for storage in pool.storage:
             storage[pool._free] = float("nan")
-        flight = model.launch(pool, block_tables, [1, 2, 3], [DeviceSampling()] * 3)
-        assert len(flight.tokens()) == 3 and list(model.runner.passes.graphs(pool)) == [(4, 1)]
+        pending = model.launch(pool, block_tables, [1, 2, 3], [DeviceSampling()] * 3)
+        assert len(pending.tokens()) == 3 and list(model.runner.passes.graphs(pool)) == [(4, 1)]
         assert all(bool(storage[pool._free].isnan().all()) for storage in pool.storage)
 
 
@@ -340,10 +340,10 @@ def test_a_step_of_any_bucket_launches_the_same_whatever_is_in_it(name, kv, dtyp
         for rows, longest in ((1, 1), (2, 100), (3, 150), (9, 120), (33, 60)):
             block_tables = [pool.new() for _ in range(rows)]
             Batch.reserve(pool, block_tables, [longest * (i + 1) // rows for i in range(rows)]).commit()
-            flight = None
+            pending = None
             for step in range(3):
-                given = [-1 - i if flight is not None else step for i in range(rows)]
-                flight = model.launch(pool, block_tables, given, [DeviceSampling(seed=step)] * rows, previous=flight)
+                given = [-1 - i if pending is not None else step for i in range(rows)]
+                pending = model.launch(pool, block_tables, given, [DeviceSampling(seed=step)] * rows, previous=pending)
             for block_table in block_tables:
                 pool.free(block_table)
         assert list(model.runner.passes.graphs(pool)) == [(1, 1), (2, 1), (4, 2), (16, 1), (64, 1)]

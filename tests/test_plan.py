@@ -378,6 +378,7 @@ def test_the_command_s_json_holds_the_contract(json_of):
     assert result["format"] == "int4 g128" and result["gpu"] == "8 GiB" and result["context"] == 2048
     assert sum(result["layers"].values()) == 44 and result["layers"]["gpu"] > 20 and result["layers"]["disk"] == 0
     assert result["tiers"] == {tier: sum(parts.values()) for tier, parts in result["parts"].items()}
+    assert all("layer_buffers" not in parts for parts in result["parts"].values())  # "ring", as scripts know it
 
 
 HUB_ID = "EleutherAI/gpt-neox-20b"

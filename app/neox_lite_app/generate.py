@@ -58,7 +58,7 @@ def generate(args: argparse.Namespace) -> None:
 
 
 def _draft(args: argparse.Namespace) -> GPTNeoXForCausalLM:
-    """The model that guesses ahead; what is wrong with it is said to be wrong with the draft."""
+    """The model that guesses ahead; errors about it name the draft."""
     try:
         return load(args.draft, args, adapter=None)
     except NeoxLiteError as error:

@@ -26,7 +26,7 @@ WARM_BYTES = 16 << 20  # read between two reports of progress
 def warm(model: Network, progress: Callable[[int, int], object] | None = None) -> None:
     """Read all weights that files back into memory, in the order of the files, before a first token waits for each.
 
-    Later steps then find them in the system's page cache, for as long as it has room. progress is told the bytes read so
+    Later steps then find them in the system's page cache, for as long as it has room. progress gets the bytes read so
     far and in all. Weights that were copied elsewhere, as onto a GPU, and those that stay on the disk need no reading.
     """
     layers = model.base_model.blocks

@@ -31,7 +31,7 @@ EXPLAINED = {
     "ignore_mismatched_sizes": "a weight of another shape is always an error",
     "output_loading_info": "every mismatch is an error that names it",
 }
-# Those that could not change a result, which are told.
+# Those that could not change a result: a warning names them.
 WITHOUT_EFFECT = {
     "attn_implementation": "the kernels are chosen for the device",
     "offload_folder": "weights are mapped from their own files",

@@ -115,7 +115,7 @@ class GPTNeoXPreTrainedModel(Network):
         save_pretrained(self, Path(save_directory), max_shard_size)
 
     def warm(self, progress: Callable[[int, int], object] | None = None) -> None:
-        """Read mapped weights from the disk now rather than token by token; progress is told bytes done and in all."""
+        """Read mapped weights from the disk now rather than token by token; progress gets bytes done and in all."""
         warm(self, progress)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -225,7 +225,7 @@ class TemplateForm(Form):
         talk = [("user", "hello"), ("assistant", first), ("user", second)]
         try:
             text = self._render([{"role": role, "content": content} for role, content in talk], None, None)
-        except TemplateError:  # it is said where a prompt is rendered
+        except TemplateError:  # rendering a prompt raises it
             return ""
         after = text.partition(first)[2]
         return after.partition(second)[0] if second in after else ""

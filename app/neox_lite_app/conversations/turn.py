@@ -157,7 +157,7 @@ def fit(messages: Messages, context: int, room: int, encode: Callable[[Messages]
 def _steps(messages: Messages, most: int) -> list[int]:
     """How many turns may be dropped: whenever they hold as many bytes more as the prompt may have tokens, and all but the last.
 
-    A token has three or four bytes, so that is a quarter of the context or so, and the same turns whatever is said later.
+    A token has three or four bytes, so that is a quarter of the context or so, and the same turns whatever comes later.
     """
     turns, size, steps = max(0, len(messages) - 1) // 2, 0, []
     for turn in range(1, turns):

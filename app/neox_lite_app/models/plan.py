@@ -233,6 +233,10 @@ def smaller_format(model: Model, found: Plan) -> Iterator[str]:
                 return
 
 
+# Keys that scripts read keep their first names.
+JSON_KEYS = {"layer_buffers": "ring"}
+
+
 def figures(found: Plan, advices: list[str]) -> dict[str, Any]:
     """A plan as one JSON object; bytes, and tokens a second."""
     names = ("embedding_on", "head_on", "kv", "head", "context", "pages", "decode_tokens_per_s", "prefill_tokens_per_s")
@@ -241,7 +245,10 @@ def figures(found: Plan, advices: list[str]) -> dict[str, Any]:
         "fits": found.fits,
         "tiers": found.totals,
         "layers": {tier: found.layers.count(tier) for tier in TIERS},
-        **{name: getattr(found, name) for name in (*names, "crossover_tokens", "short_by", "parts")},
+        **{name: getattr(found, name) for name in (*names, "crossover_tokens", "short_by")},
+        "parts": {
+            tier: {JSON_KEYS.get(kind, kind): n for kind, n in kinds.items()} for tier, kinds in found.parts.items()
+        },
         "notes": notes(found),
         "advice": advices,
     }

@@ -1,6 +1,6 @@
 """Bodies of OpenAI-compatible requests -> checked values under the engine's names. Knows no HTTP, no engine and no model.
 
-Every field has a type and bounds, and whatever is wrong is said with the field's name. What other programs send beside the
+Every field has a type and bounds, and an error names the field. What other programs send beside the
 fields of the API stands in the tables of foreign_fields.py; anything else is refused by name.
 """
 

@@ -1,6 +1,6 @@
 """neox-lite serve --engine vllm: the same folder, prompt form, port, key and limits as a `vllm serve` command line.
 
-Knows vLLM's flags and nothing of its insides. What vLLM has no flag for is said, one line each.
+Knows vLLM's flags and nothing of its insides. What vLLM has no flag for gets a line each.
 """
 
 from __future__ import annotations
