@@ -7,6 +7,7 @@ cards. A tokenizer's own chat_template comes before the table, and a form that i
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,9 +20,9 @@ from neox_lite.errors import ArgumentError, NeoxLiteError
 from neox_lite.tokenizer import GPTNeoXTokenizerFast, check_text
 
 from .templates import TemplateError, render_template
-from .written_tokens import Hiding, encode_parts, open_end, unused
+from .written_tokens import Hiding, counts, encode_parts, open_end, unused
 
-MAX_WRITTEN = 64  # special tokens in messages, each of which is looked for by itself
+MAX_RENDERS = 256  # of a prompt, to find the special tokens that people wrote
 Messages = Sequence[Mapping[str, str]]  # {"role": "user" | "assistant" | "system", "content": text}
 ROLES = ("user", "assistant", "system")
 TEMPLATE = "template"  # the name of the form that a tokenizer brings along
@@ -40,6 +41,7 @@ class Form:
     stop_tokens: tuple[str, ...]
     newline: str = "\n"  # what stands for a line break
     raw: bool = False  # the text goes to the model as it is
+    may_change_text: bool = False  # what people wrote does not stand in the prompt letter by letter
 
     def render(self, messages: Messages, system: str | None = None, open_answer: str | None = None) -> str:
         """The prompt up to where the model is to write. open_answer: the beginning of an answer that it is to continue."""
@@ -66,13 +68,38 @@ class Form:
         prompt = check_text(self.render(messages, system, open_answer), "prompt")
         hidden = [{**message, "content": hiding.hide(message.get("content"))} for message in messages]
         own_system, own_answer = hiding.hide(system), hiding.hide(open_answer)
-        if not hiding.found:
+        # 1. The prompt, in which what people wrote is hidden while it is rendered, or shown to a template that looks at it.
+        choices = [[(prompt, True)]]
+        if hiding.found:
+            choices = [list(hiding.parts(self.render(hidden, own_system, own_answer)))]
+            if "".join(text for text, _ in choices[0]) != prompt:
+                choices.insert(0, self._parts_one_by_one(prompt, control, messages, system, open_answer))
+        # 2. The one that has no special token but the form's own.
+        if self.may_change_text:
+            own = self._own_tokens(control, messages, system, open_answer)
+            choices = [parts for parts in choices if own is None or not counts(control, parts) - own]
+            if not choices:
+                raise PromptError(
+                    "the chat template makes a special token of what somebody wrote; take out what looks like one, or choose "
+                    "another form"
+                )
+        if choices[0] == [(prompt, True)]:
             return list(tokenizer.encode(prompt, add_special_tokens=False))
-        parts = list(hiding.parts(self.render(hidden, own_system, own_answer)))
-        # A template may look at what it is given: then the prompt is the one that it makes of the text itself.
-        if "".join(text for text, _ in parts) != prompt:
-            parts = self._parts_one_by_one(prompt, control, messages, system, open_answer)
-        return encode_parts(tokenizer, control, iter(parts))
+        return encode_parts(tokenizer, control, iter(choices[0]))
+
+    def _own_tokens(
+        self, control: Mapping[str, AddedToken], messages: Messages, system: str | None, open_answer: str | None
+    ) -> Counter[str] | None:
+        """How many of each special token the form itself writes around texts that can write none; None: these cannot anyway."""
+        signs = {char for token in control for char in token if not char.isalnum()}
+        texts = [*(message["content"] for message in messages), system or "", open_answer or ""]
+        if not any(char in text for text in texts for char in signs):
+            return None
+        others = dict(zip(sorted(signs), unused("".join(texts), len(signs)), strict=True))
+        table = str.maketrans(others)
+        turns = [{**message, "content": message["content"].translate(table)} for message in messages]
+        answer = None if open_answer is None else open_answer.translate(table)
+        return counts(control, [(self.render(turns, system and system.translate(table), answer), True)])
 
     def _parts_one_by_one(
         self,
@@ -83,28 +110,35 @@ class Form:
         open_answer: str | None,
     ) -> list[tuple[str, bool]]:
         """The prompt as (text, whether it may hold special tokens): a token that somebody wrote shows where signs in its place
-        come out, and all else stays as it is."""
+        come out. One that does not show, because the template looks at it, is looked for message by message."""
         texts = [*(message["content"] for message in messages), system or "", open_answer or ""]
         (sign,) = unused(prompt + "".join(texts), 1)
         tokens = sorted(control, key=len, reverse=True)
-        patterns = [(i, re.escape(token), token) for i, text in enumerate(texts) for token in tokens if token in text]
-        # Also the beginning of a token at the end of a text, which the form could complete.
-        tails = [(i, text[len(text) - open_end(text, tokens) :]) for i, text in enumerate(texts)]
-        patterns += [(i, rf"{re.escape(tail)}\Z", tail) for i, tail in tails if tail]
-        if len(patterns) > MAX_WRITTEN:
-            raise PromptError(
-                f"more than {MAX_WRITTEN} special tokens are written in the messages of a chat template that looks at them; "
-                "take them out, or choose another form"
-            )
-        plain = bytearray(len(prompt))
-        for i, pattern, token in patterns:
+        plain, renders = bytearray(len(prompt)), 0
+
+        def mark(token: str, pattern: str, where: list[int]) -> bool:
+            """Whether signs in place of a token in some texts come out as they went in."""
+            nonlocal renders
+            renders += 1
             marks = sign * len(token)
-            changed = [re.sub(pattern, marks, text) if i == j else text for j, text in enumerate(texts)]
+            changed = [re.sub(pattern, marks, text) if i in where else text for i, text in enumerate(texts)]
             turns = [{**m, "content": c} for m, c in zip(messages, changed, strict=False)]
             found = self.render(turns, changed[-2] or system, changed[-1] if open_answer is not None else None)
-            if found.replace(marks, token) == prompt:
-                for match in re.finditer(re.escape(marks), found):
-                    plain[match.start() : match.end()] = b"\1" * len(token)
+            if found.replace(marks, token) != prompt:
+                return False
+            for match in re.finditer(re.escape(marks), found):
+                plain[match.start() : match.end()] = b"\1" * len(token)
+            return True
+
+        for token in tokens:
+            where = [i for i, text in enumerate(texts) if token in text]
+            if where and not mark(token, re.escape(token), where) and len(where) > 1:
+                for i in where if renders + len(where) <= MAX_RENDERS else ():
+                    mark(token, re.escape(token), [i])
+        # Also the beginning of a token at the end of a text, which the form could complete.
+        for i, text in enumerate(texts):
+            if (size := open_end(text, tokens)) and renders < MAX_RENDERS:
+                mark(text[-size:], rf"{re.escape(text[-size:])}\Z", [i])
         runs = re.finditer(rb"\x00+|\x01+", bytes(plain))
         return [(prompt[run.start() : run.end()], not plain[run.start()]) for run in runs]
 
@@ -192,6 +226,7 @@ class TemplateForm(Form):
 
     name = TEMPLATE
     title = "The model's own chat template"
+    may_change_text = True
 
     def __init__(self, template: str, tokens: Mapping[str, str]) -> None:
         """tokens: bos_token and the like, which templates write themselves."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -38,6 +39,12 @@ class Hiding:
     def _keep(self, text: str) -> str:
         self.found.append(text)
         return f"{self._sign}{len(self.found) - 1}{self._sign}"
+
+
+def counts(control: Mapping[str, AddedToken], parts: Sequence[tuple[str, bool]]) -> Counter[str]:
+    """How many of each control token the parts hold that may hold some."""
+    pattern = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))) or "(?!)")
+    return Counter(token for text, may in parts if may for token in pattern.findall(text))
 
 
 def encode_parts(
