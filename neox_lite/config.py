@@ -91,7 +91,7 @@ PRESERVED = {
 }
 # Settings of generation that old transformers versions wrote into config.json, and the values that change nothing.
 GENERATION: dict[str, Any] = {
-    "max_length": 20,
+    "max_length": None,
     "min_length": 0,
     "do_sample": False,
     "early_stopping": False,
@@ -424,6 +424,8 @@ class GPTNeoXConfig:
 
     def update(self, keys: dict[str, Any]) -> None:
         """Replace keys, checked as when reading. Those that decide shapes change nothing in a model that exists."""
+        if not isinstance(keys, dict):
+            raise ConfigError(f"update: found a {type(keys).__name__}, expected keys and values")
         self.__dict__.update(self.copy(**keys).__dict__)
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> GPTNeoXConfig:

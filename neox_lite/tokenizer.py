@@ -25,6 +25,7 @@ SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls
 # What transformers' GPTNeoXTokenizer assumes where the files are silent; here, only if the vocabulary has the token.
 DEFAULTS = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>") | {"pad_token": "<|padding|>"}
 BPE_FILES = ("vocab.json", "merges.txt")  # of a tokenizer without tokenizer.json
+GPT2_DEFAULTS = {name: token for name, token in DEFAULTS.items() if name != "pad_token"}
 MAX_BYTES = 256 << 20  # of a JSON file; the largest vocabularies take a tenth of that
 UTF8_BYTES = 4  # of a character at most
 NO_LIMIT = int(1e30)  # how transformers writes "no model_max_length"; it reads anything above 1e20 so
@@ -113,9 +114,9 @@ class GPTNeoXTokenizerFast:
         check_arguments("GPTNeoXTokenizerFast", options, OPTIONS)
         self.name_or_path = os.fspath(tokenizer_file)
         path = Path(tokenizer_file)
-        self._tokenizer = backend = (
-            read_backend(path) if path.exists() or path.name != "tokenizer.json" else bpe_backend(path.parent)
-        )
+        # vocab.json and merges.txt alone, as the classes of those days read them.
+        lone = path.name == "tokenizer.json" and not path.exists()
+        self._tokenizer = backend = bpe_backend(path.parent, not is_gpt2(options)) if lone else read_backend(path)
         baked = {"padding_side": backend.padding, "truncation_side": backend.truncation}
         backend.no_padding()
         backend.no_truncation()
@@ -127,10 +128,10 @@ class GPTNeoXTokenizerFast:
         backend.encode_special_tokens = bool(options.get("split_special_tokens"))
         # transformers' class for this family sets the prefix space and the template from its options, whatever
         # tokenizer.json says; its generic class, which polyglot-ko names, leaves both to the file.
-        generic = is_generic(options)
+        generic = is_generic(options) and not lone
         self._set_prefix_space(options.get("add_prefix_space", None if generic else False))
         self._special: dict[str, str] = {}
-        self._add_tokens(options, {} if generic else DEFAULTS)
+        self._add_tokens(options, {} if generic else GPT2_DEFAULTS if lone and is_gpt2(options) else DEFAULTS)
         if not generic or backend.post_processor is None or {"add_bos_token", "add_eos_token"} & options.keys():
             self._set_template(options)
 
@@ -152,7 +153,10 @@ class GPTNeoXTokenizerFast:
         require_tokenizer_files(folder, source)
         try:
             settings = read_settings(folder)
-            ignored = [n for n in ("add_bos_token", "add_eos_token") if settings.pop(n, False) and n not in options]
+            baked = (folder / "tokenizer.json").is_file()
+            ignored = [
+                n for n in ("add_bos_token", "add_eos_token") if baked and settings.pop(n, False) and n not in options
+            ]
             tokenizer = cls(folder / "tokenizer.json", **(settings | options))
         except TokenizerError:
             raise
@@ -596,7 +600,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
         config["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     elif isinstance(config.get("chat_template"), list):  # several templates by name
         config["chat_template"] = {t["name"]: t["template"] for t in config["chat_template"]}.get("default")
-    if is_generic(config):
+    if is_generic(config) and (folder / "tokenizer.json").is_file():
         config.pop("add_prefix_space", None)  # transformers' generic class leaves it to tokenizer.json
     return {key: config[key] for key in OPTIONS if key in config}
 
@@ -617,14 +621,19 @@ def require_tokenizer_files(folder: Path, source: str) -> None:
     )
 
 
-def bpe_backend(folder: Path) -> Tokenizer:
-    """The tokenizer of vocab.json and merges.txt, built as transformers' GPTNeoXTokenizer is."""
+def is_gpt2(settings: Mapping[str, Any]) -> bool:
+    return str(settings.get("tokenizer_class")).startswith("GPT2Tokenizer")
+
+
+def bpe_backend(folder: Path, nfc: bool = True) -> Tokenizer:
+    """The tokenizer of vocab.json and merges.txt, built as transformers' GPTNeoXTokenizer is; GPT2Tokenizer has no nfc."""
     vocabulary, merges = (folder / name for name in BPE_FILES)
     try:
         backend = Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
     except Exception as error:  # `tokenizers` raises bare Exception
         raise TokenizerError(f"{vocabulary}: not a vocabulary with merges: {error}; fetch the files again") from None
-    backend.normalizer = normalizers.NFC()
+    if nfc:
+        backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     return backend

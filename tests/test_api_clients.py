@@ -95,3 +95,14 @@ def test_those_that_would_change_something_are_refused_by_name(app):
     ):
         reply = post(app, "/v1/chat/completions", **{"messages": CHAT, "max_tokens": 2, **more})
         assert reply.status == 400 and words in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("prompt", ["", [5], ["KING", "KING"]], ids=str)
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_prompt_of_one_token_is_scored(app, prompt, stream):
+    body = {"prompt": prompt, "max_tokens": 0, "echo": True, "logprobs": 2, "stream": stream}
+    reply = post(app, "/v1/completions", **body)
+    assert reply.status == 200
+    found = chunks(reply) if stream else reply.json()["choices"]
+    scored = [c["logprobs"]["token_logprobs"] for c in found if c["logprobs"]]
+    assert scored and all(values[0] is None for values in scored)

@@ -722,3 +722,45 @@ def test_a_quantized_folder_whose_activations_overflow_is_named_with_a_way_that_
     assert run("verify", tmp_path / "bf16")[0] == 0
     found = logits(GPTNeoXForCausalLM.from_pretrained(tmp_path / "bf16", exact=True))
     assert float((found.argmax(-1) == expected.argmax(-1)).float().mean()) > 0.8
+
+
+def test_vocabulary_and_merges_of_the_older_classes_are_read_as_those_do(tmp_path):
+    backend = write_bpe(tmp_path)
+    vocabulary = backend.get_vocab()
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nh e\nl l\nhe ll\nĠ w\n")
+    end = vocabulary["<|endoftext|>"]
+    for settings in (
+        {"tokenizer_class": "GPT2Tokenizer"},
+        {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True},
+        {"tokenizer_class": "GPTNeoXTokenizer", "bos_token": "<|endoftext|>", "add_bos_token": True},
+    ):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = neox_lite.GPTNeoXTokenizerFast.from_pretrained(tmp_path)
+        expected = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        for text in ("hell<|endoftext|>w", "e\u0301 hello"):
+            assert found(text).input_ids == expected(text).input_ids, settings
+        assert found("hell<|endoftext|>w").input_ids.count(end) >= 1
+
+
+def test_labels_that_are_no_labels_are_refused(models):
+    ids = random_ids(1, 6)
+    for more, words in (
+        ({"shift_labels": ids[:, 1:]}, "labels are"),
+        ({"shift_labels": ids + 500}, "labels: found"),
+        ({"shift_labels": ids.float()}, "expected integers"),
+        ({"shift_labels": ids.tolist()}, "shift_labels is a list"),
+        ({"labels": ids, "num_items_in_batch": "x"}, "num_items_in_batch is 'x'"),
+    ):
+        with pytest.raises(neox_lite.NeoxLiteError, match=words):
+            models[0](ids, **more)
+
+
+def test_a_damaged_index_beside_a_single_file_does_not_matter(tmp_path):
+    model = write_source(tmp_path, dtype=torch.float32)
+    (tmp_path / "model.safetensors.index.json").write_text("{broken")
+    with pytest.warns(UserWarning, match="holds two models"):
+        assert torch.equal(logits(GPTNeoXForCausalLM.from_pretrained(tmp_path)), logits(model))

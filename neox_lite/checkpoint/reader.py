@@ -193,7 +193,7 @@ def _open_weights(folder: Path) -> dict[Path, WeightFile]:
     for stem, suffix, opener in (("model", ".safetensors", SafetensorsFile), ("pytorch_model", ".bin", _BinFile)):
         index, single = folder / f"{stem}{suffix}.index.json", folder / f"{stem}{suffix}"
         if _exists(single):
-            if _exists(index) and set(_read_weight_map(folder, index, suffix).values()) != {single.name}:
+            if _exists(index) and not _names_only(folder, index, single.name):
                 warnings.warn(
                     f"{folder}: holds two models; {single.name} is read, as in transformers, and {index.name} with its "
                     "files is not: delete one of them",
@@ -216,6 +216,14 @@ def _open_weights(folder: Path) -> dict[Path, WeightFile]:
         f"{folder}: no weights; looked for model.safetensors and pytorch_model.bin, each alone or with .index.json, and for "
         "EleutherAI's layer files"
     )
+
+
+def _names_only(folder: Path, index: Path, name: str) -> bool:
+    """Whether an index that is not needed names this file alone; one that cannot be read is of some other model."""
+    try:
+        return set(_read_weight_map(folder, index, ".safetensors").values()) == {name}
+    except CheckpointError:
+        return False
 
 
 def _open_indexed(

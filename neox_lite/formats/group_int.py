@@ -147,7 +147,8 @@ def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The scale as it will be read back; zero (an all-zero group) becomes 1, so that nothing divides by zero."""
     stored = scale.to(dtype)
     if torch.isinf(stored).any():
-        raise FormatError(f"a scale of {scale.abs().max().item():.3g} overflows {dtype_name(dtype)}")
+        advice = "; --dtype bfloat16 holds it" if dtype == torch.float16 else ""
+        raise FormatError(f"a scale of {scale.abs().max().item():.3g} overflows {dtype_name(dtype)}{advice}")
     return torch.where(stored == 0, torch.ones_like(stored), stored)
 
 

@@ -180,6 +180,12 @@ def _language_loss(
         labels = labels.to(logits.device)
         inputs.check_labels(labels, keep, logits.shape[-1])
         shift_labels = functional.pad(labels[:, 1:], (0, 1), value=-100)
+    elif not isinstance(shift_labels, Tensor):
+        raise ArgumentError(f"shift_labels is a {type(shift_labels).__name__}, expected a tensor as labels")
+    else:
+        inputs.check_labels(shift_labels.to(logits.device), torch.ones_like(keep), logits.shape[-1])
+    if not isinstance(num_items_in_batch, int | Tensor | None):
+        raise ArgumentError(f"num_items_in_batch is {num_items_in_batch!r}, expected a number")
     targets = torch.where(keep, shift_labels.to(logits.device), -100).flatten()
     if num_items_in_batch is None:
         return functional.cross_entropy(logits.flatten(0, 1), targets, ignore_index=-100)

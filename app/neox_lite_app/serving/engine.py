@@ -366,6 +366,7 @@ class Engine:
                 self._running[ticket._sequence] = ticket
                 scheduler.add(ticket._sequence)
                 if ticket._sequence.finish_reason:  # it asked for nothing
+                    _note_prompt(ticket, ticket._sequence)
                     self._end(ticket, Update("", None, ticket._sequence.finish_reason))
                     notify([ticket])
         return scheduler.busy
@@ -377,8 +378,7 @@ class Engine:
             self._rate.add(len(changed))
         for sequence, ticket in zip(changed, tickets, strict=True):
             if not ticket.clock.tokens:
-                ticket.prompt_logprobs = sequence.prompt_logprobs if sequence.num_prompt_logprobs is not None else []
-                ticket.reused_tokens = sequence.num_cached_tokens or 0
+                _note_prompt(ticket, sequence)
             update = self._update_of(sequence)
             if update.finish_reason is None:
                 ticket._put(update)
@@ -445,3 +445,9 @@ def is_short_of_memory(error: BaseException) -> bool:
     """As Python, torch's CUDA and torch's CPU allocator say it."""
     text = str(error).lower()
     return isinstance(error, MemoryError) or "out of memory" in text or ("alloc" in text and "memory" in text)
+
+
+def _note_prompt(ticket: Ticket, sequence: Sequence) -> None:
+    """What a ticket has of its prompt before the first update."""
+    ticket.prompt_logprobs = sequence.prompt_logprobs if sequence.num_prompt_logprobs is not None else []
+    ticket.reused_tokens = sequence.num_cached_tokens or 0
