@@ -250,3 +250,13 @@ def test_a_logarithmic_axis_contains_its_values_and_has_ticks(low, high):
 def test_a_linear_axis_has_round_ticks_within_its_ends():
     assert linear_axis(3.6, 8.7, 0, 100).ticks == (4, 5, 6, 7, 8)
     assert linear_axis(0, 43, 0, 100, 10).ticks == tuple(range(0, 44, 5))
+
+
+def test_outputs_that_are_no_numbers_are_an_error_that_names_the_folder(run, folders, tmp_path):
+    shutil.copytree(folders["int8"], tmp_path / "broken")
+    with torch.no_grad():
+        model = GPTNeoXForCausalLM.from_pretrained(tmp_path / "broken", head="fp16")
+        model.embed_out.weight.data[7] = math.nan
+        model.save_pretrained(tmp_path / "nan")
+    code, out, err = run(folders["int8"], tmp_path / "nan")
+    assert code == 1 and "nan: outputs are not finite: see neox-lite verify" in err and "int8" in out

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from neox_lite import GPTNeoXConfig, GPTNeoXForCausalLM
 from neox_lite.checkpoint.reader import Checkpoint
-from neox_lite.errors import ArgumentError
+from neox_lite.errors import ArgumentError, NeoxLiteError
 from neox_lite.files import disk_errors, free_bytes
 from neox_lite.formats import Weight, label
 from neox_lite.hub import resolve
@@ -66,6 +66,10 @@ def compare(args: argparse.Namespace) -> None:
                 draw([asdict(r) for r in rows], [_by_layer(t) for t in tables]), encoding="utf-8"
             )
         note(f"{args.plot} is drawn; a browser shows it")
+    if broken := [row.path for row in rows if not math.isfinite(row.perplexity)]:
+        raise NeoxLiteError(
+            f"{', '.join(broken)}: outputs are not finite: see neox-lite verify, which names the reason"
+        )
 
 
 def _check_plot(path: Path) -> None:
