@@ -396,6 +396,16 @@ def test_the_cache_goes_by_transformers_later_name_too(models):
     assert difference(found, models[1](ids).logits[:, 5:]) < 1e-5
 
 
+def test_a_loop_of_prepared_inputs_generates_what_generate_does(models):
+    ids, cache = random_ids(1, 6), None
+    expected = models[0].generate(ids, max_new_tokens=5, eos_token_id=[])
+    for _ in range(5):
+        prepared = models[0].prepare_inputs_for_generation(ids, past_key_values=cache, use_cache=True)
+        out = models[0](**prepared)
+        ids, cache = torch.cat((ids, out.logits[:, -1:].argmax(-1)), 1), out.cache
+    assert torch.equal(ids, expected)
+
+
 @pytest.mark.parametrize(
     "sampling", [{}, {"do_sample": True, "top_k": 5, "temperature": 0.7}], ids=["greedy", "sampled"]
 )

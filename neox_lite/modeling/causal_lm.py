@@ -149,6 +149,23 @@ class GPTNeoXForCausalLM(Headed, GenerationMixin):
         options |= {"stopping_criteria": stopping_criteria} if stopping_criteria is not None else {}
         return self._generate(input_ids, options)
 
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        past_key_values: KVCache | None = None,
+        attention_mask: Tensor | None = None,
+        **more: Any,
+    ) -> dict[str, Any]:
+        """Arguments of the forward pass that continues input_ids (batch, tokens), of which past_key_values holds the first."""
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        known = {name: more[name] for name in ("use_cache", "position_ids") if more.get(name) is not None}
+        return {
+            "input_ids": input_ids[:, past:],
+            "past_key_values": past_key_values,
+            "attention_mask": attention_mask,
+            **known,
+        }
+
     def stream(self, prompt: str | Tensor | Sequence[int], **options: Any) -> Iterator[Event]:
         """Continue one prompt, yielding an `Event` for each token as it is chosen. Options: as of `generate`."""
         return self._stream(prompt, options)
