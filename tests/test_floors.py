@@ -27,7 +27,7 @@ BUDGETS = {
     "neox_lite.offload": 2400,
     "neox_lite.core": 700,
     "neox_lite.loading": 1200,
-    "neox_lite.modeling": 800,
+    "neox_lite.modeling": 850,
     "neox_lite": 75,
     "neox_lite_quant": 3100,
     "neox_lite_app.paths": 20,
