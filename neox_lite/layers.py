@@ -160,6 +160,7 @@ def inverse_frequencies(config: GPTNeoXConfig) -> tuple[Tensor, float]:
         return plain / rope["factor"], 1.0
     if rope["rope_type"] == "llama3":
         return _llama3(plain, rope), 1.0
+    assert rope["rope_type"] == "yarn", rope
     return _yarn(wavelengths, rope, dim)
 
 

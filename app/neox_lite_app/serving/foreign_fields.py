@@ -21,12 +21,20 @@ HARMLESS: dict[str, str] = {
     **dict.fromkeys(
         ("add_bos_token", "spaces_between_special_tokens"), "ST: this family's tokenizers have no use for them"
     ),
-    **dict.fromkeys(("length_penalty", "early_stopping"), "ST: of what is off below"),
-    **dict.fromkeys(("mirostat_tau", "mirostat_eta", "rep_pen_slope", "repetition_decay"), "ST: of what is off below"),
-    **dict.fromkeys(("dry_base", "dry_allowed_length", "dry_penalty_last_n"), "ST: of what is off below"),
-    **dict.fromkeys(("dry_sequence_breakers", "dynatemp_low", "dynatemp_high"), "ST: of what is off below"),
-    **dict.fromkeys(("dynatemp_range", "dynatemp_exponent", "adaptive_decay"), "ST: of what is off below"),
-    **dict.fromkeys(("smoothing_curve", "xtc_threshold", "negative_prompt", "min_keep"), "ST: of what is off below"),
+    **dict.fromkeys(("length_penalty", "early_stopping"), "ST: of samplers below that must be off"),
+    **dict.fromkeys(
+        ("mirostat_tau", "mirostat_eta", "rep_pen_slope", "repetition_decay"), "ST: of samplers below that must be off"
+    ),
+    **dict.fromkeys(("dry_base", "dry_allowed_length", "dry_penalty_last_n"), "ST: of samplers below that must be off"),
+    **dict.fromkeys(
+        ("dry_sequence_breakers", "dynatemp_low", "dynatemp_high"), "ST: of samplers below that must be off"
+    ),
+    **dict.fromkeys(
+        ("dynatemp_range", "dynatemp_exponent", "adaptive_decay"), "ST: of samplers below that must be off"
+    ),
+    **dict.fromkeys(
+        ("smoothing_curve", "xtc_threshold", "negative_prompt", "min_keep"), "ST: of samplers below that must be off"
+    ),
     **dict.fromkeys(
         ("temperature_last", "sampler_priority", "sampler_order", "samplers"), "ST: the order here is fixed"
     ),
