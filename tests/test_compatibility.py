@@ -431,6 +431,17 @@ def test_generation_configs_are_built_checked_and_saved_as_in_transformers(tmp_p
         neox_lite.GenerationConfig(top_p=7.0).validate()
 
 
+def test_stop_strings_take_transformers_tokenizer(models, tmp_path):
+    write_bpe(tmp_path)
+    own, other = (m.AutoTokenizer.from_pretrained(tmp_path) for m in (neox_lite, transformers))
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": []}
+    ids = random_ids(1, 5)
+    text = own.decode(models[0].generate(ids, **options)[0, 5:])
+    stop = next(char for char in text if char != "\ufffd")
+    found = [models[0].generate(ids, stop_strings=[stop], tokenizer=one, **options) for one in (own, other)]
+    assert torch.equal(*found) and found[0].shape[1] < 5 + 12
+
+
 def test_a_model_of_transformers_is_no_draft_and_the_message_says_which_is(models):
     with pytest.raises(neox_lite.NeoxLiteError, match=r"of transformers, expected one of neox_lite"):
         models[0].generate(random_ids(1, 4), assistant_model=models[1], max_new_tokens=2)
@@ -685,8 +696,6 @@ def test_folders_of_bitsandbytes_with_a_quantized_task_head_are_read(tmp_path, c
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_packed_language_head_is_decoded(tmp_path, bits):
-    compressor = pytest.importorskip("compressed_tensors")
-    assert compressor
     write_source(tmp_path, torch.float32)
     ours = GPTNeoXForCausalLM.from_pretrained(tmp_path, quantization=f"int{bits}", exact=True)
     ours.save_pretrained(tmp_path / "packed")
